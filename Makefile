@@ -1,0 +1,40 @@
+# Everything runs in .venv, made on first use. All paths are relative: the checkout may lie anywhere, spaces included.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: help env train test test-fast lint types format clean
+
+help:            ## this list
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1\t\2/p' Makefile
+
+env: .venv/ready ## create the environment
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch>=2.8"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch .venv/ready
+
+train: env       ## train the main recipe with two workers: summary, runs/<name>/done.json, wandb run
+	$(BIN)/launcher recipe=resnet launch.workers=$(WORKERS)
+
+test: env        ## the whole suite
+	$(BIN)/python -m pytest -q
+
+test-fast: env   ## under a minute: no real jobs
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: env        ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env       ## mypy
+	$(BIN)/mypy
+
+format: env      ## let ruff write
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:           ## remove the environment and caches, never runs/
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

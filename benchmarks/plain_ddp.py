@@ -1,0 +1,78 @@
+"""A plain DDP script as a careful person writes it by hand: what the launcher is measured against.
+
+    torchrun --nproc-per-node=2 benchmarks/plain_ddp.py --recipe resnet --updates 300 --out plain.json
+
+It takes model and data from the same recipe, and does nothing but train: no telemetry, no checkpoint, no validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+
+STARTED = time.time()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
+
+
+def recipe_of(name: str, width: int | None):
+    if name == "gpt":
+        from launcher.recipes.gpt import Gpt as Recipe
+    elif name == "mlp":
+        from launcher.recipes.mlp import Mlp as Recipe
+    else:
+        from launcher.recipes.resnet import ResNet as Recipe
+    return Recipe() if width is None else Recipe(width=width)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--recipe", default="resnet")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--per-device", type=int, default=64)
+    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--skip", type=int, default=20)
+    parser.add_argument("--out", default="")
+    options = parser.parse_args()
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    recipe = recipe_of(options.recipe, options.width)
+    torch.manual_seed(0)
+    model = recipe.model()
+    ddp = DistributedDataParallel(model) if dist.get_world_size() > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    data = recipe.dataset("train")
+    sampler = DistributedSampler(data)
+    batches = DataLoader(data, batch_size=options.per_device, sampler=sampler, drop_last=True)
+
+    done, first, start = 0, None, 0.0
+    times: list[float] = []
+    while done < options.updates:
+        sampler.set_epoch(done)
+        for batch in batches:
+            loss = recipe.loss(ddp, batch)
+            (loss.total / loss.count).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+            now = time.perf_counter()
+            times.append(now - start)
+            start = now
+            first = first or time.time()
+            if done == options.updates:
+                break
+    if rank == 0 and options.out:
+        with open(options.out, "w") as file:
+            json.dump({"first_update_at": first, "started_at": STARTED, "update_s": times[options.skip :]}, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

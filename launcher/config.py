@@ -1,0 +1,414 @@
+"""From the command line to the frozen `Run`. The only module that knows Hydra.
+
+Hydra composes the files of conf/ and of the user's own folder with the overrides. What it composed is then converted
+by the annotations of `launcher.settings`, so that a wrong key or value is answered in one line, by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher import sweep
+from launcher.arguments import Arguments
+from launcher.checks import check
+from launcher.errors import EXIT_FAILED, EXIT_REQUEST, RequestError
+from launcher.keys import flat, from_mapping, keys, no_such_key, to_mapping
+from launcher.manual import help_text
+from launcher.redact import redact, redacted
+from launcher.refusals import no_such_choice, refusal
+from launcher.settings import Run
+from launcher.typed import shown
+
+__all__ = [
+    "Composed",
+    "Composer",
+    "compose",
+    "flat",
+    "from_mapping",
+    "from_yaml",
+    "help_text",
+    "multirun",
+    "resolve",
+    "settled",
+    "show_config",
+    "to_mapping",
+    "to_yaml",
+]
+
+PRIMARY = "launcher"
+SHIPPED = ("strategy", "batch", "optimizer", "schedule", "launch", "sink", "recipe", "experiment")
+#: What names the folder of a run, or of a whole sweep.
+PLACES = ("run.name", "run.dir")
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+#: The parts whose keys belong to others: fields of the recipe, arguments of the optimizer, options of a sink.
+OPEN = ("recipe.", "optimizer.", "sink.", "launch.env.")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A run, and what was decided for the user that they should be told, a line each."""
+
+    run: Run
+    notes: tuple[str, ...] = ()
+
+
+def compose(args: Sequence[str]) -> Run:
+    """The run that overrides, `--config-dir DIR` among them, ask for; see `resolve` for the notes beside it."""
+    return resolve(args).run
+
+
+def resolve(args: Sequence[str]) -> Composed:
+    """The run that the arguments after the verb ask for, checked, with its notes.
+
+    Raises:
+        RequestError: unknown flag, key or choice, wrong type or value, a value that is missing.
+    """
+    arguments = Arguments.parse(args)
+    if arguments.multirun:
+        raise RequestError("-m starts several runs: it goes with training alone, launcher -m ...")
+    return Composer(arguments.config_dirs).composed(arguments.overrides)
+
+
+class Composer:
+    """Composes runs from what is shipped and from the user's own folders, which are searched first."""
+
+    def __init__(self, config_dirs: Sequence[str] = ()) -> None:
+        version.setbase("1.3")
+        setup_globals()
+        ConfigStore.instance().store(name="launcher_keys", node=to_mapping(Run()))
+        self.search_path = search_path(config_dirs)
+        self._loader = ConfigLoaderImpl(self.search_path)
+
+    def composed(self, overrides: Sequence[str]) -> Composed:
+        """One run of overrides without sweeps."""
+        parsed = self.parsed(overrides)
+        for override in parsed:
+            refuse_outside_sweeps(override)
+        composed = settled(plain(self.config(overrides)), parsed)
+        return replace(composed, notes=(*composed.notes, *self._rate_notes(composed.run, parsed)))
+
+    def parsed(self, overrides: Sequence[str]) -> list[Override]:
+        """The overrides in Hydra's grammar, each key of them known."""
+        with one_line():
+            parsed = parse(overrides)
+            groups = {name: self._loader.get_group_options(name) for name in self._loader.list_groups("")}
+        for override in parsed:
+            check_key(override, groups)
+        return parsed
+
+    def config(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        """What Hydra composes, its own node included, before anything is resolved."""
+        with one_line():
+            return self._loader.load_configuration(PRIMARY, opened(overrides), mode)
+
+    def points(self, config: DictConfig) -> list[list[str]]:
+        """The overrides of every point of a plain sweep; none where a sweeper of the user's choosing decides."""
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        if config.hydra.sweeper._target_ != BASIC_SWEEPER:
+            return []
+        params = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
+        search = [line for line in config.hydra.overrides.hydra if line.startswith("hydra.searchpath=")]
+        with one_line():
+            parser = OverridesParser.create(config_loader=self._loader)
+            parsed = parser.parse_overrides([*params, *config.hydra.overrides.task])
+            return [[*search, *point] for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
+
+    def _rate_notes(self, run: Run, parsed: Sequence[Override]) -> Iterator[str]:
+        """A rate belongs to the optimizer it was chosen for: said where the recipe's rate meets another optimizer."""
+        names = {override.key_or_group for override in parsed}
+        if names.isdisjoint({"optimizer", "optimizer._target_"}) or "lr.base" in names:
+            return
+        rest = [str(o.input_line) for o in parsed if o.key_or_group.partition(".")[0] != "optimizer"]
+        usual = plain(self.config(rest))["optimizer"].get("_target_")
+        if run.lr.base is not None and usual != run.optimizer["_target_"]:
+            chosen = run.optimizer["_target_"]
+            yield f"lr.base={run.lr.base:g} was chosen for {usual}, not for {chosen}: give lr.base= too"
+
+
+def search_path(config_dirs: Sequence[str]) -> ConfigSearchPath:
+    """The user's folders first, so that a file of theirs wins over a shipped one of the same name."""
+    path = create_config_search_path("pkg://launcher.conf")
+    for folder in reversed(config_dirs):
+        if not Path(folder).is_dir():
+            raise RequestError(
+                f"--config-dir {folder} is no folder: name the one that holds your recipe/ or experiment/"
+            )
+        if (Path(folder) / f"{PRIMARY}.yaml").exists():
+            raise RequestError(f"--config-dir {folder} holds {PRIMARY}.yaml, the program's own name: rename that file")
+        path.prepend("command-line", f"file://{Path(folder).absolute()}")
+    return path
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not name or not (equals or name.startswith("~")):
+            raise RequestError(
+                f"{override or repr('')} is no override: the verb stands first, then what to change, e.g. seed=1"
+            )
+    return list(parser.parse_overrides(list(overrides)))
+
+
+def opened(overrides: Sequence[str]) -> list[str]:
+    """launch.env is empty and any name may be put there: no + is asked for."""
+    return [
+        f"++{override}" if override.startswith(("launch.env.", "launch.env=")) else override for override in overrides
+    ]
+
+
+def refuse_outside_sweeps(override: Override) -> None:
+    line, name = str(override.input_line), override.key_or_group
+    if override.is_sweep_override():
+        values = line.partition("=")[2]
+        raise RequestError(f"{line} is a sweep: add -m for one run each, or type {name}=[{values}] for a list")
+    if override.is_hydra_override() and name != "hydra.searchpath":
+        raise RequestError(f"{line} has no effect on a single run: add -m, or name the run's folder by run.dir=")
+
+
+def check_key(override: Override, groups: Mapping[str, Sequence[str]]) -> None:
+    """Answers a wrong name here, where the nearest right one is known; values are checked once composed."""
+    name = override.key_or_group
+    if name in groups:
+        _check_choice(override, groups[name])
+    elif name == "optimizer.lr":
+        raise RequestError(f"{override.input_line}: the rate is the schedule's: type lr.base={_typed(override)}")
+    elif "/" not in name and not override.is_hydra_override() and not name.startswith(OPEN):
+        _check_settings_key(override)
+
+
+def _check_choice(override: Override, options: Sequence[str]) -> None:
+    name, value = override.key_or_group, override.value()
+    if override.is_add() and name in SHIPPED:
+        raise RequestError(f"{override.input_line}: {name} is there already: type it without +")
+    if override.is_delete() or override.is_sweep_override() or isinstance(value, Mapping):
+        return
+    for choice in value if isinstance(value, list) else [value]:
+        if not isinstance(choice, str) or (choice not in options and "/" not in choice):
+            raise RequestError(no_such_choice(name, shown(choice), options))
+
+
+def _check_settings_key(override: Override) -> None:
+    name = override.key_or_group
+    if name not in keys():
+        raise no_such_key(name)
+    if override.is_delete():
+        raise RequestError(f"{override.input_line}: {name} can't be removed: type {keys()[name].example()}")
+    if override.is_add() and not override.is_force_add():
+        raise RequestError(f"{override.input_line}: {name} is there already: type it without +")
+
+
+def _typed(override: Override) -> str:
+    """The value as it was typed."""
+    return str(override.input_line).partition("=")[2]
+
+
+# --- from what was composed to the run ----------------------------------------------------------------------------
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """What was composed as plain values, every ${...} filled in, without Hydra's own node."""
+    before = HydraConfig.instance().cfg
+    try:
+        if "hydra" in config:
+            HydraConfig.instance().set_config(config)
+        with one_line():
+            return to_plain(config)
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    job = config.copy()
+    with open_dict(job):
+        job.pop("hydra", None)
+    mapping = OmegaConf.to_container(job, resolve=True, throw_on_missing=True)
+    if not isinstance(mapping, dict):
+        raise RequestError("the configuration is no mapping of keys: look at launcher --cfg job")
+    return {str(name): value for name, value in mapping.items()}
+
+
+def settled(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> Composed:
+    """The checked run of composed values; a global batch given without a policy selects hold."""
+    run = from_mapping(mapping)
+    if run.batch.global_batch is None or run.batch.policy != "scale":
+        return Composed(check(run))
+    size = run.batch.global_batch
+    if {"batch", "batch.policy"} & {override.key_or_group for override in parsed}:
+        raise RequestError(
+            f"batch.global={size} does not go with batch=scale, whose global batch follows the workers: "
+            f"type batch=hold batch.global={size}"
+        )
+    held = replace(run, batch=replace(run.batch, policy="hold"))
+    return Composed(
+        check(held), (f"batch.global={size} selects batch=hold: the global batch stays at every world size",)
+    )
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """What Hydra, OmegaConf and YAML refuse, as a `RequestError`."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, AssertionError) as error:
+        raise RequestError(refusal(error)) from error
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def to_yaml(run: Run) -> str:
+    """The whole configuration as YAML under the names people type, secrets masked: what run.yaml holds."""
+    return _dumped(redacted(to_mapping(run)))
+
+
+def from_yaml(text: str) -> Run:
+    """The run that `to_yaml` wrote. Tags are refused, nothing in it is obeyed beyond its values."""
+    with one_line():
+        return from_mapping(yaml.safe_load(text) or {})
+
+
+def _dumped(value: Any) -> str:
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120))
+
+
+def show_config(args: Sequence[str]) -> str:
+    """What `--cfg` and `--info` print: the configuration that would run, or what Hydra tells of it, secrets masked."""
+    arguments = Arguments.parse(args)
+    composer = Composer(arguments.config_dirs)
+    composed = composer.composed(arguments.overrides)
+    if arguments.info:
+        return redact(_told_by_hydra(arguments.info, composer, arguments.overrides))
+    if arguments.cfg == "job":
+        return to_yaml(composed.run)
+    config = composer.config(arguments.overrides)
+    with one_line():
+        whole = OmegaConf.to_container(config, resolve=arguments.resolve, enum_to_str=True)
+    shown_part = whole if arguments.cfg == "all" or not isinstance(whole, dict) else {"hydra": whole["hydra"]}
+    return _dumped(redacted(shown_part))
+
+
+def _told_by_hydra(info: str, composer: Composer, overrides: Sequence[str]) -> str:
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    with redirect_stdout(io.StringIO()) as told, one_line():
+        GlobalHydra.instance().clear()
+        hydra = Hydra.create_main_hydra2(PRIMARY, composer.search_path)
+        hydra.show_info(info, PRIMARY, list(overrides))
+    return told.getvalue()
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+
+def multirun(args: Sequence[str], point: Callable[[Run], int]) -> int:
+    """Runs `point` once for each point of the sweep, through Hydra's sweeper and launcher; returns the worst status.
+
+    Every point of a plain sweep is composed and checked before the first begins. `point` is a function of a module,
+    since a launcher plugin may call it in another process; a point that fails does not end the sweep.
+
+    Raises:
+        RequestError: any point's configuration is wrong; nothing was created then.
+    """
+    arguments = Arguments.parse(args)
+    composer = Composer(arguments.config_dirs)
+    parsed = composer.parsed(arguments.overrides)
+    config = composer.config(arguments.overrides, RunMode.MULTIRUN)
+    _refuse_own_folders(parsed, config)
+    for overrides in composer.points(config):
+        composer.composed(overrides)
+    named = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
+    folder = sweep.folder_of(from_mapping({"run": named}).run)
+    outcomes = _swept(composer, point, folder, [str(o.input_line) for o in parsed if o.key_or_group not in PLACES])
+    print(sweep.table(folder, outcomes))
+    return sweep.worst(outcomes)
+
+
+def _refuse_own_folders(parsed: Sequence[Override], config: DictConfig) -> None:
+    """The folder and the name are the sweep's: its points are numbered in it."""
+    params = config.hydra.sweeper.get("params") or {}
+    swept = [o.key_or_group for o in parsed if o.is_sweep_override()] + [str(name) for name in params]
+    for name in PLACES:
+        if name in swept:
+            raise RequestError(f"{name} can't be swept over: it names the sweep's folder, whose points are numbered")
+    for override in parsed:
+        if override.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode"):
+            raise RequestError(f"{override.input_line}: the sweep's folder is named by run.name= or run.dir=")
+
+
+def _swept(composer: Composer, point: Callable[[Run], int], folder: Path, overrides: list[str]) -> list[sweep.Outcome]:
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    here: list[sweep.Outcome] = []
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2(PRIMARY, composer.search_path)
+    place = "hydra.sweep.dir='{}'".format(str(folder).replace("\\", "\\\\").replace("'", "\\'"))
+    try:
+        with one_line():
+            task = functools.partial(run_point, point, here)
+            returned = hydra.multirun(PRIMARY, task, [*opened(overrides), place], with_log_configuration=False)
+    finally:
+        GlobalHydra.instance().clear()
+        sweep.seal(folder / "multirun.yaml")
+    return _outcomes(returned) or here
+
+
+def _outcomes(returned: Any) -> list[sweep.Outcome]:
+    """What the jobs returned, also from other processes; a sweeper of the user's choosing may return nothing."""
+    batches = returned if isinstance(returned, list) else []
+    jobs = [job for batch in batches if isinstance(batch, list | tuple) for job in batch]
+    return [job.return_value for job in jobs if isinstance(job.return_value, sweep.Outcome)]
+
+
+def run_point(point: Callable[[Run], int], here: list[sweep.Outcome], config: DictConfig) -> sweep.Outcome:
+    """Hydra's task: one point from start to end. It never raises, so that the next one starts."""
+    hydra = HydraConfig.get()
+    folder, number = Path(hydra.sweep.dir), str(hydra.sweep.subdir)
+    overrides = [str(override) for override in hydra.overrides.task]
+    sweep.seal(folder / "multirun.yaml")
+    say(f"point {number}: {' '.join(overrides)}")
+    try:
+        composed = settled(plain(config), parse(overrides))
+        status = point(sweep.placed(composed.run, folder, number))
+    except RequestError as error:
+        status = EXIT_REQUEST
+        say(f"error: {error}")
+    except Exception as error:
+        status = EXIT_FAILED
+        say(f"error: {type(error).__name__}: {error}")
+    here.append(sweep.Outcome(int(hydra.job.num), tuple(overrides), status))
+    return here[-1]
+
+
+def say(text: str) -> None:
+    print(redact(" ".join(text.split())), file=sys.stderr, flush=True)

@@ -1,0 +1,191 @@
+"""From the timeline to this rank's micro-batches on its device.
+
+One batch sampler serves the whole run: it walks the same timeline as the loop, so neither loader processes nor
+prefetching can change what is consumed, and a position is all that a restart needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data.dataloader import default_collate
+
+from launcher.errors import RequestError
+from launcher.order import Order
+from launcher.process import die_with_parent
+from launcher.settings import DataSettings
+from launcher.timeline import Position, Timeline
+
+__all__ = ["Address", "AddressedDataset", "Feed", "SampleOrder", "dataset_of", "loader", "seed_from", "transfer"]
+
+Address = tuple[int, int]  # (epoch, sample)
+
+
+def seed_from(*numbers: int) -> int:
+    """A seed that depends on every one of the numbers: randomness is addressed, never carried along."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_sample(seed: int, address: Address) -> None:
+    """Seed what a dataset's `__getitem__` may draw from: random, numpy (where it is in use) and torch."""
+    number = seed_from(seed, *address)
+    random.seed(number)
+    torch.random.default_generator.manual_seed(number)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(number & 0xFFFFFFFF)
+
+
+class AddressedDataset(Dataset[Any]):
+    """A dataset asked by (epoch, sample), seeded by it: the same item whoever reads it, whenever, in any process."""
+
+    def __init__(self, items: Any, seed: int) -> None:
+        self._items = items
+        self._seed = seed
+        self._deterministic = isinstance(items, TensorDataset) or bool(getattr(items, "deterministic", False))
+
+    def __getitems__(self, addresses: Sequence[Address]) -> Any:
+        if self._deterministic and hasattr(self._items, "__getitems__"):
+            return self._items.__getitems__([sample for _, sample in addresses])
+        return [self[address] for address in addresses]
+
+    def __getitem__(self, address: Address) -> Any:
+        if not self._deterministic:
+            seed_sample(self._seed, address)
+        try:
+            return self._items[address[1]]
+        except RequestError:
+            raise
+        except Exception as problem:
+            kind = type(problem).__name__
+            raise RequestError(f"sample {address[1]} cannot be read: {kind}: {problem}; mend or remove it") from problem
+
+
+class SampleOrder(Sampler[list[Address]]):
+    """This rank's micro-batches from a position to the end of the run, as lists of addresses."""
+
+    def __init__(self, timeline: Timeline, seed: int, rank: int, position: Position) -> None:
+        self._timeline = timeline
+        self._seed = seed
+        self._rank = rank
+        self._position = position
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        orders: dict[int, Order] = {}
+        for update in self._timeline.updates(self._position):
+            for micro in update.micro_batches(self._rank):
+                addresses: list[Address] = []
+                for epoch, start, stop in micro.spans:
+                    if epoch not in orders:
+                        orders = {epoch: Order(self._timeline.size, self._seed, epoch)}
+                    addresses += [(epoch, sample) for sample in orders[epoch][start:stop]]
+                yield addresses
+
+
+def prepare_loader_process(_: int) -> None:
+    """A loader process ends with its rank, and leaves signals meant for the job to the rank."""
+    import signal
+
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def loader(
+    items: Dataset[Any], batches: Sampler[list[Any]], data: DataSettings, collate: Callable[..., Any], pin: bool
+) -> DataLoader[Any]:
+    """A DataLoader over ready-made batches, with the run's loader processes."""
+    return DataLoader(
+        items,
+        batch_sampler=batches,
+        num_workers=data.workers,
+        prefetch_factor=data.prefetch if data.workers else None,
+        persistent_workers=data.workers > 0,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=prepare_loader_process if data.workers else None,
+    )
+
+
+def dataset_of(recipe: Any, split: str, source: str) -> Any:
+    """The recipe's data, or stand-ins of the same shapes that cost nothing to read (`data.source=synthetic`).
+
+    Raises:
+        RequestError: the data set is empty, or has no length.
+    """
+    if source == "synthetic" and hasattr(recipe, "synthetic"):
+        items = recipe.synthetic(split)
+    else:
+        items = recipe.dataset(split)
+        if source == "synthetic":
+            items = Repeated(items[0], len(items))
+    if not hasattr(items, "__getitem__") or not hasattr(items, "__len__"):
+        raise RequestError(
+            f"the recipe's {split} data is no map-style data set (it lacks len() or [i]): an order that is the same "
+            f"at any number of workers needs both"
+        )
+    return items
+
+
+class Repeated(Dataset[Any]):
+    """One item over and over."""
+
+    deterministic = True
+
+    def __init__(self, item: Any, length: int) -> None:
+        self._item = item
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._item
+
+
+def collate_of(recipe: Any) -> Callable[..., Any]:
+    return getattr(recipe, "collate", None) or collate_ready
+
+
+def collate_ready(items: Any) -> Any:
+    """What torch's default_collate makes of a list of items; a data set may hand over a finished batch instead."""
+    return default_collate(items) if isinstance(items, list) else items
+
+
+def transfer(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The batch on the device; floating tensors in the parameters' precision."""
+    if isinstance(batch, torch.Tensor):
+        wanted = dtype if batch.dtype == torch.float32 else batch.dtype
+        return batch.to(device=device, dtype=wanted, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return type(batch)({name: transfer(value, device, dtype) for name, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(transfer(value, device, dtype) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(transfer(value, device, dtype) for value in batch)
+    return batch
+
+
+@dataclass(frozen=True)
+class Feed:
+    """This rank's micro-batches in order: `next_batch()` waits for data, nothing else."""
+
+    next_batch: Callable[[], Any]
+
+    @classmethod
+    def of(
+        cls, items: Any, recipe: Any, timeline: Timeline, position: Position, *, seed: int, rank: int,
+        data: DataSettings, pin: bool,
+    ) -> Feed:
+        order = SampleOrder(timeline, seed, rank, position)
+        batches = loader(AddressedDataset(items, seed), order, data, collate_of(recipe), pin)
+        return cls(partial(next, iter(batches)))

@@ -1,0 +1,18 @@
+"""The two ways a job ends badly: the request is wrong, or training failed."""
+
+from __future__ import annotations
+
+__all__ = ["EXIT_AGAIN", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_REQUEST", "RequestError"]
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_REQUEST = 2
+EXIT_AGAIN = 75  # EX_TEMPFAIL: a worker that saved and wants to be started again by its agent
+EXIT_INTERRUPTED = 130
+
+
+class RequestError(ValueError):
+    """The request is wrong: configuration, plan, recipe or data. Exit status 2.
+
+    The message is one line that names the key, the value, what is wrong and what to type instead.
+    """

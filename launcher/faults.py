@@ -1,0 +1,80 @@
+"""The only fault injection there is: what the program must survive is done to it on purpose, by its own tests.
+
+`FAULT=kind@phase:rank:update[:generation]` acts only when `LAUNCHER_TEST_FAULTS=1` is set as well. Several are
+separated by commas. Kinds: kill, hang, exit, exception, oom, nan, slow, enospc. Update counts from 1; 0 is any.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Fault", "Faults"]
+
+PHASES = (
+    "start", "rendezvous", "restore", "data", "forward", "backward", "sync", "optimizer", "checkpoint-write",
+    "checkpoint-rename", "validate", "finish",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    phase: str
+    rank: int
+    update: int
+    generation: int
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        kind, _, where = text.partition("@")
+        phase, rank, update, *generation = where.split(":")
+        if phase not in PHASES:
+            raise ValueError(f"FAULT={text}: no phase {phase}, there are {', '.join(PHASES)}")
+        return cls(kind, phase, int(rank), int(update), int(generation[0]) if generation else 1)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """The faults of one rank in one generation; calling it at a phase does what is due there."""
+
+    due: tuple[Fault, ...] = ()
+
+    @classmethod
+    def of(cls, rank: int, generation: int, env: Mapping[str, str] = os.environ) -> Faults:
+        if env.get("LAUNCHER_TEST_FAULTS") != "1" or "FAULT" not in env:
+            return cls()
+        faults = map(Fault.parse, env["FAULT"].split(","))
+        return cls(tuple(f for f in faults if f.rank == rank and f.generation in (0, generation)))
+
+    def __call__(self, phase: str, update: int = 0) -> None:
+        for fault in self.due:
+            if fault.phase == phase and fault.update in (0, update):
+                strike(fault)
+
+    def poisons(self, phase: str, update: int) -> bool:
+        """Whether a value of this phase is to become NaN."""
+        return any(f.kind == "nan" and f.phase == phase and f.update in (0, update) for f in self.due)
+
+
+def strike(fault: Fault) -> None:
+    if fault.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "hang":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.kind == "exit":
+        os._exit(3)
+    elif fault.kind == "exception":
+        raise RuntimeError(f"a fault on purpose in {fault.phase}")
+    elif fault.kind == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory: a fault on purpose")
+    elif fault.kind == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif fault.kind == "slow":
+        time.sleep(0.05)

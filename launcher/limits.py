@@ -1,0 +1,149 @@
+"""What a configuration may not say, checked before anything is planned. Every refusal names key, value and mend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from launcher.errors import RequestError
+from launcher.settings import ALIASES, Run
+
+__all__ = ["check_data", "check_request"]
+
+#: Whole numbers and the least they may be; None, auto and full are words, not numbers.
+_LEAST = {
+    "batch.per_device": 1,
+    "batch.accumulation": 1,
+    "batch.global": 1,
+    "batch.min_global": 1,
+    "batch.max_global": 1,
+    "lr.base_batch": 1,
+    "schedule.patience": 1,
+    "elastic.min_workers": 1,
+    "elastic.max_workers": 1,
+    "checkpoint.keep": 1,
+    "log.every": 1,
+}
+_SHARES = ("schedule.end", "schedule.start", "schedule.min", "schedule.warmup_from")
+
+
+def check_request(run: Run) -> None:
+    """Raise RequestError for the first thing that is wrong at any world size and for any data."""
+    _check_numbers(run)
+    _check_rate(run)
+    _check_batch(run)
+    _check_schedule(run)
+    _check_target(run)
+    low, high = run.elastic.min_workers, run.elastic.max_workers
+    if high is not None and high < low:
+        raise RequestError(
+            f"elastic.max_workers={high} is below elastic.min_workers={low}: type elastic.max_workers={low} or more"
+        )
+
+
+def check_data(run: Run, train: int, val: int) -> None:
+    """Raise RequestError where there is nothing to train or to validate on, or batch.global is beyond the data."""
+    if train < 1:
+        raise RequestError("recipe: its training data are empty: point the recipe at a folder or split with samples")
+    if val < 1 and run.train.validate_every is not None:
+        raise RequestError(
+            f"train.validate_every={run.train.validate_every} but the recipe's validation data are empty: "
+            "give the recipe some, or type train.validate_every=null"
+        )
+    asked = run.batch.global_batch
+    if isinstance(asked, int) and asked > train:
+        raise RequestError(
+            f"batch.global={asked} is beyond the {train} training samples: type batch.global=full, or {train} or less"
+        )
+
+
+def _value(run: Run, key: str) -> Any:
+    value: Any = run
+    for name in key.split("."):
+        value = getattr(value, ALIASES.get(name, name))
+    return value
+
+
+def _check_numbers(run: Run) -> None:
+    for key, least in _LEAST.items():
+        value = _value(run, key)
+        if isinstance(value, int) and value < least:
+            raise RequestError(f"{key}={value} is below {least}: type {key}={least} or more")
+    for key in _SHARES:
+        value = _value(run, key)
+        if not isinstance(value, str) and not 0 <= value <= 1:
+            raise RequestError(f"{key}={value} is no share of the rate: type a number from 0 to 1")
+
+
+def _check_rate(run: Run) -> None:
+    for key in ("lr.base", "lr.base_batch"):
+        if _value(run, key) is None:
+            raise RequestError(
+                f"{key} is not given: type lr.base=0.1 lr.base_batch=256, the rate and the global batch that it is for"
+            )
+    base = run.lr.base
+    if base is not None and not 0 < base < math.inf:
+        raise RequestError(f"lr.base={base} is no rate: type a finite number above 0, such as lr.base=0.1")
+
+
+def _check_batch(run: Run) -> None:
+    batch = run.batch
+    low, high = batch.min_global, batch.max_global
+    bound = next((key for key in ("batch.min_global", "batch.max_global") if _value(run, key) is not None), None)
+    if batch.policy == "bounded":
+        if bound is None:
+            raise RequestError("batch.policy=bounded has no bound: type batch.min_global=N, batch.max_global=N or both")
+        if batch.global_batch is not None:
+            raise RequestError(
+                f"batch.global={batch.global_batch} does not go with batch.policy=bounded: type batch=hold, or drop it"
+            )
+    elif bound is not None:
+        had = f"{bound}={_value(run, bound)}"
+        raise RequestError(f"{had} has no effect under batch.policy={batch.policy}: type batch=bounded, or drop it")
+    if low is not None and high is not None and low > high:
+        raise RequestError(
+            f"batch.min_global={low} is above batch.max_global={high}: type batch.max_global={low} or more"
+        )
+    if batch.policy == "hold" and batch.global_batch is None:
+        raise RequestError(
+            "batch.policy=hold needs the batch that it holds: type batch.global=256 or batch.global=full"
+        )
+
+
+def _check_schedule(run: Run) -> None:
+    schedule = run.schedule
+    if not 0 < schedule.factor <= 1:
+        raise RequestError(
+            f"schedule.factor={schedule.factor} would not lower the rate: type a number above 0, up to 1"
+        )
+    if schedule.decay == "step" and bool(schedule.milestones) == (schedule.every is not None):
+        raise RequestError(
+            f"schedule.milestones={list(schedule.milestones)} with schedule.every={schedule.every}: schedule=step "
+            "needs one of them: type schedule.milestones=[30ep,60ep], or schedule.every=30ep and schedule.milestones=[]"
+        )
+    if schedule.momentum is not None:
+        _check_momentum(run, tuple(schedule.momentum))
+    if schedule.decay == "onecycle" and schedule.warmup_from != "zero":
+        had = f"schedule.warmup_from={schedule.warmup_from}"
+        raise RequestError(f"{had} has no effect under schedule=onecycle: type schedule.start=0.04 instead")
+
+
+def _check_momentum(run: Run, momentum: tuple[float, ...]) -> None:
+    if run.schedule.decay != "onecycle":
+        raise RequestError(
+            f"schedule.momentum={list(momentum)} has no effect under schedule={run.schedule.decay}: "
+            "type schedule=onecycle, or optimizer.momentum"
+        )
+    if len(momentum) != 2 or not 0 <= momentum[0] <= momentum[1] < 1:
+        raise RequestError(f"schedule.momentum={list(momentum)} is not [low, high] within 0 and 1: type [0.85,0.95]")
+
+
+def _check_target(run: Run) -> None:
+    target = run.train.target
+    bounds = [bound for bound in (target.at_least, target.at_most) if bound is not None]
+    wants = target.metric is not None or bool(bounds) or run.train.stop_at_target
+    if wants and (target.metric is None or len(bounds) != 1 or not math.isfinite(bounds[0])):
+        raise RequestError(
+            f"train.target={{metric: {target.metric}, at_least: {target.at_least}, at_most: {target.at_most}}} needs a "
+            "metric and one finite bound: type train.target.metric=val/accuracy train.target.at_least=0.95"
+        )

@@ -1,0 +1,232 @@
+"""The training loop. Read `train` aloud; every word leads to one module."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from launcher.data import Feed, seed_from, transfer
+from launcher.faults import Faults
+from launcher.optim import Precision
+from launcher.profile import profiled
+from launcher.recipe import Loss
+from launcher.record import Finished, Recorder, Silent
+from launcher.saver import Saver
+from launcher.schedule import LrSchedule
+from launcher.signals import Wishes
+from launcher.standing import Standing, Target
+from launcher.strategies import Replica
+from launcher.study import Study
+from launcher.telemetry import Late, Meter, StageClock
+from launcher.timeline import Update
+from launcher.topology import Topology
+from launcher.validate import Validation
+from launcher.vote import GO_ON, Agreed, Ballot, Vote
+
+__all__ = ["Job", "TrainingFailed", "train"]
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on, and would fail again if it were started again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the loop works with, made by `launcher.worker`."""
+
+    study: Study
+    topology: Topology
+    recipe: Any
+    replica: Replica
+    precision: Precision
+    feed: Feed
+    validation: Validation | None
+    vote: Vote
+    clock: StageClock
+    recorder: Recorder | Silent
+    meter: Meter
+    saver: Saver
+    wishes: Wishes
+    faults: Faults = field(default_factory=Faults)
+
+
+def train(job: Job, standing: Standing) -> tuple[Standing, int]:
+    """Train to the end of the timeline, or until the ranks agree to stop.
+
+    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, or to leave.
+
+    Raises:
+        TrainingFailed: three updates in a row were not finite.
+    """
+    clock, replica, late, agreed = job.clock, job.replica, Late(), None
+    for update in profiled(job.study.timeline.updates(standing.position), job.study.run.train.profile, job.saver.folder):
+        sums = Sums()
+        for micro in micro_batches(job, update):
+            with replica.micro(last=micro.last, pad=micro.pad):
+                loss = forward(job, micro, update)
+                sums = sums.plus(loss, counts=not micro.pad)
+                if micro.last:
+                    pending = job.vote.cast(ballot(job, sums, late), clock.times_ms())
+                replica.backward(loss.total, update.samples)
+                clock.lap_backward()
+        agreed = pending.wait()
+        clock.lap("sync")
+        job.recorder.agreed(agreed)
+        standing = heed(job, standing, agreed)
+
+        rate = rate_of(standing.schedule, update)
+        step = replica.step(rate.lr, rate.momentum, rescale(update, agreed), job.study.run.train.clip_norm)
+        late = Late((sums.total, step.norm, step.finite), sums.count)
+        clock.lap("optimizer")
+
+        standing, measured = validate(job, standing.after(update), update)
+        stop = agreed.stop != GO_ON or standing.target_ends(job.study)
+        save(job, standing, update, asked=agreed.save or (stop and update.end < job.study.duration))
+        clock.end_update()
+        job.recorder.finished(
+            Finished(update, rate.lr, rate.scale, time.time(), job.meter.wall_s(), late, job.meter.values(), measured)
+        )
+        if stop:
+            break
+    if agreed is None:
+        return standing, GO_ON
+    last = job.vote.cast(ballot(job, Sums(), late), clock.times_ms()).wait()
+    job.recorder.agreed(last)
+    job.recorder.flush()
+    return heed(job, standing, last), agreed.stop
+
+
+@dataclass(frozen=True)
+class Micro:
+    batch: Any
+    last: bool
+    pad: bool
+
+
+def micro_batches(job: Job, update: Update) -> Iterator[Micro]:
+    """This rank's micro-batches on the device, each with the generators seeded by its own address."""
+    parts = update.micro_batches(job.topology.rank)
+    for index, part in enumerate(parts):
+        job.faults("data", update.index + 1)
+        batch = job.feed.next_batch()
+        job.clock.lap("data")
+        batch = transfer(batch, job.precision.device, job.precision.dtype)
+        seed_everything(seed_from(job.study.run.seed, update.index, job.topology.rank, index))
+        job.clock.lap("transfer")
+        yield Micro(batch, last=index == len(parts) - 1, pad=part.pad)
+
+
+def seed_everything(number: int) -> None:
+    random.seed(number)
+    torch.manual_seed(number)
+
+
+def forward(job: Job, micro: Micro, update: Update) -> Loss:
+    job.faults("forward", update.index + 1)
+    with job.precision.autocast():
+        loss = job.recipe.loss(job.replica.model, micro.batch)
+    if job.faults.poisons("forward", update.index + 1):
+        loss = replace(loss, total=loss.total * math.nan)
+    job.clock.lap("forward")
+    return loss
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What this rank's real micro-batches of one update add up to."""
+
+    total: Any = 0.0
+    count: float = 0.0
+
+    def plus(self, loss: Loss, *, counts: bool) -> Sums:
+        return Sums(self.total + loss.total.detach(), self.count + float(loss.count)) if counts else self
+
+
+def ballot(job: Job, sums: Sums, late: Late) -> Ballot:
+    loss, _, finite = late.read()
+    return Ballot(
+        count=sums.count,
+        stop=job.wishes.read(job.saver.stop_file),
+        save=float(job.saver.wants()),
+        loss=loss,
+        loss_count=late.count,
+        finite=finite,
+    )
+
+
+def rescale(update: Update, agreed: Agreed) -> float:
+    """From a mean over samples to a mean over what the losses count; NaN, and so a skipped update, for nothing."""
+    if agreed.count == update.samples:
+        return 1.0
+    return update.samples / agreed.count if agreed.count else math.nan
+
+
+@dataclass(frozen=True)
+class Rate:
+    lr: float
+    scale: float
+    momentum: float | None
+
+
+def rate_of(schedule: LrSchedule, update: Update) -> Rate:
+    """A tail keeps the rate of the plan in force."""
+    batch = update.nominal.global_batch
+    lr = schedule.lr(update.start, batch)
+    return Rate(lr, lr / schedule.base, schedule.momentum(update.start))
+
+
+def heed(job: Job, standing: Standing, agreed: Agreed) -> Standing:
+    """Count the updates in a row that were skipped since they were not finite; the ballots speak of the last one."""
+    patience = 20 if job.precision.name == "fp16" else 3
+    standing = standing.skipped(0 if agreed.finite else standing.skips + 1)
+    if standing.skips and (job.precision.name != "fp16" or standing.skips == patience):
+        ranks = ", ".join(map(str, agreed.not_finite))
+        where = f"the loss of rank {ranks}" if ranks else "the gradient, though every loss was finite"
+        detail = f"update {standing.position.update} was skipped: NaN or infinity in {where}"
+        job.saver.journal.event("alarm", kind="not_finite", detail=detail, ranks=list(agreed.not_finite))
+        if standing.skips == patience and job.precision.name != "fp16":
+            raise TrainingFailed(f"{patience} updates in a row were not finite; the last: {detail}")
+    return standing
+
+
+def validate(job: Job, standing: Standing, update: Update) -> tuple[Standing, Mapping[str, float]]:
+    """Where a validation is due, measure, and let the schedule and the target know."""
+    if job.validation is None or not due(update, job.study.validate_every, job.study.duration):
+        return standing, {}
+    job.faults("validate", update.index + 1)
+    measured = job.validation.measure(job.replica)
+    standing = standing.validated(measured, update.end, job.study.run.schedule.metric)
+    return reach(job, standing, measured), measured
+
+
+def reach(job: Job, standing: Standing, measured: Mapping[str, float]) -> Standing:
+    target = Target.of(job.study.run.train.target)
+    if target is None or standing.reached is not None or not target.met(measured):
+        return standing
+    facts = {
+        "metric": target.metric,
+        "value": measured[target.metric],
+        "samples": standing.position.samples,
+        "update": standing.position.update,
+        "seconds": job.meter.seconds(),
+    }
+    job.saver.journal.event("target", **facts)
+    return replace(standing, reached=facts)
+
+
+def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> None:
+    if asked or due(update, job.study.checkpoint_every, job.study.duration):
+        job.clock.lap("other")
+        job.saver.save(job.replica, replace(standing, seconds=job.meter.seconds()), update.nominal)
+        job.clock.lap("checkpoint")
+
+
+def due(update: Update, every: int | None, duration: int) -> bool:
+    """Whether a multiple of `every` samples was passed in this update; always at the end of the run."""
+    return update.end >= duration or (every is not None and update.start // every < update.end // every)

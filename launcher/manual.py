@@ -1,0 +1,66 @@
+"""What `launcher --help` says, made from the keys themselves and the files in conf/."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+from launcher.keys import Key, keys
+from launcher.typed import shown
+
+__all__ = ["help_text"]
+
+HEAD = """\
+launcher [VERB] [FLAGS] [OVERRIDES]
+Trains a model on any number of workers, with the batch, the rate and the samples right.
+
+  launcher recipe=resnet                               train, one process per GPU
+  launcher launch.workers=2 recipe=gpt                 train with two processes
+  torchrun --nproc-per-node=2 -m launcher recipe=mlp   train as torchrun's workers
+  launcher -m batch.per_device=8,16,32                 a sweep, one job per point
+  launcher plan recipe=resnet plan.worlds=[1,2,8]      show batch and rate, start nothing
+
+Verbs
+  train  the default   plan  batch, rate and shares at each world size (format=json)
+
+Flags
+  -m, --multirun           one run per combination of the values a,b,c
+  -cd, --config-dir DIR    a folder of your own recipe/, experiment/, ... YAML files
+  -c, --cfg job            show the composed configuration (--resolve: values filled in)
+  -i, --info defaults-tree show which files it is composed of
+  -h, --help, --version
+
+Overrides are Hydra's: group=choice, key=value, +recipe.new_field=1, [1,2] for a list.
+Durations are a number and a unit: 10ep, 500ba, 50000sp, 1e9tok, 0.05dur, 10min.
+"""
+
+
+def help_text(width: int = 80) -> str:
+    """The whole manual in at most `width` columns: usage, groups and choices, every key with its default."""
+    head = "\n".join(_folded(line, width) for line in HEAD.splitlines())
+    return "\n".join([head, "", "Groups", *_groups(width), "", "Keys and their defaults", *_keys(width)]) + "\n"
+
+
+def _folded(line: str, width: int) -> str:
+    """A line that is too long continues under its second column."""
+    column = line.rfind("  ", 0, width) + 2 if line.startswith(" ") else 0
+    return textwrap.fill(line, width, subsequent_indent=" " * min(column, width // 2), drop_whitespace=True)
+
+
+def _groups(width: int) -> Iterator[str]:
+    folder = Path(next(iter(import_module("launcher.conf").__path__)))
+    for group in sorted(path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.yaml"))):
+        choices = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+        yield textwrap.fill(f"  {group.name + '=':<12}{choices}", width, subsequent_indent=" " * 14)
+
+
+def _keys(width: int) -> Iterator[str]:
+    for key in keys().values():
+        yield from _entry(key, width)
+
+
+def _entry(key: Key, width: int) -> Iterator[str]:
+    yield f"  {key.name}={shown(key.default)}"
+    yield textwrap.fill(key.doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -1,0 +1,172 @@
+"""The optimizer a run asks for, its state by parameter names, and the precision it works in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.errors import RequestError
+from launcher.recipe import load_class
+from launcher.settings import Run
+
+__all__ = [
+    "Precision",
+    "apply_rate",
+    "load_optimizer",
+    "make_optimizer",
+    "optimizer_facts",
+    "optimizer_tensors",
+    "reads_found_inf",
+]
+
+#: torch's optimizers with one kernel for all parameters on the CPU and on CUDA alike.
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+def make_optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """The run's optimizer over the model's trainable parameters, at rate 0 until the schedule says otherwise.
+
+    Raises:
+        RequestError: the class is unknown or not trusted, or refuses one of its arguments.
+    """
+    options = {name: value for name, value in run.optimizer.items() if name != "_target_"}
+    kind = load_class(str(run.optimizer["_target_"]), tuple(run.recipe.get("trust", ())))
+    if kind in FUSED and options.get("fused") is None and options.get("foreach") is None:
+        options["fused"] = all(p.is_floating_point() for p in model.parameters())
+    try:
+        optimizer = kind(parameter_groups(model, run, options), lr=0.0, **options)
+    except (TypeError, ValueError) as problem:
+        raise RequestError(f"optimizer={kind.__name__} does not take these arguments: {problem}") from problem
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise RequestError(f"optimizer._target_={run.optimizer['_target_']} is no torch.optim.Optimizer: name one")
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, run: Run, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Two groups, with and without weight decay: norms and biases (fewer than two dimensions) have none."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not options.get("weight_decay") or run.train.decay_norms:
+        return [{"params": trainable}]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2]},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step itself obeys a flag on the device, so that nobody has to read it first."""
+    return isinstance(optimizer, FUSED) and bool(optimizer.param_groups[0].get("fused"))
+
+
+def apply_rate(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if momentum is not None and "momentum" in group:
+            group["momentum"] = momentum
+        elif momentum is not None and "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+
+
+def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the optimizer's state under `<parameter>/<slot>`."""
+    return {
+        f"{name}/{slot}": value
+        for name, slot, value in _slots(optimizer, model)
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def optimizer_facts(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """What of the state is no tensor, and the parameters of each group by name. JSON."""
+    numbers = {
+        f"{name}/{slot}": value
+        for name, slot, value in _slots(optimizer, model)
+        if not isinstance(value, torch.Tensor) and value is not None
+    }
+    return {"kind": type(optimizer).__name__, "numbers": numbers, "groups": names_by_group(optimizer, model)}
+
+
+def _slots(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    for name, parameter in model.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            yield name, slot, value
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Give the optimizer a checkpoint's state. The groups' options stay those of the present configuration.
+
+    Raises:
+        RequestError: the state was written by another kind of optimizer.
+    """
+    if facts["kind"] != type(optimizer).__name__:
+        raise RequestError(
+            f"optimizer={type(optimizer).__name__} cannot take over the checkpoint's state of {facts['kind']}: "
+            f"go on with that one, or start anew with run.name=… or resume=never"
+        )
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in (*tensors.items(), *facts["numbers"].items()):
+        name, slot = key.rsplit("/", 1)
+        state.setdefault(name, {})[slot] = value
+    order = [name for group in names_by_group(optimizer, model) for name in group]
+    present = optimizer.state_dict()
+    present["state"] = {index: state[name] for index, name in enumerate(order) if name in state}
+    optimizer.load_state_dict(present)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The numbers of the forward and backward pass: what to autocast to, what the parameters are, how losses scale.
+
+    fp32, bf16 and fp16 keep fp32 parameters and autocast; fp64 is double throughout. fp16 alone scales its losses,
+    since its smallest gradients would be lost otherwise.
+    """
+
+    name: str
+    device: torch.device
+    scaler: torch.amp.GradScaler | None = field(default=None)
+
+    @classmethod
+    def of(cls, name: str, device: torch.device) -> Precision:
+        scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+        return cls(name, device, scaler)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What parameters and floating inputs are."""
+        return torch.float64 if self.name == "fp64" else torch.float32
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
+        return nullcontext() if lower is None else torch.autocast(self.device.type, dtype=lower)
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def stepped(self) -> None:
+        """Let the loss scale shrink after an overflow, and grow after many steps without one."""
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def facts(self) -> dict[str, Any]:
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        if self.scaler is not None and facts:
+            self.scaler.load_state_dict(dict(facts))

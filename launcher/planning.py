@@ -1,0 +1,179 @@
+"""The verb `plan`: what a run would do at every world size, as a JSON document and as a table. Nothing is started."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from launcher.batch import PlanError
+from launcher.settings import Run
+from launcher.study import Sizes, Study, study
+
+__all__ = ["plan_document", "plan_table"]
+
+_WORLDS = range(1, 65)
+_WIDTH = 80
+_SHARES_WIDTH = 24
+
+
+def plan_document(run: Run, sizes: Sizes, worlds: Sequence[int] | None = None) -> dict[str, Any]:
+    """The plan at each of `worlds`, else of plan.worlds, else at 1 to 64 workers, as a JSON document.
+
+    `schedule` is the batch and the rate over time at the smallest feasible world size, which it names: warmup and
+    decay have the same shape at all of them. Raises RequestError where the request is wrong at every world size; a
+    world size that does not fit is `feasible: false` with the reason in `why`.
+    """
+    asked = worlds or run.plan.worlds or _WORLDS
+    studies = [_studied(run, sizes, world) for world in asked]
+    feasible = [each for each in studies if isinstance(each, Study)]
+    return {
+        "policy": feasible[0].policy if feasible else run.batch.policy,
+        "data": {"train": sizes.train, "val": sizes.val},
+        "lr_base": run.lr.base,
+        "lr_base_batch": run.lr.base_batch,
+        "lr_rule": feasible[0].rule if feasible else run.lr.rule,
+        "decay": run.schedule.decay,
+        "plans": [
+            _row(each) if isinstance(each, Study) else {"world": world, "feasible": False, "why": each}
+            for world, each in zip(asked, studies, strict=True)
+        ],
+        "schedule": _schedule(min(feasible, key=lambda each: each.world)) if feasible else [],
+    }
+
+
+def plan_table(document: Mapping[str, Any]) -> str:
+    """`plan_document` for a person at a terminal, at most 80 columns."""
+    lines = [
+        f"{document['data']['train']:,} training samples, batch.policy={document['policy']}, "
+        f"lr.rule={document['lr_rule']}",
+        f"lr.base={_number(document['lr_base'])} at lr.base_batch={document['lr_base_batch']}",
+        "",
+        _columns("world", "shares", "micro", "accum", "global", "rate", "updates/ep"),
+        *_plan_lines(document["plans"]),
+        *_schedule_lines(document),
+        *_advice_lines(document["plans"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _studied(run: Run, sizes: Sizes, world: int) -> Study | str:
+    try:
+        return study(run, sizes, world)
+    except PlanError as error:
+        return str(error)
+
+
+def _row(planned: Study) -> dict[str, Any]:
+    plan = planned.plan
+    scale = planned.schedule.target(plan.global_batch)
+    return {
+        "world": planned.world,
+        "feasible": True,
+        "global": plan.global_batch,
+        "shares": list(plan.shares),
+        "per_device": plan.per_device,
+        "accumulation": plan.accumulation,
+        "lr": planned.schedule.base * scale,
+        "lr_scale": scale,
+        "warmup_samples": planned.warmup,
+        "updates_per_epoch": planned.sizes.train / plan.global_batch,
+        "advice": list(planned.advice),
+    }
+
+
+def _schedule(planned: Study) -> list[dict[str, Any]]:
+    end = planned.duration
+    points = [("start", 0), ("after warmup", planned.warmup), ("25 %", end // 4), ("50 %", end // 2)]
+    points += [("75 %", end * 3 // 4), ("100 %", end)]
+    return [_point(planned, at, samples) for at, samples in sorted(points, key=lambda point: point[1])]
+
+
+def _point(planned: Study, at: str, samples: int) -> dict[str, Any]:
+    batch = planned.batch_at(samples)
+    lr = planned.schedule.lr(samples, batch)
+    scale = planned.schedule.scale(samples, batch)
+    return {"at": at, "samples": samples, "world": planned.world, "global": batch, "lr": lr, "lr_scale": scale}
+
+
+def _plan_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each feasible world; neighbours that are infeasible for the same reason share one."""
+    for _, rows in groupby(plans, key=_kind):
+        group = list(rows)
+        if group[0]["feasible"]:
+            yield from map(_plan_line, group)
+        else:
+            yield from _wrapped(f"{_worlds([row['world'] for row in group]):>7}  ", f"no plan: {group[0]['why']}")
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return "" if row["feasible"] else re.sub(r"\d+", "#", str(row["why"]))
+
+
+def _plan_line(row: Mapping[str, Any]) -> str:
+    return _columns(
+        str(row["world"]),
+        _shares(row["shares"]),
+        str(row["per_device"]),
+        str(row["accumulation"]),
+        _count(row["global"], 10),
+        _number(row["lr"]),
+        _count(round(row["updates_per_epoch"], 1), 12),
+    )
+
+
+def _schedule_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    points = document["schedule"]
+    if not points:
+        return
+    title = f"schedule={document['decay']} at world {points[0]['world']}"
+    yield ""
+    yield f"{title:<33}{'samples':>20}{'global':>10}{'rate':>11}"
+    for point in points:
+        counts = f"{_count(point['samples'], 20)}{_count(point['global'], 10)}"
+        yield f"{'  ' + point['at']:<33}{counts}{_number(point['lr']):>11}"
+
+
+def _advice_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    worlds: dict[str, list[int]] = {}
+    for row in plans:
+        for line in row.get("advice", ()):
+            worlds.setdefault(line, []).append(row["world"])
+    for line, where in worlds.items():
+        yield ""
+        yield from _wrapped("", f"Advice at world {_worlds(where)}: {line}")
+
+
+def _columns(world: str, shares: str, micro: str, accum: str, size: str, rate: str, updates: str) -> str:
+    return f"{world:>7}  {shares:<{_SHARES_WIDTH}}{micro:>6}{accum:>7}{size:>10}{rate:>11}{updates:>12}"
+
+
+def _shares(shares: Iterable[int]) -> str:
+    """Equal neighbours together: 86, 85x2."""
+    counted = [(share, len(list(same))) for share, same in groupby(shares)]
+    text = ", ".join(f"{share}x{count}" if count > 1 else f"{share}" for share, count in counted)
+    return text if len(text) <= _SHARES_WIDTH else textwrap.shorten(text, _SHARES_WIDTH, placeholder=" ...")
+
+
+def _worlds(worlds: Sequence[int]) -> str:
+    """Neighbours together: 1-4, 8."""
+    texts = []
+    for _, numbered in groupby(enumerate(worlds), key=lambda pair: pair[1] - pair[0]):
+        group = [world for _, world in numbered]
+        texts.append(f"{group[0]}-{group[-1]}" if len(group) > 1 else f"{group[0]}")
+    return ", ".join(texts)
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
+
+
+def _count(value: float, width: int) -> str:
+    text = f"{value:,}"
+    return f"{text if len(text) < width else _number(value):>{width}}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"

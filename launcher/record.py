@@ -1,0 +1,152 @@
+"""From what the ranks told each other to the rows of metrics.jsonl. Only rank 0 has one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.batch import BatchPlan
+from launcher.reading import Reading
+from launcher.sinks.journal import Journal
+from launcher.telemetry import STAGES, Late, critical_rank
+from launcher.timeline import Update
+from launcher.topology import Topology
+from launcher.vote import Agreed
+
+__all__ = ["Finished", "Recorder", "batch_values", "stage_values"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What rank 0 itself knows of an update when it ends. `wall_s` is everything since the last update's end."""
+
+    update: Update
+    lr: float
+    lr_scale: float
+    time: float
+    wall_s: float
+    late: Late
+    beside: Mapping[str, float] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+def batch_values(plan: BatchPlan) -> dict[str, float]:
+    return {
+        "batch/global": plan.global_batch,
+        "batch/per_device": plan.per_device,
+        "batch/accumulation": plan.accumulation,
+        "batch/world": plan.world,
+    }
+
+
+def stage_values(stages_ms: tuple[tuple[float, ...], ...], samples: int) -> dict[str, float]:
+    """The critical rank's stages, and the spread over the ranks beside them."""
+    rank = critical_rank(stages_ms)
+    wall_ms = sum(stages_ms[rank]) or math.nan
+    values: dict[str, float] = {"stage/rank": rank}
+    for index, stage in enumerate(STAGES):
+        own_ms = stages_ms[rank][index]
+        values[f"stage/{stage}/ms"] = own_ms
+        values[f"stage/{stage}/share"] = own_ms / wall_ms
+        if own_ms > 0:
+            values[f"stage/{stage}/samples_per_s"] = samples / own_ms * 1e3
+        if len(stages_ms) > 1:
+            values[f"stage/{stage}/ms_min"] = min(row[index] for row in stages_ms)
+            values[f"stage/{stage}/ms_max"] = max(row[index] for row in stages_ms)
+    return values
+
+
+class Recorder:
+    """Keeps an update until the next vote brings the other ranks' word on it, then writes its row.
+
+    With `every` above 1 a row covers a window of updates; one that was validated always has its row.
+    """
+
+    def __init__(self, journal: Journal, topology: Topology, every: int, tokens_per_sample: int | None) -> None:
+        self._journal = journal
+        self._topology = topology
+        self._every = every
+        self._tokens = tokens_per_sample
+        self._waiting: Finished | None = None
+        self._window: list[tuple[Finished, Agreed]] = []
+
+    def finished(self, update: Finished) -> None:
+        self._waiting = update
+
+    def agreed(self, agreed: Agreed) -> None:
+        """The vote that carries the losses and stage times of the update that is waiting."""
+        if self._waiting is None:
+            return
+        last, self._waiting = self._waiting, None
+        self._window.append((last, agreed))
+        if last.validation or (last.update.index + 1) % self._every == 0:
+            self._journal.reading(self._row())
+            self._window = []
+
+    def flush(self) -> None:
+        """The rest of a window, at the end of the run."""
+        if self._window:
+            self._journal.reading(self._row())
+            self._window = []
+
+    def _row(self) -> Reading:
+        last = self._window[-1][0]
+        values: dict[str, Any] = {
+            "train/loss": self._mean_loss(),
+            "train/grad_norm": last.late.read()[1],
+            "lr/value": last.lr,
+            "lr/scale": last.lr_scale,
+            **batch_values(last.update.nominal),
+            **self._throughput(),
+            **self._stages(),
+            **last.beside,
+            **last.validation,
+        }
+        return Reading(
+            time=last.time,
+            samples=last.update.end,
+            update=last.update.index + 1,
+            epoch=last.update.epoch,
+            world=self._topology.world,
+            generation=self._topology.generation,
+            values=values,
+        )
+
+    def _mean_loss(self) -> float:
+        ballots = [ballot for _, agreed in self._window for ballot in agreed.ballots]
+        count = sum(ballot.loss_count for ballot in ballots)
+        return sum(ballot.loss for ballot in ballots) / count if count else math.nan
+
+    def _throughput(self) -> dict[str, float]:
+        """Over the wall time of the window, everything included; partial windows (tails) stay out."""
+        whole = [finished for finished, _ in self._window if not finished.update.tail]
+        wall_s = sum(finished.wall_s for finished in whole)
+        if wall_s <= 0:
+            return {}
+        speed = sum(finished.update.samples for finished in whole) / wall_s
+        values = {"throughput/samples_per_s": speed, "throughput/device/samples_per_s": speed / self._topology.world}
+        if self._tokens:
+            values["throughput/tokens_per_s"] = speed * self._tokens
+        return values
+
+    def _stages(self) -> dict[str, float]:
+        updates = len(self._window)
+        ranks = range(self._topology.world)
+        mean_ms = tuple(
+            tuple(sum(agreed.stages_ms[rank][stage] for _, agreed in self._window) / updates for stage in range(len(STAGES)))
+            for rank in ranks
+        )
+        samples = sum(finished.update.samples for finished, _ in self._window) // updates
+        return stage_values(mean_ms, samples)
+
+
+class Silent:
+    """The recorder of every rank but 0."""
+
+    def finished(self, update: Finished) -> None: ...
+
+    def agreed(self, agreed: Agreed) -> None: ...
+
+    def flush(self) -> None: ...

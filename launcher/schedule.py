@@ -1,0 +1,255 @@
+"""The learning rate as a pure function of the samples seen: rate = base x scale x decay, with a warmup.
+
+Only the scale follows the batch. `base` and `base_batch` never change, so no number of resizes compounds. A schedule
+is a frozen value that carries its history (changes of batch, validations, noise); what adds to it returns a new one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+__all__ = ["Decay", "LrSchedule", "Ramp", "gain"]
+
+_RAMPED_GROWTH = 2.0  # growth of the scale from which on it is not taken at once
+_RAMP_UPDATES = 100
+_RAMP_PART = 100  # a ramp takes at least 1/100 of the duration
+_ONECYCLE_RISE = 0.3
+
+
+def gain(batch: float, base_batch: float, noise: float | None) -> float:
+    """Progress of one update at `batch` in updates at `base_batch`: (1 + noise/base_batch) / (1 + noise/batch).
+
+    `noise` is the gradient noise scale in samples. 1 at the base batch; batch/base_batch where the noise is infinite
+    or None (unknown, so that nothing speaks against linear scaling). ValueError for a noise below zero or NaN.
+    McCandlish 2018 (arXiv 1812.06162), AdaScale 2020 (arXiv 2007.05105), Pollux 2021.
+    """
+    if noise is None or noise == math.inf:
+        return batch / base_batch
+    if not noise >= 0:
+        raise ValueError(f"a gradient noise scale of {noise} is not a number of samples")
+    return (batch / base_batch) * ((base_batch + noise) / (batch + noise))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """From `at` on the batch is `batch`: its scale is reached from `start` on a line of `over` samples (0: at once)."""
+
+    at: int
+    over: int
+    start: float
+    batch: int
+
+
+@dataclass(frozen=True)
+class Decay:
+    """The share of the peak rate after the warmup; every length in samples.
+
+    linear, cosine: from 1 to `end` over what the warmup leaves of the duration. step: times `factor` at each of
+    `milestones`, or each `every`. exponential: `factor` to the power samples/every, not below `floor`. plateau: times
+    `factor` after `patience` validations without improvement (`mode`), not below `floor`. onecycle: from `start` up to
+    the peak and down to `end`, both as a cosine; `momentum` (low, high) goes the other way. step and exponential count
+    from the first sample, not from the end of the warmup.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "step", "exponential", "plateau", "onecycle"] = "constant"
+    end: float = 0.0
+    start: float = 0.04
+    momentum: tuple[float, float] | None = None
+    milestones: tuple[int, ...] = ()
+    every: int | None = None
+    factor: float = 0.1
+    floor: float = 0.0
+    mode: Literal["min", "max"] = "min"
+    patience: int = 3
+
+    def share(self, samples: int, progress: float, results: Sequence[float | None]) -> float:
+        """The share at `samples`, `progress` (0 to 1) through what the warmup left, after these validations."""
+        if self.kind == "linear":
+            return (1 - progress) + self.end * progress
+        if self.kind in ("cosine", "onecycle"):
+            return (1 - _cosine(progress)) + self.end * _cosine(progress)
+        if self.kind == "step":
+            passed = samples // self.every if self.every else sum(1 for at in self.milestones if at <= samples)
+            return self.factor**passed
+        if self.kind == "exponential":
+            return max(self.factor ** (samples / self.every) if self.every else 1.0, self.floor)
+        if self.kind == "plateau":
+            return max(self.factor ** self._falls(results), self.floor)
+        return 1.0
+
+    def _falls(self, results: Sequence[float | None]) -> int:
+        best, waited, falls = math.inf, 0, 0
+        for result in results:
+            loss = math.inf if result is None else result if self.mode == "min" else -result
+            waited = 0 if loss < best else waited + 1
+            best = min(best, loss)
+            if waited >= self.patience:
+                falls, waited = falls + 1, 0
+        return falls
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """The rate of a whole run. `duration`, `epoch`, `warmup` in samples; `base` is the rate at a batch of `base_batch`.
+
+    rule: how the scale follows kappa = batch/base_batch: linear kappa, sqrt its root, none 1, noise gain**power once
+    `.observed` gave a noise scale and kappa**power until then (power 1 for SGD, 0.5 for the Adam family).
+    warmup_from: the rise starts at zero, at base (Goyal 2017), or at a share of the target rate.
+    per: with epoch the rate moves at epoch boundaries only: the warmup is taken at the epoch's end, so that the first
+    epoch is not trained at rate zero, the decay at its start. A ramp of the scale belongs to the batch and still moves
+    with every update. Past the duration every schedule stays at its last value.
+    """
+
+    base: float
+    base_batch: int
+    duration: int
+    epoch: int
+    rule: Literal["linear", "sqrt", "noise", "none"] = "linear"
+    power: float = 1.0
+    warmup: int = 0
+    warmup_shape: Literal["linear", "cosine"] = "linear"
+    warmup_from: Literal["zero", "base"] | float = "zero"
+    per: Literal["update", "epoch"] = "update"
+    decay: Decay = Decay()
+    noise: float | None = None
+    ramps: tuple[Ramp, ...] = ()
+    validations: tuple[tuple[int, float | None], ...] = ()
+
+    def lr(self, samples: int, batch: int) -> float:
+        """The rate of an update of `batch` samples that starts after `samples`."""
+        first, last = self._moves(samples)
+        return self._risen(last, self.base * self.scale(samples, batch)) * self._share(first)
+
+    def scale(self, samples: int, batch: int) -> float:
+        """The batch's part of the rate: 1 at the base batch, in between while a ramp to `batch` is under way."""
+        samples = min(samples, self.duration)
+        target = self.target(batch)
+        ramp = next((ramp for ramp in reversed(self.ramps) if ramp.at <= samples and ramp.batch == batch), None)
+        if ramp is None or samples >= ramp.at + ramp.over:
+            return target
+        return ramp.start + (target - ramp.start) * (samples - ramp.at) / ramp.over
+
+    def target(self, batch: int) -> float:
+        """The scale of `batch` once every ramp to it is over."""
+        kappa = batch / self.base_batch
+        if self.rule == "linear":
+            return kappa
+        if self.rule == "sqrt":
+            return math.sqrt(kappa)
+        if self.rule == "noise":
+            return math.pow(gain(batch, self.base_batch, self.noise), self.power)
+        return 1.0
+
+    def momentum(self, samples: int) -> float | None:
+        """onecycle's momentum: high, down to low at the peak of the rate, and back. None unless it is set."""
+        if self.decay.kind != "onecycle" or self.decay.momentum is None:
+            return None
+        low, high = self.decay.momentum
+        first, last = self._moves(samples)
+        risen = _cosine(min(1.0, last / self.rise)) if self.rise else 1.0
+        return high - (high - low) * (risen - _cosine(self._progress(first)))
+
+    @property
+    def rise(self) -> int:
+        """Samples until the peak: the warmup, under onecycle 30 % of the duration where no warmup is given."""
+        if self.decay.kind == "onecycle" and not self.warmup:
+            return int(self.duration * _ONECYCLE_RISE)
+        return self.warmup
+
+    def resized(self, samples: int, old_batch: int, new_batch: int) -> LrSchedule:
+        """The schedule where the batch changes after `samples`; changes planned for later are dropped.
+
+        A scale that grows by 2 or more from the one in force, also in the middle of a ramp, gets there on a line over
+        the longer of 100 updates of the new batch and 1 % of the duration. Less growth, and any fall, act at once.
+        """
+        if old_batch == new_batch:
+            return self
+        now, target = self.scale(samples, old_batch), self.target(new_batch)
+        ramped = target >= _RAMPED_GROWTH * now
+        over = max(_RAMP_UPDATES * new_batch, -(-self.duration // _RAMP_PART)) if ramped else 0
+        past = tuple(ramp for ramp in self.ramps if ramp.at <= samples)
+        return replace(self, ramps=(*past, Ramp(samples, over, now, new_batch)))
+
+    def planned(self, samples: int, stages: Sequence[tuple[int, int]]) -> LrSchedule:
+        """The schedule whose batch from `samples` on follows `stages`: (from which sample on, batch), ascending.
+
+        What was trained before `samples` stays as it was. So the same stages change nothing, whenever a run goes on,
+        and those of another world size are a resize at `samples`.
+        """
+        past = tuple(ramp for ramp in self.ramps if ramp.at < samples)
+        schedule = replace(self, ramps=past)
+        batch = past[-1].batch if past else None
+        begun = sum(at <= samples for at, _ in stages)
+        for at, following in stages[max(begun - 1, 0) :]:
+            at = max(at, samples)
+            first = Ramp(at, 0, self.target(following), following)
+            schedule = replace(schedule, ramps=(first,)) if batch is None else schedule.resized(at, batch, following)
+            batch = following
+        return schedule
+
+    def validated(self, samples: int, value: float) -> LrSchedule:
+        """The schedule after a validation; only plateau listens. A value that is not finite is no improvement."""
+        if self.decay.kind != "plateau":
+            return self
+        earlier = tuple((at, result) for at, result in self.validations if at < samples)
+        return replace(self, validations=(*earlier, (samples, value if math.isfinite(value) else None)))
+
+    def observed(self, noise: float | None) -> LrSchedule:
+        """The schedule with a gradient noise scale in samples, frozen until it has moved by a factor of two."""
+        if noise is None or noise == math.inf:  # unknown: no gradient was seen above the noise
+            return self
+        if self.noise is not None and self.noise / 2 < noise < self.noise * 2:
+            return self
+        gain(self.base_batch, self.base_batch, noise)  # refuses what is no noise scale
+        return replace(self, noise=noise)
+
+    def to_facts(self) -> dict[str, Any]:
+        """The history as JSON, for a checkpoint: what the configuration does not say."""
+        return {
+            "ramps": [[ramp.at, ramp.over, ramp.start, ramp.batch] for ramp in self.ramps],
+            "validations": [list(validation) for validation in self.validations],
+            "noise": self.noise,
+        }
+
+    def from_facts(self, facts: Mapping[str, Any]) -> LrSchedule:
+        """This schedule with the history of `to_facts`."""
+        return replace(
+            self,
+            ramps=tuple(Ramp(*ramp) for ramp in facts["ramps"]),
+            validations=tuple((at, result) for at, result in facts["validations"]),
+            noise=facts["noise"],
+        )
+
+    def _moves(self, samples: int) -> tuple[int, int]:
+        """Where the decay and the warmup are read."""
+        samples = min(samples, self.duration)
+        if self.per == "update":
+            return samples, samples
+        begin = samples // self.epoch * self.epoch
+        return begin, min(begin + self.epoch, self.duration)
+
+    def _risen(self, samples: int, peak: float) -> float:
+        if samples >= self.rise:
+            return peak
+        onecycle = self.decay.kind == "onecycle"
+        start = self.decay.start if onecycle else self.warmup_from
+        first = self.base if start == "base" else 0.0 if start == "zero" else peak * float(start)
+        progress = samples / self.rise
+        return first + (peak - first) * (_cosine(progress) if onecycle or self.warmup_shape == "cosine" else progress)
+
+    def _share(self, samples: int) -> float:
+        results = [result for at, result in self.validations if at <= samples]
+        return self.decay.share(samples, self._progress(samples), results)
+
+    def _progress(self, samples: int) -> float:
+        """How much of what the warmup leaves is over, 0 to 1; 0 where it leaves nothing."""
+        left = self.duration - self.rise
+        return max(0, samples - self.rise) / left if left > 0 else 0.0
+
+
+def _cosine(progress: float) -> float:
+    """Half a cosine from 0 to 1."""
+    return (1 - math.cos(math.pi * progress)) / 2

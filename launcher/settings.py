@@ -1,0 +1,206 @@
+"""Every key of the configuration: its type, its default and its one line of documentation.
+
+These frozen values are what the rest of the program works with. They hold no behaviour and know nothing of
+Hydra: `launcher.config` fills them, checks them and writes them to `run.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "ALIASES",
+    "BatchSettings",
+    "CheckpointSettings",
+    "DataSettings",
+    "ElasticSettings",
+    "LaunchSettings",
+    "LogSettings",
+    "LrSettings",
+    "ModelSettings",
+    "PlanSettings",
+    "Run",
+    "RunSettings",
+    "ScheduleSettings",
+    "StrategySettings",
+    "TargetSettings",
+    "TrainSettings",
+]
+
+#: The keys whose name in the configuration cannot be an attribute's name in Python.
+ALIASES: Mapping[str, str] = {"global": "global_batch"}
+
+
+def key(default: Any, doc: str) -> Any:
+    """A field with its one line of documentation, shown by `launcher --help`."""
+    if isinstance(default, dict | list):
+        return field(default_factory=default.copy, metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+def part(kind: type) -> Any:
+    return field(default_factory=kind)
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    policy: Literal["scale", "hold", "bounded"] = key(
+        "scale", "scale: global = workers x per_device x accumulation; hold: global stays; bounded: clamped"
+    )
+    per_device: int = key(32, "samples per worker per micro-batch; under hold and bounded a cap")
+    accumulation: int | Literal["auto"] = key("auto", "micro-batches per update; auto is 1 under scale, fewest under hold")
+    global_batch: int | Literal["full"] | None = key(None, "samples per update under hold; full is the whole training set")
+    min_global: int | None = key(None, "lower bound of the global batch under bounded")
+    max_global: int | None = key(None, "upper bound of the global batch under bounded")
+    ramp: tuple[tuple[str, float], ...] | None = key(
+        None, "share of the global batch from each time on, e.g. [[0dur,0.25],[0.1dur,0.5],[0.2dur,1]]"
+    )
+
+
+@dataclass(frozen=True)
+class LrSettings:
+    base: float | None = key(None, "the learning rate chosen for lr.base_batch")
+    base_batch: int | None = key(None, "the global batch that lr.base was chosen for")
+    rule: Literal["auto", "linear", "sqrt", "none"] = key(
+        "auto", "how the rate follows the batch; auto: linear for SGD, sqrt for the Adam family, none for Rprop and sign"
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    decay: Literal["constant", "linear", "cosine", "step", "exponential", "plateau", "onecycle"] = key(
+        "constant", "the shape of the rate after warmup"
+    )
+    warmup: str = key("0ep", "how long the rate rises, a duration")
+    warmup_shape: Literal["linear", "cosine"] = key("linear", "the shape of the rise")
+    warmup_from: Literal["zero", "base"] | float = key(
+        "zero", "where the rise starts: zero, base (lr.base) or a share of the target rate"
+    )
+    per: Literal["update", "epoch"] = key("update", "how often the rate moves")
+    end: float = key(0.0, "the last rate as a share of the peak: linear, cosine, onecycle")
+    start: float = key(0.04, "onecycle's first rate as a share of the peak")
+    momentum: tuple[float, float] | None = key(None, "onecycle's momentum [low, high]; untouched unless set")
+    milestones: tuple[str, ...] = key((), "step: the times at which the rate is multiplied by factor, durations")
+    every: str | None = key(None, "step and exponential: multiply by factor each time this duration has passed")
+    factor: float = key(0.1, "step, exponential, plateau: what the rate is multiplied by")
+    metric: str = key("val/loss", "plateau: the metric that is watched")
+    mode: Literal["min", "max"] = key("min", "plateau: whether the metric should fall or rise")
+    patience: int = key(3, "plateau: validations without improvement before the rate falls")
+    min: float = key(0.0, "plateau and exponential: the lowest share of the rate")
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    metric: str | None = key(None, "the metric whose time to target is recorded, e.g. val/accuracy")
+    at_least: float | None = key(None, "the target is reached at this value or above")
+    at_most: float | None = key(None, "the target is reached at this value or below")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    duration: str = key("10ep", "how long to train: 10ep, 500ba, 50000sp, 1e9tok")
+    target: TargetSettings = part(TargetSettings)
+    stop_at_target: bool = key(False, "end at the first validation that reaches the target")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = key("fp32", "the numbers of the forward and backward pass")
+    compile: bool = key(False, "torch.compile the model")
+    clip_norm: float | None = key(None, "clip the gradient's norm to this")
+    validate_every: str | None = key("1ep", "how often to validate, a duration; null for only at the end")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "where to train")
+    decay_norms: bool = key(False, "apply weight decay to norms and biases as well")
+    profile: str | None = key(None, "torch.profiler over these updates, e.g. 10-13, into the run folder")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    workers: int = key(0, "loader processes per rank")
+    prefetch: int = key(2, "micro-batches each loader process prepares ahead")
+    source: Literal["real", "synthetic"] = key("real", "synthetic: the same shapes, nothing read")
+    tail: Literal["flush", "carry"] = key("flush", "a partial window at an epoch's end: its own update, or carried over")
+
+
+@dataclass(frozen=True)
+class StrategySettings:
+    name: Literal["ddp"] = key("ddp", "how the model lies on the workers")
+    find_unused_parameters: bool = key(False, "DDP: look for parameters that got no gradient")
+
+
+@dataclass(frozen=True)
+class ElasticSettings:
+    min_workers: int = key(1, "fewer workers than this are refused")
+    max_workers: int | None = key(None, "more workers than this are refused")
+    max_restarts: int = key(3, "restarts without a new checkpoint before the job gives up")
+    idle: bool = key(False, "whether a plan may leave a worker without samples")
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    kind: Literal["local"] = key("local", "where the job is started")
+    workers: int | None = key(None, "processes per node; one per GPU by default, else 1")
+    nodes: str = key("1", "nodes; this machine alone under launch=local")
+    dry: bool = key(False, "print the command instead of starting it")
+    backend: Literal["auto", "gloo", "nccl"] = key("auto", "collectives: nccl on GPUs, gloo elsewhere")
+    timeout_s: float = key(600.0, "a collective that takes longer has failed")
+    threads: int | None = key(None, "CPU threads per rank; cores / workers of the machine by default")
+    env: Mapping[str, str] = key({}, "environment variables to pass to the workers")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every: str | None = key("1ep", "how often to save: a duration or 10min; null for only at the end")
+    keep: int = key(2, "how many checkpoints to keep")
+    dir: str | None = key(None, "where; <run folder>/checkpoints by default")
+    best: str | None = key(None, "keep the best checkpoint by this metric, e.g. val/accuracy")
+    best_mode: Literal["auto", "min", "max"] = key("auto", "whether the best is lowest or highest; auto: losses lowest")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    init: str | None = key(None, "parameters to start from, a safetensors file")
+    strict: bool = key(True, "model.init must hold exactly the model's names; false says the differences and goes on")
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    every: int = key(1, "updates between training rows in metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    worlds: tuple[int, ...] | None = key(None, "launcher plan: the world sizes to show; 1 to 64 by default")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    name: str | None = key(None, "the run's name; <recipe>-<job or time> by default")
+    dir: str | None = key(None, "the run's folder; runs/<name> by default")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One resolved configuration. World size is not in it: that comes from the job's environment.
+
+    `recipe`, `optimizer` and `sink` are mappings: their keys belong to the recipe, to torch and to the sinks.
+    """
+
+    recipe: Mapping[str, Any] = key({}, "the recipe: _target_, trust and its own fields")
+    batch: BatchSettings = part(BatchSettings)
+    lr: LrSettings = part(LrSettings)
+    optimizer: Mapping[str, Any] = key({}, "_target_ and torch's own argument names")
+    schedule: ScheduleSettings = part(ScheduleSettings)
+    train: TrainSettings = part(TrainSettings)
+    data: DataSettings = part(DataSettings)
+    strategy: StrategySettings = part(StrategySettings)
+    elastic: ElasticSettings = part(ElasticSettings)
+    launch: LaunchSettings = part(LaunchSettings)
+    sink: Mapping[str, Any] = key({}, "where the figures go: console, wandb, tensorboard")
+    checkpoint: CheckpointSettings = part(CheckpointSettings)
+    model: ModelSettings = part(ModelSettings)
+    log: LogSettings = part(LogSettings)
+    plan: PlanSettings = part(PlanSettings)
+    run: RunSettings = part(RunSettings)
+    resume: str = key("auto", "auto, never, must or the folder of a checkpoint")
+    seed: int = key(0, "everything random follows from it")
+    debug: bool = key(False, "show tracebacks and the noise of libraries")
+    format: Literal["text", "json"] = key("text", "json: one JSON document on stdout, for plan")

@@ -1,0 +1,59 @@
+"""What the outside asks of a worker: to save and stop, or to save and be started again.
+
+A signal only raises a flag; the ranks agree on it in the next vote. Rank 0 also looks for the `stop` file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from launcher.errors import EXIT_INTERRUPTED
+from launcher.vote import GO_ON, LEAVE, STOP
+
+__all__ = ["Wishes"]
+
+LOOK_EVERY_S = 0.2
+
+
+class Wishes:
+    """The flags raised so far. `install` it before anything slow, so that no signal ends the process by default."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.why: str | None = None
+        self._wish = GO_ON
+        self._clock = clock
+        self._looked = float("-inf")
+
+    def install(self) -> None:
+        signal.signal(signal.SIGUSR1, self._asked_to_stop)
+        signal.signal(signal.SIGTERM, self._asked_to_leave)
+        signal.signal(signal.SIGINT, self._interrupted)
+
+    def read(self, stop_file: Path | None) -> int:
+        """The present wish. `stop_file` is given on rank 0 alone and looked for a few times a second."""
+        now = self._clock()
+        if stop_file is not None and self._wish == GO_ON and now - self._looked >= LOOK_EVERY_S:
+            self._looked = now
+            if stop_file.exists():
+                self._raise(STOP, "the stop file")
+        return self._wish
+
+    def _raise(self, wish: int, why: str) -> None:
+        self._wish = max(self._wish, wish)
+        self.why = self.why or why
+
+    def _asked_to_stop(self, _: int, __: FrameType | None) -> None:
+        self._raise(STOP, "SIGUSR1")
+
+    def _asked_to_leave(self, _: int, __: FrameType | None) -> None:
+        self._raise(LEAVE, "SIGTERM")
+
+    def _interrupted(self, _: int, __: FrameType | None) -> None:
+        if self._wish != GO_ON and self.why == "Ctrl-C":
+            os._exit(EXIT_INTERRUPTED)
+        self._raise(STOP, "Ctrl-C")

@@ -1,0 +1,200 @@
+"""Between training and the sinks: training hands over rows and events and goes on at once.
+
+Each sink has a queue and a thread of its own, so that a slow one holds up nobody. Rows wait until the thread next
+wakes, a few times a second, since each waking takes the interpreter from training; events wake it at once. A sink
+that fails is reported once, tried again, and never breaks training.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from launcher.reading import Event, Reading
+
+__all__ = ["Journal", "Sink", "say"]
+
+EVERY_S = 0.25
+SLOWEST_RETRY_S = 30.0
+TRIES = 3
+QUEUE_ROWS = 20_000
+PATIENCE_S = 2.0
+
+
+class Sink(Protocol):
+    """Where rows and events go. Both verbs are called from the sink's own thread.
+
+    A sink may also have: `lossless = True` for a queue without bounds, whose events are written when the call
+    returns; `patience_s`, how long closing may take; and `abandon()`, called where it took longer.
+    """
+
+    def write(self, entry: Reading | Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def say(text: str) -> None:
+    """One line on stderr, free of a progress bar that may stand there."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{start}{text}", file=sys.stderr, flush=True)
+
+
+class Journal:
+    """What training tells the world, on rank 0.
+
+    `reading` costs about a microsecond per sink. `event` returns when the event is in `events.jsonl`, or after 2 s.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        clock: Callable[[], float] = time.time,
+        say: Callable[[str], None] = say,
+        queue_rows: int = QUEUE_ROWS,
+    ) -> None:
+        self._clock = clock
+        self._say = say
+        self._lanes = tuple(Lane(sink, self._report, queue_rows) for sink in sinks)
+        for lane in self._lanes:
+            lane.start()
+
+    def reading(self, reading: Reading) -> None:
+        for lane in self._lanes:
+            lane.put(reading)
+
+    def event(self, name: str, **facts: Any) -> None:
+        self._post(Event(self._clock(), name, facts))
+        self.flush()
+
+    def flush(self, timeout_s: float = PATIENCE_S) -> None:
+        """Wait until the JSONL files hold all that was handed over: what a checkpoint counts must not be lost."""
+        for lane in self._lanes:
+            if lane.lossless:
+                lane.flush(timeout_s)
+
+    def close(self) -> None:
+        """Write what is left. A sink that takes longer than its patience (2 s) is left behind, and that is said."""
+        start = time.monotonic()
+        hasty = [lane for lane in self._lanes if not lane.lossless]
+        for lane in hasty:
+            lane.finish()
+        for lane in hasty:
+            lane.join(start)
+        for lane in self._lanes:
+            if lane.lost:
+                self._report(lane.name, f"{lane.lost} rows are missing there, metrics.jsonl has them")
+        for lane in self._lanes:
+            if lane.lossless:
+                lane.finish()
+                lane.join(time.monotonic())
+
+    def _post(self, event: Event, kept_only: bool = False) -> None:
+        for lane in self._lanes:
+            if lane.lossless or not kept_only:
+                lane.put(event)
+                lane.wake()
+
+    def _report(self, name: str, why: str) -> None:
+        """Called from the sinks' threads too, so it waits for nothing."""
+        detail = f"{name}: {why}"
+        self._say(f"warning: {detail}")
+        self._post(Event(self._clock(), "alarm", {"kind": "sink", "detail": detail}), kept_only=True)
+
+
+class Lane:
+    """One sink, its queue and its thread."""
+
+    def __init__(self, sink: Sink, report: Callable[[str, str], None], queue_rows: int) -> None:
+        self.name = type(sink).__name__.lower()
+        self.lossless: bool = getattr(sink, "lossless", False)
+        self.lost = 0
+        self._sink = sink
+        self._report = report
+        self._room = queue_rows
+        self._queue: deque[Reading | Event] = deque()
+        self._waiting: deque[threading.Event] = deque()
+        self._awake = threading.Event()
+        self._closing = self._left = False
+        self._failures = 0  # in a row: the sink's, and the entry's in hand
+        self._tries = 0
+        self._reported = False
+        self._thread = threading.Thread(target=self._run, name=f"sink-{self.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, entry: Reading | Event) -> None:
+        if len(self._queue) >= self._room and not self.lossless and isinstance(entry, Reading):
+            self.lost += 1
+        else:
+            self._queue.append(entry)
+
+    def wake(self) -> None:
+        self._awake.set()
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until all that was put before has been written, or has failed once more."""
+        if not self._thread.is_alive():
+            return
+        written = threading.Event()
+        self._waiting.append(written)
+        self.wake()
+        written.wait(timeout_s)
+
+    def finish(self) -> None:
+        self._closing = True
+        self.wake()
+
+    def join(self, start: float) -> None:
+        """Wait until the sink's patience, counted from `start`, is over; it may grow on the way."""
+        while self._thread.is_alive() and time.monotonic() < start + getattr(self._sink, "patience_s", PATIENCE_S):
+            self._thread.join(0.02)
+        if self._thread.is_alive():
+            self._left = True
+            abandon = getattr(self._sink, "abandon", None)
+            abandon() if abandon else self._report(self.name, "did not end in time and was left behind")
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._awake.wait(min(EVERY_S * 2**self._failures, SLOWEST_RETRY_S))
+            self._awake.clear()
+            self._pass()
+        self._pass()
+        self.lost += sum(isinstance(entry, Reading) for entry in self._queue)
+        try:
+            self._sink.close()
+        except Exception as error:
+            self._failed(error)
+
+    def _pass(self) -> None:
+        """Write all that waits, up to the first failure; then let go of those who wait for it."""
+        waiting = len(self._waiting)
+        while self._queue and self._written(self._queue[0]):
+            self._queue.popleft()
+        for _ in range(waiting):
+            self._waiting.popleft().set()
+
+    def _written(self, entry: Reading | Event) -> bool:
+        """Whether the lane is through with the entry: written, or given up after some tries."""
+        try:
+            self._sink.write(entry)
+        except Exception as error:
+            self._failed(error)
+            self._tries += 1
+            if self._tries < TRIES or (self.lossless and isinstance(error, OSError)):
+                return False
+            self.lost += isinstance(entry, Reading)
+        else:
+            self._failures = 0
+        self._tries = 0
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        self._failures = min(self._failures + 1, 10)
+        if not self._reported and not self._left:
+            self._reported = True
+            self._report(self.name, f"{type(error).__name__}: {' '.join(str(error).split())} (training goes on)")

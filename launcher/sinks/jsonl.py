@@ -1,0 +1,137 @@
+"""The sink that is always on: `metrics.jsonl` and `events.jsonl` in the run folder.
+
+JSON has no NaN and no infinity: such a value is written as `null`. Times and speeds keep six significant digits,
+losses and rates all of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launcher.reading import Event, Reading
+
+__all__ = ["EVENTS", "METRICS", "Jsonl", "as_line"]
+
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+COMPACT = ("stage/", "throughput/", "device/")
+BLOCK_BYTES = 65536
+
+
+class Jsonl:
+    """Appends one whole line per write, so that a kill at any time leaves every earlier line as it was."""
+
+    def __init__(self, folder: Path) -> None:
+        self._metrics = Lines(folder / METRICS)
+        self._events = Lines(folder / EVENTS)
+
+    def write(self, entry: Reading | Event) -> None:
+        """
+        Raises:
+            OSError: nothing of the entry was written; it may be tried again.
+        """
+        lines = self._metrics if isinstance(entry, Reading) else self._events
+        lines.append(as_line(entry))
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._events.close()
+
+
+class Lines:
+    """One file of lines, readable and writable by its owner only."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.open(path, flags, 0o600)
+        self._rest = b""
+        _mend_tail(self._file)
+
+    def append(self, line: bytes) -> None:
+        self._write_rest()
+        self._rest = line[os.write(self._file, line) :]
+        with suppress(OSError):  # the line has begun, so it counts as written: its rest goes before the next one
+            self._write_rest()
+
+    def close(self) -> None:
+        if self._file >= 0:
+            self._write_rest()
+            os.close(self._file)
+            self._file = -1
+
+    def _write_rest(self) -> None:
+        while self._rest:
+            self._rest = self._rest[os.write(self._file, self._rest) :]
+
+
+def as_line(entry: Reading | Event) -> bytes:
+    """One JSON object and a newline; the position first, then the values in their own order."""
+    row = _row(entry)
+    try:
+        text = json.dumps(row, default=_plain, allow_nan=False)
+    except ValueError:  # not finite somewhere: rare, so only then is the row walked through
+        text = json.dumps(_finite(row), default=lambda value: _finite(_plain(value)), allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _row(entry: Reading | Event) -> dict[str, Any]:
+    if isinstance(entry, Event):
+        return {"time": entry.time, "event": entry.event, **entry.facts}
+    return {
+        "time": entry.time,
+        "samples": entry.samples,
+        "update": entry.update,
+        "epoch": entry.epoch,
+        "world": entry.world,
+        "generation": entry.generation,
+        **{key: _compact(value) if key.startswith(COMPACT) else value for key, value in entry.values.items()},
+    }
+
+
+def _compact(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: a number of numpy or torch as a number, anything else as its text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _mend_tail(file: int) -> None:
+    """A killed writer may have left a torn last line. A whole object gets its newline, a part of one is cut off."""
+    size = os.fstat(file).st_size
+    tail = _last_line(file, size)
+    if not tail:
+        return
+    try:
+        json.loads(tail)
+    except ValueError:
+        os.ftruncate(file, size - len(tail))
+    else:
+        os.write(file, b"\n")
+
+
+def _last_line(file: int, size: int) -> bytes:
+    """What stands after the last newline; empty where the file ends with one."""
+    tail, start = b"", size
+    while start > 0 and b"\n" not in tail:
+        length = min(BLOCK_BYTES, start)
+        start -= length
+        tail = os.pread(file, length, start) + tail
+    return tail.rpartition(b"\n")[2]

@@ -1,0 +1,62 @@
+"""Event files in the run folder's `tensorboard/`, for `tensorboard --logdir`. Only numbers; the step is samples."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import RequestError
+from launcher.reading import Event, Reading
+from launcher.sinks.thin import Thinner
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["Tensorboard"]
+
+
+class Tensorboard:
+    """
+    Raises:
+        RequestError: the package is not installed; found without importing it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if find_spec("tensorboard") is None:
+            raise RequestError(
+                "sink=tensorboard needs a package that is not installed: "
+                "type pip install 'elastic-batch-launcher[report]', or leave it out of sink="
+            )
+        self._folder = folder / "tensorboard"
+        self._thinner = Thinner()
+        self._samples = 0
+        self._writer: SummaryWriter | None = None
+
+    def write(self, entry: Reading | Event) -> None:
+        if isinstance(entry, Event):
+            self._text(entry)
+        elif self._thinner.passes(entry):
+            self._row(entry)
+
+    def close(self) -> None:
+        if (last := self._thinner.last()) is not None:
+            self._row(last)
+        if self._writer is not None:
+            self._writer.close()  # type: ignore[no-untyped-call]
+
+    def _row(self, reading: Reading) -> None:
+        writer, self._samples = self._opened(), reading.samples
+        for key, value in reading.values.items():
+            writer.add_scalar(key, value, global_step=reading.samples, walltime=reading.time)
+
+    def _text(self, event: Event) -> None:
+        facts = "\n".join(f"- {name}: {value}" for name, value in event.facts.items())
+        self._opened().add_text(f"event/{event.event}", facts, global_step=self._samples, walltime=event.time)
+
+    def _opened(self) -> SummaryWriter:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes most of a second: not before training
+
+            self._writer = SummaryWriter(str(self._folder))  # type: ignore[no-untyped-call]
+        return self._writer

@@ -1,0 +1,110 @@
+"""Numbers, times and lines as a person reads them."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TextIO
+
+__all__ = ["ASCII", "Paint", "clock", "count", "figure", "fold", "one_line", "rate", "rows", "shares", "size", "took"]
+
+#: For terminals and files that know no Unicode.
+ASCII = str.maketrans({"·": "-", "━": "=", "╸": "-", "─": ".", "█": "#", "▌": "#", "→": ">", "…": "~"})
+
+
+class Paint:
+    """Colours, on terminals only, and not where NO_COLOR is set."""
+
+    def __init__(self, colours: bool) -> None:
+        self._colours = colours
+
+    def __call__(self, text: str, *codes: int) -> str:
+        return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self._colours and text else text
+
+    def bold(self, text: str) -> str:
+        return self(text, 1)
+
+    def dim(self, text: str) -> str:
+        return self(text, 2)
+
+
+def knows(stream: TextIO, text: str) -> bool:
+    """Whether the stream can show the text."""
+    try:
+        text.encode(getattr(stream, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def count(number: float) -> str:
+    """1,437"""
+    return f"{number:,.0f}"
+
+
+def figure(value: float) -> str:
+    """Four significant digits: 0.02134, 12.51, 1.2e-05."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def rate(value: float) -> str:
+    """A speed: 1,032 or 3.2"""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def size(number_bytes: float) -> str:
+    """1.2 GB"""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number_bytes < 1000:
+            return f"{number_bytes:.3g} {unit}"
+        number_bytes /= 1000
+    return f"{number_bytes:.3g} TB"
+
+
+def clock(seconds: float) -> str:
+    """0:41, 1:02:03, 3d 4:05:06"""
+    whole = round(max(0.0, seconds))
+    days, rest = divmod(whole, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, secs = divmod(rest, 60)
+    text = f"{hours}:{minutes:02}:{secs:02}" if days or hours else f"{minutes}:{secs:02}"
+    return f"{days}d {text}" if days else text
+
+
+def took(seconds: float) -> str:
+    """4.2 s below a minute, else as a clock."""
+    return f"{seconds:.3g} s" if seconds < 60 else clock(seconds)
+
+
+def shares(values: Sequence[int]) -> str:
+    """How an update is divided: `32`, or where it is uneven `(86, 85x2)`."""
+    groups = [(value, len(list(same))) for value, same in groupby(values)]
+    if len(groups) == 1:
+        return count(groups[0][0])
+    parts = [count(value) + (f"x{times}" if times > 1 else "") for value, times in groups]
+    return f"({', '.join(parts if len(parts) <= 6 else [*parts[:5], '…'])})"
+
+
+def one_line(text: object) -> str:
+    """Without line breaks and control characters, which a message of anyone's may hold."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
+def fold(text: str, width: int, indent: int) -> list[str]:
+    """Lines of at most `width` columns, broken at spaces; all but the first begin with `indent` spaces."""
+    width = max(width, indent + 10)
+    lines = textwrap.wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
+    return lines or [""]
+
+
+def rows(pairs: Iterable[tuple[str, str]], width: int, paint: Paint) -> list[str]:
+    """A label and its text on each line, the texts under each other."""
+    lines = []
+    for label, text in pairs:
+        first, *others = fold(f"  {label:<11}" + one_line(text), width, 13) if text else ["  " + label]
+        lines += [paint.dim(first[:13]) + first[13:], *others]
+    return lines

@@ -1,0 +1,94 @@
+"""Where training stands between two updates: what a checkpoint must bring back besides tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from launcher.errors import RequestError
+from launcher.schedule import LrSchedule
+from launcher.settings import TargetSettings
+from launcher.study import Study
+from launcher.timeline import Position, Update
+
+__all__ = ["Standing", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A value of a metric that training should reach."""
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @classmethod
+    def of(cls, wanted: TargetSettings) -> Target | None:
+        return None if wanted.metric is None else cls(wanted.metric, wanted.at_least, wanted.at_most)
+
+    def met(self, measured: Mapping[str, float]) -> bool:
+        """
+        Raises:
+            RequestError: the recipe measures no such metric.
+        """
+        if self.metric not in measured:
+            known = ", ".join(sorted(measured))
+            raise RequestError(f"train.target.metric={self.metric} is not measured here: choose from {known}")
+        value = measured[self.metric]
+        return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The clock is samples seen. `skips` counts updates in a row that were not finite, `seconds` the time trained."""
+
+    position: Position
+    schedule: LrSchedule
+    skips: int = 0
+    seconds: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    reached: Mapping[str, Any] | None = None
+    best: float | None = None
+
+    def after(self, update: Update) -> Standing:
+        return replace(self, position=update.after)
+
+    def skipped(self, skips: int) -> Standing:
+        return self if skips == self.skips else replace(self, skips=skips)
+
+    def validated(self, measured: Mapping[str, float], samples: int, watched: str) -> Standing:
+        """The schedule hears of the metric it watches (plateau); the others need none."""
+        schedule = self.schedule
+        if schedule.decay == "plateau":
+            if watched not in measured:
+                known = ", ".join(sorted(measured))
+                raise RequestError(f"schedule.metric={watched} is not measured here: choose from {known}")
+            schedule = schedule.validated(samples, measured[watched])
+        return replace(self, schedule=schedule, metrics=dict(measured))
+
+    def target_ends(self, study: Study) -> bool:
+        return self.reached is not None and study.run.train.stop_at_target
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON, for a checkpoint."""
+        return {
+            "schedule": self.schedule.to_facts(),
+            "skips": self.skips,
+            "seconds": self.seconds,
+            "metrics": dict(self.metrics),
+            "reached": self.reached,
+            "best": self.best,
+        }
+
+    @classmethod
+    def restored(cls, study: Study, position: Position, facts: Mapping[str, Any]) -> Standing:
+        return cls(
+            position=position,
+            schedule=study.schedule.with_facts(facts["schedule"]),
+            skips=facts["skips"],
+            seconds=facts["seconds"],
+            metrics=facts["metrics"],
+            reached=facts["reached"],
+            best=facts["best"],
+        )

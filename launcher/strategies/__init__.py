@@ -1,0 +1,68 @@
+"""How the model lies on the workers: one protocol, and the only place where a strategy is chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from launcher.optim import Precision
+    from launcher.settings import Run
+    from launcher.telemetry import StageClock
+
+__all__ = ["Replica", "Step", "prepare"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer's step found out. Both are device scalars and are read an update late.
+
+    `norm` is the norm of the update's mean gradient before clipping, `finite` whether it was applied.
+    """
+
+    norm: torch.Tensor
+    finite: torch.Tensor
+
+
+class Replica(Protocol):
+    """One rank's share of the model and its optimizer.
+
+    `model` is what the recipe's loss is called with; `bare` has the names of `recipe.model()`.
+    """
+
+    model: nn.Module
+    bare: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def micro(self, *, last: bool, pad: bool) -> AbstractContextManager[None]:
+        """Round one micro-batch's forward and backward. Gradients travel in the last one only."""
+
+    def backward(self, total: torch.Tensor, samples: int) -> None:
+        """Backward of `total / samples`, `samples` those of the whole update: the only division of a loss."""
+
+    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
+        """One optimizer step at rate `lr` on gradients times `rescale`, skipped where they are not finite."""
+
+    def settle_buffers(self) -> None:
+        """Give every rank rank 0's floating buffers (running statistics), before validation and saving."""
+
+    def tensors(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], Mapping[str, Any]]:
+        """Model tensors by name, optimizer tensors as `<parameter>/<slot>`, and the rest as JSON facts."""
+
+    def restore(
+        self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        """Take over a checkpoint's tensors. Every rank calls it."""
+
+
+def prepare(model: nn.Module, run: Run, world: int, precision: Precision, clock: StageClock) -> Replica:
+    """The replica of `run.strategy.name`; the model is on its device already."""
+    from launcher.strategies.ddp import DdpReplica
+
+    table = {"ddp": DdpReplica}
+    return table[run.strategy.name](model, run, world, precision, clock)

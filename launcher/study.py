@@ -1,0 +1,284 @@
+"""The study: from configuration, data and world size to what the run will do, counted in samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, cast
+
+from launcher.batch import BatchPlan, BatchPolicy, PlanError, plan_batch
+from launcher.duration import Duration, Units
+from launcher.errors import RequestError
+from launcher.limits import check_data, check_request
+from launcher.rules import Rule, far_advice, optimizer_of, power_of, rule_of, warmup_advice
+from launcher.schedule import Decay, LrSchedule
+from launcher.settings import Run
+from launcher.timeline import Timeline
+
+__all__ = ["Sizes", "Study", "study"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a recipe says of its data: samples to train and to validate on, tokens per sample where it has tokens."""
+
+    train: int
+    val: int
+    tokens_per_sample: int | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a run will do at one world size. Every length is in samples, `checkpoint_every_s` in seconds.
+
+    `plan` is the whole batch, `stages` what is in force from which sample on (the shares of batch.ramp, else `plan`
+    alone). `warmup` is how long the rate rises. None for `validate_every` and both of `checkpoint_every`: only at the
+    end. `advice` are one-line warnings.
+    """
+
+    run: Run
+    sizes: Sizes
+    world: int
+    policy: str
+    rule: Rule
+    plan: BatchPlan
+    stages: tuple[tuple[int, BatchPlan], ...]
+    timeline: Timeline
+    schedule: LrSchedule
+    duration: int
+    warmup: int
+    validate_every: int | None
+    checkpoint_every: int | None
+    checkpoint_every_s: float | None
+    advice: tuple[str, ...]
+
+    def batch_at(self, samples: int) -> int:
+        """The global batch in force after `samples`."""
+        return [plan.global_batch for begin, plan in self.stages if begin <= samples][-1]
+
+    def resumed(self, facts: Mapping[str, Any], samples: int) -> Study:
+        """This study with the rate's history from a checkpoint at `samples`.
+
+        Where that was at another batch it is a resize at `samples`; where nothing changed the history stays as it was.
+        """
+        batches = [(begin, plan.global_batch) for begin, plan in self.stages]
+        return replace(self, schedule=self.schedule.from_facts(facts).planned(samples, batches))
+
+
+def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = None) -> Study:
+    """Work out what `run` does on `sizes` at `world` workers, with shares by `speeds` where these are given.
+
+    Raises RequestError where the request is wrong, PlanError (which is one) where only this world size is.
+    """
+    check_request(run)
+    check_data(run, sizes.train, sizes.val)
+    _check_world(run, world)
+    rule = rule_of(run)
+    units = _units(run, sizes)
+    policy = _policy(run, sizes)
+    plan = plan_batch(policy, world, speeds)
+    _check_plan(run, sizes, plan)
+    stages = _stages(run, sizes, units, policy, plan, speeds)
+    _check_rprop(run, sizes, stages)
+    schedule = _schedule(run, units, rule).planned(0, [(begin, stage.global_batch) for begin, stage in stages])
+    every, every_s = _checkpoint_every(run, units)
+    duration = schedule.duration
+    return Study(
+        run=run,
+        sizes=sizes,
+        world=world,
+        policy=policy.kind,
+        rule=rule,
+        plan=plan,
+        stages=stages,
+        timeline=Timeline(sizes.train, duration, stages, run.data.tail),
+        schedule=schedule,
+        duration=duration,
+        warmup=schedule.rise,
+        validate_every=_every(run.train.validate_every, "train.validate_every", units),
+        checkpoint_every=every,
+        checkpoint_every_s=every_s,
+        advice=_advice(run, rule, schedule, stages),
+    )
+
+
+def _units(run: Run, sizes: Sizes) -> Units:
+    units = Units(sizes.train, run.lr.base_batch or 1, sizes.tokens_per_sample)
+    duration = Duration.parse(run.train.duration, "train.duration").samples(units)
+    if duration < 1:
+        raise RequestError(f"train.duration={run.train.duration} trains on nothing: type train.duration=10ep")
+    return replace(units, duration=duration)
+
+
+def _samples(text: str, key: str, units: Units) -> int:
+    return Duration.parse(text, key).samples(units)
+
+
+def _every(text: str | None, key: str, units: Units) -> int | None:
+    if text is None:
+        return None
+    samples = _samples(text, key, units)
+    if samples < 1:
+        raise RequestError(f"{key}={text} is no interval: type {key}=1ep, or {key}=null for only at the end")
+    return samples
+
+
+def _checkpoint_every(run: Run, units: Units) -> tuple[int | None, float | None]:
+    text = run.checkpoint.every
+    if text is None:
+        return None, None
+    seconds = Duration.parse(text, "checkpoint.every", seconds=True).seconds
+    if seconds:
+        return None, seconds
+    return _every("0sp" if seconds == 0 else text, "checkpoint.every", units), None
+
+
+def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
+    batch = run.batch
+    return BatchPolicy(
+        kind="hold" if batch.policy == "scale" and batch.global_batch is not None else batch.policy,
+        per_device=batch.per_device,
+        accumulation=None if batch.accumulation == "auto" else batch.accumulation,
+        global_batch=sizes.train if batch.global_batch == "full" else batch.global_batch,
+        min_global=batch.min_global,
+        max_global=batch.max_global,
+        idle=run.elastic.idle,
+    )
+
+
+def _check_world(run: Run, world: int) -> None:
+    low, high = run.elastic.min_workers, run.elastic.max_workers
+    if world < low:
+        raise PlanError(
+            f"elastic.min_workers={low} but this job has {world}: start {low} workers or more, "
+            f"or type elastic.min_workers={world}"
+        )
+    if high is not None and world > high:
+        raise PlanError(
+            f"elastic.max_workers={high} but this job has {world}: start {high} workers or fewer, "
+            f"or type elastic.max_workers={world}"
+        )
+
+
+def _check_plan(run: Run, sizes: Sizes, plan: BatchPlan) -> None:
+    if plan.global_batch <= sizes.train:
+        return
+    if run.batch.policy == "bounded":
+        mend = f"type batch.max_global={sizes.train} or less"
+    else:
+        mend = f"type a smaller batch.per_device, use fewer workers, or type batch.global={sizes.train}"
+    raise PlanError(
+        f"batch.per_device={run.batch.per_device} makes a global batch of {plan.global_batch} at {plan.world} workers, "
+        f"beyond the {sizes.train} training samples: {mend}"
+    )
+
+
+def _stages(
+    run: Run, sizes: Sizes, units: Units, policy: BatchPolicy, plan: BatchPlan, speeds: Sequence[float] | None
+) -> tuple[tuple[int, BatchPlan], ...]:
+    if run.batch.ramp is None:
+        return ((0, plan),)
+    stages = []
+    for begin, share in _ramp(run, units):
+        size = int(share * plan.global_batch + Fraction(1, 2))
+        least = 1 if policy.idle else plan.world
+        if not least <= size <= sizes.train:
+            bound = f"below {least} workers" if size < least else f"beyond the {sizes.train} training samples"
+            raise PlanError(
+                f"batch.ramp: its share {float(share):g} of {plan.global_batch} is a batch of {size}, {bound}: "
+                f"type a {'larger' if size < least else 'smaller'} share"
+            )
+        held = BatchPolicy(kind="hold", per_device=policy.per_device, global_batch=size, idle=policy.idle)
+        stages.append((begin, plan if size == plan.global_batch else plan_batch(held, plan.world, speeds)))
+    return tuple(stages)
+
+
+def _ramp(run: Run, units: Units) -> list[tuple[int, Fraction]]:
+    """batch.ramp as (from which sample on, share), ascending from 0."""
+    mend = "type batch.ramp=[[0dur,0.25],[0.1dur,0.5],[0.2dur,1]]"
+    ramp: list[tuple[int, Fraction]] = []
+    for entry in run.batch.ramp or ():
+        if isinstance(entry, str) or len(entry) != 2:
+            raise RequestError(f"batch.ramp: {entry} is not a time and a share: {mend}")
+        begin, share = _samples(entry[0], "batch.ramp", units), _share(entry[1], mend)
+        if begin <= ramp[-1][0] if ramp else begin != 0:
+            raise RequestError(f"batch.ramp: {entry[0]} is out of order, times ascend from 0: {mend}")
+        ramp.append((begin, share))
+    if not ramp:
+        raise RequestError(f"batch.ramp=[] has no stage: {mend}, or batch.ramp=null")
+    return ramp
+
+
+def _share(value: Any, mend: str) -> Fraction:
+    try:
+        share = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if share <= 0:
+        raise RequestError(f"batch.ramp: {value} is no share above 0 of the global batch: {mend}")
+    return share
+
+
+def _check_rprop(run: Run, sizes: Sizes, stages: Sequence[tuple[int, BatchPlan]]) -> None:
+    least = min(plan.global_batch for _, plan in stages)
+    if optimizer_of(run) == "rprop" and least < sizes.train:
+        raise RequestError(
+            f"optimizer=rprop with a batch of {least} of {sizes.train} samples: its step sizes follow the sign of "
+            "successive gradients, which the noise of minibatches flips; type batch.global=full or another optimizer"
+        )
+
+
+def _schedule(run: Run, units: Units, rule: Rule) -> LrSchedule:
+    schedule = run.schedule
+    return LrSchedule(
+        base=cast(float, run.lr.base),
+        base_batch=units.base_batch,
+        duration=cast(int, units.duration),
+        epoch=units.epoch,
+        rule=rule,
+        power=power_of(run),
+        warmup=_samples(schedule.warmup, "schedule.warmup", units),
+        warmup_shape=schedule.warmup_shape,
+        warmup_from=schedule.warmup_from,
+        per=schedule.per,
+        decay=_decay(run, units),
+    )
+
+
+def _decay(run: Run, units: Units) -> Decay:
+    schedule = run.schedule
+    every = schedule.every or ("1ep" if schedule.decay == "exponential" else None)
+    momentum = schedule.momentum
+    return Decay(
+        kind=schedule.decay,
+        end=schedule.end,
+        start=schedule.start,
+        momentum=None if momentum is None else (momentum[0], momentum[1]),
+        milestones=tuple(_samples(text, "schedule.milestones", units) for text in schedule.milestones),
+        every=_every(every, "schedule.every", units),
+        factor=schedule.factor,
+        floor=schedule.min,
+        mode=schedule.mode,
+        patience=schedule.patience,
+    )
+
+
+def _advice(run: Run, rule: Rule, schedule: LrSchedule, stages: Sequence[tuple[int, BatchPlan]]) -> tuple[str, ...]:
+    largest = max(plan.global_batch for _, plan in stages)
+    lines = [
+        _hold_advice(run),
+        far_advice(run, rule, largest / schedule.base_batch),
+        warmup_advice(run, schedule.rise, schedule.duration, largest),
+    ]
+    if schedule.warmup > schedule.duration:
+        lines.append("schedule.warmup is longer than train.duration: the rate never reaches its target")
+    if stages[-1][0] >= schedule.duration:
+        lines.append("batch.ramp has stages past train.duration: they are never reached")
+    return tuple(line for line in lines if line)
+
+
+def _hold_advice(run: Run) -> str:
+    if run.batch.policy == "scale" and run.batch.global_batch is not None:
+        return f"batch.global={run.batch.global_batch} is given, so batch.policy=hold: the global batch stays"
+    return ""

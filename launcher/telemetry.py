@@ -1,0 +1,188 @@
+"""Where the time of an update goes.
+
+A `StageClock` is lapped through the loop: each lap gives the time since the last one to a stage, so that the stages
+add up to the wall time by construction. On a GPU the laps are events on the stream, read one update late; nothing in
+the loop waits for the device. There, time in which the device waits for the host shows in the stage it waited for.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["STAGES", "CudaTimer", "HostTimer", "Late", "Meter", "StageClock", "Timer", "critical_rank", "memory", "utilization"]
+
+#: The order in which a rank's stage times travel in the vote.
+STAGES = ("data", "transfer", "forward", "backward", "sync", "optimizer", "checkpoint", "other")
+
+
+class Timer(Protocol):
+    def stamp(self) -> Any: ...
+
+    def elapsed_ms(self, start: Any, end: Any) -> float: ...
+
+
+class HostTimer:
+    """The host's monotonic clock: right where the host does the work, or waits for it."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.stamp = clock
+
+    def elapsed_ms(self, start: float, end: float) -> float:
+        return (end - start) * 1e3
+
+
+class CudaTimer:
+    """Events on the current stream. `elapsed_ms` waits for the later event alone, never for the whole device."""
+
+    def stamp(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+class StageClock:
+    """Laps of the update under way, and the finished update's stage times."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._laps: list[tuple[str, Any]] = []
+        self._last = timer.stamp()
+        self._mark: Any = None
+        self._finished: tuple[Any, list[tuple[str, Any]]] | None = None
+
+    def lap(self, stage: str) -> None:
+        """The time since the last lap belongs to `stage`."""
+        self._laps.append((stage, self._timer.stamp()))
+
+    def mark(self) -> None:
+        """Called from the last bucket's communication hook: from here on the backward pass only waits."""
+        self._mark = self._timer.stamp()
+
+    def lap_backward(self) -> None:
+        """The backward pass up to the mark; what came after it is exposed synchronisation."""
+        if self._mark is not None:
+            self._laps.append(("backward", self._mark))
+            self._mark = None
+            self.lap("sync")
+        else:
+            self.lap("backward")
+
+    def end_update(self) -> None:
+        """Close the update; its times can be read from now on by `times_ms`, until the next one ends."""
+        self.lap("other")
+        self._finished = (self._last, self._laps)
+        self._last, self._laps = self._laps[-1][1], []
+
+    def times_ms(self) -> tuple[float, ...]:
+        """Milliseconds per stage of the last finished update, in the order of `STAGES`; zeros before the first."""
+        times = dict.fromkeys(STAGES, 0.0)
+        if self._finished is not None:
+            start, laps = self._finished
+            for stage, stamp in laps:
+                times[stage] += self._timer.elapsed_ms(start, stamp)
+                start = stamp
+        return tuple(times.values())
+
+
+class Late:
+    """Device scalars of one update (loss, norm, whether it was applied) and what its loss counts.
+
+    They are copied off the device without waiting; `read` waits for that copy alone, when the next update is under
+    way. Without any: a sum of nothing, applied. The last scalar is a tensor and says which device it is.
+    """
+
+    def __init__(self, scalars: Sequence[Any] = (), count: float = 0.0) -> None:
+        self.count = count
+        self._event: torch.cuda.Event | None = None
+        self._values: torch.Tensor | tuple[float, ...] = (0.0, 0.0, 1.0)
+        if scalars:
+            device = scalars[-1].device
+            together = torch.stack([torch.as_tensor(scalar, device=device).detach().double() for scalar in scalars])
+            self._values = self._leaving(together) if together.is_cuda else together
+
+    def _leaving(self, together: torch.Tensor) -> torch.Tensor:
+        pinned = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+        pinned.copy_(together, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+        return pinned
+
+    def read(self) -> tuple[float, float, float]:
+        if self._event is not None:
+            self._event.synchronize()
+        loss, norm, finite = (
+            self._values.tolist() if isinstance(self._values, torch.Tensor) else self._values
+        )
+        return loss, norm, finite
+
+
+class Meter:
+    """Wall time, memory and utilisation of this rank. The last two are sampled twice a second, not per update."""
+
+    SAMPLE_EVERY_S = 0.5
+
+    def __init__(
+        self, device: torch.device, threads: int, before_s: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._device = device
+        self._threads = threads
+        self._clock = clock
+        self._before_s = before_s
+        self._start = self._last = self._sampled = clock()
+        self._busy_s = time.process_time()
+        self._values: dict[str, float] = {}
+
+    def seconds(self) -> float:
+        """Time trained so far, earlier generations included."""
+        return self._before_s + self._clock() - self._start
+
+    def wall_s(self) -> float:
+        """Time since it was last asked: one update's, when asked once per update."""
+        now = self._clock()
+        wall_s, self._last = now - self._last, now
+        return wall_s
+
+    def values(self) -> dict[str, float]:
+        now = self._clock()
+        if not self._values or now - self._sampled >= self.SAMPLE_EVERY_S:
+            busy_s = time.process_time()
+            share = utilization(self._device, busy_s - self._busy_s, now - self._sampled, self._threads)
+            self._sampled, self._busy_s = now, busy_s
+            self._values = memory(self._device) | ({} if share is None else {"device/utilization": share})
+        return self._values
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak on the device and how often its allocator had to retry; on a CPU what the process has resident."""
+    if device.type != "cuda":
+        return {"memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    stats = torch.cuda.memory_stats(device)
+    return {
+        "memory/peak_bytes": stats.get("allocated_bytes.all.peak", 0),
+        "memory/alloc_retries": stats.get("num_alloc_retries", 0),
+    }
+
+
+def utilization(device: torch.device, busy_s: float, wall_s: float, threads: int) -> float | None:
+    """Share of the time the device was busy: NVML's figure on a GPU, process time over wall time on the CPU."""
+    if device.type == "cuda":
+        try:
+            return torch.cuda.utilization(device) / 100
+        except (ModuleNotFoundError, RuntimeError, OSError):
+            return None  # no NVML on this machine: absent rather than guessed
+    return min(1.0, busy_s / (wall_s * threads)) if wall_s > 0 else None
+
+
+def critical_rank(stages_ms: Sequence[Sequence[float]]) -> int:
+    """The rank the others waited for: the one with the least `sync`, the lower rank where they are equal."""
+    sync = STAGES.index("sync")
+    return min(range(len(stages_ms)), key=lambda rank: stages_ms[rank][sync])

@@ -1,0 +1,55 @@
+"""Who this process is in the job. The only module that reads what torchrun and Slurm put in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+__all__ = ["Topology"]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One worker's place. `generation` counts the starts of the workers of one run, from 1; 0 is not yet known."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    node: int = 0
+    generation: int = 0
+    run_id: str | None = None
+    slurm_job: str | None = None
+    restarts_left: int = 0
+
+    @classmethod
+    def of(cls, env: Mapping[str, str] = os.environ) -> Topology | None:
+        """The worker's place from torchrun's variables, or None outside a job (the driver)."""
+        if "RANK" not in env:
+            return None
+        run_id = env.get("TORCHELASTIC_RUN_ID")
+        return cls(
+            rank=int(env["RANK"]),
+            world=int(env.get("WORLD_SIZE", "1")),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            node=int(env.get("GROUP_RANK", "0")),
+            run_id=None if run_id in (None, "", "none") else run_id,
+            slurm_job=slurm_job(env),
+            restarts_left=int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        )
+
+    @property
+    def nodes(self) -> int:
+        return max(1, self.world // max(1, self.local_world))
+
+    def started(self, generation: int) -> Topology:
+        return replace(self, generation=generation)
+
+
+def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:
+    """Slurm's job, `123` or `120_4` for a task of an array, so that a requeued job finds its folder; else None."""
+    if array := env.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return env.get("SLURM_JOB_ID")

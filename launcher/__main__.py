@@ -1,13 +1,19 @@
-"""The command line: a table from a verb to a function. Each verb imports what it needs, so that `plan` needs no torch."""
+"""The command line: a table from a verb to a function. Each verb imports what it needs: `plan` needs no torch."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
+from launcher.arguments import Arguments
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
+from launcher.keys import nearest
+from launcher.redact import redact
+from launcher.settings import Run
 from launcher.topology import Topology
 
 __all__ = ["VERBS", "main"]
@@ -15,19 +21,14 @@ __all__ = ["VERBS", "main"]
 
 def train(args: Sequence[str]) -> int:
     """One run, or with -m one after the other; under torchrun, this rank's part of it."""
-    from launcher.arguments import Arguments
-
-    topology, asked = Topology.of(), Arguments.parse(args)
+    asked, topology = Arguments.parse(args), Topology.of()
+    if answered(asked, args):
+        return EXIT_OK
     if topology is not None:
         return work(args, asked.multirun, topology)
     from launcher import config
 
-    if asked.multirun:
-        return config.multirun(args, drive)
-    composed = config.resolve(args)
-    for note in composed.notes:
-        tell(note)
-    return drive(composed.run)
+    return config.multirun(args, drive) if asked.multirun else drive(resolved(args))
 
 
 def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
@@ -38,7 +39,7 @@ def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
     return int(worker.main(list(args), topology))
 
 
-def drive(run: object) -> int:
+def drive(run: Run) -> int:
     """One run from the driver: starts torchrun and ends when it ends."""
     from launcher import launch
 
@@ -47,27 +48,51 @@ def drive(run: object) -> int:
 
 def worker(args: Sequence[str]) -> int:
     """Internal: a worker that the driver started, with the file that hands the run over."""
-    from launcher import worker as workers
-
     topology = Topology.of()
     if topology is None or len(args) != 1:
         raise RequestError("worker is started by the driver alone: type launcher, or torchrun -m launcher")
+    from launcher import worker as workers
+
     return int(workers.main_handover(args[0], topology))
 
 
 def plan(args: Sequence[str]) -> int:
     """Shows batch, rate and schedule at every world size; starts nothing."""
-    import json
+    if answered(Arguments.parse(args), args):
+        return EXIT_OK
+    run = resolved(args)
+    from launcher import planning, recipe
 
-    from launcher import config, planning, recipe
-
-    composed = config.resolve(args)
-    for note in composed.notes:
-        tell(note)
-    run = composed.run
     document = planning.plan_document(run, recipe.sizes(recipe.build(run.recipe)), run.plan.worlds)
     print(json.dumps(document) if run.format == "json" else planning.plan_table(document))
     return EXIT_OK
+
+
+def resolved(args: Sequence[str]) -> Run:
+    """The run asked for; what was decided for the user is said on stderr."""
+    from launcher import config
+
+    composed = config.resolve(args)
+    for note in composed.notes:
+        tell(f"note: {note}")
+    return composed.run
+
+
+def answered(asked: Arguments, args: Sequence[str]) -> bool:
+    """Whether only something was to be shown; then it is on stdout."""
+    if asked.help:
+        from launcher.manual import help_text
+
+        print(help_text(min(shutil.get_terminal_size().columns, 100)), end="")
+    elif asked.version:
+        from importlib.metadata import version
+
+        print(f"launcher {version('elastic-batch-launcher')}")
+    elif asked.cfg or asked.info:
+        from launcher import config
+
+        print(config.show_config(args), end="")
+    return bool(asked.help or asked.version or asked.cfg or asked.info)
 
 
 VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {"train": train, "plan": plan, "worker": worker}
@@ -86,21 +111,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except RequestError as error:
-        return refuse(error, args, EXIT_REQUEST, str(error))
+        return refuse(error, args, EXIT_REQUEST)
     except Exception as error:
-        return refuse(error, args, EXIT_FAILED, f"{type(error).__name__}: {error} (debug=true shows where)")
+        return refuse(error, args, EXIT_FAILED)
 
 
 def dispatch(args: list[str]) -> int:
-    sys.path.insert(0, os.getcwd())  # a recipe in the current folder, also for the console command
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a recipe in the current folder, also for the console command
     verb, rest = (args[0], args[1:]) if args and is_verb(args[0]) else ("train", args)
     if verb not in VERBS:
-        from launcher.keys import nearest
-
         known = [name for name in VERBS if name != "worker"]
-        raise RequestError(f"{verb} is no verb: " + (f"did you mean {meant}?" if (meant := nearest(verb, known)) else f"choose from {', '.join(known)}"))
-    return VERBS[verb](rest) if verb == "worker" else show(rest) or VERBS[verb](rest)
+        meant = nearest(verb, known)
+        raise RequestError(
+            f"{verb} is no verb: " + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")
+        )
+    return VERBS[verb](rest)
 
 
 def is_verb(word: str) -> bool:
     return "=" not in word and not word.startswith(("-", "+", "~"))
+
+
+def refuse(error: Exception, args: Sequence[str], status: int) -> int:
+    """One line on stderr, by rank 0 alone where the request is wrong; the traceback with debug=true or in a worker."""
+    topology, request = Topology.of(), status == EXIT_REQUEST
+    if request and topology is not None and topology.rank > 0:
+        return status
+    debug = any(arg.lower() == "debug=true" for arg in args)
+    if debug or (topology is not None and not request):
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+    hint = "" if request or debug else " (debug=true shows where)"
+    tell(f"error: {error}" if request else f"error: {type(error).__name__}: {error}{hint}")
+    return status
+
+
+def tell(text: str) -> None:
+    print(redact(" ".join(text.split())), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,7 +44,7 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """`config_dirs` are searched before what is shipped, the first one first; `cfg` and `info` show and start nothing."""
+    """`config_dirs` are searched before what is shipped, the first one first; `cfg` and `info` only show."""
 
     overrides: tuple[str, ...] = ()
     config_dirs: tuple[str, ...] = ()

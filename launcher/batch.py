@@ -99,6 +99,7 @@ def plan_batch(policy: BatchPolicy, world: int, speeds: Sequence[float] | None =
 
 
 _OR_IDLE = "or elastic.idle=true"
+_FINE = 10**12
 
 
 def _check(policy: BatchPolicy, world: int, speeds: Sequence[float] | None) -> None:
@@ -185,10 +186,13 @@ def _packed(shares: tuple[int, ...], cap: int) -> BatchPlan:
 
 
 def _starved(policy: BatchPolicy, source: str, shares: Sequence[int], speeds: Sequence[float]) -> PlanError:
-    """A rank is so slow that it gets nothing: how large the batch must be for it to get one sample."""
+    """A rank is so slow that it gets nothing: how large the batch must be for it to get one sample.
+
+    By then every rank has the whole part of its speed over the slowest, rounded up a little as quotients are floats.
+    """
     weights = _exact(speeds)
     slowest = min(weights)
-    needed = sum(weight // slowest for weight in weights)
+    needed = sum(weight * (_FINE + 1) // (slowest * _FINE) for weight in weights)
     if source == "batch.per_device":
         needed = _ceil(needed, len(shares) * (policy.accumulation or 1))
     value = policy.per_device if source == "batch.per_device" else sum(shares)

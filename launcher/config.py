@@ -22,6 +22,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import setup_globals
@@ -33,9 +34,8 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher import sweep
 from launcher.arguments import Arguments
 from launcher.checks import check
-from launcher.errors import EXIT_FAILED, EXIT_REQUEST, RequestError
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError
 from launcher.keys import flat, from_mapping, keys, no_such_key, to_mapping
-from launcher.manual import help_text
 from launcher.redact import redact, redacted
 from launcher.refusals import no_such_choice, refusal
 from launcher.settings import Run
@@ -48,7 +48,6 @@ __all__ = [
     "flat",
     "from_mapping",
     "from_yaml",
-    "help_text",
     "multirun",
     "resolve",
     "settled",
@@ -113,7 +112,10 @@ class Composer:
         """The overrides in Hydra's grammar, each key of them known."""
         with one_line():
             parsed = parse(overrides)
-            groups = {name: self._loader.get_group_options(name) for name in self._loader.list_groups("")}
+            wider = [override for override in overrides if override.startswith("hydra.searchpath=")]
+            known = self._loader.get_group_options("", ObjectType.GROUP, None, wider)
+            names = {override.key_or_group for override in parsed}.intersection(known)
+            groups = {name: self._loader.get_group_options(name, ObjectType.CONFIG, None, wider) for name in names}
         for override in parsed:
             check_key(override, groups)
         return parsed
@@ -391,7 +393,7 @@ def _outcomes(returned: Any) -> list[sweep.Outcome]:
 
 
 def run_point(point: Callable[[Run], int], here: list[sweep.Outcome], config: DictConfig) -> sweep.Outcome:
-    """Hydra's task: one point from start to end. It never raises, so that the next one starts."""
+    """Hydra's task: one point from start to end. A failure is told and returned, so that the next one starts."""
     hydra = HydraConfig.get()
     folder, number = Path(hydra.sweep.dir), str(hydra.sweep.subdir)
     overrides = [str(override) for override in hydra.overrides.task]
@@ -399,6 +401,8 @@ def run_point(point: Callable[[Run], int], here: list[sweep.Outcome], config: Di
     say(f"point {number}: {' '.join(overrides)}")
     try:
         composed = settled(plain(config), parse(overrides))
+        for note in composed.notes:
+            say(f"note: {note}")
         status = point(sweep.placed(composed.run, folder, number))
     except RequestError as error:
         status = EXIT_REQUEST
@@ -406,6 +410,8 @@ def run_point(point: Callable[[Run], int], here: list[sweep.Outcome], config: Di
     except Exception as error:
         status = EXIT_FAILED
         say(f"error: {type(error).__name__}: {error}")
+    if status == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt  # the sweep ends with it
     here.append(sweep.Outcome(int(hydra.job.num), tuple(overrides), status))
     return here[-1]
 

@@ -65,6 +65,8 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
         TrainingFailed: three updates in a row were not finite.
     """
     clock, replica, late, agreed = job.clock, job.replica, Late(), None
+    clock.start()
+    job.meter.start()
     for update in profiled(job.study.timeline.updates(standing.position), job.study.run.train.profile, job.saver.folder):
         sums = Sums()
         for micro in micro_batches(job, update):

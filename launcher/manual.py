@@ -14,39 +14,36 @@ __all__ = ["help_text"]
 
 HEAD = """\
 launcher [VERB] [FLAGS] [OVERRIDES]
-Trains a model on any number of workers, with the batch, the rate and the samples right.
 
-  launcher recipe=resnet                               train, one process per GPU
-  launcher launch.workers=2 recipe=gpt                 train with two processes
-  torchrun --nproc-per-node=2 -m launcher recipe=mlp   train as torchrun's workers
-  launcher -m batch.per_device=8,16,32                 a sweep, one job per point
-  launcher plan recipe=resnet plan.worlds=[1,2,8]      show batch and rate, start nothing
+Trains on any number of workers, with the batch, the rate and the samples right.
 
-Verbs
-  train  the default   plan  batch, rate and shares at each world size (format=json)
+  launcher recipe=resnet                          train, one process per GPU
+  launcher recipe=gpt launch.workers=2            train with two processes
+  torchrun --nproc-per-node=2 -m launcher         train as torchrun's workers
+  launcher -m batch.per_device=8,16,32            a sweep, one job per point
+  launcher plan plan.worlds=[1,2,8]               show batch and rate, no start
+
+Verbs, the first word
+  train           the default
+  plan            batch, rate and shares at each world size; format=json
 
 Flags
-  -m, --multirun           one run per combination of the values a,b,c
-  -cd, --config-dir DIR    a folder of your own recipe/, experiment/, ... YAML files
-  -c, --cfg job            show the composed configuration (--resolve: values filled in)
-  -i, --info defaults-tree show which files it is composed of
-  -h, --help, --version
+  -m, --multirun          a sweep: one run per combination of values a,b,c
+  -cd, --config-dir DIR   your own recipe/NAME.yaml, experiment/NAME.yaml
+  -c, --cfg job           show the whole configuration that would run
+  -i, --info defaults     show the files it is composed of
+  -h, --help              this text
+  --version               the version
 
-Overrides are Hydra's: group=choice, key=value, +recipe.new_field=1, [1,2] for a list.
+Overrides are Hydra's: group=choice, key=value, +recipe.new=1, [1,2] for a list.
 Durations are a number and a unit: 10ep, 500ba, 50000sp, 1e9tok, 0.05dur, 10min.
 """
 
 
 def help_text(width: int = 80) -> str:
     """The whole manual in at most `width` columns: usage, groups and choices, every key with its default."""
-    head = "\n".join(_folded(line, width) for line in HEAD.splitlines())
-    return "\n".join([head, "", "Groups", *_groups(width), "", "Keys and their defaults", *_keys(width)]) + "\n"
-
-
-def _folded(line: str, width: int) -> str:
-    """A line that is too long continues under its second column."""
-    column = line.rfind("  ", 0, width) + 2 if line.startswith(" ") else 0
-    return textwrap.fill(line, width, subsequent_indent=" " * min(column, width // 2), drop_whitespace=True)
+    head = [textwrap.fill(line, width, subsequent_indent="    ") for line in HEAD.splitlines()]
+    return "\n".join([*head, "", "Groups", *_groups(width), "", "Keys and their defaults", *_keys(width)]) + "\n"
 
 
 def _groups(width: int) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,9 @@ from typing import overload
 
 __all__ = ["Order"]
 
-_PAIRS = 3  # of rounds: two do for large sizes, the third makes tiny ones indistinguishable from a shuffle
+_PAIRS = 3  # of rounds: six rounds are indistinguishable from a shuffle by pairs and places, if the halves are large
+_SMALL = 1024  # below this size the halves are too small for that, and it takes
+_SMALL_PAIRS = 12
 _WORD = 0xFFFFFFFFFFFFFFFF
 _MIX = 0x9E3779B97F4A7C15  # odd multipliers of SplitMix64
 _STIR = 0xBF58476D1CE4E5B9
@@ -28,7 +29,7 @@ class Order:
 
     A Feistel network on pairs (left, right) of mixed radix, left x right just above size, whose round keys are hashed;
     an image outside the size is mapped again until it falls inside (cycle walking: Black and Rogaway 2002), which is
-    rare, as fewer than one in sqrt(size) does.
+    rare: about one in sqrt(size).
     """
 
     size: int
@@ -71,16 +72,20 @@ class Order:
 
     @cached_property
     def _radix(self) -> tuple[int, int]:
-        """(left, right) with left x right >= size > left x right - left."""
+        """(left, right), about square, with size <= left x right < size + left.
+
+        `left` is even: rounds on two odd radices make even permutations only.
+        """
         left = math.isqrt(self.size - 1) + 1
+        left += left % 2
         return left, -(-self.size // left)
 
     @cached_property
     def _keys(self) -> tuple[tuple[int, int], ...]:
         """Two round keys of 64 bits for each pair of rounds."""
-        name = f"order/{self.size}/{self.seed}/{self.epoch}".encode()
-        words = struct.unpack(f"<{2 * _PAIRS}Q", hashlib.blake2b(name, digest_size=16 * _PAIRS).digest())
-        return tuple(zip(*[iter(words)] * 2, strict=True))  # type: ignore[arg-type]
+        pairs = _SMALL_PAIRS if self.size < _SMALL else _PAIRS
+        names = [f"order/{self.size}/{self.seed}/{self.epoch}/{pair}".encode() for pair in range(pairs)]
+        return tuple(_two_words(hashlib.blake2b(name, digest_size=16).digest()) for name in names)
 
     def _images(self, start: int, stop: int) -> list[int]:
         """One round adds a hash of one half to the other, which can be undone: hence a permutation."""
@@ -99,3 +104,7 @@ class Order:
                     break
             images.append(image)
         return images
+
+
+def _two_words(digest: bytes) -> tuple[int, int]:
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")

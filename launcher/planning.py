@@ -116,8 +116,8 @@ def _plan_line(row: Mapping[str, Any]) -> str:
     return _columns(
         str(row["world"]),
         _shares(row["shares"]),
-        str(row["per_device"]),
-        str(row["accumulation"]),
+        _count(row["per_device"], 6),
+        _count(row["accumulation"], 7),
         _count(row["global"], 10),
         _number(row["lr"]),
         _count(round(row["updates_per_epoch"], 1), 12),
@@ -171,8 +171,9 @@ def _wrapped(head: str, text: str) -> list[str]:
 
 
 def _count(value: float, width: int) -> str:
+    """`value` with commas, or in fewer digits where that would leave no room between the columns."""
     text = f"{value:,}"
-    return f"{text if len(text) < width else _number(value):>{width}}"
+    return f"{text if len(text) < width else f'{value:.{max(1, width - 7)}g}':>{width}}"
 
 
 def _number(value: float) -> str:

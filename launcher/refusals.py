@@ -43,8 +43,8 @@ def _missing_file(error: Any) -> str:
 def _unreadable(override: str, message: str) -> str:
     name, _, value = override.partition("=")
     reason = joined(message.partition("See https")[0])
-    quoted = value.replace("'", "")
-    return f"""{override} cannot be read, {reason}: quote the value, e.g. "{name}='{quoted}'\""""
+    quoted = f"{name}='{value}'" if "'" not in value else f'{name}=\\"{value}\\"'
+    return f'{override} cannot be read, {reason}: quote the value, e.g. "{quoted}"'
 
 
 def _at_key(error: Any, kind: str) -> str:

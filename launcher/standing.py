@@ -12,7 +12,17 @@ from launcher.settings import TargetSettings
 from launcher.study import Study
 from launcher.timeline import Position, Update
 
-__all__ = ["Standing", "Target"]
+__all__ = ["Standing", "Target", "measured_value"]
+
+
+def measured_value(measured: Mapping[str, float], metric: str, key: str) -> float:
+    """
+    Raises:
+        RequestError: the recipe measures no such metric.
+    """
+    if metric not in measured:
+        raise RequestError(f"{key}={metric} is not measured here: choose from {', '.join(sorted(measured))}")
+    return measured[metric]
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,7 @@ class Target:
         Raises:
             RequestError: the recipe measures no such metric.
         """
-        if self.metric not in measured:
-            known = ", ".join(sorted(measured))
-            raise RequestError(f"train.target.metric={self.metric} is not measured here: choose from {known}")
-        value = measured[self.metric]
+        value = measured_value(measured, self.metric, "train.target.metric")
         return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
 
 
@@ -60,11 +67,8 @@ class Standing:
     def validated(self, measured: Mapping[str, float], samples: int, watched: str) -> Standing:
         """The schedule hears of the metric it watches (plateau); the others need none."""
         schedule = self.schedule
-        if schedule.decay == "plateau":
-            if watched not in measured:
-                known = ", ".join(sorted(measured))
-                raise RequestError(f"schedule.metric={watched} is not measured here: choose from {known}")
-            schedule = schedule.validated(samples, measured[watched])
+        if schedule.decay.kind == "plateau":
+            schedule = schedule.validated(samples, measured_value(measured, watched, "schedule.metric"))
         return replace(self, schedule=schedule, metrics=dict(measured))
 
     def target_ends(self, study: Study) -> bool:
@@ -85,7 +89,7 @@ class Standing:
     def restored(cls, study: Study, position: Position, facts: Mapping[str, Any]) -> Standing:
         return cls(
             position=position,
-            schedule=study.schedule.with_facts(facts["schedule"]),
+            schedule=study.resumed(facts["schedule"], position.samples).schedule,
             skips=facts["skips"],
             seconds=facts["seconds"],
             metrics=facts["metrics"],

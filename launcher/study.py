@@ -62,8 +62,7 @@ class Study:
 
         Where that was at another batch it is a resize at `samples`; where nothing changed the history stays as it was.
         """
-        batches = [(begin, plan.global_batch) for begin, plan in self.stages]
-        return replace(self, schedule=self.schedule.from_facts(facts).planned(samples, batches))
+        return replace(self, schedule=self.schedule.from_facts(facts).planned(samples, _batches(self.stages)))
 
 
 def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = None) -> Study:
@@ -73,17 +72,19 @@ def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = N
     """
     check_request(run)
     check_data(run, sizes.train, sizes.val)
-    _check_world(run, world)
     rule = rule_of(run)
     units = _units(run, sizes)
+    schedule = _schedule(run, units, rule)
+    validate_every = _every(run.train.validate_every, "train.validate_every", units)
+    every, every_s = _checkpoint_every(run, units)
+    ramp = _ramp(run, units)
+    # From here on a refusal may be that of this world size alone.
+    _check_world(run, world)
     policy = _policy(run, sizes)
     plan = plan_batch(policy, world, speeds)
     _check_plan(run, sizes, plan)
-    stages = _stages(run, sizes, units, policy, plan, speeds)
+    stages = tuple((begin, _stage(share, sizes, policy, plan, speeds)) for begin, share in ramp)
     _check_rprop(run, sizes, stages)
-    schedule = _schedule(run, units, rule).planned(0, [(begin, stage.global_batch) for begin, stage in stages])
-    every, every_s = _checkpoint_every(run, units)
-    duration = schedule.duration
     return Study(
         run=run,
         sizes=sizes,
@@ -92,11 +93,11 @@ def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = N
         rule=rule,
         plan=plan,
         stages=stages,
-        timeline=Timeline(sizes.train, duration, stages, run.data.tail),
-        schedule=schedule,
-        duration=duration,
+        timeline=Timeline(sizes.train, schedule.duration, stages, run.data.tail),
+        schedule=schedule.planned(0, _batches(stages)),
+        duration=schedule.duration,
         warmup=schedule.rise,
-        validate_every=_every(run.train.validate_every, "train.validate_every", units),
+        validate_every=validate_every,
         checkpoint_every=every,
         checkpoint_every_s=every_s,
         advice=_advice(run, rule, schedule, stages),
@@ -115,23 +116,23 @@ def _samples(text: str, key: str, units: Units) -> int:
     return Duration.parse(text, key).samples(units)
 
 
-def _every(text: str | None, key: str, units: Units) -> int | None:
-    if text is None:
-        return None
-    samples = _samples(text, key, units)
-    if samples < 1:
+def _interval(text: str, key: str, seconds: bool = False) -> Duration:
+    interval = Duration.parse(text, key, seconds)
+    if not interval.value:
         raise RequestError(f"{key}={text} is no interval: type {key}=1ep, or {key}=null for only at the end")
-    return samples
+    return interval
+
+
+def _every(text: str | None, key: str, units: Units) -> int | None:
+    return None if text is None else _interval(text, key).samples(units)
 
 
 def _checkpoint_every(run: Run, units: Units) -> tuple[int | None, float | None]:
-    text = run.checkpoint.every
-    if text is None:
+    """checkpoint.every in samples or in seconds, whichever was typed."""
+    if run.checkpoint.every is None:
         return None, None
-    seconds = Duration.parse(text, "checkpoint.every", seconds=True).seconds
-    if seconds:
-        return None, seconds
-    return _every("0sp" if seconds == 0 else text, "checkpoint.every", units), None
+    interval = _interval(run.checkpoint.every, "checkpoint.every", seconds=True)
+    return (interval.samples(units), None) if interval.seconds is None else (None, interval.seconds)
 
 
 def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
@@ -164,41 +165,48 @@ def _check_world(run: Run, world: int) -> None:
 def _check_plan(run: Run, sizes: Sizes, plan: BatchPlan) -> None:
     if plan.global_batch <= sizes.train:
         return
+    fits = sizes.train // (plan.world * (1 if run.batch.accumulation == "auto" else run.batch.accumulation))
     if run.batch.policy == "bounded":
         mend = f"type batch.max_global={sizes.train} or less"
+    elif fits:
+        mend = f"type batch.per_device={fits} or less, or batch.global={sizes.train}"
     else:
-        mend = f"type a smaller batch.per_device, use fewer workers, or type batch.global={sizes.train}"
+        mend = f"start {sizes.train} workers or fewer, or lower batch.accumulation"
     raise PlanError(
         f"batch.per_device={run.batch.per_device} makes a global batch of {plan.global_batch} at {plan.world} workers, "
         f"beyond the {sizes.train} training samples: {mend}"
     )
 
 
-def _stages(
-    run: Run, sizes: Sizes, units: Units, policy: BatchPolicy, plan: BatchPlan, speeds: Sequence[float] | None
-) -> tuple[tuple[int, BatchPlan], ...]:
-    if run.batch.ramp is None:
-        return ((0, plan),)
-    stages = []
-    for begin, share in _ramp(run, units):
-        size = int(share * plan.global_batch + Fraction(1, 2))
-        least = 1 if policy.idle else plan.world
-        if not least <= size <= sizes.train:
-            bound = f"below {least} workers" if size < least else f"beyond the {sizes.train} training samples"
-            raise PlanError(
-                f"batch.ramp: its share {float(share):g} of {plan.global_batch} is a batch of {size}, {bound}: "
-                f"type a {'larger' if size < least else 'smaller'} share"
-            )
-        held = BatchPolicy(kind="hold", per_device=policy.per_device, global_batch=size, idle=policy.idle)
-        stages.append((begin, plan if size == plan.global_batch else plan_batch(held, plan.world, speeds)))
-    return tuple(stages)
+def _stage(
+    share: Fraction, sizes: Sizes, policy: BatchPolicy, plan: BatchPlan, speeds: Sequence[float] | None
+) -> BatchPlan:
+    """The plan of a share of `plan`, under its cap."""
+    size = int(share * plan.global_batch + Fraction(1, 2))
+    if size == plan.global_batch:
+        return plan
+    least = 1 if policy.idle else plan.world
+    if not least <= size <= sizes.train:
+        bound = f"below {least} workers" if size < least else f"beyond the {sizes.train} training samples"
+        raise PlanError(
+            f"batch.ramp: its share {float(share):g} of {plan.global_batch} is a batch of {size}, {bound}: "
+            f"type a {'larger' if size < least else 'smaller'} share"
+        )
+    held = BatchPolicy(kind="hold", per_device=policy.per_device, global_batch=size, idle=policy.idle)
+    return plan_batch(held, plan.world, speeds)
+
+
+def _batches(stages: Sequence[tuple[int, BatchPlan]]) -> list[tuple[int, int]]:
+    return [(begin, plan.global_batch) for begin, plan in stages]
 
 
 def _ramp(run: Run, units: Units) -> list[tuple[int, Fraction]]:
-    """batch.ramp as (from which sample on, share), ascending from 0."""
+    """batch.ramp as (from which sample on, share), ascending from 0; without one the whole batch from 0 on."""
+    if run.batch.ramp is None:
+        return [(0, Fraction(1))]
     mend = "type batch.ramp=[[0dur,0.25],[0.1dur,0.5],[0.2dur,1]]"
     ramp: list[tuple[int, Fraction]] = []
-    for entry in run.batch.ramp or ():
+    for entry in run.batch.ramp:
         if isinstance(entry, str) or len(entry) != 2:
             raise RequestError(f"batch.ramp: {entry} is not a time and a share: {mend}")
         begin, share = _samples(entry[0], "batch.ramp", units), _share(entry[1], mend)

@@ -59,6 +59,10 @@ class StageClock:
         self._mark: Any = None
         self._finished: tuple[Any, list[tuple[str, Any]]] | None = None
 
+    def start(self) -> None:
+        """Training begins now: what came before belongs to no update."""
+        self._last = self._timer.stamp()
+
     def lap(self, stage: str) -> None:
         """The time since the last lap belongs to `stage`."""
         self._laps.append((stage, self._timer.stamp()))
@@ -137,9 +141,13 @@ class Meter:
         self._threads = threads
         self._clock = clock
         self._before_s = before_s
-        self._start = self._last = self._sampled = clock()
-        self._busy_s = time.process_time()
         self._values: dict[str, float] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Training begins now."""
+        self._start = self._last = self._sampled = self._clock()
+        self._busy_s = time.process_time()
 
     def seconds(self) -> float:
         """Time trained so far, earlier generations included."""

@@ -72,6 +72,10 @@ class Agreed:
         return all(ballot.finite for ballot in self.ballots)
 
 
+#: The name changed in torch 2.13.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Pending(Protocol):
     def wait(self) -> Agreed: ...
 
@@ -82,16 +86,16 @@ class Vote:
     def __init__(self, world: int, timeout_s: float) -> None:
         self._world = world
         self._words = torch.zeros(WORDS + len(STAGES), dtype=torch.float64)
-        self._all = torch.zeros(world, WORDS + len(STAGES), dtype=torch.float64)
+        self._all = torch.zeros(world * (WORDS + len(STAGES)), dtype=torch.float64)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world > 1 else None
 
     def cast(self, ballot: Ballot, stages_ms: Sequence[float]) -> Pending:
         """Start the exchange; one ballot at a time is under way, the buffers are reused."""
         self._words[:] = torch.tensor((*astuple(ballot), *stages_ms), dtype=torch.float64)
         if self._group is None:
-            self._all[0] = self._words
+            self._all[:] = self._words
             return _Round(self._all, None)
-        work = dist.all_gather_into_tensor(self._all, self._words, group=self._group, async_op=True)
+        work = all_gather(self._all, self._words, group=self._group, async_op=True)
         return _Round(self._all, work)
 
 
@@ -103,7 +107,7 @@ class _Round:
     def wait(self) -> Agreed:
         if self.work is not None:
             self.work.wait()
-        rows = self.words.tolist()
+        rows = self.words.view(-1, WORDS + len(STAGES)).tolist()
         return Agreed(
             ballots=tuple(Ballot(*row[:WORDS]) for row in rows),
             stages_ms=tuple(tuple(row[WORDS:]) for row in rows),

@@ -1,0 +1,66 @@
+"""Where rows and events go. A table from a name to what opens it; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import RequestError
+from launcher.sinks.journal import Sink
+
+__all__ = ["SINKS", "Destination", "Sink", "open_sinks"]
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What the sinks must know of a run. `wandb_id` is the same over all its restarts, `config` free of secrets."""
+
+    folder: Path
+    name: str
+    wandb_id: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _console(_: Destination, __: Options) -> Sink:
+    from launcher.sinks.console import Console
+
+    return Console()
+
+
+def _tensorboard(to: Destination, _: Options) -> Sink:
+    from launcher.sinks.tensorboard import Tensorboard
+
+    return Tensorboard(to.folder)
+
+
+def _wandb(to: Destination, options: Options) -> Sink:
+    from launcher.sinks.wandb import Wandb
+
+    return Wandb(to.folder, to.wandb_id, to.name, to.config, **options)
+
+
+SINKS: Mapping[str, Callable[[Destination, Options], Sink]] = {
+    "console": _console,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}
+
+
+def open_sinks(chosen: Mapping[str, Options | None], to: Destination) -> list[Sink]:
+    """The chosen sinks with their options, and before them JSONL, which is always on.
+
+    Raises:
+        RequestError: there is no such sink, or what it needs is not installed.
+        OSError: the run folder cannot be written.
+    """
+    from launcher.sinks.jsonl import Jsonl
+
+    for name in chosen:
+        if name not in SINKS:
+            raise RequestError(f"sink={name} is no sink: choose from {', '.join(sorted(SINKS))}")
+    others = [SINKS[name](to, options or {}) for name, options in chosen.items()]
+    return [Jsonl(to.folder), *others]  # opened last: where one of them is refused, nothing is left behind

@@ -29,7 +29,8 @@ class Sink(Protocol):
     """Where rows and events go. Both verbs are called from the sink's own thread.
 
     A sink may also have: `lossless = True` for a queue without bounds, whose events are written when the call
-    returns; `patience_s`, how long closing may take; and `abandon()`, called where it took longer.
+    returns; `every_s`, how often it wants its rows; `patience_s`, how long closing may take; and `abandon()`, called
+    where it took longer.
     """
 
     def write(self, entry: Reading | Event) -> None: ...
@@ -66,7 +67,7 @@ class Journal:
         for lane in self._lanes:
             lane.put(reading)
 
-    def event(self, name: str, **facts: Any) -> None:
+    def event(self, name: str, /, **facts: Any) -> None:
         self._post(Event(self._clock(), name, facts))
         self.flush()
 
@@ -112,6 +113,7 @@ class Lane:
         self.name = type(sink).__name__.lower()
         self.lossless: bool = getattr(sink, "lossless", False)
         self.lost = 0
+        self._every_s: float = getattr(sink, "every_s", EVERY_S)
         self._sink = sink
         self._report = report
         self._room = queue_rows
@@ -160,7 +162,7 @@ class Lane:
 
     def _run(self) -> None:
         while not self._closing:
-            self._awake.wait(min(EVERY_S * 2**self._failures, SLOWEST_RETRY_S))
+            self._awake.wait(min(self._every_s * 2**self._failures, SLOWEST_RETRY_S))
             self._awake.clear()
             self._pass()
         self._pass()

@@ -1,7 +1,6 @@
 """The sink that is always on: `metrics.jsonl` and `events.jsonl` in the run folder.
 
-JSON has no NaN and no infinity: such a value is written as `null`. Times and speeds keep six significant digits,
-losses and rates all of theirs.
+JSON has no NaN and no infinity: such a value is written as `null`. Numbers keep all their digits.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ __all__ = ["EVENTS", "METRICS", "Jsonl", "as_line"]
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
-COMPACT = ("stage/", "throughput/", "device/")
 BLOCK_BYTES = 65536
 
 
 class Jsonl:
     """Appends one whole line per write, so that a kill at any time leaves every earlier line as it was."""
+
+    lossless = True
 
     def __init__(self, folder: Path) -> None:
         self._metrics = Lines(folder / METRICS)
@@ -74,9 +74,9 @@ def as_line(entry: Reading | Event) -> bytes:
     """One JSON object and a newline; the position first, then the values in their own order."""
     row = _row(entry)
     try:
-        text = json.dumps(row, default=_plain, allow_nan=False)
+        text = ENCODER.encode(row)
     except ValueError:  # not finite somewhere: rare, so only then is the row walked through
-        text = json.dumps(_finite(row), default=lambda value: _finite(_plain(value)), allow_nan=False)
+        text = ENCODER.encode(_finite(row))
     return text.encode() + b"\n"
 
 
@@ -90,17 +90,13 @@ def _row(entry: Reading | Event) -> dict[str, Any]:
         "epoch": entry.epoch,
         "world": entry.world,
         "generation": entry.generation,
-        **{key: _compact(value) if key.startswith(COMPACT) else value for key, value in entry.values.items()},
+        **entry.values,
     }
-
-
-def _compact(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _plain(value: Any) -> Any:
     """What JSON does not know: a number of numpy or torch as a number, anything else as its text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    return _finite(value.item()) if hasattr(value, "item") else str(value)
 
 
 def _finite(value: Any) -> Any:
@@ -111,6 +107,9 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+ENCODER = json.JSONEncoder(default=_plain, allow_nan=False)
 
 
 def _mend_tail(file: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import RequestError
 from launcher.reading import Event, Reading
-from launcher.sinks.thin import Thinner
+from launcher.sinks.thin import SELDOM_S, Thinner
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -28,6 +28,7 @@ class Tensorboard:
                 "sink=tensorboard needs a package that is not installed: "
                 "type pip install 'elastic-batch-launcher[report]', or leave it out of sink="
             )
+        self.every_s = SELDOM_S
         self._folder = folder / "tensorboard"
         self._thinner = Thinner()
         self._samples = 0

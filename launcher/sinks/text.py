@@ -45,9 +45,11 @@ def count(number: float) -> str:
 
 
 def figure(value: float) -> str:
-    """Four significant digits: 0.02134, 12.51, 1.2e-05."""
+    """As much of a number as a person reads: 1,437, 12.51, 0.0213, 1.2e-05."""
     if not math.isfinite(value):
         return str(value)
+    if 1e-3 <= abs(value) < 1:
+        return f"{value:.4f}".rstrip("0")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -103,8 +105,10 @@ def fold(text: str, width: int, indent: int) -> list[str]:
 
 def rows(pairs: Iterable[tuple[str, str]], width: int, paint: Paint) -> list[str]:
     """A label and its text on each line, the texts under each other."""
+    pairs = list(pairs)
+    column = 4 + max([9, *(len(label) for label, _ in pairs)])
     lines = []
     for label, text in pairs:
-        first, *others = fold(f"  {label:<11}" + one_line(text), width, 13) if text else ["  " + label]
-        lines += [paint.dim(first[:13]) + first[13:], *others]
+        first, *others = fold(f"  {label}".ljust(column) + one_line(text), width, column)
+        lines += [paint.dim(first[:column]) + first[column:], *others]
     return lines

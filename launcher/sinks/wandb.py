@@ -20,7 +20,7 @@ from typing import Any
 
 from launcher.reading import Event, Reading
 from launcher.sinks.journal import PATIENCE_S, say
-from launcher.sinks.thin import Thinner
+from launcher.sinks.thin import SELDOM_S, Thinner
 
 __all__ = ["Wandb", "answers"]
 
@@ -28,6 +28,8 @@ PROBE_S = 1.0
 FLUSH_S = 0.7
 INIT_S = 15.0
 UPLOAD_S = 60.0
+#: Importing it and starting its process, on a machine that is busy. Waiting for the network has less.
+LOCAL_S = 10.0
 
 #: What we don't want collected or touched; an older wandb knows fewer of these.
 QUIET: Mapping[str, Any] = {
@@ -41,6 +43,7 @@ QUIET: Mapping[str, Any] = {
     "x_disable_machine_info": True,
     "x_disable_viewer": True,
     "x_save_requirements": False,
+    "x_transaction_log_flush_interval": FLUSH_S / 2,
     "init_timeout": INIT_S,
     "finish_timeout": UPLOAD_S,
     "finish_timeout_raises": True,
@@ -63,9 +66,16 @@ class Wandb:
         mode: str | None = None,
         say: Callable[[str], None] = say,
     ) -> None:
-        self.patience_s = PATIENCE_S
+        self.every_s = SELDOM_S
+        self.patience_s = LOCAL_S
         self._folder = folder
-        self._identity = {"id": run_id, "name": name, "project": project, "entity": entity, "group": group}
+        self._identity: dict[str, Any] = {
+            "id": run_id,
+            "name": name,
+            "project": project,
+            "entity": entity,
+            "group": group,
+        }
         self._identity |= {"tags": list(tags) or None, "config": dict(config)}
         self._mode = mode or os.environ.get("WANDB_MODE")  # asked before wandb is there to tell us
         self._say = say
@@ -91,10 +101,10 @@ class Wandb:
         if self._run.offline:
             self._finish()
         elif answers(self._run.settings.base_url, PROBE_S):
-            self.patience_s = UPLOAD_S + PATIENCE_S
+            self.patience_s = UPLOAD_S + LOCAL_S
             self._finish()
         else:
-            finishing = threading.Thread(target=self._finish, daemon=True)
+            finishing = threading.Thread(target=self._try_to_finish, daemon=True)
             finishing.start()
             finishing.join(FLUSH_S)
             self.abandon()
@@ -157,10 +167,13 @@ class Wandb:
             return self._say(f"wandb: offline, since there is no API key; upload later with: {self._sync('offline-')}")
         try:
             if answers(url, PROBE_S):
+                self.patience_s = PATIENCE_S
                 run = self._init(wandb, settings, "online")
+                self.patience_s = LOCAL_S
                 self._say(f"wandb: {run.url}")
                 return run
         except wandb.Error:
+            self.patience_s = LOCAL_S
             wandb.teardown()  # what was begun under this id would be in the way of the same run offline
         return self._say(f"wandb: offline, since {url} does not answer; upload later with: {self._sync('offline-')}")
 
@@ -174,6 +187,10 @@ class Wandb:
             self._run.finish(exit_code=1 if "error" in self._events else 0)
         except TimeoutError:
             self._say(f"wandb: the upload takes too long; the rest later with: {self._sync('')}")
+
+    def _try_to_finish(self) -> None:
+        with suppress(Exception):  # cut off by `abandon`, which says so; the file on the disk is what counts
+            self._finish()
 
     def _sync(self, kind: str) -> str:
         return f"wandb sync {self._folder / 'wandb'}/{kind}run-*"

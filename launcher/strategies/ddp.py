@@ -1,7 +1,6 @@
 """The model whole on every rank, gradients summed by DistributedDataParallel."""
 
-from __future__ import annotations
-
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -26,6 +25,13 @@ from launcher.strategies import Step
 from launcher.telemetry import StageClock
 
 __all__ = ["DdpReplica"]
+
+#: The argument's name changed in torch 2.13. What buffers need, `settle_buffers` does.
+NO_BUFFER_SYNC = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
 
 
 class DdpReplica:
@@ -52,9 +58,9 @@ class DdpReplica:
     def _distributed(self, model: nn.Module, run: Run) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(
             model,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             find_unused_parameters=run.strategy.find_unused_parameters,
+            **{NO_BUFFER_SYNC: False},
         )
         wrapped.register_comm_hook(None, self._sum)
         return wrapped

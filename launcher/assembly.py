@@ -1,0 +1,164 @@
+"""From a run and this rank's place to everything the loop works with: device, model, replica, data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.data import Feed, collate_of, dataset_of, seed_from, transfer
+from launcher.errors import RequestError
+from launcher.optim import Precision
+from launcher.settings import Run
+from launcher.strategies import Replica, prepare
+from launcher.study import Sizes, Study
+from launcher.telemetry import CudaTimer, HostTimer, StageClock
+from launcher.timeline import Position
+from launcher.topology import Topology
+from launcher.validate import Validation
+
+__all__ = ["Parts", "assemble", "check_norms", "device_of", "threads_of"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One rank's model, data and clock; what only makes sense together is made together."""
+
+    recipe: Any
+    device: torch.device
+    precision: Precision
+    clock: StageClock
+    replica: Replica
+    train_data: Any
+    val_data: Any
+
+    def feed(self, study: Study, topology: Topology, position: Position) -> Feed:
+        return Feed.of(
+            self.train_data,
+            self.recipe,
+            study.timeline,
+            position,
+            seed=study.run.seed,
+            rank=topology.rank,
+            data=study.run.data,
+            pin=self.device.type == "cuda",
+        )
+
+    def validation(self, study: Study, topology: Topology) -> Validation | None:
+        if not len(self.val_data):
+            return None
+        return Validation(
+            self.val_data,
+            self.recipe,
+            rank=topology.rank,
+            world=topology.world,
+            batch=study.plan.per_device,
+            seed=study.run.seed,
+            data=study.run.data,
+            precision=self.precision,
+        )
+
+
+def device_of(run: Run, topology: Topology) -> torch.device:
+    """
+    Raises:
+        RequestError: CUDA is asked for and there is none, or there are fewer GPUs than workers on this machine.
+    """
+    wanted = run.train.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus < topology.local_world:
+        raise RequestError(
+            f"train.device={run.train.device}: {topology.local_world} workers on this machine but {gpus} GPUs: "
+            f"start {gpus or 'no'} workers here, or type train.device=cpu"
+        )
+    device = torch.device("cuda", topology.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def threads_of(run: Run, topology: Topology) -> int:
+    """CPU threads of this rank: what was asked for, else this machine's cores divided among its workers."""
+    return run.launch.threads or max(1, len(os.sched_getaffinity(0)) // topology.local_world)
+
+
+def assemble(recipe: Any, run: Run, topology: Topology, sizes: Sizes, initial: Callable[[nn.Module], None]) -> Parts:
+    """Build one rank's parts. `initial` may load parameters into the fresh model, before anything is wrapped round it.
+
+    Raises:
+        RequestError: the recipe's data or model cannot be had as asked.
+    """
+    device = device_of(run, topology)
+    precision = Precision.of(run.train.precision, device)
+    torch.manual_seed(seed_from(run.seed, -1))
+    model = recipe.model()
+    initial(model)
+    model = model.to(device=device, dtype=precision.dtype if precision.name == "fp64" else None)
+    model.train()
+    train_data, val_data = (dataset_of(recipe, split, run.data.source) for split in ("train", "val"))
+    for split, items, expected in (("train", train_data, sizes.train), ("val", val_data, sizes.val)):
+        if len(items) != expected:
+            raise RequestError(f"the recipe's {split} data has {len(items)} samples, but size({split!r}) says {expected}")
+    if run.train.compile:
+        model.compile()
+    clock = StageClock(CudaTimer() if device.type == "cuda" else HostTimer())
+    return Parts(
+        recipe=recipe,
+        device=device,
+        precision=precision,
+        clock=clock,
+        replica=prepare(model, run, topology.world, precision, clock),
+        train_data=train_data,
+        val_data=val_data,
+    )
+
+
+def check_norms(parts: Parts, study: Study) -> None:
+    """Find a BatchNorm that will be asked for statistics of a single value, before training rather than in its tail.
+
+    Raises:
+        RequestError: names the layer and the mend.
+    """
+    norms = {m: n for n, m in parts.replica.bare.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    if not norms or smallest_micro_batch(study) > 1:
+        return
+    items = collate_of(parts.recipe)([parts.train_data[0]])
+    single = transfer(items, parts.device, parts.precision.dtype)
+    called: list[str] = []
+    hooks = [m.register_forward_pre_hook(lambda module, _: called.append(norms[module])) for m in norms]
+    before = {name: buffer.clone() for name, buffer in parts.replica.bare.named_buffers()}
+    try:
+        with torch.no_grad(), parts.precision.autocast():
+            parts.recipe.loss(parts.replica.bare, single)
+    except ValueError as problem:
+        if "more than 1 value per channel" not in str(problem):
+            raise
+        raise RequestError(
+            f"a micro-batch of 1 sample gives BatchNorm layer {called[-1]} a single value per channel: change "
+            f"batch.per_device or train.duration so that no tail leaves one, type data.tail=carry, or use another norm"
+        ) from problem
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for name, buffer in parts.replica.bare.named_buffers():
+                buffer.copy_(before[name])
+
+
+def smallest_micro_batch(study: Study) -> int:
+    """Over the run's updates; of a very long run over its first 100,000 and its last epoch."""
+    timeline = study.timeline
+    updates = islice(timeline.updates(), 100_000)
+    if study.run.data.tail == "flush":
+        last_epoch = (study.duration - 1) // study.sizes.train * study.sizes.train
+        updates = chain(updates, timeline.updates(Position(last_epoch)))
+    plans = {update.plan for update in updates}
+    return min(min(plan.micro_batches(rank), default=plan.per_device) for plan in plans for rank in range(plan.world))

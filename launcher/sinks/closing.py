@@ -1,0 +1,131 @@
+"""What a person reads at the end of a run: what was reached, where the time went, and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launcher.sinks.summary import Facts, Row
+from launcher.sinks.tally import StageShare, Tally
+from launcher.sinks.text import Paint, count, figure, rate, rows, took
+
+__all__ = ["bottleneck", "closing_lines", "next_steps", "stage_table"]
+
+CYAN, MAGENTA, YELLOW, BLUE, GREEN, GREY = 36, 35, 33, 34, 32, 90
+COLOURS = {"data": YELLOW, "transfer": YELLOW, "forward": CYAN, "backward": CYAN, "sync": MAGENTA, "optimizer": BLUE}
+BAR_COLUMNS = 36
+FILES = ("model.safetensors", "best.safetensors", "checkpoints", "metrics.jsonl", "events.jsonl", "logs", "wandb")
+
+ADVICE = {
+    "data": "workers wait for data. Try data.workers=2 or more",
+    "transfer": "copying to the device. Try a larger batch.per_device",
+    "sync": "workers wait for each other. Synchronise less often: larger batch.per_device or batch.accumulation",
+    "optimizer": "the step itself. A larger batch takes fewer steps per epoch",
+    "checkpoint": "saving. Try a longer checkpoint.every",
+    "other": "validation and what lies between the updates. Try a longer train.validate_every",
+}
+
+
+def closing_lines(
+    tally: Tally, facts: Facts, metrics: Mapping[str, float], finished: bool, paint: Paint, width: int
+) -> list[str]:
+    """Blocks of lines with a blank one before each. Empty where nothing was trained."""
+    blocks = (
+        rows(_reached(tally, metrics), width, paint),
+        _stages(tally, facts, paint, width),
+        rows(_files(facts, finished), width, paint),
+    )
+    return [line for block in blocks if block for line in ("", *block)]
+
+
+def speed_text(samples: int, updates: int, seconds: float, samples_per_s: float | None) -> str:
+    """14,370 samples · 230 updates · 14.2 s · 1,012 samples/s"""
+    parts = [f"{count(samples)} samples", f"{count(updates)} updates", took(seconds)]
+    return " · ".join([*parts, *([f"{rate(samples_per_s)} samples/s"] if samples_per_s else [])])
+
+
+def stage_table(stages: Sequence[StageShare], paint: Paint, width: int) -> list[str]:
+    """Stage, milliseconds per update, share and a bar; the longest first."""
+    longest = max((stage.share for stage in stages), default=1.0)
+    columns = max(0, min(BAR_COLUMNS, width - 34))
+    slowest_ms = max((stage.ms for stage in stages), default=0.0)
+    digits = 1 if slowest_ms >= 10 else 2 if slowest_ms >= 1 else 3
+    lines = []
+    for stage in stages:
+        bar = "█" * round(columns * stage.share / longest)
+        line = f"  {stage.stage:<11}{stage.ms:>9,.{digits}f} ms {stage.share:>6.1%}"
+        lines.append(f"{line}  {paint(bar, COLOURS.get(stage.stage, GREY))}" if bar else line)
+    return lines
+
+
+def bottleneck(stages: Sequence[StageShare], facts: Facts) -> str:
+    """The stage that takes longest, forward and backward taken as one, and one thing to do about it."""
+    grouped: dict[str, float] = {}
+    for stage in stages:
+        name = "compute" if stage.stage in ("forward", "backward") else stage.stage
+        grouped[name] = grouped.get(name, 0.0) + stage.share
+    name, share = max(grouped.items(), key=lambda item: item[1])
+    if name == "compute":
+        return f"compute, {share:.0%}: as it should be. {_faster(facts)}"
+    return f"{name}, {share:.0%}: {ADVICE.get(name, 'this takes longest')}"
+
+
+def next_steps(facts: Facts, finished: bool) -> list[str]:
+    """What to type to go on, and to look at the figures elsewhere. Only what is there is named."""
+    folder = Path(str(facts.get("run_dir") or "."))
+    key = f"run.name={folder.name}" if folder.parent.name == "runs" else f"run.dir={folder}"
+    steps = [f"{key} with a longer train.duration trains on" if finished else f"the same command with {key} goes on"]
+    if any(folder.glob("wandb/offline-run-*")):
+        steps.append(f"wandb sync {folder}/wandb/offline-run-*")
+    if (folder / "tensorboard").is_dir():
+        steps.append(f"tensorboard --logdir {folder}/tensorboard")
+    return steps
+
+
+def _reached(tally: Tally, metrics: Mapping[str, float]) -> list[Row]:
+    last = {**tally.values, **metrics}
+    shown = [
+        "train/loss",
+        *sorted((key for key in last if key.startswith("val/")), key=lambda key: ("loss" not in key, key)),
+    ]
+    pairs = [(key.replace("/", " "), _metric(key, last[key], tally)) for key in shown if last.get(key) is not None]
+    lost = [("lost", f"{count(tally.lost_samples)} samples were run again after a restart")]
+    return pairs + (lost if tally.lost_samples else [])
+
+
+def _metric(key: str, value: float, tally: Tally) -> str:
+    best = tally.best.get(key)
+    if best is None or figure(best.value) == figure(value):
+        return figure(value)
+    return f"{figure(value)} (best {figure(best.value)} at update {count(best.update)})"
+
+
+def _stages(tally: Tally, facts: Facts, paint: Paint, width: int) -> list[str]:
+    stages = tally.stages()
+    if not stages:
+        return []
+    total = figure(sum(stage.ms for stage in stages))
+    head = f"  where the {total} ms of an update go (mean of {count(tally.updates)})"
+    last = rows([("bottleneck", bottleneck(stages, facts))], width, paint)
+    return [paint.dim(head[:width]), *stage_table(stages, paint, width), *last]
+
+
+def _files(facts: Facts, finished: bool) -> list[Row]:
+    if not facts.get("run_dir"):
+        return []
+    steps = next_steps(facts, finished)
+    folder = Path(str(facts["run_dir"]))
+    there = ", ".join(name for name in FILES if (folder / name).exists())
+    return [
+        ("files", f"{folder}: {there}" if there else str(folder)),
+        ("next", steps[0]),
+        *(("", step) for step in steps[1:]),
+    ]
+
+
+def _faster(facts: Facts) -> str:
+    if str(facts.get("device", "cpu")).startswith("cpu"):
+        return "More workers or a GPU make it faster"
+    if facts.get("precision") == "fp32":
+        return "train.precision=bf16 makes it faster"
+    return "More workers make it faster"

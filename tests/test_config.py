@@ -1,0 +1,539 @@
+"""From the command line to the frozen `Run`: what is composed, converted, refused and shown."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher import config
+from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, RequestError
+from launcher.keys import flat, from_mapping, keys, to_mapping
+from launcher.manual import help_text
+from launcher.settings import Run
+
+RECIPE = """\
+# @package _global_
+defaults:
+  - override /schedule: cosine
+recipe:
+  _target_: tiny.Tiny
+  trust: [tiny]
+  width: 16
+  data: null
+lr:
+  base: 0.1
+  base_batch: 64
+train:
+  duration: 3ep
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's --config-dir with a recipe of their own, beside an empty current folder."""
+    mine = tmp_path / "mine"
+    (mine / "recipe").mkdir(parents=True)
+    (mine / "recipe" / "tiny.yaml").write_text(RECIPE)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return mine
+
+
+@pytest.fixture
+def composed(folder: Path) -> Any:
+    return lambda *overrides: config.resolve(["--config-dir", str(folder), "recipe=tiny", *overrides])
+
+
+@pytest.fixture
+def run(composed: Any) -> Any:
+    return lambda *overrides: composed(*overrides).run
+
+
+@pytest.fixture
+def refusal(composed: Any) -> Any:
+    def refused(*overrides: str) -> str:
+        with pytest.raises(RequestError) as caught:
+            composed(*overrides)
+        assert len(str(caught.value).splitlines()) == 1
+        return str(caught.value)
+
+    return refused
+
+
+# --- composing ----------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_chooses_its_schedule_and_values_and_the_rest_has_defaults(run: Any) -> None:
+    made = run()
+    assert (made.schedule.decay, made.lr.base, made.train.duration) == ("cosine", 0.1, "3ep")
+    assert made.optimizer["_target_"] == "torch.optim.SGD"
+    assert (made.batch, made.data) == (Run().batch, Run().data)
+
+
+def test_the_command_line_has_the_last_word(run: Any) -> None:
+    made = run("schedule=step", "optimizer=adamw", "train.duration=5ep", "recipe.width=64", "lr.base=1e-3")
+    assert (made.schedule.decay, made.schedule.milestones) == ("step", ("0.5dur", "0.75dur"))
+    assert (made.train.duration, made.recipe["width"], made.lr.base) == ("5ep", 64, 0.001)
+    assert made.optimizer["_target_"] == "torch.optim.AdamW"
+
+
+def test_a_users_file_wins_over_a_shipped_one_of_the_same_name(folder: Path) -> None:
+    (folder / "optimizer").mkdir()
+    (folder / "optimizer" / "sgd.yaml").write_text("_target_: torch.optim.SGD\nmomentum: 0.5\n")
+    made = config.compose(["recipe=tiny", "--config-dir", str(folder)])
+    assert made.optimizer == {"_target_": "torch.optim.SGD", "momentum": 0.5}
+
+
+def test_of_two_folders_the_first_wins(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "first" / "recipe").mkdir(parents=True)
+    (tmp_path / "first" / "recipe" / "tiny.yaml").write_text(RECIPE.replace("width: 16", "width: 32"))
+    made = config.compose(["-cd", str(tmp_path / "first"), f"--config-dir={folder}", "recipe=tiny"])
+    assert made.recipe["width"] == 32
+
+
+def test_hydras_own_search_path_is_searched_too(folder: Path) -> None:
+    made = config.compose([f"hydra.searchpath=['file://{folder}']", "recipe=tiny"])
+    assert made.recipe["width"] == 16
+
+
+def test_a_folder_that_is_not_there_is_never_ignored(refusal: Any) -> None:
+    assert "--config-dir nowhere is no folder" in refusal("--config-dir", "nowhere")
+
+
+def test_the_programs_own_configuration_cannot_be_replaced(folder: Path, refusal: Any) -> None:
+    (folder / "launcher.yaml").write_text("seed: 1\n")
+    assert "holds launcher.yaml, the program's own name" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("choice", "sinks"),
+    [
+        (None, ["console", "wandb"]),
+        ("sink=wandb", ["wandb"]),
+        ("sink=[console,tensorboard]", ["console", "tensorboard"]),
+        ("sink=[]", []),
+    ],
+)
+def test_sinks_are_a_list_of_choices(run: Any, choice: str | None, sinks: list[str]) -> None:
+    assert list(run(*([choice] if choice else [])).sink) == sinks
+
+
+@pytest.mark.parametrize("nth", range(7))
+def test_every_shipped_choice_composes(run: Any, nth: int) -> None:
+    """The nth choice of each group together; a group with fewer choices begins again."""
+    shipped = Path(config.__file__).parent.parent / "conf"
+    choices = []
+    for group in ("strategy", "batch", "optimizer", "schedule", "launch", "sink"):
+        names = sorted(path.stem for path in (shipped / group).glob("*.yaml"))
+        assert 0 < len(names) <= 7
+        choices.append(f"{group}={names[nth % len(names)]}")
+    assert "lr" not in run(*choices).optimizer
+
+
+def test_the_environment_may_be_named_without_a_plus(run: Any) -> None:
+    assert run("launch.env.NCCL_DEBUG=INFO", "launch.env.N=1").launch.env == {"NCCL_DEBUG": "INFO", "N": "1"}
+    assert run("launch.env={A:1}").launch.env == {"A": "1"}
+
+
+def test_composing_writes_nothing(run: Any) -> None:
+    run("seed=1")
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, Any]:
+    """A composed run as plain values, to put one typed value into."""
+    return to_mapping(Run(optimizer={"_target_": "torch.optim.SGD"}, sink={"wandb": {"mode": None}}))
+
+
+@pytest.fixture
+def valued(base: dict[str, Any]) -> Any:
+    """The run where one override's value, read by Hydra's grammar, was put in its place."""
+
+    def put(override: str) -> Run:
+        [parsed] = config.parse([override])
+        mapping = copy.deepcopy(base)
+        *sections, last = parsed.key_or_group.split(".")
+        part = mapping
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[last] = parsed.value()
+        return config.settled(mapping, [parsed]).run
+
+    return put
+
+
+# --- types --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("batch.per_device=1e2", 100),
+        ("batch.accumulation=4", 4),
+        ("batch.accumulation=auto", "auto"),
+        ("batch.ramp=[[0dur,0.25],[0.2dur,1]]", (("0dur", 0.25), ("0.2dur", 1.0))),
+        ("lr.base=1", 1.0),
+        ("run.name=2024", "2024"),
+        ("launch.nodes=1", "1"),
+        ("checkpoint.every=null", None),
+        ("schedule.warmup_from=0.5", 0.5),
+        ("schedule.warmup_from=base", "base"),
+        ("schedule.momentum=[0.85,0.95]", (0.85, 0.95)),
+        ("plan.worlds=[1,2,8]", (1, 2, 8)),
+        ("train.compile=true", True),
+    ],
+)
+def test_a_value_gets_the_type_of_its_key(valued: Any, override: str, value: Any) -> None:
+    section, _, name = override.partition("=")[0].partition(".")
+    got = getattr(getattr(valued(override), section), name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=abc", "seed=abc: expected a whole number, e.g. seed=0"),
+        ("seed=1.5", "seed=1.5: expected a whole number"),
+        ("batch.per_device=true", "batch.per_device=true: expected a whole number, e.g. batch.per_device=32"),
+        ("batch.per_device=null", "batch.per_device=null: expected a whole number"),
+        ("lr.base=nan", "lr.base=nan: expected a number or null, e.g. lr.base=0.1"),
+        ("lr.base=inf", "lr.base=inf: expected a number"),
+        ("lr.base=-1", "lr.base=-1.0 is below 0"),
+        ("schedule.decay=cosin", "did you mean schedule.decay=cosine?"),
+        ("train.precision=fp8", "expected one of fp32, bf16, fp16, fp64"),
+        ("train.compile=1", "train.compile=1: expected true or false"),
+        ("run.name=1.5", "run.name=1.5: expected text, in quotes"),
+        ("run.name=../up", "run.name=../up: type up to 64 letters"),
+        ("run.name=.hidden", "run.name=.hidden: type up to 64 letters"),
+        ("batch.ramp=[[0dur,x]]", "expected a list of [text, a number] or null, e.g. batch.ramp=[[0dur,0.25]"),
+        ("launch.workers=0", "launch.workers=0 is below 1: type launch.workers=1 or more"),
+        ("launch.nodes=2", "launch.nodes=2: launch=local is this machine alone"),
+        ("seed=-1", "seed=-1 is below 0"),
+        ("seed=9223372036854775808", "does not fit"),
+        ("checkpoint.keep=0", "checkpoint.keep=0 is below 1"),
+        ("train.clip_norm=0", "train.clip_norm=0.0 is not above 0"),
+        ("optimizer.momentum=nan", "optimizer.momentum=nan: type a finite number"),
+        ("train.target.metric=val/accuracy", "needs train.target.at_least= or train.target.at_most="),
+        ("train.stop_at_target=true", "train.stop_at_target=true has no target"),
+        ("sink.wandb.mode=onlin", "sink.wandb.mode=onlin: choose from online, offline, disabled"),
+        ("sink.wandb.projct=x", "did you mean sink.wandb.project?"),
+    ],
+)
+def test_a_wrong_value_is_answered_by_name_with_what_to_type(valued: Any, override: str, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        valued(override)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=abc", "seed=abc: expected a whole number, e.g. seed=0"),
+        ("recipe.data=???", "recipe.data has no value: type recipe.data="),
+        ("recipe.data=${nowhere}", "recipe.data: Interpolation key 'nowhere' not found"),
+        ("launch.env.A=true", "launch.env.A=true: expected text"),
+    ],
+)
+def test_a_wrong_value_is_found_when_composing(refusal: Any, override: str, said: str) -> None:
+    assert said in refusal(override)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("batch.per_devic=8", "batch.per_devic is no key: did you mean batch.per_device?"),
+        ("per_device=8", "did you mean batch.per_device?"),
+        ("epochs=3", "epochs is no key: did you mean train.duration?"),
+        ("lr=0.1", "lr is a part, not a key: type lr.base="),
+        ("qqqqqq=1", "qqqqqq is no key: launcher --help lists them all"),
+        ("world=4", "world is no key: the world size comes from the job: launch.workers=2"),
+        ("world_size=4", "the world size comes from the job"),
+        ("+batch.per_devic=8", "did you mean batch.per_device?"),
+        ("+seed=1", "+seed=1: seed is there already: type it without +"),
+        ("~seed", "~seed: seed can't be removed: type seed=0"),
+        ("recipe=tinny", "recipe=tinny: did you mean tiny? choose from "),
+        ("recipe=[a", "recipe=[a cannot be read"),
+        ("schedule=cosin", "schedule=cosin: did you mean cosine? choose from constant, cosine, exponential"),
+        ("batch=64", "for a number type batch.per_device=64 or batch.global=64"),
+        ("batch=null", "batch=null: choose from bounded, hold, scale"),
+        ("+batch=hold", "+batch=hold: batch is there already: type it without +"),
+        ("sink=[console,wadnb]", "sink=wadnb: did you mean wandb? choose from console, tensorboard, wandb"),
+        ("recipe.widht=3", "recipe.widht is no key here: did you mean recipe.width?"),
+        ("recipe.layers=3", "there are _target_, trust, width, data; type +recipe.layers="),
+        ("optimizer.lr=0.1", "optimizer.lr=0.1: the rate is the schedule's: type lr.base=0.1"),
+        ("+optimizer.lr=0.1", "type lr.base=0.1"),
+        ("seed=1,2", "seed=1,2 is a sweep: add -m for one run each, or type seed=[1,2] for a list"),
+        ("recipe.data=/a b(c", """quote the value, e.g. "recipe.data='/a b(c'\""""),
+        ("hydra.run.dir=x", "hydra.run.dir=x has no effect on a single run"),
+        ("hydra.job.env_set.A=1", "has no effect on a single run"),
+        ("stray", "stray is no override"),
+        ("", "'' is no override"),
+        ("-m", "-m starts several runs"),
+        ("--mulirun", "--mulirun is no flag: did you mean --multirun?"),
+        ("--config-name=x", "type experiment=NAME"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest_right_one(refusal: Any, override: str, said: str) -> None:
+    assert said in refusal(override)
+
+
+def test_a_key_that_a_file_misspells_is_refused_too(folder: Path, refusal: Any) -> None:
+    (folder / "recipe" / "tiny.yaml").write_text(RECIPE + "batch:\n  per_devic: 8\n")
+    assert "batch.per_devic is no key: did you mean batch.per_device?" in refusal()
+
+
+def test_new_fields_are_passed_to_the_recipe_and_the_optimizer_with_a_plus(run: Any) -> None:
+    made = run("+recipe.depth=3", "+optimizer.maximize=true", "~optimizer.nesterov")
+    assert made.recipe["depth"] == 3
+    assert made.optimizer["maximize"] is True
+    assert "nesterov" not in made.optimizer
+
+
+def test_yaml_tags_are_never_obeyed(folder: Path, tmp_path: Path, refusal: Any) -> None:
+    mark = tmp_path / "obeyed"
+    (folder / "recipe" / "tiny.yaml").write_text(f"_target_: !!python/object/apply:os.system ['touch {mark}']\n")
+    assert "python/object/apply" in refusal()
+    with pytest.raises(RequestError):
+        config.from_yaml(f"recipe: !!python/object/apply:os.system ['touch {mark}']\n")
+    assert not mark.exists()
+
+
+# --- the batch policy ---------------------------------------------------------------------------------------------
+
+
+def test_a_global_batch_without_a_policy_selects_hold_and_says_so(composed: Any) -> None:
+    made = composed("batch.global=256")
+    assert (made.run.batch.policy, made.run.batch.global_batch) == ("hold", 256)
+    assert made.notes == ("batch.global=256 selects batch=hold: the global batch stays at every world size",)
+
+
+@pytest.mark.parametrize("choice", ["batch=hold", "batch.policy=hold"])
+def test_a_chosen_policy_needs_no_note(composed: Any, choice: str) -> None:
+    made = composed(choice, "batch.global=full")
+    assert (made.run.batch.policy, made.run.batch.global_batch, made.notes) == ("hold", "full", ())
+
+
+@pytest.mark.parametrize("choice", ["batch=scale", "batch.policy=scale"])
+def test_scale_with_a_global_batch_is_a_contradiction(refusal: Any, choice: str) -> None:
+    assert "batch.global=256 does not go with batch=scale" in refusal(choice, "batch.global=256")
+
+
+def test_a_rate_that_meets_another_optimizer_is_said(composed: Any) -> None:
+    said = "lr.base=0.1 was chosen for torch.optim.SGD, not for torch.optim.AdamW: give lr.base= too"
+    assert composed("optimizer=adamw").notes == (said,)
+    assert composed("optimizer=sgd").notes == ()
+    assert composed("optimizer=adamw", "lr.base=0.001").notes == ()
+
+
+# --- to and from plain values -------------------------------------------------------------------------------------
+
+
+def test_a_run_survives_plain_values_and_yaml(run: Any) -> None:
+    made = run("batch.global=256", "batch.ramp=[[0dur,0.5],[0.1dur,1]]", "lr.base=1e-5", "run.name=1e5x", "sink=[]")
+    assert from_mapping(to_mapping(made)) == made
+    assert config.from_yaml(config.to_yaml(made)) == made
+
+
+def test_the_key_is_batch_global_and_the_attribute_global_batch(run: Any) -> None:
+    made = run("batch.global=256")
+    assert to_mapping(made)["batch"]["global"] == 256
+    assert flat(made)["batch.global"] == 256
+    assert flat(made)["optimizer.momentum"] == 0.9
+
+
+@given(
+    st.dictionaries(st.sampled_from(sorted(keys())), st.none() | st.booleans() | st.floats() | st.text(), max_size=5)
+)
+def test_any_plain_values_make_a_run_or_a_refusal_of_one_line(values: dict[str, Any]) -> None:
+    mapping: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        part = mapping
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[last] = value
+    try:
+        made = from_mapping(mapping)
+    except RequestError:
+        return
+    assert from_mapping(to_mapping(made)) == made
+    numbers = [value for value in flat(made).values() if isinstance(value, float)]
+    assert all(math.isfinite(number) for number in numbers)
+
+
+def test_secrets_are_masked_where_they_are_written_and_whole_where_they_are_used(run: Any) -> None:
+    made = run("recipe.data='s3://me:hunter2@host/x?token=abc123'", "+recipe.api_key=xyz987")
+    assert made.recipe["data"] == "s3://me:hunter2@host/x?token=abc123"
+    written = config.to_yaml(made)
+    assert "s3://me:***@host/x?token=***" in written
+    assert not any(secret in written for secret in ("hunter2", "abc123", "xyz987"))
+
+
+def test_a_run_is_frozen(run: Any) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run().seed = 3
+
+
+# --- showing ------------------------------------------------------------------------------------------------------
+
+
+def test_the_shown_configuration_is_the_whole_that_would_run(folder: Path) -> None:
+    args = ["--config-dir", str(folder), "recipe=tiny", "--cfg", "job", "batch.global=64", "recipe.data=s3://u:pw1@h"]
+    shown = yaml.safe_load(config.show_config(args))
+    assert shown["batch"]["policy"] == "hold"
+    assert shown["recipe"]["data"] == "s3://u:***@h"
+    assert list(shown) == list(to_mapping(Run()))
+
+
+def test_hydra_tells_of_itself(folder: Path) -> None:
+    args = ["--config-dir", str(folder), "recipe=tiny"]
+    assert "hydra" in yaml.safe_load(config.show_config([*args, "--cfg", "hydra"]))
+    assert "schedule: cosine" in config.show_config([*args, "--info", "defaults-tree"])
+
+
+def test_the_help_names_every_key_with_its_line_and_fits_the_screen() -> None:
+    text = help_text(80)
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [line.strip() for line in text.splitlines()]
+    for key in keys().values():
+        assert any(line.startswith(f"{key.name}=") for line in lines), key.name
+        assert key.doc
+    assert "batch=      bounded, hold, scale" in lines
+    assert max(map(len, help_text(60).splitlines())) <= 60
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swept(folder: Path) -> Iterator[Any]:
+    SEEN.clear()
+    yield lambda *overrides, point=record: config.multirun(
+        ["--config-dir", str(folder), "-m", "recipe=tiny", *overrides], point
+    )
+    SEEN.clear()
+
+
+SEEN: list[Run] = []
+
+
+def record(run: Run) -> int:
+    SEEN.append(run)
+    return EXIT_OK
+
+
+def fail_at_16(run: Run) -> int:
+    SEEN.append(run)
+    if run.batch.per_device == 16:
+        raise OSError("no disk at s3://u:hunter2@h")
+    return EXIT_OK
+
+
+def interrupted(run: Run) -> int:
+    SEEN.append(run)
+    return EXIT_INTERRUPTED
+
+
+def test_each_point_is_a_run_folder_in_the_sweeps(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert swept("batch.per_device=8,16", "seed=1,2", "run.name=sizes") == EXIT_OK
+    assert [(run.batch.per_device, run.seed) for run in SEEN] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert [run.run.dir for run in SEEN] == [f"runs/sizes/{n}" for n in range(4)]
+    assert [run.run.name for run in SEEN] == [f"sizes-{n}" for n in range(4)]
+    assert [path.name for path in Path.cwd().iterdir()] == ["runs"]
+    assert [path.name for path in Path("runs").iterdir()] == ["sizes"]
+    assert "3  finished      batch.per_device=16 seed=2" in capsys.readouterr().out
+
+
+def test_run_dir_names_the_sweeps_folder(swept: Any, tmp_path: Path) -> None:
+    place = tmp_path / "a place"
+    assert swept("seed=1,2", f"run.dir='{place}'") == EXIT_OK
+    assert [run.run.dir for run in SEEN] == [str(place / "0"), str(place / "1")]
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_an_unnamed_sweep_is_named_by_the_time(swept: Any) -> None:
+    swept("seed=1,2")
+    [folder] = Path("runs").iterdir()
+    assert folder.name.startswith("sweep-2")
+    assert [run.run.dir for run in SEEN] == [str(folder / "0"), str(folder / "1")]
+
+
+def test_a_failed_point_is_told_and_the_others_run(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert swept("batch.per_device=8,16,32", "run.name=sizes", point=fail_at_16) == 1
+    assert [run.batch.per_device for run in SEEN] == [8, 16, 32]
+    told = capsys.readouterr()
+    assert "error: OSError: no disk at s3://u:***@h" in told.err
+    assert "1  failed (1)    batch.per_device=16" in told.out
+
+
+def test_interrupting_a_point_twice_ends_the_sweep(swept: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        swept("seed=1,2,3", point=interrupted)
+    assert len(SEEN) == 1
+
+
+def test_a_global_batch_selects_hold_at_every_point(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    swept("batch.global=64,128")
+    assert [(run.batch.policy, run.batch.global_batch) for run in SEEN] == [("hold", 64), ("hold", 128)]
+    assert "note: batch.global=64 selects batch=hold" in capsys.readouterr().err
+
+
+def test_a_sweep_written_in_an_experiment(swept: Any, folder: Path) -> None:
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "seeds.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 1,2\n"
+    )
+    assert swept("experiment=seeds") == EXIT_OK
+    assert [run.seed for run in SEEN] == [1, 2]
+
+
+def test_what_hydra_writes_about_the_sweep_holds_no_secret(swept: Any) -> None:
+    swept("seed=1,2", "recipe.data=s3://u:hunter2@h", "run.name=s")
+    written = Path("runs/s/multirun.yaml")
+    assert "hunter2" not in written.read_text()
+    assert written.stat().st_mode & 0o077 == 0
+    assert SEEN[0].recipe["data"] == "s3://u:hunter2@h"
+
+
+def test_a_point_can_be_sent_to_another_process() -> None:
+    sent = pickle.loads(pickle.dumps(functools.partial(config.run_point, record, [])))
+    assert sent.args == (record, [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["batch.per_device=8,x"], "batch.per_device=x: expected a whole number"),
+        (["batch=hold,scal", "batch.global=8"], "batch=scal: did you mean scale?"),
+        (["seed=1,2", "batch.per_devic=3"], "did you mean batch.per_device?"),
+        (["run.name=a,b"], "run.name can't be swept over"),
+        (["run.dir=a,b"], "run.dir can't be swept over"),
+        (["run.name=../a", "seed=1,2"], "run.name=../a: type up to 64 letters"),
+        (["hydra.sweep.dir=a", "seed=1,2"], "the sweep's folder is named by run.name= or run.dir="),
+        (["hydra/launcher=nowhere", "seed=1,2"], "hydra/launcher=nowhere: choose from basic"),
+        (["seed=interval(1,2)"], "does not support sweep type"),
+    ],
+)
+def test_a_wrong_point_is_found_before_the_first_begins(swept: Any, overrides: list[str], said: str) -> None:
+    with pytest.raises(RequestError, match=None) as caught:
+        swept(*overrides)
+    assert said in str(caught.value)
+    assert SEEN == []
+    assert list(Path.cwd().iterdir()) == []

@@ -1,0 +1,153 @@
+"""The verb `plan`: one answer for every world size, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launcher.errors import RequestError
+from launcher.planning import plan_document, plan_table
+from launcher.settings import BatchSettings, ElasticSettings, LrSettings, PlanSettings, Run, ScheduleSettings
+from launcher.study import Sizes
+
+SIZES = Sizes(train=1437, val=360)
+HELD = Run(
+    optimizer={"_target_": "torch.optim.SGD"},
+    lr=LrSettings(base=0.1, base_batch=256),
+    batch=BatchSettings(policy="hold", global_batch=256, per_device=48),
+    schedule=ScheduleSettings(decay="cosine", warmup="0.1dur"),
+)
+SCALED = replace(HELD, batch=BatchSettings(per_device=64))
+
+
+def test_the_document_holds_what_a_job_would_do() -> None:
+    (plan,) = plan_document(HELD, SIZES, [3])["plans"]
+    assert plan == {
+        "world": 3,
+        "feasible": True,
+        "global": 256,
+        "shares": [86, 85, 85],
+        "per_device": 43,
+        "accumulation": 2,
+        "lr": 0.1,
+        "lr_scale": 1.0,
+        "warmup_samples": 1437,
+        "updates_per_epoch": 1437 / 256,
+        "advice": [],
+    }
+
+
+def test_the_rate_is_the_one_after_warmup_before_decay() -> None:
+    rows = plan_document(SCALED, SIZES, [1, 3, 8])["plans"]
+    assert [(row["global"], row["lr"], row["lr_scale"]) for row in rows] == [
+        (64, 0.025, 0.25),
+        (192, pytest.approx(0.075), 0.75),
+        (512, 0.2, 2.0),
+    ]
+
+
+def test_the_world_sizes_are_those_asked_for() -> None:
+    assert [row["world"] for row in plan_document(HELD, SIZES)["plans"]] == list(range(1, 65))
+    asked = replace(HELD, plan=PlanSettings(worlds=(1, 2, 8, 512)))
+    assert [row["world"] for row in plan_document(asked, SIZES)["plans"]] == [1, 2, 8, 512]
+
+
+def test_an_infeasible_world_size_has_its_reason_and_the_others_their_plan() -> None:
+    few = replace(HELD, batch=BatchSettings(policy="hold", global_batch=8), elastic=ElasticSettings(min_workers=2))
+    rows = plan_document(few, SIZES, [1, 8, 9])["plans"]
+    assert [row["feasible"] for row in rows] == [False, True, False]
+    assert rows[0]["why"].startswith("elastic.min_workers=2")
+    assert rows[2] == {
+        "world": 9,
+        "feasible": False,
+        "why": "batch.global=8 is below 9 workers: type batch.global=9 or more, or elastic.idle=true",
+    }
+
+
+def test_only_a_request_that_is_wrong_everywhere_fails() -> None:
+    with pytest.raises(RequestError, match=r"batch\.global=5000 is beyond the 1437"):
+        plan_document(replace(HELD, batch=BatchSettings(policy="hold", global_batch=5000)), SIZES)
+
+
+def test_the_schedule_shows_batch_and_rate_over_time_at_the_smallest_feasible_world() -> None:
+    ramped = BatchSettings(per_device=64, ramp=(("0dur", 0.25), ("0.1dur", 0.5), ("0.2dur", 1)))
+    elastic = ElasticSettings(min_workers=2)
+    document = plan_document(replace(SCALED, batch=ramped, elastic=elastic), Sizes(100_000, 1000), [8, 1, 2])
+    points = document["schedule"]
+    assert {point["world"] for point in points} == {2}
+    assert [point["at"] for point in points] == ["start", "after warmup", "25 %", "50 %", "75 %", "100 %"]
+    assert [point["samples"] for point in points] == [0, 100_000, 250_000, 500_000, 750_000, 1_000_000]
+    assert [point["global"] for point in points] == [32, 64, 128, 128, 128, 128]
+    rates = [point["lr"] for point in points]
+    assert rates == [0, pytest.approx(0.0125), *rates[2:5], 0]  # the ramp to twice the scale begins as the warmup ends
+    assert rates[2] > rates[3] > rates[4] > 0
+
+
+def test_nothing_feasible_is_an_answer_too() -> None:
+    document = plan_document(replace(HELD, elastic=ElasticSettings(min_workers=9)), SIZES, [1, 2])
+    assert document["schedule"] == []
+    assert "1-2  no plan: elastic.min_workers=9" in plan_table(document)
+
+
+def test_the_document_is_json() -> None:
+    document = plan_document(HELD, SIZES)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_the_table_reads_well() -> None:
+    table = plan_table(plan_document(replace(HELD, elastic=ElasticSettings(max_workers=3)), SIZES, [1, 3, 4, 5]))
+    assert table == TABLE
+
+
+TABLE = """\
+1,437 training samples, batch.policy=hold, lr.rule=linear
+lr.base=0.1 at lr.base_batch=256
+
+  world  shares                   micro  accum    global       rate  updates/ep
+      1  256                         43      6       256        0.1         5.6
+      3  86, 85x2                    43      2       256        0.1         5.6
+    4-5  no plan: elastic.max_workers=3 but this job has 4: start 3 workers or
+         fewer, or type elastic.max_workers=4
+
+schedule=cosine at world 1                    samples    global       rate
+  start                                             0       256          0
+  after warmup                                  1,437       256        0.1
+  25 %                                          3,592       256     0.0933
+  50 %                                          7,185       256    0.05868
+  75 %                                         10,777       256    0.01787
+  100 %                                        14,370       256          0
+"""
+
+
+WIDE: list[tuple[dict[str, Any], Sizes, list[int]]] = [
+    ({}, SIZES, list(range(1, 65))),
+    ({"batch": BatchSettings(policy="hold", global_batch="full")}, Sizes(10**12, 100), [1, 3, 100_000]),
+    ({"optimizer": {"_target_": "torch.optim.AdamW"}}, SIZES, [1, 2, 8, 512, 10_000]),
+    ({"optimizer": {"_target_": "torch.optim.Adam"}, "batch": BatchSettings(per_device=999)}, SIZES, [1, 3, 5, 7]),
+]
+
+
+@pytest.mark.parametrize(("changes", "sizes", "worlds"), WIDE)
+def test_the_table_is_never_wider_than_a_terminal(changes: dict[str, Any], sizes: Sizes, worlds: list[int]) -> None:
+    table = plan_table(plan_document(replace(HELD, **changes), sizes, worlds))
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_advice_is_given_once_with_the_world_sizes_it_is_for() -> None:
+    far = replace(SCALED, lr=LrSettings(base=0.1, base_batch=16))
+    table = plan_table(plan_document(far, SIZES, [8, 9, 10]))
+    assert table.count("Advice") == 1
+    assert "Advice at world 9-10: the global batch is more than 32 x lr.base_batch=16" in table
+
+
+def test_sixty_four_world_sizes_are_planned_at_once() -> None:
+    def seconds() -> float:
+        begun = time.process_time()
+        plan_document(SCALED, Sizes(10**6, 1000))
+        return time.process_time() - begun
+
+    assert min(seconds() for _ in range(5)) < 0.1

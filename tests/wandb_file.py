@@ -1,0 +1,59 @@
+"""Reads what wandb really wrote: its `.wandb` file is a log of protobuf records in LevelDB's format."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HEADER_BYTES = 7  # of the file; in each block, of each chunk: checksum (4), length (2), kind (1)
+BLOCK_BYTES = 32768
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Each record of the file, as `wandb.proto.wandb_internal_pb2.Record`."""
+    from wandb.proto import wandb_internal_pb2
+
+    whole = b""
+    for kind, chunk in _chunks(path.read_bytes()):
+        whole = chunk if kind in (FULL, FIRST) else whole + chunk
+        if kind in (FULL, LAST):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The logged rows."""
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records(path)
+        if record.HasField("history")
+    ]
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """What was put into the summary by name, the last value of each."""
+    found = {}
+    for record in records(path):
+        for item in record.summary.update:
+            found[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return found
+
+
+def _chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
+    position = HEADER_BYTES
+    while position + HEADER_BYTES <= len(data):
+        left = BLOCK_BYTES - position % BLOCK_BYTES
+        if left < HEADER_BYTES:  # a block's end too short for a header is padding
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        if kind == 0:
+            return
+        start = position + HEADER_BYTES
+        yield kind, data[start : start + length]
+        position = start + length

@@ -40,13 +40,13 @@ def median_s(call: Callable[[], object], repeats: int) -> float:
 
 
 def planning(repeats: int) -> list[tuple[str, str]]:
-    speeds = "with speeds"
+    speeds, plan = "with speeds", plan_batch(HOLD, WORLD, SPEEDS)
     plans = {
         "scale": lambda: plan_batch(SCALE, WORLD),
         "hold": lambda: plan_batch(HOLD, WORLD),
         f"scale {speeds}": lambda: plan_batch(SCALE, WORLD, SPEEDS),
         f"hold {speeds}": lambda: plan_batch(HOLD, WORLD, SPEEDS),
-        f"a tail of hold {speeds}": lambda plan=plan_batch(HOLD, WORLD, SPEEDS): plan.part(777_777),
+        f"a tail of hold {speeds}": lambda: plan.part(777_777),
     }
     rows = [(f"plan of {WORLD:,} workers, {name}", ms(median_s(call, repeats))) for name, call in plans.items()]
     friendly = median_s(lambda: friendly_batch([8, 12, 16, 17], 10_000, 32, 1500), repeats)

@@ -169,7 +169,7 @@ def _capped(shares: tuple[int, ...], policy: BatchPolicy, accumulation: int | No
     if accumulation is not None and accumulation < needed:
         raise PlanError(
             f"batch.accumulation={accumulation} makes micro-batches of {_ceil(largest, accumulation)} "
-            f"at {len(shares)} workers, above batch.per_device={cap}: "
+            f"at world size {len(shares)}, above batch.per_device={cap}: "
             f"type batch.accumulation={needed} or more, or batch.accumulation=auto"
         )
     count = min(accumulation or needed, largest)

@@ -2,4 +2,89 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher import checkpoint
+from launcher.batch import BatchPlan
+from launcher.faults import Faults
+from launcher.record import Journals
+from launcher.runfolder import RunFolder
+from launcher.settings import CheckpointSettings
+from launcher.standing import Standing
+from launcher.strategies import Replica
+
 __all__ = ["Saver"]
+
+
+class Saver:
+    """Writes on rank 0, whose files serve every rank and every world size; on the others it only takes part.
+
+    `every_s` is `checkpoint.every` where that is a time: rank 0 then raises its wish in the vote.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        settings: CheckpointSettings,
+        journal: Journals,
+        *,
+        writes: bool,
+        every_s: float | None,
+        identity: dict[str, Any],
+        faults: Faults,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.journal = journal
+        self.folder = folder.path
+        self.stop_file: Path | None = folder.stop_file if writes else None
+        self._checkpoints = checkpoints_of(folder, settings)
+        self._settings = settings
+        self._writes = writes
+        self._every_s = every_s
+        self._identity = identity
+        self._faults = faults
+        self._clock = clock
+        self._saved_at = clock()
+
+    def wants(self) -> bool:
+        """Whether it is time to save, by the clock; rank 0 speaks for all."""
+        return self._writes and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
+
+    def save(self, replica: Replica, standing: Standing, plan: BatchPlan) -> None:
+        """Write a checkpoint; every rank calls it, since running statistics are settled before."""
+        replica.settle_buffers()
+        self._saved_at = self._clock()
+        if not self._writes:
+            return
+        model, optimizer, facts = replica.tensors()
+        update = standing.position.update
+        report = checkpoint.save(
+            self._checkpoints,
+            f"update-{update:08d}",
+            checkpoint.Saved(
+                model=model,
+                optimizer=optimizer,
+                position={"samples": standing.position.samples, "update": update},
+                plan={"shares": list(plan.shares), "per_device": plan.per_device, "accumulation": plan.accumulation},
+                world=plan.world,
+                facts={**self._identity, **facts, "standing": standing.facts()},
+            ),
+            keep=self._settings.keep,
+            protect=frozenset([standing.best_checkpoint] if standing.best_checkpoint else []),
+            fault=lambda phase: self._faults(phase, update),
+        )
+        self.journal.event(
+            "checkpoint",
+            name=report.name,
+            samples=standing.position.samples,
+            update=update,
+            seconds=report.seconds,
+            bytes=report.bytes,
+        )
+
+
+def checkpoints_of(folder: RunFolder, settings: CheckpointSettings) -> Path:
+    return Path(settings.dir) if settings.dir else folder.checkpoints

@@ -263,7 +263,7 @@ def test_a_part_is_neither_empty_nor_more_than_the_whole(samples: int) -> None:
             replace(HOLD, accumulation=2),
             1,
             None,
-            "batch.accumulation=2 makes micro-batches of 128 at 1 workers, above batch.per_device=48: "
+            "batch.accumulation=2 makes micro-batches of 128 at world size 1, above batch.per_device=48: "
             "type batch.accumulation=6 or more, or batch.accumulation=auto",
         ),
         (

@@ -228,7 +228,8 @@ def test_every_part_of_the_data_goes_to_every_part_of_the_epoch(orders: Orders, 
         for order in orders(size, epochs)
         for place, sample in enumerate(order)
     )
-    assert all(abs(counts[cell] / (size * epochs) * 64 - 1) < 0.1 for cell in range(64))
+    expected = size * epochs / 64
+    assert all(abs(counts[cell] - expected) < BOUND * math.sqrt(expected) for cell in range(64))
 
 
 @BOTH

@@ -57,7 +57,7 @@ def test_json_has_no_nan_so_it_is_null() -> None:
 
 def test_numbers_of_other_libraries_are_numbers() -> None:
     numpy = pytest.importorskip("numpy")
-    row = json.loads(as_line(reading(**{"a": numpy.float32(0.5), "b": numpy.int64(3), "c": numpy.float32("nan")})))
+    row = json.loads(as_line(reading(a=numpy.float32(0.5), b=numpy.int64(3), c=numpy.float32("nan"))))
     assert (row["a"], row["b"], row["c"]) == (0.5, 3, None)
 
 

@@ -14,6 +14,7 @@ from launcher.batch import BatchPlan, BatchPolicy, plan_batch
 from launcher.timeline import MicroBatch, Position, Timeline, Update
 
 unhurried = settings(deadline=None)
+START = Position()
 
 
 def hold(batch: int, world: int, cap: int = 4) -> BatchPlan:
@@ -24,7 +25,7 @@ def one_stage(size: int, duration: int, batch: int, world: int = 2, tail: str = 
     return Timeline(size, duration, ((0, hold(batch, world)),), tail)  # type: ignore[arg-type]
 
 
-def windows(timeline: Timeline, position: Position = Position()) -> list[tuple[int, int]]:
+def windows(timeline: Timeline, position: Position = START) -> list[tuple[int, int]]:
     return [(update.start, update.end) for update in timeline.updates(position)]
 
 

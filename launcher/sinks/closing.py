@@ -9,7 +9,7 @@ from launcher.sinks.summary import Facts, Row
 from launcher.sinks.tally import StageShare, Tally
 from launcher.sinks.text import Paint, count, figure, rate, rows, took
 
-__all__ = ["bottleneck", "closing_lines", "next_steps", "stage_table"]
+__all__ = ["bottleneck", "closing_lines", "next_steps", "speed_text", "stage_table"]
 
 CYAN, MAGENTA, YELLOW, BLUE, GREEN, GREY = 36, 35, 33, 34, 32, 90
 COLOURS = {"data": YELLOW, "transfer": YELLOW, "forward": CYAN, "backward": CYAN, "sync": MAGENTA, "optimizer": BLUE}
@@ -54,7 +54,7 @@ def stage_table(stages: Sequence[StageShare], paint: Paint, width: int) -> list[
     for stage in stages:
         bar = "█" * round(columns * stage.share / longest)
         line = f"  {stage.stage:<11}{stage.ms:>9,.{digits}f} ms {stage.share:>6.1%}"
-        lines.append(f"{line}  {paint(bar, COLOURS.get(stage.stage, GREY))}" if bar else line)
+        lines.append(f"{line}  {paint(bar, COLOURS.get(stage.stage, GREY))}" if bar else line[:width])
     return lines
 
 
@@ -66,7 +66,7 @@ def bottleneck(stages: Sequence[StageShare], facts: Facts) -> str:
         grouped[name] = grouped.get(name, 0.0) + stage.share
     name, share = max(grouped.items(), key=lambda item: item[1])
     if name == "compute":
-        return f"compute, {share:.0%}: as it should be. {_faster(facts)}"
+        return f"compute, {share:.0%}, as it should be. Faster: {_faster(facts)}"
     return f"{name}, {share:.0%}: {ADVICE.get(name, 'this takes longest')}"
 
 
@@ -74,7 +74,7 @@ def next_steps(facts: Facts, finished: bool) -> list[str]:
     """What to type to go on, and to look at the figures elsewhere. Only what is there is named."""
     folder = Path(str(facts.get("run_dir") or "."))
     key = f"run.name={folder.name}" if folder.parent.name == "runs" else f"run.dir={folder}"
-    steps = [f"{key} with a longer train.duration trains on" if finished else f"the same command with {key} goes on"]
+    steps = [f"to go on: {key} and a longer train.duration" if finished else f"to go on: the same command with {key}"]
     if any(folder.glob("wandb/offline-run-*")):
         steps.append(f"wandb sync {folder}/wandb/offline-run-*")
     if (folder / "tensorboard").is_dir():
@@ -125,7 +125,7 @@ def _files(facts: Facts, finished: bool) -> list[Row]:
 
 def _faster(facts: Facts) -> str:
     if str(facts.get("device", "cpu")).startswith("cpu"):
-        return "More workers or a GPU make it faster"
+        return "more workers or a GPU"
     if facts.get("precision") == "fp32":
-        return "train.precision=bf16 makes it faster"
-    return "More workers make it faster"
+        return "train.precision=bf16"
+    return "more workers"

@@ -15,7 +15,7 @@ from launcher.sinks.closing import closing_lines, speed_text
 from launcher.sinks.progress import Progress
 from launcher.sinks.summary import plan_rows, replan_text, resize_text, start_rows, title
 from launcher.sinks.tally import Tally
-from launcher.sinks.text import ASCII, Paint, count, figure, fold, knows, one_line, rows, size, took
+from launcher.sinks.text import Paint, count, figure, fold, knows, one_line, plain, rows, size, took
 
 __all__ = ["Console"]
 
@@ -158,7 +158,7 @@ class Console:
             self._bar = False
 
     def _put(self, text: str) -> None:
-        self._stream.write(text if self._unicode else text.translate(ASCII))
+        self._stream.write(text if self._unicode else plain(text, self._stream))
         self._stream.flush()
 
     @property

@@ -169,7 +169,7 @@ class Lane:
         self.lost += sum(isinstance(entry, Reading) for entry in self._queue)
         try:
             self._sink.close()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._failed(error)
 
     def _pass(self) -> None:
@@ -184,7 +184,7 @@ class Lane:
         """Whether the lane is through with the entry: written, or given up after some tries."""
         try:
             self._sink.write(entry)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # some libraries exit, which would end the thread without a word
             self._failed(error)
             self._tries += 1
             if self._tries < TRIES or (self.lossless and isinstance(error, OSError)):
@@ -195,7 +195,7 @@ class Lane:
         self._tries = 0
         return True
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self._failures = min(self._failures + 1, 10)
         if not self._reported and not self._left:
             self._reported = True

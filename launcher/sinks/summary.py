@@ -118,5 +118,7 @@ def _warmup(facts: Facts, train_samples: int | None) -> str:
     samples = facts.get("warmup_samples") or 0
     if not samples:
         return "no warmup"
-    epochs = f" ({samples / train_samples:.3g} epochs)" if train_samples else ""
-    return f"warmup {count(samples)} samples{epochs}"
+    if not train_samples:
+        return f"warmup {count(samples)} samples"
+    epochs = f"{samples / train_samples:.3g}"
+    return f"warmup {count(samples)} samples ({epochs} epoch{'' if epochs == '1' else 's'})"

@@ -8,7 +8,21 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TextIO
 
-__all__ = ["ASCII", "Paint", "clock", "count", "figure", "fold", "one_line", "rate", "rows", "shares", "size", "took"]
+__all__ = [
+    "Paint",
+    "clock",
+    "count",
+    "figure",
+    "fold",
+    "knows",
+    "one_line",
+    "plain",
+    "rate",
+    "rows",
+    "shares",
+    "size",
+    "took",
+]
 
 #: For terminals and files that know no Unicode.
 ASCII = str.maketrans({"·": "-", "━": "=", "╸": "-", "─": ".", "█": "#", "▌": "#", "→": ">", "…": "~"})
@@ -37,6 +51,12 @@ def knows(stream: TextIO, text: str) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
+
+
+def plain(text: str, stream: TextIO) -> str:
+    """The text as a stream without Unicode can show it."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    return text.translate(ASCII).encode(encoding, "replace").decode(encoding)
 
 
 def count(number: float) -> str:

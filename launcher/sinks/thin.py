@@ -19,12 +19,17 @@ class Thinner:
         self._gap_s = 1.0 / rows_per_s
         self._next_s = float("-inf")
         self._held: Reading | None = None
+        self._passed: Reading | None = None
 
     def passes(self, reading: Reading) -> bool:
-        passes = reading.time >= self._next_s or any(key.startswith(ALWAYS) for key in reading.values)
-        if passes:
-            self._next_s = max(self._next_s + self._gap_s, reading.time)
-        self._held = None if passes else reading
+        if reading is self._passed:  # asked again, since its first try failed
+            return True
+        passes = due = reading.time >= self._next_s
+        if due:
+            self._next_s = reading.time + self._gap_s
+        else:
+            passes = any(key.startswith(ALWAYS) for key in reading.values)
+        self._held, self._passed = (None, reading) if passes else (reading, self._passed)
         return passes
 
     def last(self) -> Reading | None:

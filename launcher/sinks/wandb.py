@@ -7,18 +7,16 @@ the run's summary as `event/<name>`. Its stop button makes the file `stop` in th
 
 from __future__ import annotations
 
-import http.client
+import inspect
 import os
-import ssl
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from launcher.reading import Event, Reading
+from launcher.redact import redact
 from launcher.sinks.journal import PATIENCE_S, say
 from launcher.sinks.thin import SELDOM_S, Thinner
 
@@ -28,6 +26,7 @@ PROBE_S = 1.0
 FLUSH_S = 0.7
 INIT_S = 15.0
 UPLOAD_S = 60.0
+LONGEST_WHY = 200
 #: Importing it and starting its process, on a machine that is busy. Waiting for the network has less.
 LOCAL_S = 10.0
 
@@ -69,14 +68,15 @@ class Wandb:
         self.every_s = SELDOM_S
         self.patience_s = LOCAL_S
         self._folder = folder
-        self._identity: dict[str, Any] = {
+        self._identity: Mapping[str, Any] = {
             "id": run_id,
             "name": name,
+            "config": dict(config),
             "project": project,
             "entity": entity,
             "group": group,
+            "tags": list(tags) or None,
         }
-        self._identity |= {"tags": list(tags) or None, "config": dict(config)}
         self._mode = mode or os.environ.get("WANDB_MODE")  # asked before wandb is there to tell us
         self._say = say
         self._thinner = Thinner()
@@ -117,11 +117,8 @@ class Wandb:
         for child in psutil.Process().children():
             if child.name().startswith("wandb-core"):
                 child.kill()
-        with suppress(Exception):
-            import wandb
-
-            wandb.teardown()
-        self._say(f"wandb: the server does not answer; upload what it lacks with: {self._sync('')}")
+        _tear_down()
+        self._say(f"wandb: no answer from the server; later: {self._sync('')}")
 
     def _log(self, reading: Reading) -> None:
         if self._run is None:
@@ -163,19 +160,26 @@ class Wandb:
 
     def _online(self, wandb: Any, settings: Any, url: str) -> Any:
         """The run, or None where there is no key or no answer."""
-        if not wandb.login(prompt=False, verify=False):
-            return self._say(f"wandb: offline, since there is no API key; upload later with: {self._sync('offline-')}")
+        why = "no API key"
         try:
-            if answers(url, PROBE_S):
-                self.patience_s = PATIENCE_S
-                run = self._init(wandb, settings, "online")
-                self.patience_s = LOCAL_S
-                self._say(f"wandb: {run.url}")
-                return run
-        except wandb.Error:
+            if _has_key(wandb):
+                why = f"no answer from {url}"
+                if answers(url, PROBE_S):
+                    return self._connected(wandb, settings)
+        except wandb.Error as error:
+            why = " ".join(str(error).split())[:LONGEST_WHY]
+            _tear_down()  # what was begun under this id would be in the way of the same run offline
+        return self._say(f"wandb: offline, {redact(why)}; later: {self._sync('offline-')}")
+
+    def _connected(self, wandb: Any, settings: Any) -> Any:
+        """The run; while the server is waited for, the end of training would not wait long."""
+        self.patience_s = PATIENCE_S
+        try:
+            run = self._init(wandb, settings, "online")
+        finally:
             self.patience_s = LOCAL_S
-            wandb.teardown()  # what was begun under this id would be in the way of the same run offline
-        return self._say(f"wandb: offline, since {url} does not answer; upload later with: {self._sync('offline-')}")
+        self._say(f"wandb: {run.url}")
+        return run
 
     def _init(self, wandb: Any, settings: Any, mode: str) -> Any:
         if self._abandoned:
@@ -186,7 +190,7 @@ class Wandb:
         try:
             self._run.finish(exit_code=1 if "error" in self._events else 0)
         except TimeoutError:
-            self._say(f"wandb: the upload takes too long; the rest later with: {self._sync('')}")
+            self._say(f"wandb: the upload takes too long; the rest later: {self._sync('')}")
 
     def _try_to_finish(self) -> None:
         with suppress(Exception):  # cut off by `abandon`, which says so; the file on the disk is what counts
@@ -196,8 +200,27 @@ class Wandb:
         return f"wandb sync {self._folder / 'wandb'}/{kind}run-*"
 
 
+def _has_key(wandb: Any) -> bool:
+    """Whether wandb finds one. An older wandb cannot be told not to ask on a terminal: it is asked for the key."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)
+
+
+def _tear_down() -> None:
+    import wandb
+
+    with suppress(Exception, SystemExit):  # it exits where its process ended otherwise than it should
+        wandb.teardown()
+
+
 def answers(url: str, timeout_s: float) -> bool:
     """Whether anything answers there, be it with an error. Proxies of the environment are used."""
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s).close()
     except (urllib.error.HTTPError, http.client.HTTPException):

@@ -1,0 +1,91 @@
+"""A rank's last words: written where it fails, shown last on the screen by the driver."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launcher.errors import EXIT_FAILED, EXIT_REQUEST, RequestError
+from launcher.redact import redact
+from launcher.runfolder import write_whole
+
+__all__ = ["Failure", "first", "record"]
+
+#: What a rank says whose peer has gone: a consequence, never the cause.
+CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting", "gloo")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in one rank. `final`: it would go wrong again if the workers were started again."""
+
+    rank: int
+    generation: int
+    type: str
+    message: str
+    where: str
+    time: float
+    status: int
+    final: bool
+    log: str
+    traceback: str
+
+    def line(self) -> str:
+        if self.status == EXIT_REQUEST:
+            return self.message
+        at = f" in {self.where}" if self.where else ""
+        return f"rank {self.rank} failed{at}: {self.type}: {self.message} (log: {self.log})"
+
+
+def record(logs: Path, rank: int, generation: int, error: BaseException, log: Path, *, final: bool = False) -> Failure:
+    """Write `error-g<generation>-r<rank>.json` beside the logs, secrets masked."""
+    request = isinstance(error, RequestError)
+    failure = Failure(
+        rank=rank,
+        generation=generation,
+        type=type(error).__name__,
+        message=redact(" ".join(str(error).split())),
+        where="" if request else where(error),
+        time=time.time(),
+        status=EXIT_REQUEST if request else EXIT_FAILED,
+        final=request or final,
+        log=str(log),
+        traceback=redact("".join(traceback.format_exception(error))),
+    )
+    write_whole(logs / f"error-g{generation}-r{rank}.json", json.dumps(asdict(failure)))
+    return failure
+
+
+def where(error: BaseException) -> str:
+    """File and line of the innermost frame that is the user's own, else of the innermost one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and f"{Path(__file__).parent}/" not in f.filename]
+    chosen = (own or list(frames))[-1:]
+    return f"{shortened(chosen[0].filename)}:{chosen[0].lineno}" if chosen else ""
+
+
+def shortened(name: str) -> str:
+    try:
+        return str(Path(name).relative_to(Path.cwd()))
+    except ValueError:
+        return name
+
+
+def first(logs: Path, since: int) -> Failure | None:
+    """The first real error from generation `since` on; a consequence of another rank's end only where there is no other."""
+    found = []
+    for path in logs.glob("error-g*-r*.json"):
+        try:
+            failure = Failure(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            continue
+        if failure.generation >= since:
+            found.append(failure)
+    return min(found, key=lambda f: (f.generation, consequence(f), f.time), default=None)
+
+
+def consequence(failure: Failure) -> bool:
+    return any(word in failure.message for word in CONSEQUENCES)

@@ -1,0 +1,97 @@
+"""Before anything is created: which folder a run has, and what an existing one means for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launcher import recipe as recipes
+from launcher.config import flat, from_yaml, to_yaml
+from launcher.errors import RequestError
+from launcher.resume import Decision, decide
+from launcher.runfolder import RUNS, RunFolder, free_name
+from launcher.settings import Run
+from launcher.study import Sizes, Study, study
+from launcher.topology import slurm_job
+
+__all__ = ["Opened", "opened", "recipe_name"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that may start: checked at its world size, its folder and name decided, nothing created yet.
+
+    `done`: what done.json holds where the run is complete already.
+    """
+
+    run: Run
+    recipe: Any
+    sizes: Sizes
+    study: Study
+    folder: RunFolder
+    decision: Decision
+    done: Mapping[str, Any] | None = None
+
+
+def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | None = None, nodes: int = 1) -> Opened:
+    """Check the run and decide on its folder. `known`: the folder of an earlier start of the same job.
+
+    Raises:
+        RequestError: the recipe, its data, the plan or the folder do not allow it.
+    """
+    recipe = recipes.build(run.recipe)
+    sizes = recipes.sizes(recipe)
+    plan = study(run, sizes, world)
+    if known is not None:
+        return Opened(placed(run, known), recipe, sizes, plan, RunFolder(known), Decision())
+    path = path_of(run, run_id, nodes)
+    run = placed(run, path)
+    decision = decide(run.resume, path, configuration(path), flat(from_yaml(to_yaml(run))))
+    if decision.fresh and (path / "run.yaml").exists():
+        path = beside(path)
+        run = placed(run, path)
+    folder = RunFolder(path)
+    done = folder.read_done()
+    complete = done is not None and not decision.fresh and plan.duration <= done["samples"]
+    return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None)
+
+
+def path_of(run: Run, run_id: str | None, nodes: int) -> Path:
+    if run.run.dir is not None:
+        return Path(run.run.dir)
+    if run.run.name is not None:
+        return RUNS / run.run.name
+    job = slurm_job()
+    if job is None and nodes > 1:
+        if run_id is None:
+            raise RequestError(f"run.name is not given and {nodes} nodes cannot agree on the time: type run.name=…")
+        job = run_id
+    return RUNS / free_name(recipe_name(run), job, datetime.now())
+
+
+def recipe_name(run: Run) -> str:
+    """`resnet` of `launcher.recipes.resnet.ResNet`; a class of the user's own by its own name."""
+    target = str(run.recipe["_target_"])
+    module, _, name = target.rpartition(".")
+    return (module.rpartition(".")[2] if module.startswith("launcher.recipes.") else name).lower()
+
+
+def placed(run: Run, path: Path) -> Run:
+    return replace(run, run=replace(run.run, name=run.run.name or path.name, dir=str(path)))
+
+
+def configuration(path: Path) -> Mapping[str, Any] | None:
+    """The folder's own configuration, flat; None where it holds no run."""
+    try:
+        return flat(from_yaml((path / "run.yaml").read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, RequestError) as problem:
+        raise RequestError(f"{path / 'run.yaml'} cannot be read ({problem}): type another run.name=") from problem
+
+
+def beside(path: Path) -> Path:
+    return next(p for i in range(2, 10_000) if not (p := path.with_name(f"{path.name}-{i}")).exists())

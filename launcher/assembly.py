@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import nn
 
 from launcher.data import Feed, collate_of, dataset_of, seed_from, transfer
@@ -18,11 +21,11 @@ from launcher.settings import Run
 from launcher.strategies import Replica, prepare
 from launcher.study import Sizes, Study
 from launcher.telemetry import CudaTimer, HostTimer, StageClock
-from launcher.timeline import Position
+from launcher.timeline import Position, Update
 from launcher.topology import Topology
 from launcher.validate import Validation
 
-__all__ = ["Parts", "assemble", "check_norms", "device_of", "threads_of"]
+__all__ = ["OpenData", "Parts", "assemble", "check_norms", "device_of", "open_data", "threads_of"]
 
 
 @dataclass(frozen=True)
@@ -90,23 +93,38 @@ def threads_of(run: Run, topology: Topology) -> int:
     return run.launch.threads or max(1, len(os.sched_getaffinity(0)) // topology.local_world)
 
 
-def assemble(recipe: Any, run: Run, topology: Topology, sizes: Sizes, initial: Callable[[nn.Module], None]) -> Parts:
-    """Build one rank's parts. `initial` may load parameters into the fresh model, before anything is wrapped round it.
+@dataclass(frozen=True)
+class OpenData:
+    train: Any
+    val: Any
+
+
+def open_data(recipe: Any, run: Run, sizes: Sizes) -> OpenData:
+    """
+    Raises:
+        RequestError: the data cannot be opened, or is of another size than the recipe says.
+    """
+    opened = OpenData(dataset_of(recipe, "train", run.data.source), dataset_of(recipe, "val", run.data.source))
+    for split, items, expected in (("train", opened.train, sizes.train), ("val", opened.val, sizes.val)):
+        if len(items) != expected:
+            raise RequestError(
+                f"the recipe's {split} data has {len(items)} samples, not the {expected} of size({split!r})"
+            )
+    return opened
+
+
+def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, data: OpenData) -> Parts:
+    """Build one rank's parts. Every rank calls it: the replica spreads rank 0's parameters.
 
     Raises:
-        RequestError: the recipe's data or model cannot be had as asked.
+        RequestError: the optimizer cannot be had as asked, or `model.init` does not fit.
     """
-    device = device_of(run, topology)
     precision = Precision.of(run.train.precision, device)
     torch.manual_seed(seed_from(run.seed, -1))
     model = recipe.model()
-    initial(model)
+    initialise(model, run)
     model = model.to(device=device, dtype=precision.dtype if precision.name == "fp64" else None)
     model.train()
-    train_data, val_data = (dataset_of(recipe, split, run.data.source) for split in ("train", "val"))
-    for split, items, expected in (("train", train_data, sizes.train), ("val", val_data, sizes.val)):
-        if len(items) != expected:
-            raise RequestError(f"the recipe's {split} data has {len(items)} samples, but size({split!r}) says {expected}")
     if run.train.compile:
         model.compile()
     clock = StageClock(CudaTimer() if device.type == "cuda" else HostTimer())
@@ -116,9 +134,33 @@ def assemble(recipe: Any, run: Run, topology: Topology, sizes: Sizes, initial: C
         precision=precision,
         clock=clock,
         replica=prepare(model, run, topology.world, precision, clock),
-        train_data=train_data,
-        val_data=val_data,
+        train_data=data.train,
+        val_data=data.val,
     )
+
+
+def initialise(model: nn.Module, run: Run) -> None:
+    """Parameters to start from (`model.init`); with `model.strict=false` what differs is said and left as it is.
+
+    Raises:
+        RequestError: the file cannot be read, or is of another model.
+    """
+    if run.model.init is None:
+        return
+    try:
+        missing, unexpected = load_model(model, run.model.init, strict=run.model.strict)
+    except (OSError, SafetensorError) as problem:
+        raise RequestError(
+            f"model.init={run.model.init} cannot be read: {problem}; name a safetensors file"
+        ) from problem
+    except RuntimeError as problem:
+        why = " ".join(str(problem).split())
+        raise RequestError(
+            f"model.init={run.model.init} is of another model: {why[:300]}; type model.strict=false to take what fits"
+        ) from problem
+    if missing or unexpected:
+        log = logging.getLogger("launcher")
+        log.warning("model.init has no %s; %s in it are not the model's", sorted(missing), sorted(unexpected))
 
 
 def check_norms(parts: Parts, study: Study) -> None:
@@ -156,7 +198,7 @@ def check_norms(parts: Parts, study: Study) -> None:
 def smallest_micro_batch(study: Study) -> int:
     """Over the run's updates; of a very long run over its first 100,000 and its last epoch."""
     timeline = study.timeline
-    updates = islice(timeline.updates(), 100_000)
+    updates: Iterable[Update] = islice(timeline.updates(), 100_000)
     if study.run.data.tail == "flush":
         last_epoch = (study.duration - 1) // study.sizes.train * study.sizes.train
         updates = chain(updates, timeline.updates(Position(last_epoch)))

@@ -76,7 +76,9 @@ def save(
         prune(folder, keep, protect | {name})
     except OSError as problem:
         reason = "the disk is full" if problem.errno == errno.ENOSPC else problem.strerror or str(problem)
-        raise CheckpointError(problem.errno, f"checkpoint {name} could not be written to {folder}: {reason}") from problem
+        raise CheckpointError(
+            problem.errno, f"checkpoint {name} could not be written to {folder}: {reason}"
+        ) from problem
     size = sum(facts["size"] for facts in files.values())
     return Report(name, folder / name, size, time.monotonic() - start)
 

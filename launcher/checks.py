@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import NoneType
+from typing import Any, Literal
 
 from launcher.errors import RequestError
 from launcher.keys import flat, nearest
 from launcher.settings import Run
-from launcher.typed import shown
+from launcher.typed import MisfitError, fit, shown, words
 
 __all__ = ["check"]
 
@@ -40,13 +41,18 @@ LEAST: Mapping[str, float] = {
 }
 POSITIVE = ("launch.timeout_s", "train.clip_norm", "schedule.factor")
 
-#: The sinks and what each may be told.
-SINKS: Mapping[str, tuple[str, ...]] = {
-    "console": (),
-    "tensorboard": (),
-    "wandb": ("project", "entity", "group", "tags", "mode"),
+#: The sinks, what each may be told and the type of it.
+SINKS: Mapping[str, Mapping[str, Any]] = {
+    "console": {},
+    "tensorboard": {},
+    "wandb": {
+        "project": str | None,
+        "entity": str | None,
+        "group": str | None,
+        "tags": tuple[str, ...],
+        "mode": Literal["online", "offline", "disabled"] | None,
+    },
 }
-WANDB_MODES = ("online", "offline", "disabled")
 
 
 def check(run: Run) -> Run:
@@ -125,12 +131,21 @@ def _optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:
 def _sink(name: str, options: Any) -> Iterator[str]:
     if name not in SINKS:
         yield f"sink={name} is no sink: choose from {', '.join(sorted(SINKS))}"
+    elif not isinstance(options, Mapping | NoneType):
+        yield f"sink.{name}={shown(options)}: expected a mapping of options"
+    else:
+        for option, value in (options or {}).items():
+            yield from _sink_option(name, option, value)
+
+
+def _sink_option(name: str, option: str, value: Any) -> Iterator[str]:
+    kinds = SINKS[name]
+    if option not in kinds:
+        meant = nearest(option, kinds)
+        hint = f"did you mean sink.{name}.{meant}?" if meant else f"{name} takes {', '.join(kinds) or 'none'}"
+        yield f"sink.{name}.{option} is no key: {hint}"
         return
-    for option in options or ():
-        if option not in SINKS[name]:
-            meant = nearest(option, SINKS[name])
-            yield f"sink.{name}.{option} is no key: " + (
-                f"did you mean sink.{name}.{meant}?" if meant else f"{name} takes {', '.join(SINKS[name]) or 'none'}"
-            )
-    if name == "wandb" and (mode := (options or {}).get("mode")) not in (None, *WANDB_MODES):
-        yield f"sink.wandb.mode={shown(mode)}: choose from {', '.join(WANDB_MODES)}, or null for WANDB_MODE"
+    try:
+        fit(value, kinds[option])
+    except MisfitError:
+        yield f"sink.{name}.{option}={shown(value)}: expected {words(kinds[option])}"

@@ -183,8 +183,16 @@ class Feed:
 
     @classmethod
     def of(
-        cls, items: Any, recipe: Any, timeline: Timeline, position: Position, *, seed: int, rank: int,
-        data: DataSettings, pin: bool,
+        cls,
+        items: Any,
+        recipe: Any,
+        timeline: Timeline,
+        position: Position,
+        *,
+        seed: int,
+        rank: int,
+        data: DataSettings,
+        pin: bool,
     ) -> Feed:
         order = SampleOrder(timeline, seed, rank, position)
         batches = loader(AddressedDataset(items, seed), order, data, collate_of(recipe), pin)

@@ -15,7 +15,14 @@ from launcher.runfolder import write_whole
 __all__ = ["Failure", "first", "record"]
 
 #: What a rank says whose peer has gone: a consequence, never the cause.
-CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting", "gloo")
+CONSEQUENCES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL",
+    "Timed out waiting",
+    "gloo",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def shortened(name: str) -> str:
 
 
 def first(logs: Path, since: int) -> Failure | None:
-    """The first real error from generation `since` on; a consequence of another rank's end only where there is no other."""
+    """The first real error from generation `since` on; a consequence of it only where there is no other."""
     found = []
     for path in logs.glob("error-g*-r*.json"):
         try:
@@ -89,3 +96,12 @@ def first(logs: Path, since: int) -> Failure | None:
 
 def consequence(failure: Failure) -> bool:
     return any(word in failure.message for word in CONSEQUENCES)
+
+
+def tell_torchrun(error: BaseException) -> None:
+    """Have torchrun's own summary name the error instead of `error_file: <N/A>`."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    handler.record_exception(error)

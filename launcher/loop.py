@@ -17,9 +17,9 @@ from launcher.optim import Precision
 from launcher.profile import profiled
 from launcher.recipe import Loss
 from launcher.record import Finished, Recorder, Silent
-from launcher.saver import Saver
+from launcher.saver import Saver, name_of
 from launcher.schedule import LrSchedule
-from launcher.signals import Wishes
+from launcher.signals import GO_ON, Wishes
 from launcher.standing import Standing, Target
 from launcher.strategies import Replica
 from launcher.study import Study
@@ -27,7 +27,7 @@ from launcher.telemetry import Late, Meter, StageClock
 from launcher.timeline import Update
 from launcher.topology import Topology
 from launcher.validate import Validation
-from launcher.vote import GO_ON, Agreed, Ballot, Vote
+from launcher.vote import Agreed, Ballot, Vote
 
 __all__ = ["Job", "TrainingFailed", "train"]
 
@@ -67,7 +67,9 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     clock, replica, late, agreed = job.clock, job.replica, Late(), None
     clock.start()
     job.meter.start()
-    for update in profiled(job.study.timeline.updates(standing.position), job.study.run.train.profile, job.saver.folder):
+    for update in profiled(
+        job.study.timeline.updates(standing.position), job.study.run.train.profile, job.saver.folder
+    ):
         sums = Sums()
         for micro in micro_batches(job, update):
             with replica.micro(last=micro.last, pad=micro.pad):
@@ -204,6 +206,8 @@ def validate(job: Job, standing: Standing, update: Update) -> tuple[Standing, Ma
     job.faults("validate", update.index + 1)
     measured = job.validation.measure(job.replica)
     standing = standing.validated(measured, update.end, job.study.run.schedule.metric)
+    settings = job.study.run.checkpoint
+    standing = standing.improved(measured, settings.best, settings.best_mode, name_of(standing))
     return reach(job, standing, measured), measured
 
 
@@ -223,7 +227,8 @@ def reach(job: Job, standing: Standing, measured: Mapping[str, float]) -> Standi
 
 
 def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> None:
-    if asked or due(update, job.study.checkpoint_every, job.study.duration):
+    best = standing.best_checkpoint == name_of(standing)
+    if asked or best or due(update, job.study.checkpoint_every, job.study.duration):
         job.clock.lap("other")
         job.saver.save(job.replica, replace(standing, seconds=job.meter.seconds()), update.nominal)
         job.clock.lap("checkpoint")

@@ -19,8 +19,17 @@ from typing import Any
 
 from launcher.errors import RequestError
 
-__all__ = ["CheckpointDamaged", "Found", "Manifest", "newest",
- "open_at", "prune", "publish", "verified", "write_atomically"]
+__all__ = [
+    "CheckpointDamaged",
+    "Found",
+    "Manifest",
+    "newest",
+    "open_at",
+    "prune",
+    "publish",
+    "verified",
+    "write_atomically",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"

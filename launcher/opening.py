@@ -12,19 +12,19 @@ from launcher import recipe as recipes
 from launcher.config import flat, from_yaml, to_yaml
 from launcher.errors import RequestError
 from launcher.resume import Decision, decide
-from launcher.runfolder import RUNS, RunFolder, free_name
+from launcher.runfolder import RUNS, RunFolder, free_name, write_whole
 from launcher.settings import Run
 from launcher.study import Sizes, Study, study
 from launcher.topology import slurm_job
 
-__all__ = ["Opened", "opened", "recipe_name"]
+__all__ = ["Opened", "begin", "opened", "recipe_name"]
 
 
 @dataclass(frozen=True)
 class Opened:
     """A run that may start: checked at its world size, its folder and name decided, nothing created yet.
 
-    `done`: what done.json holds where the run is complete already.
+    `done`: what done.json holds where the run is complete already. `knows`: an earlier start of the job began it.
     """
 
     run: Run
@@ -34,6 +34,21 @@ class Opened:
     folder: RunFolder
     decision: Decision
     done: Mapping[str, Any] | None = None
+    knows: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return self.done is not None
+
+    def summary(self) -> str:
+        """What to say where nothing is left to do."""
+        done = self.done or {}
+        figures = "".join(f", {name} {value:.4g}" for name, value in sorted(done.get("metrics", {}).items()))
+        return (
+            f"{self.folder.path} is complete: {done['samples']} samples in {done['updates']} updates, "
+            f"{done['seconds']:.1f} s{figures}\n"
+            f"a longer train.duration goes on from there; resume=never starts a new run beside it"
+        )
 
 
 def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | None = None, nodes: int = 1) -> Opened:
@@ -46,7 +61,7 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
     sizes = recipes.sizes(recipe)
     plan = study(run, sizes, world)
     if known is not None:
-        return Opened(placed(run, known), recipe, sizes, plan, RunFolder(known), Decision())
+        return Opened(placed(run, known), recipe, sizes, plan, RunFolder(known), Decision(), knows=True)
     path = path_of(run, run_id, nodes)
     run = placed(run, path)
     decision = decide(run.resume, path, configuration(path), flat(from_yaml(to_yaml(run))))
@@ -57,6 +72,14 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
     done = folder.read_done()
     complete = done is not None and not decision.fresh and plan.duration <= done["samples"]
     return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None)
+
+
+def begin(found: Opened) -> None:
+    """Create the folder and write down what was asked for; a stop that an earlier job was asked for is over."""
+    found.folder.create()
+    write_whole(found.folder.run_yaml, to_yaml(found.run))
+    if not found.knows:
+        found.folder.clear_stop()
 
 
 def path_of(run: Run, run_id: str | None, nodes: int) -> Path:

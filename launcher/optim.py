@@ -52,7 +52,7 @@ def parameter_groups(model: nn.Module, run: Run, options: Mapping[str, Any]) -> 
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not options.get("weight_decay") or run.train.decay_norms:
         return [{"params": trainable}]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.ndim >= 2]},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
@@ -81,9 +81,7 @@ def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[l
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor of the optimizer's state under `<parameter>/<slot>`."""
     return {
-        f"{name}/{slot}": value
-        for name, slot, value in _slots(optimizer, model)
-        if isinstance(value, torch.Tensor)
+        f"{name}/{slot}": value for name, slot, value in _slots(optimizer, model) if isinstance(value, torch.Tensor)
     }
 
 

@@ -15,7 +15,7 @@ from launcher.timeline import Update
 from launcher.topology import Topology
 from launcher.vote import Agreed
 
-__all__ = ["Finished", "Recorder", "batch_values", "stage_values"]
+__all__ = ["Finished", "Recorder", "Silent", "batch_values", "stage_values"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,10 @@ class Recorder:
         updates = len(self._window)
         ranks = range(self._topology.world)
         mean_ms = tuple(
-            tuple(sum(agreed.stages_ms[rank][stage] for _, agreed in self._window) / updates for stage in range(len(STAGES)))
+            tuple(
+                sum(agreed.stages_ms[rank][stage] for _, agreed in self._window) / updates
+                for stage in range(len(STAGES))
+            )
             for rank in ranks
         )
         samples = sum(finished.update.samples for finished, _ in self._window) // updates
@@ -143,10 +146,14 @@ class Recorder:
 
 
 class Silent:
-    """The recorder of every rank but 0."""
+    """The journal and the recorder of every rank but 0."""
 
     def finished(self, update: Finished) -> None: ...
 
     def agreed(self, agreed: Agreed) -> None: ...
 
     def flush(self) -> None: ...
+
+    def event(self, name: str, /, **facts: Any) -> None: ...
+
+    def close(self) -> None: ...

@@ -141,7 +141,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def free_name(recipe: str, job: str | None, now: datetime) -> str:
-    """`<recipe>-<job>`, the same for a requeued Slurm job; else `<recipe>-<time>`, of a folder that is not there yet."""
+    """`<recipe>-<job>`, the same for a requeued Slurm job; else `<recipe>-<time>`, not taken yet."""
     if job is not None:
         return f"{recipe}-{job}"
     name = f"{recipe}-{now:%Y%m%d-%H%M%S}"

@@ -10,13 +10,14 @@ from typing import Any
 from launcher import checkpoint
 from launcher.batch import BatchPlan
 from launcher.faults import Faults
-from launcher.record import Journals
+from launcher.record import Silent
 from launcher.runfolder import RunFolder
 from launcher.settings import CheckpointSettings
+from launcher.sinks.journal import Journal
 from launcher.standing import Standing
 from launcher.strategies import Replica
 
-__all__ = ["Saver"]
+__all__ = ["Saver", "checkpoints_of", "name_of"]
 
 
 class Saver:
@@ -29,7 +30,7 @@ class Saver:
         self,
         folder: RunFolder,
         settings: CheckpointSettings,
-        journal: Journals,
+        journal: Journal | Silent,
         *,
         writes: bool,
         every_s: float | None,
@@ -59,11 +60,12 @@ class Saver:
         self._saved_at = self._clock()
         if not self._writes:
             return
+        self.journal.flush()  # rows that the checkpoint counts must not be lost after it
         model, optimizer, facts = replica.tensors()
         update = standing.position.update
         report = checkpoint.save(
             self._checkpoints,
-            f"update-{update:08d}",
+            name_of(standing),
             checkpoint.Saved(
                 model=model,
                 optimizer=optimizer,
@@ -88,3 +90,8 @@ class Saver:
 
 def checkpoints_of(folder: RunFolder, settings: CheckpointSettings) -> Path:
     return Path(settings.dir) if settings.dir else folder.checkpoints
+
+
+def name_of(standing: Standing) -> str:
+    """A checkpoint's name: it counts updates, so that names sort by age."""
+    return f"update-{standing.position.update:08d}"

@@ -50,8 +50,12 @@ class BatchSettings:
         "scale", "scale: global = workers x per_device x accumulation; hold: global stays; bounded: clamped"
     )
     per_device: int = key(32, "samples per worker per micro-batch; under hold and bounded a cap")
-    accumulation: int | Literal["auto"] = key("auto", "micro-batches per update; auto is 1 under scale, fewest under hold")
-    global_batch: int | Literal["full"] | None = key(None, "samples per update under hold; full is the whole training set")
+    accumulation: int | Literal["auto"] = key(
+        "auto", "micro-batches per update; auto is 1 under scale, fewest under hold"
+    )
+    global_batch: int | Literal["full"] | None = key(
+        None, "samples per update under hold; full is the whole training set"
+    )
     min_global: int | None = key(None, "lower bound of the global batch under bounded")
     max_global: int | None = key(None, "upper bound of the global batch under bounded")
     ramp: tuple[tuple[str, float], ...] | None = key(
@@ -64,7 +68,8 @@ class LrSettings:
     base: float | None = key(None, "the learning rate chosen for lr.base_batch")
     base_batch: int | None = key(None, "the global batch that lr.base was chosen for")
     rule: Literal["auto", "linear", "sqrt", "none"] = key(
-        "auto", "how the rate follows the batch; auto: linear for SGD, sqrt for the Adam family, none for Rprop and sign"
+        "auto",
+        "how the rate follows the batch; auto: linear for SGD, sqrt for the Adam family, none for Rprop",
     )
 
 
@@ -117,7 +122,9 @@ class DataSettings:
     workers: int = key(0, "loader processes per rank")
     prefetch: int = key(2, "micro-batches each loader process prepares ahead")
     source: Literal["real", "synthetic"] = key("real", "synthetic: the same shapes, nothing read")
-    tail: Literal["flush", "carry"] = key("flush", "a partial window at an epoch's end: its own update, or carried over")
+    tail: Literal["flush", "carry"] = key(
+        "flush", "a partial window at an epoch's end: its own update, or carried over"
+    )
 
 
 @dataclass(frozen=True)

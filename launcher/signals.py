@@ -13,9 +13,10 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.errors import EXIT_INTERRUPTED
-from launcher.vote import GO_ON, LEAVE, STOP
 
-__all__ = ["Wishes"]
+__all__ = ["GO_ON", "LEAVE", "STOP", "Wishes"]
+
+GO_ON, STOP, LEAVE = 0, 1, 2  # LEAVE: save and be started again by the agent; it outweighs STOP
 
 LOOK_EVERY_S = 0.2
 

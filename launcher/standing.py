@@ -57,6 +57,7 @@ class Standing:
     metrics: Mapping[str, float] = field(default_factory=dict)
     reached: Mapping[str, Any] | None = None
     best: float | None = None
+    best_checkpoint: str | None = None
 
     def after(self, update: Update) -> Standing:
         return replace(self, position=update.after)
@@ -71,6 +72,15 @@ class Standing:
             schedule = schedule.validated(samples, measured_value(measured, watched, "schedule.metric"))
         return replace(self, schedule=schedule, metrics=dict(measured))
 
+    def improved(self, measured: Mapping[str, float], best: str | None, mode: str, name: str) -> Standing:
+        """With `checkpoint.best`: `name` as the best checkpoint where the metric is better than ever."""
+        if best is None or not measured:
+            return self
+        value = measured_value(measured, best, "checkpoint.best")
+        lower = mode == "min" or (mode == "auto" and "loss" in best)
+        better = self.best is None or (value < self.best if lower else value > self.best)
+        return replace(self, best=value, best_checkpoint=name) if better else self
+
     def target_ends(self, study: Study) -> bool:
         return self.reached is not None and study.run.train.stop_at_target
 
@@ -83,6 +93,7 @@ class Standing:
             "metrics": dict(self.metrics),
             "reached": self.reached,
             "best": self.best,
+            "best_checkpoint": self.best_checkpoint,
         }
 
     @classmethod
@@ -95,4 +106,5 @@ class Standing:
             metrics=facts["metrics"],
             reached=facts["reached"],
             best=facts["best"],
+            best_checkpoint=facts["best_checkpoint"],
         )

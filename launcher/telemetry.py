@@ -14,7 +14,18 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["STAGES", "CudaTimer", "HostTimer", "Late", "Meter", "StageClock", "Timer", "critical_rank", "memory", "utilization"]
+__all__ = [
+    "STAGES",
+    "CudaTimer",
+    "HostTimer",
+    "Late",
+    "Meter",
+    "StageClock",
+    "Timer",
+    "critical_rank",
+    "memory",
+    "utilization",
+]
 
 #: The order in which a rank's stage times travel in the vote.
 STAGES = ("data", "transfer", "forward", "backward", "sync", "optimizer", "checkpoint", "other")
@@ -123,9 +134,7 @@ class Late:
     def read(self) -> tuple[float, float, float]:
         if self._event is not None:
             self._event.synchronize()
-        loss, norm, finite = (
-            self._values.tolist() if isinstance(self._values, torch.Tensor) else self._values
-        )
+        loss, norm, finite = self._values.tolist() if isinstance(self._values, torch.Tensor) else self._values
         return loss, norm, finite
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["Topology"]
+__all__ = ["Topology", "master_port", "slurm_job"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Topology:
     run_id: str | None = None
     slurm_job: str | None = None
     restarts_left: int = 0
+    shares_store: bool = False
 
     @classmethod
     def of(cls, env: Mapping[str, str] = os.environ) -> Topology | None:
@@ -29,6 +30,7 @@ class Topology:
         if "RANK" not in env:
             return None
         run_id = env.get("TORCHELASTIC_RUN_ID")
+        max_restarts = int(env.get("TORCHELASTIC_MAX_RESTARTS", "0"))
         return cls(
             rank=int(env["RANK"]),
             world=int(env.get("WORLD_SIZE", "1")),
@@ -37,12 +39,18 @@ class Topology:
             node=int(env.get("GROUP_RANK", "0")),
             run_id=None if run_id in (None, "", "none") else run_id,
             slurm_job=slurm_job(env),
-            restarts_left=int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            shares_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            restarts_left=max_restarts - int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
 
     @property
     def nodes(self) -> int:
         return max(1, self.world // max(1, self.local_world))
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and generation: what names a log."""
+        return self.rank, self.generation
 
     def started(self, generation: int) -> Topology:
         return replace(self, generation=generation)
@@ -53,3 +61,8 @@ def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:
     if array := env.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
     return env.get("SLURM_JOB_ID")
+
+
+def master_port(env: Mapping[str, str] = os.environ) -> int:
+    """The port that torchrun chose for rank 0's store."""
+    return int(env["MASTER_PORT"])

@@ -37,7 +37,15 @@ class Validation:
     """`measure` gives `val/loss` and one `val/<name>` per metric of the recipe: sums over ranks, divided once."""
 
     def __init__(
-        self, items: Any, recipe: Any, *, rank: int, world: int, batch: int, seed: int, data: DataSettings,
+        self,
+        items: Any,
+        recipe: Any,
+        *,
+        rank: int,
+        world: int,
+        batch: int,
+        seed: int,
+        data: DataSettings,
         precision: Precision,
     ) -> None:
         self._recipe = recipe

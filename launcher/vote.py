@@ -16,11 +16,10 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from launcher.signals import GO_ON
 from launcher.telemetry import STAGES
 
-__all__ = ["GO_ON", "LEAVE", "STOP", "Agreed", "Ballot", "Vote"]
-
-GO_ON, STOP, LEAVE = 0, 1, 2  # LEAVE: save and be started again by the agent; it outweighs STOP
+__all__ = ["Agreed", "Ballot", "Vote"]
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_secrets_are_masked_in_what_is_told(launcher: Callable[..., Result], her
 
 
 def test_debug_shows_the_traceback_before_the_line(launcher: Callable[..., Result], here: Path) -> None:
-    result = launcher("debug=true", "seed=s3://u:hunter2@h")
+    result = launcher(*MINE, "debug=true", "seed=s3://u:hunter2@h")
     assert result.returncode == EXIT_REQUEST
     assert "Traceback (most recent call last)" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: seed=s3://u:***@h")

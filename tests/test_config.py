@@ -229,7 +229,8 @@ def test_a_value_gets_the_type_of_its_key(valued: Any, override: str, value: Any
         ("optimizer.momentum=nan", "optimizer.momentum=nan: type a finite number"),
         ("train.target.metric=val/accuracy", "needs train.target.at_least= or train.target.at_most="),
         ("train.stop_at_target=true", "train.stop_at_target=true has no target"),
-        ("sink.wandb.mode=onlin", "sink.wandb.mode=onlin: choose from online, offline, disabled"),
+        ("sink.wandb.mode=onlin", "sink.wandb.mode=onlin: expected one of online, offline, disabled or null"),
+        ("sink.wandb.tags=abc", "sink.wandb.tags=abc: expected a list of text"),
         ("sink.wandb.projct=x", "did you mean sink.wandb.project?"),
     ],
 )

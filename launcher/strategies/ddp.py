@@ -60,7 +60,7 @@ class DdpReplica:
             model,
             gradient_as_bucket_view=True,
             find_unused_parameters=run.strategy.find_unused_parameters,
-            **{NO_BUFFER_SYNC: False},
+            **{NO_BUFFER_SYNC: False},  # type: ignore[arg-type]
         )
         wrapped.register_comm_hook(None, self._sum)
         return wrapped

@@ -1,0 +1,54 @@
+"""torchrun with what a job started by the driver needs round it: `python -m launcher.agent TORCHRUN-ARGUMENTS`.
+
+The store through which the workers find one another listens on the loopback alone (torch's own listens everywhere).
+The agent dies with its driver, and keeps its own report of a failure to itself: the driver shows the first real error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from launcher.errors import EXIT_FAILED, EXIT_OK
+from launcher.process import die_with_parent
+
+__all__ = ["main"]
+
+FAILURES = "--failures="
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run torchrun with `argv`; `--failures=FILE` first, where to write which ranks failed and how."""
+    die_with_parent()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    report = argv.pop(0).removeprefix(FAILURES) if argv and argv[0].startswith(FAILURES) else ""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the driver hears of these and speaks to the workers itself
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from launcher.rendezvous import loopback_store
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    store = loopback_store(0, serve=True)
+    where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=0"]
+    try:
+        run.main([*where, *argv])
+    except ChildFailedError as error:
+        if report:
+            failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            with open(report, "w") as file:
+                json.dump(failed, file)
+        return EXIT_FAILED
+    except SignalException:
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Before training the ranks compare what they have made ready: what fails or differs anywhere is refused everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from launcher.errors import RequestError
+from launcher.topology import Topology
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+__all__ = ["greet", "verdict"]
+
+Ready = TypeVar("Ready")
+
+
+def greet(
+    store: dist.Store, topology: Topology, make: Callable[[], Ready], facts: Callable[[Ready], Mapping[str, Any]]
+) -> Ready:
+    """Make ready on this rank, and go on once all ranks have, with the same `facts`.
+
+    Raises:
+        RequestError: on every rank, with the first rank's reason or the first difference.
+    """
+    word: dict[str, Any]
+    try:
+        ready = make()
+        word = {"facts": dict(facts(ready))}
+    except RequestError as error:
+        word = {"error": str(error)}
+    if topology.world > 1:
+        store.set(f"hello/{topology.rank}", json.dumps(word))
+    if topology.rank == 0:
+        others = [json.loads(store.get(f"hello/{rank}")) for rank in range(1, topology.world)]
+        store.set("verdict", verdict([word, *others]))
+    if refused := store.get("verdict").decode():
+        raise RequestError(refused)
+    return ready
+
+
+def verdict(words: Sequence[Mapping[str, Any]]) -> str:
+    """What to refuse, given every rank's word; empty where all is well."""
+    for rank, word in enumerate(words):
+        if "error" in word:
+            return str(word["error"]) if rank == 0 else f"{word['error']} (rank {rank})"
+    for rank, word in enumerate(words):
+        for name, value in words[0]["facts"].items():
+            if word["facts"].get(name) != value:
+                return (
+                    f"the ranks disagree: {name} is {word['facts'].get(name)} on rank {rank} and {value} on rank 0: "
+                    f"give every node the same program, data and folder"
+                )
+    return ""

@@ -1,0 +1,230 @@
+"""The driver: checks a run, starts torchrun for it, passes on what people ask, and ends when it ends. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher import failure
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
+from launcher.gpus import count_gpus
+from launcher.manifest import by_age
+from launcher.opening import Opened, begin, opened
+from launcher.process import catches, children
+from launcher.redact import redact
+from launcher.runfolder import RunFolder
+from launcher.settings import Run
+from launcher.worker import Assignment
+
+__all__ = ["Command", "command", "drive", "workers_of"]
+
+LOOK_EVERY_S = 0.05
+MANY = 1_000_000  # torchrun's own count of restarts is no limit: it knows nothing of checkpoints
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is started: argument list, and what is added to the environment."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+    def line(self) -> str:
+        """As one would type it."""
+        return shlex.join([*(f"{name}={value}" for name, value in self.env.items()), *self.argv])
+
+
+def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
+    """torchrun on this machine, on the loopback, with `workers` processes that read the run from `handover`."""
+    threads = run.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    argv = (
+        sys.executable,
+        "-m",
+        "launcher.agent",
+        f"--failures={report}",
+        "--nnodes=1",
+        f"--nproc-per-node={workers}",
+        f"--max-restarts={MANY}",
+        "--local-addr=127.0.0.1",
+        "--monitor-interval=0.1",
+        "-m",
+        "launcher",
+        "worker",
+        str(handover),
+    )
+    env = {
+        "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **run.launch.env,
+    }
+    return Command(argv, env)
+
+
+def workers_of(run: Run) -> int:
+    """`launch.workers`, else one per GPU, else 1."""
+    if run.launch.workers is not None:
+        return run.launch.workers
+    return 1 if run.train.device == "cpu" else max(1, count_gpus())
+
+
+def drive(run: Run) -> int:
+    """One run from start to end; returns its exit status.
+
+    Raises:
+        RequestError: the request is wrong; nothing was created.
+    """
+    workers = workers_of(run)
+    found = opened(run, workers)
+    if found.complete:
+        print(found.summary())
+        return EXIT_OK
+    if run.launch.dry:
+        print(command(found.run, workers, Path("HANDOVER.json"), Path("FAILURES.json")).line())
+        return EXIT_OK
+    for line in found.study.advice:
+        tell(f"note: {line}")
+    found.folder.create()
+    lock = found.folder.lock()
+    try:
+        begin(found)
+        with tempfile.TemporaryDirectory(prefix="launcher-") as private:
+            return Job(found, workers, Path(private)).run()
+    finally:
+        lock.release()
+
+
+class Job:
+    """One torchrun under way: started, watched, asked to stop, reported on."""
+
+    def __init__(self, found: Opened, workers: int, private: Path) -> None:
+        self._folder: RunFolder = found.folder
+        self._run = found.run
+        self._first = found.folder.generation() + 1
+        self._report = private / "failures.json"
+        handover = private / "handover.json"
+        assignment = replace(Assignment.of(found, loopback=True), first=self._first)
+        handover.touch(0o600)
+        handover.write_text(assignment.to_json())
+        self._command = command(found.run, workers, handover, self._report)
+        self._asked = 0
+        self._told: set[int] = set()
+
+    def run(self) -> int:
+        with handled(self._ask):
+            env = os.environ | self._command.env
+            agent = subprocess.Popen(self._command.argv, env=env, start_new_session=True)
+            try:
+                return self._watch(agent)
+            finally:
+                self._end(agent)
+
+    def _watch(self, agent: subprocess.Popen[bytes]) -> int:
+        """Until the agent ends, or there is no point in letting it start the workers again."""
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                agent.wait(LOOK_EVERY_S)
+            if self._asked > 1:
+                return EXIT_INTERRUPTED
+            if agent.returncode == 0:
+                return self._ended_well()
+            found = failure.first(self._folder.logs, self._first)
+            if agent.returncode is not None:
+                return self._failed(found)
+            if found is not None and (found.final or self._restarts() > self._run.elastic.max_restarts):
+                return self._failed(found)
+            if self._asked:
+                self._pass_on(agent.pid)
+
+    def _restarts(self) -> int:
+        """Starts of the workers since the newest checkpoint, this job's first start not counted."""
+        started = self._folder.generation() - self._first
+        newest = next(iter(by_age(self._folder.checkpoints)), None) if self._folder.checkpoints.is_dir() else None
+        if newest is None:
+            return started
+        saved_s = newest.stat().st_mtime
+        later = [log for log in self._folder.logs.glob("rank0-g*.log") if log.stat().st_ctime > saved_s]
+        return min(started, len(later))
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal ask the workers to save and stop; a second Ctrl-C ends all."""
+        if not self._asked:
+            self._asked = 1
+            self._folder.stop_file.touch(0o600)
+            tell(f"{signal.Signals(number).name}: saving at the next update, then stopping (once more ends at once)")
+        elif number == signal.SIGINT:
+            self._asked = 2
+
+    def _pass_on(self, agent: int) -> None:
+        """SIGUSR1 to each worker once it can take it; before that the stop file speaks."""
+        for pid in children(agent):
+            if pid not in self._told and catches(pid, signal.SIGUSR1):
+                self._told.add(pid)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGUSR1)
+
+    def _end(self, agent: subprocess.Popen[bytes]) -> None:
+        """Leave nothing behind: the workers die with their agent."""
+        pids = children(agent.pid)
+        if agent.poll() is None:
+            agent.kill()
+            agent.wait()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _ended_well(self) -> int:
+        if self._folder.read_done() is None:
+            tell(f"stopped after saving: the same command with run.name={self._run.run.name} goes on from there")
+        self._folder.clear_stop()
+        return EXIT_OK
+
+    def _failed(self, found: failure.Failure | None) -> int:
+        if found is not None:
+            tell(f"error: {found.line()}")
+            if self._run.debug:
+                tell(found.traceback, whole=True)
+            return EXIT_REQUEST if found.status == EXIT_REQUEST else EXIT_FAILED
+        tell(f"error: {killed(self._report)} (logs: {self._folder.logs})")
+        return EXIT_FAILED
+
+
+def killed(report: Path) -> str:
+    """What the agent knows of workers that left no last word."""
+    try:
+        codes: dict[str, int] = json.loads(report.read_text())
+    except (OSError, ValueError):
+        return "torchrun ended without a word"
+    for rank, code in sorted(codes.items(), key=lambda item: item[1] == -signal.SIGTERM):
+        if code == -signal.SIGKILL:
+            return f"rank {rank} was killed by SIGKILL: out of memory?"
+        return f"rank {rank} was ended by {signal.Signals(-code).name}" if code < 0 else f"rank {rank} left with {code}"
+    return "torchrun failed"
+
+
+def tell(text: str, *, whole: bool = False) -> None:
+    print(redact(text if whole else " ".join(text.split())), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def handled(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """The driver's signals go to `ask`, and to whom they went before once this is over."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,287 @@
+"""One rank's training, from the meeting of the ranks to its last word."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher import checkpoint, rendezvous
+from launcher import recipe as recipes
+from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of, open_data, threads_of
+from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
+from launcher.faults import Faults
+from launcher.greeting import greet
+from launcher.keys import flat
+from launcher.loop import Job, train
+from launcher.manifest import Found, newest, open_at
+from launcher.record import Recorder, Silent
+from launcher.redact import redact, redacted
+from launcher.saver import Saver, checkpoints_of
+from launcher.signals import GO_ON, LEAVE, Wishes
+from launcher.sinks import Destination, open_sinks
+from launcher.sinks.journal import Journal
+from launcher.standing import Standing
+from launcher.study import Sizes, Study, study
+from launcher.telemetry import Meter
+from launcher.timeline import Position
+from launcher.topology import Topology
+from launcher.vote import Vote
+from launcher.worker import Assignment
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a rank makes ready before it meets the others, so that its errors hold nobody up."""
+
+    recipe: Any
+    sizes: Sizes
+    device: torch.device
+    data: OpenData
+    found: Found | None
+    folder_generation: int
+
+    def facts(self) -> Mapping[str, Any]:
+        """What must be the same on every rank."""
+        return {
+            "the launcher's version": version("elastic-batch-launcher"),
+            "torch's version": torch.__version__,
+            "python's version": platform.python_version(),
+            "the training data's length": self.sizes.train,
+            "the validation data's length": self.sizes.val,
+            "the generation in the run folder": self.folder_generation,
+            "the newest checkpoint": None if self.found is None else self.found.path.name,
+        }
+
+
+def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: Wishes) -> int:
+    """Build, restore, train, finish. Returns the exit status.
+
+    Raises:
+        RequestError: something is wrong with the request, found by any rank before training.
+    """
+    settings = assignment.run
+    faults = Faults.of(topology.rank, topology.generation)
+    faults("start")
+    threads = threads_of(settings, topology)
+    torch.set_num_threads(threads)
+    ready = greet(store, topology, lambda: made_ready(assignment, topology), Ready.facts)
+    plan = study(settings, ready.sizes, topology.world)
+    faults("rendezvous")
+    backend = rendezvous.join(store, topology, ready.device, settings.launch.backend, settings.launch.timeout_s)
+    parts = assemble(ready.recipe, settings, topology, ready.device, ready.data)
+    faults("restore")
+    standing = restored(parts, plan, ready.found)
+    check_norms(parts, plan)
+
+    journal = open_journal(assignment) if topology.rank == 0 else Silent()
+    try:
+        job = job_of(assignment, topology, plan, parts, journal, wishes, faults, standing, threads)
+        announce(job, assignment, ready, standing, backend, threads)
+        standing, ending = train(job, standing)
+        faults("finish")
+        if topology.rank == 0:
+            finish(job, assignment, standing, ending)
+    except BaseException as error:
+        journal.event("error", rank=topology.rank, type=type(error).__name__, message=redact(str(error)))
+        raise
+    finally:
+        journal.close()
+    dist.barrier()
+    dist.destroy_process_group()
+    return EXIT_AGAIN if ending == LEAVE else EXIT_OK
+
+
+def made_ready(assignment: Assignment, topology: Topology) -> Ready:
+    settings = assignment.run
+    recipe = recipes.build(settings.recipe)
+    sizes = recipes.sizes(recipe)
+    return Ready(
+        recipe=recipe,
+        sizes=sizes,
+        device=device_of(settings, topology),
+        data=open_data(recipe, settings, sizes),
+        found=found_checkpoint(assignment),
+        folder_generation=assignment.folder.generation(),
+    )
+
+
+def found_checkpoint(assignment: Assignment) -> Found | None:
+    """The checkpoint to go on from: the one the user named, at the first start of this job, else the folder's newest.
+
+    Raises:
+        RequestError: there are checkpoints and all are damaged; or there is none, and `resume=must`.
+    """
+    if assignment.checkpoint is not None:
+        return open_at(assignment.checkpoint)
+    found = newest(checkpoints_of(assignment.folder, assignment.run.checkpoint))
+    if found is None and assignment.must:
+        raise RequestError(f"resume=must but {assignment.folder.path} holds no checkpoint: type resume=auto")
+    return found
+
+
+def restored(parts: Parts, plan: Study, found: Found | None) -> Standing:
+    """Where training stands: at the beginning, or where the checkpoint left it."""
+    if found is None:
+        return Standing(Position(), plan.schedule)
+    checkpoint.check_names(found.manifest, parts.replica.bare.state_dict())
+    loaded = checkpoint.load(found)
+    facts = loaded.manifest.facts
+    parts.replica.restore(loaded.model, loaded.optimizer, facts)
+    return Standing.restored(plan, Position(**loaded.manifest.position), facts["standing"])
+
+
+def open_journal(assignment: Assignment) -> Journal:
+    folder = assignment.folder
+    to = Destination(
+        folder=folder.path,
+        name=str(assignment.run.run.name),
+        wandb_id=folder.wandb_id(),
+        config=dict(redacted(flat(assignment.run))),
+    )
+    return Journal(open_sinks(assignment.run.sink, to))
+
+
+def job_of(
+    assignment: Assignment,
+    topology: Topology,
+    plan: Study,
+    parts: Parts,
+    journal: Journal | Silent,
+    wishes: Wishes,
+    faults: Faults,
+    standing: Standing,
+    threads: int,
+) -> Job:
+    settings = plan.run
+    saver = Saver(
+        assignment.folder,
+        settings.checkpoint,
+        journal,
+        writes=topology.rank == 0,
+        every_s=plan.checkpoint_every_s,
+        identity={"recipe": redacted(dict(settings.recipe)), "seed": settings.seed},
+        faults=faults,
+    )
+    recorder = (
+        Silent()
+        if isinstance(journal, Silent)
+        else Recorder(journal, topology, settings.log.every, plan.sizes.tokens_per_sample)
+    )
+    return Job(
+        study=plan,
+        topology=topology,
+        recipe=parts.recipe,
+        replica=parts.replica,
+        precision=parts.precision,
+        feed=parts.feed(plan, topology, standing.position),
+        validation=parts.validation(plan, topology),
+        vote=Vote(topology.world, settings.launch.timeout_s),
+        clock=parts.clock,
+        recorder=recorder,
+        meter=Meter(parts.device, threads, before_s=standing.seconds),
+        saver=saver,
+        wishes=wishes,
+        faults=faults,
+    )
+
+
+def announce(job: Job, assignment: Assignment, ready: Ready, standing: Standing, backend: str, threads: int) -> None:
+    """Say what is about to happen: the start, the plan in force, and where it goes on from."""
+    if job.topology.rank != 0:
+        return
+    plan, settings, model = job.study, job.study.run, job.replica.bare
+    position = standing.position
+    event = job.saver.journal.event
+    parameters = [p.numel() for p in model.parameters()]
+    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    device = job.precision.device
+    event(
+        "start",
+        run_dir=str(assignment.folder.path),
+        recipe=type(job.recipe).__name__,
+        data={"train": plan.sizes.train, "val": plan.sizes.val},
+        parameters=sum(parameters),
+        trainable=sum(trainable),
+        strategy=settings.strategy.name,
+        device=device.type,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        precision=settings.train.precision,
+        world=job.topology.world,
+        nodes=job.topology.nodes,
+        threads=threads,
+        seed=settings.seed,
+        duration_samples=plan.duration,
+        updates=position.update + plan.timeline.count(position),
+        updates_per_epoch=plan.sizes.train / plan.plan.global_batch,
+        backend=backend,
+        generation=job.topology.generation,
+        optimizer=type(job.replica.optimizer).__name__,
+        decay=settings.schedule.decay,
+    )
+    facts = plan_facts(plan, standing)
+    assignment.folder.write_json(assignment.folder.plan_json, facts)
+    event("plan", why="start", **facts, **{"from": None})
+    if ready.found is not None:
+        event(
+            "resume",
+            checkpoint=ready.found.path.name,
+            samples=position.samples,
+            update=position.update,
+            passed_over=[{"name": name, "why": why} for name, why in ready.found.passed_over],
+            changed=assignment.changed,
+        )
+        for name, why in ready.found.passed_over:
+            event("alarm", kind="checkpoint", detail=f"{name} was passed over: {why}")
+
+
+def plan_facts(plan: Study, standing: Standing) -> dict[str, Any]:
+    """The plan in force where training stands, as in plan.json."""
+    samples = standing.position.samples
+    present = [stage for begin, stage in plan.stages if begin <= samples][-1]
+    scale = standing.schedule.target(present.global_batch)
+    return {
+        "policy": plan.policy,
+        "world": plan.world,
+        "global": present.global_batch,
+        "shares": list(present.shares),
+        "per_device": present.per_device,
+        "accumulation": present.accumulation,
+        "lr": standing.schedule.base * scale,
+        "lr_scale": scale,
+        "lr_base": standing.schedule.base,
+        "lr_base_batch": standing.schedule.base_batch,
+        "lr_rule": plan.rule,
+        "warmup_samples": plan.warmup,
+        "updates_per_epoch": plan.sizes.train / present.global_batch,
+    }
+
+
+def finish(job: Job, assignment: Assignment, standing: Standing, ending: int) -> None:
+    """The last word of rank 0: the final parameters and done.json, or that training was stopped."""
+    position, event = standing.position, job.saver.journal.event
+    if ending != GO_ON:
+        event("preempt", why=job.wishes.why or "another rank", samples=position.samples, update=position.update)
+        return
+    folder = assignment.folder
+    checkpoint.save_model(folder.model, job.replica.tensors()[0])
+    if standing.best_checkpoint is not None:
+        best = open_at(checkpoints_of(folder, job.study.run.checkpoint) / standing.best_checkpoint)
+        checkpoint.save_model(folder.path / "best.safetensors", checkpoint.load(best).model)
+    done = {
+        "samples": position.samples,
+        "updates": position.update,
+        "seconds": job.meter.seconds(),
+        "metrics": dict(standing.metrics),
+    }
+    if standing.reached is not None:
+        done["target"] = dict(standing.reached)
+    event("done", **done)
+    folder.write_json(folder.done_json, done)

@@ -1,4 +1,4 @@
-"""The launcher against a plain hand-written DDP script: steady throughput, and time from the command to the first update.
+"""The launcher against a plain hand-written DDP script: steady throughput, and time to the first update.
 
     python benchmarks/overhead.py                      # the digits resnet at two workers
     python benchmarks/overhead.py --width 64 --updates 80   # updates of 50 ms and more
@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    ratios: dict[str, list[float]] = {"throughput": [], "throughput, driver": [], "first update": [], "first update, driver": []}
+    kinds = ("throughput", "throughput, driver", "first update", "first update, driver")
+    ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
     seconds: list[tuple[float, ...]] = []
     with tempfile.TemporaryDirectory() as name:
         for _ in range(options.pairs):
@@ -92,7 +93,7 @@ def main() -> None:
             ratios["first update"].append(own_first_s / plain_first_s)
             ratios["first update, driver"].append(driver_first_s / plain_first_s)
             seconds.append((plain_s * 1e3, own_s * 1e3, driver_s * 1e3, plain_first_s, own_first_s, driver_first_s))
-    names = ("plain ms/update", "torchrun -m launcher", "launcher", "plain s to first", "torchrun -m launcher", "launcher")
+    names = ("plain ms/update", "torchrun -m launcher", "launcher", "plain s to first", "torchrun", "launcher")
     for name, column in zip(names, zip(*seconds, strict=True), strict=True):
         print(f"{name:24} median {statistics.median(column):8.2f}   {' '.join(f'{v:.2f}' for v in column)}")
     for name, values in ratios.items():

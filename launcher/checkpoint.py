@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import errno
+import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 
+from launcher.durable import HashedFile, whole
 from launcher.errors import RequestError
-from launcher.manifest import MANIFEST, CheckpointDamaged, Found, HashedFile, Manifest, prune, publish, write_atomically
+from launcher.manifest import MANIFEST, DamagedError, Found, Manifest, next_sequence, prune, publish
 
-__all__ = ["CheckpointError", "Loaded", "Report", "Saved", "check_names", "load", "save", "save_model"]
+__all__ = ["CheckpointError", "Loaded", "Reader", "Report", "Saved", "check_names", "load", "save", "save_model"]
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+#: The numbers that safetensors knows, by its own names.
+DTYPES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointError(OSError):
@@ -37,6 +63,8 @@ class Saved:
 
 @dataclass(frozen=True)
 class Report:
+    """A checkpoint that was written: its size in bytes and the seconds it took."""
+
     name: str
     path: Path
     bytes: int
@@ -45,48 +73,68 @@ class Report:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's tensors on the CPU, aliases of tied ones included, and its manifest."""
+    """A checkpoint's tensors in memory of their own, under every alias of tied ones, and its manifest."""
 
     model: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     manifest: Manifest
 
 
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
 def save(
-    folder: Path, name: str, saved: Saved, keep: int, protect: frozenset[str], fault: Callable[[str], None]
+    folder: Path,
+    name: str,
+    saved: Saved,
+    keep: int,
+    protect: frozenset[str] = frozenset(),
+    fault: Callable[[str], None] = lambda phase: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Report:
     """Write `saved` as `folder/name`, then let go of all but the newest `keep` and the protected.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written.
+        CheckpointError: the disk is full or cannot be written; what was there before is still there.
+        RequestError: the model's state holds something that is no tensor of numbers.
     """
-    start = time.monotonic()
-    groups = {"model.safetensors": saved.model, "optimizer.safetensors": saved.optimizer}
-    try:
+    start = clock()
+    groups = {MODEL: lay_out(saved.model, MODEL), OPTIMIZER: lay_out(saved.optimizer, OPTIMIZER)}
+    files: dict[str, dict[str, Any]] = {}
+    with refused(f"checkpoint {name}", folder):
         with publish(folder, name, fault) as fresh:
-            files: dict[str, Mapping[str, Any]] = {}
-            tensors: dict[str, Mapping[str, Any]] = {}
-            for file, group in groups.items():
-                unique, described = lay_out(group, file)
-                files[file] = write(fresh / file, safetensors.torch.save(unique))
-                tensors |= described
+            for file_name, (unique, _) in groups.items():
+                with HashedFile(fresh / file_name) as file:
+                    write_tensors(file, unique)
+                files[file_name] = file.facts
                 fault("checkpoint-write")
-            manifest = Manifest(files, tensors, saved.position, saved.plan, saved.world, versions(), saved.facts)
-            write(fresh / MANIFEST, manifest.to_json().encode())
+            described = {**groups[MODEL][1], **groups[OPTIMIZER][1]}
+            standing = (saved.position, saved.plan, saved.world, versions(), saved.facts, next_sequence(folder))
+            with HashedFile(fresh / MANIFEST) as file:
+                file.write(Manifest(files, described, *standing).to_json().encode())
         prune(folder, keep, protect | {name})
+    return Report(name, folder / name, sum(facts["size"] for facts in files.values()), clock() - start)
+
+
+def save_model(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The parameters as one file that `safetensors.torch.load_model` takes without this program.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; an older file is still there.
+    """
+    unique, described = lay_out(tensors, path.name)
+    aliases = {alias: name for name, facts in described.items() for alias in facts["aliases"]}
+    with refused(path.name, path.parent), whole(path) as file:
+        write_tensors(file, unique, {"format": "pt", **aliases})
+
+
+@contextmanager
+def refused(what: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as problem:
-        reason = "the disk is full" if problem.errno == errno.ENOSPC else problem.strerror or str(problem)
-        raise CheckpointError(
-            problem.errno, f"checkpoint {name} could not be written to {folder}: {reason}"
-        ) from problem
-    size = sum(facts["size"] for facts in files.values())
-    return Report(name, folder / name, size, time.monotonic() - start)
-
-
-def write(path: Path, data: bytes) -> Mapping[str, Any]:
-    file = HashedFile(path)
-    file.write(data)
-    return file.close()
+        reason = "the disk is full" if problem.errno in (errno.ENOSPC, errno.EDQUOT) else problem.strerror
+        raise CheckpointError(f"{what} could not be written to {folder}: {reason or problem}") from problem
 
 
 def lay_out(group: Mapping[str, torch.Tensor], file: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
@@ -95,14 +143,13 @@ def lay_out(group: Mapping[str, torch.Tensor], file: str) -> tuple[dict[str, tor
     owners: dict[tuple[Any, ...], str] = {}
     described: dict[str, dict[str, Any]] = {}
     for name, tensor in group.items():
-        identity = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        owner = owners.setdefault(identity, name) if tensor.numel() else name
+        check_kind(name, tensor)
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        owner = owners.setdefault(memory, name) if tensor.numel() else name
         if owner != name:
             described[owner]["aliases"].append(name)
             continue
-        unique[name] = tensor.detach().cpu().contiguous()
-        if any(unique[name].data_ptr() == u.data_ptr() for n, u in unique.items() if n != name and u.numel()):
-            unique[name] = unique[name].clone()  # a view into another tensor: safetensors takes no shared memory
+        unique[name] = tensor
         described[name] = {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
@@ -112,76 +159,130 @@ def lay_out(group: Mapping[str, torch.Tensor], file: str) -> tuple[dict[str, tor
     return unique, described
 
 
+def check_kind(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise RequestError(f"{name} of the model's state is a {type(tensor).__name__}: make it a tensor in a buffer")
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_meta:
+        kind = f"{tensor.layout}, {tensor.dtype} on {tensor.device.type}"
+        raise RequestError(f"{name} of the model's state cannot be saved ({kind}): make it a dense tensor of numbers")
+
+
+def write_tensors(
+    file: HashedFile, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """safetensors' format: the header's length, the header as JSON, the tensors' bytes, widest elements first.
+
+    Written here, tensor by tensor, because the library's own writer either holds the whole file in memory or cannot be
+    hashed on the way. In this order, after a header of whole words, every tensor lies at a multiple of its width.
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        file.write(bytes_of(tensor))
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's elements in order as bytes; no copy where they lie so on the CPU."""
+    here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return memoryview(here.reshape(-1).view(torch.uint8).numpy())
+
+
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "safetensors": safetensors.__version__}
 
 
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
 def load(found: Found) -> Loaded:
-    """The tensors of a verified checkpoint, put together from their pieces."""
+    """The tensors of a checkpoint that was verified, put together from their pieces.
+
+    They are copies: what maps the file would lose its pages when a process elsewhere prunes the checkpoint.
+
+    Raises:
+        DamagedError: its files are not what its manifest says of them.
+    """
     model: dict[str, torch.Tensor] = {}
     optimizer: dict[str, torch.Tensor] = {}
     read = Reader(found.path)
     for name, facts in found.manifest.tensors.items():
-        tensor = read.whole(facts)
-        group = optimizer if facts["pieces"][0][0].startswith("optimizer") else model
+        tensor = read(facts).reshape(facts["shape"])
+        group = model if is_of_model(facts) else optimizer
         for alias in (name, *facts["aliases"]):
             group[alias] = tensor
     return Loaded(model, optimizer, found.manifest)
 
 
+def is_of_model(facts: Mapping[str, Any]) -> bool:
+    return str(facts["pieces"][0][0]).startswith("model")
+
+
 class Reader:
-    """Reads pieces; each file is opened once."""
+    """Reads tensors, or ranges of their elements, by how the manifest describes them; opens each file once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, dict[str, torch.Tensor]] = {}
+        self._files: dict[str, Any] = {}
 
-    def whole(self, facts: Mapping[str, Any]) -> torch.Tensor:
-        pieces = [self._file(file)[key].reshape(-1) for file, key, _, _ in facts["pieces"]]
-        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return flat.reshape(facts["shape"])
+    def __call__(self, facts: Mapping[str, Any], start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the flat tensor, in memory of their own; only the pieces they lie in are read."""
+        stop = sum(last - first for _, _, first, last in facts["pieces"]) if stop is None else stop
+        parts = [
+            self._piece(file, key, last - first, facts["dtype"])[max(start - first, 0) : stop - first]
+            for file, key, first, last in facts["pieces"]
+            if (first < stop and start < last) or first == last
+        ]
+        return torch.cat(parts)
 
-    def _file(self, name: str) -> dict[str, torch.Tensor]:
-        if name not in self._files:
-            try:
-                self._files[name] = safetensors.torch.load_file(self._folder / name)
-            except safetensors.SafetensorError as problem:
-                raise CheckpointDamaged(f"{name} cannot be read: {problem}") from problem
-        return self._files[name]
+    def _piece(self, file: str, key: str, numel: int, dtype: str) -> torch.Tensor:
+        try:
+            if file not in self._files:
+                self._files[file] = safetensors.safe_open(self._folder / file, framework="pt")
+            tensor: torch.Tensor = self._files[file].get_tensor(key)
+        except (safetensors.SafetensorError, OSError) as problem:
+            raise DamagedError(f"{key} in {file} cannot be read: {problem}") from problem
+        if tensor.numel() != numel or str(tensor.dtype) != f"torch.{dtype}":
+            raise DamagedError(f"{key} in {file} is not what the manifest says of it")
+        return tensor.reshape(-1)
 
 
 def check_names(manifest: Manifest, expected: Mapping[str, torch.Tensor]) -> None:
-    """
+    """Whether a checkpoint has exactly the names, shapes and numbers of the model's `state_dict()`.
+
     Raises:
-        RequestError: the checkpoint is of another model; the first five differences are named.
+        RequestError: it is of another model; the first five differences are named.
     """
     saved = {
-        alias: (tuple(facts["shape"]), facts["dtype"])
+        alias: described(facts["dtype"], facts["shape"])
         for name, facts in manifest.tensors.items()
-        if facts["pieces"][0][0].startswith("model")
+        if is_of_model(facts)
         for alias in (name, *facts["aliases"])
     }
-    present = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in expected.items()}
+    present = {name: described(tensor.dtype, tensor.shape) for name, tensor in expected.items()}
     if differences := list(differing(saved, present)):
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise RequestError(
             f"the checkpoint is of another model: {'; '.join(differences[:5])}{more}: "
-            f"give the recipe it was trained with, or start anew with run.name=… or resume=never"
+            f"give the recipe it was trained with, or start anew with run.name=... or resume=never"
         )
 
 
-def differing(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterable[str]:
-    for name in [*present, *(name for name in saved if name not in present)]:
+def described(dtype: object, shape: Any) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
+def differing(saved: Mapping[str, str], present: Mapping[str, str]) -> Iterator[str]:
+    for name, kind in present.items():
         if name not in saved:
             yield f"{name} is not in it"
-        elif name not in present:
-            yield f"{name} is in it alone"
-        elif saved[name] != present[name]:
-            yield f"{name} has {saved[name]} in it instead of {present[name]}"
-
-
-def save_model(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The final parameters as one file that `safetensors.torch.load_model` takes without this program."""
-    unique, described = lay_out(tensors, path.name)
-    aliases = {alias: name for name, facts in described.items() for alias in facts["aliases"]}
-    write_atomically(path, safetensors.torch.save(unique, metadata={"format": "pt", **aliases}))
+        elif saved[name] != kind:
+            yield f"{name} is {saved[name]} in it, not {kind}"
+    yield from (f"{name} is in it alone" for name in saved if name not in present)

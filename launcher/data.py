@@ -40,7 +40,7 @@ def seed_sample(seed: int, address: Address) -> None:
     """Seed what a dataset's `__getitem__` may draw from: random, numpy (where it is in use) and torch."""
     number = seed_from(seed, *address)
     random.seed(number)
-    torch.random.default_generator.manual_seed(number)
+    torch.default_generator.manual_seed(number)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(number & 0xFFFFFFFF)
 

@@ -121,14 +121,17 @@ def micro_batches(job: Job, update: Update) -> Iterator[Micro]:
         batch = job.feed.next_batch()
         job.clock.lap("data")
         batch = transfer(batch, job.precision.device, job.precision.dtype)
-        seed_everything(seed_from(job.study.run.seed, update.index, job.topology.rank, index))
+        seed_generators(seed_from(job.study.run.seed, update.index, job.topology.rank, index), job.precision.device)
         job.clock.lap("transfer")
         yield Micro(batch, last=index == len(parts) - 1, pad=part.pad)
 
 
-def seed_everything(number: int) -> None:
+def seed_generators(number: int, device: torch.device) -> None:
+    """Those that a forward pass draws from; torch.manual_seed visits every kind of device, which costs."""
     random.seed(number)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def forward(job: Job, micro: Micro, update: Update) -> Loss:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launcher.durable import private_folder, write_whole
 from launcher.errors import RequestError
 from launcher.process import started_at
 
-__all__ = ["RUNS", "Lock", "RunFolder", "free_name", "recall", "remember"]
+__all__ = ["RUNS", "Lock", "RunFolder", "free_name", "named_folder", "recall", "remember", "write_whole"]
 
 RUNS = Path("runs")
 AGENTS = RUNS / ".agents"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,18 @@ class RunFolder:
     @property
     def plan_json(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
 
     @property
     def done_json(self) -> Path:
@@ -59,29 +75,66 @@ class RunFolder:
         return self.logs / f"rank{rank}-g{generation}.log"
 
     def create(self) -> None:
-        os.makedirs(self.path, mode=0o700, exist_ok=True)
-        os.makedirs(self.logs, mode=0o700, exist_ok=True)
+        """Make the folder and what lies in it; what is there stays.
+
+        Raises:
+            RequestError: it cannot be made, or a part of it is a link that leads elsewhere.
+        """
+        try:
+            for folder in (self.path, self.logs, self.checkpoints):
+                private_folder(folder)
+        except OSError as problem:
+            raise RequestError(
+                f"run.dir={self.path} cannot be created ({problem.strerror}): type another run.dir="
+            ) from problem
+        for folder in (self.logs, self.checkpoints):
+            if folder.is_symlink() or not folder.is_dir():
+                raise RequestError(f"{folder} is no folder of its own: remove it, or type another run.name=")
 
     def generation(self) -> int:
-        """How often the workers of this run have been started; 0 before the first time."""
+        """How often the workers of this run have been started; 0 before the first time.
+
+        Raises:
+            RequestError: it cannot be known: rows of metrics.jsonl would supersede the wrong ones.
+        """
+        kept = self.path / "generation"
         try:
-            return int((self.path / "generation").read_text())
-        except (FileNotFoundError, ValueError):
+            return int(kept.read_text())
+        except FileNotFoundError:
             return 0
+        except ValueError:
+            raise RequestError(f"{kept} holds no number: write the last generation of metrics.jsonl into it") from None
 
     def next_generation(self) -> int:
         number = self.generation() + 1
         write_whole(self.path / "generation", f"{number}\n")
         return number
 
+    def stop_requested(self) -> bool:
+        return self.stop_file.exists()
+
     def clear_stop(self) -> None:
         self.stop_file.unlink(missing_ok=True)
 
     def read_done(self) -> dict[str, Any] | None:
+        """What done.json says; None where training is not complete.
+
+        Raises:
+            RequestError: it cannot be read.
+        """
         try:
-            return dict(json.loads(self.done_json.read_text()))
-        except (FileNotFoundError, ValueError):
+            done = json.loads(self.done_json.read_text())
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError):
+            done = None
+        if not isinstance(done, dict) or not isinstance(done.get("samples"), int):
+            raise RequestError(f"{self.done_json} cannot be read: remove it, and the run goes on from its checkpoint")
+        return done
+
+    def write_done(self, facts: Mapping[str, Any]) -> None:
+        """The last word of a run: everything else is on the disk before."""
+        self.write_json(self.done_json, facts)
 
     def write_json(self, path: Path, facts: Mapping[str, Any]) -> None:
         write_whole(path, json.dumps(facts, indent=1) + "\n")
@@ -106,15 +159,21 @@ class Lock:
     """An flock: the kernel lets go of it when the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115 (held)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._file = open(os.open(folder / ".lock", flags, 0o600), "r+")  # noqa: SIM115 (held)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as problem:
             owner = self._file.read().strip() or "another process"
             self._file.close()
+            if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RequestError(
+                    f"{folder} cannot be locked ({problem.strerror}): type run.dir= on a file system with locks"
+                ) from problem
             raise RequestError(
                 f"{folder} is in use by {owner}: wait for it, stop it, or type another run.name="
             ) from None
+        os.register_at_fork(after_in_child=self._file.close)  # a loader process must not keep it when its rank dies
         self._file.seek(0)
         self._file.truncate()
         since = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -125,33 +184,42 @@ class Lock:
         self._file.close()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The whole new file or the old one, private, durable."""
-    fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    number = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def named_folder(name: str) -> Path:
+    """`runs/<name>`, which never lies anywhere else.
+
+    Raises:
+        RequestError: the name is none, or a link of that name leads out of runs/.
+    """
+    if not NAME.fullmatch(name):
+        raise RequestError(
+            f"run.name={name}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+    folder = RUNS / name
+    if folder.is_symlink() and folder.resolve().parent != RUNS.resolve():
+        raise RequestError(f"run.name={name} is a link that leads out of {RUNS}/: type run.dir={folder.resolve()}")
+    return folder
 
 
 def free_name(recipe: str, job: str | None, now: datetime) -> str:
-    """`<recipe>-<job>`, the same for a requeued Slurm job; else `<recipe>-<time>`, not taken yet."""
+    """`<recipe>-<job>`, the same for a requeued job; else `<recipe>-<time>`, of a folder that is not there yet.
+
+    Raises:
+        RequestError: the job's id, which the user may choose, makes no name.
+    """
     if job is not None:
-        return f"{recipe}-{job}"
+        return named_folder(f"{recipe}-{job}").name
     name = f"{recipe}-{now:%Y%m%d-%H%M%S}"
-    taken = {path.name for path in RUNS.iterdir()} if RUNS.is_dir() else set()
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if not os.path.lexists(named_folder(n)))
+
+
+# --- what outlives a restart under a torchrun of the user's own ---------------------------------------------------
 
 
 def recall() -> Path | None:
-    """The folder that an earlier worker of the same agent decided on: under a torchrun of the user's own it must
-    outlive restarts. None where this is the first start."""
+    """The folder that an earlier worker of the same agent decided on; None where this is the first start."""
     try:
         return Path(memory().read_text())
     except FileNotFoundError:
@@ -160,15 +228,15 @@ def recall() -> Path | None:
 
 def remember(folder: Path) -> None:
     """Keep the decision by host, the agent's pid and when that was started; what belongs to dead agents is removed."""
-    os.makedirs(AGENTS, mode=0o700, exist_ok=True)
-    host = socket.gethostname()
-    for old in AGENTS.glob(f"{host}-*"):
-        pid, start = old.name.removeprefix(f"{host}-").split("-")
-        if str(started_at(int(pid))) != start:
+    private_folder(AGENTS)
+    for old in AGENTS.iterdir():
+        host, _, agent = old.name.rpartition("@")
+        pid, _, start = agent.partition("-")
+        if host == socket.gethostname() and str(started_at(int(pid))) != start:
             old.unlink(missing_ok=True)
     write_whole(memory(), str(folder))
 
 
 def memory() -> Path:
     agent = os.getppid()
-    return AGENTS / f"{socket.gethostname()}-{agent}-{started_at(agent)}"
+    return AGENTS / f"{socket.gethostname()}@{agent}-{started_at(agent)}"

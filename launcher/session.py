@@ -228,7 +228,7 @@ def announce(job: Job, assignment: Assignment, ready: Ready, standing: Standing,
     )
     facts = plan_facts(plan, standing)
     assignment.folder.write_json(assignment.folder.plan_json, facts)
-    event("plan", why="start", **facts, **{"from": None})
+    event("plan", why="", **facts, **{"from": None})
     if ready.found is not None:
         event(
             "resume",

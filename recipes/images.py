@@ -1,0 +1,122 @@
+"""A folder of images: one subfolder per class, below `train` and `val` or split by a hash of each file's path."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ImageFolder", "Images"]
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Where the images lie. A file's side of the split follows from its path alone, so adding files moves none."""
+
+    path: str
+    validation_split: float = 0.2
+    split_seed: int = 0
+
+    def classes(self) -> tuple[str, ...]:
+        """The names of the class folders.
+
+        Raises:
+            RequestError: there is no such folder, or no class in it.
+        """
+        root = Path(self.path)
+        if not root.is_dir():
+            raise RequestError(f"recipe.data={self.path} is no folder: name one with a subfolder per class")
+        base = root / "train" if (root / "train").is_dir() else root
+        names = tuple(sorted(entry.name for entry in base.iterdir() if entry.is_dir()))
+        if not names:
+            raise RequestError(f"recipe.data={self.path} has no class folders in {base}: make a subfolder per class")
+        return names
+
+    def files(self, split: str) -> list[tuple[str, int]]:
+        """(file, class) of `train` or `val`, sorted.
+
+        Raises:
+            RequestError: a class has no images, or something among them is no regular file.
+        """
+        names, root = self.classes(), Path(self.path)
+        found: list[tuple[str, int]] = []
+        for label, name in enumerate(names):
+            if (root / "train").is_dir():
+                mine = list(images(root / split / name))
+            else:
+                mine = [file for file in images(root / name) if self.side(file.relative_to(root)) == split]
+            if not mine and split == "train":
+                raise RequestError(
+                    f"recipe.data={self.path}: class {name} has no images to train on: add some or remove it"
+                )
+            found += [(str(file), label) for file in mine]
+        return found
+
+    def side(self, path: Path) -> str:
+        digest = hashlib.blake2b(f"{self.split_seed}/{path.as_posix()}".encode(), digest_size=8).digest()
+        return "val" if int.from_bytes(digest, "little") < self.validation_split * 2**64 else "train"
+
+
+def images(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        return
+    for entry in sorted(folder.rglob("*")):
+        if entry.suffix.lower() in SUFFIXES:
+            if not entry.is_file() or entry.is_symlink():
+                raise RequestError(f"{entry} is no regular file: put the image itself there, or remove it")
+            yield entry
+
+
+class Images:
+    """The images of one split, decoded when asked for: float32 of shape (3, height, width) and the class."""
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, files: list[tuple[str, int]], size: tuple[int, int], augment: bool) -> None:
+        self._files = files
+        self._size = size
+        self._augment = augment
+        self.deterministic = not augment
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        import numpy
+        import torch
+        from PIL import Image
+
+        path, label = self._files[index]
+        height, width = self._size
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as problem:
+            raise RequestError(f"{path} cannot be read as an image ({problem}): mend or remove it") from problem
+        box = crop(*image.size) if self._augment else None
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        pixels = torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255).permute(2, 0, 1)
+        if self._augment and float(torch.rand(())) < 0.5:
+            pixels = pixels.flip(2)
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (self.MEAN, self.STD))
+        return (pixels - mean) / std, label
+
+
+def crop(width: int, height: int) -> tuple[float, float, float, float]:
+    """A box of 35 to 100 % of the area and a ratio of 3/4 to 4/3, somewhere in the image."""
+    import torch
+
+    share, ratio, across, down = torch.rand(4).tolist()
+    area, ratio = width * height * (0.35 + 0.65 * share), (3 / 4) * (16 / 9) ** ratio
+    w, h = min(width, (area * ratio) ** 0.5), min(height, (area / ratio) ** 0.5)
+    left, top = across * (width - w), down * (height - h)
+    return left, top, left + w, top + h

@@ -1,0 +1,54 @@
+"""A small perceptron on scikit-learn's digits: quick enough for full batches, batches of 1, and sweeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.recipes.digits import Batches, Digits
+
+from launcher.recipe import Loss
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Mlp"]
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """`depth` hidden layers of `hidden` units, no norm: what full batch with Rprop is shown on."""
+
+    hidden: int = 64
+    depth: int = 1
+    validation_split: float = 0.2
+    split_seed: int = 0
+    classes: int = 10
+    subset: int | None = None
+
+    def model(self) -> nn.Module:
+        from torch import nn
+
+        layers: list[nn.Module] = [nn.Flatten()]
+        inputs = 64
+        for _ in range(self.depth):
+            layers += [nn.Linear(inputs, self.hidden), nn.ReLU()]
+            inputs = self.hidden
+        return nn.Sequential(*layers, nn.Linear(inputs, self.classes))
+
+    def dataset(self, split: str) -> Batches:
+        return self._digits().dataset(split)
+
+    def size(self, split: str) -> int:
+        return self._digits().size(split)
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        from torch.nn.functional import cross_entropy
+
+        images, labels = batch
+        logits = model(images)
+        correct = (logits.argmax(1) == labels).sum()
+        return Loss(cross_entropy(logits, labels, reduction="sum"), len(labels), {"accuracy": correct})
+
+    def _digits(self) -> Digits:
+        return Digits(self.validation_split, self.split_seed, self.classes, self.subset)

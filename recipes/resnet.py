@@ -1,0 +1,85 @@
+"""A ResNet on scikit-learn's digits, or on a folder of images of your own (`recipe.data=PATH`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from launcher.recipes.digits import Batches, Digits
+from launcher.recipes.images import ImageFolder, Images
+
+from launcher.recipe import Loss
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["ResNet"]
+
+
+@dataclass(frozen=True)
+class ResNet:
+    """ResNet-18, 34 or 50 (He 2015) for images of any size; its fields are the keys below `recipe.`"""
+
+    depth: Literal[18, 34, 50] = 18
+    width: int = 16
+    norm: Literal["batch", "group"] = "batch"
+    stem: Literal["auto", "small", "large"] = "auto"
+    data: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    augment: Literal["auto", "none", "crop"] = "auto"
+    validation_split: float = 0.2
+    split_seed: int = 0
+    classes: int = 10
+    subset: int | None = None
+
+    def model(self) -> nn.Module:
+        from launcher.recipes.resnet_model import resnet
+
+        channels, classes = (1, self.classes) if self.data is None else (3, len(self._folder().classes()))
+        return resnet(self.depth, self.width, channels, classes, self.norm, large=self._large())
+
+    def dataset(self, split: str) -> Any:
+        if self.data is None:
+            return self._resized(self._digits().dataset(split))
+        augment = split == "train" and self.augment != "none"
+        return Images(self._folder().files(split), self._size(), augment)
+
+    def size(self, split: str) -> int:
+        return self._digits().size(split) if self.data is None else len(self._folder().files(split))
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        from torch.nn.functional import cross_entropy
+
+        images, labels = batch
+        logits = model(images)
+        correct = (logits.argmax(1) == labels).sum()
+        return Loss(cross_entropy(logits, labels, reduction="sum"), len(labels), {"accuracy": correct})
+
+    def synthetic(self, split: str) -> Batches:
+        """The same shapes, one image over and over: nothing is read."""
+        import torch
+
+        channels = 1 if self.data is None else 3
+        size = self.size(split)
+        image = torch.randn(1, channels, *self._size(), generator=torch.Generator().manual_seed(0))
+        return Batches(image.expand(size, -1, -1, -1), torch.zeros(size, dtype=torch.long))
+
+    def _digits(self) -> Digits:
+        return Digits(self.validation_split, self.split_seed, self.classes, self.subset)
+
+    def _folder(self) -> ImageFolder:
+        return ImageFolder(str(self.data), self.validation_split, self.split_seed)
+
+    def _size(self) -> tuple[int, int]:
+        size = self.image_size or (8 if self.data is None else 64)
+        return (size, size) if isinstance(size, int) else size
+
+    def _large(self) -> bool:
+        return self.stem == "large" or (self.stem == "auto" and min(self._size()) > 64)
+
+    def _resized(self, digits: Batches) -> Batches:
+        from torch.nn.functional import interpolate
+
+        if self._size() == (8, 8):
+            return digits
+        return Batches(interpolate(digits.inputs, self._size(), mode="bilinear"), digits.targets)

@@ -50,7 +50,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
     data = recipe.dataset("train")
     sampler = DistributedSampler(data)
-    batches = DataLoader(data, batch_size=options.per_device, sampler=sampler, drop_last=True)
+    batches = DataLoader(data, options.per_device, sampler=sampler, drop_last=True, collate_fn=lambda batch: batch)
 
     done, first, start = 0, None, 0.0
     times: list[float] = []

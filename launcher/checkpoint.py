@@ -192,7 +192,7 @@ def write_tensors(
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A tensor's elements in order as bytes; no copy where they lie so on the CPU."""
     here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return memoryview(here.reshape(-1).view(torch.uint8).numpy())
+    return here.reshape(-1).view(torch.uint8).numpy().data
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,6 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -177,9 +176,19 @@ def transfer(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class Feed:
-    """This rank's micro-batches in order: `next_batch()` waits for data, nothing else."""
+    """This rank's micro-batches in order: `next_batch` waits for data, nothing else."""
 
-    next_batch: Callable[[], Any]
+    batches: Iterator[Any]
+
+    def next_batch(self) -> Any:
+        """
+        Raises:
+            RequestError: a sample cannot be read; it is named.
+        """
+        try:
+            return next(self.batches)
+        except RequestError as error:  # a loader process wraps it in its traceback; the reason is the last line
+            raise RequestError(str(error).strip().rpartition("RequestError: ")[2]) from error
 
     @classmethod
     def of(
@@ -196,4 +205,4 @@ class Feed:
     ) -> Feed:
         order = SampleOrder(timeline, seed, rank, position)
         batches = loader(AddressedDataset(items, seed), order, data, collate_of(recipe), pin)
-        return cls(partial(next, iter(batches)))
+        return cls(iter(batches))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: private to the user, hashed while they are written, on the disk when it says so."""
+"""Files that are whole or not there: private to the user, hashed while they are written, on the disk once done."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from launcher.faults import Faults
 from launcher.optim import Precision
 from launcher.profile import profiled
 from launcher.recipe import Loss
-from launcher.record import Finished, Recorder, Silent
+from launcher.record import Finished, Recorder, Silent, announced
 from launcher.saver import Saver, name_of
 from launcher.schedule import LrSchedule
 from launcher.signals import GO_ON, Wishes
@@ -67,9 +67,8 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     clock, replica, late, agreed = job.clock, job.replica, Late(), None
     clock.start()
     job.meter.start()
-    for update in profiled(
-        job.study.timeline.updates(standing.position), job.study.run.train.profile, job.saver.folder
-    ):
+    updates = announced(job.study.timeline.updates(standing.position), job.study, job.saver.journal)
+    for update in profiled(updates, job.study.run.train.profile, job.saver.folder):
         sums = Sums()
         for micro in micro_batches(job, update):
             with replica.micro(last=micro.last, pad=micro.pad):
@@ -103,7 +102,8 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     last = job.vote.cast(ballot(job, Sums(), late), clock.times_ms()).wait()
     job.recorder.agreed(last)
     job.recorder.flush()
-    return heed(job, standing, last), agreed.stop
+    ended = standing.position.samples >= job.study.duration or standing.target_ends(job.study)
+    return heed(job, standing, last), GO_ON if ended else agreed.stop
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> None:
     best = standing.best_checkpoint == name_of(standing)
     if asked or best or due(update, job.study.checkpoint_every, job.study.duration):
         job.clock.lap("other")
-        job.saver.save(job.replica, replace(standing, seconds=job.meter.seconds()), update.nominal)
+        job.saver.save(job.replica, job.study, replace(standing, seconds=job.meter.seconds()), update.nominal)
         job.clock.lap("checkpoint")
 
 

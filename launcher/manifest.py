@@ -313,8 +313,8 @@ def manifest_of(path: Path) -> Manifest:
                     raise DamagedError(f"{entry.name} {why}")
         text = (path / MANIFEST).read_text()
     except (OSError, UnicodeDecodeError) as problem:
-        why = problem.strerror if isinstance(problem, OSError) else "it is no text"
-        raise DamagedError(f"its {MANIFEST} cannot be read: {why}") from problem
+        reason = problem.strerror if isinstance(problem, OSError) else "it is no text"
+        raise DamagedError(f"its {MANIFEST} cannot be read: {reason}") from problem
     return Manifest.from_json(text)
 
 

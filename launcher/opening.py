@@ -70,8 +70,13 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
         run = placed(run, path)
     folder = RunFolder(path)
     done = folder.read_done()
-    complete = done is not None and not decision.fresh and plan.duration <= done["samples"]
+    complete = done is not None and not decision.fresh and is_enough(done, run, plan)
     return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None)
+
+
+def is_enough(done: Mapping[str, Any], run: Run, plan: Study) -> bool:
+    """Whether what was done is all that is asked for: the duration, or the target where training stops at it."""
+    return plan.duration <= done["samples"] or ("target" in done and run.train.stop_at_target)
 
 
 def begin(found: Opened) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.batch import BatchPlan
 from launcher.reading import Reading
+from launcher.schedule import LrSchedule
 from launcher.sinks.journal import Journal
+from launcher.study import Study
 from launcher.telemetry import STAGES, Late, critical_rank
 from launcher.timeline import Update
 from launcher.topology import Topology
 from launcher.vote import Agreed
 
-__all__ = ["Finished", "Recorder", "Silent", "batch_values", "stage_values"]
+__all__ = ["Finished", "Recorder", "Silent", "announced", "batch_values", "plan_facts", "stage_values"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,37 @@ def stage_values(stages_ms: tuple[tuple[float, ...], ...], samples: int) -> dict
             values[f"stage/{stage}/ms_min"] = min(row[index] for row in stages_ms)
             values[f"stage/{stage}/ms_max"] = max(row[index] for row in stages_ms)
     return values
+
+
+def plan_facts(study: Study, schedule: LrSchedule, plan: BatchPlan) -> dict[str, Any]:
+    """A plan as events and plan.json tell it; the rate is the one after warmup, before decay and ramps."""
+    scale = schedule.target(plan.global_batch)
+    return {
+        "policy": study.policy,
+        "world": plan.world,
+        "global": plan.global_batch,
+        "shares": list(plan.shares),
+        "per_device": plan.per_device,
+        "accumulation": plan.accumulation,
+        "lr": schedule.base * scale,
+        "lr_scale": scale,
+        "lr_base": schedule.base,
+        "lr_base_batch": schedule.base_batch,
+        "lr_rule": study.rule,
+        "warmup_samples": study.warmup,
+        "updates_per_epoch": study.sizes.train / plan.global_batch,
+    }
+
+
+def announced(updates: Iterable[Update], study: Study, journal: Journal | Silent) -> Iterator[Update]:
+    """The same updates; where a stage of batch.ramp begins, the change is an event before its first one."""
+    before: BatchPlan | None = None
+    for update in updates:
+        if before is not None and update.nominal != before:
+            old, new = (plan_facts(study, study.schedule, plan) for plan in (before, update.nominal))
+            journal.event("plan", why=f"batch.ramp from sample {update.start} on", **new, **{"from": old})
+        before = update.nominal
+        yield update
 
 
 class Recorder:

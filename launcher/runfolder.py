@@ -232,7 +232,7 @@ def remember(folder: Path) -> None:
     for old in AGENTS.iterdir():
         host, _, agent = old.name.rpartition("@")
         pid, _, start = agent.partition("-")
-        if host == socket.gethostname() and str(started_at(int(pid))) != start:
+        if host == socket.gethostname() and pid.isdigit() and str(started_at(int(pid))) != start:
             old.unlink(missing_ok=True)
     write_whole(memory(), str(folder))
 

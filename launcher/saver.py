@@ -10,12 +10,13 @@ from typing import Any
 from launcher import checkpoint
 from launcher.batch import BatchPlan
 from launcher.faults import Faults
-from launcher.record import Silent
+from launcher.record import Silent, plan_facts
 from launcher.runfolder import RunFolder
 from launcher.settings import CheckpointSettings
 from launcher.sinks.journal import Journal
 from launcher.standing import Standing
 from launcher.strategies import Replica
+from launcher.study import Study
 
 __all__ = ["Saver", "checkpoints_of", "name_of"]
 
@@ -54,7 +55,7 @@ class Saver:
         """Whether it is time to save, by the clock; rank 0 speaks for all."""
         return self._writes and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
 
-    def save(self, replica: Replica, standing: Standing, plan: BatchPlan) -> None:
+    def save(self, replica: Replica, study: Study, standing: Standing, plan: BatchPlan) -> None:
         """Write a checkpoint; every rank calls it, since running statistics are settled before."""
         replica.settle_buffers()
         self._saved_at = self._clock()
@@ -70,7 +71,7 @@ class Saver:
                 model=model,
                 optimizer=optimizer,
                 position={"samples": standing.position.samples, "update": update},
-                plan={"shares": list(plan.shares), "per_device": plan.per_device, "accumulation": plan.accumulation},
+                plan=plan_facts(study, standing.schedule, plan),
                 world=plan.world,
                 facts={**self._identity, **facts, "standing": standing.facts()},
             ),

@@ -20,7 +20,7 @@ from launcher.greeting import greet
 from launcher.keys import flat
 from launcher.loop import Job, train
 from launcher.manifest import Found, newest, open_at
-from launcher.record import Recorder, Silent
+from launcher.record import Recorder, Silent, plan_facts
 from launcher.redact import redact, redacted
 from launcher.saver import Saver, checkpoints_of
 from launcher.signals import GO_ON, LEAVE, Wishes
@@ -226,7 +226,7 @@ def announce(job: Job, assignment: Assignment, ready: Ready, standing: Standing,
         optimizer=type(job.replica.optimizer).__name__,
         decay=settings.schedule.decay,
     )
-    facts = plan_facts(plan, standing)
+    facts = plan_facts(plan, standing.schedule, plan.plan_at(position.samples))
     assignment.folder.write_json(assignment.folder.plan_json, facts)
     event("plan", why="", **facts, **{"from": None})
     if ready.found is not None:
@@ -240,28 +240,9 @@ def announce(job: Job, assignment: Assignment, ready: Ready, standing: Standing,
         )
         for name, why in ready.found.passed_over:
             event("alarm", kind="checkpoint", detail=f"{name} was passed over: {why}")
-
-
-def plan_facts(plan: Study, standing: Standing) -> dict[str, Any]:
-    """The plan in force where training stands, as in plan.json."""
-    samples = standing.position.samples
-    present = [stage for begin, stage in plan.stages if begin <= samples][-1]
-    scale = standing.schedule.target(present.global_batch)
-    return {
-        "policy": plan.policy,
-        "world": plan.world,
-        "global": present.global_batch,
-        "shares": list(present.shares),
-        "per_device": present.per_device,
-        "accumulation": present.accumulation,
-        "lr": standing.schedule.base * scale,
-        "lr_scale": scale,
-        "lr_base": standing.schedule.base,
-        "lr_base_batch": standing.schedule.base_batch,
-        "lr_rule": plan.rule,
-        "warmup_samples": plan.warmup,
-        "updates_per_epoch": plan.sizes.train / present.global_batch,
-    }
+        before = dict(ready.found.manifest.plan)
+        if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
+            event("resize", why=f"{before['world']} workers before, {plan.world} now", **{"from": before, "to": facts})
 
 
 def finish(job: Job, assignment: Assignment, standing: Standing, ending: int) -> None:

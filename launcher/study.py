@@ -53,9 +53,13 @@ class Study:
     checkpoint_every_s: float | None
     advice: tuple[str, ...]
 
+    def plan_at(self, samples: int) -> BatchPlan:
+        """The plan in force after `samples`."""
+        return [plan for begin, plan in self.stages if begin <= samples][-1]
+
     def batch_at(self, samples: int) -> int:
         """The global batch in force after `samples`."""
-        return [plan.global_batch for begin, plan in self.stages if begin <= samples][-1]
+        return self.plan_at(samples).global_batch
 
     def resumed(self, facts: Mapping[str, Any], samples: int) -> Study:
         """This study with the rate's history from a checkpoint at `samples`.

@@ -7,7 +7,8 @@
         def dataset(self, split: str) -> Dataset: ...     # "train" or "val"; len() and [i]
         def loss(self, model, batch) -> Loss: ...         # sums, not means
 
-Optional: `size(split)`, `tokens_per_sample`, `count(batch)`, `collate(items)`, `synthetic(split)`.
+Optional: `size(split)`, `tokens_per_sample`, `count(batch)`, `collate(items)`, `param_groups(model)`,
+`synthetic(split)`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = ["Loss", "Recipe", "build", "load_class", "sizes"]
 #: Classes defined under these are trusted without being named.
 TRUSTED = ("launcher.recipes", "torch")
 METHODS = ("model", "dataset", "loss")
+OWN = ("_target_", "trust")
 
 
 @dataclass(frozen=True)
@@ -60,33 +62,47 @@ def build(spec: Mapping[str, Any]) -> Any:
         RequestError: the target is missing, not trusted, does not import or is no recipe; or a field is wrong.
     """
     target = spec.get("_target_")
-    if not isinstance(target, str) or not target:
+    if not isinstance(target, str) or target in ("", "???"):
         raise RequestError(
             "recipe._target_ is missing: type recipe._target_=my_module.MyRecipe recipe.trust=[my_module]"
         )
-    values = {name: value for name, value in spec.items() if name not in ("_target_", "trust")}
+    values = {name: value for name, value in spec.items() if name not in OWN}
     for name, value in values.items():
-        refuse_targets(value, f"recipe.{name}")
-    kind = load_class(target, tuple(spec.get("trust") or ()))
+        _refuse_targets(value, f"recipe.{name}")
+    kind = load_class(target, spec.get("trust") or ())
     lacking = [name for name in METHODS if not callable(getattr(kind, name, None))]
     if not is_dataclass(kind) or lacking:
         why = f"it has no {' and no '.join(lacking)}" if lacking else "it is no dataclass"
         raise RequestError(
             f"recipe._target_={target} is no recipe: {why}; a recipe is a dataclass with {', '.join(METHODS)}"
         )
-    return kind(**checked_fields(kind, values))
+    return kind(**_checked_fields(kind, values))
 
 
-def refuse_targets(value: Any, key: str) -> None:
-    """A value inside a recipe names no class: only what the recipe's own code imports is run."""
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            raise RequestError(f"{key}._target_={value['_target_']} is refused: build it in the recipe's own code")
-        for name, inner in value.items():
-            refuse_targets(inner, f"{key}.{name}")
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            refuse_targets(inner, key)
+def sizes(recipe: Any) -> Sizes:
+    """How much data a recipe has: from its `size(split)`, else by opening the data.
+
+    Raises:
+        RequestError: the data has no length, or there is nothing to train on.
+    """
+    found = Sizes(_size(recipe, "train"), _size(recipe, "val"), getattr(recipe, "tokens_per_sample", None))
+    if found.train < 1:
+        raise RequestError(f"the training data of {type(recipe).__name__} is empty: check the recipe's fields")
+    return found
+
+
+def _size(recipe: Any, split: str) -> int:
+    if callable(getattr(recipe, "size", None)):  # it may as well be a field
+        return int(recipe.size(split))
+    data = recipe.dataset(split)
+    if not hasattr(data, "__len__"):
+        raise RequestError(
+            f"the {split} data of {type(recipe).__name__} has no len(): give it one, or the recipe a size(split)"
+        )
+    return len(data)
+
+
+# Which classes may be named
 
 
 def load_class(target: str, trust: Sequence[str]) -> type:
@@ -98,108 +114,122 @@ def load_class(target: str, trust: Sequence[str]) -> type:
     module, _, name = target.rpartition(".")
     if not module:
         raise RequestError(f"_target_={target} has no module: type my_module.{target}")
-    by_name = any(covers(entry, target) for entry in trust)
-    shipped = any(covers(entry, target) for entry in TRUSTED)
-    if not by_name and not shipped:
+    if isinstance(trust, str):  # its letters would be the entries
+        raise RequestError(f"recipe.trust={trust} is no list: type recipe.trust=[{trust}]")
+    named = any(_covers(entry, target) for entry in trust)
+    if not named and not any(_covers(entry, target) for entry in TRUSTED):
         raise RequestError(f"_target_={target} is not trusted: add recipe.trust=[{module}] if the code is yours")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as problem:
-        raise RequestError(f"_target_={target}: {module} does not import: {one_line(problem)}") from problem
-    except Exception as problem:
-        kind = type(problem).__name__
-        raise RequestError(f"_target_={target}: {module} fails on import: {kind}: {one_line(problem)}") from problem
+    found = getattr(_imported(target, module), name, None)
     if not inspect.isclass(found):
-        known = [n for n, v in vars(importlib.import_module(module)).items() if inspect.isclass(v)]
-        near = get_close_matches(name, known, 1)
-        mend = f"did you mean {near[0]}?" if near else f"name a class of {module}"
-        raise RequestError(f"_target_={target} is no class: {mend}")
-    if not by_name and not any(covers(entry, found.__module__) for entry in TRUSTED):
-        raise RequestError(
-            f"_target_={target} is only imported there: type _target_={found.__module__}.{found.__name__}"
-        )
+        raise RequestError(f"_target_={target} is no class: {_nearest_class(module, name)}")
+    if not named and not any(_covers(entry, found.__module__) for entry in TRUSTED):
+        home = f"{found.__module__}.{found.__name__}"
+        raise RequestError(f"_target_={target} is only imported there: type _target_={home}")
     return found
 
 
-def covers(entry: str, path: str) -> bool:
+def _covers(entry: str, path: str) -> bool:
     """Dot by dot: `my` covers `my.recipe`, not `my_evil`."""
     return path == entry or path.startswith(f"{entry}.")
 
 
-def one_line(problem: BaseException) -> str:
+def _imported(target: str, module: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as problem:
+        raise RequestError(f"_target_={target}: {module} does not import: {_one_line(problem)}") from problem
+    except Exception as problem:
+        kind = type(problem).__name__
+        raise RequestError(f"_target_={target}: {module} fails on import: {kind}: {_one_line(problem)}") from problem
+
+
+def _nearest_class(module: str, name: str) -> str:
+    known = [each for each, value in vars(importlib.import_module(module)).items() if inspect.isclass(value)]
+    near = get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"name a class of {module}"
+
+
+def _refuse_targets(value: Any, key: str) -> None:
+    """A value inside a recipe names no class: only what the recipe's own code imports is run."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            raise RequestError(f"{key}._target_={value['_target_']} is refused: build it in the recipe's own code")
+        for name, inner in value.items():
+            _refuse_targets(inner, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_targets(inner, key)
+
+
+def _one_line(problem: BaseException) -> str:
     return " ".join(str(problem).split())
 
 
-def checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    known = {f.name: f for f in fields(kind) if f.init}
-    hints = get_type_hints(kind)
+# The fields, as their annotations want them
+
+
+def _checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    known = {each.name: each for each in fields(kind) if each.init}
     for name in values:
         if name not in known:
             near = get_close_matches(name, known, 1)
-            mend = f"did you mean recipe.{near[0]}?" if near else f"it has {', '.join(known) or 'no fields'}"
-            raise RequestError(f"recipe.{name} is no field of {kind.__name__}: {mend}")
-    for name, f in known.items():
-        if name not in values and f.default is MISSING and f.default_factory is MISSING:
-            raise RequestError(f"recipe.{name} is missing: {kind.__name__} has no default for it")
-    return {name: typed(f"recipe.{name}", value, hints[name]) for name, value in values.items()}
+            mend = f"did you mean recipe.{near[0]}? " if near else ""
+            has = f"its fields are {', '.join(known)}" if known else "it has no fields"
+            raise RequestError(f"recipe.{name} is no field of {kind.__name__}: {mend}{has}")
+    for name, each in known.items():
+        if name not in values and each.default is MISSING and each.default_factory is MISSING:
+            raise RequestError(
+                f"recipe.{name} is missing: {kind.__name__} has no default for it: type recipe.{name}=..."
+            )
+    hints = _hints(kind)
+    return {name: _typed(f"recipe.{name}", value, hints.get(name, Any)) for name, value in values.items()}
 
 
-def typed(key: str, value: Any, hint: Any) -> Any:
-    """The value as the field's annotation wants it: an int where a float is asked for, a list for a tuple.
+def _hints(kind: type) -> Mapping[str, Any]:
+    """The annotations; none where one of them names what is imported for type checkers only."""
+    try:
+        return get_type_hints(kind)
+    except NameError:
+        return {}
 
-    Raises:
-        RequestError: it is of another type.
-    """
-    fit = fitted(value, hint)
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    fit = _fitted(value, hint)
     if fit is NO_FIT:
-        wanted = getattr(hint, "__name__", None) if not get_args(hint) else None
-        raise RequestError(
-            f"{key}={value} is a {type(value).__name__}: expected {wanted or str(hint).replace('typing.', '')}"
-        )
+        wanted = str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
+        raise RequestError(f"{key}={value} is a {type(value).__name__}: expected {wanted}")
     return fit
 
 
 NO_FIT = object()
 
 
-def fitted(value: Any, hint: Any) -> Any:
+def _fitted(value: Any, hint: Any) -> Any:
+    """The value, an int where a float is asked for as that float, a list for a tuple as that tuple; else NO_FIT."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
     if origin in (Union, types.UnionType):
-        return next((fit for fit in (fitted(value, arm) for arm in args) if fit is not NO_FIT), NO_FIT)
-    if origin is Literal:
-        return value if value in args else NO_FIT
-    if origin in (tuple, list) or hint in (tuple, list):
-        return fitted_sequence(value, origin or hint, args)
-    if hint is None or hint is type(None):
-        return None if value is None else NO_FIT
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        fits = [fit for fit in (_fitted(value, arm) for arm in args) if fit is not NO_FIT]
+        return next((fit for fit in fits if type(fit) is type(value)), fits[0] if fits else NO_FIT)
+    if origin is Literal:  # True == 1 and 18.0 == 18, but neither is what was listed
+        return value if any(value == arm and type(value) is type(arm) for arm in args) else NO_FIT
+    if (origin or hint) in (tuple, list):
+        return _fitted_sequence(value, origin or hint, args)
+    if hint is float and type(value) is int:
         return float(value)
-    if isinstance(value, bool) and hint is not bool:
+    kind = origin or hint
+    if kind is Any or not isinstance(kind, type):  # nothing to hold the value against
+        return value
+    if isinstance(value, bool) and kind is int:
         return NO_FIT
-    return value if not isinstance(hint, type) or isinstance(value, hint) else NO_FIT
+    return value if isinstance(value, kind) else NO_FIT
 
 
-def fitted_sequence(value: Any, kind: type, args: tuple[Any, ...]) -> Any:
+def _fitted_sequence(value: Any, kind: type, args: tuple[Any, ...]) -> Any:
     if not isinstance(value, list | tuple):
         return NO_FIT
-    inner = [a for a in args if a is not Ellipsis]
-    hints = inner if len(inner) == len(value) and len(inner) > 1 else [inner[0] if inner else Any] * len(value)
-    if len(inner) > 1 and len(inner) != len(value):
+    if kind is list or not args or args[-1] is Ellipsis:
+        args = (args[0] if args else Any,) * len(value)
+    if len(args) != len(value):
         return NO_FIT
-    items = [fitted(item, hint) for item, hint in zip(value, hints, strict=True)]
-    return NO_FIT if NO_FIT in items else kind(items)
-
-
-def sizes(recipe: Any) -> Sizes:
-    """How much data a recipe has: from its `size(split)`, else by opening the data.
-
-    Raises:
-        RequestError: there is nothing to train on.
-    """
-    length = getattr(recipe, "size", None) or (lambda split: len(recipe.dataset(split)))
-    found = Sizes(int(length("train")), int(length("val")), getattr(recipe, "tokens_per_sample", None))
-    if found.train < 1:
-        raise RequestError(f"the training data of {type(recipe).__name__} is empty: check the recipe's fields")
-    return found
+    items = [_fitted(item, hint) for item, hint in zip(value, args, strict=True)]
+    return NO_FIT if any(item is NO_FIT for item in items) else kind(items)

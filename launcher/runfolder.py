@@ -194,8 +194,9 @@ def named_folder(name: str) -> Path:
         RequestError: the name is none, or a link of that name leads out of runs/.
     """
     if not NAME.fullmatch(name):
+        given = " ".join(name.split())  # a refusal is one line
         raise RequestError(
-            f"run.name={name}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+            f"run.name={given}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
         )
     folder = RUNS / name
     if folder.is_symlink() and folder.resolve().parent != RUNS.resolve():

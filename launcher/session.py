@@ -85,6 +85,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     try:
         job = job_of(assignment, topology, plan, parts, journal, wishes, faults, standing, threads)
         announce(job, assignment, ready, standing, backend, threads)
+        wishes.guard()
         standing, ending = train(job, standing)
         faults("finish")
         if topology.rank == 0:

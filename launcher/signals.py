@@ -22,7 +22,11 @@ LOOK_EVERY_S = 0.2
 
 
 class Wishes:
-    """The flags raised so far. `install` it before anything slow, so that no signal ends the process by default."""
+    """The flags raised so far. `install` it before anything slow, so that no wish to stop ends the process by default.
+
+    SIGTERM keeps its default until `guard`: before training there is nothing to save, and a rank that waits for the
+    others in torch's code would only hear of it later, while its agent waits 30 s for it.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.why: str | None = None
@@ -32,8 +36,11 @@ class Wishes:
 
     def install(self) -> None:
         signal.signal(signal.SIGUSR1, self._asked_to_stop)
-        signal.signal(signal.SIGTERM, self._asked_to_leave)
         signal.signal(signal.SIGINT, self._interrupted)
+
+    def guard(self) -> None:
+        """Training begins: from now on SIGTERM means to save first."""
+        signal.signal(signal.SIGTERM, self._asked_to_leave)
 
     def read(self, stop_file: Path | None) -> int:
         """The present wish. `stop_file` is given on rank 0 alone and looked for a few times a second."""

@@ -53,6 +53,7 @@ class Batches:
         return self.inputs[index], self.targets[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A finished batch, which the loader hands on as it is."""
         return self.inputs[list(indices)], self.targets[list(indices)]
 
 
@@ -65,21 +66,28 @@ class Digits:
     classes: int = 10
     subset: int | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_split < 1:
+            raise RequestError(f"recipe.validation_split={self.validation_split} is no share: type 0.2")
+        if not 2 <= self.classes <= 10:
+            raise RequestError(f"recipe.classes={self.classes}: the digits have 10: type recipe.classes=10, or 2 to 9")
+        if self.subset is not None and self.subset < 1:
+            raise RequestError(f"recipe.subset={self.subset} leaves nothing to train on: type 1 or more, or null")
+
     def rows(self, split: str) -> list[int]:
         """The rows of `train` or `val`; the same on every machine."""
         labels = table()[:, 64]
         shuffled = [row for row in Order(IMAGES, self.split_seed, 0)[:] if labels[row] < self.classes]
         held_out = self._held_out(len(shuffled))
-        return (
-            shuffled[len(shuffled) - held_out :]
-            if split == "val"
-            else shuffled[: len(shuffled) - held_out][: self.subset]
-        )
+        train = len(shuffled) - held_out
+        return shuffled[train:] if split == "val" else shuffled[:train][: self.subset]
 
     def size(self, split: str) -> int:
         if self.classes == 10:  # then the labels need not be read
             held_out = self._held_out(IMAGES)
-            return held_out if split == "val" else min(IMAGES - held_out, self.subset or IMAGES)
+            return (
+                held_out if split == "val" else min(IMAGES - held_out, IMAGES if self.subset is None else self.subset)
+            )
         return len(self.rows(split))
 
     def dataset(self, split: str) -> Batches:

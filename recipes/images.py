@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +37,8 @@ class ImageFolder:
         root = Path(self.path)
         if not root.is_dir():
             raise RequestError(f"recipe.data={self.path} is no folder: name one with a subfolder per class")
-        base = root / "train" if (root / "train").is_dir() else root
-        names = tuple(sorted(entry.name for entry in base.iterdir() if entry.is_dir()))
+        base = root / "train" if self._parted() else root
+        names = class_folders(base)
         if not names:
             raise RequestError(f"recipe.data={self.path} has no class folders in {base}: make a subfolder per class")
         return names
@@ -47,33 +49,58 @@ class ImageFolder:
         Raises:
             RequestError: a class has no images, or something among them is no regular file.
         """
-        names, root = self.classes(), Path(self.path)
+        names = self.classes()
+        self._refuse_unknown(names)
         found: list[tuple[str, int]] = []
         for label, name in enumerate(names):
-            if (root / "train").is_dir():
-                mine = list(images(root / split / name))
-            else:
-                mine = [file for file in images(root / name) if self.side(file.relative_to(root)) == split]
+            mine = self._images(split, name)
             if not mine and split == "train":
                 raise RequestError(
                     f"recipe.data={self.path}: class {name} has no images to train on: add some or remove it"
                 )
-            found += [(str(file), label) for file in mine]
+            found += [(file, label) for file in mine]
         return found
 
-    def side(self, path: Path) -> str:
-        digest = hashlib.blake2b(f"{self.split_seed}/{path.as_posix()}".encode(), digest_size=8).digest()
+    def _images(self, split: str, name: str) -> list[str]:
+        if self._parted():
+            return list(images(os.path.join(self.path, split, name)))
+        return [file for file in images(os.path.join(self.path, name)) if self._side(file) == split]
+
+    def _side(self, file: str) -> str:
+        path = Path(os.path.relpath(file, self.path)).as_posix()
+        digest = hashlib.blake2b(f"{self.split_seed}/{path}".encode(errors="surrogateescape"), digest_size=8).digest()
         return "val" if int.from_bytes(digest, "little") < self.validation_split * 2**64 else "train"
 
+    def _parted(self) -> bool:
+        return (Path(self.path) / "train").is_dir()
 
-def images(folder: Path) -> Iterator[Path]:
-    if not folder.is_dir():
-        return
-    for entry in sorted(folder.rglob("*")):
-        if entry.suffix.lower() in SUFFIXES:
-            if not entry.is_file() or entry.is_symlink():
-                raise RequestError(f"{entry} is no regular file: put the image itself there, or remove it")
-            yield entry
+    def _refuse_unknown(self, names: tuple[str, ...]) -> None:
+        """A class only `val` has could never be learned."""
+        held_out = Path(self.path) / "val"
+        strange = sorted(set(class_folders(held_out)) - set(names)) if self._parted() and held_out.is_dir() else []
+        if strange:
+            raise RequestError(f"{held_out / strange[0]} is a class that train/ does not have: remove it or add images")
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+
+
+@cache
+def images(folder: str) -> tuple[str, ...]:
+    """The images below a class folder, sorted. Walked once: model, sizes and data all ask."""
+    return tuple(sorted(walk(folder))) if os.path.isdir(folder) else ()
+
+
+def walk(folder: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(SUFFIXES):
+                if not entry.is_file():
+                    raise RequestError(f"{entry.path} is no regular file: put the image itself there, or remove it")
+                yield entry.path
+            elif entry.is_dir(follow_symlinks=False):  # a link could lead round in a circle
+                yield from walk(entry.path)
 
 
 class Images:
@@ -91,6 +118,10 @@ class Images:
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """
+        Raises:
+            RequestError: the file cannot be read as an image.
+        """
         import numpy
         import torch
         from PIL import Image
@@ -100,7 +131,7 @@ class Images:
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as problem:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
             raise RequestError(f"{path} cannot be read as an image ({problem}): mend or remove it") from problem
         box = crop(*image.size) if self._augment else None
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)

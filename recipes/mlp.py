@@ -20,11 +20,14 @@ class Mlp:
     """`depth` hidden layers of `hidden` units, no norm: what full batch with Rprop is shown on."""
 
     hidden: int = 64
-    depth: int = 1
+    depth: int = 2
     validation_split: float = 0.2
     split_seed: int = 0
     classes: int = 10
     subset: int | None = None
+
+    def __post_init__(self) -> None:
+        self._digits()  # refuses what cannot be meant, before anything starts
 
     def model(self) -> nn.Module:
         from torch import nn

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from launcher.recipes.digits import Batches, Digits
 from launcher.recipes.images import ImageFolder, Images
 
+from launcher.errors import RequestError
 from launcher.recipe import Loss
 
 if TYPE_CHECKING:
@@ -26,11 +27,18 @@ class ResNet:
     stem: Literal["auto", "small", "large"] = "auto"
     data: str | None = None
     image_size: int | tuple[int, int] | None = None
-    augment: Literal["auto", "none", "crop"] = "auto"
+    augment: Literal["auto", "none"] = "auto"
     validation_split: float = 0.2
     split_seed: int = 0
     classes: int = 10
     subset: int | None = None
+
+    def __post_init__(self) -> None:
+        self._digits()  # refuses what cannot be meant, before anything starts
+        if min(self._size()) < 1:
+            raise RequestError(f"recipe.image_size={self.image_size} is no size: type pixels, or [height,width]")
+        if self.width < 1 or (self.norm == "group" and self.width % 8):
+            raise RequestError(f"recipe.width={self.width} does not fit: type 16, or another multiple of 8")
 
     def model(self) -> nn.Module:
         from launcher.recipes.resnet_model import resnet
@@ -71,7 +79,7 @@ class ResNet:
         return ImageFolder(str(self.data), self.validation_split, self.split_seed)
 
     def _size(self) -> tuple[int, int]:
-        size = self.image_size or (8 if self.data is None else 64)
+        size = (8 if self.data is None else 64) if self.image_size is None else self.image_size
         return (size, size) if isinstance(size, int) else size
 
     def _large(self) -> bool:

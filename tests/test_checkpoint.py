@@ -661,6 +661,18 @@ def test_it_holds_what_the_librarys_own_file_holds(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
 
 
+def test_every_tensor_lies_at_a_multiple_of_its_width(tmp_path: Path) -> None:
+    """So that a reader may map the file and use it in place, whatever the names' lengths make of the header."""
+    for length in range(1, 9):
+        model = {"a" * length: torch.ones(3, dtype=torch.uint8), "b": torch.ones(1).double(), "c": torch.ones(1)}
+        save_model(tmp_path / "model.safetensors", model)
+        raw = (tmp_path / "model.safetensors").read_bytes()
+        begin = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:begin])
+        for name, tensor in model.items():
+            assert (begin + header[name]["data_offsets"][0]) % tensor.element_size() == 0
+
+
 def test_the_old_model_stands_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     save_model(path, tensors(1.0))

@@ -1,0 +1,98 @@
+"""Text as bytes: the sources of Python's own library, or a file or folder of yours. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Blocks", "Text"]
+
+SUFFIXES = (".md", ".py", ".txt")
+
+
+@dataclass(frozen=True)
+class Text:
+    """The first `limit` bytes of the files, cut into blocks of `block` + 1 bytes; the last blocks are held out."""
+
+    block: int
+    limit: int
+    path: str | None = None
+    validation_split: float = 0.1
+
+    def size(self, split: str) -> int:
+        """Blocks of `train` or `val`, from the sizes of the files alone.
+
+        Raises:
+            RequestError: there is no such text, or too little for a block to train on and one held out.
+        """
+        there = min(self.limit, sum(file.stat().st_size for file in self.files()))
+        blocks = there // (self.block + 1)
+        held_out = max(1, round(blocks * self.validation_split)) if self.validation_split else 0
+        if blocks <= held_out:
+            raise RequestError(
+                f"recipe.data={self.root()} gives {there} bytes of text, too few for blocks of {self.block + 1}: "
+                f"name more text, or type a smaller recipe.block"
+            )
+        return held_out if split == "val" else blocks - held_out
+
+    def blocks(self, split: str) -> Blocks:
+        import torch
+
+        train, length = self.size("train"), self.block + 1
+        chosen = slice(0, train) if split == "train" else slice(train, train + self.size("val"))
+        text = bytearray(self.read())
+        rows = torch.frombuffer(text, dtype=torch.uint8)[: len(text) // length * length].reshape(-1, length)
+        return Blocks(rows[chosen].long())
+
+    def read(self) -> bytes:
+        text = bytearray()
+        for file in self.files():
+            with file.open("rb") as source:
+                text += source.read(self.limit - len(text))
+        return bytes(text)
+
+    def root(self) -> Path:
+        return Path(sysconfig.get_paths()["stdlib"] if self.path is None else self.path)
+
+    def files(self) -> list[Path]:
+        """The text files, in the order of their paths: of a folder those that lie in it, not below."""
+        root = self.root()
+        if not root.is_file() and not root.is_dir():
+            raise RequestError(f"recipe.data={self.path} is not there: name a text file or a folder of them")
+        return [root] if root.is_file() else sorted(self._found(root))
+
+    def _found(self, folder: Path) -> Iterator[Path]:
+        for entry in folder.iterdir():
+            if entry.suffix in (SUFFIXES if self.path is not None else (".py",)):
+                if not entry.is_file():
+                    raise RequestError(f"{entry} is no regular file: put the text itself there, or remove it")
+                yield entry
+
+
+class Blocks:
+    """Blocks of bytes in memory: (tokens, the token after each), both of shape (n, block)."""
+
+    deterministic = True  # nothing is drawn when a block is read
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        row = self.rows[index]
+        return row[:-1], row[1:]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A finished batch, which the loader hands on as it is."""
+        rows = self.rows[list(indices)]
+        return rows[:, :-1], rows[:, 1:]

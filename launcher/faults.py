@@ -1,7 +1,7 @@
 """The only fault injection there is: what the program must survive is done to it on purpose, by its own tests.
 
 `FAULT=kind@phase:rank:update[:generation]` acts only when `LAUNCHER_TEST_FAULTS=1` is set as well. Several are
-separated by commas. Kinds: kill, hang, exit, exception, oom, nan, slow, enospc. Update counts from 1; 0 is any.
+separated by commas. Kinds: kill, stop, hang, exit, exception, oom, nan, slow, enospc. Update counts from 1; 0 is any.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class Faults:
 def strike(fault: Fault) -> None:
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "stop":
+        os.kill(os.getpid(), signal.SIGUSR1)
     elif fault.kind == "hang":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.kind == "exit":

@@ -76,6 +76,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
                 sums = sums.plus(loss, counts=not micro.pad)
                 if micro.last:
                     pending = job.vote.cast(ballot(job, sums, late), clock.times_ms())
+                job.faults("backward", update.index + 1)
                 replica.backward(loss.total, update.samples)
                 clock.lap_backward()
         agreed = pending.wait()

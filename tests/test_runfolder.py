@@ -179,7 +179,7 @@ def test_many_may_make_the_same_folder(tmp_path: Path) -> None:
 
 # --- the lock -----------------------------------------------------------------------------------------------------
 
-HOLDER = """
+HOLDER = r"""
 import os, signal, sys
 from pathlib import Path
 from launcher.runfolder import RunFolder

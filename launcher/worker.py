@@ -7,6 +7,7 @@ they cannot disagree. It does so before it imports torch: a wrong request is ans
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -182,7 +183,7 @@ def fail(assignment: Assignment, topology: Topology, error: Exception, screen: T
         if topology.rank == 0 and not assignment.loopback:
             raise error
         return EXIT_REQUEST
-    print(found.traceback, file=sys.stderr, flush=True)
+    logging.getLogger(__name__).error("%s", found.traceback)
     if not assignment.loopback:
         print(f"error: {found.line()}", file=screen, flush=True)
         failure.tell_torchrun(error)

@@ -101,7 +101,10 @@ def drive(run: Run) -> int:
     try:
         begin(found)
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
-            return Job(found, workers, Path(private)).run()
+            status = Job(found, workers, Path(private)).run()
+        if status == EXIT_REQUEST and found.new and not found.folder.metrics.exists():
+            found.folder.discard()  # a wrong request leaves nothing behind, also where only the workers could tell
+        return status
     finally:
         lock.release()
 

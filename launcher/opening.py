@@ -25,6 +25,7 @@ class Opened:
     """A run that may start: checked at its world size, its folder and name decided, nothing created yet.
 
     `done`: what done.json holds where the run is complete already. `knows`: an earlier start of the job began it.
+    `new`: there was no folder of that name.
     """
 
     run: Run
@@ -35,6 +36,7 @@ class Opened:
     decision: Decision
     done: Mapping[str, Any] | None = None
     knows: bool = False
+    new: bool = False
 
     @property
     def complete(self) -> bool:
@@ -71,7 +73,7 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
     folder = RunFolder(path)
     done = folder.read_done()
     complete = done is not None and not decision.fresh and is_enough(done, run, plan)
-    return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None)
+    return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None, new=not path.exists())
 
 
 def is_enough(done: Mapping[str, Any], run: Run, plan: Study) -> bool:

@@ -7,8 +7,10 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -90,6 +92,13 @@ class RunFolder:
         for folder in (self.logs, self.checkpoints):
             if folder.is_symlink() or not folder.is_dir():
                 raise RequestError(f"{folder} is no folder of its own: remove it, or type another run.name=")
+
+    def discard(self) -> None:
+        """Remove a folder in which nothing was trained, and `runs/` where it is empty then."""
+        if not self.path.is_symlink() and not any(self.checkpoints.iterdir()):
+            shutil.rmtree(self.path)
+            with suppress(OSError):
+                self.path.parent.rmdir()
 
     def generation(self) -> int:
         """How often the workers of this run have been started; 0 before the first time.

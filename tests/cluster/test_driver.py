@@ -1,0 +1,204 @@
+"""The driver and its torchrun, as real processes: signals, exit statuses, and nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.process import children
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+JOB = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
+LONG = [*JOB, "lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]
+
+
+def descendants(pid: int) -> list[int]:
+    return [one for child in children(pid) for one in (child, *descendants(child))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(state: Callable[[], object], within_s: float = 60.0) -> None:
+    end_s = time.monotonic() + within_s
+    while not state():
+        assert time.monotonic() < end_s, "it did not come to that"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a driver in a folder of its own; whatever is left of it is ended with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*overrides: str) -> subprocess.Popen[str]:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+        argv = [sys.executable, "-m", "launcher", *overrides]
+        pipe = subprocess.PIPE
+        started.append(
+            subprocess.Popen(argv, cwd=tmp_path, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        for pid in (*descendants(process.pid), process.pid):
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def training(here: Path, update: int = 5) -> Callable[[], bool]:
+    metrics = here / "runs/x/metrics.jsonl"
+    return lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) >= update
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_with_status_0(
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals
+) -> None:
+    process = driver(*LONG)
+    wait_for(training(tmp_path))
+    everyone = descendants(process.pid)
+    assert len(everyone) >= 3, "the agent and two workers"
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert f"{number.name}: saving at the next update" in stderr
+    assert "run.name=x goes on from there" in stderr
+    assert not (tmp_path / "runs/x/done.json").exists()
+    assert not (tmp_path / "runs/x/stop").exists(), "the next start is not asked to stop"
+    assert list((tmp_path / "runs/x/checkpoints").glob("*/manifest.json"))
+    assert not [pid for pid in everyone if alive(pid)]
+
+
+def test_a_second_interrupt_ends_at_once(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = driver(*LONG)
+    wait_for(training(tmp_path))
+    everyone = descendants(process.pid)
+    for pid in everyone[1:]:
+        os.kill(pid, signal.SIGSTOP)  # workers that cannot save
+    process.send_signal(signal.SIGINT)
+    wait_for((tmp_path / "runs/x/stop").exists)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    wait_for(lambda: not [pid for pid in everyone if alive(pid)], within_s=3)
+
+
+@pytest.mark.parametrize("victim", ["driver", "agent"])
+def test_nobody_outlives_a_killed_driver_or_agent(
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, victim: str
+) -> None:
+    process = driver(*LONG)
+    wait_for(training(tmp_path))
+    everyone = descendants(process.pid)
+    os.kill(process.pid if victim == "driver" else everyone[0], signal.SIGKILL)
+    wait_for(lambda: not [pid for pid in everyone if alive(pid)], within_s=3)
+    _, stderr = process.communicate(timeout=20)
+    if victim == "agent":
+        assert process.returncode == 1
+        assert stderr.splitlines()[-1].startswith("error: ")
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Hex addresses on which any of these processes listens, over IPv4 and IPv6."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(link) if link.is_symlink() else ""
+            inodes |= {target[8:-1]} if target.startswith("socket:[") else set()
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+def test_nothing_listens_beyond_the_loopback(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = driver(*LONG)
+    wait_for(training(tmp_path))
+    assert listening([process.pid, *descendants(process.pid)]) == {"0100007F"}
+
+
+def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from dataclasses import dataclass\nfrom launcher.recipes.mlp import Mlp\n\n"
+        "@dataclass(frozen=True)\nclass Own(Mlp):\n"
+        "    def loss(self, model, batch):\n        raise ValueError('no such thing')\n"
+    )
+    own = ["recipe._target_=own.Own", "recipe.trust=[own,launcher.recipes]", "elastic.max_restarts=1"]
+    process = driver(*JOB, "lr.base=0.1", "lr.base_batch=64", *own)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "own.py:7: ValueError: no such thing" in stderr.splitlines()[-1]
+    assert [path.name for path in sorted((tmp_path / "runs/x/logs").glob("rank0-*.log"))] == [
+        "rank0-g1.log",
+        "rank0-g2.log",
+    ], "one restart and no more"
+
+
+WRONG = [
+    (["recipe=resnett"], "resnet"),
+    (["batch.per_devise=3"], "batch.per_device"),
+    (["batch.per_device=many"], "batch.per_device"),
+    (["batch=hold", "batch.global=1", "launch.workers=2"], "batch.global"),
+    (["batch.global=99999999"], "batch.global"),
+    (["recipe.data=nowhere"], "nowhere"),
+    (["recipe.data=empty"], "empty"),
+    (["recipe=own", "recipe._target_=nowhere.Own", "recipe.trust=[nowhere]"], "nowhere"),
+    (["run.name=../x"], "run.name"),
+    (["elastic.min_workers=3", "launch.workers=2"], "elastic.min_workers"),
+    (["train.duration=-1ep"], "train.duration"),
+    (["lr.base=nan"], "lr.base"),
+    (["checkpoint.keep=0"], "checkpoint.keep"),
+    (["resume=must"], "resume"),
+    (["optimizer=rprop"], "rprop"),
+    (["model.init=nowhere.safetensors"], "nowhere.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
+def test_a_wrong_request_is_one_line_status_2_and_leaves_nothing(
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, overrides: list[str], named: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    process = driver("recipe=resnet", *overrides)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    last = stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert named in last
+    assert not [line for line in stderr.splitlines()[:-1] if not line.startswith("note: ")]
+    assert stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_dry_run_prints_the_command_and_starts_nothing(
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = driver("recipe=mlp", "launch.workers=2", "launch.dry=true")
+    stdout, _ = process.communicate(timeout=30)
+    assert "-m launcher.agent" in stdout
+    assert "--nproc-per-node=2" in stdout
+    assert process.returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_inside_torchrun_is_refused_with_what_to_type(tmp_path: Path) -> None:
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-m", "launcher", "-m", "recipe=mlp", "seed=0,1"]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "launcher -m" in done.stderr
+    assert not list(tmp_path.iterdir())

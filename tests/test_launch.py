@@ -1,0 +1,138 @@
+"""What the driver starts: the argument list, letter by letter, and how it reads what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher import failure
+from launcher.errors import RequestError
+from launcher.gpus import count_gpus
+from launcher.launch import command, killed, workers_of
+from launcher.settings import LaunchSettings, Run, TrainSettings
+
+
+def test_the_command_letter_by_letter() -> None:
+    run = Run(launch=LaunchSettings(threads=2, env={"OWN": "1"}))
+    made = command(run, 3, Path("/private/handover.json"), Path("/private/failures.json"))
+    assert made.argv == (
+        *(sys.executable, "-m", "launcher.agent", "--failures=/private/failures.json"),
+        *("--nnodes=1", "--nproc-per-node=3", "--max-restarts=1000000"),
+        *("--local-addr=127.0.0.1", "--monitor-interval=0.1"),
+        *("-m", "launcher", "worker", "/private/handover.json"),
+    )
+    assert made.env == {
+        "OMP_NUM_THREADS": "2",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "OWN": "1",
+    }
+
+
+def test_threads_are_the_cores_over_the_workers() -> None:
+    cores = len(os.sched_getaffinity(0))
+    for workers in (1, 2, 64):
+        env = command(Run(), workers, Path("h"), Path("f")).env
+        assert env["OMP_NUM_THREADS"] == str(max(1, cores // workers))
+
+
+def test_a_command_can_be_typed_again() -> None:
+    made = command(Run(launch=LaunchSettings(env={"A": "b c"})), 1, Path("a b"), Path("f"))
+    assert "'A=b c'" in made.line()
+    assert made.line().endswith("launcher worker 'a b'")
+
+
+def gpus(tmp_path: Path, number: int) -> Path:
+    for index in range(number):
+        (tmp_path / f"0000:0{index}:00.0").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("visible", "counted"),
+    [(None, 4), ("", 0), ("0,1", 2), ("2", 1), ("0,7,1", 1), ("-1", 0), ("GPU-a,GPU-b", 2), ("0, 1 ,2", 3)],
+)
+def test_gpus_are_counted_as_cuda_reads_them(tmp_path: Path, visible: str | None, counted: int) -> None:
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert count_gpus(env, gpus(tmp_path, 4)) == counted
+
+
+def test_a_machine_without_a_driver_has_none(tmp_path: Path) -> None:
+    assert count_gpus({}, tmp_path / "nothing") == 0
+
+
+def test_workers_are_what_is_asked_for_else_one_per_gpu_else_one() -> None:
+    assert workers_of(Run(launch=LaunchSettings(workers=5))) == 5
+    assert workers_of(Run(train=TrainSettings(device="cpu"))) == 1
+
+
+# --- last words ---------------------------------------------------------------------------------------------------
+
+
+def failed(logs: Path, rank: int, message: str, generation: int = 1) -> failure.Failure:
+    return failure.record(logs, rank, generation, RuntimeError(message), logs / f"rank{rank}.log")
+
+
+def test_the_first_real_error_is_shown_not_its_consequences(tmp_path: Path) -> None:
+    """The peer of a rank that died writes first, since it need not unwind: that is no cause."""
+    failed(tmp_path, 0, "[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:21936")
+    failed(tmp_path, 1, "boom")
+    failed(tmp_path, 1, "another", generation=2)
+    found = failure.first(tmp_path, since=1)
+    assert found is not None
+    assert (found.rank, found.message) == (1, "boom")
+
+
+def test_what_an_earlier_job_left_is_not_this_jobs_error(tmp_path: Path) -> None:
+    failed(tmp_path, 0, "old", generation=1)
+    assert failure.first(tmp_path, since=2) is None
+
+
+def test_a_consequence_is_better_than_nothing(tmp_path: Path) -> None:
+    failed(tmp_path, 0, "Connection closed by peer")
+    found = failure.first(tmp_path, since=1)
+    assert found is not None
+    assert "Connection closed" in found.line()
+
+
+def test_a_half_written_word_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "error-g1-r0.json").write_text('{"rank": 0')
+    assert failure.first(tmp_path, since=1) is None
+
+
+def test_a_wrong_request_is_its_own_line(tmp_path: Path) -> None:
+    found = failure.record(tmp_path, 0, 1, RequestError("seed=x is no number"), tmp_path / "log")
+    assert (found.line(), found.status, found.final) == ("seed=x is no number", 2, True)
+
+
+def test_secrets_are_masked_in_last_words(tmp_path: Path) -> None:
+    found = failed(tmp_path, 0, "cannot reach https://user:hunter2@host/data?token=abc")
+    assert "hunter2" not in (text := (tmp_path / "error-g1-r0.json").read_text() + found.line())
+    assert "token=abc" not in text
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ({"1": -9, "0": -15}, "rank 1 was killed by SIGKILL: out of memory?"),
+        ({"0": -11}, "rank 0 was ended by SIGSEGV"),
+        ({"3": 7}, "rank 3 left with 7"),
+        (None, "torchrun ended without a word"),
+    ],
+)
+def test_a_worker_that_left_no_word_is_named_by_its_exit(tmp_path: Path, codes: object, said: str) -> None:
+    report = tmp_path / "failures.json"
+    if codes is not None:
+        report.write_text(json.dumps(codes))
+    assert killed(report) == said
+
+
+def test_a_failure_is_one_line_whatever_its_text(tmp_path: Path) -> None:
+    found = replace(failed(tmp_path, 0, "one\ntwo\n\tthree"), where="own.py:3")
+    assert "\n" not in found.line()

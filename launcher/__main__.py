@@ -68,6 +68,25 @@ def plan(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def stop(args: Sequence[str]) -> int:
+    """Asks a run started elsewhere to save and stop, or with --now ends it without saving."""
+    runs = [arg for arg in args if not arg.startswith("-")]
+    if len(runs) != 1 or set(args) - {*runs, "--now"}:
+        raise RequestError(f"stop {' '.join(args)}: type launcher stop RUN, or launcher stop RUN --now")
+    from launcher import control
+
+    return control.stop(runs[0], now="--now" in args)
+
+
+def status(args: Sequence[str]) -> int:
+    """Says where a run started elsewhere stands."""
+    if len(args) != 1 or args[0].startswith("-"):
+        raise RequestError(f"status {' '.join(args)}: type launcher status RUN")
+    from launcher import control
+
+    return control.status(args[0])
+
+
 def resolved(args: Sequence[str]) -> Run:
     """The run asked for; what was decided for the user is said on stderr."""
     from launcher import config
@@ -95,7 +114,13 @@ def answered(asked: Arguments, args: Sequence[str]) -> bool:
     return bool(asked.help or asked.version or asked.cfg or asked.info)
 
 
-VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {"train": train, "plan": plan, "worker": worker}
+VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "plan": plan,
+    "stop": stop,
+    "status": status,
+    "worker": worker,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,8 @@ Trains on any number of workers, with the batch, the rate and the samples right.
 Verbs, the first word
   train           the default
   plan            batch, rate and shares at each world size; format=json
+  stop RUN        save and stop a run started elsewhere; --now ends it unsaved
+  status RUN      where a run started elsewhere stands
 
 Flags
   -m, --multirun          a sweep: one run per combination of values a,b,c

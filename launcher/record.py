@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.batch import BatchPlan
 from launcher.reading import Reading
+from launcher.recovery import Restart
 from launcher.schedule import LrSchedule
 from launcher.sinks.journal import Journal
 from launcher.study import Study
@@ -94,11 +95,22 @@ def announced(updates: Iterable[Update], study: Study, journal: Journal | Silent
 class Recorder:
     """Keeps an update until the next vote brings the other ranks' word on it, then writes its row.
 
-    With `every` above 1 a row covers a window of updates; one that was validated always has its row.
+    With `every` above 1 a row covers a window of updates; one that was validated always has its row. `told` is called
+    when the row of a finished update has been handed over; `restart` is what the first row has to tell.
     """
 
-    def __init__(self, journal: Journal, topology: Topology, every: int, tokens_per_sample: int | None) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        topology: Topology,
+        every: int,
+        tokens_per_sample: int | None,
+        told: Callable[[], None] = lambda: None,
+        restart: Restart = Restart(),  # noqa: B008 (frozen)
+    ) -> None:
         self._journal = journal
+        self._told = told
+        self._restart: Restart | None = restart
         self._topology = topology
         self._every = every
         self._tokens = tokens_per_sample
@@ -115,28 +127,42 @@ class Recorder:
         last, self._waiting = self._waiting, None
         self._window.append((last, agreed))
         if last.validation or (last.update.index + 1) % self._every == 0:
-            self._journal.reading(self._row())
-            self._window = []
+            self._post()
+        self._told()
+
+    def last_word(self) -> None:
+        """Training broke off: the row of an update that nobody voted on any more has what this rank itself knows."""
+        if self._waiting is not None:
+            nobody = Agreed((), ())
+            self._window.append((self._waiting, nobody))
+            self._waiting = None
+        self.flush()
 
     def flush(self) -> None:
         """The rest of a window, at the end of the run."""
         if self._window:
-            self._journal.reading(self._row())
-            self._window = []
+            self._post()
+
+    def _post(self) -> None:
+        self._journal.reading(self._row())
+        self._window = []
 
     def _row(self) -> Reading:
         last = self._window[-1][0]
+        voted = [agreed for _, agreed in self._window if agreed.ballots]
         values: dict[str, Any] = {
-            "train/loss": self._mean_loss(),
+            **(mean_loss(voted) if voted else {}),
             "train/grad_norm": last.late.read()[1],
             "lr/value": last.lr,
             "lr/scale": last.lr_scale,
             **batch_values(last.update.nominal),
             **self._throughput(),
-            **self._stages(),
+            **(mean_stages(voted, self._window) if voted else {}),
             **last.beside,
             **last.validation,
+            **(self._restart.values(self._window[0][0].time) if self._restart else {}),
         }
+        self._restart = None
         return Reading(
             time=last.time,
             samples=last.update.end,
@@ -146,11 +172,6 @@ class Recorder:
             generation=self._topology.generation,
             values=values,
         )
-
-    def _mean_loss(self) -> float:
-        ballots = [ballot for _, agreed in self._window for ballot in agreed.ballots]
-        count = sum(ballot.loss_count for ballot in ballots)
-        return sum(ballot.loss for ballot in ballots) / count if count else math.nan
 
     def _throughput(self) -> dict[str, float]:
         """Over the wall time of the window, everything included; partial windows (tails) stay out."""
@@ -164,18 +185,21 @@ class Recorder:
             values["throughput/tokens_per_s"] = speed * self._tokens
         return values
 
-    def _stages(self) -> dict[str, float]:
-        updates = len(self._window)
-        ranks = range(self._topology.world)
-        mean_ms = tuple(
-            tuple(
-                sum(agreed.stages_ms[rank][stage] for _, agreed in self._window) / updates
-                for stage in range(len(STAGES))
-            )
-            for rank in ranks
-        )
-        samples = sum(finished.update.samples for finished, _ in self._window) // updates
-        return stage_values(mean_ms, samples)
+
+def mean_loss(voted: Sequence[Agreed]) -> dict[str, float]:
+    """Over all samples (or tokens) of all ranks; NaN where there were none."""
+    ballots = [ballot for agreed in voted for ballot in agreed.ballots]
+    count = sum(ballot.loss_count for ballot in ballots)
+    return {"train/loss": sum(ballot.loss for ballot in ballots) / count if count else math.nan}
+
+
+def mean_stages(voted: Sequence[Agreed], window: Sequence[tuple[Finished, Agreed]]) -> dict[str, float]:
+    """Each rank's mean over the updates."""
+    mean_ms = tuple(
+        tuple(sum(times) / len(voted) for times in zip(*rows, strict=True))
+        for rows in zip(*(agreed.stages_ms for agreed in voted), strict=True)
+    )
+    return stage_values(mean_ms, sum(finished.update.samples for finished, _ in window) // len(window))
 
 
 class Silent:
@@ -186,6 +210,8 @@ class Silent:
     def agreed(self, agreed: Agreed) -> None: ...
 
     def flush(self) -> None: ...
+
+    def last_word(self) -> None: ...
 
     def event(self, name: str, /, **facts: Any) -> None: ...
 

@@ -155,19 +155,19 @@ class RunFolder:
             write_whole(kept, os.urandom(4).hex())
         return kept.read_text().strip()
 
-    def lock(self) -> Lock:
-        """Take the folder for this process.
+    def lock(self, torchrun: int | None = None) -> Lock:
+        """Take the folder for this process, a worker of the user's own `torchrun` where that is given.
 
         Raises:
             RequestError: another living process has it; it is named.
         """
-        return Lock(self.path)
+        return Lock(self.path, torchrun)
 
 
 class Lock:
     """An flock: the kernel lets go of it when the process ends, however it ends."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, torchrun: int | None = None) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._file = open(os.open(folder / ".lock", flags, 0o600), "r+")  # noqa: SIM115 (held)
         try:
@@ -186,7 +186,8 @@ class Lock:
         self._file.seek(0)
         self._file.truncate()
         since = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+        of = f" of torchrun {torchrun}" if torchrun else ""
+        self._file.write(f"process {os.getpid()}{of} on {socket.gethostname()} since {since}")
         self._file.flush()
 
     def release(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from launcher.record import Silent, plan_facts
 from launcher.runfolder import RunFolder
 from launcher.settings import CheckpointSettings
 from launcher.sinks.journal import Journal
+from launcher.snapshot import Snapshot
 from launcher.standing import Standing
 from launcher.strategies import Replica
 from launcher.study import Study
@@ -24,6 +27,9 @@ __all__ = ["Saver", "checkpoints_of", "name_of"]
 class Saver:
     """Writes on rank 0, whose files serve every rank and every world size; on the others it only takes part.
 
+    Training waits for a copy of the state alone; a thread writes it, one at a time, and runs no collective. A
+    checkpoint takes its name only when the row of its update is in metrics.jsonl: neither may be there without the
+    other. A save that fails is an alarm, and an error where it was the last one.
     `every_s` is `checkpoint.every` where that is a time: rank 0 then raises its wish in the vote.
     """
 
@@ -50,43 +56,86 @@ class Saver:
         self._faults = faults
         self._clock = clock
         self._saved_at = clock()
+        self._snapshot = Snapshot()
+        self._writing: threading.Thread | None = None
+        self._told = threading.Event()
+        self._problem: Exception | None = None
 
     def wants(self) -> bool:
         """Whether it is time to save, by the clock; rank 0 speaks for all."""
         return self._writes and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
 
     def save(self, replica: Replica, study: Study, standing: Standing, plan: BatchPlan) -> None:
-        """Write a checkpoint; every rank calls it, since running statistics are settled before."""
+        """Copy the state and have it written; every rank calls it, since running statistics are settled before.
+
+        Raises:
+            RequestError: the state that was saved before cannot be saved at all.
+        """
         replica.settle_buffers()
         self._saved_at = self._clock()
         if not self._writes:
             return
-        self.journal.flush()  # rows that the checkpoint counts must not be lost after it
+        self._join()
+        if self._problem is not None and not isinstance(self._problem, checkpoint.CheckpointError):
+            raise self._problem
         model, optimizer, facts = replica.tensors()
-        update = standing.position.update
-        report = checkpoint.save(
-            self._checkpoints,
-            name_of(standing),
-            checkpoint.Saved(
-                model=model,
-                optimizer=optimizer,
-                position={"samples": standing.position.samples, "update": update},
-                plan=plan_facts(study, standing.schedule, plan),
-                world=plan.world,
-                facts={**self._identity, **facts, "standing": standing.facts()},
-            ),
-            keep=self._settings.keep,
-            protect=frozenset([standing.best_checkpoint] if standing.best_checkpoint else []),
-            fault=lambda phase: self._faults(phase, update),
+        position = standing.position
+        saved = checkpoint.Saved(
+            model=self._snapshot.take("model", model),
+            optimizer=self._snapshot.take("optimizer", optimizer),
+            position={"samples": position.samples, "update": position.update},
+            plan=plan_facts(study, standing.schedule, plan),
+            world=plan.world,
+            facts={**self._identity, **facts, "standing": standing.facts()},
         )
-        self.journal.event(
-            "checkpoint",
-            name=report.name,
-            samples=standing.position.samples,
-            update=update,
-            seconds=report.seconds,
-            bytes=report.bytes,
-        )
+        protect = frozenset([standing.best_checkpoint] if standing.best_checkpoint else [])
+        self._told.clear()
+        name = name_of(standing)
+        self._writing = threading.Thread(target=self._write, args=(name, saved, protect), name="checkpoint")
+        self._writing.start()
+
+    def told(self) -> None:
+        """The rows of all finished updates have been handed over."""
+        self._told.set()
+
+    def settle(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        self._join()
+        if self._problem is not None:
+            raise self._problem
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever comes of it."""
+        self.told()
+        self._join()
+
+    def _join(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+
+    def _write(self, name: str, saved: checkpoint.Saved, protect: frozenset[str]) -> None:
+        self._problem = None
+        try:
+            self._snapshot.wait()
+            phase = partial(self._phase, saved.position["update"])
+            report = checkpoint.save(self._checkpoints, name, saved, self._settings.keep, protect, phase)
+        except Exception as problem:
+            self._problem = problem
+            self.journal.event("alarm", kind="checkpoint", detail=str(problem))
+            return
+        size = {"seconds": report.seconds, "bytes": report.bytes}
+        self.journal.event("checkpoint", name=name, **saved.position, **size)
+
+    def _phase(self, update: int, phase: str) -> None:
+        if phase == "checkpoint-rename":
+            self._told.wait()
+            self.journal.flush()
+        self._faults(phase, update)
 
 
 def checkpoints_of(folder: RunFolder, settings: CheckpointSettings) -> Path:

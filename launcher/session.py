@@ -21,6 +21,7 @@ from launcher.keys import flat
 from launcher.loop import Job, train
 from launcher.manifest import Found, newest, open_at
 from launcher.record import Recorder, Silent, plan_facts
+from launcher.recovery import Restart, last_row, totals
 from launcher.redact import redact, redacted
 from launcher.saver import Saver, checkpoints_of
 from launcher.signals import GO_ON, LEAVE, Wishes
@@ -81,19 +82,25 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     standing = restored(parts, plan, ready.found)
     check_norms(parts, plan)
 
+    restart = restart_of(assignment, standing) if topology.rank == 0 else Restart()
     journal = open_journal(assignment) if topology.rank == 0 else Silent()
+    saver = saver_of(assignment, plan, journal, topology, faults)
+    recorder = recorder_of(plan, journal, topology, saver, restart)
     try:
-        job = job_of(assignment, topology, plan, parts, journal, wishes, faults, standing, threads)
-        announce(job, assignment, ready, standing, backend, threads)
+        job = job_of(topology, plan, parts, saver, recorder, wishes, faults, standing, threads)
+        announce(job, assignment, ready, standing, backend, threads, restart)
         wishes.guard()
         standing, ending = train(job, standing)
+        saver.settle()
         faults("finish")
         if topology.rank == 0:
             finish(job, assignment, standing, ending)
     except BaseException as error:
+        recorder.last_word()
         journal.event("error", rank=topology.rank, type=type(error).__name__, message=redact(str(error)))
         raise
     finally:
+        saver.close()
         journal.close()
     dist.barrier()
     dist.destroy_process_group()
@@ -150,32 +157,48 @@ def open_journal(assignment: Assignment) -> Journal:
     return Journal(open_sinks(assignment.run.sink, to))
 
 
+def restart_of(assignment: Assignment, standing: Standing) -> Restart:
+    """What the workers' restart cost so far; going back to a checkpoint that the user named loses nothing."""
+    if assignment.generation == 1 or assignment.checkpoint is not None:
+        return Restart()
+    row = last_row(assignment.folder.metrics)
+    return Restart.after(row, standing.position.samples, restarted=assignment.restarted)
+
+
+def saver_of(
+    assignment: Assignment, plan: Study, journal: Journal | Silent, topology: Topology, faults: Faults
+) -> Saver:
+    return Saver(
+        assignment.folder,
+        plan.run.checkpoint,
+        journal,
+        writes=topology.rank == 0,
+        every_s=plan.checkpoint_every_s,
+        identity={"recipe": redacted(dict(plan.run.recipe)), "seed": plan.run.seed},
+        faults=faults,
+    )
+
+
+def recorder_of(
+    plan: Study, journal: Journal | Silent, topology: Topology, saver: Saver, restart: Restart
+) -> Recorder | Silent:
+    if isinstance(journal, Silent):
+        return Silent()
+    return Recorder(journal, topology, plan.run.log.every, plan.sizes.tokens_per_sample, saver.told, restart)
+
+
 def job_of(
-    assignment: Assignment,
     topology: Topology,
     plan: Study,
     parts: Parts,
-    journal: Journal | Silent,
+    saver: Saver,
+    recorder: Recorder | Silent,
     wishes: Wishes,
     faults: Faults,
     standing: Standing,
     threads: int,
 ) -> Job:
     settings = plan.run
-    saver = Saver(
-        assignment.folder,
-        settings.checkpoint,
-        journal,
-        writes=topology.rank == 0,
-        every_s=plan.checkpoint_every_s,
-        identity={"recipe": redacted(dict(settings.recipe)), "seed": settings.seed},
-        faults=faults,
-    )
-    recorder = (
-        Silent()
-        if isinstance(journal, Silent)
-        else Recorder(journal, topology, settings.log.every, plan.sizes.tokens_per_sample)
-    )
     return Job(
         study=plan,
         topology=topology,
@@ -194,7 +217,9 @@ def job_of(
     )
 
 
-def announce(job: Job, assignment: Assignment, ready: Ready, standing: Standing, backend: str, threads: int) -> None:
+def announce(
+    job: Job, assignment: Assignment, ready: Ready, standing: Standing, backend: str, threads: int, restart: Restart
+) -> None:
     """Say what is about to happen: the start, the plan in force, and where it goes on from."""
     if job.topology.rank != 0:
         return
@@ -238,6 +263,7 @@ def announce(job: Job, assignment: Assignment, ready: Ready, standing: Standing,
             update=position.update,
             passed_over=[{"name": name, "why": why} for name, why in ready.found.passed_over],
             changed=assignment.changed,
+            lost_samples=restart.lost,
         )
         for name, why in ready.found.passed_over:
             event("alarm", kind="checkpoint", detail=f"{name} was passed over: {why}")
@@ -262,6 +288,7 @@ def finish(job: Job, assignment: Assignment, standing: Standing, ending: int) ->
         "updates": position.update,
         "seconds": job.meter.seconds(),
         "metrics": dict(standing.metrics),
+        **totals(folder.metrics),
     }
     if standing.reached is not None:
         done["target"] = dict(standing.reached)

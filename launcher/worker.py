@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,8 @@ class Assignment:
     """What is to be done: the resolved run and its folder.
 
     `checkpoint` is one that the user named, `must` says that there has to be one, `changed` which keys differ from the
-    folder's: all of them concern the job's first start, generation `first` (None: this one).
+    folder's: all of them concern the job's first start, generation `first` (None: this one). `restarted`: the workers
+    were started before in this job.
     `loopback`: the job lives on one machine and its store is ours. `summary`: nothing is left to do but to say this.
     """
 
@@ -43,6 +45,7 @@ class Assignment:
     folder: RunFolder
     generation: int = 0
     first: int | None = None
+    restarted: bool = False
     loopback: bool = False
     checkpoint: Path | None = None
     must: bool = False
@@ -78,7 +81,7 @@ class Assignment:
         generation = self.folder.next_generation()
         if generation == (self.first or generation):
             return replace(self, generation=generation)
-        return replace(self, generation=generation, checkpoint=None, must=False, changed={})
+        return replace(self, generation=generation, restarted=True, checkpoint=None, must=False, changed={})
 
 
 def main(args: Sequence[str], topology: Topology) -> int:
@@ -103,7 +106,7 @@ def composed(args: Sequence[str], topology: Topology) -> Assignment:
     resolution = resolve(args)
     known = recall()
     found = opened(resolution.run, topology.world, known=known, run_id=topology.run_id, nodes=topology.nodes)
-    assignment = Assignment.of(found, loopback=False)
+    assignment = replace(Assignment.of(found, loopback=False), restarted=known is not None)
     if found.complete:
         return replace(assignment, summary=found.summary())
     if known is None:
@@ -133,7 +136,7 @@ def serve(topology: Topology, assign: Callable[[], Assignment], *, loopback: boo
     own = assign() if topology.rank == 0 else None
     lock = None
     if own is not None and own.summary is None:
-        lock = None if loopback else own.folder.lock()
+        lock = None if loopback else own.folder.lock(torchrun=os.getppid())
         own = own.started()
     from launcher import rendezvous, session
 

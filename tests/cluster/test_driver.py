@@ -113,6 +113,51 @@ def test_nobody_outlives_a_killed_driver_or_agent(
         assert stderr.splitlines()[-1].startswith("error: ")
 
 
+def verb(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "launcher", *words]
+    return subprocess.run(argv, cwd=here, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_stop_asks_a_run_started_elsewhere_to_save(
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = driver(*LONG)
+    wait_for(training(tmp_path))
+    assert f"is run by process {process.pid} on " in verb(tmp_path, "status", "x").stdout
+    stopped = verb(tmp_path, "stop", "x")
+    assert process.wait(timeout=20) == 0
+    assert "runs/x stopped: at update " in stopped.stdout
+    assert "nothing saved" not in stopped.stdout
+    again = verb(tmp_path, "stop", "runs/x")
+    assert "is not running: at update " in again.stdout
+    assert not (tmp_path / "runs/x/stop").exists()
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_stop_now_ends_it_whoever_started_it(
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, torchrun: bool
+) -> None:
+    if torchrun:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        job = [*launch, "--max-restarts=3", "-m", "launcher", *(word for word in LONG if "launch." not in word)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(job, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    else:
+        process = driver(*LONG)  # type: ignore[assignment]
+    wait_for(training(tmp_path))
+    everyone = descendants(process.pid)
+    assert "runs/x ended: at update " in verb(tmp_path, "stop", "x", "--now").stdout
+    process.wait(timeout=20)
+    wait_for(lambda: not [pid for pid in everyone if alive(pid)], within_s=3)
+
+
+@pytest.mark.parametrize("words", [["stop"], ["stop", "nothing"], ["stop", "x", "y"], ["stop", "x", "--soon"]])
+def test_a_wrong_stop_says_what_to_type(tmp_path: Path, words: list[str]) -> None:
+    done = verb(tmp_path, *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
 def listening(pids: list[int]) -> set[str]:
     """Hex addresses on which any of these processes listens, over IPv4 and IPv6."""
     inodes = set()

@@ -136,6 +136,11 @@ def test_a_killed_worker_is_replaced_and_the_end_is_the_same(here: Path) -> None
     driven(here, *job, "run.name=killed", LAUNCHER_TEST_FAULTS="1", FAULT="kill@backward:1:12,kill@forward:0:19:2")
     assert furthest(here / "runs/whole", here / "runs/killed") == 0.0
     assert [event["generation"] for event in events(here / "runs/killed", "start")] == [1, 2, 3]
+    assert {row["update"] for row in rows(here / "runs/killed")} == set(range(1, 26)), "no row is missing"
+    done = json.loads((here / "runs/killed/done.json").read_text())
+    assert done["restarts"] == 2
+    assert done["recovery_s"] > 0
+    assert done["lost_samples"] > 0, "the updates since the checkpoint are run again, and that is said"
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_an_alarm(here: Path) -> None:

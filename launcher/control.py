@@ -1,0 +1,123 @@
+"""What one may ask of a run that was started elsewhere: where it stands, and to stop."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import EXIT_OK, RequestError
+from launcher.recovery import last_row
+from launcher.runfolder import RUNS, RunFolder
+
+__all__ = ["Owner", "find", "owner", "status", "stop"]
+
+LOOK_EVERY_S = 0.1
+OWNER = re.compile(r"process (\d+)(?: of torchrun (\d+))? on (\S+) since (.+)")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a run folder: the driver, or rank 0 of a torchrun of the user's own, and since when."""
+
+    pid: int
+    host: str
+    since: str
+    torchrun: int | None = None
+
+    @property
+    def here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def find(run: str) -> RunFolder:
+    """The folder of a run given by its name in runs/ or by its path.
+
+    Raises:
+        RequestError: there is none.
+    """
+    for path in (Path(run), RUNS / run):
+        if (path / "run.yaml").is_file():
+            return RunFolder(path)
+    known = sorted(path.parent.name for path in RUNS.glob("*/run.yaml"))
+    there = f"there are {', '.join(known[-5:])}" if known else f"there is none in {RUNS}/ here"
+    raise RequestError(f"{run} is no run: {there}")
+
+
+def owner(folder: RunFolder) -> Owner | None:
+    """Who holds the folder; None where nobody does. A dead process holds nothing: the kernel let go of its lock."""
+    try:
+        with (folder.path / ".lock").open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                found = OWNER.match(file.read())
+                return owner_of(found) if found else Owner(0, "another machine", "")
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def owner_of(found: re.Match[str]) -> Owner:
+    return Owner(int(found[1]), found[3], found[4], int(found[2]) if found[2] else None)
+
+
+def stop(run: str, *, now: bool, say: Callable[[str], None] = print) -> int:
+    """Ask a run to save and stop, and wait until it has; or, `now`, end it without saving.
+
+    Raises:
+        RequestError: there is no such run, or `now` cannot reach it.
+    """
+    folder = find(run)
+    held = owner(folder)
+    if held is None:
+        say(f"{folder.path} is not running: {standing(folder)}")
+        return EXIT_OK
+    if now:
+        end(held, folder)
+    else:
+        folder.stop_file.touch(0o600)
+        say(f"{folder.path}: asked {held} to save and stop")
+    while owner(folder) is not None:
+        time.sleep(LOOK_EVERY_S)
+    say(f"{folder.path} {'ended' if now else 'stopped'}: {standing(folder)}")
+    return EXIT_OK
+
+
+def status(run: str, say: Callable[[str], None] = print) -> int:
+    """Say where a run stands and who runs it.
+
+    Raises:
+        RequestError: there is no such run.
+    """
+    folder = find(run)
+    held = owner(folder)
+    say(f"{folder.path} {f'is run by {held} since {held.since}' if held else 'is not running'}: {standing(folder)}")
+    return EXIT_OK
+
+
+def end(held: Owner, folder: RunFolder) -> None:
+    """Kill the driver, or the torchrun above rank 0, which would start it again; their workers die with them."""
+    if not held.here:
+        raise RequestError(f"stop --now: {folder.path} is run by {held}: type it there, or stop it without --now")
+    os.kill(held.torchrun or held.pid, signal.SIGKILL)
+
+
+def standing(folder: RunFolder) -> str:
+    done = folder.read_done()
+    if done is not None:
+        return f"complete, {done['samples']:,} samples in {done['updates']:,} updates"
+    row = last_row(folder.metrics)
+    if row is None:
+        return "nothing was trained yet"
+    kept = "" if any(folder.checkpoints.glob("*/manifest.json")) else ", nothing saved"
+    return f"at update {row['update']:,}, {row['samples']:,} samples{kept}"

@@ -1,0 +1,51 @@
+"""A copy of a state, taken between two updates, that can be written while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["Snapshot"]
+
+
+class Snapshot:
+    """Buffers on the CPU that every copy reuses; on a GPU they are pinned and filled without waiting for the device.
+
+    The copies are ordered on the stream before the next optimizer step, which therefore cannot touch what they read.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self._filled: torch.cuda.Event | None = None
+
+    @torch.no_grad()
+    def take(self, group: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies under the same names; tied tensors stay tied. What is no tensor is passed on for others to refuse."""
+        copies: dict[str, torch.Tensor] = {}
+        seen: dict[tuple[Any, ...], torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+                copies[name] = tensor
+                continue
+            memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if tensor.numel() == 0 or memory not in seen:
+                seen[memory] = self._copied((group, name), tensor)
+            copies[name] = seen[memory]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._filled = torch.cuda.Event()
+            self._filled.record()
+        return copies
+
+    def wait(self) -> None:
+        """Until the copies are there; called by who reads them, never by the training loop."""
+        if self._filled is not None:
+            self._filled.synchronize()
+
+    def _copied(self, key: tuple[str, str], tensor: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[key] = buffer
+        return buffer.copy_(tensor, non_blocking=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.batch import BatchPlan, BatchPolicy, PlanError, friendly_batch, plan_batch
@@ -18,7 +18,6 @@ from launcher.errors import RequestError
 HOLD = BatchPolicy("hold", per_device=48, global_batch=256)
 SCALE = BatchPolicy("scale", per_device=64)
 
-unhurried = settings(deadline=None)
 SPEEDS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=24)
 
 
@@ -137,7 +136,6 @@ def test_an_idle_worker_has_no_micro_batch() -> None:
 # What holds for every plan
 
 
-@unhurried
 @given(plans())
 def test_micro_batches_add_up_to_shares_and_shares_to_the_batch(plan: BatchPlan) -> None:
     micro = all_micro_batches(plan)
@@ -147,7 +145,6 @@ def test_micro_batches_add_up_to_shares_and_shares_to_the_batch(plan: BatchPlan)
     assert max(map(len, micro)) == plan.accumulation
 
 
-@unhurried
 @given(plans())
 def test_micro_batches_of_a_share_differ_by_at_most_one_larger_first(plan: BatchPlan) -> None:
     for sizes in filter(None, all_micro_batches(plan)):
@@ -155,7 +152,6 @@ def test_micro_batches_of_a_share_differ_by_at_most_one_larger_first(plan: Batch
         assert list(sizes) == sorted(sizes, reverse=True)
 
 
-@unhurried
 @given(st.integers(1, 3000), st.integers(1, 60), st.integers(1, 60))
 def test_hold_takes_the_smallest_accumulation_that_fits(batch: int, cap: int, world: int) -> None:
     plan = plan_batch(BatchPolicy("hold", cap, global_batch=batch, idle=True), world)
@@ -175,14 +171,12 @@ def one_by_one(total: int, speeds: Sequence[float]) -> list[int]:
     return shares
 
 
-@unhurried
 @given(st.integers(1, 200), st.lists(st.integers(1, 64).map(lambda n: n / 16), min_size=1, max_size=8))
 def test_shares_by_speed_are_as_if_dealt_one_by_one(batch: int, speeds: list[float]) -> None:
     plan = plan_batch(BatchPolicy("hold", 10, global_batch=batch, idle=True), len(speeds), speeds)
     assert list(plan.shares) == one_by_one(batch, speeds)
 
 
-@unhurried
 @given(st.integers(1, 10**9), SPEEDS)
 def test_no_share_is_below_the_whole_part_of_its_quota(batch: int, speeds: list[float]) -> None:
     plan = plan_batch(BatchPolicy("hold", 10**9, global_batch=batch, idle=True), len(speeds), speeds)
@@ -215,7 +209,6 @@ def test_a_part_keeps_the_size_of_micro_batches() -> None:
     assert plan_batch(BatchPolicy("scale", 4), 2).part(5).micro_batches(0) == (3,)
 
 
-@unhurried
 @given(plans(), st.data())
 def test_a_part_takes_from_nobody_more_than_the_whole(plan: BatchPlan, data: st.DataObject) -> None:
     samples = data.draw(st.integers(1, plan.global_batch))
@@ -229,7 +222,6 @@ def test_a_part_takes_from_nobody_more_than_the_whole(plan: BatchPlan, data: st.
             assert len(part.micro_batches(rank)) == math.ceil(share / plan.per_device)
 
 
-@unhurried
 @given(plans())
 def test_the_whole_is_its_own_part(plan: BatchPlan) -> None:
     assert plan.part(plan.global_batch) == plan
@@ -338,7 +330,6 @@ def test_speeds_are_finite_and_positive(speed: float) -> None:
         plan_batch(SCALE, 2, [1.0, speed])
 
 
-@unhurried
 @given(st.integers(1, 100), st.lists(st.integers(1, 64).map(lambda n: n / 16), min_size=1, max_size=8))
 def test_the_mend_for_a_slow_rank_mends(batch: int, speeds: list[float]) -> None:
     policy = BatchPolicy("hold", 10, global_batch=max(batch, len(speeds)))
@@ -377,7 +368,6 @@ def friendly_by_definition(micros: list[int], max_batch: int, low: int, high: in
     return max(((batch, worlds(batch)) for batch in range(1, max_batch + 1)), key=lambda found: (len(found[1]), found))
 
 
-@unhurried
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 200), st.integers(1, 10), st.integers(0, 20)
 )

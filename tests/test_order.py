@@ -11,19 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.order import Order
 
 HUGE = 10**12
-unhurried = settings(deadline=None)
 
 
 # A permutation
 
 
-@unhurried
 @given(st.integers(1, 3000), st.integers(), st.integers(0, 10**6))
 @example(1, 0, 0)
 @example(2, 0, 0)
@@ -40,7 +38,6 @@ def test_no_size_is_special(size: int) -> None:
     assert sorted(Order(size, 5, 7)) == list(range(size))
 
 
-@unhurried
 @given(st.integers(1, 10**30), st.integers(), st.data())
 def test_samples_of_any_size_are_in_range_and_differ(size: int, seed: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, size - 1))
@@ -51,7 +48,6 @@ def test_samples_of_any_size_are_in_range_and_differ(size: int, seed: int, data:
     assert order[start] == samples[0]
 
 
-@unhurried
 @given(st.integers(1, 500), st.data())
 def test_a_slice_holds_what_its_places_hold(size: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, size))

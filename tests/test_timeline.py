@@ -7,13 +7,12 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.batch import BatchPlan, BatchPolicy, plan_batch
 from launcher.timeline import MicroBatch, Position, Timeline, Update
 
-unhurried = settings(deadline=None)
 START = Position()
 
 
@@ -129,14 +128,12 @@ def test_a_rank_without_samples_gets_one_pad() -> None:
 # What holds for every run
 
 
-@unhurried
 @given(timelines())
 def test_every_sample_of_every_epoch_is_taken_once_and_in_order(timeline: Timeline) -> None:
     taken = [place for update in timeline.updates() for place in consumed(update)]
     assert taken == list(range(timeline.duration))
 
 
-@unhurried
 @given(timelines())
 def test_the_ranks_together_take_the_window_and_share_by_the_plan(timeline: Timeline) -> None:
     for update in timeline.updates():
@@ -147,7 +144,6 @@ def test_the_ranks_together_take_the_window_and_share_by_the_plan(timeline: Time
             assert sum(part.size for part in micro) == share
 
 
-@unhurried
 @given(timelines())
 def test_windows_follow_one_another_and_keep_within_their_bounds(timeline: Timeline) -> None:
     updates = list(timeline.updates())
@@ -162,7 +158,6 @@ def test_windows_follow_one_another_and_keep_within_their_bounds(timeline: Timel
         assert not update.tail or epoch_ends or update.end == timeline.duration
 
 
-@unhurried
 @given(timelines(), st.data())
 def test_a_restart_after_any_update_gives_the_same_rest(timeline: Timeline, data: st.DataObject) -> None:
     updates = list(timeline.updates())
@@ -171,7 +166,6 @@ def test_a_restart_after_any_update_gives_the_same_rest(timeline: Timeline, data
     assert list(timeline.updates(position)) == updates[finished:]
 
 
-@unhurried
 @given(timelines(), st.integers(0, 450), st.integers(0, 9))
 def test_a_restart_at_any_position_takes_the_rest_once(timeline: Timeline, samples: int, update: int) -> None:
     rest = list(timeline.updates(Position(samples, update)))
@@ -180,7 +174,6 @@ def test_a_restart_at_any_position_takes_the_rest_once(timeline: Timeline, sampl
     assert timeline.count(Position(samples, update)) == len(rest)
 
 
-@unhurried
 @given(st.integers(1, 60), st.integers(0, 200), st.integers(1, 30), st.sampled_from(["flush", "carry"]))
 def test_the_order_is_the_same_at_every_world_size(size: int, duration: int, batch: int, tail: str) -> None:
     runs = [one_stage(size, duration, batch, world, tail) for world in range(1, 9)]
@@ -188,7 +181,6 @@ def test_the_order_is_the_same_at_every_world_size(size: int, duration: int, bat
     assert len({tuple(place for update in run.updates() for place in consumed(update)) for run in runs}) == 1
 
 
-@unhurried
 @given(st.data(), st.sampled_from(["flush", "carry"]))
 def test_the_order_survives_any_change_of_world(data: st.DataObject, tail: str) -> None:
     """Elastic: each stretch of updates at another world size and batch, handed on by its position alone."""

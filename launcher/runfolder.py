@@ -141,6 +141,14 @@ class RunFolder:
             raise RequestError(f"{self.done_json} cannot be read: remove it, and the run goes on from its checkpoint")
         return done
 
+    def read_plan(self) -> dict[str, Any] | None:
+        """The plan that was last in force; None before the first."""
+        try:
+            plan = json.loads(self.plan_json.read_text())
+        except (OSError, ValueError):
+            return None
+        return plan if isinstance(plan, dict) and "world" in plan else None
+
     def write_done(self, facts: Mapping[str, Any]) -> None:
         """The last word of a run: everything else is on the disk before."""
         self.write_json(self.done_json, facts)

@@ -253,6 +253,7 @@ def announce(
         decay=settings.schedule.decay,
     )
     facts = plan_facts(plan, standing.schedule, plan.plan_at(position.samples))
+    last = assignment.folder.read_plan()
     assignment.folder.write_json(assignment.folder.plan_json, facts)
     event("plan", why="", **facts, **{"from": None})
     if ready.found is not None:
@@ -268,6 +269,8 @@ def announce(
         for name, why in ready.found.passed_over:
             event("alarm", kind="checkpoint", detail=f"{name} was passed over: {why}")
         before = dict(ready.found.manifest.plan)
+        if last is not None and last["world"] != before["world"]:
+            before = last  # the world changed since the checkpoint, too
         if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
             event("resize", why=f"{before['world']} workers before, {plan.world} now", **{"from": before, "to": facts})
 

@@ -6,36 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from launcher.process import children
+from jobs import alive, descendants, environment, training, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 JOB = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
 LONG = [*JOB, "lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]
-
-
-def descendants(pid: int) -> list[int]:
-    return [one for child in children(pid) for one in (child, *descendants(child))]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(state: Callable[[], object], within_s: float = 60.0) -> None:
-    end_s = time.monotonic() + within_s
-    while not state():
-        assert time.monotonic() < end_s, "it did not come to that"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -44,7 +24,7 @@ def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*overrides: str) -> subprocess.Popen[str]:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+        env = environment()
         argv = [sys.executable, "-m", "launcher", *overrides]
         pipe = subprocess.PIPE
         started.append(
@@ -60,17 +40,12 @@ def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-def training(here: Path, update: int = 5) -> Callable[[], bool]:
-    metrics = here / "runs/x/metrics.jsonl"
-    return lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) >= update
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_stops_with_status_0(
     driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals
 ) -> None:
     process = driver(*LONG)
-    wait_for(training(tmp_path))
+    wait_for(training(tmp_path / "runs/x"))
     everyone = descendants(process.pid)
     assert len(everyone) >= 3, "the agent and two workers"
     process.send_signal(number)
@@ -86,7 +61,7 @@ def test_a_signal_saves_and_stops_with_status_0(
 
 def test_a_second_interrupt_ends_at_once(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = driver(*LONG)
-    wait_for(training(tmp_path))
+    wait_for(training(tmp_path / "runs/x"))
     everyone = descendants(process.pid)
     for pid in everyone[1:]:
         os.kill(pid, signal.SIGSTOP)  # workers that cannot save
@@ -103,7 +78,7 @@ def test_nobody_outlives_a_killed_driver_or_agent(
     driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, victim: str
 ) -> None:
     process = driver(*LONG)
-    wait_for(training(tmp_path))
+    wait_for(training(tmp_path / "runs/x"))
     everyone = descendants(process.pid)
     os.kill(process.pid if victim == "driver" else everyone[0], signal.SIGKILL)
     wait_for(lambda: not [pid for pid in everyone if alive(pid)], within_s=3)
@@ -122,7 +97,7 @@ def test_stop_asks_a_run_started_elsewhere_to_save(
     driver: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     process = driver(*LONG)
-    wait_for(training(tmp_path))
+    wait_for(training(tmp_path / "runs/x"))
     assert f"is run by process {process.pid} on " in verb(tmp_path, "status", "x").stdout
     stopped = verb(tmp_path, "stop", "x")
     assert process.wait(timeout=20) == 0
@@ -140,11 +115,11 @@ def test_stop_now_ends_it_whoever_started_it(
     if torchrun:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         job = [*launch, "--max-restarts=3", "-m", "launcher", *(word for word in LONG if "launch." not in word)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = environment()
         process = subprocess.Popen(job, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     else:
         process = driver(*LONG)  # type: ignore[assignment]
-    wait_for(training(tmp_path))
+    wait_for(training(tmp_path / "runs/x"))
     everyone = descendants(process.pid)
     assert "runs/x ended: at update " in verb(tmp_path, "stop", "x", "--now").stdout
     process.wait(timeout=20)
@@ -171,7 +146,7 @@ def listening(pids: list[int]) -> set[str]:
 
 def test_nothing_listens_beyond_the_loopback(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     process = driver(*LONG)
-    wait_for(training(tmp_path))
+    wait_for(training(tmp_path / "runs/x"))
     assert listening([process.pid, *descendants(process.pid)]) == {"0100007F"}
 
 

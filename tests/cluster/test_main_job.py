@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import environment, events, furthest, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ENV = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 RECIPE = '''
 from dataclasses import dataclass
@@ -64,9 +64,8 @@ def here(tmp_path: Path) -> Path:
 
 
 def run(argv: list[str], here: Path, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     done = subprocess.run(
-        argv, cwd=here, env=keep | ENV | env, capture_output=True, text=True, timeout=200, check=False
+        argv, cwd=here, env=environment(**env), capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -76,24 +75,10 @@ def driven(here: Path, *overrides: str, status: int = 0, **env: str) -> subproce
     return run([sys.executable, "-m", "launcher", *overrides], here, status, **env)
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    return [event for event in found if event["event"] == name]
-
-
 def parameters(run_dir: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return dict(load_file(run_dir / "model.safetensors"))
-
-
-def furthest(one: Path, other: Path) -> float:
-    a, b = parameters(one), parameters(other)
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 @pytest.mark.parametrize("extra", [[], ["+recipe.tokens=true"], ["data.tail=carry", "train.clip_norm=0.3"]])

@@ -1,0 +1,63 @@
+"""Real processes for tests: started in a folder, waited for by state, and ended with the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.process import children
+
+__all__ = ["ENV", "alive", "descendants", "environment", "events", "furthest", "rows", "training", "wait_for"]
+
+ENV = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """What stands in metrics.jsonl; a line that is being written is not there yet."""
+    lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1] if (run_dir / "metrics.jsonl").exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().split("\n")[:-1]]
+    return [event for event in found if event["event"] == name]
+
+
+def furthest(one: Path, other: Path) -> float:
+    """The largest difference between any two parameters of two finished runs."""
+    from safetensors.torch import load_file
+
+    a, b = (load_file(run_dir / "model.safetensors") for run_dir in (one, other))
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def descendants(pid: int) -> list[int]:
+    return [one for child in children(pid) for one in (child, *descendants(child))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(state: Callable[[], object], within_s: float = 60.0) -> None:
+    end_s = time.monotonic() + within_s
+    while not state():
+        assert time.monotonic() < end_s, "it did not come to that"
+        time.sleep(0.02)
+
+
+def training(run_dir: Path, update: int = 5) -> Callable[[], bool]:
+    """Whether so many updates have been finished."""
+    return lambda: len(rows(run_dir)) >= update
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours, without what a wandb account of the user's would change."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | ENV | more

@@ -1,0 +1,112 @@
+"""The same training at any number of workers: through stops, joins and losses of real torchrun agents."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from jobs import environment, events, furthest, rows, wait_for
+from test_main_job import HELD, OWN, driven, here  # noqa: F401 (a fixture)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+def stopped_at(update: int, generation: int) -> dict[str, str]:
+    return {"LAUNCHER_TEST_FAULTS": "1", "FAULT": f"stop@forward:0:{update}:{generation}"}
+
+
+def test_held_training_is_the_same_at_2_then_1_then_3_then_4_workers(here: Path) -> None:  # noqa: F811
+    """Adam's moments, a cosine and shares that differ (13, 13, 12, 12): parameters equal to those of one process."""
+    job = [*HELD, "train.precision=fp64", "optimizer=adamw", "lr.base=0.01", "schedule=cosine", "schedule.warmup=1ep"]
+    driven(here, *job, "launch.workers=1", "run.name=whole")
+    for generation, (world, update) in enumerate([(2, 6), (1, 11), (3, 17), (4, 0)], start=1):
+        faults = stopped_at(update, generation) if update else {}
+        driven(here, *job, f"launch.workers={world}", "run.name=parts", **faults)
+    assert furthest(here / "runs/whole", here / "runs/parts") <= 1e-10
+    parts = rows(here / "runs/parts")
+    assert [row["update"] for row in parts] == list(range(1, 26)), "none is lost, none is run twice"
+    assert [row["lr/value"] for row in parts] == [row["lr/value"] for row in rows(here / "runs/whole")]
+    resizes = events(here / "runs/parts", "resize")
+    assert [(event["from"]["world"], event["to"]["world"]) for event in resizes] == [(2, 1), (1, 3), (3, 4)]
+    assert resizes[1]["to"]["shares"] == [17, 17, 16]
+    assert resizes[2]["why"] == "3 workers before, 4 now"
+
+
+def test_scaled_training_follows_the_workers_and_the_rate_follows_the_batch(here: Path) -> None:  # noqa: F811
+    job = [*OWN, "batch.per_device=10", "sink=[]", "train.duration=6ep", "schedule=constant", "schedule.warmup=0sp"]
+    for generation, (world, update) in enumerate([(2, 15), (1, 30), (3, 0)], start=1):
+        faults = stopped_at(update, generation) if update else {}
+        driven(here, *job, f"launch.workers={world}", "run.name=s", **faults)
+    found = rows(here / "runs/s")
+    assert [row["update"] for row in found] == list(range(1, len(found) + 1))
+    assert found[-1]["samples"] == 6 * 203, "every sample of every epoch, once"
+    scales = {row["batch/global"]: row["lr/scale"] for row in found}
+    assert scales[20] == pytest.approx(20 / 50)
+    assert scales[10] == pytest.approx(10 / 50)
+    grown = [row["lr/scale"] for row in found if row["batch/global"] == 30]
+    assert grown[0] < 30 / 50, "growth by 2 or more ramps"
+    assert grown == sorted(grown)
+
+
+@pytest.fixture
+def agents(here: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:  # noqa: F811
+    """Starts torchrun agents of one job, as nodes that come and go would."""
+    started: list[subprocess.Popen[bytes]] = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(*overrides: str) -> subprocess.Popen[bytes]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", "--nproc-per-node=1"]
+        where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--max-restarts=9"]
+        first = f"--rdzv-conf=is_host={int(not started)},last_call_timeout=2,keep_alive_interval=1"
+        argv = [*torchrun, *where, first, "--local-addr=127.0.0.1", "--monitor-interval=0.2", "-m", "launcher"]
+        env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        log = (here / f"agent{len(started)}.log").open("wb")
+        started.append(subprocess.Popen([*argv, *overrides], cwd=here, env=env, stdout=log, stderr=log))
+        return started[-1]
+
+    yield start
+    for agent in started:
+        agent.kill()
+        agent.wait()
+
+
+def test_nodes_join_and_are_lost_and_training_goes_on(
+    agents: Callable[..., subprocess.Popen[bytes]],
+    here: Path,  # noqa: F811
+) -> None:
+    """Growth loses nothing; the loss of a node costs the updates since the checkpoint; the batch is held throughout."""
+    job = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba", "run.name=x"]
+    run_dir = here / "runs/x"
+
+    def at(world: int) -> Callable[[], bool]:
+        return lambda: bool(found := rows(run_dir)) and found[-1]["world"] == world
+
+    first = agents(*job)
+    agents(*job)
+    wait_for(at(2))
+    third = agents(*job)
+    wait_for(at(3))
+    grown = next(row for row in rows(run_dir) if row["world"] == 3)
+    assert grown["elastic/lost_samples"] == 0, "the workers saved before they were started again"
+    third.send_signal(signal.SIGKILL)
+    wait_for(at(2))
+    lost = next(row for row in rows(run_dir) if row["generation"] > grown["generation"])
+    assert lost["elastic/lost_samples"] <= 210 * 50
+    stopped = subprocess.run(
+        [sys.executable, "-m", "launcher", "stop", "x"], cwd=here, capture_output=True, timeout=60, check=True
+    )
+    assert b"stopped: at update" in stopped.stdout
+    assert first.wait(timeout=30) == 0
+    found = rows(run_dir)
+    assert {row["update"] for row in found} == set(range(1, found[-1]["update"] + 1)), "no row is missing"
+    assert {row["batch/global"] for row in found} == {50}
+    worlds = [(event["from"]["world"], event["to"]["world"]) for event in events(run_dir, "resize")]
+    assert worlds[-2:] == [(2, 3), (3, 2)]
+    assert not (run_dir / "done.json").exists()

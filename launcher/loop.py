@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from launcher.balance import Balancer, Level
 from launcher.data import Feed, seed_from, transfer
 from launcher.faults import Faults
 from launcher.optim import Precision
@@ -29,7 +30,9 @@ from launcher.topology import Topology
 from launcher.validate import Validation
 from launcher.vote import Agreed, Ballot, Vote
 
-__all__ = ["Job", "TrainingFailed", "train"]
+__all__ = ["REPLAN", "Job", "TrainingFailed", "train"]
+
+REPLAN = -1
 
 
 class TrainingFailed(RuntimeError):
@@ -53,13 +56,15 @@ class Job:
     meter: Meter
     saver: Saver
     wishes: Wishes
+    balance: Balancer | Level = field(default_factory=Level)
     faults: Faults = field(default_factory=Faults)
 
 
 def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     """Train to the end of the timeline, or until the ranks agree to stop.
 
-    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, or to leave.
+    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, or that it is to
+    go on with other shares (`REPLAN`).
 
     Raises:
         TrainingFailed: three updates in a row were not finite.
@@ -82,6 +87,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
         agreed = pending.wait()
         clock.lap("sync")
         job.recorder.agreed(agreed)
+        job.balance.agreed(agreed.stages_ms, update)
         standing = heed(job, standing, agreed)
 
         rate = rate_of(standing.schedule, update)
@@ -96,7 +102,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
         job.recorder.finished(
             Finished(update, rate.lr, rate.scale, time.time(), job.meter.wall_s(), late, job.meter.values(), measured)
         )
-        if stop:
+        if stop or job.balance.wants:
             break
     if agreed is None:
         return standing, GO_ON
@@ -104,7 +110,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     job.recorder.agreed(last)
     job.recorder.flush()
     ended = standing.position.samples >= job.study.duration or standing.target_ends(job.study)
-    return heed(job, standing, last), GO_ON if ended else agreed.stop
+    return heed(job, standing, last), GO_ON if ended else agreed.stop or REPLAN
 
 
 @dataclass(frozen=True)

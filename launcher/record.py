@@ -12,8 +12,9 @@ from launcher.reading import Reading
 from launcher.recovery import Restart
 from launcher.schedule import LrSchedule
 from launcher.sinks.journal import Journal
+from launcher.stages import STAGES
 from launcher.study import Study
-from launcher.telemetry import STAGES, Late, critical_rank
+from launcher.telemetry import Late, critical_rank
 from launcher.timeline import Update
 from launcher.topology import Topology
 from launcher.vote import Agreed

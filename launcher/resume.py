@@ -23,6 +23,7 @@ FREE_KEYS = frozenset(
         "data.prefetch",
         "data.workers",
         "debug",
+        "elastic.balance",
         "elastic.idle",
         "elastic.max_restarts",
         "elastic.max_workers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch.distributed as dist
 from launcher import checkpoint, rendezvous
 from launcher import recipe as recipes
 from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of, open_data, threads_of
+from launcher.balance import Balancer, Level
 from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
 from launcher.faults import Faults
 from launcher.greeting import greet
 from launcher.keys import flat
-from launcher.loop import Job, train
+from launcher.loop import REPLAN, Job, train
 from launcher.manifest import Found, newest, open_at
 from launcher.record import Recorder, Silent, plan_facts
 from launcher.recovery import Restart, last_row, totals
@@ -91,6 +92,9 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
         announce(job, assignment, ready, standing, backend, threads, restart)
         wishes.guard()
         standing, ending = train(job, standing)
+        while ending == REPLAN:
+            job = rebalanced(job, parts, standing)
+            standing, ending = train(job, standing)
         saver.settle()
         faults("finish")
         if topology.rank == 0:
@@ -213,7 +217,35 @@ def job_of(
         meter=Meter(parts.device, threads, before_s=standing.seconds),
         saver=saver,
         wishes=wishes,
+        balance=balancer_of(plan),
         faults=faults,
+    )
+
+
+def balancer_of(plan: Study) -> Balancer | Level:
+    """With elastic.balance and somebody to balance with."""
+    if not plan.run.elastic.balance or plan.world == 1:
+        return Level()
+    return Balancer(plan.plan, lambda speeds: study(plan.run, plan.sizes, plan.world, speeds).plan)
+
+
+def rebalanced(job: Job, parts: Parts, standing: Standing) -> Job:
+    """The same job from here on with shares by the speeds that were measured, the global batch and the rate the same.
+
+    Every rank comes to the same shares, since all saw the same votes; the loader begins anew at the position.
+    """
+    plan = study(job.study.run, job.study.sizes, job.study.world, job.balance.wants)
+    before, after = (
+        plan_facts(one, standing.schedule, one.plan_at(standing.position.samples)) for one in (job.study, plan)
+    )
+    why = "shares follow the measured speeds of the workers"
+    job.saver.journal.event("plan", why=why, **after, **{"from": before})
+    return replace(
+        job,
+        study=plan,
+        feed=parts.feed(plan, job.topology, standing.position),
+        meter=Meter(job.meter.device, job.meter.threads, before_s=job.meter.seconds()),
+        balance=balancer_of(plan),
     )
 
 

@@ -139,6 +139,7 @@ class ElasticSettings:
     max_workers: int | None = key(None, "more workers than this are refused")
     max_restarts: int = key(3, "restarts without a new checkpoint before the job gives up")
     idle: bool = key(False, "whether a plan may leave a worker without samples")
+    balance: bool = key(False, "shares follow the measured speeds of the workers; the global batch stays")
 
 
 @dataclass(frozen=True)

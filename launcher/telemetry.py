@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from launcher.stages import STAGES
+
 __all__ = [
     "STAGES",
     "CudaTimer",
@@ -26,9 +28,6 @@ __all__ = [
     "memory",
     "utilization",
 ]
-
-#: The order in which a rank's stage times travel in the vote.
-STAGES = ("data", "transfer", "forward", "backward", "sync", "optimizer", "checkpoint", "other")
 
 
 class Timer(Protocol):
@@ -146,8 +145,8 @@ class Meter:
     def __init__(
         self, device: torch.device, threads: int, before_s: float = 0.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._device = device
-        self._threads = threads
+        self.device = device
+        self.threads = threads
         self._clock = clock
         self._before_s = before_s
         self._values: dict[str, float] = {}
@@ -172,9 +171,9 @@ class Meter:
         now = self._clock()
         if not self._values or now - self._sampled >= self.SAMPLE_EVERY_S:
             busy_s = time.process_time()
-            share = utilization(self._device, busy_s - self._busy_s, now - self._sampled, self._threads)
+            share = utilization(self.device, busy_s - self._busy_s, now - self._sampled, self.threads)
             self._sampled, self._busy_s = now, busy_s
-            self._values = memory(self._device) | ({} if share is None else {"device/utilization": share})
+            self._values = memory(self.device) | ({} if share is None else {"device/utilization": share})
         return self._values
 
 

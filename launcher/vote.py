@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.signals import GO_ON
-from launcher.telemetry import STAGES
+from launcher.stages import STAGES
 
 __all__ = ["Agreed", "Ballot", "Vote"]
 

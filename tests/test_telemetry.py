@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from launcher.batch import BatchPlan
 from launcher.reading import Reading
 from launcher.record import Finished, Recorder, stage_values
-from launcher.telemetry import STAGES, HostTimer, Late, Meter, StageClock, critical_rank, memory
+from launcher.stages import STAGES
+from launcher.telemetry import HostTimer, Late, Meter, StageClock, critical_rank, memory
 from launcher.timeline import Update
 from launcher.topology import Topology
 from launcher.vote import Agreed, Ballot

@@ -53,6 +53,34 @@ def test_scaled_training_follows_the_workers_and_the_rate_follows_the_batch(here
     assert grown == sorted(grown)
 
 
+SLOW = """
+import os, time
+from dataclasses import dataclass
+import own
+
+@dataclass(frozen=True)
+class Slow(own.Own):
+    def loss(self, model, batch):
+        time.sleep(len(batch[1]) * (0.002 if os.environ["RANK"] == "1" else 0.0005))
+        return super().loss(model, batch)
+"""
+
+
+def test_shares_follow_the_measured_speeds_and_the_training_stays_the_same(here: Path) -> None:  # noqa: F811
+    """Rank 1 needs four times as long for a sample: it ends up with about a fifth of the batch."""
+    (here / "slow.py").write_text(SLOW)
+    job = [*HELD, "recipe._target_=slow.Slow", "recipe.trust=[slow]", "batch.per_device=50", "train.precision=fp64"]
+    driven(here, *job, "train.duration=10ep", "launch.workers=1", "run.name=one")
+    driven(here, *job, "train.duration=10ep", "launch.workers=2", "elastic.balance=true", "run.name=two")
+    assert furthest(here / "runs/one", here / "runs/two") <= 1e-10
+    changes = events(here / "runs/two", "plan")[1:]
+    assert changes[0]["from"]["shares"] == [25, 25]
+    assert changes[0]["shares"][1] <= 15
+    assert changes[0]["global"] == 50
+    assert changes[0]["why"] == "shares follow the measured speeds of the workers"
+    assert [row["update"] for row in rows(here / "runs/two")] == list(range(1, 51))
+
+
 @pytest.fixture
 def agents(here: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:  # noqa: F811
     """Starts torchrun agents of one job, as nodes that come and go would."""

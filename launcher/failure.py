@@ -12,7 +12,7 @@ from launcher.errors import EXIT_FAILED, EXIT_REQUEST, RequestError
 from launcher.redact import redact
 from launcher.runfolder import write_whole
 
-__all__ = ["Failure", "first", "record"]
+__all__ = ["Failure", "consequence", "first", "hung", "record"]
 
 #: What a rank says whose peer has gone: a consequence, never the cause.
 CONSEQUENCES = (
@@ -62,8 +62,17 @@ def record(logs: Path, rank: int, generation: int, error: BaseException, log: Pa
         log=str(log),
         traceback=redact("".join(traceback.format_exception(error))),
     )
-    write_whole(logs / f"error-g{generation}-r{rank}.json", json.dumps(asdict(failure)))
+    write(logs, failure)
     return failure
+
+
+def hung(logs: Path, rank: int, generation: int, where: str, why: str, log: Path) -> None:
+    """The last word of a rank that can't speak for itself, written by the one that found it."""
+    write(logs, Failure(rank, generation, "Hang", why, where, time.time(), EXIT_FAILED, False, str(log), ""))
+
+
+def write(logs: Path, failure: Failure) -> None:
+    write_whole(logs / f"error-g{failure.generation}-r{failure.rank}.json", json.dumps(asdict(failure)))
 
 
 def where(error: BaseException) -> str:
@@ -91,11 +100,12 @@ def first(logs: Path, since: int) -> Failure | None:
             continue
         if failure.generation >= since:
             found.append(failure)
-    return min(found, key=lambda f: (f.generation, consequence(f), f.time), default=None)
+    return min(found, key=lambda f: (consequence(f.message), f.generation, f.time), default=None)
 
 
-def consequence(failure: Failure) -> bool:
-    return any(word in failure.message for word in CONSEQUENCES)
+def consequence(message: str) -> bool:
+    """Whether an error's message only tells that another rank has gone."""
+    return any(word in message for word in CONSEQUENCES)
 
 
 def tell_torchrun(error: BaseException) -> None:

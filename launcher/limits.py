@@ -34,6 +34,7 @@ def check_request(run: Run) -> None:
     _check_batch(run)
     _check_schedule(run)
     _check_target(run)
+    _check_hang(run)
     low, high = run.elastic.min_workers, run.elastic.max_workers
     if high is not None and high < low:
         raise RequestError(
@@ -136,6 +137,14 @@ def _check_momentum(run: Run, momentum: tuple[float, ...]) -> None:
         )
     if len(momentum) != 2 or not 0 <= momentum[0] <= momentum[1] < 1:
         raise RequestError(f"schedule.momentum={list(momentum)} is not [low, high] within 0 and 1: type [0.85,0.95]")
+
+
+def _check_hang(run: Run) -> None:
+    hang_s, first_s = run.elastic.hang_s, run.elastic.first_s
+    if not hang_s >= 1:
+        raise RequestError(f"elastic.hang_s={hang_s} is below 1 second: type elastic.hang_s=8, or inf for never")
+    if not first_s >= hang_s:
+        raise RequestError(f"elastic.first_s={first_s} is below elastic.hang_s={hang_s}: type elastic.first_s={hang_s}")
 
 
 def _check_target(run: Run) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from launcher import failure, logs
-from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEST, RequestError
+from launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import from_mapping, to_mapping
 from launcher.process import die_with_parent
 from launcher.redact import redact
@@ -25,6 +25,7 @@ from launcher.settings import Run
 from launcher.topology import Topology
 
 if TYPE_CHECKING:
+    from launcher.heart import Heart, Still
     from launcher.opening import Opened
     from launcher.signals import Wishes
 
@@ -148,13 +149,24 @@ def serve(topology: Topology, assign: Callable[[], Assignment], *, loopback: boo
         return say_complete(assignment.summary, topology)
     topology = topology.started(assignment.generation)
     screen = logs.redirect(assignment.folder.log(*topology.place), topology.rank, debug=assignment.run.debug)
+    heart = heart_of(assignment, topology, screen)
     try:
-        return session.run(assignment, topology, store, wishes)
+        return session.run(assignment, topology, store, wishes, heart)
     except Exception as error:
+        heart.stop()
         return fail(assignment, topology, error, screen)
     finally:
         if lock is not None:
             lock.release()
+
+
+def heart_of(assignment: Assignment, topology: Topology, screen: TextIO) -> Heart | Still:
+    from launcher.heart import Heart
+    from launcher.heartbeat import Limits
+
+    elastic, compiles = assignment.run.elastic, assignment.run.train.compile
+    limits = Limits(elastic.hang_s, elastic.first_s)
+    return Heart.start(assignment.folder, topology, limits, screen, compiles=compiles)
 
 
 def early_wishes() -> Wishes:
@@ -187,6 +199,8 @@ def fail(assignment: Assignment, topology: Topology, error: Exception, screen: T
             raise error
         return EXIT_REQUEST
     logging.getLogger(__name__).error("%s", found.traceback)
+    if failure.consequence(found.message):
+        return EXIT_AGAIN
     if not assignment.loopback:
         print(f"error: {found.line()}", file=screen, flush=True)
         failure.tell_torchrun(error)

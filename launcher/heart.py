@@ -120,7 +120,7 @@ class Heart:
         self._update = 0
         self._looked = self._awake = clock()
         self._suspected: Verdict | None = None
-        self._complete = False
+        self._complete = self._acted = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -178,7 +178,7 @@ class Heart:
         present = [state for state in states if not state.gone]
         verdict = judge(present, now, self._limits, self._awake)
         suspected, self._suspected = self._suspected, verdict
-        if verdict is None or not verdict.confirms(suspected):
+        if self._acted or verdict is None or not verdict.confirms(suspected):
             return
         if finder(present, verdict, now, self._limits) == self._topology.rank:
             self._act(verdict, present)
@@ -204,7 +204,9 @@ class Heart:
 
     def _act(self, verdict: Verdict, states: list[State]) -> None:
         """Have the stacks written down, say what was found, and end who hangs: the agent starts the workers again."""
-        ended = states if verdict.why == "all" else [verdict.state]
+        self._acted = True  # all will be started again: there is nothing more to find
+        stopped = [state for state in states if state.stopped]  # they could not even leave with the others
+        ended = states if verdict.why == "all" else list({verdict.state, *stopped})
         for state in ended:
             if not state.stopped:
                 tell(state, signal.SIGUSR2)

@@ -35,7 +35,7 @@ class Straggler:
     def detail(self) -> str:
         return (
             f"rank {self.rank} is slow, {self.ratio:.1f} times the others: {self.own_ms:.1f} ms of work per update, "
-            f"theirs {self.others_ms:.1f} ms; in {self.stage} {self.stage_ms:.1f} ms, theirs {self.stage_others_ms:.1f} ms"
+            f"theirs {self.others_ms:.1f} ms; in {self.stage} {self.stage_ms:.1f} and {self.stage_others_ms:.1f} ms"
         )
 
 

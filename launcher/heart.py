@@ -120,7 +120,7 @@ class Heart:
         self._update = 0
         self._looked = self._awake = clock()
         self._suspected: Verdict | None = None
-        self._complete = self._acted = False
+        self._acted = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -139,6 +139,7 @@ class Heart:
         heart = cls(slots, folder, topology, Pace(limits, compiles=compiles), limits, screen)
         heart.phase("start")
         heart.beat()
+        heart.hide_when_complete()
         heart._thread.start()
         return heart
 
@@ -160,6 +161,11 @@ class Heart:
             self._slots.beat(self._topology.local_rank, 0, self._clock())
         self._slots.hide()
 
+    def hide_when_complete(self) -> None:
+        """The last rank to come takes the file's name away."""
+        if len(list(self._slots.states(0))) == self._topology.local_world:
+            self._slots.hide()
+
     def beat(self) -> None:
         self._slots.beat(self._topology.local_rank, os.getpid(), self._clock())
 
@@ -169,9 +175,6 @@ class Heart:
         if now - self._looked > LATE_S:
             self._awake = now
         self._looked = now
-        if not self._complete and len(states) == self._topology.local_world:
-            self._complete = True
-            self._slots.hide()
         gone = next((state for state in states if state.gone), None)
         if gone is not None:
             self._follow(gone, states, now)

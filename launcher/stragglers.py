@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
 from launcher.stages import STAGES
 
@@ -57,27 +58,41 @@ class Stragglers:
         if len(rows) < WINDOW or len(stages_ms) < 2:
             return Stragglers(rows[-WINDOW:], self.named), None
         by_rank = [[median(times) for times in zip(*ranks, strict=True)] for ranks in zip(*rows, strict=True)]
-        found = [compared(rank, by_rank, shares or [1] * len(by_rank)) for rank in range(len(by_rank))]
-        recovered = {one.rank for one in found if one.ratio < RECOVERED}
-        slow = [one for one in found if one.ratio > SLOW and one.own_ms - one.others_ms > LEAST_MS]
-        named = self.named - recovered
-        worst = max((one for one in slow if one.rank not in named), key=lambda one: one.ratio, default=None)
-        return Stragglers((), named | ({worst.rank} if worst else set())), worst
+        ratios = compared([sum(times) for times in by_rank], shares or [1] * len(by_rank))
+        named = frozenset(rank for rank in self.named if ratios[rank] >= RECOVERED)
+        slow = [rank for rank, ratio in enumerate(ratios) if ratio > SLOW and rank not in named]
+        for rank in sorted(slow, key=ratios.__getitem__, reverse=True):
+            found = described(rank, ratios[rank], by_rank)
+            if found.own_ms - found.others_ms > LEAST_MS:
+                return Stragglers((), named | {rank}), found
+        return Stragglers((), named), None
 
 
-def compared(rank: int, by_rank: Sequence[Sequence[float]], shares: Sequence[int]) -> Straggler:
-    """One rank beside the median of the others; more samples than theirs excuse more time."""
+def compared(work_ms: Sequence[float], shares: Sequence[int]) -> list[float]:
+    """Each rank's work over the median of the others'; more samples than theirs excuse more time."""
+    usual_ms, usual_share = others_medians(work_ms), others_medians(shares)
+    excused = [max(1.0, share / (usual or 1.0)) for share, usual in zip(shares, usual_share, strict=True)]
+    return [ms / excuse / usual if usual else 1.0 for ms, excuse, usual in zip(work_ms, excused, usual_ms, strict=True)]
+
+
+def others_medians(values: Sequence[float]) -> list[float]:
+    """For each value the median of all but itself: sorted once, its place skipped."""
+    ordered, rest = sorted(values), len(values) - 1
+    middles = {(rest - 1) // 2, rest // 2}
+    places = (bisect_left(ordered, value) for value in values)
+    return [fmean(ordered[middle + (middle >= place)] for middle in middles) for place in places]
+
+
+def described(rank: int, ratio: float, by_rank: Sequence[Sequence[float]]) -> Straggler:
     own = by_rank[rank]
-    others = [median(column) for column in zip(*(row for r, row in enumerate(by_rank) if r != rank), strict=True)]
-    others_ms = median([sum(row) for r, row in enumerate(by_rank) if r != rank])
-    usual = median([share for r, share in enumerate(shares) if r != rank])
-    excused = max(1.0, shares[rank] / usual) if usual else max(1.0, float(shares[rank]))
+    rest = [row for other, row in enumerate(by_rank) if other != rank]
+    others = [median(column) for column in zip(*rest, strict=True)]
     worst = max(range(len(own)), key=lambda stage: own[stage] - others[stage])
     return Straggler(
         rank=rank,
-        ratio=sum(own) / excused / others_ms if others_ms else 1.0,
+        ratio=ratio,
         own_ms=sum(own),
-        others_ms=others_ms,
+        others_ms=median(sum(row) for row in rest),
         stage=OWN_WORK[worst],
         stage_ms=own[worst],
         stage_others_ms=others[worst],

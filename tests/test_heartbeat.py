@@ -258,8 +258,11 @@ def test_a_rank_that_has_finished_is_not_missed(node: Node) -> None:
 
 
 def test_the_file_loses_its_name_once_all_have_it(node: Node, tmp_path: Path) -> None:
+    node.slots.beat(1, 0, NOW)
+    node.ranks[0].hide_when_complete()
     assert (tmp_path / "beat").exists()
-    node.ranks[0].look()
+    node.slots.beat(1, 201, NOW)
+    node.ranks[1].hide_when_complete()
     assert not (tmp_path / "beat").exists()
 
 

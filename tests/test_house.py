@@ -21,6 +21,7 @@ STDLIB_ONLY = [
     *("errors", "settings", "topology", "batch", "duration", "schedule", "rules", "limits", "order", "timeline"),
     *("study", "planning", "redact", "keys", "runfolder", "resume", "process", "failure", "manifest", "signals"),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control"),
+    *("heartbeat", "heart", "stragglers"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 import pytest
 
 from launcher.stages import STAGES
-from launcher.stragglers import WINDOW, Straggler, Stragglers
+from launcher.stragglers import WINDOW, Straggler, Stragglers, others_medians
 
 
 def times(**ms: float) -> tuple[float, ...]:
@@ -77,3 +78,9 @@ def test_one_worker_has_nobody_to_be_compared_with() -> None:
 def test_differences_below_a_millisecond_are_noise() -> None:
     fast = tuple(value / 100 for value in times())
     assert watched(Stragglers(), [fast, tuple(2 * value for value in fast)])[1] == []
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0], [2.0, 2.0, 9.0], [5.0, 1.0, 1.0, 7.0, 3.0], [4.0, 8.0, 4.0, 1.0]])
+def test_the_median_of_the_others(values: list[float]) -> None:
+    expected = [median(values[:i] + values[i + 1 :]) for i in range(len(values))]
+    assert others_medians(values) == pytest.approx(expected)

@@ -136,3 +136,11 @@ def test_a_worker_that_left_no_word_is_named_by_its_exit(tmp_path: Path, codes: 
 def test_a_failure_is_one_line_whatever_its_text(tmp_path: Path) -> None:
     found = replace(failed(tmp_path, 0, "one\ntwo\n\tthree"), where="own.py:3")
     assert "\n" not in found.line()
+
+
+def test_a_real_error_comes_before_the_consequence_of_an_earlier_one(tmp_path: Path) -> None:
+    failed(tmp_path, 0, "Connection closed by peer")
+    failure.record(tmp_path, 1, 2, RuntimeError("boom"), tmp_path / "log")
+    found = failure.first(tmp_path, since=1)
+    assert found is not None
+    assert "boom" in found.line()

@@ -75,6 +75,8 @@ def device_of(run: Run, topology: Topology) -> torch.device:
     wanted = run.train.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu" and run.launch.backend == "nccl":
+        raise RequestError("launch.backend=nccl needs GPUs and training is on the CPU: type launch.backend=gloo")
     if wanted == "cpu":
         return torch.device("cpu")
     gpus = torch.cuda.device_count()

@@ -19,7 +19,7 @@ from typing import Any
 from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.gpus import count_gpus
-from launcher.manifest import by_age
+from launcher.manifest import newest_in
 from launcher.opening import Opened, begin, opened
 from launcher.process import catches, children
 from launcher.redact import redact
@@ -96,14 +96,14 @@ def drive(run: Run) -> int:
         return EXIT_OK
     for line in found.study.advice:
         tell(f"note: {line}")
-    found.folder.create()
+    made = found.folder.create()
     lock = found.folder.lock()
     try:
         begin(found)
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
             status = Job(found, workers, Path(private)).run()
-        if status == EXIT_REQUEST and found.new and not found.folder.metrics.exists():
-            found.folder.discard()  # a wrong request leaves nothing behind, also where only the workers could tell
+        if status == EXIT_REQUEST and made is not None and not found.folder.metrics.exists():
+            found.folder.discard(made)  # a wrong request leaves nothing behind, also where only the workers could tell
         return status
     finally:
         lock.release()
@@ -122,7 +122,7 @@ class Job:
         handover.touch(0o600)
         handover.write_text(assignment.to_json())
         self._command = command(found.run, workers, handover, self._report)
-        self._asked = 0
+        self._asked = self._seen = 0
         self._told: set[int] = set()
 
     def run(self) -> int:
@@ -144,17 +144,28 @@ class Job:
             if agent.returncode == 0:
                 return self._ended_well()
             found = failure.first(self._folder.logs, self._first)
-            if agent.returncode is not None:
+            if agent.returncode is not None or (found is not None and found.final):
                 return self._failed(found)
-            if found is not None and (found.final or self._restarts() > self._run.elastic.max_restarts):
+            if self._restarts() > self._run.elastic.max_restarts:
                 return self._failed(found)
+            self._tell_restart()
             if self._asked:
                 self._pass_on(agent.pid)
+
+    def _tell_restart(self) -> None:
+        """One line where the workers have been started again, and why."""
+        generation = self._folder.generation()
+        if generation > max(self._seen, self._first):
+            found = failure.first(self._folder.logs, generation - 1)
+            known = found is not None and found.generation == generation - 1 and not failure.consequence(found)
+            why = found.line() if found is not None and known else "a worker was killed or asked to leave"
+            tell(f"restart {generation - self._first}: {why}")
+        self._seen = generation
 
     def _restarts(self) -> int:
         """Starts of the workers since the newest checkpoint, this job's first start not counted."""
         started = self._folder.generation() - self._first
-        newest = next(iter(by_age(self._folder.checkpoints)), None) if self._folder.checkpoints.is_dir() else None
+        newest = newest_in(self._folder.checkpoints_in(self._run.checkpoint.dir))
         if newest is None:
             return started
         saved_s = newest.stat().st_mtime
@@ -200,7 +211,8 @@ class Job:
             if self._run.debug:
                 tell(found.traceback, whole=True)
             return EXIT_REQUEST if found.status == EXIT_REQUEST else EXIT_FAILED
-        tell(f"error: {killed(self._report)} (logs: {self._folder.logs})")
+        why = killed(self._report) if self._report.exists() else "the workers were killed again and again"
+        tell(f"error: {why} (logs: {self._folder.logs})")
         return EXIT_FAILED
 
 

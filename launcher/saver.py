@@ -139,7 +139,7 @@ class Saver:
 
 
 def checkpoints_of(folder: RunFolder, settings: CheckpointSettings) -> Path:
-    return Path(settings.dir) if settings.dir else folder.checkpoints
+    return folder.checkpoints_in(settings.dir)
 
 
 def name_of(standing: Standing) -> str:

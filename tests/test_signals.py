@@ -44,10 +44,8 @@ def test_told_to_leave_and_stuck_among_others_it_leaves_unsaved_to_be_started_ag
     assert process.wait(timeout=20) == 75
 
 
-@pytest.mark.parametrize(
-    ("number", "said"), [(signal.SIGTERM, f"SIGTERM {LEAVE}"), (signal.SIGUSR1, f"SIGUSR1 {STOP}")]
-)
-def test_once_the_ranks_have_agreed_saving_takes_as_long_as_it_takes(number: signal.Signals, said: str) -> None:
+@pytest.mark.parametrize(("number", "wish"), [(signal.SIGTERM, LEAVE), (signal.SIGUSR1, STOP)])
+def test_once_the_ranks_have_agreed_saving_takes_as_long_as_it_takes(number: signal.Signals, wish: int) -> None:
     process = waiting(HEARD)
     process.send_signal(number)
     output, _ = process.communicate(timeout=20)

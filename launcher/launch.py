@@ -19,7 +19,6 @@ from typing import Any
 from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.gpus import count_gpus
-from launcher.manifest import newest_in
 from launcher.opening import Opened, begin, opened
 from launcher.process import catches, children
 from launcher.redact import redact
@@ -102,7 +101,7 @@ def drive(run: Run) -> int:
         begin(found)
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
             status = Job(found, workers, Path(private)).run()
-        if status == EXIT_REQUEST and made is not None and not found.folder.metrics.exists():
+        if status == EXIT_REQUEST and made is not None:
             found.folder.discard(made)  # a wrong request leaves nothing behind, also where only the workers could tell
         return status
     finally:
@@ -117,11 +116,8 @@ class Job:
         self._run = found.run
         self._first = found.folder.generation() + 1
         self._report = private / "failures.json"
-        handover = private / "handover.json"
         assignment = replace(Assignment.of(found, loopback=True), first=self._first)
-        handover.touch(0o600)
-        handover.write_text(assignment.to_json())
-        self._command = command(found.run, workers, handover, self._report)
+        self._command = command(found.run, workers, in_memory(assignment.to_json()), self._report)
         self._asked = self._seen = 0
         self._told: set[int] = set()
 
@@ -143,7 +139,7 @@ class Job:
                 return EXIT_INTERRUPTED
             if agent.returncode == 0:
                 return self._ended_well()
-            found = failure.first(self._folder.logs, self._first)
+            found = failure.first(self._folder.logs, max(self._first, self._folder.saved_generation()))
             if agent.returncode is not None or (found is not None and found.final):
                 return self._failed(found)
             if self._restarts() > self._run.elastic.max_restarts:
@@ -163,21 +159,16 @@ class Job:
         self._seen = generation
 
     def _restarts(self) -> int:
-        """Starts of the workers since the newest checkpoint, this job's first start not counted."""
-        started = self._folder.generation() - self._first
-        newest = newest_in(self._folder.checkpoints_in(self._run.checkpoint.dir))
-        if newest is None:
-            return started
-        saved_s = newest.stat().st_mtime
-        later = [log for log in self._folder.logs.glob("rank0-g*.log") if log.stat().st_ctime > saved_s]
-        return min(started, len(later))
+        """Starts of the workers since the last save, this job's first start not counted."""
+        return self._folder.generation() - max(self._first, self._folder.saved_generation())
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal ask the workers to save and stop; a second Ctrl-C ends all."""
         if not self._asked:
             self._asked = 1
             self._folder.stop_file.touch(0o600)
-            tell(f"{signal.Signals(number).name}: saving at the next update, then stopping (once more ends at once)")
+            more = " (once more ends at once)" if number == signal.SIGINT else ""
+            tell(f"{signal.Signals(number).name}: saving at the next update, then stopping{more}")
         elif number == signal.SIGINT:
             self._asked = 2
 
@@ -216,6 +207,13 @@ class Job:
         return EXIT_FAILED
 
 
+def in_memory(text: str) -> Path:
+    """A file that only this user's processes can read, on no disk, and gone with this process: it holds secrets."""
+    number = os.memfd_create("handover")
+    os.write(number, text.encode())
+    return Path(f"/proc/{os.getpid()}/fd/{number}")
+
+
 def killed(report: Path) -> str:
     """What the agent knows of workers that left no last word."""
     try:
@@ -235,9 +233,12 @@ def tell(text: str, *, whole: bool = False) -> None:
 
 @contextmanager
 def handled(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """The driver's signals go to `ask`, and to whom they went before once this is over."""
+    """The driver's signals go to `ask`, and to whom they went before once this is over.
+
+    One that is ignored stays so: under nohup a closed terminal ends nothing.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers}
+    before = {number: signal.signal(number, ask) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

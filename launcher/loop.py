@@ -73,7 +73,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     clock.start()
     job.meter.start()
     updates = announced(job.study.timeline.updates(standing.position), job.study, job.saver.journal)
-    for update in profiled(updates, job.study.run.train.profile, job.saver.folder):
+    for update in profiled(updates, job.study.run.train.profile, job.saver.folder, job.topology.rank):
         sums = Sums()
         for micro in micro_batches(job, update):
             with replica.micro(last=micro.last, pad=micro.pad):
@@ -97,11 +97,10 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
 
         standing, measured = validate(job, standing.after(update), update)
         stop = agreed.stop != GO_ON or standing.target_ends(job.study)
-        save(job, standing, update, asked=agreed.save or (stop and update.end < job.study.duration))
+        saved = save(job, standing, update, asked=agreed.save or (stop and update.end < job.study.duration))
         clock.end_update()
-        job.recorder.finished(
-            Finished(update, rate.lr, rate.scale, time.time(), job.meter.wall_s(), late, job.meter.values(), measured)
-        )
+        spent = (time.time(), job.meter.wall_s())
+        job.recorder.finished(Finished(update, rate.lr, rate.scale, *spent, late, saved, job.meter.values(), measured))
         if stop or job.balance.wants:
             break
     if agreed is None:
@@ -238,12 +237,15 @@ def reach(job: Job, standing: Standing, measured: Mapping[str, float]) -> Standi
     return replace(standing, reached=facts)
 
 
-def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> None:
+def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> bool:
+    """Where a checkpoint is due or asked for; whether one was taken."""
     best = standing.best_checkpoint == name_of(standing)
-    if asked or best or due(update, job.study.checkpoint_every, job.study.duration):
-        job.clock.lap("other")
-        job.saver.save(job.replica, job.study, replace(standing, seconds=job.meter.seconds()), update.nominal)
-        job.clock.lap("checkpoint")
+    if not (asked or best or due(update, job.study.checkpoint_every, job.study.duration)):
+        return False
+    job.clock.lap("other")
+    job.saver.save(job.replica, job.study, replace(standing, seconds=job.meter.seconds()), update.nominal)
+    job.clock.lap("checkpoint")
+    return True
 
 
 def due(update: Update, every: int | None, duration: int) -> bool:

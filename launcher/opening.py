@@ -86,16 +86,12 @@ def is_enough(done: Mapping[str, Any], run: Run, plan: Study) -> bool:
     return plan.duration <= done["samples"] or ("target" in done and run.train.stop_at_target)
 
 
-def begin(found: Opened) -> Path | None:
-    """Create the folder and write down what was asked for; a stop that an earlier job was asked for is over.
-
-    Returns the uppermost folder that was made; None where it was there.
-    """
-    made = found.folder.create()
+def begin(found: Opened) -> None:
+    """Write down in the folder, which is ours, what was asked for; a stop that an earlier job was asked for is over."""
     write_whole(found.folder.run_yaml, to_yaml(found.run))
     if not found.knows:
         found.folder.clear_stop()
-    return made
+        found.folder.done_json.unlink(missing_ok=True)  # more is asked for than was done: it is not complete
 
 
 def path_of(run: Run, run_id: str | None, nodes: int) -> Path:

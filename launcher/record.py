@@ -32,6 +32,7 @@ class Finished:
     time: float
     wall_s: float
     late: Late
+    saved: bool = False
     beside: Mapping[str, float] = field(default_factory=dict)
     validation: Mapping[str, float] = field(default_factory=dict)
 
@@ -96,8 +97,8 @@ def announced(updates: Iterable[Update], study: Study, journal: Journal | Silent
 class Recorder:
     """Keeps an update until the next vote brings the other ranks' word on it, then writes its row.
 
-    With `every` above 1 a row covers a window of updates; one that was validated always has its row. `told` is called
-    when the row of a finished update has been handed over; `restart` is what the first row has to tell.
+    With `every` above 1 a row covers a window of updates; one that was validated or saved always has its row. `told`
+    is called when the row of a finished update has been handed over; `restart` is what the first row has to tell.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Recorder:
             return
         last, self._waiting = self._waiting, None
         self._window.append((last, agreed))
-        if last.validation or (last.update.index + 1) % self._every == 0:
+        if last.validation or last.saved or (last.update.index + 1) % self._every == 0:
             self._post()
         self._told()
 

@@ -74,8 +74,10 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     def checkpoints_in(self, elsewhere: str | None) -> Path:
-        """`checkpoint.dir` where that is given."""
-        return Path(elsewhere) if elsewhere else self.checkpoints
+        """This run's own folder in `checkpoint.dir`, where that is given: another run's checkpoints are not its own."""
+        if not elsewhere:
+            return self.checkpoints
+        return Path(elsewhere) / (self.path.relative_to(RUNS) if self.path.is_relative_to(RUNS) else self.path.name)
 
     def log(self, rank: int, generation: int) -> Path:
         return self.logs / f"rank{rank}-g{generation}.log"
@@ -101,7 +103,7 @@ class RunFolder:
 
     def discard(self, made: Path) -> None:
         """Remove a folder in which nothing was trained, and those above it up to `made`, as far as they are empty."""
-        if any(self.checkpoints.iterdir()):
+        if any(self.checkpoints.iterdir()) or (self.metrics.exists() and self.metrics.stat().st_size):
             return
         shutil.rmtree(self.path)
         for parent in self.path.parents:
@@ -128,6 +130,16 @@ class RunFolder:
         number = self.generation() + 1
         write_whole(self.path / "generation", f"{number}\n")
         return number
+
+    def saved_generation(self) -> int:
+        """The last start of the workers that saved a checkpoint; 0 before the first."""
+        try:
+            return int((self.path / "saved").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def saved(self, generation: int) -> None:
+        write_whole(self.path / "saved", f"{generation}\n")
 
     def stop_requested(self) -> bool:
         return self.stop_file.exists()

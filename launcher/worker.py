@@ -21,7 +21,7 @@ from launcher.keys import from_mapping, to_mapping
 from launcher.manifest import newest_in
 from launcher.process import die_with_parent
 from launcher.redact import redact
-from launcher.runfolder import Recalled, RunFolder, recall, remember
+from launcher.runfolder import Lock, Recalled, RunFolder, recall, remember
 from launcher.settings import Run
 from launcher.topology import Topology
 
@@ -90,6 +90,20 @@ class Assignment:
         return replace(again, checkpoint=None, must=False) if saved else again
 
 
+@dataclass(frozen=True)
+class Claim:
+    """Rank 0's hold on the run folder: its lock where no driver has it, and the uppermost folder that was made."""
+
+    assignment: Assignment
+    lock: Lock | None = None
+    made: Path | None = None
+
+    def refused(self) -> None:
+        """The request was wrong: where nothing was there before, nothing is left."""
+        if self.made is not None:
+            self.assignment.folder.discard(self.made)
+
+
 def main(args: Sequence[str], topology: Topology) -> int:
     """A rank under a torchrun of the user's own: rank 0 composes from the command line."""
     return serve(topology, lambda: composed(args, topology), loopback=False)
@@ -97,10 +111,10 @@ def main(args: Sequence[str], topology: Topology) -> int:
 
 def main_handover(path: str, topology: Topology) -> int:
     """A rank under the driver's agent, which composed already and left the run in a private file."""
-    return serve(topology, lambda: Assignment.from_json(Path(path).read_text()), loopback=True)
+    return serve(topology, lambda: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
 
 
-def composed(args: Sequence[str], topology: Topology) -> Assignment:
+def composed(args: Sequence[str], topology: Topology) -> Claim:
     """Rank 0's part under a torchrun of the user's own; restarts of the same agent go on in the same folder.
 
     Raises:
@@ -117,14 +131,16 @@ def composed(args: Sequence[str], topology: Topology) -> Assignment:
     if known is not None:
         assignment = replace(assignment, restarted=True, before=known.newest)
     if found.complete:
-        return replace(assignment, summary=found.summary())
+        return Claim(replace(assignment, summary=found.summary()))
     if known is None:
         for line in (*resolution.notes, *found.study.advice, *restart_notes(found.run, topology)):
             tell(f"note: {line}")
+    made = found.folder.create()
+    lock = found.folder.lock(torchrun=os.getppid())
     begin(found)
     if known is None:
         remember(Recalled(found.folder.path, assignment.before))
-    return assignment
+    return Claim(assignment.started(), lock, made)
 
 
 def newest_of(folder: RunFolder, run: Run) -> str | None:
@@ -141,7 +157,7 @@ def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
         yield "restarts in place are surer with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment"
 
 
-def serve(topology: Topology, assign: Callable[[], Assignment], *, loopback: bool) -> int:
+def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) -> int:
     """Everything a rank does; returns its exit status.
 
     Raises:
@@ -149,11 +165,8 @@ def serve(topology: Topology, assign: Callable[[], Assignment], *, loopback: boo
     """
     die_with_parent()
     wishes = early_wishes()
-    own = assign() if topology.rank == 0 else None
-    lock = None
-    if own is not None and own.summary is None:
-        lock = None if loopback else own.folder.lock(torchrun=os.getppid())
-        own = own.started()
+    claim = assign() if topology.rank == 0 else None
+    own = claim.assignment if claim else None
     from launcher import rendezvous, session
 
     timeout_s = own.run.launch.timeout_s if own else 600.0
@@ -167,10 +180,13 @@ def serve(topology: Topology, assign: Callable[[], Assignment], *, loopback: boo
     try:
         return session.run(assignment, topology, store, wishes)
     except Exception as error:
-        return fail(assignment, topology, error, screen)
+        status = fail(assignment, topology, error, screen)
+        if claim is not None and status == EXIT_REQUEST:
+            claim.refused()
+        return status
     finally:
-        if lock is not None:
-            lock.release()
+        if claim is not None and claim.lock is not None:
+            claim.lock.release()
 
 
 def early_wishes() -> Wishes:

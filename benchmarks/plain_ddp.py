@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--skip", type=int, default=20)
     parser.add_argument("--out", default="")
+    parser.add_argument("--starts", default="", help="a file to which each start adds when its first update ended")
     options = parser.parse_args()
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -65,7 +66,11 @@ def main() -> None:
             now = time.perf_counter()
             times.append(now - start)
             start = now
-            first = first or time.time()
+            if first is None:
+                first = time.time()
+                if rank == 0 and options.starts:
+                    with open(options.starts, "a") as file:
+                        file.write(f"{first}\n")
             if done == options.updates:
                 break
     if rank == 0 and options.out:

@@ -210,6 +210,8 @@ def rate_of(schedule: LrSchedule, update: Update) -> Rate:
 
 def heed(job: Job, standing: Standing, agreed: Agreed) -> Standing:
     """Count the updates in a row that were skipped since they were not finite; the ballots speak of the last one."""
+    if agreed.stop != GO_ON:
+        job.wishes.heard()
     patience = 20 if job.precision.name == "fp16" else 3
     standing = standing.skipped(0 if agreed.finite else standing.skips + 1)
     if standing.skips and (job.precision.name != "fp16" or standing.skips == patience):

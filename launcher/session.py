@@ -304,7 +304,13 @@ def announce(
         if last is not None and last["world"] != before["world"]:
             before = last  # the world changed since the checkpoint, too
         if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
-            event("resize", why=f"{before['world']} workers before, {plan.world} now", **{"from": before, "to": facts})
+            event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+
+
+def why_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    if before["world"] != after["world"]:
+        return f"{before['world']} workers before, {after['world']} now"
+    return "the plan of the same workers has changed"
 
 
 def finish(job: Job, assignment: Assignment, standing: Standing, ending: int) -> None:

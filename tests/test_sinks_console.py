@@ -179,7 +179,7 @@ def test_a_polite_stop_says_how_to_go_on() -> None:
         (
             "resize",
             {"from": {"world": 3, "global": 256, "lr": 0.1}, "to": {"world": 2, "global": 128, "lr": 0.05}, "why": "x"},
-            "resize 3 -> 2 workers · batch 256 -> 128 · rate 0.1 -> 0.05 · x",
+            "resize 3 -> 2 workers · batch 256 -> 128 · rate 0.1 -> 0.05",
         ),
         (
             "target",

@@ -1,0 +1,200 @@
+"""How fast a job comes back, and what elasticity costs while nothing happens.
+
+    python benchmarks/elastic.py            # all of it: about ten minutes
+    python benchmarks/elastic.py recovery   # one part: recovery, stop, survivors, save, vote
+
+recovery: kill -9 of a random worker, again and again, of the launcher's job and of a plain torchrun script in turns;
+from the kill to the end of the first update of the workers' next start. The plain script restores nothing.
+stop: polite stops of a job, each followed by going on; what was lost or run twice.
+survivors: kill -9 of the agent; until the last process of the job is gone.
+save: what a checkpoint costs the training loop, against the time it takes to write.
+vote: one exchange at 2 ranks and at 64 (forked, on whatever cores there are).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.process import children
+
+HERE = Path(__file__).parent
+KILLS, STOPS = 20, 15
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+LONG = ["recipe=resnet", "launch.workers=2", "sink=[]", "train.duration=100000ep", "train.validate_every=null"]
+
+
+def launched(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    quiet = subprocess.DEVNULL
+    argv = [sys.executable, "-m", "launcher", *LONG, *overrides]
+    return subprocess.Popen(argv, cwd=folder, env=ENV, stdout=quiet, stderr=quiet)
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    metrics = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().split("\n")[:-1]] if metrics.exists() else []
+
+
+def wait_for(state: Callable[[], object], within_s: float = 120.0) -> None:
+    end_s = time.monotonic() + within_s
+    while not state():
+        if time.monotonic() > end_s:
+            sys.exit("it did not come to that")
+        time.sleep(0.01)
+
+
+def workers_of(driver: int) -> list[int]:
+    return [worker for agent in children(driver) for worker in children(agent)]
+
+
+def own_recoveries(folder: Path) -> list[float]:
+    run_dir = folder / "runs/r"
+    process = launched(folder, "run.name=r", "checkpoint.every=20ba", "elastic.max_restarts=100")
+    found: list[float] = []
+    for generation in range(1, KILLS + 1):
+        last = generation
+        wait_for(lambda last=last: sum(row["generation"] == last for row in rows(run_dir)) >= 30)
+        killed_at = time.time()
+        os.kill(random.choice(workers_of(process.pid)), signal.SIGKILL)
+        wait_for(lambda last=last: rows(run_dir)[-1]["generation"] == last + 1)
+        found.append(next(row["time"] for row in rows(run_dir) if row["generation"] == last + 1) - killed_at)
+    process.kill()
+    process.wait()
+    return found
+
+
+def plain_recoveries(folder: Path) -> list[float]:
+    starts = folder / "starts"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    argv = [*torchrun, "--max-restarts=1000", "--monitor-interval=0.1", str(HERE / "plain_ddp.py")]
+    env = ENV | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(
+        [*argv, "--updates=1000000", f"--starts={starts}"], cwd=folder, env=env, stdout=quiet, stderr=quiet
+    )
+    found: list[float] = []
+    for number in range(1, KILLS + 1):
+        wait_for(lambda number=number: starts.exists() and len(starts.read_text().split()) >= number)
+        time.sleep(1.0)
+        killed_at = time.time()
+        os.kill(random.choice(children(process.pid)), signal.SIGKILL)
+        wait_for(lambda number=number: len(starts.read_text().split()) > number)
+        found.append(float(starts.read_text().split()[number]) - killed_at)
+    workers = children(process.pid)
+    process.kill()
+    process.wait()
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    return found
+
+
+def recovery(folder: Path) -> None:
+    own, plain = own_recoveries(folder), plain_recoveries(folder)
+    for name, values in (("launcher", own), ("plain script", plain)):
+        high = sorted(values)[int(0.95 * len(values)) - 1]
+        median = statistics.median(values)
+        print(f"recovery, {name:14} {len(values)} of {KILLS}   median {median:.2f} s   95% {high:.2f} s")
+
+
+def stop(folder: Path) -> None:
+    run_dir = folder / "runs/s"
+    for number in range(STOPS):
+        before = len(rows(run_dir))
+        process = launched(folder, "run.name=s")
+        wait_for(lambda before=before: len(rows(run_dir)) >= before + random.randint(3, 12))
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(timeout=60)
+        assert status == 0, f"stop {number + 1} ended with {status}"
+    updates = [row["update"] for row in rows(run_dir)]
+    whole = updates == list(range(1, len(updates) + 1))
+    found = "each once" if whole else "NOT each once"
+    print(f"polite stops            {STOPS} of {STOPS}   {len(updates)} updates, {found}")
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def survivors(folder: Path) -> None:
+    process = launched(folder, "run.name=k")
+    wait_for(lambda: len(rows(folder / "runs/k")) >= 5)
+    workers, (agent,) = workers_of(process.pid), children(process.pid)
+    start_s = time.monotonic()
+    os.kill(agent, signal.SIGKILL)
+    wait_for(lambda: not any(runs(pid) for pid in (*workers, agent)))
+    print(f"agent killed            nobody left after {time.monotonic() - start_s:.2f} s")
+    process.wait()
+
+
+def save(folder: Path) -> None:
+    """A model of 25 million parameters with Adam's moments: 300 MB a checkpoint."""
+    overrides = ["recipe=mlp", "recipe.hidden=3500", "recipe.depth=3", "optimizer=adamw", "lr.base=0.0001"]
+    sizes = ["batch.per_device=16", "lr.base_batch=32", "train.duration=42ba", "checkpoint.every=10ba"]
+    launched(folder, *overrides, *sizes, "run.name=c").wait()
+    events = [json.loads(line) for line in (folder / "runs/c/events.jsonl").read_text().splitlines()]
+    saved = [event for event in events if event["event"] == "checkpoint"][1:]  # the first one makes the buffers
+    stalls = [row["stage/checkpoint/ms"] / 1e3 for row in rows(folder / "runs/c") if row["stage/checkpoint/ms"] > 1][1:]
+    stall_s, write_s = statistics.median(stalls), statistics.median(event["seconds"] for event in saved)
+    size_mb = saved[0]["bytes"] / 1e6
+    print(
+        f"save of {size_mb:.0f} MB          training waits {stall_s * 1e3:.0f} ms, writing takes {write_s * 1e3:.0f} ms"
+    )
+    print(f"                        stall / synchronous = {stall_s / (stall_s + write_s):.3f}")
+
+
+def vote_rank(rank: int, world: int, port: int, rounds: int, out: str) -> None:
+    import torch.distributed as dist
+
+    from launcher.vote import Ballot, Vote
+
+    store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    vote = Vote(world, 60.0)
+    times = []
+    for _ in range(rounds):
+        start_s = time.perf_counter()
+        vote.cast(Ballot(), [0.0] * 8).wait()
+        times.append(time.perf_counter() - start_s)
+    if rank == 0:
+        Path(out).write_text(json.dumps(times[rounds // 5 :]))
+    dist.barrier()
+
+
+def vote(folder: Path) -> None:
+    import torch.distributed  # noqa: F401 (imported once, before the forks)
+
+    import launcher.vote  # noqa: F401
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for world, rounds in ((2, 500), (64, 20)):
+        out, port, pids = folder / f"vote{world}", random.randint(20_000, 40_000), []
+        for rank in range(world):
+            if (pid := os.fork()) == 0:
+                vote_rank(rank, world, port, rounds, str(out))
+                os._exit(0)
+            pids.append(pid)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        times = json.loads(out.read_text())
+        median_ms = statistics.median(times) * 1e3
+        print(f"vote, {world:3} ranks          median {median_ms:.2f} ms, not hidden behind a backward pass")
+
+
+PARTS = {"recovery": recovery, "stop": stop, "survivors": survivors, "save": save, "vote": vote}
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or PARTS:
+        with tempfile.TemporaryDirectory() as name:
+            PARTS[part](Path(name))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import environment, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -68,14 +67,12 @@ JOB = [
         "train.validate_every=0.5ep",
     ),
 ]
-QUIET = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
 def driven(here: Path, *overrides: str, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-    keep = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     argv = [sys.executable, "-m", "launcher", *JOB, *overrides]
     done = subprocess.run(
-        argv, cwd=here, env=keep | QUIET | env, capture_output=True, text=True, timeout=100, check=False
+        argv, cwd=here, env=environment(**env), capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -96,9 +93,8 @@ def moments(run_dir: Path) -> dict[str, str]:
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     """What is logged of the learning: losses, norms, rates and validations."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     kept = ("update", "samples", "train/loss", "train/grad_norm", "lr/value", "val/loss", "val/surprise")
-    return [{name: row[name] for name in kept if name in row} for row in rows]
+    return [{name: row[name] for name in kept if name in row} for row in rows(run_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +122,12 @@ def test_it_trains_and_leaves_alone_what_it_should(here: Path) -> None:
     from safetensors.torch import load_file
 
     model = load_file(here / "runs/w1/model.safetensors")
-    rows = figures(here / "runs/w1")
-    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    learned = figures(here / "runs/w1")
+    assert learned[-1]["train/loss"] < learned[0]["train/loss"]
     assert set(model["ten"].double().tolist()) == {0.10000000149011612}, "0.1 as a single, not a mean of three of them"
     assert set(model["unused"].flatten().tolist()) == {1.0}
     assert int(model["1.num_batches_tracked"]) == 15, "shard 0: two micro-batches in a whole update, one in a tail"
-    assert len({row["lr/value"] for row in rows}) > 1, "the plateau moved the rate"
+    assert len({row["lr/value"] for row in learned}) > 1, "the plateau moved the rate"
 
 
 def test_a_kill_a_stop_and_another_world_size_change_nothing(here: Path) -> None:

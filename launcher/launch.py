@@ -46,7 +46,7 @@ class Command:
 
 def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
     """torchrun on this machine, on the loopback, with `workers` processes that read the run from `handover`."""
-    threads = run.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = 1 if run.elastic.exact else run.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
     argv = (
         sys.executable,
         "-m",

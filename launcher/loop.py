@@ -20,6 +20,7 @@ from launcher.recipe import Loss
 from launcher.record import Finished, Recorder, Silent, announced
 from launcher.saver import Saver, name_of
 from launcher.schedule import LrSchedule
+from launcher.shards import tree_sum
 from launcher.signals import GO_ON, Wishes
 from launcher.standing import Standing, Target
 from launcher.strategies import Replica
@@ -76,9 +77,9 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     for update in profiled(updates, job.study.run.train.profile, job.saver.folder, job.topology.rank):
         sums = Sums()
         for micro in micro_batches(job, update):
-            with replica.micro(last=micro.last, pad=micro.pad):
+            with replica.micro(last=micro.last, pad=micro.pad, place=micro.place):
                 loss = forward(job, micro, update)
-                sums = sums.plus(loss, counts=not micro.pad)
+                sums = sums.plus(loss, micro)
                 if micro.last:
                     pending = job.vote.cast(ballot(job, sums, late), clock.times_ms())
                 job.faults("backward", update.index + 1)
@@ -117,6 +118,7 @@ class Micro:
     batch: Any
     last: bool
     pad: bool
+    place: int
 
 
 def micro_batches(job: Job, update: Update) -> Iterator[Micro]:
@@ -127,9 +129,9 @@ def micro_batches(job: Job, update: Update) -> Iterator[Micro]:
         batch = job.feed.next_batch()
         job.clock.lap("data")
         batch = transfer(batch, job.precision.device, job.precision.dtype)
-        seed_generators(seed_from(job.study.run.seed, update.index, job.topology.rank, index), job.precision.device)
+        seed_generators(seed_from(job.study.run.seed, update.index, part.place, part.index), job.precision.device)
         job.clock.lap("transfer")
-        yield Micro(batch, last=index == len(parts) - 1, pad=part.pad)
+        yield Micro(batch, last=index == len(parts) - 1, pad=part.pad, place=part.place)
 
 
 def seed_generators(number: int, device: torch.device) -> None:
@@ -152,13 +154,24 @@ def forward(job: Job, micro: Micro, update: Update) -> Loss:
 
 @dataclass(frozen=True)
 class Sums:
-    """What this rank's real micro-batches of one update add up to."""
+    """What this rank's real micro-batches of one update add up to: each place for itself, then these in a tree."""
 
-    total: Any = 0.0
-    count: float = 0.0
+    places: Mapping[int, tuple[Any, float]] = field(default_factory=dict)
 
-    def plus(self, loss: Loss, *, counts: bool) -> Sums:
-        return Sums(self.total + loss.total.detach(), self.count + float(loss.count)) if counts else self
+    def plus(self, loss: Loss, micro: Micro) -> Sums:
+        if micro.pad:
+            return self
+        total, count = self.places.get(micro.place, (0.0, 0.0))
+        both = (total + loss.total.detach().double(), count + float(loss.count))
+        return Sums({**self.places, micro.place: both})
+
+    @property
+    def total(self) -> Any:
+        return tree_sum(total for total, _ in self.places.values())
+
+    @property
+    def count(self) -> float:
+        return float(tree_sum(count for _, count in self.places.values()))
 
 
 def ballot(job: Job, sums: Sums, late: Late) -> Ballot:

@@ -190,9 +190,8 @@ class Recorder:
 
 def mean_loss(voted: Sequence[Agreed]) -> dict[str, float]:
     """Over all samples (or tokens) of all ranks; NaN where there were none."""
-    ballots = [ballot for agreed in voted for ballot in agreed.ballots]
-    count = sum(ballot.loss_count for ballot in ballots)
-    return {"train/loss": sum(ballot.loss for ballot in ballots) / count if count else math.nan}
+    count = sum(agreed.loss_count for agreed in voted)
+    return {"train/loss": sum(agreed.loss for agreed in voted) / count if count else math.nan}
 
 
 def mean_stages(voted: Sequence[Agreed], window: Sequence[tuple[Finished, Agreed]]) -> dict[str, float]:

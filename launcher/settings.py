@@ -140,6 +140,8 @@ class ElasticSettings:
     max_restarts: int = key(3, "restarts without a new checkpoint before the job gives up")
     idle: bool = key(False, "whether a plan may leave a worker without samples")
     balance: bool = key(False, "shares follow the measured speeds of the workers; the global batch stays")
+    exact: bool = key(False, "bitwise the same parameters at any number of workers; hold, DDP; slower")
+    shards: int = key(8, "exact: parts of a batch, a power of two; as many workers can train")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class DdpReplica:
         return work.get_future().then(lambda done: done.value()[0])
 
     @contextmanager
-    def micro(self, *, last: bool, pad: bool) -> Iterator[None]:
+    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
         self._pad = pad
         if self._fresh:
             self._keep_buffers()

@@ -13,7 +13,7 @@ from launcher.errors import EXIT_FAILED, EXIT_REQUEST, RequestError
 from launcher.redact import redact
 from launcher.runfolder import write_whole
 
-__all__ = ["Failure", "consequence", "first", "record", "speaks", "tell_torchrun", "those"]
+__all__ = ["Failure", "consequence", "first", "hung", "record", "speaks", "tell_torchrun", "those"]
 
 SPEAK_WITHIN_S = 0.4
 #: What a rank says whose peer has gone: a consequence, never the cause.
@@ -64,8 +64,17 @@ def record(logs: Path, rank: int, generation: int, error: BaseException, log: Pa
         log=str(log),
         traceback=redact("".join(traceback.format_exception(error))),
     )
-    write_whole(logs / f"error-g{generation}-r{rank}.json", json.dumps(asdict(failure)))
+    write(logs, failure)
     return failure
+
+
+def hung(logs: Path, rank: int, generation: int, where: str, why: str, log: Path) -> None:
+    """The last word of a rank that can't speak for itself, written by the one that found it."""
+    write(logs, Failure(rank, generation, "Hang", why, where, time.time(), EXIT_FAILED, False, str(log), ""))
+
+
+def write(logs: Path, failure: Failure) -> None:
+    write_whole(logs / f"error-g{failure.generation}-r{failure.rank}.json", json.dumps(asdict(failure)))
 
 
 def where(error: BaseException) -> str:
@@ -86,7 +95,7 @@ def shortened(name: str) -> str:
 def first(logs: Path, since: int) -> Failure | None:
     """The first real error from generation `since` on; a consequence of it only where there is no other."""
     found = [failure for failure in those(logs) if failure.generation >= since]
-    return min(found, key=lambda f: (f.generation, consequence(f), f.time), default=None)
+    return min(found, key=lambda f: (consequence(f.message), f.generation, f.time), default=None)
 
 
 def those(logs: Path, generation: int | None = None) -> list[Failure]:
@@ -104,15 +113,16 @@ def speaks(logs: Path, own: Failure, within_s: float = SPEAK_WITHIN_S) -> bool:
     Rank 0's own error is told at once; the others first see what the ranks before them say. Who failed because of
     another waits twice as long: once it has left, torchrun ends those that still wait.
     """
-    if own.rank == 0 and not consequence(own):
+    if own.rank == 0 and not consequence(own.message):
         return True
-    time.sleep(2 * within_s if consequence(own) else within_s)
-    chosen = min((own, *those(logs, own.generation)), key=lambda f: (consequence(f), f.rank))
+    time.sleep(2 * within_s if consequence(own.message) else within_s)
+    chosen = min((own, *those(logs, own.generation)), key=lambda f: (consequence(f.message), f.rank))
     return chosen.rank == own.rank
 
 
-def consequence(failure: Failure) -> bool:
-    return any(word in failure.message for word in CONSEQUENCES)
+def consequence(message: str) -> bool:
+    """Whether an error's message only tells that another rank has gone."""
+    return any(word in message for word in CONSEQUENCES)
 
 
 def tell_torchrun(error: BaseException) -> None:

@@ -153,7 +153,7 @@ class Job:
         generation = self._folder.generation()
         if generation > max(self._seen, self._first):
             found = failure.first(self._folder.logs, generation - 1)
-            known = found is not None and found.generation == generation - 1 and not failure.consequence(found)
+            known = found is not None and found.generation == generation - 1 and not failure.consequence(found.message)
             why = found.line() if found is not None and known else "a worker was killed or asked to leave"
             tell(f"restart {generation - self._first}: {why}")
         self._seen = generation

@@ -36,6 +36,7 @@ def check_request(run: Run) -> None:
     _check_target(run)
     if run.elastic.exact:
         _check_exact(run)
+    _check_hang(run)
     low, high = run.elastic.min_workers, run.elastic.max_workers
     if high is not None and high < low:
         raise RequestError(
@@ -163,6 +164,14 @@ def _check_exact(run: Run) -> None:
         if refused:
             value = str(_value(run, key)).lower()
             raise RequestError(f"{key}={value} does not go with elastic.exact=true: type {key}={mend}")
+
+
+def _check_hang(run: Run) -> None:
+    hang_s, first_s = run.elastic.hang_s, run.elastic.first_s
+    if not hang_s >= 1:
+        raise RequestError(f"elastic.hang_s={hang_s} is below 1 second: type elastic.hang_s=8, or inf for never")
+    if not first_s >= hang_s:
+        raise RequestError(f"elastic.first_s={first_s} is below elastic.hang_s={hang_s}: type elastic.first_s={hang_s}")
 
 
 def _check_target(run: Run) -> None:

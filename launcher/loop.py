@@ -14,6 +14,7 @@ import torch
 from launcher.balance import Balancer, Level
 from launcher.data import Feed, seed_from, transfer
 from launcher.faults import Faults
+from launcher.heart import Heart, Still
 from launcher.optim import Precision
 from launcher.profile import profiled
 from launcher.recipe import Loss
@@ -59,6 +60,12 @@ class Job:
     wishes: Wishes
     balance: Balancer | Level = field(default_factory=Level)
     faults: Faults = field(default_factory=Faults)
+    heart: Heart | Still = field(default_factory=Still)
+
+    def at(self, phase: str, update: Update) -> None:
+        """A phase begins: the node may see it, and a fault on purpose may strike."""
+        self.heart.phase(phase, update.index + 1)
+        self.faults(phase, update.index + 1)
 
 
 def train(job: Job, standing: Standing) -> tuple[Standing, int]:
@@ -82,15 +89,17 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
                 sums = sums.plus(loss, micro)
                 if micro.last:
                     pending = job.vote.cast(ballot(job, sums, late), clock.times_ms())
-                job.faults("backward", update.index + 1)
+                job.at("backward", update)
                 replica.backward(loss.total, update.samples)
                 clock.lap_backward()
+        job.at("sync", update)
         agreed = pending.wait()
         clock.lap("sync")
         job.recorder.agreed(agreed)
         job.balance.agreed(agreed.stages_ms, update)
         standing = heed(job, standing, agreed)
 
+        job.at("optimizer", update)
         rate = rate_of(standing.schedule, update)
         step = replica.step(rate.lr, rate.momentum, rescale(update, agreed), job.study.run.train.clip_norm)
         late = Late((sums.total, step.norm, step.finite), sums.count)
@@ -106,6 +115,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
             break
     if agreed is None:
         return standing, GO_ON
+    job.heart.waits()
     last = job.vote.cast(ballot(job, Sums(), late), clock.times_ms()).wait()
     job.recorder.agreed(last)
     job.recorder.flush()
@@ -125,7 +135,7 @@ def micro_batches(job: Job, update: Update) -> Iterator[Micro]:
     """This rank's micro-batches on the device, each with the generators seeded by its own address."""
     parts = update.micro_batches(job.topology.rank)
     for index, part in enumerate(parts):
-        job.faults("data", update.index + 1)
+        job.at("data", update)
         batch = job.feed.next_batch()
         job.clock.lap("data")
         batch = transfer(batch, job.precision.device, job.precision.dtype)
@@ -143,7 +153,7 @@ def seed_generators(number: int, device: torch.device) -> None:
 
 
 def forward(job: Job, micro: Micro, update: Update) -> Loss:
-    job.faults("forward", update.index + 1)
+    job.at("forward", update)
     with job.precision.autocast():
         loss = job.recipe.loss(job.replica.model, micro.batch)
     if job.faults.poisons("forward", update.index + 1):
@@ -227,7 +237,7 @@ def validate(job: Job, standing: Standing, update: Update) -> tuple[Standing, Ma
     """Where a validation is due, measure, and let the schedule and the target know."""
     if job.validation is None or not due(update, job.study.validate_every, job.study.duration):
         return standing, {}
-    job.faults("validate", update.index + 1)
+    job.at("validate", update)
     measured = job.validation.measure(job.replica)
     standing = standing.validated(measured, update.end, job.study.run.schedule.metric)
     settings = job.study.run.checkpoint
@@ -256,6 +266,7 @@ def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> bool:
     if not (asked or best or due(update, job.study.checkpoint_every, job.study.duration)):
         return False
     job.clock.lap("other")
+    job.at("checkpoint", update)
     job.saver.save(job.replica, job.study, replace(standing, seconds=job.meter.seconds()), update.nominal)
     job.clock.lap("checkpoint")
     return True

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-__all__ = ["catches", "children", "die_with_parent", "started_at"]
+__all__ = ["catches", "children", "die_with_parent", "siblings_state", "started_at"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -41,6 +41,15 @@ def started_at(pid: int) -> int | None:
     except OSError:
         return None
     return int(text.rpartition(")")[2].split()[19])
+
+
+def siblings_state(pid: int) -> str | None:
+    """The kernel's letter for the state of a child of our parent (T: stopped, Z: dead); None where it is gone."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return None
+    return state if int(parent) == os.getppid() else None
 
 
 def catches(pid: int, number: int) -> bool:

@@ -13,6 +13,7 @@ from launcher.recovery import Restart
 from launcher.schedule import LrSchedule
 from launcher.sinks.journal import Journal
 from launcher.stages import STAGES
+from launcher.stragglers import Stragglers
 from launcher.study import Study
 from launcher.telemetry import Late, critical_rank
 from launcher.timeline import Update
@@ -116,6 +117,7 @@ class Recorder:
         self._topology = topology
         self._every = every
         self._tokens = tokens_per_sample
+        self._stragglers = Stragglers()
         self._waiting: Finished | None = None
         self._window: list[tuple[Finished, Agreed]] = []
 
@@ -131,6 +133,13 @@ class Recorder:
         if last.validation or last.saved or (last.update.index + 1) % self._every == 0:
             self._post()
         self._told()
+        if not last.update.tail:
+            self._watch(agreed, last.update.plan.shares)
+
+    def _watch(self, agreed: Agreed, shares: Sequence[int]) -> None:
+        self._stragglers, slow = self._stragglers.observed(agreed.stages_ms, shares)
+        if slow is not None:
+            self._journal.event("alarm", kind="straggler", detail=slow.detail, **vars(slow))
 
     def last_word(self) -> None:
         """Training broke off: the row of an update that nobody voted on any more has what this rank itself knows."""

@@ -24,6 +24,8 @@ FREE_KEYS = frozenset(
         "data.workers",
         "debug",
         "elastic.balance",
+        "elastic.first_s",
+        "elastic.hang_s",
         "elastic.idle",
         "elastic.max_restarts",
         "elastic.max_workers",

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher import checkpoint, rendezvous
+from launcher import checkpoint, failure, rendezvous
 from launcher import recipe as recipes
 from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of, open_data, threads_of
 from launcher.balance import Balancer, Level
 from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
 from launcher.faults import Faults
 from launcher.greeting import greet
+from launcher.heart import Heart, Still
 from launcher.keys import flat
 from launcher.loop import REPLAN, Job, train
 from launcher.manifest import Found, newest, open_at
@@ -64,7 +65,7 @@ class Ready:
         }
 
 
-def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: Wishes) -> int:
+def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: Wishes, heart: Heart | Still) -> int:
     """Build, restore, train, finish. Returns the exit status.
 
     Raises:
@@ -77,9 +78,11 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     torch.set_num_threads(threads)
     ready = greet(store, topology, lambda: made_ready(assignment, topology), Ready.facts)
     plan = study(settings, ready.sizes, topology.world)
+    heart.phase("rendezvous")
     faults("rendezvous")
     backend = rendezvous.join(store, topology, ready.device, settings.launch.backend, settings.launch.timeout_s)
     parts = assemble(ready.recipe, settings, topology, ready.device, ready.data)
+    heart.phase("restore")
     faults("restore")
     standing = restored(parts, plan, ready.found, checkpoints_of(assignment.folder, settings.checkpoint))
     check_norms(parts, plan)
@@ -89,27 +92,40 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     saver = saver_of(assignment, plan, journal, topology, faults)
     recorder = recorder_of(plan, journal, topology, saver, restart)
     try:
-        job = job_of(topology, plan, parts, saver, recorder, wishes, faults, standing, threads)
+        job = job_of(topology, plan, parts, saver, recorder, wishes, faults, heart, standing, threads)
         announce(job, assignment, ready, standing, backend, threads, restart)
         wishes.guard()
         standing, ending = train(job, standing)
         while ending == REPLAN:
             job = rebalanced(job, parts, standing)
             standing, ending = train(job, standing)
+        heart.phase("finish")
         saver.settle()
         faults("finish")
         if topology.rank == 0:
             finish(job, assignment, standing, ending)
     except BaseException as error:
+        heart.stop()
         recorder.last_word()
-        journal.event("error", rank=topology.rank, type=type(error).__name__, message=redact(str(error)))
+        tell_of(error, journal, topology)
         raise
     finally:
         saver.close()
         journal.close()
+    heart.waits()
     dist.barrier()
     dist.destroy_process_group()
+    heart.stop(finished=True)
     return EXIT_AGAIN if ending == LEAVE else EXIT_OK
+
+
+def tell_of(error: BaseException, journal: Journal | Silent, topology: Topology) -> None:
+    """An error of our own, or that another rank has gone: then we follow, and it is for that one to say why."""
+    message = redact(str(error))
+    if failure.consequence(message):
+        journal.event("alarm", kind="peer", detail=f"another rank has gone: {message}")
+    else:
+        journal.event("error", rank=topology.rank, type=type(error).__name__, message=message)
 
 
 def made_ready(assignment: Assignment, topology: Topology) -> Ready:
@@ -207,10 +223,12 @@ def job_of(
     recorder: Recorder | Silent,
     wishes: Wishes,
     faults: Faults,
+    heart: Heart | Still,
     standing: Standing,
     threads: int,
 ) -> Job:
     settings = plan.run
+    parts.clock.listen(heart.waits)
     return Job(
         study=plan,
         topology=topology,
@@ -227,6 +245,7 @@ def job_of(
         wishes=wishes,
         balance=balancer_of(plan),
         faults=faults,
+        heart=heart,
     )
 
 

@@ -138,6 +138,8 @@ class ElasticSettings:
     min_workers: int = key(1, "fewer workers than this are refused")
     max_workers: int | None = key(None, "more workers than this are refused")
     max_restarts: int = key(3, "restarts without a new checkpoint before the job gives up")
+    hang_s: float = key(8.0, "a worker without progress for so many seconds, the others waiting, has hung")
+    first_s: float = key(600.0, "the same for what happens for the first time: start, first update, validation, save")
     idle: bool = key(False, "whether a plan may leave a worker without samples")
     balance: bool = key(False, "shares follow the measured speeds of the workers; the global batch stays")
     exact: bool = key(False, "bitwise the same parameters at any number of workers; hold, DDP; slower")

@@ -67,7 +67,12 @@ class StageClock:
         self._laps: list[tuple[str, Any]] = []
         self._last = timer.stamp()
         self._mark: Any = None
+        self._waits: Callable[[], None] = lambda: None
         self._finished: tuple[Any, list[tuple[str, Any]]] | None = None
+
+    def listen(self, waits: Callable[[], None]) -> None:
+        """`waits` is called at each mark."""
+        self._waits = waits
 
     def start(self) -> None:
         """Training begins now: what came before belongs to no update."""
@@ -80,6 +85,7 @@ class StageClock:
     def mark(self) -> None:
         """Called from the last bucket's communication hook: from here on the backward pass only waits."""
         self._mark = self._timer.stamp()
+        self._waits()
 
     def lap_backward(self) -> None:
         """The backward pass up to the mark; what came after it is exposed synchronisation."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from launcher import failure, logs
-from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_REQUEST, RequestError
+from launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import from_mapping, to_mapping
 from launcher.manifest import newest_in
 from launcher.process import die_with_parent
@@ -26,6 +26,7 @@ from launcher.settings import Run
 from launcher.topology import Topology
 
 if TYPE_CHECKING:
+    from launcher.heart import Heart, Still
     from launcher.opening import Opened
     from launcher.signals import Wishes
 
@@ -177,9 +178,11 @@ def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) ->
         return say_complete(assignment.summary, topology)
     topology = topology.started(assignment.generation)
     screen = logs.redirect(assignment.folder.log(*topology.place), topology.rank, debug=assignment.run.debug)
+    heart = heart_of(assignment, topology, screen)
     try:
-        return session.run(assignment, topology, store, wishes)
+        return session.run(assignment, topology, store, wishes, heart)
     except Exception as error:
+        heart.stop()
         status = fail(assignment, topology, error, screen)
         if claim is not None and status == EXIT_REQUEST:
             claim.refused()
@@ -187,6 +190,15 @@ def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) ->
     finally:
         if claim is not None and claim.lock is not None:
             claim.lock.release()
+
+
+def heart_of(assignment: Assignment, topology: Topology, screen: TextIO) -> Heart | Still:
+    from launcher.heart import Heart
+    from launcher.heartbeat import Limits
+
+    elastic, compiles = assignment.run.elastic, assignment.run.train.compile
+    limits = Limits(elastic.hang_s, elastic.first_s)
+    return Heart.start(assignment.folder, topology, limits, screen, compiles=compiles)
 
 
 def early_wishes() -> Wishes:
@@ -211,6 +223,8 @@ def fail(assignment: Assignment, topology: Topology, error: Exception, screen: T
     log = assignment.folder.log(*topology.place)
     found = failure.record(assignment.folder.logs, *topology.place, error, log, final=final)
     logging.getLogger(__name__).error("%s", found.traceback)
+    if failure.consequence(found.message) and (assignment.loopback or topology.restarts_left > 0):
+        return EXIT_AGAIN
     if not assignment.loopback:
         if failure.speaks(assignment.folder.logs, found):
             print(f"error: {found.line()}", file=screen, flush=True)

@@ -43,7 +43,7 @@ class Jsonl:
         lines.append(as_line(entry))
         if isinstance(entry, Event) and entry.event == "plan":
             plan = {key: value for key, value in entry.facts.items() if key not in ("why", "from")}
-            write_whole(self._folder / PLAN, json.dumps(plan, indent=1) + "\n")
+            write_whole(self._folder / PLAN, json.dumps(plan, indent=1, default=_plain) + "\n")
 
     def close(self) -> None:
         self._metrics.close()

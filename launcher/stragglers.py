@@ -1,0 +1,99 @@
+"""The rank that holds the others up, named from the stage times that the ranks exchange anyway."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+from launcher.stages import STAGES
+
+__all__ = ["WINDOW", "Straggler", "Stragglers"]
+
+WINDOW = 20
+SLOW = 1.5
+RECOVERED = 1.25
+LEAST_MS = 1.0  # below it a ratio is noise
+#: A rank's own work; in the others it waits, or does what only rank 0 has to do.
+OWN_WORK = ("data", "transfer", "forward", "backward", "optimizer")
+OWN = tuple(STAGES.index(stage) for stage in OWN_WORK)
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A rank whose own work takes `ratio` times that of the others, for its share of the batch; medians in ms."""
+
+    rank: int
+    ratio: float
+    own_ms: float
+    others_ms: float
+    stage: str
+    stage_ms: float
+    stage_others_ms: float
+
+    @property
+    def detail(self) -> str:
+        return (
+            f"rank {self.rank} is slow, {self.ratio:.1f} times the others: {self.own_ms:.1f} ms of work per update, "
+            f"theirs {self.others_ms:.1f} ms; in {self.stage} {self.stage_ms:.1f} and {self.stage_others_ms:.1f} ms"
+        )
+
+
+@dataclass(frozen=True)
+class Stragglers:
+    """What was seen since the last look, and who has been named and has not recovered since."""
+
+    rows: tuple[tuple[tuple[float, ...], ...], ...] = field(default=())
+    named: frozenset[int] = frozenset()
+
+    def observed(
+        self, stages_ms: Sequence[Sequence[float]], shares: Sequence[int] = ()
+    ) -> tuple[Stragglers, Straggler | None]:
+        """With one more update (milliseconds by rank and stage, samples by rank); every 20 updates, who is slow.
+
+        A rank is named once, and again only after it has recovered. Where several are slow the slowest comes first.
+        """
+        rows = (*self.rows, tuple(tuple(times[stage] for stage in OWN) for times in stages_ms))
+        if len(rows) < WINDOW or len(stages_ms) < 2:
+            return Stragglers(rows[-WINDOW:], self.named), None
+        by_rank = [[median(times) for times in zip(*ranks, strict=True)] for ranks in zip(*rows, strict=True)]
+        ratios = compared([sum(times) for times in by_rank], shares or [1] * len(by_rank))
+        named = frozenset(rank for rank in self.named if ratios[rank] >= RECOVERED)
+        slow = [rank for rank, ratio in enumerate(ratios) if ratio > SLOW and rank not in named]
+        for rank in sorted(slow, key=ratios.__getitem__, reverse=True):
+            found = described(rank, ratios[rank], by_rank)
+            if found.own_ms - found.others_ms > LEAST_MS:
+                return Stragglers((), named | {rank}), found
+        return Stragglers((), named), None
+
+
+def compared(work_ms: Sequence[float], shares: Sequence[int]) -> list[float]:
+    """Each rank's work over the median of the others'; more samples than theirs excuse more time."""
+    usual_ms, usual_share = others_medians(work_ms), others_medians(shares)
+    excused = [max(1.0, share / (usual or 1.0)) for share, usual in zip(shares, usual_share, strict=True)]
+    return [ms / excuse / usual if usual else 1.0 for ms, excuse, usual in zip(work_ms, excused, usual_ms, strict=True)]
+
+
+def others_medians(values: Sequence[float]) -> list[float]:
+    """For each value the median of all but itself: sorted once, its place skipped."""
+    ordered, rest = sorted(values), len(values) - 1
+    middles = {(rest - 1) // 2, rest // 2}
+    places = (bisect_left(ordered, value) for value in values)
+    return [fmean(ordered[middle + (middle >= place)] for middle in middles) for place in places]
+
+
+def described(rank: int, ratio: float, by_rank: Sequence[Sequence[float]]) -> Straggler:
+    own = by_rank[rank]
+    rest = [row for other, row in enumerate(by_rank) if other != rank]
+    others = [median(column) for column in zip(*rest, strict=True)]
+    worst = max(range(len(own)), key=lambda stage: own[stage] - others[stage])
+    return Straggler(
+        rank=rank,
+        ratio=ratio,
+        own_ms=sum(own),
+        others_ms=median(sum(row) for row in rest),
+        stage=OWN_WORK[worst],
+        stage_ms=own[worst],
+        stage_others_ms=others[worst],
+    )

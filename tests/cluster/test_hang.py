@@ -1,0 +1,132 @@
+"""Ranks that hang or lag behind in a real job: found, named, and the training ends where it would have ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import events, furthest, rows
+from test_main_job import HELD, RECIPE, TORCHRUN, driven, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+TWO = [*HELD, "launch.workers=2", "+recipe.drop=0.3"]
+FOUND_S = 6.0
+RECOVERED_S = 12.0
+
+
+BLOCKING = """
+import os, threading
+from dataclasses import dataclass
+from pathlib import Path
+import own
+
+def blocks_once(rank, marker):
+    if os.environ["RANK"] == rank and not Path(marker).exists():
+        Path(marker).touch()
+        threading.Event().wait()
+
+class Items(own.Noisy):
+    def __getitem__(self, i):
+        if i == 100:
+            blocks_once("0", "blocked")
+        return super().__getitem__(i)
+
+@dataclass(frozen=True)
+class Blocking(own.Own):
+    def dataset(self, split):
+        return Items(203 if split == "train" else 5)
+"""
+
+
+def hangs(run_dir: Path) -> list[dict[str, Any]]:
+    return [event for event in events(run_dir, "alarm") if event["kind"] == "hang"]
+
+
+def recovery_s(run_dir: Path) -> float:
+    """From the end of the last update before the hang to the end of the first one after it."""
+    return next(row["elastic/recovery_s"] for row in rows(run_dir) if "elastic/recovery_s" in row)
+
+
+def promptly(run_dir: Path, began: float) -> bool:
+    """Found within 6 s; recovered within 12 s, or where the machine is too busy for that, in the time of a start."""
+    (alarm,) = hangs(run_dir)
+    start_s = rows(run_dir)[0]["time"] - began
+    return alarm["seconds"] <= FOUND_S and recovery_s(run_dir) <= max(RECOVERED_S, FOUND_S + start_s)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "own.py").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to."""
+
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "own.py").write_text(RECIPE)
+    driven(folder, *TWO, "run.name=whole")
+    return folder / "runs/whole"
+
+
+def test_a_stopped_rank_is_replaced_within_12_s_and_the_end_is_the_same(here: Path, whole: Path) -> None:
+    began = time.time()
+    done = driven(here, *TWO, "run.name=h", LAUNCHER_TEST_FAULTS="1", FAULT="hang@forward:1:6")
+    (alarm,) = hangs(here / "runs/h")
+    assert (alarm["rank"], alarm["phase"], alarm["update"]) == (1, "forward", 6)
+    assert done.stderr.count("rank 1 hung in forward of update 6") == 1
+    assert promptly(here / "runs/h", began)
+    assert furthest(here / "runs/h", whole) == 0.0
+    assert [event["generation"] for event in events(here / "runs/h", "start")] == [1, 2]
+    assert not events(here / "runs/h", "error"), "the survivor's lost connection is no error of its own"
+
+
+def test_a_rank_0_stopped_at_its_data_is_replaced_too(here: Path, whole: Path) -> None:
+    began = time.time()
+    driven(here, *TWO, "run.name=d", LAUNCHER_TEST_FAULTS="1", FAULT="hang@data:0:9")
+    assert [(one["rank"], one["phase"], one["update"]) for one in hangs(here / "runs/d")] == [(0, "data", 9)]
+    assert promptly(here / "runs/d", began)
+    assert furthest(here / "runs/d", whole) == 0.0
+
+
+def test_a_data_set_that_blocks_leaves_its_stack_in_the_log(here: Path, whole: Path) -> None:
+    """Sample 100 blocks rank 0 in Python, once; the process beats on, and rank 1 waits in a collective."""
+    (here / "blocking.py").write_text(BLOCKING)
+    recipe = ["recipe._target_=blocking.Blocking", "recipe.trust=[blocking]", "elastic.hang_s=4"]
+    driven(here, *TWO, *recipe, "elastic.first_s=20", "run.name=b")
+    (alarm,) = hangs(here / "runs/b")
+    assert (alarm["rank"], alarm["phase"]) == (0, "data")
+    assert "no progress while the others wait" in alarm["detail"]
+    log = (here / "runs/b/logs/rank0-g1.log").read_text()
+    assert "in blocks_once" in log
+    assert "in __getitem__" in log
+    assert furthest(here / "runs/b", whole) == 0.0
+
+
+def test_under_the_users_own_torchrun_it_is_the_same(here: Path, whole: Path) -> None:
+    began = time.time()
+    argv = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1", "-m", "launcher"]
+    job = [one for one in TWO if not one.startswith("launch.workers")]
+    run([*argv, *job, "run.name=t"], here, LAUNCHER_TEST_FAULTS="1", FAULT="hang@backward:1:6")
+    assert [(one["rank"], one["phase"]) for one in hangs(here / "runs/t")] == [(1, "backward")]
+    assert promptly(here / "runs/t", began)
+    assert furthest(here / "runs/t", whole) == 0.0
+
+
+def test_the_survivors_of_a_killed_rank_leave_at_once(here: Path) -> None:
+    """Not after the collective's own timeout, which is ten minutes, nor the agent's half minute."""
+    began = time.time()
+    driven(here, *TWO, "launch.workers=3", "run.name=k", LAUNCHER_TEST_FAULTS="1", FAULT="kill@forward:1:12")
+    assert recovery_s(here / "runs/k") <= 2 + rows(here / "runs/k")[0]["time"] - began
+
+
+def test_slow_ranks_are_named_with_their_stage(here: Path) -> None:
+    fault = {"LAUNCHER_TEST_FAULTS": "1", "FAULT": "slow@data:1:0,slow@forward:2:0"}
+    driven(here, *HELD, "launch.workers=3", "train.duration=11ep", "run.name=s", **fault)
+    alarms = [event for event in events(here / "runs/s", "alarm") if event["kind"] == "straggler"]
+    assert sorted((alarm["rank"], alarm["stage"]) for alarm in alarms) == [(1, "data"), (2, "forward")]
+    assert all(alarm["ratio"] > 1.5 for alarm in alarms)

@@ -1,0 +1,86 @@
+"""The rank that holds the others up is named, with the stage that is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+import pytest
+
+from launcher.stages import STAGES
+from launcher.stragglers import WINDOW, Straggler, Stragglers, others_medians
+
+
+def times(**ms: float) -> tuple[float, ...]:
+    return tuple(
+        {"data": 2.0, "forward": 10.0, "backward": 20.0, "sync": 5.0, **ms}.get(stage, 1.0) for stage in STAGES
+    )
+
+
+def watched(
+    stragglers: Stragglers, rows: Sequence[tuple[float, ...]], windows: int = 1, shares: Sequence[int] = ()
+) -> tuple[Stragglers, list[Straggler]]:
+    named = []
+    for _ in range(windows * WINDOW):
+        stragglers, found = stragglers.observed(rows, shares)
+        named += [found] if found else []
+    return stragglers, named
+
+
+@pytest.mark.parametrize("stage", ["data", "transfer", "forward", "backward", "optimizer"])
+@pytest.mark.parametrize("world", [2, 5])
+def test_the_slow_rank_and_its_stage_are_named(stage: str, world: int) -> None:
+    rows = [times() for _ in range(world)]
+    rows[1] = times(**{stage: 60.0})
+    _, (found,) = watched(Stragglers(), rows)
+    assert (found.rank, found.stage, found.stage_ms) == (1, stage, 60.0)
+    assert found.ratio == pytest.approx(found.own_ms / 34)
+    assert f"rank 1 is slow, {found.ratio:.1f} times the others" in found.detail
+
+
+def test_waiting_saving_and_validating_make_nobody_slow() -> None:
+    """Those who wait for rank 0 have much sync; rank 0 alone saves and writes."""
+    rows = [times(checkpoint=500.0, other=500.0), times(sync=1000.0)]
+    assert watched(Stragglers(), rows)[1] == []
+
+
+def test_a_single_long_update_is_no_straggler() -> None:
+    stragglers, _ = Stragglers().observed([times(), times(data=5000.0)])
+    assert watched(stragglers, [times(), times()], windows=2)[1] == []
+
+
+def test_it_is_named_once_until_it_has_recovered() -> None:
+    slow, well = [times(), times(forward=60.0)], [times(), times()]
+    stragglers, named = watched(Stragglers(), slow, windows=4)
+    assert len(named) == 1
+    stragglers, named = watched(stragglers, well)
+    assert (named, stragglers.named) == ([], frozenset())
+    assert len(watched(stragglers, slow)[1]) == 1
+
+
+def test_of_several_the_slowest_comes_first() -> None:
+    rows = [times(), times(), times(), times(data=50.0), times(data=90.0)]
+    assert [one.rank for one in watched(Stragglers(), rows, windows=3)[1]] == [4, 3]
+
+
+def test_a_larger_share_of_the_batch_may_take_longer() -> None:
+    rows = [times(forward=40.0, backward=40.0), times()]
+    assert watched(Stragglers(), rows, shares=(20, 10))[1] == []
+    assert len(watched(Stragglers(), rows, shares=(10, 10))[1]) == 1
+
+
+def test_one_worker_has_nobody_to_be_compared_with() -> None:
+    stragglers, named = watched(Stragglers(), [times(data=900.0)], windows=3)
+    assert named == []
+    assert len(stragglers.rows) <= WINDOW
+
+
+def test_differences_below_a_millisecond_are_noise() -> None:
+    fast = tuple(value / 100 for value in times())
+    assert watched(Stragglers(), [fast, tuple(2 * value for value in fast)])[1] == []
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0], [2.0, 2.0, 9.0], [5.0, 1.0, 1.0, 7.0, 3.0], [4.0, 8.0, 4.0, 1.0]])
+def test_the_median_of_the_others(values: list[float]) -> None:
+    expected = [median(values[:i] + values[i + 1 :]) for i in range(len(values))]
+    assert others_medians(values) == pytest.approx(expected)

@@ -156,8 +156,9 @@ class Pace:
     """How long this rank may stay in a phase, learned from how long it has stayed in them.
 
     A phase of an update: 10 times the median update, at least `hang_s`; `first_s` in the first update, which sets
-    up what the later ones use. Validation and saving: 10 times the longest so far, the first `first_s`; so is the wait
-    after them, in which ranks of another node may still be at it. With `compiles` any forward or backward pass may
+    up what the later ones use. Validation and saving: 10 times the longest so far and at least 4 `hang_s` (a short
+    save is one that nobody waited for; the next may have to), the first `first_s`; so is the wait after them, in which
+    ranks of another node may still be at it. With `compiles` any forward or backward pass may
     meet a shape that has to be compiled.
     """
 
@@ -181,7 +182,7 @@ class Pace:
             self._turn(update, now)
         if self._kind is not None:
             longest = self._longest.get(self._kind)
-            return self._limits.first_s if longest is None else max(self._limits.hang_s, TIMES * longest)
+            return self._limits.first_s if longest is None else max(ALL_TIMES * self._limits.hang_s, TIMES * longest)
         if update == self._first or (self._compiles and phase in COMPILED):
             return self._limits.first_s
         return self._usual_s

@@ -45,16 +45,16 @@ def hangs(run_dir: Path) -> list[dict[str, Any]]:
     return [event for event in events(run_dir, "alarm") if event["kind"] == "hang"]
 
 
-def recovery_s(run_dir: Path) -> float:
-    """From the end of the last update before the hang to the end of the first one after it."""
-    return next(row["elastic/recovery_s"] for row in rows(run_dir) if "elastic/recovery_s" in row)
+def recoveries_s(run_dir: Path) -> list[float]:
+    """From the end of the last update before a restart to the end of the first one after it."""
+    return [row["elastic/recovery_s"] for row in rows(run_dir) if "elastic/recovery_s" in row]
 
 
 def promptly(run_dir: Path, began: float) -> bool:
     """Found within 6 s; recovered within 12 s, or where the machine is too busy for that, in the time of a start."""
-    (alarm,) = hangs(run_dir)
     start_s = rows(run_dir)[0]["time"] - began
-    return alarm["seconds"] <= FOUND_S and recovery_s(run_dir) <= max(RECOVERED_S, FOUND_S + start_s)
+    found = all(alarm["seconds"] <= FOUND_S for alarm in hangs(run_dir))
+    return found and max(recoveries_s(run_dir)) <= max(RECOVERED_S, FOUND_S + start_s)
 
 
 @pytest.fixture
@@ -73,24 +73,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs/whole"
 
 
-def test_a_stopped_rank_is_replaced_within_12_s_and_the_end_is_the_same(here: Path, whole: Path) -> None:
+def test_stopped_ranks_are_replaced_within_12_s_and_the_end_is_the_same(here: Path, whole: Path) -> None:
+    """Rank 1 while it computes, and after the restart rank 0 while it reads data."""
     began = time.time()
-    done = driven(here, *TWO, "run.name=h", LAUNCHER_TEST_FAULTS="1", FAULT="hang@forward:1:6")
-    (alarm,) = hangs(here / "runs/h")
-    assert (alarm["rank"], alarm["phase"], alarm["update"]) == (1, "forward", 6)
+    fault = {"LAUNCHER_TEST_FAULTS": "1", "FAULT": "hang@forward:1:6,hang@data:0:14:2"}
+    done = driven(here, *TWO, "run.name=h", **fault)
+    found = [(alarm["rank"], alarm["phase"], alarm["update"]) for alarm in hangs(here / "runs/h")]
+    assert found == [(1, "forward", 6), (0, "data", 14)]
     assert done.stderr.count("rank 1 hung in forward of update 6") == 1
     assert promptly(here / "runs/h", began)
     assert furthest(here / "runs/h", whole) == 0.0
-    assert [event["generation"] for event in events(here / "runs/h", "start")] == [1, 2]
+    assert [event["generation"] for event in events(here / "runs/h", "start")] == [1, 2, 3]
     assert not events(here / "runs/h", "error"), "the survivor's lost connection is no error of its own"
-
-
-def test_a_rank_0_stopped_at_its_data_is_replaced_too(here: Path, whole: Path) -> None:
-    began = time.time()
-    driven(here, *TWO, "run.name=d", LAUNCHER_TEST_FAULTS="1", FAULT="hang@data:0:9")
-    assert [(one["rank"], one["phase"], one["update"]) for one in hangs(here / "runs/d")] == [(0, "data", 9)]
-    assert promptly(here / "runs/d", began)
-    assert furthest(here / "runs/d", whole) == 0.0
 
 
 def test_a_data_set_that_blocks_leaves_its_stack_in_the_log(here: Path, whole: Path) -> None:
@@ -121,7 +115,7 @@ def test_the_survivors_of_a_killed_rank_leave_at_once(here: Path) -> None:
     """Not after the collective's own timeout, which is ten minutes, nor the agent's half minute."""
     began = time.time()
     driven(here, *TWO, "launch.workers=3", "run.name=k", LAUNCHER_TEST_FAULTS="1", FAULT="kill@forward:1:12")
-    assert recovery_s(here / "runs/k") <= 2 + rows(here / "runs/k")[0]["time"] - began
+    assert max(recoveries_s(here / "runs/k")) <= 2 + rows(here / "runs/k")[0]["time"] - began
 
 
 def test_slow_ranks_are_named_with_their_stage(here: Path) -> None:

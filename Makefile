@@ -20,10 +20,11 @@ train: env       ## train the main recipe with two workers: summary, runs/<name>
 	$(BIN)/launcher recipe=resnet launch.workers=$(WORKERS)
 
 test: env        ## the whole suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
+	$(BIN)/python -m pytest -q -m slow
 
 test-fast: env   ## under a minute: no real jobs
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
 
 lint: env        ## ruff
 	$(BIN)/ruff check .

@@ -161,8 +161,8 @@ def is_verb(word: str) -> bool:
 def refuse(error: Exception, args: Sequence[str], status: int) -> int:
     """One line on stderr, by rank 0 alone where the request is wrong; the traceback with debug=true or in a worker."""
     topology, request = Topology.of(), status == EXIT_REQUEST
-    if request and topology is not None and topology.rank > 0:
-        return status
+    if request and topology is not None and (topology.rank > 0 or topology.restarts):
+        return status  # rank 0 of the first start has said it
     debug = any(arg.lower() == "debug=true" for arg in args)
     if debug or (topology is not None and not request):
         sys.stderr.write(redact("".join(traceback.format_exception(error))))

@@ -60,6 +60,7 @@ class Parts:
             self.recipe,
             rank=topology.rank,
             world=topology.world,
+            chunks=study.run.elastic.shards if study.run.elastic.exact else topology.world,
             batch=study.plan.per_device,
             seed=study.run.seed,
             data=study.run.data,
@@ -75,6 +76,8 @@ def device_of(run: Run, topology: Topology) -> torch.device:
     wanted = run.train.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu" and run.launch.backend == "nccl":
+        raise RequestError("launch.backend=nccl needs GPUs and training is on the CPU: type launch.backend=gloo")
     if wanted == "cpu":
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
@@ -89,8 +92,13 @@ def device_of(run: Run, topology: Topology) -> torch.device:
 
 
 def threads_of(run: Run, topology: Topology) -> int:
-    """CPU threads of this rank: what was asked for, else this machine's cores divided among its workers."""
-    return run.launch.threads or max(1, len(os.sched_getaffinity(0)) // topology.local_world)
+    """CPU threads of this rank: what was asked for, else this machine's cores divided among its workers.
+
+    One under elastic.exact: how a sum is divided among threads decides its last bits.
+    """
+    return (
+        1 if run.elastic.exact else run.launch.threads or max(1, len(os.sched_getaffinity(0)) // topology.local_world)
+    )
 
 
 @dataclass(frozen=True)

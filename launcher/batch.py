@@ -11,7 +11,7 @@ from typing import Literal
 
 from launcher.errors import RequestError
 
-__all__ = ["BatchPlan", "BatchPolicy", "PlanError", "friendly_batch", "plan_batch"]
+__all__ = ["BatchPlan", "BatchPolicy", "PlanError", "friendly_batch", "level", "plan_batch"]
 
 
 class PlanError(RequestError):
@@ -62,7 +62,11 @@ class BatchPlan:
     def micro_batches(self, rank: int) -> tuple[int, ...]:
         """Sizes of the rank's micro-batches in order: they differ by at most one, larger first; none for no share."""
         share = self.shares[rank]
-        return _level(share, _ceil(share, self.per_device) if self.fewest else min(self.accumulation, share))
+        return level(share, _ceil(share, self.per_device) if self.fewest else min(self.accumulation, share))
+
+    def addresses(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """(place, index) of each of the rank's micro-batches, to seed its generators by. The place is the rank."""
+        return tuple((rank, index) for index in range(len(self.micro_batches(rank))))
 
     def part(self, samples: int) -> BatchPlan:
         """This plan for an update of fewer samples: an epoch's tail, the run's last update.
@@ -90,7 +94,7 @@ def plan_batch(policy: BatchPolicy, world: int, speeds: Sequence[float] | None =
     total, source = _global_batch(policy, world)
     if total < world and not policy.idle:
         raise PlanError(f"{source}={total} is below {world} workers: type {source}={world} or more, {_OR_IDLE}")
-    shares = _level(total, world) if speeds is None else _split(total, speeds)
+    shares = level(total, world) if speeds is None else _split(total, speeds)
     if not policy.idle and speeds is not None and 0 in shares:
         raise _starved(policy, source, shares, speeds)
     if policy.kind == "scale":
@@ -226,7 +230,7 @@ def _exact(speeds: Sequence[float]) -> list[int]:
     return [numerator * (scale // denominator) for numerator, denominator in ratios]
 
 
-def _level(total: int, parts: int) -> tuple[int, ...]:
+def level(total: int, parts: int) -> tuple[int, ...]:
     """`total` in `parts` that differ by at most one, larger first."""
     if not parts:
         return ()

@@ -32,6 +32,7 @@ LEAST: Mapping[str, float] = {
     "elastic.min_workers": 1,
     "elastic.max_workers": 1,
     "elastic.max_restarts": 0,
+    "elastic.shards": 1,
     "launch.workers": 1,
     "launch.threads": 1,
     "checkpoint.keep": 1,

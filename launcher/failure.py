@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from launcher.errors import EXIT_FAILED, EXIT_REQUEST, RequestError
 from launcher.redact import redact
 from launcher.runfolder import write_whole
 
-__all__ = ["Failure", "consequence", "first", "hung", "record"]
+__all__ = ["Failure", "consequence", "first", "hung", "record", "speaks", "tell_torchrun", "those"]
 
+SPEAK_WITHIN_S = 0.4
 #: What a rank says whose peer has gone: a consequence, never the cause.
 CONSEQUENCES = (
     "Connection closed by peer",
@@ -92,15 +94,30 @@ def shortened(name: str) -> str:
 
 def first(logs: Path, since: int) -> Failure | None:
     """The first real error from generation `since` on; a consequence of it only where there is no other."""
-    found = []
-    for path in logs.glob("error-g*-r*.json"):
-        try:
-            failure = Failure(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            continue
-        if failure.generation >= since:
-            found.append(failure)
+    found = [failure for failure in those(logs) if failure.generation >= since]
     return min(found, key=lambda f: (consequence(f.message), f.generation, f.time), default=None)
+
+
+def those(logs: Path, generation: int | None = None) -> list[Failure]:
+    """What has been written down so far, in one generation or in all."""
+    found = []
+    for path in logs.glob(f"error-g{'*' if generation is None else generation}-r*.json"):
+        with suppress(OSError, ValueError, TypeError):  # it is being written
+            found.append(Failure(**json.loads(path.read_text())))
+    return found
+
+
+def speaks(logs: Path, own: Failure, within_s: float = SPEAK_WITHIN_S) -> bool:
+    """Whether this rank is the one to tell the user: the lowest of those that failed by themselves.
+
+    Rank 0's own error is told at once; the others first see what the ranks before them say. Who failed because of
+    another waits twice as long: once it has left, torchrun ends those that still wait.
+    """
+    if own.rank == 0 and not consequence(own.message):
+        return True
+    time.sleep(2 * within_s if consequence(own.message) else within_s)
+    chosen = min((own, *those(logs, own.generation)), key=lambda f: (consequence(f.message), f.rank))
+    return chosen.rank == own.rank
 
 
 def consequence(message: str) -> bool:

@@ -19,7 +19,6 @@ from typing import Any
 from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.gpus import count_gpus
-from launcher.manifest import by_age
 from launcher.opening import Opened, begin, opened
 from launcher.process import catches, children
 from launcher.redact import redact
@@ -47,7 +46,7 @@ class Command:
 
 def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
     """torchrun on this machine, on the loopback, with `workers` processes that read the run from `handover`."""
-    threads = run.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = 1 if run.elastic.exact else run.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
     argv = (
         sys.executable,
         "-m",
@@ -96,14 +95,14 @@ def drive(run: Run) -> int:
         return EXIT_OK
     for line in found.study.advice:
         tell(f"note: {line}")
-    found.folder.create()
+    made = found.folder.create()
     lock = found.folder.lock()
     try:
         begin(found)
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
             status = Job(found, workers, Path(private)).run()
-        if status == EXIT_REQUEST and found.new and not found.folder.metrics.exists():
-            found.folder.discard()  # a wrong request leaves nothing behind, also where only the workers could tell
+        if status == EXIT_REQUEST and made is not None:
+            found.folder.discard(made)  # a wrong request leaves nothing behind, also where only the workers could tell
         return status
     finally:
         lock.release()
@@ -117,12 +116,9 @@ class Job:
         self._run = found.run
         self._first = found.folder.generation() + 1
         self._report = private / "failures.json"
-        handover = private / "handover.json"
         assignment = replace(Assignment.of(found, loopback=True), first=self._first)
-        handover.touch(0o600)
-        handover.write_text(assignment.to_json())
-        self._command = command(found.run, workers, handover, self._report)
-        self._asked = 0
+        self._command = command(found.run, workers, in_memory(assignment.to_json()), self._report)
+        self._asked = self._seen = 0
         self._told: set[int] = set()
 
     def run(self) -> int:
@@ -143,30 +139,36 @@ class Job:
                 return EXIT_INTERRUPTED
             if agent.returncode == 0:
                 return self._ended_well()
-            found = failure.first(self._folder.logs, self._first)
-            if agent.returncode is not None:
+            found = failure.first(self._folder.logs, max(self._first, self._folder.saved_generation()))
+            if agent.returncode is not None or (found is not None and found.final):
                 return self._failed(found)
-            if found is not None and (found.final or self._restarts() > self._run.elastic.max_restarts):
+            if self._restarts() > self._run.elastic.max_restarts:
                 return self._failed(found)
+            self._tell_restart()
             if self._asked:
                 self._pass_on(agent.pid)
 
+    def _tell_restart(self) -> None:
+        """One line where the workers have been started again, and why."""
+        generation = self._folder.generation()
+        if generation > max(self._seen, self._first):
+            found = failure.first(self._folder.logs, generation - 1)
+            known = found is not None and found.generation == generation - 1 and not failure.consequence(found.message)
+            why = found.line() if found is not None and known else "a worker was killed or asked to leave"
+            tell(f"restart {generation - self._first}: {why}")
+        self._seen = generation
+
     def _restarts(self) -> int:
-        """Starts of the workers since the newest checkpoint, this job's first start not counted."""
-        started = self._folder.generation() - self._first
-        newest = next(iter(by_age(self._folder.checkpoints)), None) if self._folder.checkpoints.is_dir() else None
-        if newest is None:
-            return started
-        saved_s = newest.stat().st_mtime
-        later = [log for log in self._folder.logs.glob("rank0-g*.log") if log.stat().st_ctime > saved_s]
-        return min(started, len(later))
+        """Starts of the workers since the last save, this job's first start not counted."""
+        return self._folder.generation() - max(self._first, self._folder.saved_generation())
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal ask the workers to save and stop; a second Ctrl-C ends all."""
         if not self._asked:
             self._asked = 1
             self._folder.stop_file.touch(0o600)
-            tell(f"{signal.Signals(number).name}: saving at the next update, then stopping (once more ends at once)")
+            more = " (once more ends at once)" if number == signal.SIGINT else ""
+            tell(f"{signal.Signals(number).name}: saving at the next update, then stopping{more}")
         elif number == signal.SIGINT:
             self._asked = 2
 
@@ -200,8 +202,16 @@ class Job:
             if self._run.debug:
                 tell(found.traceback, whole=True)
             return EXIT_REQUEST if found.status == EXIT_REQUEST else EXIT_FAILED
-        tell(f"error: {killed(self._report)} (logs: {self._folder.logs})")
+        why = killed(self._report) if self._report.exists() else "the workers were killed again and again"
+        tell(f"error: {why} (logs: {self._folder.logs})")
         return EXIT_FAILED
+
+
+def in_memory(text: str) -> Path:
+    """A file that only this user's processes can read, on no disk, and gone with this process: it holds secrets."""
+    number = os.memfd_create("handover")
+    os.write(number, text.encode())
+    return Path(f"/proc/{os.getpid()}/fd/{number}")
 
 
 def killed(report: Path) -> str:
@@ -223,9 +233,12 @@ def tell(text: str, *, whole: bool = False) -> None:
 
 @contextmanager
 def handled(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """The driver's signals go to `ask`, and to whom they went before once this is over."""
+    """The driver's signals go to `ask`, and to whom they went before once this is over.
+
+    One that is ignored stays so: under nohup a closed terminal ends nothing.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers}
+    before = {number: signal.signal(number, ask) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

@@ -34,6 +34,8 @@ def check_request(run: Run) -> None:
     _check_batch(run)
     _check_schedule(run)
     _check_target(run)
+    if run.elastic.exact:
+        _check_exact(run)
     _check_hang(run)
     low, high = run.elastic.min_workers, run.elastic.max_workers
     if high is not None and high < low:
@@ -137,6 +139,31 @@ def _check_momentum(run: Run, momentum: tuple[float, ...]) -> None:
         )
     if len(momentum) != 2 or not 0 <= momentum[0] <= momentum[1] < 1:
         raise RequestError(f"schedule.momentum={list(momentum)} is not [low, high] within 0 and 1: type [0.85,0.95]")
+
+
+def _check_exact(run: Run) -> None:
+    """What bitwise equality at any world size rules out."""
+    batch, shards = run.batch, run.elastic.shards
+    if shards < 1 or shards & (shards - 1):
+        below = 1 << max(shards.bit_length() - 1, 0)
+        raise RequestError(f"elastic.shards={shards} is no power of two: type elastic.shards={below} or {2 * below}")
+    if batch.policy == "bounded" or batch.global_batch is None:
+        raise RequestError(
+            f"batch.policy={batch.policy} with elastic.exact=true: the batch has to stay the same at every world size: "
+            "type batch.policy=hold batch.global=256"
+        )
+    wrong = {
+        "batch.accumulation": (batch.accumulation != "auto", "auto"),
+        "train.precision": (run.train.precision == "fp16", "bf16"),
+        "train.compile": (run.train.compile, "false"),
+        "strategy.name": (run.strategy.name != "ddp", "ddp"),
+        "elastic.balance": (run.elastic.balance, "false"),
+        "launch.threads": (run.launch.threads not in (None, 1), "1"),
+    }
+    for key, (refused, mend) in wrong.items():
+        if refused:
+            value = str(_value(run, key)).lower()
+            raise RequestError(f"{key}={value} does not go with elastic.exact=true: type {key}={mend}")
 
 
 def _check_hang(run: Run) -> None:

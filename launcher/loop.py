@@ -21,6 +21,7 @@ from launcher.recipe import Loss
 from launcher.record import Finished, Recorder, Silent, announced
 from launcher.saver import Saver, name_of
 from launcher.schedule import LrSchedule
+from launcher.shards import tree_sum
 from launcher.signals import GO_ON, Wishes
 from launcher.standing import Standing, Target
 from launcher.strategies import Replica
@@ -80,12 +81,12 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     clock.start()
     job.meter.start()
     updates = announced(job.study.timeline.updates(standing.position), job.study, job.saver.journal)
-    for update in profiled(updates, job.study.run.train.profile, job.saver.folder):
+    for update in profiled(updates, job.study.run.train.profile, job.saver.folder, job.topology.rank):
         sums = Sums()
         for micro in micro_batches(job, update):
-            with replica.micro(last=micro.last, pad=micro.pad):
+            with replica.micro(last=micro.last, pad=micro.pad, place=micro.place):
                 loss = forward(job, micro, update)
-                sums = sums.plus(loss, counts=not micro.pad)
+                sums = sums.plus(loss, micro)
                 if micro.last:
                     pending = job.vote.cast(ballot(job, sums, late), clock.times_ms())
                 job.at("backward", update)
@@ -106,11 +107,10 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
 
         standing, measured = validate(job, standing.after(update), update)
         stop = agreed.stop != GO_ON or standing.target_ends(job.study)
-        save(job, standing, update, asked=agreed.save or (stop and update.end < job.study.duration))
+        saved = save(job, standing, update, asked=agreed.save or (stop and update.end < job.study.duration))
         clock.end_update()
-        job.recorder.finished(
-            Finished(update, rate.lr, rate.scale, time.time(), job.meter.wall_s(), late, job.meter.values(), measured)
-        )
+        spent = (time.time(), job.meter.wall_s())
+        job.recorder.finished(Finished(update, rate.lr, rate.scale, *spent, late, saved, job.meter.values(), measured))
         if stop or job.balance.wants:
             break
     if agreed is None:
@@ -128,6 +128,7 @@ class Micro:
     batch: Any
     last: bool
     pad: bool
+    place: int
 
 
 def micro_batches(job: Job, update: Update) -> Iterator[Micro]:
@@ -138,9 +139,9 @@ def micro_batches(job: Job, update: Update) -> Iterator[Micro]:
         batch = job.feed.next_batch()
         job.clock.lap("data")
         batch = transfer(batch, job.precision.device, job.precision.dtype)
-        seed_generators(seed_from(job.study.run.seed, update.index, job.topology.rank, index), job.precision.device)
+        seed_generators(seed_from(job.study.run.seed, update.index, part.place, part.index), job.precision.device)
         job.clock.lap("transfer")
-        yield Micro(batch, last=index == len(parts) - 1, pad=part.pad)
+        yield Micro(batch, last=index == len(parts) - 1, pad=part.pad, place=part.place)
 
 
 def seed_generators(number: int, device: torch.device) -> None:
@@ -163,13 +164,24 @@ def forward(job: Job, micro: Micro, update: Update) -> Loss:
 
 @dataclass(frozen=True)
 class Sums:
-    """What this rank's real micro-batches of one update add up to."""
+    """What this rank's real micro-batches of one update add up to: each place for itself, then these in a tree."""
 
-    total: Any = 0.0
-    count: float = 0.0
+    places: Mapping[int, tuple[Any, float]] = field(default_factory=dict)
 
-    def plus(self, loss: Loss, *, counts: bool) -> Sums:
-        return Sums(self.total + loss.total.detach(), self.count + float(loss.count)) if counts else self
+    def plus(self, loss: Loss, micro: Micro) -> Sums:
+        if micro.pad:
+            return self
+        total, count = self.places.get(micro.place, (0.0, 0.0))
+        both = (total + loss.total.detach().double(), count + float(loss.count))
+        return Sums({**self.places, micro.place: both})
+
+    @property
+    def total(self) -> Any:
+        return tree_sum(total for total, _ in self.places.values())
+
+    @property
+    def count(self) -> float:
+        return float(tree_sum(count for _, count in self.places.values()))
 
 
 def ballot(job: Job, sums: Sums, late: Late) -> Ballot:
@@ -207,6 +219,8 @@ def rate_of(schedule: LrSchedule, update: Update) -> Rate:
 
 def heed(job: Job, standing: Standing, agreed: Agreed) -> Standing:
     """Count the updates in a row that were skipped since they were not finite; the ballots speak of the last one."""
+    if agreed.stop != GO_ON:
+        job.wishes.heard()
     patience = 20 if job.precision.name == "fp16" else 3
     standing = standing.skipped(0 if agreed.finite else standing.skips + 1)
     if standing.skips and (job.precision.name != "fp16" or standing.skips == patience):
@@ -246,13 +260,16 @@ def reach(job: Job, standing: Standing, measured: Mapping[str, float]) -> Standi
     return replace(standing, reached=facts)
 
 
-def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> None:
+def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> bool:
+    """Where a checkpoint is due or asked for; whether one was taken."""
     best = standing.best_checkpoint == name_of(standing)
-    if asked or best or due(update, job.study.checkpoint_every, job.study.duration):
-        job.clock.lap("other")
-        job.at("checkpoint", update)
-        job.saver.save(job.replica, job.study, replace(standing, seconds=job.meter.seconds()), update.nominal)
-        job.clock.lap("checkpoint")
+    if not (asked or best or due(update, job.study.checkpoint_every, job.study.duration)):
+        return False
+    job.clock.lap("other")
+    job.at("checkpoint", update)
+    job.saver.save(job.replica, job.study, replace(standing, seconds=job.meter.seconds()), update.nominal)
+    job.clock.lap("checkpoint")
+    return True
 
 
 def due(update: Update, every: int | None, duration: int) -> bool:

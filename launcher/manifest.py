@@ -22,7 +22,19 @@ from typing import Any
 from launcher.durable import private_folder, sync
 from launcher.errors import RequestError
 
-__all__ = ["DamagedError", "Found", "Manifest", "by_age", "named", "newest", "open_at", "prune", "publish", "verified"]
+__all__ = [
+    "DamagedError",
+    "Found",
+    "Manifest",
+    "by_age",
+    "named",
+    "newest",
+    "newest_in",
+    "open_at",
+    "prune",
+    "publish",
+    "verified",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -222,6 +234,11 @@ def by_age(folder: Path) -> list[Path]:
         sequence = sequence_of(path)
         ages[path] = max(ages.values(), default=0.0) + 0.5 if sequence is None else sequence
     return sorted(ages, key=lambda path: (ages[path], path.name), reverse=True)
+
+
+def newest_in(folder: Path) -> Path | None:
+    """The checkpoint that was written last, whatever it is worth; None where there is none."""
+    return next(iter(by_age(folder)), None) if folder.is_dir() else None
 
 
 def newest(folder: Path) -> Found | None:

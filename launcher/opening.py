@@ -11,6 +11,7 @@ from typing import Any
 from launcher import recipe as recipes
 from launcher.config import flat, from_yaml, to_yaml
 from launcher.errors import RequestError
+from launcher.manifest import named
 from launcher.resume import Decision, decide
 from launcher.runfolder import RUNS, RunFolder, free_name, write_whole
 from launcher.settings import Run
@@ -25,7 +26,6 @@ class Opened:
     """A run that may start: checked at its world size, its folder and name decided, nothing created yet.
 
     `done`: what done.json holds where the run is complete already. `knows`: an earlier start of the job began it.
-    `new`: there was no folder of that name.
     """
 
     run: Run
@@ -36,7 +36,6 @@ class Opened:
     decision: Decision
     done: Mapping[str, Any] | None = None
     knows: bool = False
-    new: bool = False
 
     @property
     def complete(self) -> bool:
@@ -63,7 +62,8 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
     sizes = recipes.sizes(recipe)
     plan = study(run, sizes, world)
     if known is not None:
-        return Opened(placed(run, known), recipe, sizes, plan, RunFolder(known), Decision(), knows=True)
+        asked = Decision(checkpoint=asked_for(run.resume), must=run.resume == "must")
+        return Opened(placed(run, known), recipe, sizes, plan, RunFolder(known), asked, knows=True)
     path = path_of(run, run_id, nodes)
     run = placed(run, path)
     decision = decide(run.resume, path, configuration(path), flat(from_yaml(to_yaml(run))))
@@ -73,7 +73,12 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
     folder = RunFolder(path)
     done = folder.read_done()
     complete = done is not None and not decision.fresh and is_enough(done, run, plan)
-    return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None, new=not path.exists())
+    return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None)
+
+
+def asked_for(resume: str) -> Path | None:
+    """The checkpoint that `resume` names, at a restart: nobody else may decide then."""
+    return None if resume in ("auto", "must", "never") else named(resume)
 
 
 def is_enough(done: Mapping[str, Any], run: Run, plan: Study) -> bool:
@@ -82,11 +87,11 @@ def is_enough(done: Mapping[str, Any], run: Run, plan: Study) -> bool:
 
 
 def begin(found: Opened) -> None:
-    """Create the folder and write down what was asked for; a stop that an earlier job was asked for is over."""
-    found.folder.create()
+    """Write down in the folder, which is ours, what was asked for; a stop that an earlier job was asked for is over."""
     write_whole(found.folder.run_yaml, to_yaml(found.run))
     if not found.knows:
         found.folder.clear_stop()
+        found.folder.done_json.unlink(missing_ok=True)  # more is asked for than was done: it is not complete
 
 
 def path_of(run: Run, run_id: str | None, nodes: int) -> Path:

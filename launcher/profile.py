@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import RequestError
 from launcher.timeline import Update
@@ -23,9 +24,12 @@ def window(text: str) -> tuple[int, int]:
     return int(first), int(last or first)
 
 
-def profiled(updates: Iterable[Update], which: str | None, folder: Path) -> Iterator[Update]:
-    """The same updates; those of `which` run under the profiler, whose trace lands in `folder`."""
-    if which is None:
+def profiled(updates: Iterable[Update], which: str | None, folder: Path, rank: int) -> Iterator[Update]:
+    """The same updates; those of `which`, as far as the run comes, under the profiler, whose trace lands in `folder`.
+
+    Rank 0 alone is profiled: the others do the same at the same time.
+    """
+    if which is None or rank > 0:
         yield from updates
         return
     from torch.profiler import profile
@@ -33,12 +37,21 @@ def profiled(updates: Iterable[Update], which: str | None, folder: Path) -> Iter
     first, last = window(which)
     profiler = profile()
     running = False
-    for update in updates:
-        if update.index + 1 == first:
-            profiler.start()
-            running = True
-        yield update
-        if running and update.index + 1 == last:
-            profiler.stop()
-            running = False
-            profiler.export_chrome_trace(str(folder / f"profile-{first}-{last}.json"))
+    try:
+        for update in updates:
+            if update.index + 1 == first:
+                profiler.start()
+                running = True
+            yield update
+            if running and update.index + 1 == last:
+                running = False
+                write(profiler, folder / f"profile-{first}-{last}.json")
+    finally:
+        if running:
+            write(profiler, folder / f"profile-{first}-{last}.json")
+
+
+def write(profiler: Any, path: Path) -> None:
+    profiler.stop()
+    profiler.export_chrome_trace(str(path))
+    path.chmod(0o600)

@@ -92,9 +92,14 @@ def sizes(recipe: Any) -> Sizes:
 
 
 def _size(recipe: Any, split: str) -> int:
-    if callable(getattr(recipe, "size", None)):  # it may as well be a field
-        return int(recipe.size(split))
-    data = recipe.dataset(split)
+    try:
+        if callable(getattr(recipe, "size", None)):  # it may as well be a field
+            return int(recipe.size(split))
+        data = recipe.dataset(split)
+    except OSError as problem:
+        raise RequestError(
+            f"the {split} data of {type(recipe).__name__} cannot be opened: {problem}: check the paths in its fields"
+        ) from problem
     if not hasattr(data, "__len__"):
         raise RequestError(
             f"the {split} data of {type(recipe).__name__} has no len(): give it one, or the recipe a size(split)"

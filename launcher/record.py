@@ -33,6 +33,7 @@ class Finished:
     time: float
     wall_s: float
     late: Late
+    saved: bool = False
     beside: Mapping[str, float] = field(default_factory=dict)
     validation: Mapping[str, float] = field(default_factory=dict)
 
@@ -97,8 +98,8 @@ def announced(updates: Iterable[Update], study: Study, journal: Journal | Silent
 class Recorder:
     """Keeps an update until the next vote brings the other ranks' word on it, then writes its row.
 
-    With `every` above 1 a row covers a window of updates; one that was validated always has its row. `told` is called
-    when the row of a finished update has been handed over; `restart` is what the first row has to tell.
+    With `every` above 1 a row covers a window of updates; one that was validated or saved always has its row. `told`
+    is called when the row of a finished update has been handed over; `restart` is what the first row has to tell.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Recorder:
             return
         last, self._waiting = self._waiting, None
         self._window.append((last, agreed))
-        if last.validation or (last.update.index + 1) % self._every == 0:
+        if last.validation or last.saved or (last.update.index + 1) % self._every == 0:
             self._post()
         self._told()
         if not last.update.tail:
@@ -198,9 +199,8 @@ class Recorder:
 
 def mean_loss(voted: Sequence[Agreed]) -> dict[str, float]:
     """Over all samples (or tokens) of all ranks; NaN where there were none."""
-    ballots = [ballot for agreed in voted for ballot in agreed.ballots]
-    count = sum(ballot.loss_count for ballot in ballots)
-    return {"train/loss": sum(ballot.loss for ballot in ballots) / count if count else math.nan}
+    count = sum(agreed.loss_count for agreed in voted)
+    return {"train/loss": sum(agreed.loss for agreed in voted) / count if count else math.nan}
 
 
 def mean_stages(voted: Sequence[Agreed], window: Sequence[tuple[Finished, Agreed]]) -> dict[str, float]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
+import time
 from datetime import timedelta
 
 import torch
@@ -10,7 +13,9 @@ import torch.distributed as dist
 
 from launcher.topology import Topology, master_port
 
-__all__ = ["join", "loopback_store", "meet"]
+__all__ = ["handed", "join", "loopback_store", "meet"]
+
+LOOK_EVERY_S = 0.01
 
 
 def loopback_socket(port: int = 0) -> socket.socket:
@@ -46,6 +51,44 @@ def meet(topology: Topology, *, loopback: bool, timeout_s: float) -> dist.Store:
             return dist.PrefixStore(f"restarts-left-{topology.restarts_left}", store)
         return store
     return loopback_store(master_port(), serve=topology.rank == 0, world=topology.world, timeout_s=timeout_s)
+
+
+def handed(store: dist.Store, topology: Topology, text: str | None, timeout_s: float) -> tuple[str, dist.Store]:
+    """Rank 0's `text` on every rank, and a part of the store that nobody has written into before.
+
+    A torchrun that shares its store with the workers keeps what earlier starts of them wrote. So each rank says hello
+    with a number of its own, rank 0 answers with all numbers, and only an answer that holds one's own is of today.
+    """
+    own = os.urandom(8).hex()
+    if topology.rank == 0:
+        answer(store, topology.world, own, str(text), timeout_s)
+        return str(text), dist.PrefixStore(own, store)
+    store.set(f"hello/{topology.rank}", own)
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        said = json.loads(store.get("answer"))
+        if said["hello"].get(str(topology.rank)) == own:
+            store.set(f"{said['token']}/{topology.rank}", "here")
+            return said["text"], dist.PrefixStore(said["token"], store)
+        time.sleep(LOOK_EVERY_S)
+    raise TimeoutError(f"rank 0 did not answer within launch.timeout_s={timeout_s:g}")
+
+
+def answer(store: dist.Store, world: int, token: str, text: str, timeout_s: float) -> None:
+    """Answer every hello, those that change on the way too, until all ranks have confirmed."""
+    others = range(1, world)
+    last: dict[str, str] | None = None
+    end_s = time.monotonic() + timeout_s
+    while not store.check([f"{token}/{rank}" for rank in others]):
+        known = [rank for rank in others if store.check([f"hello/{rank}"])]
+        hello = {str(rank): store.get(f"hello/{rank}").decode() for rank in known}
+        if hello != last:
+            store.set("answer", json.dumps({"token": token, "hello": hello, "text": text}))
+            last = hello
+        if time.monotonic() > end_s:
+            missing = [rank for rank in others if not store.check([f"{token}/{rank}"])]
+            raise TimeoutError(f"ranks {missing} did not come within launch.timeout_s={timeout_s:g}")
+        time.sleep(LOOK_EVERY_S)
 
 
 def join(store: dist.Store, topology: Topology, device: torch.device, backend: str, timeout_s: float) -> str:

@@ -103,7 +103,7 @@ def may_change(
         return done or not shorter(*values, samples_of)
     if key == "train.validate_every":
         return new.get("schedule.decay") != "plateau"  # its rate falls by what validations find
-    allowed = FREE_UNDER.get(str(new.get("batch.policy")), ())
+    allowed = () if new.get("elastic.exact") else FREE_UNDER.get(str(new.get("batch.policy")), ())
     return key.partition(".")[0] in FREE_PARTS or key in FREE_KEYS or key in allowed
 
 

@@ -73,15 +73,22 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model.safetensors"
 
+    def checkpoints_in(self, elsewhere: str | None) -> Path:
+        """This run's own folder in `checkpoint.dir`, where that is given: another run's checkpoints are not its own."""
+        if not elsewhere:
+            return self.checkpoints
+        return Path(elsewhere) / (self.path.relative_to(RUNS) if self.path.is_relative_to(RUNS) else self.path.name)
+
     def log(self, rank: int, generation: int) -> Path:
         return self.logs / f"rank{rank}-g{generation}.log"
 
-    def create(self) -> None:
-        """Make the folder and what lies in it; what is there stays.
+    def create(self) -> Path | None:
+        """Make the folder and what lies in it; what is there stays. Returns the uppermost folder that was made.
 
         Raises:
             RequestError: it cannot be made, or a part of it is a link that leads elsewhere.
         """
+        absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             for folder in (self.path, self.logs, self.checkpoints):
                 private_folder(folder)
@@ -92,13 +99,18 @@ class RunFolder:
         for folder in (self.logs, self.checkpoints):
             if folder.is_symlink() or not folder.is_dir():
                 raise RequestError(f"{folder} is no folder of its own: remove it, or type another run.name=")
+        return absent[-1] if absent else None
 
-    def discard(self) -> None:
-        """Remove a folder in which nothing was trained, and `runs/` where it is empty then."""
-        if not self.path.is_symlink() and not any(self.checkpoints.iterdir()):
-            shutil.rmtree(self.path)
+    def discard(self, made: Path) -> None:
+        """Remove a folder in which nothing was trained, and those above it up to `made`, as far as they are empty."""
+        if any(self.checkpoints.iterdir()) or (self.metrics.exists() and self.metrics.stat().st_size):
+            return
+        shutil.rmtree(self.path)
+        for parent in self.path.parents:
+            if not parent.is_relative_to(made):
+                break
             with suppress(OSError):
-                self.path.parent.rmdir()
+                parent.rmdir()
 
     def generation(self) -> int:
         """How often the workers of this run have been started; 0 before the first time.
@@ -118,6 +130,16 @@ class RunFolder:
         number = self.generation() + 1
         write_whole(self.path / "generation", f"{number}\n")
         return number
+
+    def saved_generation(self) -> int:
+        """The last start of the workers that saved a checkpoint; 0 before the first."""
+        try:
+            return int((self.path / "saved").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def saved(self, generation: int) -> None:
+        write_whole(self.path / "saved", f"{generation}\n")
 
     def stop_requested(self) -> bool:
         return self.stop_file.exists()
@@ -237,15 +259,24 @@ def free_name(recipe: str, job: str | None, now: datetime) -> str:
 # --- what outlives a restart under a torchrun of the user's own ---------------------------------------------------
 
 
-def recall() -> Path | None:
-    """The folder that an earlier worker of the same agent decided on; None where this is the first start."""
+@dataclass(frozen=True)
+class Recalled:
+    """The folder that the first worker of an agent decided on, and which was the newest checkpoint then."""
+
+    folder: Path
+    newest: str | None = None
+
+
+def recall() -> Recalled | None:
+    """What an earlier worker of the same agent decided; None where this is the first start."""
     try:
-        return Path(memory().read_text())
+        kept = json.loads(memory().read_text())
     except FileNotFoundError:
         return None
+    return Recalled(Path(kept["folder"]), kept["newest"])
 
 
-def remember(folder: Path) -> None:
+def remember(decided: Recalled) -> None:
     """Keep the decision by host, the agent's pid and when that was started; what belongs to dead agents is removed."""
     private_folder(AGENTS)
     for old in AGENTS.iterdir():
@@ -253,7 +284,7 @@ def remember(folder: Path) -> None:
         pid, _, start = agent.partition("-")
         if host == socket.gethostname() and pid.isdigit() and str(started_at(int(pid))) != start:
             old.unlink(missing_ok=True)
-    write_whole(memory(), str(folder))
+    write_whole(memory(), json.dumps({"folder": str(decided.folder), "newest": decided.newest}))
 
 
 def memory() -> Path:

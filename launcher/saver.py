@@ -40,6 +40,7 @@ class Saver:
         journal: Journal | Silent,
         *,
         writes: bool,
+        generation: int,
         every_s: float | None,
         identity: dict[str, Any],
         faults: Faults,
@@ -48,6 +49,8 @@ class Saver:
         self.journal = journal
         self.folder = folder.path
         self.stop_file: Path | None = folder.stop_file if writes else None
+        self._folder = folder
+        self._generation = generation
         self._checkpoints = checkpoints_of(folder, settings)
         self._settings = settings
         self._writes = writes
@@ -128,6 +131,7 @@ class Saver:
             self._problem = problem
             self.journal.event("alarm", kind="checkpoint", detail=str(problem))
             return
+        self._folder.saved(self._generation)
         size = {"seconds": report.seconds, "bytes": report.bytes}
         self.journal.event("checkpoint", name=name, **saved.position, **size)
 
@@ -139,7 +143,7 @@ class Saver:
 
 
 def checkpoints_of(folder: RunFolder, settings: CheckpointSettings) -> Path:
-    return Path(settings.dir) if settings.dir else folder.checkpoints
+    return folder.checkpoints_in(settings.dir)
 
 
 def name_of(standing: Standing) -> str:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     parts = assemble(ready.recipe, settings, topology, ready.device, ready.data)
     heart.phase("restore")
     faults("restore")
-    standing = restored(parts, plan, ready.found)
+    standing = restored(parts, plan, ready.found, checkpoints_of(assignment.folder, settings.checkpoint))
     check_norms(parts, plan)
 
     restart = restart_of(assignment, standing) if topology.rank == 0 else Restart()
@@ -155,15 +156,21 @@ def found_checkpoint(assignment: Assignment) -> Found | None:
     return found
 
 
-def restored(parts: Parts, plan: Study, found: Found | None) -> Standing:
-    """Where training stands: at the beginning, or where the checkpoint left it."""
+def restored(parts: Parts, plan: Study, found: Found | None, checkpoints: Path) -> Standing:
+    """Where training stands: at the beginning, or where the checkpoint left it.
+
+    The best checkpoint so far counts only where it still lies in `checkpoints`.
+    """
     if found is None:
         return Standing(Position(), plan.schedule)
     checkpoint.check_names(found.manifest, parts.replica.bare.state_dict())
     loaded = checkpoint.load(found)
     facts = loaded.manifest.facts
     parts.replica.restore(loaded.model, loaded.optimizer, facts)
-    return Standing.restored(plan, Position(**loaded.manifest.position), facts["standing"])
+    standing = Standing.restored(plan, Position(**loaded.manifest.position), facts["standing"])
+    if standing.best_checkpoint is not None and not (checkpoints / standing.best_checkpoint).is_dir():
+        return replace(standing, best=None, best_checkpoint=None)
+    return standing
 
 
 def open_journal(assignment: Assignment) -> Journal:
@@ -193,6 +200,7 @@ def saver_of(
         plan.run.checkpoint,
         journal,
         writes=topology.rank == 0,
+        generation=topology.generation,
         every_s=plan.checkpoint_every_s,
         identity={"recipe": redacted(dict(plan.run.recipe)), "seed": plan.run.seed},
         faults=faults,
@@ -305,7 +313,6 @@ def announce(
     )
     facts = plan_facts(plan, standing.schedule, plan.plan_at(position.samples))
     last = assignment.folder.read_plan()
-    assignment.folder.write_json(assignment.folder.plan_json, facts)
     event("plan", why="", **facts, **{"from": None})
     if ready.found is not None:
         event(
@@ -317,13 +324,22 @@ def announce(
             changed=assignment.changed,
             lost_samples=restart.lost,
         )
+        lost = ready.found.manifest.facts["standing"]["best_checkpoint"]
+        if lost != standing.best_checkpoint:
+            event("alarm", kind="checkpoint", detail=f"the best checkpoint so far, {lost}, is not in this run's folder")
         for name, why in ready.found.passed_over:
             event("alarm", kind="checkpoint", detail=f"{name} was passed over: {why}")
         before = dict(ready.found.manifest.plan)
         if last is not None and last["world"] != before["world"]:
             before = last  # the world changed since the checkpoint, too
         if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
-            event("resize", why=f"{before['world']} workers before, {plan.world} now", **{"from": before, "to": facts})
+            event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+
+
+def why_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    if before["world"] != after["world"]:
+        return f"{before['world']} workers before, {after['world']} now"
+    return "the plan of the same workers has changed"
 
 
 def finish(job: Job, assignment: Assignment, standing: Standing, ending: int) -> None:

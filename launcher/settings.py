@@ -142,6 +142,8 @@ class ElasticSettings:
     first_s: float = key(600.0, "the same for what happens for the first time: start, first update, validation, save")
     idle: bool = key(False, "whether a plan may leave a worker without samples")
     balance: bool = key(False, "shares follow the measured speeds of the workers; the global batch stays")
+    exact: bool = key(False, "bitwise the same parameters at any number of workers; hold, DDP; slower")
+    shards: int = key(8, "exact: parts of a batch, a power of two; as many workers can train")
 
 
 @dataclass(frozen=True)

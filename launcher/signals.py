@@ -7,32 +7,37 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from launcher.errors import EXIT_INTERRUPTED
+from launcher.errors import EXIT_AGAIN, EXIT_INTERRUPTED
 
 __all__ = ["GO_ON", "LEAVE", "STOP", "Wishes"]
 
 GO_ON, STOP, LEAVE = 0, 1, 2  # LEAVE: save and be started again by the agent; it outweighs STOP
 
 LOOK_EVERY_S = 0.2
+LEAVE_S = 5.0
 
 
 class Wishes:
     """The flags raised so far. `install` it before anything slow, so that no wish to stop ends the process by default.
 
     SIGTERM keeps its default until `guard`: before training there is nothing to save, and a rank that waits for the
-    others in torch's code would only hear of it later, while its agent waits 30 s for it.
+    others in torch's code would only hear of it later, while its agent waits 30 s for it. A rank that was told to
+    leave and gets no agreement within `leave_s` leaves unsaved: the others are gone, or stuck.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, leave_s: float = LEAVE_S) -> None:
         self.why: str | None = None
         self._wish = GO_ON
         self._clock = clock
         self._looked = float("-inf")
+        self._leave_s = leave_s
+        self._heard = threading.Event()
 
     def install(self) -> None:
         signal.signal(signal.SIGUSR1, self._asked_to_stop)
@@ -41,6 +46,10 @@ class Wishes:
     def guard(self) -> None:
         """Training begins: from now on SIGTERM means to save first."""
         signal.signal(signal.SIGTERM, self._asked_to_leave)
+
+    def heard(self) -> None:
+        """The ranks have agreed to stop or to leave: from now on saving takes as long as it takes."""
+        self._heard.set()
 
     def read(self, stop_file: Path | None) -> int:
         """The present wish. `stop_file` is given on rank 0 alone and looked for a few times a second."""
@@ -60,6 +69,11 @@ class Wishes:
 
     def _asked_to_leave(self, _: int, __: FrameType | None) -> None:
         self._raise(LEAVE, "SIGTERM")
+        threading.Thread(target=self._leave_unheard, name="leave", daemon=True).start()
+
+    def _leave_unheard(self) -> None:
+        if not self._heard.wait(self._leave_s):
+            os._exit(EXIT_AGAIN)
 
     def _interrupted(self, _: int, __: FrameType | None) -> None:
         if self._wish != GO_ON and self.why == "Ctrl-C":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, cast
@@ -14,6 +14,7 @@ from launcher.limits import check_data, check_request
 from launcher.rules import Rule, far_advice, optimizer_of, power_of, rule_of, warmup_advice
 from launcher.schedule import Decay, LrSchedule
 from launcher.settings import Run
+from launcher.shards import ShardPlan, trainers
 from launcher.timeline import Timeline
 
 __all__ = ["Sizes", "Study", "study"]
@@ -85,9 +86,9 @@ def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = N
     # From here on a refusal may be that of this world size alone.
     _check_world(run, world)
     policy = _policy(run, sizes)
-    plan = plan_batch(policy, world, speeds)
+    plan = _in_shards(run, plan_batch(policy, world, speeds))
     _check_plan(run, sizes, plan)
-    stages = tuple((begin, _stage(share, sizes, policy, plan, speeds)) for begin, share in ramp)
+    stages = tuple((begin, _in_shards(run, _stage(share, sizes, policy, plan, speeds))) for begin, share in ramp)
     _check_rprop(run, sizes, stages)
     return Study(
         run=run,
@@ -148,7 +149,7 @@ def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
         global_batch=sizes.train if batch.global_batch == "full" else batch.global_batch,
         min_global=batch.min_global,
         max_global=batch.max_global,
-        idle=run.elastic.idle,
+        idle=run.elastic.idle or run.elastic.exact,
     )
 
 
@@ -180,6 +181,19 @@ def _check_plan(run: Run, sizes: Sizes, plan: BatchPlan) -> None:
         f"batch.per_device={run.batch.per_device} makes a global batch of {plan.global_batch} at {plan.world} workers, "
         f"beyond the {sizes.train} training samples: {mend}"
     )
+
+
+def _in_shards(run: Run, plan: BatchPlan) -> BatchPlan:
+    """Under elastic.exact the same batch in shards, whatever the speeds; else the plan as it is."""
+    shards = run.elastic.shards
+    if not run.elastic.exact:
+        return plan
+    if plan.global_batch < shards:
+        raise RequestError(
+            f"elastic.shards={shards} are more than the {plan.global_batch} samples of a batch: "
+            f"type elastic.shards={trainers(plan.global_batch, shards)}"
+        )
+    return ShardPlan.of(plan.global_batch, plan.world, shards, run.batch.per_device)
 
 
 def _stage(
@@ -280,6 +294,7 @@ def _advice(run: Run, rule: Rule, schedule: LrSchedule, stages: Sequence[tuple[i
     largest = max(plan.global_batch for _, plan in stages)
     lines = [
         _hold_advice(run),
+        *_exact_advice(run, stages[-1][1]),
         far_advice(run, rule, largest / schedule.base_batch),
         warmup_advice(run, schedule.rise, schedule.duration, largest),
     ]
@@ -288,6 +303,23 @@ def _advice(run: Run, rule: Rule, schedule: LrSchedule, stages: Sequence[tuple[i
     if stages[-1][0] >= schedule.duration:
         lines.append("batch.ramp has stages past train.duration: they are never reached")
     return tuple(line for line in lines if line)
+
+
+def _exact_advice(run: Run, plan: BatchPlan) -> Iterator[str]:
+    """What elastic.exact costs, and who has nothing to do."""
+    if not run.elastic.exact:
+        return
+    shards, world = run.elastic.shards, plan.world
+    yield (
+        f"elastic.exact=true costs speed: an update is {shards} backward passes or more, of "
+        f"{plan.per_device} samples at most, one thread per worker, and no computing while gradients travel"
+    )
+    active = trainers(world, shards)
+    if active < world:
+        yield (
+            f"elastic.exact=true trains on {active} of {world} workers, a power of two up to elastic.shards={shards}; "
+            f"{world - active} only follow"
+        )
 
 
 def _hold_advice(run: Run) -> str:

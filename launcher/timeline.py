@@ -32,11 +32,14 @@ class Position:
 class MicroBatch:
     """What one forward pass takes, as spans of places in the epochs' orders.
 
-    A `pad` stands for a rank without samples: one sample of the update, that counts for nothing.
+    A `pad` stands for a rank without samples: one sample of the update, that counts for nothing. `place` (the rank, or
+    the shard) and `index` are its address within the update, which its generators are seeded by.
     """
 
     spans: tuple[Span, ...]
     pad: bool = False
+    place: int = 0
+    index: int = 0
 
     @property
     def size(self) -> int:
@@ -89,8 +92,9 @@ class Update:
         first = self.start + sum(self.plan.shares[:rank])
         sizes = self.plan.micro_batches(rank)
         if not sizes:
-            return (MicroBatch(self._spans(self.start, self.start + 1), pad=True),)
-        return tuple(MicroBatch(self._spans(*ends)) for ends in pairwise(accumulate(sizes, initial=first)))
+            return (MicroBatch(self._spans(self.start, self.start + 1), pad=True, place=rank),)
+        cuts = zip(pairwise(accumulate(sizes, initial=first)), self.plan.addresses(rank), strict=True)
+        return tuple(MicroBatch(self._spans(*ends), place=place, index=index) for ends, (place, index) in cuts)
 
     def _spans(self, start: int, stop: int) -> tuple[Span, ...]:
         spans = []

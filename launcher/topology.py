@@ -21,6 +21,7 @@ class Topology:
     generation: int = 0
     run_id: str | None = None
     slurm_job: str | None = None
+    restarts: int = 0
     restarts_left: int = 0
     shares_store: bool = False
 
@@ -30,7 +31,7 @@ class Topology:
         if "RANK" not in env:
             return None
         run_id = env.get("TORCHELASTIC_RUN_ID")
-        max_restarts = int(env.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+        restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return cls(
             rank=int(env["RANK"]),
             world=int(env.get("WORLD_SIZE", "1")),
@@ -40,7 +41,8 @@ class Topology:
             run_id=None if run_id in (None, "", "none") else run_id,
             slurm_job=slurm_job(env),
             shares_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            restarts_left=max_restarts - int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            restarts=restarts,
+            restarts_left=int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) - restarts,
         )
 
     @property

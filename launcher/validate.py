@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,24 +18,29 @@ __all__ = ["Validation"]
 
 
 class Slice(Sampler[list[Address]]):
-    """This rank's contiguous share of the validation set in batches; a rank without samples gets one, not counted."""
+    """This rank's contiguous chunks of the validation set in batches, none of which spans two chunks.
 
-    def __init__(self, size: int, rank: int, world: int, batch: int) -> None:
-        self.start, self.stop = size * rank // world, size * (rank + 1) // world
-        self._batch = batch
+    `chunks` says of each batch which chunk it is of. A rank without samples gets one, that is of none: not counted.
+    """
 
-    @property
-    def counts(self) -> bool:
-        return self.stop > self.start
+    def __init__(self, size: int, rank: int, world: int, chunks: int, batch: int) -> None:
+        own = range(chunks)[chunks * rank // world : chunks * (rank + 1) // world]
+        ends = [(chunk, size * chunk // chunks, size * (chunk + 1) // chunks) for chunk in own]
+        cuts = [(chunk, at, min(at + batch, stop)) for chunk, start, stop in ends for at in range(start, stop, batch)]
+        self.chunks: list[int | None] = [chunk for chunk, _, _ in cuts] or [None]
+        self._batches = [(start, stop) for _, start, stop in cuts] or [(0, 1)]
 
-    def __iter__(self) -> Any:
-        stop = self.stop if self.counts else self.start + 1
-        for start in range(self.start, stop, self._batch):
-            yield [(0, sample) for sample in range(start, min(start + self._batch, stop))]
+    def __iter__(self) -> Iterator[list[Address]]:
+        for start, stop in self._batches:
+            yield [(0, sample) for sample in range(start, stop)]
 
 
 class Validation:
-    """`measure` gives `val/loss` and one `val/<name>` per metric of the recipe: sums over ranks, divided once."""
+    """`measure` gives `val/loss` and one `val/<name>` per metric of the recipe: sums over ranks, divided once.
+
+    Each of the set's `chunks` is summed by itself in double precision, then all of them in order: the world size
+    decides who sums a chunk, but where their number is fixed, nothing of the result.
+    """
 
     def __init__(
         self,
@@ -43,6 +49,7 @@ class Validation:
         *,
         rank: int,
         world: int,
+        chunks: int,
         batch: int,
         seed: int,
         data: DataSettings,
@@ -51,7 +58,8 @@ class Validation:
         self._recipe = recipe
         self._world = world
         self._precision = precision
-        self._slice = Slice(len(items), rank, world, batch)
+        self._chunks = chunks
+        self._slice = Slice(len(items), rank, world, chunks, batch)
         self._batches: DataLoader[Any] = loader(
             AddressedDataset(items, seed), self._slice, data, collate_of(recipe), precision.device.type == "cuda"
         )
@@ -66,20 +74,23 @@ class Validation:
         finally:
             model.train()
         names = sorted(sums)
-        totals = torch.stack([sums[name] for name in names])
+        table = torch.stack([sums[name] for name in names])
         if self._world > 1:
-            dist.all_reduce(totals)
-        found = dict(zip(names, totals.tolist(), strict=True))
+            dist.all_reduce(table)  # each chunk's sums and the other ranks' zeros: exact in any order
+        found = {name: sum(row) for name, row in zip(names, table.tolist(), strict=True)}
         count = found.pop("count")
         return {f"val/{name}": value / count for name, value in found.items()}
 
     def _sums(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """For each name the sums of all chunks, zeros for those of other ranks."""
         sums: dict[str, torch.Tensor] = {}
-        for batch in self._batches:
+        for chunk, batch in zip(self._slice.chunks, self._batches, strict=True):
             batch = transfer(batch, self._precision.device, self._precision.dtype)
             with self._precision.autocast():
                 loss = self._recipe.loss(model, batch)
             for name, value in {"loss": loss.total, "count": loss.count, **loss.metrics}.items():
                 number = torch.as_tensor(value, device=self._precision.device).detach().double()
-                sums[name] = sums.get(name, torch.zeros_like(number)) + (number if self._slice.counts else 0.0)
+                row = sums.setdefault(name, number.new_zeros(self._chunks))
+                if chunk is not None:
+                    row[chunk] += number
         return sums

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from launcher.shards import tree_sum
 from launcher.signals import GO_ON
 from launcher.stages import STAGES
 
@@ -50,7 +51,7 @@ class Agreed:
 
     @property
     def count(self) -> float:
-        return sum(ballot.count for ballot in self.ballots)
+        return float(tree_sum(ballot.count for ballot in self.ballots))
 
     @property
     def stop(self) -> int:
@@ -59,6 +60,16 @@ class Agreed:
     @property
     def save(self) -> bool:
         return any(ballot.save for ballot in self.ballots)
+
+    @property
+    def loss(self) -> float:
+        """The losses of the previous update, over all ranks."""
+        return float(tree_sum(ballot.loss for ballot in self.ballots))
+
+    @property
+    def loss_count(self) -> float:
+        """What the losses of the previous update count."""
+        return float(tree_sum(ballot.loss_count for ballot in self.ballots))
 
     @property
     def not_finite(self) -> tuple[int, ...]:

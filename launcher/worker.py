@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from launcher import failure, logs
 from launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import from_mapping, to_mapping
+from launcher.manifest import newest_in
 from launcher.process import die_with_parent
 from launcher.redact import redact
-from launcher.runfolder import RunFolder, recall, remember
+from launcher.runfolder import Lock, Recalled, RunFolder, recall, remember
 from launcher.settings import Run
 from launcher.topology import Topology
 
@@ -36,9 +37,10 @@ __all__ = ["Assignment", "main", "main_handover"]
 class Assignment:
     """What is to be done: the resolved run and its folder.
 
-    `checkpoint` is one that the user named, `must` says that there has to be one, `changed` which keys differ from the
-    folder's: all of them concern the job's first start, generation `first` (None: this one). `restarted`: the workers
-    were started before in this job.
+    `checkpoint` is one that the user named, `must` says that there has to be one: both hold until this job has saved
+    one of its own, so that the folder's newest is another than `before`. `changed`, which keys differ from the
+    folder's, concerns the job's first start, generation `first` (None: this one). `restarted`: the workers were started
+    before in this job.
     `loopback`: the job lives on one machine and its store is ours. `summary`: nothing is left to do but to say this.
     """
 
@@ -47,6 +49,7 @@ class Assignment:
     generation: int = 0
     first: int | None = None
     restarted: bool = False
+    before: str | None = None
     loopback: bool = False
     checkpoint: Path | None = None
     must: bool = False
@@ -60,6 +63,7 @@ class Assignment:
             run=opened.run,
             folder=opened.folder,
             loopback=loopback,
+            before=newest_of(opened.folder, opened.run),
             checkpoint=decision.checkpoint,
             must=decision.must,
             changed={key: list(values) for key, values in decision.changed.items()},
@@ -78,11 +82,27 @@ class Assignment:
         return cls(**{**facts, **typed})
 
     def started(self) -> Assignment:
-        """For one more start of the workers: what was said of the checkpoint concerns the job's first start alone."""
+        """For one more start of the workers: once this job has saved, it goes on from there and nowhere else."""
         generation = self.folder.next_generation()
-        if generation == (self.first or generation):
+        if not self.restarted and generation == (self.first or generation):
             return replace(self, generation=generation)
-        return replace(self, generation=generation, restarted=True, checkpoint=None, must=False, changed={})
+        again = replace(self, generation=generation, restarted=True, changed={})
+        saved = newest_of(self.folder, self.run) != self.before
+        return replace(again, checkpoint=None, must=False) if saved else again
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Rank 0's hold on the run folder: its lock where no driver has it, and the uppermost folder that was made."""
+
+    assignment: Assignment
+    lock: Lock | None = None
+    made: Path | None = None
+
+    def refused(self) -> None:
+        """The request was wrong: where nothing was there before, nothing is left."""
+        if self.made is not None:
+            self.assignment.folder.discard(self.made)
 
 
 def main(args: Sequence[str], topology: Topology) -> int:
@@ -92,10 +112,10 @@ def main(args: Sequence[str], topology: Topology) -> int:
 
 def main_handover(path: str, topology: Topology) -> int:
     """A rank under the driver's agent, which composed already and left the run in a private file."""
-    return serve(topology, lambda: Assignment.from_json(Path(path).read_text()), loopback=True)
+    return serve(topology, lambda: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
 
 
-def composed(args: Sequence[str], topology: Topology) -> Assignment:
+def composed(args: Sequence[str], topology: Topology) -> Claim:
     """Rank 0's part under a torchrun of the user's own; restarts of the same agent go on in the same folder.
 
     Raises:
@@ -106,16 +126,28 @@ def composed(args: Sequence[str], topology: Topology) -> Assignment:
 
     resolution = resolve(args)
     known = recall()
-    found = opened(resolution.run, topology.world, known=known, run_id=topology.run_id, nodes=topology.nodes)
-    assignment = replace(Assignment.of(found, loopback=False), restarted=known is not None)
+    folder = None if known is None else known.folder
+    found = opened(resolution.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
+    assignment = Assignment.of(found, loopback=False)
+    if known is not None:
+        assignment = replace(assignment, restarted=True, before=known.newest)
     if found.complete:
-        return replace(assignment, summary=found.summary())
+        return Claim(replace(assignment, summary=found.summary()))
     if known is None:
         for line in (*resolution.notes, *found.study.advice, *restart_notes(found.run, topology)):
             tell(f"note: {line}")
+    made = found.folder.create()
+    lock = found.folder.lock(torchrun=os.getppid())
     begin(found)
-    remember(found.folder.path)
-    return assignment
+    if known is None:
+        remember(Recalled(found.folder.path, assignment.before))
+    return Claim(assignment.started(), lock, made)
+
+
+def newest_of(folder: RunFolder, run: Run) -> str | None:
+    """Names the checkpoint that was written last, and when: one of the same name written anew is another."""
+    newest = newest_in(folder.checkpoints_in(run.checkpoint.dir))
+    return None if newest is None else f"{newest.name} {newest.stat().st_mtime_ns}"
 
 
 def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
@@ -126,7 +158,7 @@ def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
         yield "restarts in place are surer with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment"
 
 
-def serve(topology: Topology, assign: Callable[[], Assignment], *, loopback: bool) -> int:
+def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) -> int:
     """Everything a rank does; returns its exit status.
 
     Raises:
@@ -134,17 +166,14 @@ def serve(topology: Topology, assign: Callable[[], Assignment], *, loopback: boo
     """
     die_with_parent()
     wishes = early_wishes()
-    own = assign() if topology.rank == 0 else None
-    lock = None
-    if own is not None and own.summary is None:
-        lock = None if loopback else own.folder.lock(torchrun=os.getppid())
-        own = own.started()
+    claim = assign() if topology.rank == 0 else None
+    own = claim.assignment if claim else None
     from launcher import rendezvous, session
 
-    store = rendezvous.meet(topology, loopback=loopback, timeout_s=own.run.launch.timeout_s if own else 600.0)
-    if own is not None:
-        store.set("assignment", own.to_json())
-    assignment = own or Assignment.from_json(store.get("assignment").decode())
+    timeout_s = own.run.launch.timeout_s if own else 600.0
+    store = rendezvous.meet(topology, loopback=loopback, timeout_s=timeout_s)
+    text, store = rendezvous.handed(store, topology, own.to_json() if own else None, timeout_s)
+    assignment = own or Assignment.from_json(text)
     if assignment.summary is not None:
         return say_complete(assignment.summary, topology)
     topology = topology.started(assignment.generation)
@@ -154,10 +183,13 @@ def serve(topology: Topology, assign: Callable[[], Assignment], *, loopback: boo
         return session.run(assignment, topology, store, wishes, heart)
     except Exception as error:
         heart.stop()
-        return fail(assignment, topology, error, screen)
+        status = fail(assignment, topology, error, screen)
+        if claim is not None and status == EXIT_REQUEST:
+            claim.refused()
+        return status
     finally:
-        if lock is not None:
-            lock.release()
+        if claim is not None and claim.lock is not None:
+            claim.lock.release()
 
 
 def heart_of(assignment: Assignment, topology: Topology, screen: TextIO) -> Heart | Still:
@@ -184,27 +216,20 @@ def say_complete(summary: str, topology: Topology) -> int:
 
 
 def fail(assignment: Assignment, topology: Topology, error: Exception, screen: TextIO) -> int:
-    """Write down what went wrong, for the driver or the user's torchrun to show.
-
-    Raises:
-        RequestError: `error` itself, where rank 0 is to say it: nobody else will.
-    """
+    """Write down what went wrong, for the driver to show; under the user's own torchrun one rank says it here."""
     from launcher.loop import TrainingFailed
 
     final = isinstance(error, TrainingFailed)
     log = assignment.folder.log(*topology.place)
     found = failure.record(assignment.folder.logs, *topology.place, error, log, final=final)
-    if isinstance(error, RequestError):
-        if topology.rank == 0 and not assignment.loopback:
-            raise error
-        return EXIT_REQUEST
     logging.getLogger(__name__).error("%s", found.traceback)
-    if failure.consequence(found.message):
+    if failure.consequence(found.message) and (assignment.loopback or topology.restarts_left > 0):
         return EXIT_AGAIN
     if not assignment.loopback:
-        print(f"error: {found.line()}", file=screen, flush=True)
+        if failure.speaks(assignment.folder.logs, found):
+            print(f"error: {found.line()}", file=screen, flush=True)
         failure.tell_torchrun(error)
-    return EXIT_FAILED
+    return EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
 
 
 def tell(text: str) -> None:

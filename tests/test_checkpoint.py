@@ -537,6 +537,7 @@ def status_of(script: str, *args: object) -> int:
     return subprocess.run(argv, timeout=120, check=False).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "count"), [("checkpoint-write", 1), ("checkpoint-write", 2), ("checkpoint-rename", 1)]
 )

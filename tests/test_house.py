@@ -19,7 +19,19 @@ MODULES = {
 }
 STDLIB_ONLY = [
     *("errors", "settings", "topology", "batch", "duration", "schedule", "rules", "limits", "order", "timeline"),
-    *("study", "planning", "redact", "keys", "runfolder", "resume", "process", "failure", "manifest", "signals"),
+    *(
+        "study",
+        "shards",
+        "planning",
+        "redact",
+        "keys",
+        "runfolder",
+        "resume",
+        "process",
+        "failure",
+        "manifest",
+        "signals",
+    ),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control"),
     *("heartbeat", "heart", "stragglers"),
 ]

@@ -76,14 +76,16 @@ def test_a_word_that_is_none_of_them_is_refused_before_anything_starts(word: str
 MAY = {
     "checkpoint.every", "checkpoint.keep", "data.prefetch", "data.workers", "debug", "elastic.balance",
     "elastic.first_s", "elastic.hang_s", "elastic.idle", "elastic.max_restarts", "elastic.max_workers",
-    "elastic.min_workers", "format", "launch.backend", "launch.dry", "launch.env", "launch.kind", "launch.nodes", "launch.threads", "launch.timeout_s", "launch.workers", "log.every",
-    "plan.worlds", "resume", "run.dir", "run.name", "sink", "strategy.find_unused_parameters", "strategy.name",
-    "train.device", "train.profile", "train.stop_at_target", "train.target.at_least", "train.target.at_most",
-    "train.target.metric", "train.validate_every",
+    "elastic.min_workers", "format", "launch.backend", "launch.dry", "launch.env", "launch.kind", "launch.nodes",
+    "launch.threads", "launch.timeout_s", "launch.workers", "log.every", "plan.worlds", "resume", "run.dir",
+    "run.name", "sink", "strategy.find_unused_parameters", "strategy.name", "train.device", "train.profile",
+    "train.stop_at_target", "train.target.at_least", "train.target.at_most", "train.target.metric",
+    "train.validate_every",
 }  # fmt: skip
 MAY_NOT = {
     "batch.accumulation", "batch.global", "batch.max_global", "batch.min_global", "batch.per_device", "batch.policy",
-    "batch.ramp", "checkpoint.best", "checkpoint.best_mode", "checkpoint.dir", "data.source", "data.tail", "lr.base",
+    "batch.ramp", "checkpoint.best", "checkpoint.best_mode", "checkpoint.dir", "data.source", "data.tail",
+    "elastic.exact", "elastic.shards", "lr.base",
     "lr.base_batch", "lr.rule", "model.init", "model.strict", "optimizer", "recipe", "schedule.decay", "schedule.end",
     "schedule.every", "schedule.factor", "schedule.metric", "schedule.milestones", "schedule.min", "schedule.mode",
     "schedule.momentum", "schedule.patience", "schedule.per", "schedule.start", "schedule.warmup",

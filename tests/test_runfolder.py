@@ -19,7 +19,7 @@ from launcher import runfolder
 from launcher.durable import private_folder, write_whole
 from launcher.errors import RequestError
 from launcher.process import started_at
-from launcher.runfolder import RunFolder, free_name, named_folder, recall, remember
+from launcher.runfolder import Recalled, RunFolder, free_name, named_folder, recall, remember
 
 NOON = datetime(2024, 5, 6, 12, 30, 15)
 
@@ -302,15 +302,15 @@ def test_runs_itself_may_lie_elsewhere(here: Path) -> None:
 
 def test_the_name_is_kept_for_the_restarts_of_the_same_agent(here: Path) -> None:
     assert recall() is None
-    remember(Path("runs/resnet-1"))
-    assert recall() == Path("runs/resnet-1")
+    remember(Recalled(Path("runs/resnet-1"), "update-7 12"))
+    assert recall() == Recalled(Path("runs/resnet-1"), "update-7 12")
     (kept,) = Path("runs/.agents").iterdir()
     assert kept.name == f"{socket.gethostname()}@{os.getppid()}-{started_at(os.getppid())}"
     assert (mode(kept), mode(kept.parent), mode(Path("runs"))) == (0o600, 0o700, 0o700)
 
 
 def test_another_agent_with_the_same_pid_is_another_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remember(Path("runs/resnet-1"))
+    remember(Recalled(Path("runs/resnet-1"), "update-7 12"))
     monkeypatch.setattr(runfolder, "started_at", lambda pid: 12345)
     assert recall() is None
 
@@ -324,6 +324,6 @@ def test_what_dead_agents_left_is_removed_and_nothing_else(here: Path, monkeypat
     others = {f"node-1@{dead.pid}-77", "node-1-2@5-6", "notes", "node@mine"}
     for name in (*others, f"node@{dead.pid}-77"):
         (agents / name).write_text("runs/x")
-    remember(Path("runs/resnet-1"))
+    remember(Recalled(Path("runs/resnet-1"), "update-7 12"))
     mine = f"node@{os.getppid()}-{started_at(os.getppid())}"
     assert {path.name for path in agents.iterdir()} == {*others, mine}

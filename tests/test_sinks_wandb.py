@@ -32,6 +32,8 @@ from launcher.reading import Reading
 from launcher.sinks import Destination, open_sinks
 from launcher.sinks.journal import Journal
 
+pytestmark = pytest.mark.slow  # a real wandb service is started
+
 folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = {"batch.per_device": 32, "lr.base": 0.1}
 journal = Journal(open_sinks({"wandb": {"tags": ["a"]}}, Destination(folder, "my-run", "run1234", config)))

@@ -110,7 +110,7 @@ def test_a_carried_window_spans_two_epochs() -> None:
     update = list(one_stage(10, 20, batch=8, tail="carry").updates())[1]
     assert (update.start, update.epoch) == (8, 0)
     assert update.micro_batches(0) == (MicroBatch(((0, 8, 10), (1, 0, 2))),)
-    assert update.micro_batches(1) == (MicroBatch(((1, 2, 6),)),)
+    assert update.micro_batches(1) == (MicroBatch(((1, 2, 6),), place=1),)
 
 
 def test_a_carried_window_may_hold_whole_epochs() -> None:
@@ -121,7 +121,7 @@ def test_a_carried_window_may_hold_whole_epochs() -> None:
 def test_a_rank_without_samples_gets_one_pad() -> None:
     *_, cut = one_stage(9, 9, batch=4, world=3).updates()
     assert [micro.pad for rank in range(3) for micro in cut.micro_batches(rank)] == [False, True, True]
-    assert cut.micro_batches(2) == (MicroBatch(((0, 8, 9),), pad=True),)
+    assert cut.micro_batches(2) == (MicroBatch(((0, 8, 9),), pad=True, place=2),)
     assert cut.micro_batches(2)[0].size == 1
 
 

@@ -48,7 +48,7 @@ class Console:
             "target": self._target,
             "preempt": self._preempt,
             "done": self._done,
-            "error": self._error,
+            "error": lambda facts: self._clear(),  # who started the job says what went wrong, once
         }
 
     def write(self, entry: Reading | Event) -> None:
@@ -123,11 +123,6 @@ class Console:
         self._gap = True
         self._note("finished", text, GREEN)
         self._closing(facts.get("metrics") or {}, finished=True)
-
-    def _error(self, facts: Mapping[str, Any]) -> None:
-        where = f" ({facts['where']})" if facts.get("where") else ""
-        log = f" · log {facts['log']}" if facts.get("log") else ""
-        self._note("error:", f"rank {facts.get('rank')}: {facts.get('type')}: {facts.get('message')}{where}{log}", RED)
 
     def _closing(self, metrics: Mapping[str, float], finished: bool) -> None:
         self._print(*closing_lines(self._tally, self._facts, metrics, finished, self._paint, self._width), "")

@@ -1,4 +1,4 @@
-"""The sink that is always on: `metrics.jsonl` and `events.jsonl` in the run folder.
+"""The sink that is always on: `metrics.jsonl`, `events.jsonl` and, at each `plan` event, `plan.json` in the run folder.
 
 JSON has no NaN and no infinity: such a value is written as `null`. Numbers keep all their digits.
 """
@@ -13,12 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launcher.durable import write_whole
 from launcher.reading import Event, Reading
 
 __all__ = ["EVENTS", "METRICS", "Jsonl", "as_line"]
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+PLAN = "plan.json"
 BLOCK_BYTES = 65536
 
 
@@ -28,6 +30,7 @@ class Jsonl:
     lossless = True
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._metrics = Lines(folder / METRICS)
         self._events = Lines(folder / EVENTS)
 
@@ -38,6 +41,9 @@ class Jsonl:
         """
         lines = self._metrics if isinstance(entry, Reading) else self._events
         lines.append(as_line(entry))
+        if isinstance(entry, Event) and entry.event == "plan":
+            plan = {key: value for key, value in entry.facts.items() if key not in ("why", "from")}
+            write_whole(self._folder / PLAN, json.dumps(plan, indent=1, default=_plain) + "\n")
 
     def close(self) -> None:
         self._metrics.close()

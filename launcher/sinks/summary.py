@@ -64,13 +64,13 @@ def rate_text(facts: Facts) -> str:
 
 
 def resize_text(facts: Facts) -> str:
-    """3 -> 2 workers · batch 256 -> 256 · rate 0.1 -> 0.1 · why"""
+    """3 -> 2 workers · batch 256 -> 256 · rate 0.1 -> 0.1"""
     before, after = facts.get("from") or {}, facts.get("to") or {}
     parts = [f"{before.get('world', '?')} -> {_plural(after.get('world', '?'), 'worker')}"]
     for name, key in (("batch", "global"), ("rate", "lr")):
         if key in before and key in after:
             parts.append(f"{name} {figure(before[key])} -> {figure(after[key])}")
-    return " · ".join([*parts, *([one_line(facts["why"])] if facts.get("why") else [])])
+    return " · ".join(parts)
 
 
 def _plural(number: Any, thing: str) -> str:

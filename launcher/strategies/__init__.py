@@ -39,8 +39,11 @@ class Replica(Protocol):
     bare: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def micro(self, *, last: bool, pad: bool) -> AbstractContextManager[None]:
-        """Round one micro-batch's forward and backward. Gradients travel in the last one only."""
+    def micro(self, *, last: bool, pad: bool, place: int) -> AbstractContextManager[None]:
+        """Round one micro-batch's forward and backward. Gradients travel in the last one only.
+
+        `place` is whose sum it belongs to: the rank's, or that of the shard it is cut from.
+        """
 
     def backward(self, total: torch.Tensor, samples: int) -> None:
         """Backward of `total / samples`, `samples` those of the whole update: the only division of a loss."""
@@ -61,8 +64,10 @@ class Replica(Protocol):
 
 
 def prepare(model: nn.Module, run: Run, world: int, precision: Precision, clock: StageClock) -> Replica:
-    """The replica of `run.strategy.name`; the model is on its device already."""
+    """The replica of `run.strategy.name`, or the exact one; the model is on its device already."""
     from launcher.strategies.ddp import DdpReplica
+    from launcher.strategies.exact import ExactReplica
 
     table = {"ddp": DdpReplica}
-    return table[run.strategy.name](model, run, world, precision, clock)
+    kind = ExactReplica if run.elastic.exact else table[run.strategy.name]
+    return kind(model, run, world, precision, clock)

@@ -75,7 +75,7 @@ class DdpReplica:
         return work.get_future().then(lambda done: done.value()[0])
 
     @contextmanager
-    def micro(self, *, last: bool, pad: bool) -> Iterator[None]:
+    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
         self._pad = pad
         if self._fresh:
             self._keep_buffers()
@@ -125,8 +125,12 @@ class DdpReplica:
         return Step(norm=norm, finite=finite)
 
     def _apply(self, finite: torch.Tensor) -> None:
-        """Step where the gradient is finite; else leave parameters, moments, steps and buffers as they were."""
-        if finite.device.type == "cuda" and reads_found_inf(self.optimizer):
+        """Step where the gradient is finite; else leave parameters, moments, steps and buffers as they were.
+
+        torch makes a momentum's memory before it looks at `found_inf`, and would later take what lay there for it: so
+        the first step that is taken is decided here.
+        """
+        if finite.device.type == "cuda" and reads_found_inf(self.optimizer) and self.optimizer.state:
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
             for kept, buffer in zip(self._kept, self._buffers, strict=True):

@@ -167,6 +167,22 @@ def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess
     ], "one restart and no more"
 
 
+def test_workers_that_are_killed_without_a_word_are_not_started_for_ever(
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "import os\nfrom dataclasses import dataclass\nfrom launcher.recipes.mlp import Mlp\n\n"
+        "@dataclass(frozen=True)\nclass Own(Mlp):\n"
+        "    def model(self):\n        os.kill(os.getpid(), 9)\n"
+    )
+    own = ["recipe._target_=own.Own", "recipe.trust=[own,launcher.recipes]", "elastic.max_restarts=1"]
+    process = driver(*JOB, "lr.base=0.1", "lr.base_batch=64", *own)
+    _, stderr = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "restart 1: a worker was killed" in stderr
+    assert stderr.splitlines()[-1].startswith("error: the workers were killed again and again")
+
+
 WRONG = [
     (["recipe=resnett"], "resnet"),
     (["batch.per_devise=3"], "batch.per_device"),
@@ -184,6 +200,8 @@ WRONG = [
     (["resume=must"], "resume"),
     (["optimizer=rprop"], "rprop"),
     (["model.init=nowhere.safetensors"], "nowhere.safetensors"),
+    (["model.init=nowhere.safetensors", "run.dir=a/b/c"], "nowhere.safetensors"),
+    (["launch.backend=nccl", "train.device=cpu"], "launch.backend"),
 ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from jobs import environment, events, furthest, rows, wait_for
-from test_main_job import HELD, OWN, driven, here  # noqa: F401 (a fixture)
+from test_main_job import HELD, OWN, TORCHRUN, driven, here, run  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -138,3 +138,24 @@ def test_nodes_join_and_are_lost_and_training_goes_on(
     worlds = [(event["from"]["world"], event["to"]["world"]) for event in events(run_dir, "resize")]
     assert worlds[-2:] == [(2, 3), (3, 2)]
     assert not (run_dir / "done.json").exists()
+
+
+def test_kills_under_the_users_own_torchrun_whatever_its_store(here: Path) -> None:  # noqa: F811
+    """`--standalone` shares the agent's store with the workers: what earlier starts left there must mislead nobody."""
+    argv = [
+        *TORCHRUN,
+        "--nproc-per-node=3",
+        "--max-restarts=9",
+        "-m",
+        "launcher",
+        *HELD,
+        "train.precision=fp64",
+        "run.name=k",
+    ]
+    kills = [
+        f"kill@forward:{rank}:{update}:{start}" for start, (rank, update) in enumerate([(1, 4), (0, 6), (2, 9)], 1)
+    ]
+    run(argv, here, LAUNCHER_TEST_FAULTS="1", FAULT=",".join(kills))
+    driven(here, *HELD, "train.precision=fp64", "launch.workers=3", "run.name=whole")
+    assert furthest(here / "runs/k", here / "runs/whole") <= 1e-10
+    assert [event["generation"] for event in events(here / "runs/k", "start")] == [1, 2, 3, 4]

@@ -162,6 +162,31 @@ def test_the_first_error_is_the_last_line(here: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_named_checkpoint_is_gone_on_from_until_the_job_has_saved_one_of_its_own(here: Path) -> None:
+    """The workers die before that: going on from the folder's newest, or from scratch, would be another training."""
+    driven(here, *HELD, "run.name=a", "checkpoint.every=1ep", "checkpoint.keep=9")
+    named = "resume=runs/a/checkpoints/update-00000010"
+    fault = {"LAUNCHER_TEST_FAULTS": "1", "FAULT": "kill@forward:0:12"}
+    driven(here, *HELD, "run.name=b", "checkpoint.every=1ep", named, **fault)
+    assert [event["update"] for event in events(here / "runs/b", "resume")] == [10, 10]
+    assert rows(here / "runs/b")[0]["update"] == 11
+    assert furthest(here / "runs/a", here / "runs/b") == 0.0
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+
+
+def test_under_the_users_own_torchrun_an_error_is_said_once(here: Path) -> None:
+    argv = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", "-m", "launcher", *HELD, "run.name=t"]
+    wrong = run([*argv, "batch.per_device=-1"], here, status=1)
+    assert len(errors(wrong)) == 1, "also when torchrun tries again"
+    failed = run([*argv, "+recipe.fail_on=1"], here, status=1, LOGLEVEL="ERROR")
+    first, second = errors(failed)
+    assert first.startswith("error: rank 1 failed in own.py:")
+    assert second.startswith("error: rank 1 failed in own.py:"), "once for each start, and never a consequence"
+
+
 def test_the_finished_run_says_so_and_a_longer_one_goes_on(here: Path) -> None:
     driven(here, *HELD, "run.name=x")
     again = driven(here, *HELD, "run.name=x")
@@ -192,7 +217,7 @@ def test_each_recipe_trains_under_the_users_own_torchrun(tmp_path: Path, recipe:
     whole = [row for row in rows(tmp_path / "runs/r")[1:] if "throughput/samples_per_s" in row]
     assert all(sum(row[f"stage/{stage}/share"] for stage in stages) == pytest.approx(1) for row in whole)
     wall_ms = sum(row["batch/global"] / row["throughput/samples_per_s"] * 1e3 for row in whole)
-    assert sum(row[f"stage/{stage}/ms"] for row in whole for stage in stages) == pytest.approx(wall_ms, rel=0.1)
+    assert sum(row[f"stage/{stage}/ms"] for row in whole for stage in stages) == pytest.approx(wall_ms, rel=0.25)
     assert list((tmp_path / "runs/r/wandb").glob("offline-run-*/*.wandb"))
 
 

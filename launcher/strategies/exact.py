@@ -1,0 +1,178 @@
+"""The model whole on every rank, gradients added in a fixed tree: bitwise the same at any number of workers."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launcher.errors import RequestError
+from launcher.optim import Precision
+from launcher.settings import Run
+from launcher.shards import Tree, trainers
+from launcher.strategies.ddp import DdpReplica
+from launcher.telemetry import StageClock
+
+__all__ = ["ExactReplica"]
+
+
+class ExactReplica(DdpReplica):
+    """The optimizer's step of DDP, on gradients that came together in another way.
+
+    Each shard of the batch gives one flat vector: its gradients, its floating buffers, which of them changed, which
+    parameters have a gradient, and 1. These are added as ((0+1)+(2+3))+…, first the shards of a rank, then the ranks'
+    sums by sends from one rank to another, and rank 0's total is broadcast. An empty shard gives zeros.
+
+    Every shard starts from the buffers as they were before the update. A floating buffer that some shard changed
+    becomes the sum over the shards that have samples (in the same tree) over their number, each counting the same
+    however many samples it has; an unchanged one stays. Other buffers (counters) are those of shard 0, which always
+    has samples.
+    """
+
+    def __init__(self, model: nn.Module, run: Run, world: int, precision: Precision, clock: StageClock) -> None:
+        make_deterministic()
+        super().__init__(model, run, 1, precision, clock)  # to DDP every rank is alone
+        self._ranks = world
+        self._rank = dist.get_rank() if world > 1 else 0
+        self._trainers = trainers(world, run.elastic.shards)
+        self._shards = run.elastic.shards // self._trainers if self._rank < self._trainers else 0
+        both = list(zip(self._buffers, self._kept, strict=True))
+        self._means = [(buffer, kept) for buffer, kept in both if buffer.is_floating_point()]
+        self._counters = [buffer for buffer in self._buffers if not buffer.is_floating_point()]
+        self._counted: list[torch.Tensor] = []
+        numbers = [*self._parameters, *(buffer for buffer, _ in self._means)]
+        self._dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
+        self._sizes = [number.numel() for number in numbers] + [1] * len(self._means) + [len(self._parameters) + 1]
+        self._tree = Tree()
+        self._place: int | None = None
+        if world > 1:
+            for tensor in (*model.parameters(), *self._buffers):
+                dist.broadcast(tensor.detach(), src=0)
+
+    @contextmanager
+    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
+        if self._place not in (None, place):
+            self._close()
+        self._place = place
+        with super().micro(last=last, pad=pad, place=place):
+            yield
+        if last:
+            if not pad:
+                self._close()
+            self._place = None
+            self._combine()
+
+    def backward(self, total: torch.Tensor, samples: int) -> None:
+        if not self._pad:
+            super().backward(total, samples)
+
+    @torch.no_grad()
+    def _close(self) -> None:
+        """The shard is complete: keep what it gave, and leave no trace of it for the next one."""
+        self._tree.add(self._packed())
+        if self._place == 0:
+            self._counted = [counter.clone() for counter in self._counters]
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept)
+
+    def _packed(self) -> torch.Tensor:
+        device = self._precision.device
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        changed = [(buffer != kept).any() for buffer, kept in self._means]
+        flags = torch.tensor([*(p.grad is not None for p in self._parameters), True], device=device)
+        parts = [*gradients, *(buffer for buffer, _ in self._means), *changed, flags]
+        return torch.cat([part.reshape(-1).to(self._dtype) for part in parts])
+
+    @torch.no_grad()
+    def _combine(self) -> None:
+        zeros = torch.zeros(sum(self._sizes), dtype=self._dtype, device=self._precision.device)
+        while self._tree.size < self._shards:
+            self._tree.add(zeros)  # not left out: -0.0 + 0.0 is 0.0, wherever the neighbour is
+        total = self._gathered(self._tree.total()) if self._shards else zeros
+        self._tree = Tree()
+        if self._ranks > 1:
+            dist.broadcast(total, src=0)
+        self._take_over(total)
+        self._count()
+
+    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
+        """Up the tree over the ranks; rank 0 ends with the whole."""
+        step = 1
+        while step < self._trainers:
+            if self._rank % (2 * step):
+                dist.send(own, self._rank - step)
+                break
+            other = torch.empty_like(own)
+            dist.recv(other, self._rank + step)
+            own = own + other
+            step *= 2
+        return own
+
+    def _take_over(self, total: torch.Tensor) -> None:
+        parts, parameters, means = total.split(self._sizes), len(self._parameters), len(self._means)
+        *has, shards = parts[-1].tolist()
+        for parameter, gradient, there in zip(self._parameters, parts, has, strict=False):
+            # As the parameter lies in memory: one kernel of the optimizer walks over both.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape)) if there else None
+        sums, changed = parts[parameters : parameters + means], parts[parameters + means : -1]
+        for (buffer, kept), whole, moved in zip(self._means, sums, changed, strict=True):
+            buffer.copy_(torch.where(moved > 0, (whole / shards).view(buffer.shape).to(buffer.dtype), kept))
+
+    def _count(self) -> None:
+        """Give every rank the counters of shard 0: their bytes in one message."""
+        if not self._counters:
+            return
+        mine = self._counted or self._counters
+        together = torch.cat([counter.reshape(-1).view(torch.uint8) for counter in mine])
+        if self._ranks > 1:
+            dist.broadcast(together, src=0)
+        sizes = [counter.numel() * counter.element_size() for counter in self._counters]
+        for counter, part in zip(self._counters, together.split(sizes), strict=True):
+            counter.copy_(part.clone().view(counter.dtype).view(counter.shape))
+        self._counted = []
+
+    def tensors(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], Mapping[str, Any]]:
+        model, optimizer, facts = super().tensors()
+        return model, optimizer, {**facts, "exact": numerics(self._precision.device)}
+
+    def restore(
+        self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        """
+        Raises:
+            RequestError: the checkpoint is of an exact run with other arithmetic.
+        """
+        here, before = numerics(self._precision.device), facts.get("exact", {})
+        for name, was in before.items():
+            if here.get(name) != was:
+                raise RequestError(
+                    f"elastic.exact=true: {name} was {was} before and is {here.get(name)} now, which changes the last "
+                    f"bits: go on with {was}, or start anew with run.name=…"
+                )
+        super().restore(model, optimizer, facts)
+
+
+def make_deterministic() -> None:
+    """For this process: the same kernels in the same order, and no numbers shorter than their type."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def numerics(device: torch.device) -> dict[str, Any]:
+    """What the last bits depend on besides the configuration."""
+    cuda = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "the number of threads": torch.get_num_threads(),
+        "the kind of device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "the processor's instructions": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -314,6 +315,9 @@ REFUSED = [
     ({"checkpoint.every": "-10min"}, "checkpoint.every=-10min is negative"),
     ({"log.every": 0}, "log.every=0 is below 1"),
     ({"elastic.min_workers": 4, "elastic.max_workers": 2}, "elastic.max_workers=2 is below elastic.min_workers=4"),
+    ({"elastic.hang_s": 0.0}, "elastic.hang_s=0.0 is below 1 second"),
+    ({"elastic.hang_s": math.nan}, "elastic.hang_s=nan is below 1 second"),
+    ({"elastic.first_s": 5.0}, "elastic.first_s=5.0 is below elastic.hang_s=8.0"),
     ({"train.target.metric": "val/loss"}, "train.target={metric: val/loss, at_least: None, at_most: None} needs"),
     ({"train.target.at_least": 0.9}, "train.target={metric: None"),
     ({"train.stop_at_target": True}, "train.target={metric: None"),

@@ -21,6 +21,8 @@ from launcher.reading import Reading
 from launcher.sinks.thin import Thinner
 from launcher.sinks.wandb import answers
 
+pytestmark = pytest.mark.slow  # a real wandb service is started
+
 NOWHERE = "http://127.0.0.1:9"
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -32,7 +34,6 @@ from launcher.reading import Reading
 from launcher.sinks import Destination, open_sinks
 from launcher.sinks.journal import Journal
 
-pytestmark = pytest.mark.slow  # a real wandb service is started
 
 folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = {"batch.per_device": 32, "lr.base": 0.1}

@@ -14,7 +14,6 @@ import os
 import signal
 import stat
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -105,7 +104,7 @@ class Heart:
         topology: Topology,
         pace: Pace,
         limits: Limits,
-        screen: TextIO = sys.stderr,
+        screen: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], None] = os._exit,
     ) -> None:
@@ -126,16 +125,19 @@ class Heart:
 
     @classmethod
     def start(
-        cls, folder: RunFolder, topology: Topology, limits: Limits, screen: TextIO, *, compiles: bool
+        cls, folder: RunFolder, topology: Topology, limits: Limits, *, compiles: bool, screen: TextIO | None
     ) -> Heart | Still:
-        """A beating heart; on a node without a usable temporary folder none, which is said."""
+        """A beating heart; on a node without a usable temporary folder none, which is said in the log.
+
+        `screen`: where to say who hung; None where the driver does, from what is found in the run folder.
+        """
         try:
             slots = slots_of(folder.path, topology)
-            log = folder.log(*topology.place).open("a")
+            stacks = folder.log(*topology.place).open("a")
         except OSError as problem:
-            print(f"warning: hung workers will not be found: {problem}", file=screen, flush=True)
+            logging.getLogger(__name__).warning("hung workers will not be found: %s", problem)
             return Still()
-        faulthandler.register(signal.SIGUSR2, file=log, all_threads=True, chain=False)
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True, chain=False)
         heart = cls(slots, folder, topology, Pace(limits, compiles=compiles), limits, screen)
         heart.phase("start")
         heart.beat()
@@ -202,7 +204,7 @@ class Heart:
         own = next((state for state in states if state.rank == self._topology.rank), None)
         if own is None or own.phase in ("checkpoint", "finish") or now - own.since < SUSPECT_S:
             return
-        log().warning("rank %d is gone, and %s has not noticed: leaving", gone.rank, own.phase)
+        logging.getLogger(__name__).warning("rank %d is gone, and %s has not noticed: leaving", gone.rank, own.phase)
         self._end()
 
     def _act(self, verdict: Verdict, states: list[State]) -> None:
@@ -222,7 +224,7 @@ class Heart:
             self._end()
 
     def _say(self, verdict: Verdict) -> None:
-        """A failure for the driver, an alarm among the events, a line on the screen; a full disk hinders none of it."""
+        """A failure for the driver, an alarm among the events, a line on the screen; a full disk hinders nothing."""
         state, generation = verdict.state, self._topology.generation
         log = self._folder.log(state.rank, generation)
         stacks = "" if verdict.why == "stopped" else f"; stacks in {log}"
@@ -234,8 +236,8 @@ class Heart:
         with suppress(OSError):
             append(self._folder.events, line)
         with suppress(OSError):
-            clear = "\r\x1b[K" if self._screen.isatty() else ""
-            print(f"{clear}warning: {detail}{stacks}", file=self._screen, flush=True)
+            if self._screen is not None:
+                print(f"warning: {detail}{stacks}", file=self._screen, flush=True)
 
     def _end(self) -> None:
         self._slots.hide()
@@ -250,10 +252,6 @@ class Still:
     def waits(self) -> None: ...
 
     def stop(self, *, finished: bool = False) -> None: ...
-
-
-def log() -> logging.Logger:
-    return logging.getLogger(__name__)
 
 
 def known(state: State) -> State:

@@ -40,8 +40,8 @@ class Limits:
 
     @property
     def silent_s(self) -> float:
-        """How long a stopped process is given: it can't be busy, so half is enough."""
-        return self.hang_s / 2
+        """How long a stopped process is given: it can't be busy, but a tool may look at its stack."""
+        return self.hang_s / 3
 
 
 @dataclass(frozen=True)

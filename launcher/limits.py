@@ -169,7 +169,7 @@ def _check_exact(run: Run) -> None:
 def _check_hang(run: Run) -> None:
     hang_s, first_s = run.elastic.hang_s, run.elastic.first_s
     if not hang_s >= 1:
-        raise RequestError(f"elastic.hang_s={hang_s} is below 1 second: type elastic.hang_s=8, or inf for never")
+        raise RequestError(f"elastic.hang_s={hang_s} is below 1 second: type elastic.hang_s=8, or 1e9 for never")
     if not first_s >= hang_s:
         raise RequestError(f"elastic.first_s={first_s} is below elastic.hang_s={hang_s}: type elastic.first_s={hang_s}")
 

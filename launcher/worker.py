@@ -198,7 +198,8 @@ def heart_of(assignment: Assignment, topology: Topology, screen: TextIO) -> Hear
 
     elastic, compiles = assignment.run.elastic, assignment.run.train.compile
     limits = Limits(elastic.hang_s, elastic.first_s)
-    return Heart.start(assignment.folder, topology, limits, screen, compiles=compiles)
+    told = None if assignment.loopback else screen
+    return Heart.start(assignment.folder, topology, limits, compiles=compiles, screen=told)
 
 
 def early_wishes() -> Wishes:

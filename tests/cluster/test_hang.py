@@ -80,7 +80,8 @@ def test_stopped_ranks_are_replaced_within_12_s_and_the_end_is_the_same(here: Pa
     done = driven(here, *TWO, "run.name=h", **fault)
     found = [(alarm["rank"], alarm["phase"], alarm["update"]) for alarm in hangs(here / "runs/h")]
     assert found == [(1, "forward", 6), (0, "data", 14)]
-    assert done.stderr.count("rank 1 hung in forward of update 6") == 1
+    assert done.stderr.count("rank 1 failed in forward of update 6: Hang: its process is stopped") == 1
+    assert "warning" not in done.stderr, "each is said once"
     assert promptly(here / "runs/h", began)
     assert furthest(here / "runs/h", whole) == 0.0
     assert [event["generation"] for event in events(here / "runs/h", "start")] == [1, 2, 3]
@@ -105,8 +106,9 @@ def test_under_the_users_own_torchrun_it_is_the_same(here: Path, whole: Path) ->
     began = time.time()
     argv = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1", "-m", "launcher"]
     job = [one for one in TWO if not one.startswith("launch.workers")]
-    run([*argv, *job, "run.name=t"], here, LAUNCHER_TEST_FAULTS="1", FAULT="hang@backward:1:6")
+    done = run([*argv, *job, "run.name=t"], here, LAUNCHER_TEST_FAULTS="1", FAULT="hang@backward:1:6")
     assert [(one["rank"], one["phase"]) for one in hangs(here / "runs/t")] == [(1, "backward")]
+    assert done.stderr.count("warning: rank 1 hung in backward of update 6") == 1
     assert promptly(here / "runs/t", began)
     assert furthest(here / "runs/t", whole) == 0.0
 

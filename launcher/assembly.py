@@ -141,7 +141,7 @@ def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, da
         device=device,
         precision=precision,
         clock=clock,
-        replica=prepare(model, run, topology.world, precision, clock),
+        replica=prepare(model, run, topology.world, precision, clock, getattr(recipe, "param_groups", None)),
         train_data=data.train,
         val_data=data.val,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from launcher.recipe import load_class
 from launcher.settings import Run
 
 __all__ = [
+    "Groups",
     "Precision",
     "apply_rate",
     "load_optimizer",
@@ -24,12 +26,21 @@ __all__ = [
     "reads_found_inf",
 ]
 
+#: In an optimizer's group: its rate over the run's.
+SHARE = "lr_share"
 #: torch's optimizers with one kernel for all parameters on the CPU and on CUDA alike.
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
-def make_optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+#: What a recipe may offer as `param_groups(model)`.
+Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
+
+
+def make_optimizer(model: nn.Module, run: Run, groups: Groups | None = None) -> torch.optim.Optimizer:
     """The run's optimizer over the model's trainable parameters, at rate 0 until the schedule says otherwise.
+
+    `groups` are the recipe's own, as torch takes them; a group's `lr` is what it would be at `lr.base`, and keeps that
+    proportion to the rate through warmup, decay and any batch.
 
     Raises:
         RequestError: the class is unknown or not trusted, or refuses one of its arguments.
@@ -39,12 +50,33 @@ def make_optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     if kind in FUSED and options.get("fused") is None and options.get("foreach") is None:
         options["fused"] = all(p.is_floating_point() for p in model.parameters())
     try:
-        optimizer = kind(parameter_groups(model, run, options), lr=0.0, **options)
+        optimizer = kind(own_groups(model, run, groups) or parameter_groups(model, run, options), lr=0.0, **options)
     except (TypeError, ValueError) as problem:
         raise RequestError(f"optimizer={kind.__name__} does not take these arguments: {problem}") from problem
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise RequestError(f"optimizer._target_={run.optimizer['_target_']} is no torch.optim.Optimizer: name one")
     return optimizer
+
+
+def own_groups(model: nn.Module, run: Run, groups: Groups | None) -> list[dict[str, Any]]:
+    """The recipe's groups, each with its share of the rate; none where it has no say.
+
+    Raises:
+        RequestError: a trainable parameter is in none of them, or one is in two.
+    """
+    if groups is None:
+        return []
+    found = [dict(group) for group in groups(model)]
+    for group in found:
+        group["params"] = list(group["params"]) if not isinstance(group["params"], torch.Tensor) else [group["params"]]
+        if "lr" in group:
+            group[SHARE] = group.pop("lr") / float(run.lr.base or 1.0)
+    grouped = Counter(id(parameter) for group in found for parameter in group["params"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and grouped[id(parameter)] != 1:
+            times = "more than one" if grouped[id(parameter)] else "none"
+            raise RequestError(f"the recipe's param_groups(model) has {name} in {times} of its groups: name it in one")
+    return found
 
 
 def parameter_groups(model: nn.Module, run: Run, options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -66,7 +98,7 @@ def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 def apply_rate(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(SHARE, 1.0)
         if momentum is not None and "momentum" in group:
             group["momentum"] = momentum
         elif momentum is not None and "betas" in group:

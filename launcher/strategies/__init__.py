@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from launcher.optim import Precision
+    from launcher.optim import Groups, Precision
     from launcher.settings import Run
     from launcher.telemetry import StageClock
 
@@ -63,11 +63,16 @@ class Replica(Protocol):
         """Take over a checkpoint's tensors. Every rank calls it."""
 
 
-def prepare(model: nn.Module, run: Run, world: int, precision: Precision, clock: StageClock) -> Replica:
-    """The replica of `run.strategy.name`, or the exact one; the model is on its device already."""
+def prepare(
+    model: nn.Module, run: Run, world: int, precision: Precision, clock: StageClock, groups: Groups | None = None
+) -> Replica:
+    """The replica of `run.strategy.name`, or the exact one; the model is on its device already.
+
+    `groups`: the recipe's own parameter groups.
+    """
     from launcher.strategies.ddp import DdpReplica
     from launcher.strategies.exact import ExactReplica
 
     table = {"ddp": DdpReplica}
     kind = ExactReplica if run.elastic.exact else table[run.strategy.name]
-    return kind(model, run, world, precision, clock)
+    return kind(model, run, world, precision, clock, groups)

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from launcher.optim import (
+    Groups,
     Precision,
     apply_rate,
     load_optimizer,
@@ -41,7 +42,15 @@ class DdpReplica:
     pass only waits), and sends zeros for a rank that has nothing but a pad, whatever the pad's own gradient is.
     """
 
-    def __init__(self, model: nn.Module, run: Run, world: int, precision: Precision, clock: StageClock) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        world: int,
+        precision: Precision,
+        clock: StageClock,
+        groups: Groups | None = None,
+    ) -> None:
         self.bare = model
         self._world = world
         self._precision = precision
@@ -49,7 +58,7 @@ class DdpReplica:
         self._pad = False
         self._fresh = True
         self.model: nn.Module = model if world == 1 else self._distributed(model, run)
-        self.optimizer = make_optimizer(model, run)
+        self.optimizer = make_optimizer(model, run, groups)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = [b for b in model.buffers() if b is not None]
         self._kept = [torch.empty_like(buffer) for buffer in self._buffers]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.errors import RequestError
-from launcher.optim import Precision
+from launcher.optim import Groups, Precision
 from launcher.settings import Run
 from launcher.shards import Tree, trainers
 from launcher.strategies.ddp import DdpReplica
@@ -33,9 +33,17 @@ class ExactReplica(DdpReplica):
     has samples.
     """
 
-    def __init__(self, model: nn.Module, run: Run, world: int, precision: Precision, clock: StageClock) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        world: int,
+        precision: Precision,
+        clock: StageClock,
+        groups: Groups | None = None,
+    ) -> None:
         make_deterministic()
-        super().__init__(model, run, 1, precision, clock)  # to DDP every rank is alone
+        super().__init__(model, run, 1, precision, clock, groups)  # to DDP every rank is alone
         self._ranks = world
         self._rank = dist.get_rank() if world > 1 else 0
         self._trainers = trainers(world, run.elastic.shards)

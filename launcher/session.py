@@ -123,7 +123,7 @@ def tell_of(error: BaseException, journal: Journal | Silent, topology: Topology)
     """An error of our own, or that another rank has gone: then we follow, and it is for that one to say why."""
     message = redact(str(error))
     if failure.consequence(message):
-        journal.event("alarm", kind="peer", detail=f"another rank has gone: {message}")
+        journal.event("alarm", kind="peer", detail="another worker has gone", message=message)
     else:
         journal.event("error", rank=topology.rank, type=type(error).__name__, message=message)
 

@@ -201,9 +201,10 @@ def test_a_quick_checkpoint_and_unknown_events_are_quiet() -> None:
 def test_a_resume_names_the_checkpoints_that_were_passed_over() -> None:
     damaged = [{"name": "u120", "why": "sha256 differs"}]
     facts = {"checkpoint": "u100", "update": 100, "passed_over": damaged, "changed": {"data.workers": [0, 2]}}
+    facts["lost_samples"] = 1280
     text = shown(File(), event("resume", facts))
     assert "warning: checkpoint u120 was passed over: sha256 differs" in text
-    assert "resumed    u100 at update 100 · data.workers 0 -> 2" in text
+    assert "resumed u100 at update 100 · 1,280 samples are run again · data.workers 0 -> 2" in " ".join(text.split())
 
 
 def test_a_terminal_gets_a_bar_a_few_times_a_second() -> None:

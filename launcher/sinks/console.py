@@ -97,7 +97,9 @@ class Console:
             self._note("warning:", f"checkpoint {one.get('name')} was passed over: {one.get('why')}", YELLOW)
         where = f"{facts.get('checkpoint')} at update {count(facts.get('update', 0))}"
         changed = [f"{key} {old} -> {new}" for key, (old, new) in (facts.get("changed") or {}).items()]
-        self._print(*rows([("resumed", " · ".join([where, *changed]))], self._width, self._paint))
+        lost = facts.get("lost_samples")
+        again = [f"{count(lost)} samples are run again"] if lost else []
+        self._print(*rows([("resumed", " · ".join([where, *again, *changed]))], self._width, self._paint))
         self._gap = True
 
     def _checkpoint(self, facts: Mapping[str, Any]) -> None:

@@ -235,10 +235,11 @@ def tell(text: str, *, whole: bool = False) -> None:
 def handled(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """The driver's signals go to `ask`, and to whom they went before once this is over.
 
-    One that is ignored stays so: under nohup a closed terminal ends nothing.
+    A terminal's signal that is ignored stays so: under nohup, or in a script's background, they are not for us.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, ask) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    terminals = (signal.SIGINT, signal.SIGHUP)
+    heard = [number for number in terminals if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in (*heard, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jobs import alive, descendants, environment, training, wait_for
+from jobs import alive, descendants, environment, rows, training, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 JOB = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
 LONG = [*JOB, "lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]
+
+
+def hearing() -> None:
+    """As from a terminal: a suite that runs in some script's background hands an ignored Ctrl-C on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -28,7 +34,16 @@ def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         argv = [sys.executable, "-m", "launcher", *overrides]
         pipe = subprocess.PIPE
         started.append(
-            subprocess.Popen(argv, cwd=tmp_path, env=env, text=True, stdout=pipe, stderr=pipe, start_new_session=True)
+            subprocess.Popen(
+                argv,
+                cwd=tmp_path,
+                env=env,
+                text=True,
+                stdout=pipe,
+                stderr=pipe,
+                start_new_session=True,
+                preexec_fn=hearing,  # noqa: PLW1509 (single-threaded here)
+            )
         )
         return started[-1]
 
@@ -86,6 +101,18 @@ def test_nobody_outlives_a_killed_driver_or_agent(
     if victim == "agent":
         assert process.returncode == 1
         assert stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "hearing", lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = driver(*LONG)
+    wait_for(training(tmp_path / "runs/x"))
+    process.send_signal(signal.SIGHUP)
+    before = len(rows(tmp_path / "runs/x"))
+    wait_for(training(tmp_path / "runs/x", before + 20))
+    assert process.poll() is None
 
 
 def verb(here: Path, *words: str) -> subprocess.CompletedProcess[str]:

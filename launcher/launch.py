@@ -117,7 +117,9 @@ class Job:
         self._first = found.folder.generation() + 1
         self._report = private / "failures.json"
         assignment = replace(Assignment.of(found, loopback=True), first=self._first)
-        self._command = command(found.run, workers, in_memory(assignment.to_json()), self._report)
+        self._handover = in_memory(assignment.to_json())
+        path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")
+        self._command = command(found.run, workers, path, self._report)
         self._asked = self._seen = 0
         self._told: set[int] = set()
 
@@ -129,6 +131,7 @@ class Job:
                 return self._watch(agent)
             finally:
                 self._end(agent)
+                os.close(self._handover)
 
     def _watch(self, agent: subprocess.Popen[bytes]) -> int:
         """Until the agent ends, or there is no point in letting it start the workers again."""
@@ -207,11 +210,11 @@ class Job:
         return EXIT_FAILED
 
 
-def in_memory(text: str) -> Path:
+def in_memory(text: str) -> int:
     """A file that only this user's processes can read, on no disk, and gone with this process: it holds secrets."""
     number = os.memfd_create("handover")
     os.write(number, text.encode())
-    return Path(f"/proc/{os.getpid()}/fd/{number}")
+    return number
 
 
 def killed(report: Path) -> str:

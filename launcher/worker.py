@@ -12,8 +12,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import active_children
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from launcher import failure, logs
 from launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_OK, EXIT_REQUEST, RequestError
@@ -186,10 +187,20 @@ def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) ->
         status = fail(assignment, topology, error, screen)
         if claim is not None and status == EXIT_REQUEST:
             claim.refused()
+        if status == EXIT_AGAIN and not active_children():
+            leave(status)
         return status
     finally:
         if claim is not None and claim.lock is not None:
             claim.lock.release()
+
+
+def leave(status: int) -> NoReturn:
+    """At once: the agent waits for this process before it starts the next, and tearing torch down takes a second."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def heart_of(assignment: Assignment, topology: Topology, screen: TextIO) -> Heart | Still:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from launcher.errors import RequestError
-from launcher.settings import ALIASES, Run
+from launcher.settings import ALIASES, ElasticSettings, Run
 
 __all__ = ["check_data", "check_request"]
 
@@ -36,6 +36,10 @@ def check_request(run: Run) -> None:
     _check_target(run)
     if run.elastic.exact:
         _check_exact(run)
+    elif run.elastic.shards != ElasticSettings().shards:
+        raise RequestError(
+            f"elastic.shards={run.elastic.shards} has no meaning without elastic.exact=true: type that too, or neither"
+        )
     _check_hang(run)
     low, high = run.elastic.min_workers, run.elastic.max_workers
     if high is not None and high < low:

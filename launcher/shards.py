@@ -71,11 +71,12 @@ class ShardPlan(BatchPlan):
         """`samples` in shards whose sizes differ by at most one, larger first; a small tail leaves some empty."""
         sizes = level(samples, shards)
         own = shards // trainers(world, shards)
-        pieces = [len(_cut(size, cap)) for size in sizes]
+        largest = _cut(sizes[0], cap)[0]
+        pieces = [len(_cut(size, largest)) for size in sizes]
         return cls(
             world=world,
             shares=tuple(sum(sizes[rank * own : (rank + 1) * own]) for rank in range(world)),
-            per_device=_cut(sizes[0], cap)[0],
+            per_device=largest,
             accumulation=max(sum(pieces[start : start + own]) for start in range(0, shards, own)),
             fewest=True,
             shards=sizes,

@@ -315,6 +315,7 @@ REFUSED = [
     ({"checkpoint.every": "-10min"}, "checkpoint.every=-10min is negative"),
     ({"log.every": 0}, "log.every=0 is below 1"),
     ({"elastic.min_workers": 4, "elastic.max_workers": 2}, "elastic.max_workers=2 is below elastic.min_workers=4"),
+    ({"elastic.shards": 4}, "elastic.shards=4 has no meaning without elastic.exact=true: type"),
     ({"elastic.hang_s": 0.0}, "elastic.hang_s=0.0 is below 1 second"),
     ({"elastic.hang_s": math.nan}, "elastic.hang_s=nan is below 1 second"),
     ({"elastic.first_s": 5.0}, "elastic.first_s=5.0 is below elastic.hang_s=8.0"),

@@ -133,7 +133,8 @@ def test_nodes_join_and_are_lost_and_training_goes_on(
     assert b"stopped: at update" in stopped.stdout
     assert first.wait(timeout=30) == 0
     found = rows(run_dir)
-    assert {row["update"] for row in found} == set(range(1, found[-1]["update"] + 1)), "no row is missing"
+    updates = {row["update"] for row in found}
+    assert updates == set(range(1, max(updates) + 1)), "no row is missing; the stop may come before what was lost"
     assert {row["batch/global"] for row in found} == {50}
     worlds = [(event["from"]["world"], event["to"]["world"]) for event in events(run_dir, "resize")]
     assert worlds[-2:] == [(2, 3), (3, 2)]

@@ -162,26 +162,6 @@ def test_kills_under_the_users_own_torchrun_whatever_its_store(here: Path) -> No
     assert [event["generation"] for event in events(here / "runs/k", "start")] == [1, 2, 3, 4]
 
 
-PHASES = [
-    *("start:1:0", "rendezvous:1:0", "restore:0:0", "data:1:7", "forward:0:8", "backward:1:9", "sync:0:9"),
-    *("optimizer:1:10", "checkpoint-write:0:10", "checkpoint-rename:0:10", "validate:1:15"),
-    "finish:0:0",
-]
-
-
-def test_a_kill_in_every_phase_changes_nothing(here: Path) -> None:  # noqa: F811
-    """One job, killed twelve times, each time somewhere else; every sample of every epoch counts once."""
-    job = [*HELD, "launch.workers=2", "+recipe.drop=0.3", "checkpoint.every=1ep", "elastic.max_restarts=20"]
-    driven(here, *job, "run.name=whole")
-    kills = ",".join(f"kill@{phase}:{start}" for start, phase in enumerate(PHASES, start=1))
-    driven(here, *job, "run.name=killed", LAUNCHER_TEST_FAULTS="1", FAULT=kills)
-    assert furthest(here / "runs/whole", here / "runs/killed") == 0.0
-    found = rows(here / "runs/killed")
-    assert {row["update"] for row in found} == set(range(1, 26)), "no row is missing"
-    last = {row["update"]: row for row in found}
-    assert [last[n]["train/loss"] for n in range(1, 26)] == [r["train/loss"] for r in rows(here / "runs/whole")]
-
-
 def test_a_rank_without_samples_trains_along(here: Path) -> None:  # noqa: F811
     """A batch of 2 on 3 workers: allowed by elastic.idle, equal to one process that takes it alone."""
     job = [*HELD, "batch.global=2", "lr.base_batch=2", "train.duration=0.2ep", "train.precision=fp64"]

@@ -110,6 +110,7 @@ class TrainSettings:
     stop_at_target: bool = key(False, "end at the first validation that reaches the target")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = key("fp32", "the numbers of the forward and backward pass")
     compile: bool = key(False, "torch.compile the model")
+    activation_checkpointing: bool = key(False, "compute a block's activations anew in the backward pass")
     clip_norm: float | None = key(None, "clip the gradient's norm to this")
     validate_every: str | None = key("1ep", "how often to validate, a duration; null for only at the end")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to train")
@@ -129,8 +130,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    name: Literal["ddp"] = key("ddp", "how the model lies on the workers")
+    name: Literal["ddp", "fsdp", "deepspeed"] = key("ddp", "how the model lies on the workers")
     find_unused_parameters: bool = key(False, "DDP: look for parameters that got no gradient")
+    reshard: bool = key(True, "FSDP: let go of a block's parameters between its forward and its backward pass")
+    gather: Literal["fp32", "bf16"] = key("fp32", "FSDP: the numbers that parameters are gathered in")
+    stage: int = key(2, "DeepSpeed's ZeRO stage, 0 to 3")
+    offload: bool = key(False, "keep what the optimizer works on in the machine's memory; needs a GPU")
+    config: str | None = key(None, "a DeepSpeed JSON of your own, merged into ours")
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,9 @@ class CheckpointSettings:
     every: str | None = key("1ep", "how often to save: a duration or 10min; null for only at the end")
     keep: int = key(2, "how many checkpoints to keep")
     dir: str | None = key(None, "where; <run folder>/checkpoints by default")
+    sharded: bool | Literal["auto"] = key(
+        "auto", "each rank writes its own part; auto where the strategy shards and the state is above 4 GiB"
+    )
     best: str | None = key(None, "keep the best checkpoint by this metric, e.g. val/accuracy")
     best_mode: Literal["auto", "min", "max"] = key("auto", "whether the best is lowest or highest; auto: losses lowest")
 

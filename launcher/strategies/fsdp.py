@@ -52,7 +52,7 @@ class FsdpReplica(Rank):
         self._sharded = shard(model, run, world, precision, blocks)
         self.model = model
         super().__init__(model, world, precision)
-        self.optimizer = make_optimizer(model, run, groups)
+        self.optimizer = make_optimizer(model, run, groups, fused=(torch.optim.Adam, torch.optim.AdamW))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
 

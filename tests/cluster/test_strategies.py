@@ -108,19 +108,15 @@ GPT = [
 ]
 
 
+RESNET = [
+    *("recipe=resnet", "recipe.subset=60", "recipe.width=5", "sink=[]", "batch.global=20", "batch.per_device=10"),
+    *("train.duration=60sp", "train.validate_every=null", "checkpoint.every=null"),
+]
+
+
 def test_a_checkpoint_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
     """A tied embedding, buffers, groups: from DDP through each layout at 2, 1 and 3 workers, whole and in parts."""
-    resnet = [
-        "recipe=resnet",
-        "sink=[]",
-        "recipe.subset=60",
-        "train.duration=60sp",
-        "recipe.width=5",
-        "batch.global=20",
-        "batch.per_device=10",
-        "checkpoint.every=null",
-    ]
-    models = {"gpt": GPT, "resnet": resnet}
+    models = {"gpt": GPT, "resnet": RESNET}
     sessions(tmp_path, 1, {name: Job(arguments) for name, arguments in models.items()})
     start = {name: newest_of(tmp_path / name) for name in models}
     last = dict(start)
@@ -139,3 +135,18 @@ def test_a_checkpoint_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
             files = [file for file in found.manifest.files if file.startswith("model")]
             assert len(files) == (world if parts == "true" else 1)
             last[name] = found
+
+
+def test_activations_computed_anew_change_nothing(tmp_path: Path) -> None:
+    """Not one bit, with dropout (the same draws) and with BatchNorm (statistics moved once), under each layout."""
+    models = {"gpt": [*GPT, "recipe.dropout=0.2"], "resnet": RESNET}
+    anew = "train.activation_checkpointing=true"
+    jobs = {}
+    for layout, strategy in {"ddp": [], **LAYOUTS}.items():
+        for name, arguments in models.items():
+            jobs[f"{name}-{layout}"] = Job([*arguments, *strategy])
+            jobs[f"{name}-{layout}-anew"] = Job([*arguments, *strategy, anew])
+    sessions(tmp_path, 2, jobs)
+    for job in jobs:
+        if not job.endswith("-anew"):
+            assert furthest(tmp_path / job, tmp_path / f"{job}-anew") == 0.0, job

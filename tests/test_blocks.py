@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launcher.recipes.gpt_model import GptModel
+from launcher.recipes.resnet_model import resnet
 from torch import nn
 
 from launcher.blocks import blocks_of, recompute
 from launcher.errors import RequestError
-from launcher.recipes.gpt_model import GptModel
-from launcher.recipes.resnet_model import resnet
 
 
 class Counted(nn.Module):

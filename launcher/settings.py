@@ -190,6 +190,7 @@ class LogSettings:
 @dataclass(frozen=True)
 class PlanSettings:
     worlds: tuple[int, ...] | None = key(None, "launcher plan: the world sizes to show; 1 to 64 by default")
+    memory: bool = key(False, "also what the model's state takes per worker under each strategy; imports torch")
 
 
 @dataclass(frozen=True)

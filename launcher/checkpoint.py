@@ -296,9 +296,9 @@ class Reader:
         parts = [
             self._piece(file, key, last - first, facts["dtype"])[max(start - first, 0) : stop - first]
             for file, key, first, last in facts["pieces"]
-            if (first < stop and start < last) or first == last
+            if first < stop and start < last
         ]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=getattr(torch, facts["dtype"]))
 
     def _piece(self, file: str, key: str, numel: int, dtype: str) -> torch.Tensor:
         try:

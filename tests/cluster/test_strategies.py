@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import environment, furthest, rows
+from jobs import environment, events, furthest, rows
+from test_main_job import HELD as HELD_JOB
+from test_main_job import driven, here  # noqa: F401 (a fixture)
 
 from launcher.checkpoint import load
 from launcher.manifest import Found, newest
@@ -150,3 +152,19 @@ def test_activations_computed_anew_change_nothing(tmp_path: Path) -> None:
     for job in jobs:
         if not job.endswith("-anew"):
             assert furthest(tmp_path / job, tmp_path / f"{job}-anew") == 0.0, job
+
+
+def test_a_job_changes_its_strategy_and_its_workers_on_the_way(here: Path) -> None:  # noqa: F811
+    """DDP on 2, FSDP on 3 that writes in parts and loses a worker, DDP on 1: the parameters of one process."""
+    job = [*HELD_JOB, "train.precision=fp64", "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]
+    driven(here, *job, "launch.workers=1", "run.name=whole")
+    fault = {"LAUNCHER_TEST_FAULTS": "1"}
+    driven(here, *job, "launch.workers=2", "run.name=parts", **fault, FAULT="stop@forward:0:6:1")
+    fsdp = ["strategy=fsdp", "checkpoint.sharded=true", "launch.workers=3", "run.name=parts"]
+    driven(here, *job, *fsdp, **fault, FAULT="kill@backward:1:9:2,stop@forward:0:14:3")
+    driven(here, *job, "launch.workers=1", "run.name=parts")
+    assert furthest(here / "runs/whole", here / "runs/parts") <= 1e-10
+    found = {row["update"]: row for row in rows(here / "runs/parts")}
+    assert list(found) == list(range(1, 26))
+    changed = [event["changed"] for event in events(here / "runs/parts", "resume")]
+    assert [change.get("strategy.name") for change in changed] == [["ddp", "fsdp"], None, ["fsdp", "ddp"]]

@@ -155,7 +155,7 @@ def test_activations_computed_anew_change_nothing(tmp_path: Path) -> None:
 
 
 def test_who_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
-    """Rank 1 waits 50 ms for the data of each micro-batch; rank 0 for rank 1, wherever its strategy meets the others."""
+    """Rank 1 waits 50 ms for each micro-batch; rank 0 waits for rank 1, wherever their strategy has them meet."""
     jobs = {layout: Job([*GPT, *strategy]) for layout, strategy in LAYOUTS.items()}
     sessions(tmp_path, 2, jobs, LAUNCHER_TEST_FAULTS="1", FAULT="slow@data:1:0")
     for layout in jobs:

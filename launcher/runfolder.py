@@ -131,6 +131,16 @@ class RunFolder:
         write_whole(self.path / "generation", f"{number}\n")
         return number
 
+    def restarts(self) -> int:
+        """How many of those starts replaced workers of a job under way, and were no new command."""
+        try:
+            return int((self.path / "restarts").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def count_restart(self) -> None:
+        write_whole(self.path / "restarts", f"{self.restarts() + 1}\n")
+
     def saved_generation(self) -> int:
         """The last start of the workers that saved a checkpoint; 0 before the first."""
         try:

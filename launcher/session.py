@@ -358,6 +358,7 @@ def finish(job: Job, assignment: Assignment, standing: Standing, ending: int) ->
         "updates": position.update,
         "seconds": job.meter.seconds(),
         "metrics": dict(standing.metrics),
+        "restarts": folder.restarts(),
         **totals(folder.metrics),
     }
     if standing.reached is not None:

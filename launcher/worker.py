@@ -87,6 +87,7 @@ class Assignment:
         generation = self.folder.next_generation()
         if not self.restarted and generation == (self.first or generation):
             return replace(self, generation=generation)
+        self.folder.count_restart()
         again = replace(self, generation=generation, restarted=True, changed={})
         saved = newest_of(self.folder, self.run) != self.before
         return replace(again, checkpoint=None, must=False) if saved else again

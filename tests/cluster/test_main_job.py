@@ -65,7 +65,7 @@ def here(tmp_path: Path) -> Path:
 
 def run(argv: list[str], here: Path, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        argv, cwd=here, env=environment(**env), capture_output=True, text=True, timeout=200, check=False
+        argv, cwd=here, env=environment(**env), capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done

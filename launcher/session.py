@@ -25,7 +25,7 @@ from launcher.loop import REPLAN, Job, train
 from launcher.manifest import Found, newest, open_at
 from launcher.record import Recorder, Silent, plan_facts
 from launcher.recovery import Restart, last_row, totals
-from launcher.redact import redact, redacted
+from launcher.redact import redacted
 from launcher.saver import Saver, checkpoints_of
 from launcher.signals import GO_ON, LEAVE, Wishes
 from launcher.sinks import Destination, open_sinks
@@ -107,7 +107,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     except BaseException as error:
         heart.stop()
         recorder.last_word()
-        tell_of(error, journal, topology)
+        tell_of(error, assignment, journal, topology)
         raise
     finally:
         saver.close()
@@ -119,13 +119,13 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     return EXIT_AGAIN if ending == LEAVE else EXIT_OK
 
 
-def tell_of(error: BaseException, journal: Journal | Silent, topology: Topology) -> None:
+def tell_of(error: BaseException, assignment: Assignment, journal: Journal | Silent, topology: Topology) -> None:
     """An error of our own, or that another rank has gone: then we follow, and it is for that one to say why."""
-    message = redact(str(error))
-    if failure.consequence(message):
-        journal.event("alarm", kind="peer", detail="another worker has gone", message=message)
+    found = failure.Failure.of(*topology.place, error, assignment.folder.log(*topology.place))
+    if failure.consequence(found.message):
+        journal.event("alarm", kind="peer", detail="another worker has gone", message=found.message)
     else:
-        journal.event("error", rank=topology.rank, type=type(error).__name__, message=message)
+        journal.event("error", **found.event().facts)
 
 
 def made_ready(assignment: Assignment, topology: Topology) -> Ready:

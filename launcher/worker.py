@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -241,8 +242,18 @@ def fail(assignment: Assignment, topology: Topology, error: Exception, screen: T
     if not assignment.loopback:
         if failure.speaks(assignment.folder.logs, found):
             print(f"error: {found.line()}", file=screen, flush=True)
+            write_down(assignment.folder, found)
         failure.tell_torchrun(error)
     return EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
+
+
+def write_down(folder: RunFolder, found: failure.Failure) -> None:
+    """As an event, where rank 0, whose events these are, had none of it to write."""
+    from launcher.sinks.jsonl import add_beside
+
+    with suppress(OSError):
+        if not failure.consequence(found.message) and not failure.written(folder.events, found):
+            add_beside(folder.events, found.event())
 
 
 def tell(text: str) -> None:

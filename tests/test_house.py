@@ -23,6 +23,7 @@ STDLIB_ONLY = [
         "study",
         "shards",
         "planning",
+        "policies",
         "redact",
         "keys",
         "runfolder",

@@ -26,6 +26,7 @@ from launcher.redact import redact
 from launcher.runfolder import RunFolder
 from launcher.settings import Run
 from launcher.sinks.jsonl import add
+from launcher.threads import threads_of
 from launcher.worker import Assignment
 
 __all__ = ["Command", "command", "drive", "workers_of"]
@@ -49,7 +50,6 @@ class Command:
 
 def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
     """torchrun on this machine, on the loopback, with `workers` processes that read the run from `handover`."""
-    threads = 1 if run.elastic.exact else run.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
     argv = (
         sys.executable,
         "-m",
@@ -66,7 +66,7 @@ def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
         str(handover),
     )
     env = {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads_of(run, workers)),
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launcher import checkpoint, failure, rendezvous
 from launcher import recipe as recipes
-from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of, open_data, threads_of
+from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of, open_data
 from launcher.balance import Balancer, Level
 from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
 from launcher.faults import Faults
@@ -33,6 +33,7 @@ from launcher.sinks.journal import Journal
 from launcher.standing import Standing
 from launcher.study import Sizes, Study, study
 from launcher.telemetry import Meter
+from launcher.threads import threads_of
 from launcher.timeline import Position
 from launcher.topology import Topology
 from launcher.vote import Vote
@@ -74,7 +75,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     settings = assignment.run
     faults = Faults.of(topology.rank, topology.generation)
     faults("start")
-    threads = threads_of(settings, topology)
+    threads = threads_of(settings, topology.local_world)
     torch.set_num_threads(threads)
     ready = greet(store, topology, lambda: made_ready(assignment, topology), Ready.facts)
     plan = study(settings, ready.sizes, topology.world)

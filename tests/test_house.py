@@ -24,6 +24,7 @@ STDLIB_ONLY = [
         "shards",
         "planning",
         "policies",
+        "threads",
         "redact",
         "keys",
         "runfolder",

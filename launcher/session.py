@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -283,58 +283,66 @@ def announce(
     """Say what is about to happen: the start, the plan in force, and where it goes on from."""
     if job.topology.rank != 0:
         return
-    plan, settings, model = job.study, job.study.run, job.replica.bare
-    position = standing.position
     event = job.saver.journal.event
-    parameters = [p.numel() for p in model.parameters()]
-    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    device = job.precision.device
-    event(
-        "start",
-        run_dir=str(assignment.folder.path),
-        recipe=type(job.recipe).__name__,
-        data={"train": plan.sizes.train, "val": plan.sizes.val},
-        parameters=sum(parameters),
-        trainable=sum(trainable),
-        strategy=settings.strategy.name,
-        device=device.type,
-        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        precision=settings.train.precision,
-        world=job.topology.world,
-        nodes=job.topology.nodes,
-        threads=threads,
-        seed=settings.seed,
-        duration_samples=plan.duration,
-        updates=position.update + plan.timeline.count(position),
-        updates_per_epoch=plan.sizes.train / plan.plan.global_batch,
-        backend=backend,
-        generation=job.topology.generation,
-        optimizer=type(job.replica.optimizer).__name__,
-        decay=settings.schedule.decay,
-    )
-    facts = plan_facts(plan, standing.schedule, plan.plan_at(position.samples))
-    last = assignment.folder.read_plan()
+    facts = plan_facts(job.study, standing.schedule, job.study.plan_at(standing.position.samples))
+    last = assignment.folder.read_plan()  # before the event, which writes it anew
+    event("start", run_dir=str(assignment.folder.path), backend=backend, threads=threads, **start_facts(job, standing))
     event("plan", why="", **facts, **{"from": None})
-    if ready.found is not None:
-        event(
-            "resume",
-            checkpoint=ready.found.path.name,
-            samples=position.samples,
-            update=position.update,
-            passed_over=[{"name": name, "why": why} for name, why in ready.found.passed_over],
-            changed=assignment.changed,
-            lost_samples=restart.lost,
-        )
-        lost = ready.found.manifest.facts["standing"]["best_checkpoint"]
-        if lost != standing.best_checkpoint:
-            event("alarm", kind="checkpoint", detail=f"the best checkpoint so far, {lost}, is not in this run's folder")
-        for name, why in ready.found.passed_over:
-            event("alarm", kind="checkpoint", detail=f"{name} was passed over: {why}")
-        before = dict(ready.found.manifest.plan)
-        if last is not None and last["world"] != before["world"]:
-            before = last  # the world changed since the checkpoint, too
-        if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
-            event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+    if ready.found is None:
+        return
+    event("resume", **resume_facts(ready.found, standing), changed=assignment.changed, lost_samples=restart.lost)
+    for detail in doubts(ready.found, standing):
+        event("alarm", kind="checkpoint", detail=detail)
+    before = dict(ready.found.manifest.plan)
+    if last is not None and last["world"] != before["world"]:
+        before = last  # the world changed since the checkpoint, too
+    if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
+        event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+
+
+def start_facts(job: Job, standing: Standing) -> dict[str, Any]:
+    """What is trained, on what, and how much of it."""
+    plan, settings, position = job.study, job.study.run, standing.position
+    device = job.precision.device
+    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in job.replica.bare.parameters()]
+    return {
+        "recipe": type(job.recipe).__name__,
+        "data": {"train": plan.sizes.train, "val": plan.sizes.val},
+        "parameters": sum(count for count, _ in parameters),
+        "trainable": sum(count for count, trainable in parameters if trainable),
+        "strategy": settings.strategy.name,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "precision": settings.train.precision,
+        "world": job.topology.world,
+        "nodes": job.topology.nodes,
+        "seed": settings.seed,
+        "duration_samples": plan.duration,
+        "updates": position.update + plan.timeline.count(position),
+        "updates_per_epoch": plan.sizes.train / plan.plan.global_batch,
+        "generation": job.topology.generation,
+        "optimizer": type(job.replica.optimizer).__name__,
+        "decay": settings.schedule.decay,
+    }
+
+
+def resume_facts(found: Found, standing: Standing) -> dict[str, Any]:
+    """The checkpoint that training goes on from."""
+    return {
+        "checkpoint": found.path.name,
+        "samples": standing.position.samples,
+        "update": standing.position.update,
+        "passed_over": [{"name": name, "why": why} for name, why in found.passed_over],
+    }
+
+
+def doubts(found: Found, standing: Standing) -> Iterator[str]:
+    """What a person should know of the checkpoints: what is missing, what could not be used."""
+    lost = found.manifest.facts["standing"]["best_checkpoint"]
+    if lost != standing.best_checkpoint:
+        yield f"the best checkpoint so far, {lost}, is not in this run's folder"
+    for name, why in found.passed_over:
+        yield f"{name} was passed over: {why}"
 
 
 def why_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -365,4 +373,4 @@ def finish(job: Job, assignment: Assignment, standing: Standing, ending: int) ->
     if standing.reached is not None:
         done["target"] = dict(standing.reached)
     event("done", **done)
-    folder.write_json(folder.done_json, done)
+    folder.write_done(done)

@@ -157,8 +157,6 @@ def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
     if topology.restarts_left <= 0:
         again = f"run.name={run.run.name} goes on from its newest checkpoint"
         yield f"torchrun's restarts are at 0: a dead worker ends the job; {again}"
-    elif topology.shares_store:
-        yield "restarts in place are surer with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment"
 
 
 def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) -> int:

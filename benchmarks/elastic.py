@@ -46,11 +46,11 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in metrics.read_text().split("\n")[:-1]] if metrics.exists() else []
 
 
-def wait_for(state: Callable[[], object], within_s: float = 120.0) -> None:
+def wait_for(state: Callable[[], object], within_s: float = 240.0) -> None:
     end_s = time.monotonic() + within_s
     while not state():
         if time.monotonic() > end_s:
-            sys.exit("it did not come to that")
+            raise TimeoutError(f"it did not come to that in {within_s:g} s")
         time.sleep(0.01)
 
 
@@ -144,6 +144,9 @@ def joins(folder: Path) -> None:
             third.kill()
             third.wait()
             shrunk.append(last := resized(run_dir, 2, int(last["generation"])))
+    except TimeoutError as problem:
+        print(f"{problem}: {len(grown)} joins and {len(shrunk)} losses went through")
+        print((run_dir / "events.jsonl").read_text()[-3000:])
     finally:
         for one in reversed(agents):
             one.kill()

@@ -24,6 +24,8 @@ STDLIB_ONLY = [
         "footprint",
         "shards",
         "planning",
+        "policies",
+        "threads",
         "redact",
         "keys",
         "runfolder",

@@ -33,7 +33,7 @@ STDLIB_ONLY = [
         "signals",
     ),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control"),
-    *("heartbeat", "heart", "stragglers"),
+    *("heartbeat", "heart", "stragglers", "noise"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

@@ -33,7 +33,7 @@ STDLIB_ONLY = [
         "signals",
     ),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control"),
-    *("heartbeat", "heart", "stragglers", "noise"),
+    *("heartbeat", "heart", "stragglers", "noise", "throughput", "scaling"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

@@ -7,9 +7,9 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from launcher.arguments import Arguments
+from launcher.arguments import Arguments, Words
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import nearest
 from launcher.redact import redact
@@ -68,6 +68,26 @@ def plan(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def explain(args: Sequence[str]) -> int:
+    """Says what limits a run, or why one of two is faster, from their metrics alone."""
+    words = Words.parse("explain", args, json=True)
+    if shown_help(words):
+        return EXIT_OK
+    if len(words.paths) not in (1, 2):
+        raise RequestError(
+            f"explain {' '.join(words.paths)}: type launcher explain RUN, or launcher explain RUN_A RUN_B"
+        )
+    from launcher import explain as explaining
+    from launcher.history import history
+
+    runs = [history(path) for path in words.paths]
+    noted(run.note() for run in runs)
+    profiles = [explaining.profile(run) for run in runs]
+    document = explaining.compared(*profiles) if len(profiles) > 1 else explaining.explained(profiles[0])
+    print(json.dumps(document) if words.json else explaining.text(document), end="\n" if words.json else "")
+    return EXIT_OK
+
+
 def stop(args: Sequence[str]) -> int:
     """Asks a run started elsewhere to save and stop, or with --now ends it without saving."""
     runs = [arg for arg in args if not arg.startswith("-")]
@@ -114,9 +134,20 @@ def answered(asked: Arguments, args: Sequence[str]) -> bool:
     return bool(asked.help or asked.version or asked.cfg or asked.info)
 
 
+def shown_help(words: Words) -> bool:
+    return words.help and answered(Arguments(help=True), ())
+
+
+def noted(notes: Iterable[str | None]) -> None:
+    for note in notes:
+        if note is not None:
+            tell(f"note: {note}")
+
+
 VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "plan": plan,
+    "explain": explain,
     "stop": stop,
     "status": status,
     "worker": worker,

@@ -8,6 +8,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from launcher.arguments import Arguments, Words
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
@@ -88,6 +89,42 @@ def explain(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def export(args: Sequence[str]) -> int:
+    """Writes a run's metrics as CSV."""
+    words = Words.parse("export", args, output=True)
+    if shown_help(words):
+        return EXIT_OK
+    if len(words.paths) != 1:
+        raise RequestError(
+            f"export {' '.join(words.paths)}: type launcher export RUN, or launcher export RUN -o FILE.csv"
+        )
+    from launcher.export import as_csv
+    from launcher.history import history
+
+    run = history(words.paths[0])
+    noted([run.note()])
+    if words.output is None:
+        print(as_csv(run.rows), end="")
+    else:
+        written(Path(words.output), as_csv(run.rows))
+    return EXIT_OK
+
+
+def report(args: Sequence[str]) -> int:
+    """Writes one self-contained HTML page about a run, or about several side by side."""
+    words = Words.parse("report", args, output=True)
+    if shown_help(words):
+        return EXIT_OK
+    if not words.paths:
+        raise RequestError("report: type launcher report RUN..., or launcher report RUN... -o FILE.html")
+    from launcher.report import page, place, stories
+
+    runs = list(stories(words.paths))
+    noted(run.history.note() for run in runs)
+    written(Path(words.output) if words.output else place(words.paths), page(runs))
+    return EXIT_OK
+
+
 def stop(args: Sequence[str]) -> int:
     """Asks a run started elsewhere to save and stop, or with --now ends it without saving."""
     runs = [arg for arg in args if not arg.startswith("-")]
@@ -138,6 +175,20 @@ def shown_help(words: Words) -> bool:
     return words.help and answered(Arguments(help=True), ())
 
 
+def written(file: Path, text: str) -> None:
+    """Whole or not at all, and named on stdout; a link, a pipe or a device is written into."""
+    from launcher.durable import write_whole
+
+    try:
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            file.write_text(text, encoding="utf-8")
+            return
+        write_whole(file, text)
+    except OSError as problem:
+        raise RequestError(f"-o {file} cannot be written ({problem.strerror}): type another -o FILE") from problem
+    print(file)
+
+
 def noted(notes: Iterable[str | None]) -> None:
     for note in notes:
         if note is not None:
@@ -148,6 +199,8 @@ VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "plan": plan,
     "explain": explain,
+    "report": report,
+    "export": export,
     "stop": stop,
     "status": status,
     "worker": worker,

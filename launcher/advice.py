@@ -77,9 +77,10 @@ def _compute(run: Profile) -> Iterator[str]:
             f"much), train.compile=true too"
         )
         return
+    limits = ": the computation is what limits" if run.bottleneck in ("forward", "backward") else ""
     yield (
-        f"{spent}, {figure((run.stages['forward'] + run.stages['backward']) / run.samples * 1e3)} us a sample: the "
-        f"computation is what limits; more workers, train.compile=true, or on a GPU train.precision=bf16"
+        f"{spent}, {figure((run.stages['forward'] + run.stages['backward']) / run.samples * 1e3)} us a sample{limits}; "
+        f"less of it: train.compile=true, on a GPU train.precision=bf16, or more workers"
     )
 
 

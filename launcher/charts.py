@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -224,14 +225,17 @@ def _strips(frame: Frame, told: Sequence[tuple[str, Sequence[tuple[float, float]
     """Invisible columns that tell what lies under the pointer."""
     xs = sorted({x for _, points in told for x, _ in points})
     xs = xs[:: max(1, -(-len(xs) // STRIPS))]
-    near: Callable[[Sequence[tuple[float, float]], float], float] = lambda points, x: min(  # noqa: E731
-        points, key=lambda point: abs(point[0] - x)
-    )[1]
     for place, x in enumerate(xs):
         start = frame.across(x if place == 0 else (xs[place - 1] + x) / 2)
         end = frame.across(x if place == len(xs) - 1 else (x + xs[place + 1]) / 2)
-        said = " · ".join(f"{label} {figure(near(points, x))}" for label, points in told if points)
+        said = " · ".join(f"{label} {figure(_near(points, x))}" for label, points in told if points)
         yield (
             f'<rect class="strip" x="{start:.1f}" y="{TOP}" width="{max(1.0, end - start):.1f}" '
             f'height="{HEIGHT - TOP - BOTTOM}"><title>{safe(f"{x:,.0f} samples: {said}")}</title></rect>'
         )
+
+
+def _near(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The value of the point nearest to x."""
+    place = bisect_left(points, (x, -math.inf))
+    return min(points[max(0, place - 1) : place + 1], key=lambda point: abs(point[0] - x))[1]

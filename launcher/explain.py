@@ -20,6 +20,7 @@ from launcher.stages import STAGES
 __all__ = ["Profile", "compared", "explained", "profile", "text"]
 
 WARM_ROWS = 10
+STAGE_KEYS = tuple((stage, f"stage/{stage}/ms") for stage in STAGES)
 _WIDTH = 80
 _BAR = 20
 _BLOCKS = 10
@@ -70,11 +71,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Span:
-    """A row, and the updates and samples that it stands for."""
+    """A row, the updates and samples that it stands for, and its stages in ms; none where nothing was measured."""
 
     row: Row
     updates: float
     samples: float
+    stages: Mapping[str, float]
 
 
 def profile(run: History) -> Profile:
@@ -83,14 +85,12 @@ def profile(run: History) -> Profile:
     Raises:
         RequestError: no row has stage times.
     """
-    spans = [span for span in _spans(run.rows) if _stages(span.row)]
+    spans = [span for span in _spans(run.rows) if span.stages]
     if not spans:
         raise RequestError(f"{run.folder}/metrics.jsonl has no stage times: let the run go on for a few updates")
     timed = list(_warm(spans))
     updates, samples = sum(span.updates for span in timed), sum(span.samples for span in timed)
-    stages = {
-        stage: sum(span.updates * _stages(span.row).get(stage, 0.0) for span in timed) / updates for stage in STAGES
-    }
+    stages = {stage: sum(span.updates * span.stages.get(stage, 0.0) for span in timed) / updates for stage in STAGES}
     last = timed[-1].row
     return Profile(
         name=run.name,
@@ -171,9 +171,9 @@ def _spans(rows: Sequence[Row]) -> Iterator[Span]:
     updates = samples = None
     for row in rows:
         if updates is None or samples is None:
-            yield Span(row, 1, row.get("batch/global", row["samples"]))
+            yield Span(row, 1, row.get("batch/global", row["samples"]), _stages(row))
         else:
-            yield Span(row, row["update"] - updates, row["samples"] - samples)
+            yield Span(row, row["update"] - updates, row["samples"] - samples, _stages(row))
         updates, samples = row["update"], row["samples"]
 
 
@@ -185,8 +185,7 @@ def _warm(spans: Sequence[Span]) -> Iterator[Span]:
 
 
 def _stages(row: Row) -> dict[str, float]:
-    """In ms; empty where nothing was measured."""
-    stages = {stage: row[f"stage/{stage}/ms"] for stage in STAGES if f"stage/{stage}/ms" in row}
+    stages = {stage: row[key] for stage, key in STAGE_KEYS if key in row}
     return stages if sum(stages.values()) > 0 else {}
 
 

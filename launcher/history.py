@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import RequestError
 from launcher.runfolder import RUNS
@@ -20,6 +18,8 @@ METRICS = "metrics.jsonl"
 #: Where a row stands, before what was measured there.
 POSITION = ("time", "samples", "update", "epoch", "world", "generation")
 NEEDED = ("samples", "update")
+NUMBERS = (int, float)  # and nothing that is one by inheritance: true is no figure
+LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,8 @@ def _row(line: bytes) -> Row | None:
         return None
     if not isinstance(read, dict):
         return None
-    row = {str(key): number for key, value in read.items() if (number := _number(value)) is not None}
+    row = {key: value for key, value in read.items() if type(value) in NUMBERS and -LARGEST < value < LARGEST}
     return row if all(key in row for key in NEEDED) else None
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < 2**1000 and math.isfinite(value) else None
 
 
 def _counting(rows: Iterable[Row]) -> Iterator[Row]:

@@ -69,6 +69,18 @@ def plan(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def verify(args: Sequence[str]) -> int:
+    """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains it."""
+    if answered(Arguments.parse(args), args):
+        return EXIT_OK
+    run = resolved(args)
+    from launcher import verify as verifying
+
+    verdict = verifying.verify(run)
+    print(json.dumps(verdict.document()) if run.format == "json" else verifying.text(verdict).rstrip())
+    return EXIT_OK if verdict.equal or verdict.breakers else EXIT_FAILED
+
+
 def explain(args: Sequence[str]) -> int:
     """Says what limits a run, or why one of two is faster, from their metrics alone."""
     words = Words.parse("explain", args, json=True)
@@ -198,6 +210,7 @@ def noted(notes: Iterable[str | None]) -> None:
 VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "plan": plan,
+    "verify": verify,
     "explain": explain,
     "report": report,
     "export": export,

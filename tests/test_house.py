@@ -34,7 +34,7 @@ STDLIB_ONLY = [
     ),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control"),
     *("heartbeat", "heart", "stragglers", "noise", "throughput", "scaling", "history"),
-    *("advice", "explain"),
+    *("advice", "explain", "charts", "export", "report"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

@@ -129,8 +129,11 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    name: Literal["ddp"] = key("ddp", "how the model lies on the workers")
+    name: Literal["ddp", "deepspeed"] = key("ddp", "how the model lies on the workers")
     find_unused_parameters: bool = key(False, "DDP: look for parameters that got no gradient")
+    stage: int = key(2, "DeepSpeed: ZeRO's stage; 1 shards the optimizer's state, 2 gradients, 3 parameters, 0 nothing")
+    offload: bool = key(False, "DeepSpeed, stages 1 to 3: the optimizer's state and step on the CPU")
+    config: str | None = key(None, "DeepSpeed: a JSON file of your own with how it should work; may not say what we do")
 
 
 @dataclass(frozen=True)

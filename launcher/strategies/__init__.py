@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launcher.settings import Run
     from launcher.telemetry import StageClock
 
-__all__ = ["Replica", "Step", "prepare"]
+__all__ = ["Replica", "Step", "missing", "prepare", "problems"]
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,27 @@ def prepare(
 
     `groups`: the recipe's own parameter groups.
     """
-    from launcher.strategies.ddp import DdpReplica
-    from launcher.strategies.exact import ExactReplica
+    if run.elastic.exact:
+        from launcher.strategies.exact import ExactReplica as Kind
+    elif run.strategy.name == "deepspeed":
+        from launcher.strategies.deepspeed import DeepSpeedReplica as Kind  # type: ignore[assignment]
+    else:
+        from launcher.strategies.ddp import DdpReplica as Kind  # type: ignore[assignment]
+    return Kind(model, run, world, precision, clock, groups)
 
-    table = {"ddp": DdpReplica}
-    kind = ExactReplica if run.elastic.exact else table[run.strategy.name]
-    return kind(model, run, world, precision, clock, groups)
+
+def problems(run: Run) -> Iterator[str]:
+    """What the run's strategy cannot do, each in one line with its mend. Needs no torch."""
+    if run.strategy.name == "deepspeed":
+        from launcher.strategies.zero_config import problems as of_deepspeed
+
+        yield from of_deepspeed(run)
+
+
+def missing(run: Run) -> str | None:
+    """What the run's strategy needs and this machine lacks, with its mend. Needs no torch."""
+    if run.strategy.name == "deepspeed":
+        from launcher.strategies.zero_config import missing as of_deepspeed
+
+        return of_deepspeed()
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
+from launcher.blocks import blocks_of, recompute
 from launcher.data import Feed, collate_of, dataset_of, seed_from, transfer
 from launcher.errors import RequestError
 from launcher.optim import Precision
@@ -30,7 +31,11 @@ __all__ = ["OpenData", "Parts", "assemble", "check_norms", "device_of", "open_da
 
 @dataclass(frozen=True)
 class Parts:
-    """One rank's model, data and clock; what only makes sense together is made together."""
+    """One rank's model, data and clock; what only makes sense together is made together.
+
+    `outline` is the recipe's `state_dict()` without its numbers, `parameters` and `trainable` are counts of elements:
+    all of the model before a strategy laid it out.
+    """
 
     recipe: Any
     device: torch.device
@@ -39,6 +44,9 @@ class Parts:
     replica: Replica
     train_data: Any
     val_data: Any
+    outline: Mapping[str, torch.Tensor]
+    parameters: int
+    trainable: int
 
     def feed(self, study: Study, topology: Topology, position: Position) -> Feed:
         return Feed.of(
@@ -65,6 +73,7 @@ class Parts:
             seed=study.run.seed,
             data=study.run.data,
             precision=self.precision,
+            even=study.timeline.even,
         )
 
 
@@ -131,8 +140,14 @@ def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, da
     torch.manual_seed(seed_from(run.seed, -1))
     model = recipe.model()
     initialise(model, run)
-    model = model.to(device=device, dtype=precision.dtype if precision.name == "fp64" else None)
+    if precision.name == "fp64":
+        model = model.double()
     model.train()
+    outline = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    blocks = blocks_of(model, getattr(recipe, "blocks", None))
+    if run.train.activation_checkpointing:
+        recompute(blocks)
     if run.train.compile:
         model.compile()
     clock = StageClock(CudaTimer() if device.type == "cuda" else HostTimer())
@@ -141,9 +156,12 @@ def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, da
         device=device,
         precision=precision,
         clock=clock,
-        replica=prepare(model, run, topology.world, precision, clock, getattr(recipe, "param_groups", None)),
+        replica=prepare(model, run, topology.world, precision, clock, getattr(recipe, "param_groups", None), blocks),
         train_data=data.train,
         val_data=data.val,
+        outline=outline,
+        parameters=sum(numel for numel, _ in counts),
+        trainable=sum(numel for numel, trained in counts if trained),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,19 @@ from launcher.durable import HashedFile, whole
 from launcher.errors import RequestError
 from launcher.manifest import MANIFEST, DamagedError, Found, Manifest, next_sequence, prune, publish
 
-__all__ = ["CheckpointError", "Loaded", "Reader", "Report", "Saved", "check_names", "load", "save", "save_model"]
+__all__ = [
+    "CheckpointError",
+    "Loaded",
+    "Reader",
+    "Report",
+    "Saved",
+    "Stored",
+    "check_names",
+    "export",
+    "identity",
+    "load",
+    "save",
+]
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -73,10 +86,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's tensors in memory of their own, under every alias of tied ones, and its manifest."""
+    """A checkpoint's tensors, read when they are asked for, and its manifest."""
 
-    model: Mapping[str, torch.Tensor]
-    optimizer: Mapping[str, torch.Tensor]
+    model: Stored
+    optimizer: Stored
     manifest: Manifest
 
 
@@ -103,29 +116,30 @@ def save(
     files: dict[str, dict[str, Any]] = {}
     with refused(f"checkpoint {name}", folder):
         with publish(folder, name, fault) as fresh:
-            for file_name, (unique, _) in groups.items():
+            for file_name, (unique, described) in groups.items():
                 with HashedFile(fresh / file_name) as file:
-                    write_tensors(file, unique)
+                    write_tensors(file, described, unique.__getitem__)
                 files[file_name] = file.facts
                 fault("checkpoint-write")
-            described = {**groups[MODEL][1], **groups[OPTIMIZER][1]}
+            tensors = {**groups[MODEL][1], **groups[OPTIMIZER][1]}
             standing = (saved.position, saved.plan, saved.world, versions(), saved.facts, next_sequence(folder))
             with HashedFile(fresh / MANIFEST) as file:
-                file.write(Manifest(files, described, *standing).to_json().encode())
+                file.write(Manifest(files, tensors, *standing).to_json().encode())
         prune(folder, keep, protect | {name})
     return Report(name, folder / name, sum(facts["size"] for facts in files.values()), clock() - start)
 
 
-def save_model(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def export(path: Path, model: Stored) -> None:
     """The parameters as one file that `safetensors.torch.load_model` takes without this program.
+
+    One tensor at a time, so that no process holds them all.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; an older file is still there.
     """
-    unique, described = lay_out(tensors, path.name)
-    aliases = {alias: name for name, facts in described.items() for alias in facts["aliases"]}
+    aliases = {alias: name for name, facts in model.described.items() for alias in facts["aliases"]}
     with refused(path.name, path.parent), whole(path) as file:
-        write_tensors(file, unique, {"format": "pt", **aliases})
+        write_tensors(file, model.described, model.__getitem__, {"format": "pt", **aliases})
 
 
 @contextmanager
@@ -144,8 +158,7 @@ def lay_out(group: Mapping[str, torch.Tensor], file: str) -> tuple[dict[str, tor
     described: dict[str, dict[str, Any]] = {}
     for name, tensor in group.items():
         check_kind(name, tensor)
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        owner = owners.setdefault(memory, name) if tensor.numel() else name
+        owner = owners.setdefault(identity(tensor), name) if tensor.numel() else name
         if owner != name:
             described[owner]["aliases"].append(name)
             continue
@@ -159,6 +172,11 @@ def lay_out(group: Mapping[str, torch.Tensor], file: str) -> tuple[dict[str, tor
     return unique, described
 
 
+def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same elements in memory: tied ones."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def check_kind(name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise RequestError(f"{name} of the model's state is a {type(tensor).__name__}: make it a tensor in a buffer")
@@ -168,25 +186,32 @@ def check_kind(name: str, tensor: Any) -> None:
 
 
 def write_tensors(
-    file: HashedFile, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    file: HashedFile,
+    described: Mapping[str, Mapping[str, Any]],
+    read: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """safetensors' format: the header's length, the header as JSON, the tensors' bytes, widest elements first.
+
+    `described` gives each tensor's dtype and shape, `read` the tensor itself.
 
     Written here, tensor by tensor, because the library's own writer either holds the whole file in memory or cannot be
     hashed on the way. In this order, after a header of whole words, every tensor lies at a multiple of its width.
     Source: https://github.com/huggingface/safetensors#format
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    dtypes: dict[str, torch.dtype] = {name: getattr(torch, facts["dtype"]) for name, facts in described.items()}
+    ordered = sorted(described, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name in ordered:
+        shape, dtype = described[name]["shape"], dtypes[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
-        file.write(bytes_of(tensor))
+    for name in ordered:
+        file.write(bytes_of(read(name)))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -203,22 +228,41 @@ def versions() -> dict[str, str]:
 
 
 def load(found: Found) -> Loaded:
-    """The tensors of a checkpoint that was verified, put together from their pieces.
+    """The tensors of a checkpoint that was verified."""
+    read, tensors = Reader(found.path), found.manifest.tensors.items()
+    model = {name: facts for name, facts in tensors if is_of_model(facts)}
+    optimizer = {name: facts for name, facts in tensors if not is_of_model(facts)}
+    return Loaded(Stored(read, model), Stored(read, optimizer), found.manifest)
 
-    They are copies: what maps the file would lose its pages when a process elsewhere prunes the checkpoint.
 
-    Raises:
-        DamagedError: its files are not what its manifest says of them.
+class Stored(Mapping[str, torch.Tensor]):
+    """Tensors of a checkpoint under every name, put together from their pieces each time that one is asked for.
+
+    They are copies: what maps the file would lose its pages when a process elsewhere prunes the checkpoint. Reading
+    raises DamagedError where the files are not what the manifest says of them.
     """
-    model: dict[str, torch.Tensor] = {}
-    optimizer: dict[str, torch.Tensor] = {}
-    read = Reader(found.path)
-    for name, facts in found.manifest.tensors.items():
-        tensor = read(facts).reshape(facts["shape"])
-        group = model if is_of_model(facts) else optimizer
-        for alias in (name, *facts["aliases"]):
-            group[alias] = tensor
-    return Loaded(model, optimizer, found.manifest)
+
+    def __init__(self, read: Reader, described: Mapping[str, Mapping[str, Any]]) -> None:
+        self.described = described
+        self._read = read
+        self._facts = {alias: facts for name, facts in described.items() for alias in (name, *facts["aliases"])}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        facts = self._facts[name]
+        return self._read(facts).reshape(facts["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._facts)
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._facts[name]["shape"])
+
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flat tensor; nothing else is read."""
+        return self._read(self._facts[name], start, stop)
 
 
 def is_of_model(facts: Mapping[str, Any]) -> bool:
@@ -234,7 +278,7 @@ class Reader:
 
     def __call__(self, facts: Mapping[str, Any], start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements [start, stop) of the flat tensor, in memory of their own; only the pieces they lie in are read."""
-        stop = sum(last - first for _, _, first, last in facts["pieces"]) if stop is None else stop
+        stop = math.prod(facts["shape"]) if stop is None else stop
         parts = [
             self._piece(file, key, last - first, facts["dtype"])[max(start - first, 0) : stop - first]
             for file, key, first, last in facts["pieces"]

@@ -38,18 +38,20 @@ FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 
 
-def make_optimizer(model: nn.Module, run: Run, groups: Groups | None = None) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, run: Run, groups: Groups | None = None, fused: tuple[type, ...] = FUSED
+) -> torch.optim.Optimizer:
     """The run's optimizer over the model's trainable parameters, at rate 0 until the schedule says otherwise.
 
     `groups` are the recipe's own, as torch takes them; a group's `lr` is what it would be at `lr.base`, and keeps that
-    proportion to the rate through warmup, decay and any batch.
+    proportion to the rate through warmup, decay and any batch. `fused`: those whose one kernel works on this model.
 
     Raises:
         RequestError: the class is unknown or not trusted, or refuses one of its arguments.
     """
     options = {name: value for name, value in run.optimizer.items() if name != "_target_"}
     kind = load_class(str(run.optimizer["_target_"]), tuple(run.recipe.get("trust", ())))
-    if kind in FUSED and options.get("fused") is None and options.get("foreach") is None:
+    if kind in fused and options.get("fused") is None and options.get("foreach") is None:
         options["fused"] = all(p.is_floating_point() for p in model.parameters())
     try:
         optimizer = kind(own_groups(model, run, groups) or parameter_groups(model, run, options), lr=0.0, **options)

@@ -21,7 +21,7 @@ from launcher.standing import Standing
 from launcher.strategies import Replica
 from launcher.study import Study
 
-__all__ = ["Saver", "checkpoints_of", "name_of"]
+__all__ = ["Saver", "name_of"]
 
 
 class Saver:
@@ -51,7 +51,7 @@ class Saver:
         self.stop_file: Path | None = folder.stop_file if writes else None
         self._folder = folder
         self._generation = generation
-        self._checkpoints = checkpoints_of(folder, settings)
+        self._checkpoints = folder.checkpoints_in(settings.dir)
         self._settings = settings
         self._writes = writes
         self._every_s = every_s
@@ -69,19 +69,19 @@ class Saver:
         return self._writes and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
 
     def save(self, replica: Replica, study: Study, standing: Standing, plan: BatchPlan) -> None:
-        """Copy the state and have it written; every rank calls it, since running statistics are settled before.
+        """Copy the state and have it written; every rank calls it, since it may have to be gathered.
 
         Raises:
             RequestError: the state that was saved before cannot be saved at all.
         """
         replica.settle_buffers()
         self._saved_at = self._clock()
-        if not self._writes:
-            return
         self._join()
         if self._problem is not None and not isinstance(self._problem, checkpoint.CheckpointError):
             raise self._problem
         model, optimizer, facts = replica.tensors()
+        if not self._writes:
+            return
         position = standing.position
         saved = checkpoint.Saved(
             model=self._snapshot.take("model", model),
@@ -140,10 +140,6 @@ class Saver:
             self._told.wait()
             self.journal.flush()
         self._faults(phase, update)
-
-
-def checkpoints_of(folder: RunFolder, settings: CheckpointSettings) -> Path:
-    return folder.checkpoints_in(settings.dir)
 
 
 def name_of(standing: Standing) -> str:

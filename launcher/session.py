@@ -26,7 +26,7 @@ from launcher.manifest import Found, newest, open_at
 from launcher.record import Recorder, Silent, plan_facts
 from launcher.recovery import Restart, last_row, totals
 from launcher.redact import redact, redacted
-from launcher.saver import Saver, checkpoints_of
+from launcher.saver import Saver, name_of
 from launcher.signals import GO_ON, LEAVE, Wishes
 from launcher.sinks import Destination, open_sinks
 from launcher.sinks.journal import Journal
@@ -84,7 +84,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     parts = assemble(ready.recipe, settings, topology, ready.device, ready.data)
     heart.phase("restore")
     faults("restore")
-    standing = restored(parts, plan, ready.found, checkpoints_of(assignment.folder, settings.checkpoint))
+    standing = restored(parts, plan, ready.found, assignment.folder.checkpoints_in(settings.checkpoint.dir))
     check_norms(parts, plan)
 
     restart = restart_of(assignment, standing) if topology.rank == 0 else Restart()
@@ -93,7 +93,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     recorder = recorder_of(plan, journal, topology, saver, restart)
     try:
         job = job_of(topology, plan, parts, saver, recorder, wishes, faults, heart, standing, threads)
-        announce(job, assignment, ready, standing, backend, threads, restart)
+        announce(job, parts, assignment, ready, standing, backend, threads, restart)
         wishes.guard()
         standing, ending = train(job, standing)
         while ending == REPLAN:
@@ -103,7 +103,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
         saver.settle()
         faults("finish")
         if topology.rank == 0:
-            finish(job, assignment, standing, ending)
+            finish(job, assignment, ready.found, standing, ending)
     except BaseException as error:
         heart.stop()
         recorder.last_word()
@@ -150,7 +150,7 @@ def found_checkpoint(assignment: Assignment) -> Found | None:
     """
     if assignment.checkpoint is not None:
         return open_at(assignment.checkpoint)
-    found = newest(checkpoints_of(assignment.folder, assignment.run.checkpoint))
+    found = newest(assignment.folder.checkpoints_in(assignment.run.checkpoint.dir))
     if found is None and assignment.must:
         raise RequestError(f"resume=must but {assignment.folder.path} holds no checkpoint: type resume=auto")
     return found
@@ -163,7 +163,7 @@ def restored(parts: Parts, plan: Study, found: Found | None, checkpoints: Path) 
     """
     if found is None:
         return Standing(Position(), plan.schedule)
-    checkpoint.check_names(found.manifest, parts.replica.bare.state_dict())
+    checkpoint.check_names(found.manifest, parts.outline)
     loaded = checkpoint.load(found)
     facts = loaded.manifest.facts
     parts.replica.restore(loaded.model, loaded.optimizer, facts)
@@ -277,24 +277,29 @@ def rebalanced(job: Job, parts: Parts, standing: Standing) -> Job:
 
 
 def announce(
-    job: Job, assignment: Assignment, ready: Ready, standing: Standing, backend: str, threads: int, restart: Restart
+    job: Job,
+    parts: Parts,
+    assignment: Assignment,
+    ready: Ready,
+    standing: Standing,
+    backend: str,
+    threads: int,
+    restart: Restart,
 ) -> None:
     """Say what is about to happen: the start, the plan in force, and where it goes on from."""
     if job.topology.rank != 0:
         return
-    plan, settings, model = job.study, job.study.run, job.replica.bare
+    plan, settings = job.study, job.study.run
     position = standing.position
     event = job.saver.journal.event
-    parameters = [p.numel() for p in model.parameters()]
-    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     device = job.precision.device
     event(
         "start",
         run_dir=str(assignment.folder.path),
         recipe=type(job.recipe).__name__,
         data={"train": plan.sizes.train, "val": plan.sizes.val},
-        parameters=sum(parameters),
-        trainable=sum(trainable),
+        parameters=parts.parameters,
+        trainable=parts.trainable,
         strategy=settings.strategy.name,
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -342,17 +347,20 @@ def why_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return "the plan of the same workers has changed"
 
 
-def finish(job: Job, assignment: Assignment, standing: Standing, ending: int) -> None:
+def finish(job: Job, assignment: Assignment, found: Found | None, standing: Standing, ending: int) -> None:
     """The last word of rank 0: the final parameters and done.json, or that training was stopped."""
     position, event = standing.position, job.saver.journal.event
     if ending != GO_ON:
         event("preempt", why=job.wishes.why or "another rank", samples=position.samples, update=position.update)
         return
     folder = assignment.folder
-    checkpoint.save_model(folder.model, job.replica.tensors()[0])
+    checkpoints = folder.checkpoints_in(job.study.run.checkpoint.dir)
+    last = checkpoints / name_of(standing)  # where training had ended already, that may be the user's own checkpoint
+    ended = found if found is not None and not last.is_dir() else open_at(last)
+    checkpoint.export(folder.model, checkpoint.load(ended).model)
     if standing.best_checkpoint is not None:
-        best = open_at(checkpoints_of(folder, job.study.run.checkpoint) / standing.best_checkpoint)
-        checkpoint.save_model(folder.path / "best.safetensors", checkpoint.load(best).model)
+        best = open_at(checkpoints / standing.best_checkpoint)
+        checkpoint.export(folder.path / "best.safetensors", checkpoint.load(best).model)
     done = {
         "samples": position.samples,
         "updates": position.update,

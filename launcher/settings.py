@@ -110,6 +110,7 @@ class TrainSettings:
     stop_at_target: bool = key(False, "end at the first validation that reaches the target")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = key("fp32", "the numbers of the forward and backward pass")
     compile: bool = key(False, "torch.compile the model")
+    activation_checkpointing: bool = key(False, "compute a block's activations anew in the backward pass")
     clip_norm: float | None = key(None, "clip the gradient's norm to this")
     validate_every: str | None = key("1ep", "how often to validate, a duration; null for only at the end")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to train")
@@ -129,11 +130,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    name: Literal["ddp", "deepspeed"] = key("ddp", "how the model lies on the workers")
+    name: Literal["ddp", "fsdp", "deepspeed"] = key("ddp", "how the model lies on the workers")
     find_unused_parameters: bool = key(False, "DDP: look for parameters that got no gradient")
-    stage: int = key(2, "DeepSpeed: ZeRO's stage; 1 shards the optimizer's state, 2 gradients, 3 parameters, 0 nothing")
-    offload: bool = key(False, "DeepSpeed, stages 1 to 3: the optimizer's state and step on the CPU")
-    config: str | None = key(None, "DeepSpeed: a JSON file of your own with how it should work; may not say what we do")
+    reshard: bool = key(True, "FSDP: let go of a block's parameters between its forward and its backward pass")
+    gather: Literal["fp32", "bf16"] = key("fp32", "FSDP: the numbers that parameters are gathered in")
+    stage: int = key(2, "DeepSpeed: 1 divides the optimizer's state, 2 gradients too, 3 parameters too; 0 nothing")
+    offload: bool = key(False, "keep what the optimizer works on in the machine's memory; for GPUs")
+    config: str | None = key(None, "a DeepSpeed JSON of your own: how the work is done, nothing that has a key here")
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,9 @@ class CheckpointSettings:
     every: str | None = key("1ep", "how often to save: a duration or 10min; null for only at the end")
     keep: int = key(2, "how many checkpoints to keep")
     dir: str | None = key(None, "where; <run folder>/checkpoints by default")
+    sharded: bool | Literal["auto"] = key(
+        "auto", "each rank writes its own part; auto where the strategy shards and the state is above 4 GiB"
+    )
     best: str | None = key(None, "keep the best checkpoint by this metric, e.g. val/accuracy")
     best_mode: Literal["auto", "min", "max"] = key("auto", "whether the best is lowest or highest; auto: losses lowest")
 

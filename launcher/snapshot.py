@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from launcher.checkpoint import identity
+
 __all__ = ["Snapshot"]
 
 
@@ -29,7 +31,7 @@ class Snapshot:
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
                 copies[name] = tensor
                 continue
-            memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            memory = identity(tensor)
             if tensor.numel() == 0 or memory not in seen:
                 seen[memory] = self._copied((group, name), tensor)
             copies[name] = seen[memory]

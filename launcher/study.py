@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, cast
 
+from launcher import strategies
 from launcher.batch import BatchPlan, BatchPolicy, PlanError, plan_batch
 from launcher.duration import Duration, Units
 from launcher.errors import RequestError
@@ -98,7 +99,7 @@ def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = N
         rule=rule,
         plan=plan,
         stages=stages,
-        timeline=Timeline(sizes.train, schedule.duration, stages, run.data.tail),
+        timeline=Timeline(sizes.train, schedule.duration, stages, run.data.tail, strategies.even(run)),
         schedule=schedule.planned(0, _batches(stages)),
         duration=schedule.duration,
         warmup=schedule.rise,

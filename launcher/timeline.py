@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -52,7 +53,8 @@ class Update:
     """One update: places `start` ... `end` - 1 of the run.
 
     `index` counts the updates before it. `nominal` is the plan in force, `plan` what this update takes: the same, or a
-    part of it where the epoch or the run ends. `size` is that of the data set.
+    part of it where the epoch or the run ends. `size` is that of the data set. `even`: every rank makes as many
+    micro-batches as the one that makes the most.
     """
 
     index: int
@@ -60,6 +62,7 @@ class Update:
     nominal: BatchPlan
     plan: BatchPlan
     size: int
+    even: bool = False
 
     @property
     def samples(self) -> int:
@@ -85,16 +88,21 @@ class Update:
         return Position(self.end, self.index + 1)
 
     def micro_batches(self, rank: int) -> tuple[MicroBatch, ...]:
-        """The rank's micro-batches in order; one pad for a rank without samples.
+        """The rank's micro-batches in order, then its pads: one for a rank without samples, more where all are even.
 
         The ranks' slices of the window follow one another by rank, so their concatenation is the window.
         """
         first = self.start + sum(self.plan.shares[:rank])
         sizes = self.plan.micro_batches(rank)
-        if not sizes:
-            return (MicroBatch(self._spans(self.start, self.start + 1), pad=True, place=rank),)
         cuts = zip(pairwise(accumulate(sizes, initial=first)), self.plan.addresses(rank), strict=True)
-        return tuple(MicroBatch(self._spans(*ends), place=place, index=index) for ends, (place, index) in cuts)
+        own = tuple(MicroBatch(self._spans(*ends), place=place, index=index) for ends, (place, index) in cuts)
+        pads = range(len(own), max(1, self._most if self.even else 0))
+        sample = self._spans(self.start, self.start + 1)
+        return own + tuple(MicroBatch(sample, pad=True, place=rank, index=index) for index in pads)
+
+    @cached_property
+    def _most(self) -> int:
+        return max(len(self.plan.micro_batches(rank)) for rank in range(self.plan.world))
 
     def _spans(self, start: int, stop: int) -> tuple[Span, ...]:
         spans = []
@@ -113,12 +121,14 @@ class Timeline:
     `stages` are (from this sample on, plan), the first from 0, ascending; usually one, several for a batch ramp. A
     stage takes effect at the first update that starts there or later. Under `tail="flush"` an epoch's last update is
     cut to what is left of the epoch, under "carry" it goes on into the next. The run's last is cut to the duration.
+    `even` is handed to each update.
     """
 
     size: int
     duration: int
     stages: tuple[tuple[int, BatchPlan], ...]
     tail: Literal["flush", "carry"] = "flush"
+    even: bool = False
 
     def __post_init__(self) -> None:
         begins = [begin for begin, _ in self.stages]
@@ -136,7 +146,7 @@ class Timeline:
         while start < self.duration:
             nominal = self.stages[bisect.bisect_right(begins, start) - 1][1]
             samples = min(nominal.global_batch, self._room(start))
-            yield Update(index, start, nominal, nominal.part(samples), self.size)
+            yield Update(index, start, nominal, nominal.part(samples), self.size, self.even)
             start, index = start + samples, index + 1
 
     def _room(self, start: int) -> int:

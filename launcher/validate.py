@@ -20,19 +20,26 @@ __all__ = ["Validation"]
 class Slice(Sampler[list[Address]]):
     """This rank's contiguous chunks of the validation set in batches, none of which spans two chunks.
 
-    `chunks` says of each batch which chunk it is of. A rank without samples gets one, that is of none: not counted.
+    `chunks` says of each batch which chunk it is of, None of a pad of one sample, which is not counted: one for a rank
+    without samples, and with `even` as many as it takes for all ranks to have the same number of batches.
     """
 
-    def __init__(self, size: int, rank: int, world: int, chunks: int, batch: int) -> None:
-        own = range(chunks)[chunks * rank // world : chunks * (rank + 1) // world]
-        ends = [(chunk, size * chunk // chunks, size * (chunk + 1) // chunks) for chunk in own]
-        cuts = [(chunk, at, min(at + batch, stop)) for chunk, start, stop in ends for at in range(start, stop, batch)]
-        self.chunks: list[int | None] = [chunk for chunk, _, _ in cuts] or [None]
-        self._batches = [(start, stop) for _, start, stop in cuts] or [(0, 1)]
+    def __init__(self, size: int, rank: int, world: int, chunks: int, batch: int, *, even: bool = False) -> None:
+        cuts = [cuts_of(size, one, world, chunks, batch) for one in range(world)]
+        pads = max(1, max(map(len, cuts)) if even else 0) - len(cuts[rank])
+        self.chunks: list[int | None] = [chunk for chunk, _, _ in cuts[rank]] + [None] * pads
+        self._batches = [(start, stop) for _, start, stop in cuts[rank]] + [(0, 1)] * pads
 
     def __iter__(self) -> Iterator[list[Address]]:
         for start, stop in self._batches:
             yield [(0, sample) for sample in range(start, stop)]
+
+
+def cuts_of(size: int, rank: int, world: int, chunks: int, batch: int) -> list[tuple[int, int, int]]:
+    """(chunk, start, stop) of each batch of a rank."""
+    own = range(chunks)[chunks * rank // world : chunks * (rank + 1) // world]
+    ends = [(chunk, size * chunk // chunks, size * (chunk + 1) // chunks) for chunk in own]
+    return [(chunk, at, min(at + batch, stop)) for chunk, start, stop in ends for at in range(start, stop, batch)]
 
 
 class Validation:
@@ -54,12 +61,13 @@ class Validation:
         seed: int,
         data: DataSettings,
         precision: Precision,
+        even: bool = False,
     ) -> None:
         self._recipe = recipe
         self._world = world
         self._precision = precision
         self._chunks = chunks
-        self._slice = Slice(len(items), rank, world, chunks, batch)
+        self._slice = Slice(len(items), rank, world, chunks, batch, even=even)
         self._batches: DataLoader[Any] = loader(
             AddressedDataset(items, seed), self._slice, data, collate_of(recipe), precision.device.type == "cuda"
         )

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from launcher.checkpoint import CheckpointError, Reader, Report, Saved, check_names, load, save, save_model
+from launcher.checkpoint import CheckpointError, Reader, Report, Saved, Stored, check_names, export, load, save
 from launcher.errors import RequestError
 from launcher.manifest import DamagedError, Manifest, by_age, digest_of, newest, open_at
 
@@ -149,13 +149,15 @@ def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path: Path, tensor: torc
     assert torch.equal(bits, expected)
 
 
-def test_what_is_loaded_outlives_its_file(tmp_path: Path) -> None:
+def test_what_was_read_outlives_its_file_and_what_was_not_is_missed_by_name(tmp_path: Path) -> None:
     path = put(tmp_path, 3).path
     loaded = load(open_at(path))
+    weight = loaded.model["conv.weight"]
     for file in path.iterdir():
         os.truncate(file, 0)
-    assert torch.equal(loaded.model["conv.weight"], torch.full((4, 3), 3.0))
-    loaded.optimizer["conv.weight/momentum_buffer"].add_(1)
+    assert torch.equal(weight.add_(1), torch.full((4, 3), 4.0))
+    with pytest.raises(DamagedError, match=r"conv\.weight/momentum_buffer in optimizer\.safetensors cannot be read"):
+        loaded.optimizer["conv.weight/momentum_buffer"]
 
 
 class Tied(nn.Module):
@@ -235,7 +237,7 @@ def test_a_reader_opens_only_the_files_it_needs(tmp_path: Path) -> None:
     (found.path / "model-1.safetensors").unlink()
     assert Reader(found.path)(found.manifest.tensors["w"], 2, 6).tolist() == [2.0, 3.0, 4.0, 5.0]
     with pytest.raises(DamagedError, match=r"w in model-1\.safetensors cannot be read"):
-        load(found)
+        load(found).model["w"]
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
@@ -375,7 +377,7 @@ def test_a_file_that_is_not_what_the_manifest_says_is_not_used(tmp_path: Path) -
     body["tensors"]["conv.bias"]["dtype"] = "int32"
     forged(path, tensors=body["tensors"])
     with pytest.raises(DamagedError, match=r"conv\.bias in model\.safetensors is not what the manifest says"):
-        load(open_at(path))
+        load(open_at(path)).model["conv.bias"]
 
 
 def test_all_damaged_is_an_error_never_a_start_from_scratch(tmp_path: Path) -> None:
@@ -641,10 +643,16 @@ def test_time_is_taken_from_the_clock_given(tmp_path: Path) -> None:
 # --- the final parameters -----------------------------------------------------------------------------------------
 
 
+def stored(folder: Path, model: Mapping[str, torch.Tensor]) -> Stored:
+    """A model's tensors as they lie in a checkpoint."""
+    saved = Saved(model, {}, {"samples": 1, "update": 1}, {}, 1, {})
+    return load(open_at(save(folder, "update-1", saved, 1).path)).model
+
+
 def test_the_final_model_loads_without_this_program(tmp_path: Path) -> None:
     model, other = Tied(), Tied()
     del model.part, other.part  # load_model itself knows no views
-    save_model(tmp_path / "model.safetensors", model.state_dict())
+    export(tmp_path / "model.safetensors", stored(tmp_path / "from", model.state_dict()))
     missing, unexpected = safetensors.torch.load_model(other, tmp_path / "model.safetensors")
     assert (list(missing), list(unexpected)) == ([], [])
     assert torch.equal(other.head.weight, model.embed.weight)
@@ -655,7 +663,7 @@ def test_the_final_model_loads_without_this_program(tmp_path: Path) -> None:
 def test_it_holds_what_the_librarys_own_file_holds(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(7, 2).double(), nn.Linear(3, 3).bfloat16())
-    save_model(tmp_path / "ours", model.state_dict())
+    export(tmp_path / "ours", stored(tmp_path / "from", model.state_dict()))
     safetensors.torch.save_file(model.state_dict(), tmp_path / "theirs")
     ours, theirs = (safetensors.torch.load_file(tmp_path / name) for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
@@ -666,7 +674,7 @@ def test_every_tensor_lies_at_a_multiple_of_its_width(tmp_path: Path) -> None:
     """So that a reader may map the file and use it in place, whatever the names' lengths make of the header."""
     for length in range(1, 9):
         model = {"a" * length: torch.ones(3, dtype=torch.uint8), "b": torch.ones(1).double(), "c": torch.ones(1)}
-        save_model(tmp_path / "model.safetensors", model)
+        export(tmp_path / "model.safetensors", stored(tmp_path / str(length), model))
         raw = (tmp_path / "model.safetensors").read_bytes()
         begin = 8 + int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8:begin])
@@ -676,16 +684,17 @@ def test_every_tensor_lies_at_a_multiple_of_its_width(tmp_path: Path) -> None:
 
 def test_the_old_model_stands_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
-    save_model(path, tensors(1.0))
+    old, new = (stored(tmp_path / name, tensors(value)) for name, value in (("old", 1.0), ("new", 2.0)))
+    export(path, old)
     before = path.read_bytes()
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", lambda number: raising(full)())
         with pytest.raises(CheckpointError, match=r"model\.safetensors could not be written to .*: the disk is full"):
-            save_model(path, tensors(2.0))
+            export(path, new)
     assert path.read_bytes() == before
-    assert names(tmp_path) == ["model.safetensors"]
-    save_model(path, tensors(2.0))
+    assert names(tmp_path) == ["model.safetensors", "new", "old"]
+    export(path, new)
     assert torch.equal(safetensors.torch.load_file(path)["conv.weight"], tensors(2.0)["conv.weight"])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 

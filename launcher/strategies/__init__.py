@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from launcher.checkpoint import Stored
     from launcher.optim import Groups, Precision
     from launcher.settings import Run
     from launcher.telemetry import StageClock
 
-__all__ = ["Replica", "Step", "missing", "prepare", "problems"]
+__all__ = ["Replica", "State", "Step", "even", "missing", "prepare", "problems"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,18 @@ class Step:
     finite: torch.Tensor
 
 
+class State(NamedTuple):
+    """Model tensors by name, optimizer tensors as `<parameter>/<slot>`, and the rest as JSON facts."""
+
+    model: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+
+
 class Replica(Protocol):
     """One rank's share of the model and its optimizer.
 
-    `model` is what the recipe's loss is called with; `bare` has the names of `recipe.model()`.
+    `model` is what the recipe's loss is called with; `bare` has the names of `recipe.model()` and is what is validated.
     """
 
     model: nn.Module
@@ -54,29 +63,55 @@ class Replica(Protocol):
     def settle_buffers(self) -> None:
         """Give every rank rank 0's floating buffers (running statistics), before validation and saving."""
 
-    def tensors(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], Mapping[str, Any]]:
-        """Model tensors by name, optimizer tensors as `<parameter>/<slot>`, and the rest as JSON facts."""
+    def tensors(self) -> State:
+        """The whole state. Every rank calls it, and rank 0 has it; what the others get is for nobody's use.
 
-    def restore(
-        self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
-    ) -> None:
-        """Take over a checkpoint's tensors. Every rank calls it."""
+        Model tensors have the names of `recipe.model().state_dict()`. A strategy that shards gathers tensor by tensor,
+        into the machine's memory.
+        """
+
+    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
+        """Take over a checkpoint, of any strategy and world size. Every rank calls it and reads what it needs."""
+
+
+def even(run: Run) -> bool:
+    """Whether every rank makes the same number of micro-batches, since each of them communicates."""
+    return run.strategy.name == "fsdp" or (run.strategy.name == "deepspeed" and run.strategy.stage >= 2)
 
 
 def prepare(
-    model: nn.Module, run: Run, world: int, precision: Precision, clock: StageClock, groups: Groups | None = None
+    model: nn.Module,
+    run: Run,
+    world: int,
+    precision: Precision,
+    clock: StageClock,
+    groups: Groups | None = None,
+    blocks: Sequence[nn.Module] = (),
 ) -> Replica:
     """The replica of `run.strategy.name`, or the exact one; the model is on its device already.
 
-    `groups`: the recipe's own parameter groups.
+    `groups`: the recipe's own parameter groups. `blocks`: parts of the model to gather one at a time.
     """
+    return kind_of(run)(model, run, world, precision, clock, groups, blocks)
+
+
+def kind_of(run: Run) -> Callable[..., Replica]:
+    """Only the module of the strategy that is asked for is imported."""
+    if run.strategy.name == "fsdp":
+        from launcher.strategies.fsdp import FsdpReplica
+
+        return FsdpReplica
+    if run.strategy.name == "deepspeed":
+        from launcher.strategies.deepspeed import DeepSpeedReplica
+
+        return DeepSpeedReplica
     if run.elastic.exact:
-        from launcher.strategies.exact import ExactReplica as Kind
-    elif run.strategy.name == "deepspeed":
-        from launcher.strategies.deepspeed import DeepSpeedReplica as Kind  # type: ignore[assignment]
-    else:
-        from launcher.strategies.ddp import DdpReplica as Kind  # type: ignore[assignment]
-    return Kind(model, run, world, precision, clock, groups)
+        from launcher.strategies.exact import ExactReplica
+
+        return ExactReplica
+    from launcher.strategies.ddp import DdpReplica
+
+    return DdpReplica
 
 
 def problems(run: Run) -> Iterator[str]:

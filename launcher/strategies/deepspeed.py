@@ -1,4 +1,4 @@
-"""The model and its optimizer in DeepSpeed's hands: ZeRO's stages 0 to 3, with our division, boundary, rate and state."""
+"""The model and its optimizer in DeepSpeed's hands, ZeRO 0 to 3, with our division, boundary, rate and state."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from launcher.checkpoint import Stored
 from launcher.optim import (
     Groups,
     Precision,
@@ -26,8 +27,8 @@ from launcher.optim import (
     optimizer_tensors,
 )
 from launcher.settings import Run
-from launcher.strategies import Step
-from launcher.strategies.buffers import Buffers
+from launcher.strategies import State, Step
+from launcher.strategies.base import Rank
 from launcher.strategies.zero_config import configuration
 from launcher.strategies.zero_state import ZeroState
 from launcher.telemetry import StageClock
@@ -35,12 +36,12 @@ from launcher.telemetry import StageClock
 __all__ = ["DeepSpeedReplica"]
 
 
-class DeepSpeedReplica:
-    """DeepSpeed averages gradients over the ranks, so `total · world / samples` gives d(sum of totals)/samples.
+class DeepSpeedReplica(Rank):
+    """DeepSpeed averages gradients over the ranks; the step multiplies by their number, so that they are summed.
 
     Parameters are fp32 and the loss is computed under our autocast, as under DDP: one meaning of `train.precision`.
-    From stage 1 on the gradients are divided by ZeRO's own loss scale when the step is made, norm and clipping too:
-    there the scale of fp16 is taken out, and a loss that counts something else than samples gets its rescaling.
+    From stage 1 on ZeRO divides gradients by a loss scale of its own when it steps, before norm and clipping: there
+    the scale of fp16 is taken out, the average made a sum, and a loss that counts something else than samples rescaled.
     """
 
     def __init__(
@@ -51,32 +52,28 @@ class DeepSpeedReplica:
         precision: Precision,
         clock: StageClock,
         groups: Groups | None = None,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
-        self._world = world
-        self._precision = precision
+        model.to(precision.device)
+        super().__init__(model, world, precision)
+        for buffer in self._buffers:
+            dist.broadcast(buffer, src=0)
         self._clock = clock
-        self._stage = run.strategy.stage
-        self._fresh = True
-        self.bare = model
-        self.optimizer = make_optimizer(model, run, groups)
+        self._rank = dist.get_rank()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.optimizer = make_optimizer(model, run, groups)
         self._facts = optimizer_facts(self.optimizer, model)
-        self._buffers = Buffers(model, world)
-        self._buffers.spread(floating_only=False)
         if precision.name in ("bf16", "fp16"):
             model.forward = within(precision.autocast, model.forward)  # type: ignore[method-assign]
-        numel = sum(parameter.numel() for parameter in self._parameters)
-        self._engine = engine_of(model, self.optimizer, configuration(run, numel), precision.device, debug=run.debug)
+        config = configuration(run, sum(parameter.numel() for parameter in self._parameters))
+        self._engine = engine_of(model, self.optimizer, config, precision.device, debug=run.debug)
         self.model: nn.Module = self._engine
         self._reduce = self._engine.allreduce_gradients
         self._engine.allreduce_gradients = self._reduce_marked
         self._zero = self._engine.optimizer
-        self._state = ZeroState(self._zero, model, self._shapes, self._stage, world) if self._stage else None
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
+        stage = run.strategy.stage
+        self._state = ZeroState(self._zero, model, self._shapes, stage, world) if stage else None
 
     def _reduce_marked(self, *args: Any, **kwargs: Any) -> None:
         """What DeepSpeed does after a backward pass; after an update's last one it only waits for others."""
@@ -86,58 +83,42 @@ class DeepSpeedReplica:
 
     @contextmanager
     def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
-        if self._fresh:
-            self._fresh = False
-            self._buffers.keep()
         self._engine.set_gradient_accumulation_boundary(last)
-        with ExitStack() as stack:
-            if pad:
-                stack.enter_context(self._buffers.untouched())
-                stack.enter_context(self._silent())
+        silent = without_gradients(self._parameters) if pad else nullcontext()
+        with silent, super().micro(last=last, pad=pad, place=place):
             yield
-
-    @contextmanager
-    def _silent(self) -> Iterator[None]:
-        """Gradients become zeros, whatever they are, before DeepSpeed sees them: a pad's loss may be NaN."""
-        hooks = [parameter.register_hook(torch.zeros_like) for parameter in self._parameters]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def backward(self, total: torch.Tensor, samples: int) -> None:
-        self._engine.backward(self._precision.scaled(total * self._world / samples))
+        self._engine.backward(self._precision.scaled(total / samples))
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
         apply_rate(self.optimizer, lr, momentum)
         take = self._step_whole if self._state is None else self._step_in_pieces
-        norm, applied = take(rescale, clip_norm)
+        norm, applied = take(rescale * self._world / self._precision.scale(), clip_norm)
         if not applied:
-            self._buffers.undo()
+            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+                buffer.copy_(kept)
         self._precision.told(finite=applied)
         self._fresh = True
         device = self._precision.device
-        return Step(
-            norm=torch.as_tensor(norm, dtype=torch.float32, device=device), finite=torch.tensor(applied, device=device)
-        )
+        return Step(torch.as_tensor(norm, dtype=torch.float32, device=device), torch.tensor(applied, device=device))
 
-    def _step_in_pieces(self, rescale: float, clip_norm: float | None) -> tuple[Any, bool]:
+    def _step_in_pieces(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
         """Stages 1 to 3: DeepSpeed skips by itself where the norm is not finite, on all ranks alike."""
         self._zero.clip_grad = clip_norm or 0.0
-        if math.isfinite(rescale) and rescale:
-            self._zero.override_loss_scale(self._precision.scale() / rescale)
+        if math.isfinite(factor):
+            self._zero.override_loss_scale(1.0 / factor)
         else:
             spoil(self._zero)
         self._engine.step()
         self._zero.override_loss_scale(1.0)
         return self._engine.get_global_grad_norm(), self._engine.was_step_applied()
 
-    def _step_whole(self, rescale: float, clip_norm: float | None) -> tuple[Any, bool]:
-        """Stage 0: DeepSpeed has summed the gradients and would step whatever they are."""
+    def _step_whole(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
+        """Stage 0: DeepSpeed has averaged the gradients and would step whatever they are."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, rescale / self._precision.scale())
+        torch._foreach_mul_(gradients, factor)
         norm = get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             self._engine.zero_grad()
@@ -147,21 +128,18 @@ class DeepSpeedReplica:
         self._engine.step()
         return norm, True
 
-    def settle_buffers(self) -> None:
-        self._buffers.spread(floating_only=True)
-
     @torch.no_grad()
-    def tensors(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], Mapping[str, Any]]:
+    def tensors(self) -> State:
         facts = {"optimizer": self._facts, "scaler": self._precision.facts()}
         if self._state is None:
-            return self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), facts
+            return State(self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), facts)
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, Any] = {}
         for key, value in self._state.slots(self._precision.device):
             (tensors if isinstance(value, torch.Tensor) else numbers)[key] = value
         model = dict(self._weights())
         facts["optimizer"] = {**self._facts, "numbers": numbers}
-        return (model, tensors, facts) if self.rank == 0 else ({}, {}, facts)
+        return State(model, tensors, facts)
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's tensors, tied ones the same under every name; gathered under stage 3, for rank 0 alone."""
@@ -172,13 +150,11 @@ class DeepSpeedReplica:
                 continue
             if id(tensor) not in seen:
                 with gathered(tensor, None):
-                    seen[id(tensor)] = tensor.detach().to("cpu", copy=True) if self.rank == 0 else tensor.detach()
+                    seen[id(tensor)] = tensor.detach().to("cpu", copy=True) if self._rank == 0 else tensor.detach()
             yield name, seen[id(tensor)]
 
     @torch.no_grad()
-    def restore(
-        self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
-    ) -> None:
+    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
         if self._state is None:
             self.bare.load_state_dict(dict(model))
             load_optimizer(self.optimizer, self.bare, optimizer, facts["optimizer"])
@@ -188,7 +164,7 @@ class DeepSpeedReplica:
             self._state.fill(optimizer, facts["optimizer"]["numbers"])
         self._precision.restore(facts["scaler"])
 
-    def _put_weights(self, model: Mapping[str, torch.Tensor]) -> None:
+    def _put_weights(self, model: Stored) -> None:
         done: set[int] = set()
         for name, tensor in self.bare.state_dict(keep_vars=True).items():
             if id(tensor) in done:
@@ -198,7 +174,7 @@ class DeepSpeedReplica:
                 tensor.copy_(model[name])
                 continue
             with gathered(tensor, 0):
-                if self.rank == 0:
+                if self._rank == 0:
                     tensor.copy_(model[name])
         self._zero.refresh_fp32_params()
 
@@ -243,11 +219,22 @@ def gathered(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What runs within gives them zeros for gradients before DeepSpeed sees any: a pad's loss may be NaN."""
+    hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def spoil(zero: Any) -> None:
     """Make the gradients what DeepSpeed skips: there is no other way to tell it that nothing is to be learned."""
-    for norms in (getattr(zero, "norm_for_param_grads", {}),):  # of what is offloaded it knows the norms alone
-        for key in norms:
-            norms[key] = norms[key] * math.nan
+    norms = getattr(zero, "norm_for_param_grads", {})  # of what is offloaded it looks at the norms alone
+    for key in norms:
+        norms[key] = norms[key] * math.nan
     for gradients in zero.averaged_gradients.values():
         for gradient in gradients or ():
             gradient.mul_(math.nan)

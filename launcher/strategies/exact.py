@@ -1,7 +1,7 @@
 """The model whole on every rank, gradients added in a fixed tree: bitwise the same at any number of workers."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from launcher.checkpoint import Stored
 from launcher.errors import RequestError
 from launcher.optim import Groups, Precision
 from launcher.settings import Run
 from launcher.shards import Tree, trainers
+from launcher.strategies import State
 from launcher.strategies.ddp import DdpReplica
 from launcher.telemetry import StageClock
 
@@ -41,9 +43,10 @@ class ExactReplica(DdpReplica):
         precision: Precision,
         clock: StageClock,
         groups: Groups | None = None,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         make_deterministic()
-        super().__init__(model, run, 1, precision, clock, groups)  # to DDP every rank is alone
+        super().__init__(model, run, 1, precision, clock, groups, blocks)  # to DDP every rank is alone
         self._ranks = world
         self._rank = dist.get_rank() if world > 1 else 0
         self._trainers = trainers(world, run.elastic.shards)
@@ -144,13 +147,11 @@ class ExactReplica(DdpReplica):
             counter.copy_(part.clone().view(counter.dtype).view(counter.shape))
         self._counted = []
 
-    def tensors(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], Mapping[str, Any]]:
+    def tensors(self) -> State:
         model, optimizer, facts = super().tensors()
-        return model, optimizer, {**facts, "exact": numerics(self._precision.device)}
+        return State(model, optimizer, {**facts, "exact": numerics(self._precision.device)})
 
-    def restore(
-        self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
-    ) -> None:
+    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
         """
         Raises:
             RequestError: the checkpoint is of an exact run with other arithmetic.

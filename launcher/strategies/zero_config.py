@@ -64,7 +64,6 @@ FREE_ZERO = frozenset(
         "overlap_comm",
         "reduce_bucket_size",
         "reduce_scatter",
-        "round_robin_gradients",
         "stage3_allgather_sequential",
         "stage3_max_live_parameters",
         "stage3_max_reuse_distance",
@@ -176,9 +175,9 @@ def _silent(value: Any) -> bool:
 def _clashes(run: Run, own: Mapping[str, Any]) -> Iterator[str]:
     path = run.strategy.config
     zero = own.get("zero_optimization", {})
-    for name in (*(name for name in own if name != "zero_optimization"), *(f"zero_optimization.{name}" for name in zero)):
-        if name == "zero_optimization.stage" and zero["stage"] == run.strategy.stage:
-            continue
+    if zero.get("stage") == run.strategy.stage:
+        zero = {name: value for name, value in zero.items() if name != "stage"}
+    for name in (*(own.keys() - {"zero_optimization"}), *(f"zero_optimization.{name}" for name in zero)):
         if name in OWNED:
             ours = OWNED[name]
             yield f"strategy.config={path} sets {name}, which is {ours} here: take it out of the file and type {ours}="

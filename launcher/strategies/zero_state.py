@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from launcher.checkpoint import Stored
 from launcher.errors import RequestError
 
 __all__ = ["Piece", "ZeroState", "pieces"]
@@ -73,7 +74,7 @@ class ZeroState:
         self._pieces = {names[id(parameter)]: piece for parameter, piece in pieces(zero, stage, self._rank)}
 
     def slots(self, device: torch.device) -> Iterator[tuple[str, Any]]:
-        """Each slot as `<parameter>/<slot>`: whole on rank 0, on the CPU; of no use on the others, which must take part.
+        """Each slot as `<parameter>/<slot>`: whole on rank 0, on the CPU; nothing on the others, which must take part.
 
         The elements travel as integers: a sum of one value and zeros would turn -0.0 into 0.0.
         """
@@ -90,10 +91,10 @@ class ZeroState:
         piece.cut(whole).copy_(piece.of(values))
         if self._world > 1:
             dist.reduce(whole.view(torch.uint8 if whole.element_size() % 4 else torch.int32), dst=0)
-        return whole.view(shape).cpu()
+        return whole.view(shape).cpu() if self._rank == 0 else whole.new_empty(0)
 
     @torch.no_grad()
-    def fill(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+    def fill(self, tensors: Stored, numbers: Mapping[str, Any]) -> None:
         """Give the optimizer the state that stands under these names, and no other.
 
         Raises:
@@ -102,25 +103,24 @@ class ZeroState:
         known = by_parameter((*tensors, *numbers))
         self._zero.optimizer.state.clear()
         for name, piece in self._pieces.items():
-            if name not in known:
-                continue
-            state = self._zero.optimizer.state[piece.flat]
-            for slot in known[name]:
+            state = self._zero.optimizer.state[piece.flat] if name in known else {}
+            for slot in known.get(name, ()):
                 key = f"{name}/{slot}"
-                self._put(state, piece, name, slot, tensors[key] if key in tensors else numbers[key])
+                if key in numbers or is_scalar(slot, tensors.shape(key), self._shapes[name]):
+                    self._agree(state, name, slot, numbers[key] if key in numbers else tensors[key])
+                else:
+                    values = tensors.part(key, piece.start, piece.start + piece.numel)
+                    if slot not in state:
+                        state[slot] = torch.zeros_like(piece.flat, dtype=values.dtype)
+                    piece.of(state[slot]).copy_(values)
 
-    def _put(self, state: dict[str, Any], piece: Piece, name: str, slot: str, value: Any) -> None:
-        if is_scalar(slot, value, self._shapes[name]):
-            if slot in state and bool(state[slot] != value):
-                raise RequestError(
-                    f"strategy=deepspeed keeps one {slot} for a group of parameters, and the checkpoint has "
-                    f"{float(value):g} for {name} and {float(state[slot]):g} for others: go on with strategy=ddp"
-                )
-            state[slot] = value.clone() if isinstance(value, torch.Tensor) else value
-        else:
-            if slot not in state:
-                state[slot] = torch.zeros_like(piece.flat, dtype=value.dtype)
-            piece.of(state[slot]).copy_(piece.cut(value))
+    def _agree(self, state: dict[str, Any], name: str, slot: str, value: Any) -> None:
+        if slot in state and bool(state[slot] != value):
+            raise RequestError(
+                f"strategy=deepspeed keeps one {slot} for a group of parameters, and the checkpoint has "
+                f"{float(value):g} for {name} and {float(state[slot]):g} for others: go on with strategy=ddp"
+            )
+        state[slot] = value
 
 
 def by_parameter(keys: Iterable[str]) -> dict[str, list[str]]:
@@ -132,5 +132,6 @@ def by_parameter(keys: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def is_scalar(slot: str, value: Any, shape: torch.Size) -> bool:
-    return not isinstance(value, torch.Tensor) or (value.ndim == 0 and (slot in SCALARS or shape != value.shape))
+def is_scalar(slot: str, shape: tuple[int, ...], of: torch.Size) -> bool:
+    """Whether a slot of this shape is one value for a parameter of shape `of`."""
+    return not shape and (slot in SCALARS or len(of) > 0)

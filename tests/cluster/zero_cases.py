@@ -10,19 +10,22 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from launcher.checkpoint import Stored
+from launcher.errors import RequestError
 from launcher.optim import Precision
 from launcher.settings import LrSettings, Run, StrategySettings, TrainSettings
-from launcher.strategies import Replica, prepare
+from launcher.strategies import Replica, State, prepare
 from launcher.telemetry import HostTimer, StageClock
 
 BATCH = 12
@@ -30,7 +33,6 @@ OPTIMIZERS = {
     "sgd": {"_target_": "torch.optim.SGD", "momentum": 0.9, "weight_decay": 0.01},
     "adamw": {"_target_": "torch.optim.AdamW", "weight_decay": 0.1},
 }
-State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]
 
 
 class Odd(nn.Module):
@@ -133,23 +135,32 @@ def trained(
 
 
 def state_of(replica: Replica) -> State:
-    """Rank 0's, on every rank."""
+    """Rank 0's, on every rank, in memory of its own."""
     model, optimizer, facts = replica.tensors()
-    held = [
-        (
-            {name: tensor.clone() for name, tensor in model.items()},
-            {name: tensor.clone() for name, tensor in optimizer.items()},
-            facts,
-        )
-    ]
+    copies = [{name: tensor.detach().clone() for name, tensor in part.items()} for part in (model, optimizer)]
+    held = [State(copies[0], copies[1], json.loads(json.dumps(facts)))]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(held, src=0)
     return held[0]
 
 
-def furthest(one: State, other: State) -> float:
-    assert one[0].keys() == other[0].keys()
-    return max(float((one[0][name].double() - other[0][name].double()).abs().max()) for name in one[0])
+def give(replica: Replica, state: State) -> None:
+    """As from a checkpoint: a tensor, or a part of one, is there when it is asked for."""
+    replica.restore(stored(state.model), stored(state.optimizer), state.facts)
+
+
+def stored(tensors: Mapping[str, torch.Tensor]) -> Stored:
+    def read(facts: Mapping[str, Any], start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return tensors[facts["name"]].reshape(-1)[start:stop].clone()
+
+    return Stored(read, {n: {"name": n, "shape": list(t.shape), "aliases": []} for n, t in tensors.items()})
+
+
+def furthest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """Buffers left out: those are what a rank saw of the batch."""
+    assert one.keys() == other.keys()
+    names = one.keys() - {"mean", "calls"}
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in names)
 
 
 def same_bits(one: State, other: State) -> None:
@@ -165,25 +176,26 @@ def same_bits(one: State, other: State) -> None:
 # The cases
 
 
+@cache
+def on_one_worker(optimizer: str) -> tuple[list[tuple[float, bool]], State]:
+    """What DDP comes to, its last ten updates clipped."""
+    plain = made(run_of(optimizer), 1)
+    steps = trained(plain, range(10), world=1) + trained(plain, range(10, 20), world=1, clip_norm=0.4)
+    return steps, state_of(plain)
+
+
 def as_ddp_on_one_worker(world: int, settings: dict[str, Any], optimizer: str, even: bool) -> None:
-    run = run_of(optimizer, **settings)
-    padded = run.strategy.stage >= 2
-    replica, plain = made(run, world), made(run_of(optimizer), 1)
-    for span, clip_norm in ((range(10), None), (range(10, 20), 0.4)):
-        steps = trained(replica, span, world=world, even=even, padded=padded, clip_norm=clip_norm)
-        wanted = trained(plain, span, world=1, clip_norm=clip_norm)
-        for (norm, applied), (right, _) in zip(steps, wanted, strict=True):
-            assert applied
-            assert abs(norm - right) < 1e-4 * right, (norm, right)
-    here, there = state_of(replica), state_of(plain)
-    for name in ("mean", "calls"):
-        here[0].pop(name), there[0].pop(name)  # what a rank saw of the batch
-    far = furthest(here, there)
-    assert far <= 1e-5, far
-    slots = max(float((here[1][name] - there[1][name]).abs().max()) for name in there[1])
-    assert slots <= 1e-4, slots
-    assert here[1].keys() == there[1].keys()
-    assert here[2] == there[2]
+    replica = made(run_of(optimizer, **settings), world)
+    how: dict[str, Any] = {"world": world, "even": even, "padded": settings["stage"] >= 2}
+    steps = trained(replica, range(10), **how) + trained(replica, range(10, 20), clip_norm=0.4, **how)
+    wanted, there = on_one_worker(optimizer)
+    here = state_of(replica)
+    for (norm, applied), (right, _) in zip(steps, wanted, strict=True):
+        assert applied
+        assert abs(norm - right) < 1e-4 * right, (norm, right)
+    assert furthest(here.model, there.model) <= 1e-5, furthest(here.model, there.model)
+    assert furthest(here.optimizer, there.optimizer) <= 1e-4, furthest(here.optimizer, there.optimizer)
+    assert here.facts == there.facts
 
 
 def not_finite(world: int, settings: dict[str, Any], optimizer: str) -> None:
@@ -220,10 +232,7 @@ def rescaled(world: int, settings: dict[str, Any], optimizer: str) -> None:
     before = state_of(replica)
     assert not trained(replica, range(6, 7), world=world, rescale=math.nan)[0][1]
     same_bits(before, state_of(replica))
-    there = state_of(plain)
-    for name in ("mean", "calls"):
-        before[0].pop(name), there[0].pop(name)
-    assert furthest(before, there) <= 1e-5
+    assert furthest(before.model, state_of(plain).model) <= 1e-5
 
 
 def goes_on(world: int, settings: dict[str, Any], optimizer: str) -> None:
@@ -232,7 +241,7 @@ def goes_on(world: int, settings: dict[str, Any], optimizer: str) -> None:
     straight, first, second = made(run, world), made(run, world), made(run, world)
     trained(straight, range(8), world=world)
     trained(first, range(4), world=world)
-    second.restore(*state_of(first))
+    give(second, state_of(first))
     same_bits(state_of(first), state_of(second))
     trained(second, range(4, 8), world=world)
     same_bits(state_of(straight), state_of(second))
@@ -248,13 +257,13 @@ def passed_on(world: int, optimizer: str, kinds: dict[str, dict[str, Any]]) -> N
         trained(replica, range(2), world=world)  # what it had before does not shine through
         fresh = made(run_of(optimizer, **settings), world)
         for taker in (fresh, replica):
-            taker.restore(*state)
+            give(taker, state)
             try:
                 same_bits(state, state_of(taker))
             except AssertionError as problem:
                 raise AssertionError(f"{name}: {problem}") from problem
     back = made(run_of(optimizer), 1)
-    back.restore(*state)
+    give(back, state)
     same_bits(state, state_of(back))
     assert trained(back, range(5, 7), world=1) == trained(first, range(5, 7), world=1)
 
@@ -263,34 +272,37 @@ def from_another_world(world: int, settings: dict[str, Any], optimizer: str, fil
     """What another world size left: taken over bit for bit, trained on, and left for the next."""
     replica = made(run_of(optimizer, **settings), world)
     if file.exists():
-        state = torch.load(file, weights_only=True)
-        replica.restore(*state)
+        state = State(*torch.load(file, weights_only=True))
+        give(replica, state)
         same_bits(state, state_of(replica))
     trained(replica, range(3), world=world)
     left = state_of(replica)
     if dist.get_rank() == 0:
-        torch.save(left, file)
+        torch.save(tuple(left), file)
     dist.barrier()
 
 
 def mixed_precision(world: int, settings: dict[str, Any], precision: str) -> None:
     """As under DDP in the same precision: what a loss is autocast to, and how fp16's scale shrinks and is kept."""
-    run, plain_run = run_of("adamw", precision, **settings), run_of("adamw", precision)
-    replica, plain = made(run, world), made(plain_run, 1)
+    replica, plain = made(run_of("sgd", precision, **settings), world), made(run_of("sgd", precision), 1)
     cast = Precision.of(precision, torch.device("cpu"))
-    seen: list[torch.dtype] = []
-    replica.bare.into.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    trained(replica, range(10), world=world, precision=cast)
-    trained(plain, range(10), world=1, precision=cast)
-    assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    seen: set[torch.dtype] = set()
+    replica.bare.into.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+    for update in range(10):
+        poison = (update, 0) if update == 5 else None
+        steps = [
+            trained(one, range(update, update + 1), world=on, precision=cast, poison=poison)[0][1]
+            for one, on in ((replica, world), (plain, 1))
+        ]
+        assert steps[0] == steps[1], update
+    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float16}
     here, there = state_of(replica), state_of(plain)
-    for name in ("mean", "calls"):
-        here[0].pop(name), there[0].pop(name)
-    assert furthest(here, there) <= 0.05, furthest(here, there)  # AdamW turns the noise of 8 bits into whole steps
-    assert {tensor.dtype for name, tensor in here[0].items()} == {torch.float32}
-    trained(replica, range(10, 11), world=world, precision=cast, poison=(10, 0))
-    trained(plain, range(10, 11), world=1, precision=cast, poison=(10, 0))
-    assert state_of(replica)[2]["scaler"] == state_of(plain)[2]["scaler"]
+    assert furthest(here.model, there.model) < 0.02, furthest(here.model, there.model)
+    assert {tensor.dtype for name, tensor in here.model.items() if name != "calls"} == {torch.float32}
+    assert here.facts == there.facts
+    again = made(run_of("sgd", precision, **settings), world)
+    give(again, here)
+    same_bits(here, state_of(again))
 
 
 def validated(world: int, settings: dict[str, Any]) -> None:
@@ -306,70 +318,68 @@ def validated(world: int, settings: dict[str, Any]) -> None:
             found = replica.bare(words)
         replica.bare.train()
         plain = Odd()
-        plain.load_state_dict(state_of(replica)[0])
+        plain.load_state_dict(dict(state_of(replica).model))
         torch.testing.assert_close(found, plain.eval()(words))
     same_bits(state_of(replica), state_of(undisturbed))
 
 
 def buffers_of_rank_0(world: int, settings: dict[str, Any]) -> None:
+    """Running statistics are those of rank 0 when they are settled; a pad is not among what they have seen."""
     replica = made(run_of("sgd", **settings), world)
-    trained(replica, range(2), world=world)
+    trained(replica, range(2), world=world, even=False)
+    own = [part for part in micro_batches(world, False, 5, False)[dist.get_rank()] if part != (0, 0)]
+    assert int(replica.bare.calls) == 2 * len(own)
     replica.settle_buffers()
-    held = [replica.bare.mean.clone()] * 1
-    dist.broadcast(held[0], src=0)
-    assert torch.equal(held[0], replica.bare.mean)
-    assert int(replica.bare.calls) == 2 * len([part for part in micro_batches(world, True, 5, True)[dist.get_rank()]])
+    first = replica.bare.mean.clone()
+    dist.broadcast(first, src=0)
+    assert torch.equal(first, replica.bare.mean)
 
 
 def mixed_steps(world: int, settings: dict[str, Any]) -> None:
-    from launcher.errors import RequestError
-
+    """A flat group has one step for all: what cannot be said is refused, not made to fit."""
     replica = made(run_of("adamw", **settings), world)
     trained(replica, range(2), world=world)
-    model, optimizer, facts = state_of(replica)
-    optimizer["out.weight/step"] = torch.tensor(7.0)
-    try:
-        made(run_of("adamw", **settings), world).restore(model, optimizer, facts)
-    except RequestError as problem:
-        assert "keeps one step for a group" in str(problem)
-    else:
-        raise AssertionError("taken over")
+    state = state_of(replica)
+    state.optimizer["out.weight/step"].fill_(7.0)
+    with pytest.raises(RequestError, match="keeps one step for a group"):
+        give(made(run_of("adamw", **settings), world), state)
 
 
-def cases(world: int, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    def zero(name: str, **options: Any) -> dict[str, Any]:
-        file = folder / f"{name}.json"
-        file.write_text(json.dumps({"zero_optimization": options}))
-        return {"name": "deepspeed", "config": str(file)}
+Case = tuple[str, Callable[[], None]]
 
-    cut = zero("cut", stage3_param_persistence_threshold=0, sub_group_size=100, reduce_bucket_size=60)
-    turns = zero("turns", round_robin_gradients=True, overlap_comm=False)
+
+def cases(world: int, folder: Path) -> Iterator[Case]:
     kinds: dict[str, dict[str, Any]] = {f"stage {n}": {"name": "deepspeed", "stage": n} for n in range(4)}
-    kinds["stage 1 in small buckets"] = {**cut, "stage": 1}
-    kinds["stage 2 in turns"] = {**turns, "stage": 2}
-    kinds["stage 3 in small parts"] = {**cut, "stage": 3}
-    offloaded = {f"stage {n} offloaded": {"name": "deepspeed", "stage": n, "offload": True} for n in (1, 2, 3)}
+    small = folder / "small.json"
+    parts = {"stage3_param_persistence_threshold": 0, "sub_group_size": 100, "reduce_bucket_size": 60}
+    small.write_text(json.dumps({"zero_optimization": parts}))
+    in_parts = {f"stage {n} in small parts": {**kinds[f"stage {n}"], "config": str(small)} for n in (1, 3)}
+    offloaded = {f"stage {n} offloaded": {**kinds[f"stage {n}"], "offload": True} for n in (1, 2, 3)}
+    every = {**kinds, **in_parts, **offloaded}
+    for name, settings in every.items():
+        yield from training_cases(world, name, settings, folder)
     for optimizer in OPTIMIZERS:
-        for name, settings in {**kinds, **offloaded}.items():
-            for even in (True, False) if world > 1 else (True,):
-                label = f"as ddp: {name}, {optimizer}, {'even' if even else 'uneven'}"
-                yield label, lambda s=settings, o=optimizer, e=even: as_ddp_on_one_worker(world, s, o, e)
-            yield f"not finite: {name}, {optimizer}", lambda s=settings, o=optimizer: not_finite(world, s, o)
-            yield f"first not finite: {name}, {optimizer}", lambda s=settings, o=optimizer: not_finite_at_first(world, s, o)
-            yield f"rescaled: {name}, {optimizer}", lambda s=settings, o=optimizer: rescaled(world, s, o)
-            yield f"goes on: {name}, {optimizer}", lambda s=settings, o=optimizer: goes_on(world, s, o)
-            file = folder / f"{name}-{optimizer}.pt"
-            yield (
-                f"another world: {name}, {optimizer}",
-                lambda s=settings, o=optimizer, f=file: from_another_world(world, s, o, f),
-            )
-        yield f"passed on: {optimizer}", lambda o=optimizer: passed_on(world, o, {**kinds, **offloaded})
+        yield f"passed on: {optimizer}", partial(passed_on, world, optimizer, every)
+    for name, settings in {**kinds, **in_parts}.items():
+        yield f"validated: {name}", partial(validated, world, settings)
+        yield f"fp16: {name}", partial(mixed_precision, world, settings, "fp16")
     for name, settings in kinds.items():
-        yield f"validated: {name}", lambda s=settings: validated(world, s)
-        yield f"buffers: {name}", lambda s=settings: buffers_of_rank_0(world, s)
-        for precision in ("bf16", "fp16"):
-            yield f"{precision}: {name}", lambda s=settings, p=precision: mixed_precision(world, s, p)
-    yield "mixed steps", lambda: mixed_steps(world, kinds["stage 2"])
+        yield f"bf16: {name}", partial(mixed_precision, world, settings, "bf16")
+        yield f"buffers: {name}", partial(buffers_of_rank_0, world, settings)
+    yield "mixed steps", partial(mixed_steps, world, kinds["stage 2"])
+
+
+def training_cases(world: int, name: str, settings: dict[str, Any], folder: Path) -> Iterator[Case]:
+    for optimizer in OPTIMIZERS:
+        yield f"as ddp: {name}, {optimizer}", partial(as_ddp_on_one_worker, world, settings, optimizer, True)
+        if world > 1:
+            yield f"uneven: {name}, {optimizer}", partial(as_ddp_on_one_worker, world, settings, optimizer, False)
+        yield f"goes on: {name}, {optimizer}", partial(goes_on, world, settings, optimizer)
+        file = folder / f"{name}-{optimizer}.pt"
+        yield f"another world: {name}, {optimizer}", partial(from_another_world, world, settings, optimizer, file)
+    yield f"not finite: {name}", partial(not_finite, world, settings, "adamw")
+    yield f"first not finite: {name}", partial(not_finite_at_first, world, settings, "sgd")
+    yield f"rescaled: {name}", partial(rescaled, world, settings, "sgd")
 
 
 def main(folder: Path, chosen: str = "") -> None:

@@ -1,0 +1,89 @@
+"""What a rank does alike under every strategy: buffers, pads, and whether a step is taken."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launcher.blocks import unchanged
+from launcher.optim import Precision, reads_found_inf
+
+__all__ = ["Rank"]
+
+
+class Rank:
+    """A model whose buffers every rank has for itself, and an optimizer that skips what is not finite."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, model: nn.Module, world: int, precision: Precision) -> None:
+        self.bare = model
+        self._world = world
+        self._precision = precision
+        self._pad = False
+        self._fresh = True
+        self._buffers = [b for b in model.buffers() if b is not None]
+        self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    @contextmanager
+    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
+        self._pad = pad
+        if self._fresh:
+            self._keep_buffers()
+        with self._untouched() if pad else nullcontext():
+            yield
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """A pad leaves no trace in running statistics, and is not refused for being a single sample."""
+        training = [norm for norm in self._norms if norm.training]
+        for norm in training:
+            norm.training = False
+        try:
+            with unchanged(self._buffers):
+                yield
+        finally:
+            for norm in training:
+                norm.training = True
+
+    def backward(self, total: torch.Tensor, samples: int) -> None:
+        self._precision.scaled(total / samples).backward()
+
+    @torch.no_grad()
+    def _keep_buffers(self) -> None:
+        """Remember the buffers as they are before an update, so that a skipped one can be undone."""
+        self._fresh = False
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+
+    def _finish(self, finite: torch.Tensor) -> None:
+        """Step where the gradient is finite; else leave parameters, moments, steps and buffers as they were.
+
+        torch makes a momentum's memory before it looks at `found_inf`, and would later take what lay there for it: so
+        the first step that is taken is decided here.
+        """
+        if finite.device.type == "cuda" and reads_found_inf(self.optimizer) and self.optimizer.state:
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+                torch.where(finite, buffer, kept, out=buffer)
+        elif bool(finite):
+            self.optimizer.step()
+        else:
+            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+                buffer.copy_(kept)
+        self._precision.stepped()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._fresh = True
+
+    @torch.no_grad()
+    def settle_buffers(self) -> None:
+        if self._world == 1:
+            return
+        for buffer in self._buffers:
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, src=0)

@@ -1,0 +1,196 @@
+"""The model in rows over the ranks, gathered block by block when it is needed: torch's fully_shard."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from launcher.checkpoint import Stored
+from launcher.errors import RequestError
+from launcher.optim import (
+    Groups,
+    Precision,
+    apply_rate,
+    load_optimizer,
+    make_optimizer,
+    optimizer_facts,
+    optimizer_tensors,
+)
+from launcher.settings import Run
+from launcher.strategies import State, Step
+from launcher.strategies.base import Rank
+from launcher.telemetry import StageClock
+
+__all__ = ["FsdpReplica"]
+
+
+class FsdpReplica(Rank):
+    """Parameters, gradients and optimizer state are DTensors sharded by rows; buffers are whole on every rank.
+
+    Gradients are summed, not averaged, as under DDP: the loss is divided by the update's samples alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        world: int,
+        precision: Precision,
+        clock: StageClock,
+        groups: Groups | None = None,
+        blocks: Sequence[nn.Module] = (),
+    ) -> None:
+        check_shapes(model)
+        agree(model, precision.device)
+        self._sharded = shard(model, run, world, precision, blocks)
+        self.model = model
+        super().__init__(model, world, precision)
+        self.optimizer = make_optimizer(model, run, groups, fused=(torch.optim.Adam, torch.optim.AdamW))
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._rank = dist.get_rank()
+
+    @contextmanager
+    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
+        self._sharded.set_requires_gradient_sync(last)
+        self._sharded.set_is_last_backward(last)
+        silent = without_gradients(self.bare) if pad else nullcontext()
+        with silent, super().micro(last=last, pad=pad, place=place):
+            yield
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
+        rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
+        if rescale != 1.0:
+            torch._foreach_mul_(rows, rescale)
+        norm = self._norm(rows)
+        if clip_norm is not None:
+            torch._foreach_mul_(rows, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
+        apply_rate(self.optimizer, lr, momentum)
+        finite = torch.isfinite(norm)
+        self._finish(finite)
+        return Step(norm=norm, finite=finite)
+
+    def _norm(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        """Of the whole gradient, on the parameters' device; NaN or infinity on any rank is so on all."""
+        square = get_total_norm(rows).to(self._precision.device) ** 2
+        dist.all_reduce(square)
+        return square.sqrt()
+
+    def tensors(self) -> State:
+        names = {id(p): name for name, p in self.bare.named_parameters()}
+        facts = {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}
+        model: dict[str, torch.Tensor] = {}
+        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+            first = names.get(id(tensor), name)
+            model[name] = model[first] if first in model else self._gathered(tensor)
+        moments = optimizer_tensors(self.optimizer, self.bare)
+        return State(model, {name: self._gathered(tensor) for name, tensor in moments.items()}, facts)
+
+    def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole tensor in the machine's memory on rank 0; nothing is held elsewhere."""
+        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        return whole.cpu() if self._rank == 0 else whole.new_empty(0)
+
+    @torch.no_grad()
+    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
+        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+            if isinstance(tensor, DTensor):
+                rows = tensor.to_local()
+                rows.copy_(model.part(name, *rows_of(tensor, self._rank)).view(rows.shape))
+            else:
+                tensor.copy_(model[name])
+        parameters = dict(self.bare.named_parameters())
+        state = {key: self._laid_out(optimizer, key, parameters[key.rpartition("/")[0]]) for key in optimizer}
+        load_optimizer(self.optimizer, self.bare, state, facts["optimizer"])
+
+    def _laid_out(self, optimizer: Stored, key: str, parameter: torch.Tensor) -> torch.Tensor:
+        """A tensor of the optimizer's: this rank's rows where it lies as its parameter does."""
+        if not isinstance(parameter, DTensor) or optimizer.shape(key) != tuple(parameter.shape):
+            return optimizer[key]
+        rows = parameter.to_local()
+        values = optimizer.part(key, *rows_of(parameter, self._rank)).view(rows.shape).to(rows.device)
+        return DTensor.from_local(
+            values,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+
+def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: Sequence[nn.Module]) -> FSDPModule:
+    """The same module, block after block on its device and in rows."""
+    cuda = precision.device.type == "cuda"
+    lower = torch.bfloat16 if run.strategy.gather == "bf16" else None
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(precision.device.type, (world,)),
+        "reshard_after_forward": run.strategy.reshard,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None),
+        "offload_policy": CPUOffloadPolicy() if run.strategy.offload and cuda else OffloadPolicy(),
+    }
+    for block in blocks:
+        fully_shard(block, **options)
+    sharded = fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return sharded
+
+
+@torch.no_grad()
+def agree(model: nn.Module, device: torch.device) -> None:
+    """Rank 0's parameters and buffers for all, one at a time on the device: a recipe may have drawn others."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        here = tensor.detach().to(device)
+        dist.broadcast(here, src=0)
+        tensor.copy_(here)
+
+
+def check_shapes(model: nn.Module) -> None:
+    """
+    Raises:
+        RequestError: a parameter is a single number, which has no rows.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise RequestError(
+                f"strategy=fsdp: {name} is a single number and cannot lie in rows: give it the shape (1,), "
+                "or type strategy=ddp"
+            )
+
+
+def rows_of(tensor: DTensor, rank: int) -> tuple[int, int]:
+    """Which elements [start, stop) of the flat tensor this rank's rows are: torch.chunk's division of dimension 0."""
+    width = tensor.numel() // tensor.shape[0] if tensor.shape[0] else 0
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    start = min(rank * rows, tensor.shape[0]) * width
+    return start, start + tensor.to_local().numel()
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """What runs within gives its parameters zeros for gradients, whatever they would be: 0 · NaN is NaN.
+
+    The gathered parameters exist from a block's forward pass on, so that is where they are caught.
+    """
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def catch(block: nn.Module, *_: object) -> None:
+        trained = (p for p in block.parameters() if p.requires_grad and not isinstance(p, DTensor))
+        handles.extend(parameter.register_hook(torch.zeros_like) for parameter in trained)
+
+    handles.extend(m.register_forward_pre_hook(catch) for m in model.modules() if isinstance(m, FSDPModule))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

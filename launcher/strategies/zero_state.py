@@ -109,10 +109,10 @@ class ZeroState:
                 if key in numbers or is_scalar(slot, tensors.shape(key), self._shapes[name]):
                     self._agree(state, name, slot, numbers[key] if key in numbers else tensors[key])
                 else:
-                    values = tensors.part(key, piece.start, piece.start + piece.numel)
                     if slot not in state:
-                        state[slot] = torch.zeros_like(piece.flat, dtype=values.dtype)
-                    piece.of(state[slot]).copy_(values)
+                        state[slot] = torch.zeros_like(piece.flat)
+                    if piece.numel:
+                        piece.of(state[slot]).copy_(tensors.part(key, piece.start, piece.start + piece.numel))
 
     def _agree(self, state: dict[str, Any], name: str, slot: str, value: Any) -> None:
         if slot in state and bool(state[slot] != value):

@@ -6,6 +6,7 @@ that is passed from world size to world size lies in FOLDER too.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -151,6 +152,7 @@ def give(replica: Replica, state: State) -> None:
 
 def stored(tensors: Mapping[str, torch.Tensor]) -> Stored:
     def read(facts: Mapping[str, Any], start: int = 0, stop: int | None = None) -> torch.Tensor:
+        assert stop is None or start < stop, "no file is opened for nothing"
         return tensors[facts["name"]].reshape(-1)[start:stop].clone()
 
     return Stored(read, {n: {"name": n, "shape": list(t.shape), "aliases": []} for n, t in tensors.items()})
@@ -400,6 +402,7 @@ def main(folder: Path, chosen: str = "") -> None:
         told: list[Any] = [None] * world
         dist.all_gather_object(told, outcomes[name])
         outcomes[name] = next((one for one in told if one), "")
+        gc.freeze()  # each engine of stage 3 collects garbage, and would walk through all that is there
     if dist.get_rank() == 0:
         (folder / f"outcomes-{world}.json").write_text(json.dumps(outcomes))
     dist.barrier()

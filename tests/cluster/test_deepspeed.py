@@ -1,0 +1,42 @@
+"""DeepSpeed's stages against plain torch, in real process groups of 2, 3 and 1 ranks; then as a person starts it.
+
+What is compared, and how, is in zero_cases.py. One start runs all cases of a world size, since importing DeepSpeed and
+forming a group takes longer than most of them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jobs import environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one world size leaves its states for the next."""
+    return tmp_path_factory.mktemp("states")
+
+
+def outcomes(folder: Path, world: int) -> dict[str, str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    argv = [*torchrun, str(HERE / "zero_cases.py"), str(folder)]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, str] = json.loads((folder / f"outcomes-{world}.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 1])
+def test_every_stage_is_plain_torch_in_another_layout(states: Path, world: int) -> None:
+    """In this order: what W = 2 leaves W = 3 takes over, and W = 1 what that leaves."""
+    found = outcomes(states, world)
+    assert len(found) > 100
+    wrong = {name: text[-1500:] for name, text in found.items() if text}
+    assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())

@@ -1,7 +1,8 @@
-"""The launcher against a plain hand-written DDP script: steady throughput, and time to the first update.
+"""The launcher against a plain hand-written script: steady throughput, and time to the first update.
 
     python benchmarks/overhead.py                      # the digits resnet at two workers
     python benchmarks/overhead.py --width 64 --updates 80   # updates of 50 ms and more
+    python benchmarks/overhead.py --recipe gpt --strategy fsdp
 
 Both train the same model on the same data with the same batch; the launcher with everything it does by default (vote,
 stage clock, JSONL, console, wandb offline). Runs alternate, so that drift of the machine favours neither; what is
@@ -28,7 +29,7 @@ def plain(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
     out = folder / "plain.json"
     argv = [*TORCHRUN, f"--nproc-per-node={options.workers}", str(HERE / "plain_ddp.py"), f"--recipe={options.recipe}"]
     argv += [f"--per-device={options.per_device}", f"--updates={options.updates}", f"--skip={options.skip}"]
-    argv += [f"--out={out}"] + ([f"--width={options.width}"] if options.width else [])
+    argv += [f"--out={out}", f"--strategy={options.strategy}"] + ([f"--width={options.width}"] if options.width else [])
     start = time.time()
     run(argv, folder)
     found = json.loads(out.read_text())
@@ -42,6 +43,9 @@ def launched(options: argparse.Namespace, folder: Path, driver: bool) -> tuple[f
         f"batch.per_device={options.per_device}",
         f"lr.base_batch={options.per_device * world}",
         f"train.duration={options.updates}ba",
+        f"strategy={options.strategy}",
+        "optimizer=sgd",
+        "train.clip_norm=null",
         "schedule.warmup=0ep",
         "data.tail=carry",
         "train.validate_every=null",
@@ -72,6 +76,7 @@ def run(argv: list[str], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--recipe", default="resnet")
+    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp", "deepspeed"])
     parser.add_argument("--width", type=int)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--per-device", type=int, default=64)

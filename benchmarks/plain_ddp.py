@@ -1,6 +1,7 @@
-"""A plain DDP script as a careful person writes it by hand: what the launcher is measured against.
+"""A plain script as a careful person writes it by hand: what the launcher is measured against.
 
     torchrun --nproc-per-node=2 benchmarks/plain_ddp.py --recipe resnet --updates 300 --out plain.json
+    torchrun --nproc-per-node=2 benchmarks/plain_ddp.py --recipe gpt --strategy fsdp
 
 It takes model and data from the same recipe, and does nothing but train: no telemetry, no checkpoint, no validation.
 """
@@ -30,9 +31,55 @@ def recipe_of(name: str, width: int | None):
     return Recipe() if width is None else Recipe(width=width)
 
 
+def ddp(model: torch.nn.Module):
+    whole = DistributedDataParallel(model) if dist.get_world_size() > 1 else model
+    return whole, *by_hand(model, fused=True)
+
+
+def fsdp(model: torch.nn.Module):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in getattr(model, "blocks", model):
+        if any(True for _ in block.parameters()):
+            fully_shard(block)
+    fully_shard(model)
+    return model, *by_hand(model, fused=None)
+
+
+def by_hand(model: torch.nn.Module, fused: bool | None):
+    optimizer = sgd(model, fused)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return torch.Tensor.backward, step
+
+
+def zero(model: torch.nn.Module, stage: int = 2):
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, and is for inference
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model, None), config=config, dist_init_required=False)
+    return engine, engine.backward, engine.step
+
+
+def sgd(model: torch.nn.Module, fused: bool | None) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--recipe", default="resnet")
+    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp", "deepspeed"])
     parser.add_argument("--width", type=int)
     parser.add_argument("--per-device", type=int, default=64)
     parser.add_argument("--updates", type=int, default=300)
@@ -47,8 +94,7 @@ def main() -> None:
     recipe = recipe_of(options.recipe, options.width)
     torch.manual_seed(0)
     model = recipe.model()
-    ddp = DistributedDataParallel(model) if dist.get_world_size() > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    laid_out, backward, step = {"ddp": ddp, "fsdp": fsdp, "deepspeed": zero}[options.strategy](model)
     data = recipe.dataset("train")
     sampler = DistributedSampler(data)
     batches = DataLoader(data, options.per_device, sampler=sampler, drop_last=True, collate_fn=lambda batch: batch)
@@ -58,10 +104,9 @@ def main() -> None:
     while done < options.updates:
         sampler.set_epoch(done)
         for batch in batches:
-            loss = recipe.loss(ddp, batch)
-            (loss.total / loss.count).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = recipe.loss(laid_out, batch)
+            backward(loss.total / loss.count)
+            step()
             done += 1
             now = time.perf_counter()
             times.append(now - start)

@@ -63,7 +63,13 @@ def plan(args: Sequence[str]) -> int:
     run = resolved(args)
     from launcher import planning, recipe
 
-    document = planning.plan_document(run, recipe.sizes(recipe.build(run.recipe)), run.plan.worlds)
+    built = recipe.build(run.recipe)
+    document = planning.plan_document(run, recipe.sizes(built), run.plan.worlds)
+    if run.plan.memory:  # it needs the model, and so torch
+        from launcher.footprint import memory_document
+        from launcher.weighing import weigh
+
+        document["memory"] = memory_document(weigh(built, run), [row["world"] for row in document["plans"]])
     print(json.dumps(document) if run.format == "json" else planning.plan_table(document))
     return EXIT_OK
 

@@ -31,11 +31,13 @@ __all__ = [
     "export",
     "identity",
     "load",
+    "refused",
     "save",
+    "write_groups",
+    "write_manifest",
 ]
 
-MODEL = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+Described = dict[str, dict[str, Any]]
 
 #: The numbers that safetensors knows, by its own names.
 DTYPES: Mapping[torch.dtype, str] = {
@@ -112,21 +114,33 @@ def save(
         RequestError: the model's state holds something that is no tensor of numbers.
     """
     start = clock()
-    groups = {MODEL: lay_out(saved.model, MODEL), OPTIMIZER: lay_out(saved.optimizer, OPTIMIZER)}
-    files: dict[str, dict[str, Any]] = {}
     with refused(f"checkpoint {name}", folder):
         with publish(folder, name, fault) as fresh:
-            for file_name, (unique, described) in groups.items():
-                with HashedFile(fresh / file_name) as file:
-                    write_tensors(file, described, unique.__getitem__)
-                files[file_name] = file.facts
-                fault("checkpoint-write")
-            tensors = {**groups[MODEL][1], **groups[OPTIMIZER][1]}
-            standing = (saved.position, saved.plan, saved.world, versions(), saved.facts, next_sequence(folder))
-            with HashedFile(fresh / MANIFEST) as file:
-                file.write(Manifest(files, tensors, *standing).to_json().encode())
+            files, tensors = write_groups(fresh, saved, fault)
+            write_manifest(fresh, folder, saved, files, tensors)
         prune(folder, keep, protect | {name})
     return Report(name, folder / name, sum(facts["size"] for facts in files.values()), clock() - start)
+
+
+def write_groups(
+    fresh: Path, saved: Saved, fault: Callable[[str], None], suffix: str = ""
+) -> tuple[Described, Described]:
+    """Write the model's tensors and the optimizer's, a file each; the files' and the tensors' descriptions."""
+    groups = {f"model{suffix}.safetensors": saved.model, f"optimizer{suffix}.safetensors": saved.optimizer}
+    laid_out = {name: lay_out(group, name) for name, group in groups.items()}
+    files: Described = {}
+    for name, (unique, described) in laid_out.items():
+        with HashedFile(fresh / name) as file:
+            write_tensors(file, described, unique.__getitem__)
+        files[name] = file.facts
+        fault("checkpoint-write")
+    return files, {name: facts for _, described in laid_out.values() for name, facts in described.items()}
+
+
+def write_manifest(fresh: Path, folder: Path, saved: Saved, files: Described, tensors: Described) -> None:
+    standing = (saved.position, saved.plan, saved.world, versions(), saved.facts, next_sequence(folder))
+    with HashedFile(fresh / MANIFEST) as file:
+        file.write(Manifest(files, tensors, *standing).to_json().encode())
 
 
 def export(path: Path, model: Stored) -> None:
@@ -282,9 +296,9 @@ class Reader:
         parts = [
             self._piece(file, key, last - first, facts["dtype"])[max(start - first, 0) : stop - first]
             for file, key, first, last in facts["pieces"]
-            if (first < stop and start < last) or first == last
+            if first < stop and start < last
         ]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=getattr(torch, facts["dtype"]))
 
     def _piece(self, file: str, key: str, numel: int, dtype: str) -> torch.Tensor:
         try:

@@ -33,6 +33,7 @@ __all__ = [
     "open_at",
     "prune",
     "publish",
+    "unfinished",
     "verified",
 ]
 
@@ -131,17 +132,18 @@ class Found:
 
 
 @contextmanager
-def publish(folder: Path, name: str, fault: Callable[[str], None]) -> Iterator[Path]:
+def publish(folder: Path, name: str, fault: Callable[[str], None], token: str | None = None) -> Iterator[Path]:
     """A fresh folder to write into; on leaving it takes its name, unless an error came up, then it is gone.
 
     `fault` is called before the rename, where tests do their worst. One writer at a time: the run's lock sees to it.
+    With a `token` others write into the same folder, and may have begun.
     """
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of a checkpoint")
     private_folder(folder)
-    sweep(folder)
-    fresh = folder / f"tmp-{name}-{os.getpid()}"
-    os.mkdir(fresh, 0o700)
+    fresh = unfinished(folder, name, token or str(os.getpid()))
+    sweep(folder, but=fresh if token else None)
+    os.makedirs(fresh, 0o700, exist_ok=token is not None)
     try:
         yield fresh
         sync(fresh)
@@ -167,10 +169,16 @@ def take_name(fresh: Path, place: Path) -> None:
     sync(place.parent)
 
 
-def sweep(folder: Path) -> None:
+def unfinished(folder: Path, name: str, token: str) -> Path:
+    """Where a checkpoint is before it takes its name."""
+    return folder / f"tmp-{name}-{token}"
+
+
+def sweep(folder: Path, but: Path | None = None) -> None:
     """Remove what a writer left behind that died."""
     for entry in folder.glob("tmp-*"):
-        remove(entry)
+        if entry != but:
+            remove(entry)
 
 
 def discard(path: Path) -> None:

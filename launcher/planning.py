@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from launcher.batch import PlanError
+from launcher.footprint import memory_lines
 from launcher.settings import Run
 from launcher.study import Sizes, Study, study
 
@@ -55,6 +56,7 @@ def plan_table(document: Mapping[str, Any]) -> str:
         *_plan_lines(document["plans"]),
         *_schedule_lines(document),
         *_advice_lines(document["plans"]),
+        *(["", *memory_lines(document["memory"])] if "memory" in document else []),
     ]
     return "\n".join(lines) + "\n"
 

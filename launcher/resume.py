@@ -20,6 +20,7 @@ FREE_KEYS = frozenset(
     {
         "checkpoint.every",  # not checkpoint.dir: elsewhere there is nothing to go on from
         "checkpoint.keep",
+        "checkpoint.sharded",
         "data.prefetch",
         "data.workers",
         "debug",
@@ -33,6 +34,7 @@ FREE_KEYS = frozenset(
         "format",
         "recipe.trust",  # says what may be imported, is not passed to the recipe
         "resume",
+        "train.activation_checkpointing",  # changes not one bit
         "train.device",
         "train.profile",
         "train.stop_at_target",  # where training ends, as a longer train.duration does

@@ -12,24 +12,26 @@ from typing import Any
 from launcher import checkpoint
 from launcher.batch import BatchPlan
 from launcher.faults import Faults
+from launcher.parts import Part, save_part, save_together
 from launcher.record import Silent, plan_facts
 from launcher.runfolder import RunFolder
 from launcher.settings import CheckpointSettings
 from launcher.sinks.journal import Journal
 from launcher.snapshot import Snapshot
 from launcher.standing import Standing
-from launcher.strategies import Replica
+from launcher.strategies import Replica, State
 from launcher.study import Study
 
 __all__ = ["Saver", "name_of"]
 
 
 class Saver:
-    """Writes on rank 0, whose files serve every rank and every world size; on the others it only takes part.
+    """Writes on rank 0, whose files serve every rank and every strategy; the others take part in gathering the state.
 
     Training waits for a copy of the state alone; a thread writes it, one at a time, and runs no collective. A
     checkpoint takes its name only when the row of its update is in metrics.jsonl: neither may be there without the
-    other. A save that fails is an alarm, and an error where it was the last one.
+    other. A save that fails is an alarm, and an error where it was the last one. With `sharded` every rank writes what
+    it holds, in a thread of its own, and rank 0 puts it together.
     `every_s` is `checkpoint.every` where that is a time: rank 0 then raises its wish in the vote.
     """
 
@@ -39,8 +41,11 @@ class Saver:
         settings: CheckpointSettings,
         journal: Journal | Silent,
         *,
-        writes: bool,
+        rank: int,
+        world: int,
+        sharded: bool,
         generation: int,
+        patience_s: float,
         every_s: float | None,
         identity: dict[str, Any],
         faults: Faults,
@@ -48,12 +53,15 @@ class Saver:
     ) -> None:
         self.journal = journal
         self.folder = folder.path
-        self.stop_file: Path | None = folder.stop_file if writes else None
+        self.stop_file: Path | None = folder.stop_file if rank == 0 else None
         self._folder = folder
         self._generation = generation
         self._checkpoints = folder.checkpoints_in(settings.dir)
         self._settings = settings
-        self._writes = writes
+        self._rank = rank
+        self._world = world
+        self._sharded = sharded
+        self._patience_s = patience_s
         self._every_s = every_s
         self._identity = identity
         self._faults = faults
@@ -62,11 +70,12 @@ class Saver:
         self._snapshot = Snapshot()
         self._writing: threading.Thread | None = None
         self._told = threading.Event()
+        self._closing = threading.Event()
         self._problem: Exception | None = None
 
     def wants(self) -> bool:
         """Whether it is time to save, by the clock; rank 0 speaks for all."""
-        return self._writes and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
+        return self._rank == 0 and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
 
     def save(self, replica: Replica, study: Study, standing: Standing, plan: BatchPlan) -> None:
         """Copy the state and have it written; every rank calls it, since it may have to be gathered.
@@ -79,8 +88,8 @@ class Saver:
         self._join()
         if self._problem is not None and not isinstance(self._problem, checkpoint.CheckpointError):
             raise self._problem
-        model, optimizer, facts = replica.tensors()
-        if not self._writes:
+        (model, optimizer, facts), part = self._state(replica)
+        if self._rank > 0 and part is None:
             return
         position = standing.position
         saved = checkpoint.Saved(
@@ -94,8 +103,21 @@ class Saver:
         protect = frozenset([standing.best_checkpoint] if standing.best_checkpoint else [])
         self._told.clear()
         name = name_of(standing)
-        self._writing = threading.Thread(target=self._write, args=(name, saved, protect), name="checkpoint")
+        self._writing = threading.Thread(target=self._write, args=(name, saved, part, protect), name="checkpoint")
         self._writing.start()
+
+    def _state(self, replica: Replica) -> tuple[State, Part | None]:
+        """The whole state, or with `sharded` this rank's part."""
+        if not self._sharded:
+            return replica.tensors(), None
+        state, places = replica.shards()
+        until_s = self._clock() + self._patience_s
+
+        def patience() -> None:
+            if self._closing.is_set() or self._clock() > until_s:
+                raise checkpoint.CheckpointError("the other ranks have not written their parts")
+
+        return state, Part(self._rank, self._world, str(self._generation), places, patience)
 
     def told(self) -> None:
         """The rows of all finished updates have been handed over."""
@@ -113,6 +135,7 @@ class Saver:
 
     def close(self) -> None:
         """Wait for what is being written, whatever comes of it."""
+        self._closing.set()
         self.told()
         self._join()
 
@@ -121,12 +144,19 @@ class Saver:
             self._writing.join()
             self._writing = None
 
-    def _write(self, name: str, saved: checkpoint.Saved, protect: frozenset[str]) -> None:
+    def _write(self, name: str, saved: checkpoint.Saved, part: Part | None, protect: frozenset[str]) -> None:
         self._problem = None
         try:
             self._snapshot.wait()
             phase = partial(self._phase, saved.position["update"])
-            report = checkpoint.save(self._checkpoints, name, saved, self._settings.keep, protect, phase)
+            if self._rank > 0 and part is not None:
+                save_part(self._checkpoints, name, saved, part, phase)
+                return
+            keep = self._settings.keep
+            if part is None:
+                report = checkpoint.save(self._checkpoints, name, saved, keep, protect, phase)
+            else:
+                report = save_together(self._checkpoints, name, saved, part, keep, protect, phase)
         except Exception as problem:
             self._problem = problem
             self.journal.event("alarm", kind="checkpoint", detail=str(problem))

@@ -27,6 +27,7 @@ from launcher.record import Recorder, Silent, plan_facts
 from launcher.recovery import Restart, last_row, totals
 from launcher.redact import redact, redacted
 from launcher.saver import Saver, name_of
+from launcher.settings import Run
 from launcher.signals import GO_ON, LEAVE, Wishes
 from launcher.sinks import Destination, open_sinks
 from launcher.sinks.journal import Journal
@@ -39,6 +40,9 @@ from launcher.vote import Vote
 from launcher.worker import Assignment
 
 __all__ = ["run"]
+
+#: Parameters beyond this are not gathered on rank 0; with AdamW's moments a checkpoint is three times as large.
+LARGE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
 
     restart = restart_of(assignment, standing) if topology.rank == 0 else Restart()
     journal = open_journal(assignment) if topology.rank == 0 else Silent()
-    saver = saver_of(assignment, plan, journal, topology, faults)
+    saver = saver_of(assignment, plan, parts, journal, topology, faults)
     recorder = recorder_of(plan, journal, topology, saver, restart)
     try:
         job = job_of(topology, plan, parts, saver, recorder, wishes, faults, heart, standing, threads)
@@ -193,18 +197,29 @@ def restart_of(assignment: Assignment, standing: Standing) -> Restart:
 
 
 def saver_of(
-    assignment: Assignment, plan: Study, journal: Journal | Silent, topology: Topology, faults: Faults
+    assignment: Assignment, plan: Study, parts: Parts, journal: Journal | Silent, topology: Topology, faults: Faults
 ) -> Saver:
     return Saver(
         assignment.folder,
         plan.run.checkpoint,
         journal,
-        writes=topology.rank == 0,
+        rank=topology.rank,
+        world=topology.world,
+        sharded=in_parts(plan.run, parts, topology.world),
+        patience_s=plan.run.launch.timeout_s,
         generation=topology.generation,
         every_s=plan.checkpoint_every_s,
         identity={"recipe": redacted(dict(plan.run.recipe)), "seed": plan.run.seed},
         faults=faults,
     )
+
+
+def in_parts(run: Run, parts: Parts, world: int) -> bool:
+    """Whether each rank writes what it holds: as asked, else where gathering it would ask much of rank 0."""
+    if run.checkpoint.sharded != "auto":
+        return bool(run.checkpoint.sharded)
+    size_bytes = sum(tensor.nbytes for tensor in parts.outline.values())
+    return world > 1 and parts.replica.sharded and size_bytes > LARGE_BYTES
 
 
 def recorder_of(

@@ -170,7 +170,7 @@ class CheckpointSettings:
     keep: int = key(2, "how many checkpoints to keep")
     dir: str | None = key(None, "where; <run folder>/checkpoints by default")
     sharded: bool | Literal["auto"] = key(
-        "auto", "each rank writes its own part; auto where the strategy shards and the state is above 4 GiB"
+        "auto", "each rank writes its own part; auto where the strategy shards more than 4 GiB of parameters"
     )
     best: str | None = key(None, "keep the best checkpoint by this metric, e.g. val/accuracy")
     best_mode: Literal["auto", "min", "max"] = key("auto", "whether the best is lowest or highest; auto: losses lowest")
@@ -190,6 +190,7 @@ class LogSettings:
 @dataclass(frozen=True)
 class PlanSettings:
     worlds: tuple[int, ...] | None = key(None, "launcher plan: the world sizes to show; 1 to 64 by default")
+    memory: bool = key(False, "also what the model's state takes per worker under each strategy; imports torch")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ STDLIB_ONLY = [
     *("errors", "settings", "topology", "batch", "duration", "schedule", "rules", "limits", "order", "timeline"),
     *(
         "study",
+        "footprint",
         "shards",
         "planning",
         "redact",

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
     from launcher.checkpoint import Stored
     from launcher.optim import Groups, Precision
+    from launcher.parts import Place
     from launcher.settings import Run
     from launcher.telemetry import StageClock
 
-__all__ = ["Replica", "State", "Step", "even", "missing", "prepare", "problems"]
+__all__ = ["Replica", "Shards", "State", "Step", "even", "missing", "prepare", "problems"]
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,27 @@ class State(NamedTuple):
     facts: Mapping[str, Any]
 
 
+class Shards(NamedTuple):
+    """Flat ranges of tensors, and where each lies in the whole; a tensor without a place is whole, and on rank 0 only.
+
+    Optimizer tensors have their places under their own names.
+    """
+
+    state: State
+    places: Mapping[str, Place]
+
+
 class Replica(Protocol):
     """One rank's share of the model and its optimizer.
 
     `model` is what the recipe's loss is called with; `bare` has the names of `recipe.model()` and is what is validated.
+    `sharded`: no rank holds the whole state.
     """
 
     model: nn.Module
     bare: nn.Module
     optimizer: torch.optim.Optimizer
+    sharded: bool
 
     def micro(self, *, last: bool, pad: bool, place: int) -> AbstractContextManager[None]:
         """Round one micro-batch's forward and backward. Gradients travel in the last one only.
@@ -69,6 +82,9 @@ class Replica(Protocol):
         Model tensors have the names of `recipe.model().state_dict()`. A strategy that shards gathers tensor by tensor,
         into the machine's memory.
         """
+
+    def shards(self) -> Shards:
+        """This rank's part of the state, in memory of the replica's own; all ranks' parts make up the whole."""
 
     def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
         """Take over a checkpoint, of any strategy and world size. Every rank calls it and reads what it needs."""

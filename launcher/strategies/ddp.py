@@ -21,9 +21,10 @@ from launcher.optim import (
     optimizer_facts,
     optimizer_tensors,
 )
+from launcher.parts import Place
 from launcher.settings import Run
-from launcher.strategies import State, Step
-from launcher.strategies.base import Rank
+from launcher.strategies import Shards, State, Step
+from launcher.strategies.base import Rank, even_parts
 from launcher.telemetry import StageClock
 
 __all__ = ["DdpReplica"]
@@ -42,6 +43,8 @@ class DdpReplica(Rank):
     That is why the communication hook sums. It also gives the clock its mark (from the last bucket on, the backward
     pass only waits), and sends zeros for a rank that has nothing but a pad, whatever the pad's own gradient is.
     """
+
+    sharded = False
 
     def __init__(
         self,
@@ -101,6 +104,12 @@ class DdpReplica(Rank):
     def tensors(self) -> State:
         facts = {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}
         return State(self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), facts)
+
+    def shards(self) -> Shards:
+        """Every rank has everything: each takes as many elements of it as the others."""
+        model, optimizer, facts = self.tensors()
+        places: dict[str, Place] = {}
+        return Shards(State(even_parts(model, places), even_parts(optimizer, places), facts), places)
 
     def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
         self.bare.load_state_dict(dict(model))

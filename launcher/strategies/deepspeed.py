@@ -26,9 +26,10 @@ from launcher.optim import (
     optimizer_facts,
     optimizer_tensors,
 )
+from launcher.parts import Place
 from launcher.settings import Run
-from launcher.strategies import State, Step
-from launcher.strategies.base import Rank
+from launcher.strategies import Shards, State, Step
+from launcher.strategies.base import Rank, even_parts
 from launcher.strategies.zero_config import configuration
 from launcher.strategies.zero_state import ZeroState
 from launcher.telemetry import StageClock
@@ -63,7 +64,7 @@ class DeepSpeedReplica(Rank):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.optimizer = make_optimizer(model, run, groups)
-        self._facts = optimizer_facts(self.optimizer, model)
+        self._optimizer_facts = optimizer_facts(self.optimizer, model)
         if precision.name in ("bf16", "fp16"):
             model.forward = within(precision.autocast, model.forward)  # type: ignore[method-assign]
         config = configuration(run, sum(parameter.numel() for parameter in self._parameters))
@@ -73,6 +74,7 @@ class DeepSpeedReplica(Rank):
         self._engine.allreduce_gradients = self._reduce_marked
         self._zero = self._engine.optimizer
         stage = run.strategy.stage
+        self.sharded = stage > 0
         self._state = ZeroState(self._zero, model, self._shapes, stage, world) if stage else None
 
     def _reduce_marked(self, *args: Any, **kwargs: Any) -> None:
@@ -128,18 +130,45 @@ class DeepSpeedReplica(Rank):
         self._engine.step()
         return norm, True
 
+    def _facts(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        return {"optimizer": {**self._optimizer_facts, "numbers": numbers}, "scaler": self._precision.facts()}
+
     @torch.no_grad()
     def tensors(self) -> State:
-        facts = {"optimizer": self._facts, "scaler": self._precision.facts()}
         if self._state is None:
-            return State(self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), facts)
-        tensors: dict[str, torch.Tensor] = {}
-        numbers: dict[str, Any] = {}
-        for key, value in self._state.slots(self._precision.device):
-            (tensors if isinstance(value, torch.Tensor) else numbers)[key] = value
-        model = dict(self._weights())
-        facts["optimizer"] = {**self._facts, "numbers": numbers}
-        return State(model, tensors, facts)
+            numbers = optimizer_facts(self.optimizer, self.bare)["numbers"]
+            return State(self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), self._facts(numbers))
+        slots = dict(self._state.slots(self._precision.device))
+        return State(dict(self._weights()), *self._split(slots))
+
+    def _split(self, slots: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The optimizer's tensors, and the facts with what of its state is none."""
+        numbers = {key: value for key, value in slots.items() if not isinstance(value, torch.Tensor)}
+        return {key: value for key, value in slots.items() if key not in numbers}, self._facts(numbers)
+
+    @torch.no_grad()
+    def shards(self) -> Shards:
+        places: dict[str, Place] = {}
+        if self._state is None:
+            model, optimizer, facts = self.tensors()
+            return Shards(State(even_parts(model, places), even_parts(optimizer, places), facts), places)
+        slots: dict[str, Any] = {}
+        for key, value, place in self._state.parts():
+            slots[key] = value
+            if place is not None:
+                places[key] = place
+        return Shards(State(self._own_weights(places), *self._split(slots)), places)
+
+    def _own_weights(self, places: dict[str, Place]) -> dict[str, torch.Tensor]:
+        """This rank's partition under stage 3, padding left out; else an even part of what all have."""
+        tensors = self.bare.state_dict(keep_vars=True)
+        own = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_id")}
+        cut = even_parts({name: tensor for name, tensor in tensors.items() if name not in own}, places)
+        for name, tensor in own.items():
+            start = min(self._rank * tensor.ds_tensor.ds_numel, tensor.ds_numel)
+            places[name] = Place(tuple(tensor.ds_shape), start)
+            cut[name] = tensor.ds_tensor.detach()[: tensor.ds_numel - start]
+        return cut
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's tensors, tied ones the same under every name; gathered under stage 3, for rank 0 alone."""

@@ -23,8 +23,9 @@ from launcher.optim import (
     optimizer_facts,
     optimizer_tensors,
 )
+from launcher.parts import Place
 from launcher.settings import Run
-from launcher.strategies import State, Step
+from launcher.strategies import Shards, State, Step
 from launcher.strategies.base import Rank
 from launcher.telemetry import StageClock
 
@@ -36,6 +37,8 @@ class FsdpReplica(Rank):
 
     Gradients are summed, not averaged, as under DDP: the loss is divided by the update's samples alone.
     """
+
+    sharded = True
 
     def __init__(
         self,
@@ -85,13 +88,31 @@ class FsdpReplica(Rank):
 
     def tensors(self) -> State:
         names = {id(p): name for name, p in self.bare.named_parameters()}
-        facts = {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}
         model: dict[str, torch.Tensor] = {}
         for name, tensor in self.bare.state_dict(keep_vars=True).items():
             first = names.get(id(tensor), name)
             model[name] = model[first] if first in model else self._gathered(tensor)
         moments = optimizer_tensors(self.optimizer, self.bare)
-        return State(model, {name: self._gathered(tensor) for name, tensor in moments.items()}, facts)
+        return State(model, {name: self._gathered(tensor) for name, tensor in moments.items()}, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}
+
+    def shards(self) -> Shards:
+        places: dict[str, Place] = {}
+
+        def own(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            cut: dict[str, torch.Tensor] = {}
+            for name, tensor in group.items():
+                if isinstance(tensor, DTensor):
+                    places[name] = Place(tuple(tensor.shape), rows_of(tensor, self._rank)[0])
+                    cut[name] = tensor.to_local().detach().reshape(-1)
+                elif self._rank == 0:
+                    cut[name] = tensor.detach()
+            return cut
+
+        tensors = own(self.bare.state_dict(keep_vars=True))
+        return Shards(State(tensors, own(optimizer_tensors(self.optimizer, self.bare)), self._facts()), places)
 
     def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole tensor in the machine's memory on rank 0; nothing is held elsewhere."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from launcher.checkpoint import Stored
 from launcher.errors import RequestError
+from launcher.parts import Place
 
 __all__ = ["Piece", "ZeroState", "pieces"]
 
@@ -73,17 +74,31 @@ class ZeroState:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._pieces = {names[id(parameter)]: piece for parameter, piece in pieces(zero, stage, self._rank)}
 
+    def _values(self) -> Iterator[tuple[str, str, Piece, Any]]:
+        """Each parameter, slot, piece, and what the optimizer has there: a flat tensor, or one value for all."""
+        for name, piece in self._pieces.items():
+            for slot, value in self._zero.optimizer.state.get(piece.flat, {}).items():
+                if value is not None:
+                    yield name, slot, piece, value
+
+    def parts(self) -> Iterator[tuple[str, Any, Place | None]]:
+        """Each slot of what lies here as `<parameter>/<slot>` and where that is in the whole; rank 0 has the rest."""
+        for name, slot, piece, value in self._values():
+            if is_flat(slot, value, piece):
+                yield f"{name}/{slot}", piece.of(value), Place(tuple(self._shapes[name]), piece.start)
+            elif self._rank == 0 or not isinstance(value, torch.Tensor):
+                yield f"{name}/{slot}", value, None
+
     def slots(self, device: torch.device) -> Iterator[tuple[str, Any]]:
         """Each slot as `<parameter>/<slot>`: whole on rank 0, on the CPU; nothing on the others, which must take part.
 
         The elements travel as integers: a sum of one value and zeros would turn -0.0 into 0.0.
         """
-        for name, piece in self._pieces.items():
-            for slot, value in self._zero.optimizer.state.get(piece.flat, {}).items():
-                if isinstance(value, torch.Tensor) and value.shape == piece.flat.shape and slot not in SCALARS:
-                    yield f"{name}/{slot}", self._whole(name, piece, value, device)
-                elif value is not None:
-                    yield f"{name}/{slot}", value.clone() if isinstance(value, torch.Tensor) else value
+        for name, slot, piece, value in self._values():
+            if is_flat(slot, value, piece):
+                yield f"{name}/{slot}", self._whole(name, piece, value, device)
+            else:
+                yield f"{name}/{slot}", value.clone() if isinstance(value, torch.Tensor) else value
 
     def _whole(self, name: str, piece: Piece, values: torch.Tensor, device: torch.device) -> torch.Tensor:
         shape = self._shapes[name]
@@ -130,6 +145,11 @@ def by_parameter(keys: Iterable[str]) -> dict[str, list[str]]:
         name, slot = key.rsplit("/", 1)
         found.setdefault(name, []).append(slot)
     return found
+
+
+def is_flat(slot: str, value: Any, piece: Piece) -> bool:
+    """Whether a slot has a value for each element."""
+    return isinstance(value, torch.Tensor) and value.shape == piece.flat.shape and slot not in SCALARS
 
 
 def is_scalar(slot: str, shape: tuple[int, ...], of: torch.Size) -> bool:

@@ -145,6 +145,26 @@ def state_of(replica: Replica) -> State:
     return held[0]
 
 
+def put_together(replica: Replica, world: int) -> State:
+    """The state from all ranks' parts."""
+    (model, optimizer, facts), places = replica.shards()
+    own = [{name: tensor.detach().clone() for name, tensor in part.items()} for part in (model, optimizer)]
+    told: list[Any] = [None] * world
+    dist.all_gather_object(told, (own, places))
+    whole: list[dict[str, torch.Tensor]] = [{}, {}]
+    for parts, where in told:
+        for known, part in zip(whole, parts, strict=True):
+            for name, tensor in part.items():
+                if name in where:
+                    place = where[name]
+                    flat = known.setdefault(name, torch.full(place.shape, math.nan).to(tensor.dtype)).view(-1)
+                    flat[place.start : place.start + tensor.numel()] = tensor
+                else:
+                    assert name not in known, "two ranks have it"
+                    known[name] = tensor
+    return State(*whole, json.loads(json.dumps(facts)))
+
+
 def give(replica: Replica, state: State) -> None:
     """As from a checkpoint: a tensor, or a part of one, is there when it is asked for."""
     replica.restore(stored(state.model), stored(state.optimizer), state.facts)
@@ -245,6 +265,7 @@ def goes_on(world: int, settings: dict[str, Any], optimizer: str) -> None:
     trained(first, range(4), world=world)
     give(second, state_of(first))
     same_bits(state_of(first), state_of(second))
+    same_bits(state_of(first), put_together(first, world))
     trained(second, range(4, 8), world=world)
     same_bits(state_of(straight), state_of(second))
 

@@ -1,0 +1,81 @@
+"""What a model's state really takes per worker, beside what `launcher plan plan.memory=true` says.
+
+    torchrun --standalone --nproc-per-node=2 benchmarks/memory.py strategy=fsdp
+
+Resident memory is read before the model is made, after an update (parameters and optimizer state) and after a backward
+pass (gradients as well). The batch is one short sample, so that activations are small beside them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from launcher import recipe as recipes
+from launcher.assembly import OpenData, assemble
+from launcher.config import resolve
+from launcher.data import dataset_of
+from launcher.footprint import footprint
+from launcher.topology import Topology
+from launcher.weighing import weigh
+
+MODEL = ["recipe=gpt", "recipe.layers=6", "recipe.width=512", "recipe.heads=8", "recipe.block=8", "sink=[]"]
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def main() -> None:
+    run, topology = resolve([*MODEL, *sys.argv[1:]]).run, Topology.of(os.environ)
+    assert topology is not None
+    recipe = recipes.build(run.recipe)
+    data = OpenData(dataset_of(recipe, "train", "real"), dataset_of(recipe, "val", "real"))
+    items = torch.utils.data.default_collate([data.train[0]])
+    dist.init_process_group("gloo")
+    layout = f"zero{run.strategy.stage}" if run.strategy.name == "deepspeed" else run.strategy.name
+    expected = footprint(weigh(recipe, run), layout, topology.world)
+    warm_up()
+    before = resident_bytes()
+    parts = assemble(recipe, run, topology, torch.device("cpu"), data)
+    replica = parts.replica
+
+    def backward() -> None:
+        with replica.micro(last=True, pad=False, place=topology.rank):
+            replica.backward(recipe.loss(replica.model, items).total, topology.world)
+
+    for _ in range(2):
+        backward()
+        replica.step(1e-3, None, 1.0, None)
+    state = resident_bytes() - before
+    backward()
+    gradients = resident_bytes() - before - state
+    if topology.rank == 0:
+        predicted = expected.parameters + expected.optimizer
+        found = {"layout": layout, "world": topology.world, "state_MB": state / 1e6, "predicted_MB": predicted / 1e6}
+        found |= {"gradients_MB": gradients / 1e6, "predicted_gradients_MB": expected.gradients / 1e6}
+        found["total_over_predicted"] = (state + gradients) / expected.total
+        print(json.dumps({key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}))
+    dist.barrier()
+    os._exit(0)
+
+
+def warm_up() -> None:
+    """What torch loads and keeps for itself at the first use does not count."""
+    layer = torch.nn.Linear(64, 64)
+    layer(torch.randn(8, 64)).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
+    dist.all_reduce(torch.ones(1 << 16))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A checkpoint that all ranks write together: each its own ranges, in files of its own, and rank 0 the manifest.
+
+The ranks talk through the unfinished folder alone, since they write beside training: a rank that has written its files
+leaves a note of what is in them, and rank 0 puts the notes together once all are there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoint import CheckpointError, Report, Saved, refused, write_groups, write_manifest
+from launcher.durable import private_folder, write_whole
+from launcher.manifest import prune, publish, unfinished
+
+__all__ = ["Part", "Place", "save_part", "save_together"]
+
+LOOK_EVERY_S = 0.02
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a flat range of a tensor begins, and the shape of the whole."""
+
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of a checkpoint.
+
+    `places` are those of the tensors that it holds a range of; others are whole. `token` is the same on all ranks and
+    new at each start of the workers. `patience` raises once the other ranks' notes will not come.
+    """
+
+    rank: int
+    world: int
+    token: str
+    places: Mapping[str, Place]
+    patience: Callable[[], None]
+
+    @property
+    def suffix(self) -> str:
+        return f"-{self.rank + 1:05}-of-{self.world:05}"
+
+
+Described = dict[str, dict[str, Any]]
+
+
+def save_part(folder: Path, name: str, saved: Saved, part: Part, fault: Callable[[str], None]) -> None:
+    """What a rank other than 0 writes. An error is left in its note, for rank 0 to raise, and raised.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    private_folder(folder)
+    fresh = unfinished(folder, name, part.token)
+    with refused(f"checkpoint {name}", folder):
+        os.makedirs(fresh, 0o700, exist_ok=True)
+        try:
+            files, tensors = write_groups(fresh, saved, fault, part.suffix)
+            note = {"files": files, "tensors": placed(tensors, part.places)}
+        except OSError as problem:
+            write_whole(fresh / note_of(part.rank), json.dumps({"error": problem.strerror or str(problem)}))
+            raise
+        write_whole(fresh / note_of(part.rank), json.dumps(note))
+
+
+def save_together(
+    folder: Path,
+    name: str,
+    saved: Saved,
+    part: Part,
+    keep: int,
+    protect: frozenset[str] = frozenset(),
+    fault: Callable[[str], None] = lambda phase: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Report:
+    """What rank 0 does: its own part, the manifest of all, and the name; then as `checkpoint.save`.
+
+    Raises:
+        CheckpointError: a rank could not write, or left before it had.
+    """
+    start = clock()
+    with refused(f"checkpoint {name}", folder):
+        with publish(folder, name, fault, part.token) as fresh:
+            files, tensors = write_groups(fresh, saved, fault, part.suffix)
+            notes: list[Mapping[str, Any]] = [{"files": files, "tensors": placed(tensors, part.places)}]
+            notes += [awaited(fresh / note_of(rank), rank, part.patience) for rank in range(1, part.world)]
+            files = {file: facts for note in notes for file, facts in note["files"].items()}
+            write_manifest(fresh, folder, saved, files, merged(note["tensors"] for note in notes))
+        prune(folder, keep, protect | {name})
+    return Report(name, folder / name, sum(facts["size"] for facts in files.values()), clock() - start)
+
+
+def note_of(rank: int) -> str:
+    return f"part-{rank}.json"
+
+
+def awaited(path: Path, rank: int, patience: Callable[[], None]) -> Mapping[str, Any]:
+    while not path.exists():
+        patience()
+        time.sleep(LOOK_EVERY_S)
+    note = json.loads(path.read_text())
+    path.unlink()
+    if "error" in note:
+        raise CheckpointError(f"rank {rank} could not write its part: {note['error']}")
+    return note
+
+
+def placed(tensors: Described, places: Mapping[str, Place]) -> Described:
+    """The description of a rank's files as that of ranges of the whole tensors."""
+    return {name: ranged(facts, places[name]) if name in places else facts for name, facts in tensors.items()}
+
+
+def ranged(facts: dict[str, Any], place: Place) -> dict[str, Any]:
+    [[file, key, _, length]] = facts["pieces"]
+    return {**facts, "shape": list(place.shape), "pieces": [[file, key, place.start, place.start + length]]}
+
+
+def merged(notes: Iterable[Described]) -> Described:
+    """The ranks' descriptions as one, the pieces of each tensor in order.
+
+    Raises:
+        CheckpointError: the ranges of a tensor do not make up the whole of it.
+    """
+    together: Described = {}
+    for tensors in notes:
+        for name, facts in tensors.items():
+            known = together.setdefault(name, {**facts, "pieces": []})
+            known["pieces"] += facts["pieces"]
+    for name, facts in together.items():
+        facts["pieces"] = in_order(name, facts)
+    return together
+
+
+def in_order(name: str, facts: Mapping[str, Any]) -> list[list[Any]]:
+    pieces = sorted((p for p in facts["pieces"] if p[2] < p[3]), key=lambda piece: int(piece[2])) or facts["pieces"][:1]
+    ends = [0, *(piece[3] for piece in pieces)]
+    if [piece[2] for piece in pieces] != ends[:-1] or ends[-1] != math.prod(facts["shape"]):
+        raise CheckpointError(f"the ranks' parts of {name} do not make up the whole of it: {[p[2:] for p in pieces]}")
+    return pieces

@@ -1,0 +1,70 @@
+"""The repeated parts of a model: found without being named, and computed anew without a trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launcher.recipes.gpt_model import GptModel
+from launcher.recipes.resnet_model import resnet
+from torch import nn
+
+from launcher.blocks import blocks_of, recompute
+from launcher.errors import RequestError
+
+
+class Counted(nn.Module):
+    """A norm, dropout and a layer; counts how often it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.drop = nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Dropout(0.5)
+        self.times = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.times += 1
+        return self.drop(torch.relu(self.layer(self.norm(x))))
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Counted(), nn.ReLU(), Counted())
+
+
+def test_blocks_are_the_elements_of_the_outermost_lists_that_have_parameters() -> None:
+    gpt = GptModel(layers=3, heads=2, width=8, block=4, vocabulary=16, dropout=0.0)
+    assert blocks_of(gpt) == list(gpt.blocks)
+    net = resnet(18, 4, 1, 10, "batch", large=False)
+    kinds = [type(block).__name__ for block in blocks_of(net)]
+    assert kinds == ["Conv2d", "BatchNorm2d", *["Block"] * 8, "Linear"]
+    assert blocks_of(nn.Linear(2, 2)) == []
+
+
+def test_a_recipe_may_name_them() -> None:
+    net = model()
+    assert blocks_of(net, lambda model: [model[2]]) == [net[2]]
+    with pytest.raises(RequestError, match=r"blocks\(model\) has Linear, no part of the model"):
+        blocks_of(net, lambda model: [nn.Linear(1, 1)])
+
+
+def test_a_block_is_computed_twice_and_leaves_the_same_as_one_that_is_not() -> None:
+    plain, anew = model(), model()
+    recompute(blocks_of(anew))
+    assert list(anew.state_dict()) == list(plain.state_dict())
+    x = torch.randn(6, 8)
+    for net in (plain, anew):
+        torch.manual_seed(1)
+        net(x).square().sum().backward()
+    assert (plain[0].times, anew[0].times) == (1, 2)
+    for one, other in zip(plain.parameters(), anew.parameters(), strict=True):
+        assert one.grad is not None
+        assert torch.equal(one.grad, other.grad)
+    for one, other in zip(plain.buffers(), anew.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_is_computed_twice_where_nothing_is_kept() -> None:
+    net = model().eval()
+    recompute(blocks_of(net))
+    with torch.no_grad():
+        net(torch.randn(2, 8))
+    assert net[0].times == 1

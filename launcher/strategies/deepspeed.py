@@ -216,7 +216,6 @@ def engine_of(
     Its own kernels for messages within a machine take a compiler and minutes at the first start, and serve inference.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compiled
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from jobs import environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 
 
@@ -27,7 +27,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(folder: Path, world: int) -> dict[str, str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     argv = [*torchrun, str(HERE / "zero_cases.py"), str(folder)]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, str] = json.loads((folder / f"outcomes-{world}.json").read_text())
     return found

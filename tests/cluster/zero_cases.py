@@ -265,6 +265,7 @@ def goes_on(world: int, settings: dict[str, Any], optimizer: str) -> None:
     trained(first, range(4), world=world)
     give(second, state_of(first))
     same_bits(state_of(first), state_of(second))
+    first.settle_buffers()  # as before each save
     same_bits(state_of(first), put_together(first, world))
     trained(second, range(4, 8), world=world)
     same_bits(state_of(straight), state_of(second))

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import environment
+from jobs import environment, events, furthest, rows
+from test_main_job import HELD, driven, here  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
@@ -40,3 +41,21 @@ def test_every_stage_is_plain_torch_in_another_layout(states: Path, world: int) 
     assert len(found) > 100
     wrong = {name: text[-1500:] for name, text in found.items() if text}
     assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
+
+
+def test_a_job_changes_to_stage_3_and_back_and_loses_a_worker(here: Path) -> None:  # noqa: F811
+    """DDP on 2, stage 3 on 3 with a worker killed in between, DDP on 1: what one process of DDP comes to."""
+    job = [*HELD, "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]
+    driven(here, *job, "launch.workers=1", "run.name=whole")
+    fault = {"LAUNCHER_TEST_FAULTS": "1"}
+    driven(here, *job, "launch.workers=2", "run.name=parts", **fault, FAULT="stop@forward:0:6:1")
+    zero = ["strategy=deepspeed", "strategy.stage=3", "checkpoint.sharded=true", "launch.workers=3", "run.name=parts"]
+    said = driven(here, *job, *zero, **fault, FAULT="kill@backward:1:9:2,stop@forward:0:14:3")
+    assert "DeepSpeed" not in said.stdout + said.stderr, "its own messages are off"
+    driven(here, *job, "launch.workers=1", "run.name=parts")
+    assert furthest(here / "runs/whole", here / "runs/parts") <= 1e-5
+    assert list({row["update"]: row for row in rows(here / "runs/parts")}) == list(range(1, 26))
+    changed = [event["changed"] for event in events(here / "runs/parts", "resume")]
+    assert [change.get("strategy.name") for change in changed] == [["ddp", "deepspeed"], None, ["deepspeed", "ddp"]]
+    alarms = [event["kind"] for event in events(here / "runs/parts", "alarm")]
+    assert alarms == ["peer"], "those who lost it say so, and nothing else went wrong"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from launcher.errors import RequestError
 from launcher.keys import flat, nearest
 from launcher.settings import Run
+from launcher.strategies import problems as strategy_problems
 from launcher.typed import MisfitError, fit, shown, words
 
 __all__ = ["check"]
@@ -72,6 +73,7 @@ def _problems(run: Run) -> Iterator[str]:
     yield from _places(run)
     yield from _targets(run)
     yield from _optimizer(run.optimizer)
+    yield from strategy_problems(run)
     for name, options in run.sink.items():
         yield from _sink(name, options)
 

@@ -15,6 +15,7 @@ from launcher.manifest import named
 from launcher.resume import Decision, decide
 from launcher.runfolder import RUNS, RunFolder, free_name, write_whole
 from launcher.settings import Run
+from launcher.strategies import missing
 from launcher.study import Sizes, Study, study
 from launcher.topology import slurm_job
 
@@ -56,8 +57,11 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
     """Check the run and decide on its folder. `known`: the folder of an earlier start of the same job.
 
     Raises:
-        RequestError: the recipe, its data, the plan or the folder do not allow it.
+        RequestError: the recipe, its data, the plan, what is installed or the folder do not allow it.
     """
+    lacking = missing(run)
+    if lacking is not None:
+        raise RequestError(lacking)
     recipe = recipes.build(run.recipe)
     sizes = recipes.sizes(recipe)
     plan = study(run, sizes, world)

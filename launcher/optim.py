@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ __all__ = [
     "Groups",
     "Precision",
     "apply_rate",
+    "check_kind",
     "load_optimizer",
     "make_optimizer",
     "optimizer_facts",
@@ -143,11 +145,7 @@ def load_optimizer(
     Raises:
         RequestError: the state was written by another kind of optimizer.
     """
-    if facts["kind"] != type(optimizer).__name__:
-        raise RequestError(
-            f"optimizer={type(optimizer).__name__} cannot take over the checkpoint's state of {facts['kind']}: "
-            f"go on with that one, or start anew with run.name=… or resume=never"
-        )
+    check_kind(optimizer, facts)
     state: dict[str, dict[str, Any]] = {}
     for key, value in (*tensors.items(), *facts["numbers"].items()):
         name, slot = key.rsplit("/", 1)
@@ -156,6 +154,18 @@ def load_optimizer(
     present = optimizer.state_dict()
     present["state"] = {index: state[name] for index, name in enumerate(order) if name in state}
     optimizer.load_state_dict(present)
+
+
+def check_kind(optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        RequestError: the state was written by another kind of optimizer.
+    """
+    if facts["kind"] != type(optimizer).__name__:
+        raise RequestError(
+            f"optimizer={type(optimizer).__name__} cannot take over the checkpoint's state of {facts['kind']}: "
+            f"go on with that one, or start anew with run.name=… or resume=never"
+        )
 
 
 @dataclass(frozen=True)
@@ -195,6 +205,19 @@ class Precision:
         """Let the loss scale shrink after an overflow, and grow after many steps without one."""
         if self.scaler is not None:
             self.scaler.update()
+
+    def scale(self) -> float:
+        """What `scaled` multiplies by; reads the device."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def told(self, *, finite: bool) -> None:
+        """`unscale` and `stepped` for a strategy that finds out by itself: torch's scaler looks at gradients alone."""
+        if self.scaler is None:
+            return
+        probe = torch.zeros(1, device=self.device, requires_grad=True)
+        probe.grad = torch.full_like(probe, 0.0 if finite else math.inf)
+        self.scaler.unscale_(torch.optim.SGD([probe], lr=0.0))
+        self.scaler.update()
 
     def facts(self) -> dict[str, Any]:
         return {} if self.scaler is None else self.scaler.state_dict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launcher.settings import Run
     from launcher.telemetry import StageClock
 
-__all__ = ["Replica", "Shards", "State", "Step", "even", "prepare"]
+__all__ = ["Replica", "Shards", "State", "Step", "even", "missing", "prepare", "problems"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ def kind_of(run: Run) -> Callable[..., Replica]:
         from launcher.strategies.fsdp import FsdpReplica
 
         return FsdpReplica
+    if run.strategy.name == "deepspeed":
+        from launcher.strategies.deepspeed import DeepSpeedReplica
+
+        return DeepSpeedReplica
     if run.elastic.exact:
         from launcher.strategies.exact import ExactReplica
 
@@ -124,3 +128,20 @@ def kind_of(run: Run) -> Callable[..., Replica]:
     from launcher.strategies.ddp import DdpReplica
 
     return DdpReplica
+
+
+def problems(run: Run) -> Iterator[str]:
+    """What the run's strategy cannot do, each in one line with its mend. Needs no torch."""
+    if run.strategy.name == "deepspeed":
+        from launcher.strategies.zero_config import problems as of_deepspeed
+
+        yield from of_deepspeed(run)
+
+
+def missing(run: Run) -> str | None:
+    """What the run's strategy needs and this machine lacks, with its mend. Needs no torch."""
+    if run.strategy.name == "deepspeed":
+        from launcher.strategies.zero_config import missing as of_deepspeed
+
+        return of_deepspeed()
+    return None

@@ -1,6 +1,6 @@
 """What a rank does alike under every strategy: buffers, pads, and whether a step is taken."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -9,8 +9,9 @@ from torch import nn
 
 from launcher.blocks import unchanged
 from launcher.optim import Precision, reads_found_inf
+from launcher.parts import Place
 
-__all__ = ["Rank"]
+__all__ = ["Rank", "even_parts"]
 
 
 class Rank:
@@ -87,3 +88,20 @@ class Rank:
         for buffer in self._buffers:
             if buffer.is_floating_point():
                 dist.broadcast(buffer, src=0)
+
+
+def even_parts(group: Mapping[str, torch.Tensor], places: dict[str, Place]) -> dict[str, torch.Tensor]:
+    """Of what every rank has whole each takes as many elements as the others; `places` learns where they lie.
+
+    Counters are rank 0's: nobody makes them the same.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cut: dict[str, torch.Tensor] = {}
+    for name, tensor in group.items():
+        if not tensor.is_floating_point():
+            cut.update({name: tensor} if rank == 0 else {})
+            continue
+        start, stop = (tensor.numel() * one // world for one in (rank, rank + 1))
+        places[name] = Place(tuple(tensor.shape), start)
+        cut[name] = tensor.detach().reshape(-1)[start:stop]
+    return cut

@@ -24,7 +24,7 @@ from launcher.optim import (
 from launcher.parts import Place
 from launcher.settings import Run
 from launcher.strategies import Shards, State, Step
-from launcher.strategies.base import Rank
+from launcher.strategies.base import Rank, even_parts
 from launcher.telemetry import StageClock
 
 __all__ = ["DdpReplica"]
@@ -108,18 +108,8 @@ class DdpReplica(Rank):
     def shards(self) -> Shards:
         """Every rank has everything: each takes as many elements of it as the others."""
         model, optimizer, facts = self.tensors()
-        rank = dist.get_rank()
         places: dict[str, Place] = {}
-
-        def own(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            cut: dict[str, torch.Tensor] = {}
-            for name, tensor in group.items():
-                start, stop = (tensor.numel() * one // dist.get_world_size() for one in (rank, rank + 1))
-                places[name] = Place(tuple(tensor.shape), start)
-                cut[name] = tensor.detach().reshape(-1)[start:stop]
-            return cut
-
-        return Shards(State(own(model), own(optimizer), facts), places)
+        return Shards(State(even_parts(model, places), even_parts(optimizer, places), facts), places)
 
     def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
         self.bare.load_state_dict(dict(model))

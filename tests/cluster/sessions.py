@@ -42,6 +42,17 @@ def main(jobs: Path) -> None:
             carry(assignment, here, own, Path(job["carry"]))
         else:
             assert session.run(assignment, here, own, Wishes(), Still()) == 0
+        forget()
+
+
+def forget() -> None:
+    """DeepSpeed keeps the groups of the process group it was first started in, for the life of a process."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        groups._release_process_group_references()
+        comm.cdb = None
 
 
 def composed(args: list[str], world: int) -> Assignment:

@@ -18,7 +18,7 @@ from test_main_job import driven, here  # noqa: F401 (a fixture)
 from launcher.checkpoint import load
 from launcher.manifest import Found, newest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 #: Odd sizes that nothing divides and two parameter groups; each epoch's tail is 2 samples, the last update 34.
 HELD = [
@@ -30,7 +30,7 @@ OPTIMIZERS = {
     "sgd": ["optimizer=sgd", "optimizer.momentum=0.9", "optimizer.weight_decay=0.01"],
     "adamw": ["optimizer=adamw", "lr.base=0.01", "lr.base_batch=61"],
 }
-LAYOUTS = {"fsdp": ["strategy=fsdp"]}
+LAYOUTS = {"fsdp": ["strategy=fsdp"], **{f"zero{n}": ["strategy=deepspeed", f"strategy.stage={n}"] for n in range(4)}}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def sessions(folder: Path, world: int, jobs: Mapping[str, Job], **env: str) -> N
     script = Path(__file__).with_name("sessions.py")
     command = [*torchrun, str(script), str(told)]
     done = subprocess.run(
-        command, check=False, env=environment(**env), capture_output=True, text=True, cwd=folder, timeout=280
+        command, check=False, env=environment(**env), capture_output=True, text=True, cwd=folder, timeout=580
     )
     said = [line for line in done.stderr.splitlines() if not line.startswith("E1")]
     assert done.returncode == 0, "\n".join(said[:60])

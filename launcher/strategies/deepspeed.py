@@ -1,0 +1,268 @@
+"""The model and its optimizer in DeepSpeed's hands, ZeRO 0 to 3, with our division, boundary, rate and state."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from launcher.checkpoint import Stored
+from launcher.optim import (
+    Groups,
+    Precision,
+    apply_rate,
+    check_kind,
+    load_optimizer,
+    make_optimizer,
+    optimizer_facts,
+    optimizer_tensors,
+)
+from launcher.parts import Place
+from launcher.settings import Run
+from launcher.strategies import Shards, State, Step
+from launcher.strategies.base import Rank, even_parts
+from launcher.strategies.zero_config import configuration
+from launcher.strategies.zero_state import ZeroState
+from launcher.telemetry import StageClock
+
+__all__ = ["DeepSpeedReplica"]
+
+
+class DeepSpeedReplica(Rank):
+    """DeepSpeed averages gradients over the ranks; the step multiplies by their number, so that they are summed.
+
+    Parameters are fp32 and the loss is computed under our autocast, as under DDP: one meaning of `train.precision`.
+    From stage 1 on ZeRO divides gradients by a loss scale of its own when it steps, before norm and clipping: there
+    the scale of fp16 is taken out, the average made a sum, and a loss that counts something else than samples rescaled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        world: int,
+        precision: Precision,
+        clock: StageClock,
+        groups: Groups | None = None,
+        blocks: Sequence[nn.Module] = (),
+    ) -> None:
+        model.to(precision.device)
+        super().__init__(model, world, precision)
+        for buffer in self._buffers:
+            dist.broadcast(buffer, src=0)
+        self._clock = clock
+        self._rank = dist.get_rank()
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.optimizer = make_optimizer(model, run, groups)
+        self._optimizer_facts = optimizer_facts(self.optimizer, model)
+        if precision.name in ("bf16", "fp16"):
+            model.forward = within(precision.autocast, model.forward)  # type: ignore[method-assign]
+        config = configuration(run, sum(parameter.numel() for parameter in self._parameters))
+        self._engine = engine_of(model, self.optimizer, config, precision.device, debug=run.debug)
+        self.model: nn.Module = self._engine
+        self._reduce = self._engine.allreduce_gradients
+        self._engine.allreduce_gradients = self._reduce_marked
+        self._zero = self._engine.optimizer
+        stage = run.strategy.stage
+        self.sharded = stage > 0
+        self._state = ZeroState(self._zero, model, self._shapes, stage, world) if stage else None
+
+    def _reduce_marked(self, *args: Any, **kwargs: Any) -> None:
+        """What DeepSpeed does after a backward pass; after an update's last one it only waits for others."""
+        if self._engine.is_gradient_accumulation_boundary():
+            self._clock.mark()
+        self._reduce(*args, **kwargs)
+
+    @contextmanager
+    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        silent = without_gradients(self._parameters) if pad else nullcontext()
+        with silent, super().micro(last=last, pad=pad, place=place):
+            yield
+
+    def backward(self, total: torch.Tensor, samples: int) -> None:
+        self._engine.backward(self._precision.scaled(total / samples))
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
+        apply_rate(self.optimizer, lr, momentum)
+        take = self._step_whole if self._state is None else self._step_in_pieces
+        norm, applied = take(rescale * self._world / self._precision.scale(), clip_norm)
+        if not applied:
+            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+                buffer.copy_(kept)
+        self._precision.told(finite=applied)
+        self._fresh = True
+        device = self._precision.device
+        return Step(torch.as_tensor(norm, dtype=torch.float32, device=device), torch.tensor(applied, device=device))
+
+    def _step_in_pieces(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
+        """Stages 1 to 3: DeepSpeed skips by itself where the norm is not finite, on all ranks alike."""
+        self._zero.clip_grad = clip_norm or 0.0
+        if math.isfinite(factor):
+            self._zero.override_loss_scale(1.0 / factor)
+        else:
+            spoil(self._zero)
+        self._engine.step()
+        self._zero.override_loss_scale(1.0)
+        return self._engine.get_global_grad_norm(), self._engine.was_step_applied()
+
+    def _step_whole(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
+        """Stage 0: DeepSpeed has averaged the gradients and would step whatever they are."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        norm = get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            self._engine.zero_grad()
+            return norm, False
+        if clip_norm is not None:
+            clip_grads_with_norm_(self._parameters, clip_norm, norm)
+        self._engine.step()
+        return norm, True
+
+    def _facts(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        return {"optimizer": {**self._optimizer_facts, "numbers": numbers}, "scaler": self._precision.facts()}
+
+    @torch.no_grad()
+    def tensors(self) -> State:
+        if self._state is None:
+            numbers = optimizer_facts(self.optimizer, self.bare)["numbers"]
+            return State(self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), self._facts(numbers))
+        slots = dict(self._state.slots(self._precision.device))
+        return State(dict(self._weights()), *self._split(slots))
+
+    def _split(self, slots: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The optimizer's tensors, and the facts with what of its state is none."""
+        numbers = {key: value for key, value in slots.items() if not isinstance(value, torch.Tensor)}
+        return {key: value for key, value in slots.items() if key not in numbers}, self._facts(numbers)
+
+    @torch.no_grad()
+    def shards(self) -> Shards:
+        places: dict[str, Place] = {}
+        if self._state is None:
+            model, optimizer, facts = self.tensors()
+            return Shards(State(even_parts(model, places), even_parts(optimizer, places), facts), places)
+        slots: dict[str, Any] = {}
+        for key, value, place in self._state.parts():
+            slots[key] = value
+            if place is not None:
+                places[key] = place
+        return Shards(State(self._own_weights(places), *self._split(slots)), places)
+
+    def _own_weights(self, places: dict[str, Place]) -> dict[str, torch.Tensor]:
+        """This rank's partition under stage 3, padding left out; else an even part of what all have."""
+        tensors = self.bare.state_dict(keep_vars=True)
+        own = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_id")}
+        cut = even_parts({name: tensor for name, tensor in tensors.items() if name not in own}, places)
+        for name, tensor in own.items():
+            start = min(self._rank * tensor.ds_tensor.ds_numel, tensor.ds_numel)
+            places[name] = Place(tuple(tensor.ds_shape), start)
+            cut[name] = tensor.ds_tensor.detach()[: tensor.ds_numel - start]
+        return cut
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The model's tensors, tied ones the same under every name; gathered under stage 3, for rank 0 alone."""
+        seen: dict[int, torch.Tensor] = {}
+        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+            if not hasattr(tensor, "ds_id"):
+                yield name, tensor.detach()
+                continue
+            if id(tensor) not in seen:
+                with gathered(tensor, None):
+                    seen[id(tensor)] = tensor.detach().to("cpu", copy=True) if self._rank == 0 else tensor.detach()
+            yield name, seen[id(tensor)]
+
+    @torch.no_grad()
+    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
+        if self._state is None:
+            self.bare.load_state_dict(dict(model))
+            load_optimizer(self.optimizer, self.bare, optimizer, facts["optimizer"])
+        else:
+            check_kind(self.optimizer, facts["optimizer"])
+            self._put_weights(model)
+            self._state.fill(optimizer, facts["optimizer"]["numbers"])
+        self._precision.restore(facts["scaler"])
+
+    def _put_weights(self, model: Stored) -> None:
+        done: set[int] = set()
+        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+            if id(tensor) in done:
+                continue
+            done.add(id(tensor))
+            if not hasattr(tensor, "ds_id"):
+                tensor.copy_(model[name])
+                continue
+            with gathered(tensor, 0):
+                if self._rank == 0:
+                    tensor.copy_(model[name])
+        self._zero.refresh_fp32_params()
+
+
+def engine_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device, *, debug: bool
+) -> Any:
+    """DeepSpeed's engine on the process group that is there already. It compiles nothing.
+
+    Its own kernels for messages within a machine take a compiler and minutes at the first start, and serve inference.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compiled
+
+    compiled["deepspeed_shm_comm"] = False
+    if not debug:
+        # It warns of our autocast, which we give its forward pass again (see `within`), and torch of its old names.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def within(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` under autocast: DeepSpeed turns off, for its engine's forward pass, one that it did not open itself."""
+
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with autocast():
+            return forward(*args, **kwargs)
+
+    return autocast_forward
+
+
+@contextmanager
+def gathered(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
+    """The parameter whole on every rank under stage 3; afterwards what rank `changed_by` made of it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=changed_by):
+        yield
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What runs within gives them zeros for gradients before DeepSpeed sees any: a pad's loss may be NaN."""
+    hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def spoil(zero: Any) -> None:
+    """Make the gradients what DeepSpeed skips: there is no other way to tell it that nothing is to be learned."""
+    norms = getattr(zero, "norm_for_param_grads", {})  # of what is offloaded it looks at the norms alone
+    for key in norms:
+        norms[key] = norms[key] * math.nan
+    for gradients in zero.averaged_gradients.values():
+        for gradient in gradients or ():
+            gradient.mul_(math.nan)

@@ -1,0 +1,157 @@
+"""Weights and optimizer slots out of DeepSpeed's flat partitions and into them: whole, by name, one tensor at a time.
+
+Under ZeRO a rank holds of each parameter one run of elements (perhaps none), as a part of a flat tensor of its group;
+the optimizer knows only that tensor. Where the runs lie is the one thing that differs from stage to stage, and
+`pieces` is the one place that knows. What it reads of DeepSpeed is private there: the version is pinned, and tests
+compare what comes out with plain torch bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launcher.checkpoint import Stored
+from launcher.errors import RequestError
+from launcher.parts import Place
+
+__all__ = ["Piece", "ZeroState", "pieces"]
+
+#: Slots of torch's optimizers that have one value for a parameter. Others are known by their shape.
+SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements `start` ... `start + numel` of a parameter lie from `offset` on in this rank's `flat` tensor."""
+
+    flat: torch.Tensor
+    offset: int
+    start: int
+    numel: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Its part of `flat`, or of one of the optimizer's slots of the same length."""
+        return tensor.narrow(0, self.offset, self.numel)
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """Its part of the whole parameter's values."""
+        return whole.reshape(-1).narrow(0, self.start, self.numel)
+
+
+def pieces(zero: Any, stage: int, rank: int) -> Iterator[tuple[nn.Parameter, Piece]]:
+    """Every trainable parameter with what of it lies here, in the same order on every rank."""
+    if stage == 3:
+        for parameter in (parameter for group in zero.fp16_groups for parameter in group):
+            index, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+            start = min(rank * length, parameter.ds_numel)  # padded at the end to as many elements on every rank
+            numel = min(length, parameter.ds_numel - start)
+            yield parameter, Piece(zero.fp32_partitioned_groups_flat[index], offset, start, numel)
+        return
+    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            here = parameter._hp_mapping
+            if here is None:
+                yield parameter, Piece(flat, 0, 0, 0)
+            else:
+                address = here.hp_fragment_address
+                yield parameter, Piece(flat, address.start, here.lp_fragment_address.start, address.numel)
+
+
+class ZeroState:
+    """The state of a ZeRO optimizer (`zero`, stages 1 to 3) by the names of the model's parameters."""
+
+    def __init__(self, zero: Any, model: nn.Module, shapes: Mapping[str, torch.Size], stage: int, world: int) -> None:
+        self._zero = zero
+        self._world = world
+        self._rank = dist.get_rank()
+        self._shapes = shapes
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._pieces = {names[id(parameter)]: piece for parameter, piece in pieces(zero, stage, self._rank)}
+
+    def _values(self) -> Iterator[tuple[str, str, Piece, Any]]:
+        """Each parameter, slot, piece, and what the optimizer has there: a flat tensor, or one value for all."""
+        for name, piece in self._pieces.items():
+            for slot, value in self._zero.optimizer.state.get(piece.flat, {}).items():
+                if value is not None:
+                    yield name, slot, piece, value
+
+    def parts(self) -> Iterator[tuple[str, Any, Place | None]]:
+        """Each slot of what lies here as `<parameter>/<slot>` and where that is in the whole; rank 0 has the rest."""
+        for name, slot, piece, value in self._values():
+            if is_flat(slot, value, piece):
+                yield f"{name}/{slot}", piece.of(value), Place(tuple(self._shapes[name]), piece.start)
+            elif self._rank == 0 or not isinstance(value, torch.Tensor):
+                yield f"{name}/{slot}", value, None
+
+    def slots(self, device: torch.device) -> Iterator[tuple[str, Any]]:
+        """Each slot as `<parameter>/<slot>`: whole on rank 0, on the CPU; nothing on the others, which must take part.
+
+        The elements travel as integers: a sum of one value and zeros would turn -0.0 into 0.0.
+        """
+        for name, slot, piece, value in self._values():
+            if is_flat(slot, value, piece):
+                yield f"{name}/{slot}", self._whole(name, piece, value, device)
+            else:
+                yield f"{name}/{slot}", value.clone() if isinstance(value, torch.Tensor) else value
+
+    def _whole(self, name: str, piece: Piece, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        shape = self._shapes[name]
+        whole = torch.zeros(shape.numel(), dtype=values.dtype, device=device)
+        piece.cut(whole).copy_(piece.of(values))
+        if self._world > 1:
+            dist.reduce(whole.view(torch.uint8 if whole.element_size() % 4 else torch.int32), dst=0)
+        return whole.view(shape).cpu() if self._rank == 0 else whole.new_empty(0)
+
+    @torch.no_grad()
+    def fill(self, tensors: Stored, numbers: Mapping[str, Any]) -> None:
+        """Give the optimizer the state that stands under these names, and no other.
+
+        Raises:
+            RequestError: parameters of one group have seen different numbers of steps, which a flat group cannot say.
+        """
+        known = by_parameter((*tensors, *numbers))
+        self._zero.optimizer.state.clear()
+        for name, piece in self._pieces.items():
+            state = self._zero.optimizer.state[piece.flat] if name in known else {}
+            for slot in known.get(name, ()):
+                key = f"{name}/{slot}"
+                if key in numbers or is_scalar(slot, tensors.shape(key), self._shapes[name]):
+                    self._agree(state, name, slot, numbers[key] if key in numbers else tensors[key])
+                else:
+                    if slot not in state:
+                        state[slot] = torch.zeros_like(piece.flat)
+                    if piece.numel:
+                        piece.of(state[slot]).copy_(tensors.part(key, piece.start, piece.start + piece.numel))
+
+    def _agree(self, state: dict[str, Any], name: str, slot: str, value: Any) -> None:
+        if slot in state and bool(state[slot] != value):
+            raise RequestError(
+                f"strategy=deepspeed keeps one {slot} for a group of parameters, and the checkpoint has "
+                f"{float(value):g} for {name} and {float(state[slot]):g} for others: go on with strategy=ddp"
+            )
+        state[slot] = value
+
+
+def by_parameter(keys: Iterable[str]) -> dict[str, list[str]]:
+    """The slots of each parameter."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        name, slot = key.rsplit("/", 1)
+        found.setdefault(name, []).append(slot)
+    return found
+
+
+def is_flat(slot: str, value: Any, piece: Piece) -> bool:
+    """Whether a slot has a value for each element."""
+    return isinstance(value, torch.Tensor) and value.shape == piece.flat.shape and slot not in SCALARS
+
+
+def is_scalar(slot: str, shape: tuple[int, ...], of: torch.Size) -> bool:
+    """Whether a slot of this shape is one value for a parameter of shape `of`."""
+    return not shape and (slot in SCALARS or len(of) > 0)

@@ -1,0 +1,126 @@
+"""What a strategy cannot do is said before anything starts, in one line with its mend."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import RequestError
+from launcher.opening import opened
+from launcher.settings import ElasticSettings, LrSettings, Run, StrategySettings, TrainSettings
+from launcher.strategies import missing, problems
+from launcher.strategies.zero_config import configuration
+
+ZERO = Run(
+    optimizer={"_target_": "torch.optim.AdamW"},
+    lr=LrSettings(base=0.1),
+    strategy=StrategySettings(name="deepspeed", stage=3),
+)
+
+
+def zero(run: Run = ZERO, **keys: Any) -> Run:
+    return replace(run, strategy=replace(run.strategy, **keys))
+
+
+def own(tmp_path: Path, **content: Any) -> str:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(content))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (zero(stage=4), "strategy.stage=4 is no stage of ZeRO: type strategy.stage=0, 1, 2 or 3"),
+        (zero(offload=True, stage=0), "strategy.offload=true needs the optimizer's state in parts: type strategy.sta"),
+        (replace(ZERO, train=TrainSettings(precision="fp64")), "train.precision=fp64 does not go with strategy=deeps"),
+        (replace(ZERO, elastic=ElasticSettings(exact=True)), "strategy=deepspeed does not go with elastic.exact=true"),
+        (replace(ZERO, optimizer={"_target_": "torch.optim.Muon"}), "optimizer=Muon cannot work on pieces of paramet"),
+        (zero(config="nowhere.json"), "strategy.config=nowhere.json cannot be read: "),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(run: Run, says: str) -> None:
+    with pytest.raises(RequestError) as found:
+        raise RequestError(next(problems(run)))
+    assert str(found.value).startswith(says)
+    assert "type " in str(found.value) or "name a" in str(found.value)
+
+
+def test_a_run_that_deepspeed_can_do_has_no_problem() -> None:
+    for stage in range(4):
+        assert not list(problems(zero(stage=stage)))
+    assert not list(problems(replace(zero(stage=0), optimizer={"_target_": "torch.optim.Muon"})))
+    assert not list(problems(replace(ZERO, strategy=StrategySettings(stage=9))))  # no concern of DDP's
+
+
+def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before anything is created, without importing it; a plan can be made without it."""
+    monkeypatch.setattr("launcher.strategies.zero_config.find_spec", lambda name: None)
+    says = "strategy=deepspeed: DeepSpeed is not installed: type pip install 'elastic-batch-launcher[deepspeed]'"
+    assert missing(ZERO) == says
+    with pytest.raises(RequestError, match="is not installed"):
+        opened(ZERO, 1)
+    assert not list(problems(ZERO))
+    assert missing(Run()) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"train_batch_size": 64}, "sets train_batch_size, which is batch.global here"),
+        ({"gradient_accumulation_steps": 4}, "sets gradient_accumulation_steps, which is batch.accumulation here"),
+        ({"optimizer": {"type": "AdamW"}}, "sets optimizer, which is optimizer here"),
+        ({"scheduler": {"type": "WarmupLR"}}, "sets scheduler, which is schedule here"),
+        ({"bf16": {"enabled": True}}, "sets bf16, which is train.precision here"),
+        ({"gradient_clipping": 1.0}, "sets gradient_clipping, which is train.clip_norm here"),
+        ({"zero_optimization": {"stage": 2}}, "sets zero_optimization.stage, which is strategy.stage here"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "which is strategy.offload here"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            "sets zero_optimization.offload_param, which is n",
+        ),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients, which is not supported"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "sets tensor_parallel, which is not supported"),
+    ],
+)
+def test_a_json_may_not_say_what_has_a_key_here(tmp_path: Path, content: dict[str, Any], says: str) -> None:
+    run = zero(config=own(tmp_path, **content))
+    [problem] = problems(run)
+    assert says in problem
+    assert "take it out of the file" in problem
+    with pytest.raises(RequestError, match=r"strategy\.config="):
+        configuration(run, 100)
+
+
+def test_a_json_says_how_the_work_is_done(tmp_path: Path) -> None:
+    """What it leaves open ("auto", not enabled) or says as we do is no clash."""
+    settings = {"stage": 3, "stage3_max_live_parameters": 1000, "reduce_bucket_size": "auto", "overlap_comm": False}
+    file = own(tmp_path, train_batch_size="auto", fp16={"enabled": False}, zero_optimization=settings)
+    made = configuration(zero(config=file), 100)
+    assert made["zero_optimization"] == {
+        "stage": 3,
+        "stage3_max_live_parameters": 1000,
+        "reduce_bucket_size": 100,
+        "overlap_comm": False,
+    }
+    assert "fp16" not in made
+    assert "train_batch_size" not in made
+
+
+def test_no_batch_assertion_of_deepspeed_can_contradict_the_plan() -> None:
+    made = configuration(ZERO, 10**12)
+    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (1, 1)
+    assert "train_batch_size" not in made
+    assert made["gradient_clipping"] == 0.0  # DeepSpeed's default would clip at 1
+    assert made["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"zero_optimization": 3}', '"stage"'])
+def test_what_is_no_deepspeed_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(RequestError, match="name a DeepSpeed JSON file"):
+        list(problems(zero(config=str(tmp_path / "ds.json"))))

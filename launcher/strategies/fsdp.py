@@ -76,8 +76,9 @@ class FsdpReplica(Rank):
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
-        if rescale != 1.0:
-            torch._foreach_mul_(rows, rescale)
+        factor = rescale / self._precision.scale()
+        if factor != 1.0:
+            torch._foreach_mul_(rows, factor)
         norm = self._norm(rows)
         if clip_norm is not None:
             torch._foreach_mul_(rows, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
@@ -85,6 +86,10 @@ class FsdpReplica(Rank):
         finite = torch.isfinite(norm)
         self._finish(finite)
         return Step(norm=norm, finite=finite)
+
+    def _adjust(self, finite: torch.Tensor) -> None:
+        if self._precision.scaler is not None:
+            self._precision.told(finite=bool(finite))
 
     def _norm(self, rows: list[torch.Tensor]) -> torch.Tensor:
         """Of the whole gradient, on the parameters' device; NaN or infinity on any rank is so on all."""

@@ -8,13 +8,14 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from launcher.arguments import Arguments
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import nearest
 from launcher.redact import redact
 from launcher.settings import Run
-from launcher.topology import Topology
+from launcher.topology import Topology, slurm_job, slurm_restarts
 
 __all__ = ["VERBS", "main"]
 
@@ -28,7 +29,7 @@ def train(args: Sequence[str]) -> int:
         return work(args, asked.multirun, topology)
     from launcher import config
 
-    return config.multirun(args, drive) if asked.multirun else drive(resolved(args))
+    return config.multirun(args, drive) if asked.multirun else drive(resolved(args), args)
 
 
 def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
@@ -39,11 +40,30 @@ def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
     return int(worker.main(list(args), topology))
 
 
-def drive(run: Run) -> int:
-    """One run from the driver: starts torchrun and ends when it ends."""
+def drive(run: Run, words: Sequence[str]) -> int:
+    """One run from the driver: starts torchrun and ends when it ends, or submits the job that `words` ask for."""
+    if run.launch.kind == "slurm":
+        from launcher import submit
+
+        return int(submit.drive(run, words))
     from launcher import launch
 
     return int(launch.drive(run))
+
+
+def folder(args: Sequence[str]) -> int:
+    """Internal: for the script of a Slurm job, where its run lives."""
+    from launcher import submit
+
+    print(submit.folder(resolved(args), slurm_job(), restarted=slurm_restarts() > 0))
+    return EXIT_OK
+
+
+def again(args: Sequence[str]) -> int:
+    """Internal: for the script of a Slurm job that failed, whether it should be queued again."""
+    from launcher import submit
+
+    return int(submit.again(*args))
 
 
 def worker(args: Sequence[str]) -> int:
@@ -87,6 +107,17 @@ def status(args: Sequence[str]) -> int:
     return control.status(args[0])
 
 
+def store(args: Sequence[str]) -> int:
+    """Internal: for the script of a pool's task, serve the pool's rendezvous, or with one argument say where it is."""
+    from launcher import pool
+
+    if len(args) == 1:
+        print(pool.endpoint(Path(args[0])))
+    else:
+        pool.serve(Path(args[0]), args[1])
+    return EXIT_OK
+
+
 def resolved(args: Sequence[str]) -> Run:
     """The run asked for; what was decided for the user is said on stderr."""
     from launcher import config
@@ -120,7 +151,11 @@ VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "stop": stop,
     "status": status,
     "worker": worker,
+    "folder": folder,
+    "again": again,
+    "store": store,
 }
+INTERNAL = ("worker", "folder", "again", "store")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +181,7 @@ def dispatch(args: list[str]) -> int:
         sys.path.insert(0, os.getcwd())  # a recipe in the current folder, also for the console command
     verb, rest = (args[0], args[1:]) if args and is_verb(args[0]) else ("train", args)
     if verb not in VERBS:
-        known = [name for name in VERBS if name != "worker"]
+        known = [name for name in VERBS if name not in INTERNAL]
         meant = nearest(verb, known)
         raise RequestError(
             f"{verb} is no verb: " + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")

@@ -65,6 +65,10 @@ BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 OPEN = ("recipe.", "optimizer.", "sink.", "launch.env.")
 
 
+#: What runs one point of a sweep: the run, and the words that would ask for it on a command line.
+Point = Callable[[Run, Sequence[str]], int]
+
+
 @dataclass(frozen=True)
 class Composed:
     """A run, and what was decided for the user that they should be told, a line each."""
@@ -332,7 +336,7 @@ def _told_by_hydra(info: str, composer: Composer, overrides: Sequence[str]) -> s
 # --- sweeps -------------------------------------------------------------------------------------------------------
 
 
-def multirun(args: Sequence[str], point: Callable[[Run], int]) -> int:
+def multirun(args: Sequence[str], point: Point) -> int:
     """Runs `point` once for each point of the sweep, through Hydra's sweeper and launcher; returns the worst status.
 
     Every point of a plain sweep is composed and checked before the first begins. `point` is a function of a module,
@@ -350,7 +354,8 @@ def multirun(args: Sequence[str], point: Callable[[Run], int]) -> int:
         composer.composed(overrides)
     named = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
     folder = sweep.folder_of(from_mapping({"run": named}).run)
-    outcomes = _swept(composer, point, folder, [str(o.input_line) for o in parsed if o.key_or_group not in PLACES])
+    own = [str(o.input_line) for o in parsed if o.key_or_group not in PLACES]
+    outcomes = _swept(composer, point, folder, own, arguments.config_dirs)
     print(sweep.table(folder, outcomes))
     return sweep.worst(outcomes)
 
@@ -367,17 +372,20 @@ def _refuse_own_folders(parsed: Sequence[Override], config: DictConfig) -> None:
             raise RequestError(f"{override.input_line}: the sweep's folder is named by run.name= or run.dir=")
 
 
-def _swept(composer: Composer, point: Callable[[Run], int], folder: Path, overrides: list[str]) -> list[sweep.Outcome]:
+def _swept(
+    composer: Composer, point: Point, folder: Path, overrides: list[str], config_dirs: Sequence[str]
+) -> list[sweep.Outcome]:
     from hydra._internal.hydra import Hydra
     from hydra.core.global_hydra import GlobalHydra
 
     here: list[sweep.Outcome] = []
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2(PRIMARY, composer.search_path)
-    place = "hydra.sweep.dir='{}'".format(str(folder).replace("\\", "\\\\").replace("'", "\\'"))
+    place = f"hydra.sweep.dir={quoted(folder)}"
     try:
         with one_line():
-            task = functools.partial(run_point, point, here)
+            flags = [word for folder in config_dirs for word in ("--config-dir", folder)]
+            task = functools.partial(run_point, point, flags, here)
             returned = hydra.multirun(PRIMARY, task, [*opened(overrides), place], with_log_configuration=False)
     finally:
         GlobalHydra.instance().clear()
@@ -392,7 +400,7 @@ def _outcomes(returned: Any) -> list[sweep.Outcome]:
     return [job.return_value for job in jobs if isinstance(job.return_value, sweep.Outcome)]
 
 
-def run_point(point: Callable[[Run], int], here: list[sweep.Outcome], config: DictConfig) -> sweep.Outcome:
+def run_point(point: Point, flags: Sequence[str], here: list[sweep.Outcome], config: DictConfig) -> sweep.Outcome:
     """Hydra's task: one point from start to end. A failure is told and returned, so that the next one starts."""
     hydra = HydraConfig.get()
     folder, number = Path(hydra.sweep.dir), str(hydra.sweep.subdir)
@@ -403,7 +411,8 @@ def run_point(point: Callable[[Run], int], here: list[sweep.Outcome], config: Di
         composed = settled(plain(config), parse(overrides))
         for note in composed.notes:
             say(f"note: {note}")
-        status = point(sweep.placed(composed.run, folder, number))
+        placed = sweep.placed(composed.run, folder, number)
+        status = point(placed, [*flags, *overrides, f"run.dir={quoted(placed.run.dir)}"])
     except RequestError as error:
         status = EXIT_REQUEST
         say(f"error: {error}")
@@ -414,6 +423,11 @@ def run_point(point: Callable[[Run], int], here: list[sweep.Outcome], config: Di
         raise KeyboardInterrupt  # the sweep ends with it
     here.append(sweep.Outcome(int(hydra.job.num), tuple(overrides), status))
     return here[-1]
+
+
+def quoted(path: object) -> str:
+    """A value in the grammar of overrides, whatever it holds."""
+    return "'{}'".format(str(path).replace("\\", "\\\\").replace("'", "\\'"))
 
 
 def say(text: str) -> None:

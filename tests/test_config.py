@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -435,19 +435,19 @@ def swept(folder: Path) -> Iterator[Any]:
 SEEN: list[Run] = []
 
 
-def record(run: Run) -> int:
+def record(run: Run, words: Sequence[str]) -> int:
     SEEN.append(run)
     return EXIT_OK
 
 
-def fail_at_16(run: Run) -> int:
+def fail_at_16(run: Run, words: Sequence[str]) -> int:
     SEEN.append(run)
     if run.batch.per_device == 16:
         raise OSError("no disk at s3://u:hunter2@h")
     return EXIT_OK
 
 
-def interrupted(run: Run) -> int:
+def interrupted(run: Run, words: Sequence[str]) -> int:
     SEEN.append(run)
     return EXIT_INTERRUPTED
 
@@ -514,8 +514,8 @@ def test_what_hydra_writes_about_the_sweep_holds_no_secret(swept: Any) -> None:
 
 
 def test_a_point_can_be_sent_to_another_process() -> None:
-    sent = pickle.loads(pickle.dumps(functools.partial(config.run_point, record, [])))
-    assert sent.args == (record, [])
+    sent = pickle.loads(pickle.dumps(functools.partial(config.run_point, record, [], [])))
+    assert sent.args == (record, [], [])
 
 
 @pytest.mark.parametrize(

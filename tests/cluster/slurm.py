@@ -6,7 +6,6 @@ machine's own Slurm is read or touched, but for three lines in /etc/hosts, which
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -58,8 +57,8 @@ MinJobAge=600
 ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
-PartitionName=low Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes=ALL MaxTime=60 DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes=ALL MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=4 RealMemory=4000 State=UNKNOWN\n"
 

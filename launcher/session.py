@@ -329,11 +329,16 @@ def announce(
             event("alarm", kind="checkpoint", detail=f"the best checkpoint so far, {lost}, is not in this run's folder")
         for name, why in ready.found.passed_over:
             event("alarm", kind="checkpoint", detail=f"{name} was passed over: {why}")
-        before = dict(ready.found.manifest.plan)
-        if last is not None and last["world"] != before["world"]:
-            before = last  # the world changed since the checkpoint, too
-        if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
-            event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+    before = plan_before(ready.found, last)
+    if before and any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
+        event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+
+
+def plan_before(found: Found | None, last: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The plan in force before this start: the checkpoint's, or the last one where the world has changed since."""
+    if found is None or (last is not None and last["world"] != found.manifest.plan["world"]):
+        return last
+    return dict(found.manifest.plan)
 
 
 def why_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -62,13 +62,14 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # surer when workers are started aga
 
 # Before Slurm takes the nodes (time limit, preemption) it sends USR1 here: the workers are told, and save.
 warned=
-trap 'warned=yes; echo "warned by Slurm: saving at the next update, then queued again"' USR1
+trap 'warned=yes; echo "warned by Slurm: saving at the next update, then queued again"
+  scancel --quiet --signal=USR1 "$SLURM_JOB_ID"' USR1
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${survive[@]}" "${container[@]}" \
   bash -c "$agent" bash "$@" "run.dir='$run'" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
-  # Again and again: a worker that is still starting does not hear it.
-  [ -z "$warned" ] || scancel --quiet --signal=USR1 "$SLURM_JOB_ID"
+  # Once more every five seconds: a worker that is still starting does not hear it.
+  if [ -n "$warned" ] && [ $((SECONDS % 5)) = 0 ]; then scancel --quiet --signal=USR1 "$SLURM_JOB_ID"; fi
   sleep 1
 done
 wait "$step"

@@ -38,6 +38,7 @@ def drive(run: Run, words: Sequence[str]) -> int:
     """
     text = render(run, [word for word in words if not word.startswith("launch.dry=")], sys.executable)
     examine(run, run.launch.workers and run.launch.workers * node_range(run.launch.nodes)[0])
+    check_path(Path(run.run.dir or ""))
     if run.launch.dry:
         print(redact(text), end="")
         return EXIT_OK
@@ -87,12 +88,17 @@ def folder(run: Run, job: str | None, *, restarted: bool) -> Path:
     examine(run, None)
     asked = path_of(run, job, 1, job=job)
     path = next((one for one in mine(asked, job) if restarted), None) or decided(run, asked)[1]
-    if set("'\\\n") & set(str(path)):
-        raise RequestError(f"run.dir={path} holds a quote or a backslash: type another run.dir=")
+    check_path(path)
     found = RunFolder(path)
     found.create()
     claim(found, job, newest_of(found.checkpoints_in(run.checkpoint.dir)))
     return path
+
+
+def check_path(path: Path) -> None:
+    """The scripts hand the path over between single quotes."""
+    if set("'\\\n") & set(str(path)):
+        raise RequestError(f"run.dir={' '.join(str(path).split())} holds a quote or a backslash: type another run.dir=")
 
 
 def mine(asked: Path, job: str) -> list[Path]:

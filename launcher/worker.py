@@ -198,6 +198,7 @@ def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) ->
             leave(status)
         return status
     finally:
+        wishes.done()
         if claim is not None and claim.lock is not None:
             claim.lock.release()
 

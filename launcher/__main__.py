@@ -8,6 +8,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from launcher.arguments import Arguments
@@ -29,7 +30,10 @@ def train(args: Sequence[str]) -> int:
         return work(args, asked.multirun, topology)
     from launcher import config
 
-    return config.multirun(args, drive) if asked.multirun else drive(resolved(args), args)
+    if not asked.multirun:
+        return drive(resolved(args), args)
+    importable = import_module("launcher.__main__")  # under `python -m` this module has a name that no job could import
+    return config.multirun(args, importable.drive)
 
 
 def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
@@ -42,6 +46,7 @@ def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
 
 def drive(run: Run, words: Sequence[str]) -> int:
     """One run from the driver: starts torchrun and ends when it ends, or submits the job that `words` ask for."""
+    see_current_folder()  # this may be another process than the one that read the command line
     if run.launch.kind == "slurm":
         from launcher import submit
 
@@ -177,8 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(args: list[str]) -> int:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a recipe in the current folder, also for the console command
+    see_current_folder()
     verb, rest = (args[0], args[1:]) if args and is_verb(args[0]) else ("train", args)
     if verb not in VERBS:
         known = [name for name in VERBS if name not in INTERNAL]
@@ -187,6 +191,12 @@ def dispatch(args: list[str]) -> int:
             f"{verb} is no verb: " + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")
         )
     return VERBS[verb](rest)
+
+
+def see_current_folder() -> None:
+    """A recipe in the current folder can be imported, also by the console command."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def is_verb(word: str) -> bool:

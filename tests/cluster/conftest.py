@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from slurm import Slurm, missing
 
 NEEDED = "LAUNCHER_NEEDS_SLURM"
@@ -19,8 +21,10 @@ def cluster() -> Iterator[Slurm]:
     why = missing()
     if why is not None:
         (pytest.fail if os.environ.get(NEEDED) else pytest.skip)(f"no Slurm here: {why}")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended early, the daemons are ended with it
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Slurm(Path(folder)) as slurm:
         yield slurm
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

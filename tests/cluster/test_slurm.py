@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from jobs import environment, events, furthest, rows, wait_for
 from test_main_job import HELD, RECIPE, driven
 
 from launcher.config import quoted
+from launcher.slurm import BODY
 from slurm import Slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -193,3 +196,39 @@ def test_what_launch_slurm_submits_trains_on_two_nodes_whatever_the_values_hold(
     assert kept["sink"]["wandb"]["group"] == HOSTILE
     assert "complete" in verb(slurm, project, "status", str(run_dir))
     assert "no sbatch here" in driven(project, *own, status=2, PATH="/nowhere").stderr
+
+
+def test_a_sweep_of_four_through_submitit_and_what_is_finished_is_not_run_again(slurm: Slurm, project: Path) -> None:
+    """One point fails: it is shown, the others finish; the same command again runs that one alone."""
+    if os.environ.get("LAUNCHER_NEEDS_SLURM") is None:
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    own = ["-m", *HELD, "train.duration=1ep", "run.name=s", "recipe.fail_on=-1,0", "seed=0,1", "elastic.max_restarts=0"]
+    through = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10", "hydra.launcher.cpus_per_task=1"]
+    own = [word.replace("recipe.fail_on", "+recipe.fail_on") for word in own]
+    told = verb(slurm, project, *own, *through, status=1)
+    lines = [line.split() for line in told.splitlines() if line[:4].strip() in {"0", "1", "2", "3"}]
+    assert [line[1] for line in lines] == ["finished", "finished", "failed", "failed"]
+    assert [(project / f"runs/s/{point}/done.json").exists() for point in range(4)] == [True, True, False, False]
+    starts = [len(events(project / f"runs/s/{point}", "start")) for point in (0, 1)]
+    assert starts == [1, 1]
+    assert "time-optimal: point" in told
+    assert "accuracy-optimal: point" in told
+
+
+def test_the_tasks_of_an_array_share_a_sweep(slurm: Slurm, project: Path) -> None:
+    own = [*HELD, "train.duration=1ep", "seed=0,1,2", "run.name=a"]
+    job = slurm.submit(str(SCRIPTS / "sweep.sbatch"), *own, cwd=project, env=env())
+    wait_for(lambda: all((project / f"runs/a/{point}/done.json").exists() for point in range(3)), 150)
+    wait_for(lambda: not slurm.ask("squeue", "-h", "-t", "R,PD", "-j", job), 60)
+    assert "not run" in printed(project, job)
+
+
+def test_the_scripts_are_sound() -> None:
+    """Clean for bash and for shellcheck, and they end as what launch=slurm submits does."""
+    scripts = sorted(SCRIPTS.glob("*.sbatch"))
+    assert [path.stem for path in scripts] == ["elastic", "pool", "sweep", "train"]
+    for path in scripts:
+        subprocess.run(["bash", "-n", path], check=True)
+        assert ("elastic" in path.stem or "train" in path.stem) == path.read_text().endswith(BODY)
+    if shutil.which("shellcheck") or os.environ.get("LAUNCHER_NEEDS_SLURM"):
+        subprocess.run(["shellcheck", *scripts], check=True)

@@ -107,10 +107,10 @@ def stop_job(folder: RunFolder, job: queue.Queued, *, now: bool, say: Callable[[
     """The same for a Slurm job: one that waits is cancelled, it holds nothing unsaved; one that runs is asked."""
     if now or job.waits:
         queue.cancel(job.id)
-        say(f"{folder.path}: {job} is cancelled")
+        say(f"{folder.path}: Slurm job {job.id} is cancelled")
     else:
         queue.cancel(job.id, waiting=True)  # the tasks of a pool that have not come yet
-        say(f"{folder.path}: asked {job} to save and stop")
+        say(f"{folder.path}: asked Slurm job {job.id} to save and stop")
     while (left := queue.look(job.id)) is not None:
         if not now and left.waits and not job.waits:
             queue.cancel(job.id)  # it was preempted while it was asked

@@ -32,7 +32,7 @@ STDLIB_ONLY = [
         "manifest",
         "signals",
     ),
-    *("reading", "gpus", "faults", "balance", "recovery", "stages", "control"),
+    *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm"),
     *("heartbeat", "heart", "stragglers"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")

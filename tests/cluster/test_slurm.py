@@ -90,7 +90,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on_to_the_sample(slurm: Slurm,
     for times in (1, 2):
         wait_for(started(run_dir, times), 150)
         above = slurm.submit("--partition=high", "--nodes=3", "--exclusive", "--wrap=true", cwd=project, env=env())
-        wait_for(over(slurm, above), 60)
+        wait_for(over(slurm, above), 120)
         assert slurm.state(above) == "COMPLETED"
         assert len(events(run_dir, "preempt")) == times
     assert "PENDING" in verb(slurm, project, "status", "p") or slurm.state(job) == "RUNNING"
@@ -103,7 +103,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on_to_the_sample(slurm: Slurm,
 
 def test_a_job_that_fails_three_times_at_the_same_place_is_not_queued_again(slurm: Slurm, project: Path) -> None:
     job = slurm.submit(str(SCRIPTS / "train.sbatch"), *HELD, "+recipe.fail_on=1", cwd=project, env=env())
-    wait_for(over(slurm, job), 120)
+    wait_for(over(slurm, job), 240)
     assert slurm.state(job) == "FAILED"
     last = printed(project, job).splitlines()[-1]
     assert last.startswith("error: failed 3 times at the same place, not queued again: rank 1 failed in own.py:")
@@ -113,7 +113,7 @@ def test_a_job_that_fails_three_times_at_the_same_place_is_not_queued_again(slur
 
 def test_a_wrong_request_ends_the_job_at_once(slurm: Slurm, project: Path) -> None:
     job = slurm.submit(str(SCRIPTS / "elastic.sbatch"), *HELD, "batch.global=900", cwd=project, env=env())
-    wait_for(over(slurm, job), 60)
+    wait_for(over(slurm, job), 120)
     assert slurm.facts(job)["ExitCode"] == "2:0"
     [line] = [line for line in printed(project, job).splitlines() if line.startswith("error: ")]
     assert "batch.global=900 is beyond the 203 training samples" in line

@@ -8,6 +8,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from launcher.arguments import Arguments, Words
@@ -15,7 +16,7 @@ from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.keys import nearest
 from launcher.redact import redact
 from launcher.settings import Run
-from launcher.topology import Topology
+from launcher.topology import Topology, slurm_job, slurm_restarts
 
 __all__ = ["VERBS", "main"]
 
@@ -29,7 +30,10 @@ def train(args: Sequence[str]) -> int:
         return work(args, asked.multirun, topology)
     from launcher import config
 
-    return config.multirun(args, drive) if asked.multirun else drive(resolved(args))
+    if not asked.multirun:
+        return drive(resolved(args), args)
+    importable = import_module("launcher.__main__")  # under `python -m` this module has a name that no job could import
+    return config.multirun(args, importable.drive)
 
 
 def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
@@ -40,11 +44,31 @@ def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
     return int(worker.main(list(args), topology))
 
 
-def drive(run: Run) -> int:
-    """One run from the driver: starts torchrun and ends when it ends."""
+def drive(run: Run, words: Sequence[str]) -> int:
+    """One run from the driver: starts torchrun and ends when it ends, or submits the job that `words` ask for."""
+    see_current_folder()  # this may be another process than the one that read the command line
+    if run.launch.kind == "slurm":
+        from launcher import submit
+
+        return int(submit.drive(run, words))
     from launcher import launch
 
     return int(launch.drive(run))
+
+
+def folder(args: Sequence[str]) -> int:
+    """Internal: for the script of a Slurm job, where its run lives."""
+    from launcher import submit
+
+    print(submit.folder(resolved(args), slurm_job(), restarted=slurm_restarts() > 0))
+    return EXIT_OK
+
+
+def again(args: Sequence[str]) -> int:
+    """Internal: for the script of a Slurm job that failed, whether it should be queued again."""
+    from launcher import submit
+
+    return int(submit.again(*args))
 
 
 def worker(args: Sequence[str]) -> int:
@@ -162,6 +186,17 @@ def status(args: Sequence[str]) -> int:
     return control.status(args[0])
 
 
+def store(args: Sequence[str]) -> int:
+    """Internal: for the script of a pool's task, serve the pool's rendezvous, or with one argument say where it is."""
+    from launcher import pool
+
+    if len(args) == 1:
+        print(pool.endpoint(Path(args[0])))
+    else:
+        pool.serve(Path(args[0]), args[1])
+    return EXIT_OK
+
+
 def resolved(args: Sequence[str]) -> Run:
     """The run asked for; what was decided for the user is said on stderr."""
     from launcher import config
@@ -223,7 +258,11 @@ VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "stop": stop,
     "status": status,
     "worker": worker,
+    "folder": folder,
+    "again": again,
+    "store": store,
 }
+INTERNAL = ("worker", "folder", "again", "store")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,16 +284,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(args: list[str]) -> int:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a recipe in the current folder, also for the console command
+    see_current_folder()
     verb, rest = (args[0], args[1:]) if args and is_verb(args[0]) else ("train", args)
     if verb not in VERBS:
-        known = [name for name in VERBS if name != "worker"]
+        known = [name for name in VERBS if name not in INTERNAL]
         meant = nearest(verb, known)
         raise RequestError(
             f"{verb} is no verb: " + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")
         )
     return VERBS[verb](rest)
+
+
+def see_current_folder() -> None:
+    """A recipe in the current folder can be imported, also by the console command."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def is_verb(word: str) -> bool:

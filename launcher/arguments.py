@@ -26,6 +26,7 @@ OPTIONS = {
     "--cfg": "cfg",
     "-i": "info",
     "--info": "info",
+    "--share": "share",
 }
 CHOICES = {
     "cfg": ("job", "hydra", "all"),
@@ -44,11 +45,15 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """`config_dirs` are searched before what is shipped, the first one first; `cfg` and `info` only show."""
+    """`config_dirs` are searched before what is shipped, the first one first; `cfg` and `info` only show.
+
+    `share`: (k, n) where of a sweep only every n-th point from k on is to be run.
+    """
 
     overrides: tuple[str, ...] = ()
     config_dirs: tuple[str, ...] = ()
     multirun: bool = False
+    share: tuple[int, int] = (0, 1)
     cfg: str | None = None
     info: str | None = None
     resolve: bool = False
@@ -83,6 +88,8 @@ class Arguments:
             if not value:
                 raise RequestError(f"{flag} has no value: type {flag} DIR")
             return replace(self, config_dirs=(*self.config_dirs, value))
+        if name == "share":
+            return replace(self, share=_share(value))
         if value not in CHOICES[name]:
             raise RequestError(f"{flag} {value}: choose from {', '.join(CHOICES[name])}")
         return replace(self, **{name: value})  # type: ignore[arg-type]
@@ -122,6 +129,14 @@ class Words:
             else:
                 parsed = replace(parsed, paths=(*parsed.paths, arg))
         return parsed
+
+
+def _share(value: str) -> tuple[int, int]:
+    """`1/4`: of a sweep's points every fourth one, from point 1 on."""
+    first, _, of = value.partition("/")
+    if not (first.isdigit() and of.isdigit() and int(of)):
+        raise RequestError(f"--share {value}: type which of how many, e.g. --share=0/4")
+    return int(first), int(of)
 
 
 def _no_such_flag(flag: str) -> str:

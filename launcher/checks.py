@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from launcher.errors import RequestError
 from launcher.keys import flat, nearest
-from launcher.settings import Run
+from launcher.settings import LaunchSettings, Run
+from launcher.slurm import check_launch
 from launcher.strategies import problems as strategy_problems
 from launcher.typed import MisfitError, fit, shown, words
 
@@ -102,11 +103,21 @@ def _places(run: Run) -> Iterator[str]:
         yield f"run.name={shown(name)}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
     if run.run.dir == "":
         yield "run.dir= is empty: type a folder, e.g. run.dir=runs/first"
-    if run.launch.kind == "local" and run.launch.nodes != "1":
-        yield f"launch.nodes={run.launch.nodes}: launch=local is this machine alone: type launch.nodes=1"
+    if run.launch.kind == "slurm":
+        check_launch(run.launch)
+    elif run.launch.nodes != "1":
+        yield f"launch.nodes={run.launch.nodes}: launch=local is this machine alone: type launch=slurm"
+    else:
+        yield from _without_slurm(run.launch)
     for variable in run.launch.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
             yield f"launch.env.{variable} is no name of an environment variable: type letters, digits and _"
+
+
+def _without_slurm(launch: LaunchSettings) -> Iterator[str]:
+    for name in ("time", "partition", "account", "qos", "constraint", "extra"):
+        if value := getattr(launch, name):
+            yield f"launch.{name}={shown(value)} has no effect under launch=local: type launch=slurm, or drop it"
 
 
 def _targets(run: Run) -> Iterator[str]:

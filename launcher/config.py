@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -34,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher import sweep
 from launcher.arguments import Arguments
 from launcher.checks import check
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEST, RequestError
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import flat, from_mapping, keys, no_such_key, to_mapping
 from launcher.redact import redact, redacted
 from launcher.refusals import no_such_choice, refusal
@@ -44,6 +45,7 @@ from launcher.typed import shown
 __all__ = [
     "Composed",
     "Composer",
+    "Task",
     "compose",
     "flat",
     "from_mapping",
@@ -63,6 +65,22 @@ PLACES = ("run.name", "run.dir")
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 #: The parts whose keys belong to others: fields of the recipe, arguments of the optimizer, options of a sink.
 OPEN = ("recipe.", "optimizer.", "sink.", "launch.env.")
+
+
+#: What runs one point of a sweep: the run, and the words that would ask for it on a command line.
+Point = Callable[[Run, Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done with each point of a sweep. `flags` go before its words; `share` (k, n): every n-th point from k."""
+
+    point: Point
+    flags: tuple[str, ...] = ()
+    share: tuple[int, int] = (0, 1)
+
+    def has(self, number: int) -> bool:
+        return number % self.share[1] == self.share[0] % self.share[1]
 
 
 @dataclass(frozen=True)
@@ -332,7 +350,7 @@ def _told_by_hydra(info: str, composer: Composer, overrides: Sequence[str]) -> s
 # --- sweeps -------------------------------------------------------------------------------------------------------
 
 
-def multirun(args: Sequence[str], point: Callable[[Run], int]) -> int:
+def multirun(args: Sequence[str], point: Point) -> int:
     """Runs `point` once for each point of the sweep, through Hydra's sweeper and launcher; returns the worst status.
 
     Every point of a plain sweep is composed and checked before the first begins. `point` is a function of a module,
@@ -350,7 +368,9 @@ def multirun(args: Sequence[str], point: Callable[[Run], int]) -> int:
         composer.composed(overrides)
     named = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
     folder = sweep.folder_of(from_mapping({"run": named}).run)
-    outcomes = _swept(composer, point, folder, [str(o.input_line) for o in parsed if o.key_or_group not in PLACES])
+    own = [str(o.input_line) for o in parsed if o.key_or_group not in PLACES]
+    flags = [word for one in arguments.config_dirs for word in ("--config-dir", one)]
+    outcomes = _swept(composer, Task(point, tuple(flags), arguments.share), folder, own)
     print(sweep.table(folder, outcomes))
     return sweep.worst(outcomes)
 
@@ -367,18 +387,18 @@ def _refuse_own_folders(parsed: Sequence[Override], config: DictConfig) -> None:
             raise RequestError(f"{override.input_line}: the sweep's folder is named by run.name= or run.dir=")
 
 
-def _swept(composer: Composer, point: Callable[[Run], int], folder: Path, overrides: list[str]) -> list[sweep.Outcome]:
+def _swept(composer: Composer, task: Task, folder: Path, overrides: list[str]) -> list[sweep.Outcome]:
     from hydra._internal.hydra import Hydra
     from hydra.core.global_hydra import GlobalHydra
 
     here: list[sweep.Outcome] = []
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2(PRIMARY, composer.search_path)
-    place = "hydra.sweep.dir='{}'".format(str(folder).replace("\\", "\\\\").replace("'", "\\'"))
+    place = f"hydra.sweep.dir={quoted(folder)}"
     try:
         with one_line():
-            task = functools.partial(run_point, point, here)
-            returned = hydra.multirun(PRIMARY, task, [*opened(overrides), place], with_log_configuration=False)
+            job = functools.partial(run_point, task, here)
+            returned = hydra.multirun(PRIMARY, job, [*opened(overrides), place], with_log_configuration=False)
     finally:
         GlobalHydra.instance().clear()
         sweep.seal(folder / "multirun.yaml")
@@ -392,28 +412,54 @@ def _outcomes(returned: Any) -> list[sweep.Outcome]:
     return [job.return_value for job in jobs if isinstance(job.return_value, sweep.Outcome)]
 
 
-def run_point(point: Callable[[Run], int], here: list[sweep.Outcome], config: DictConfig) -> sweep.Outcome:
-    """Hydra's task: one point from start to end. A failure is told and returned, so that the next one starts."""
+def run_point(task: Task, here: list[sweep.Outcome], config: DictConfig) -> sweep.Outcome:
+    """Hydra's task: one point from start to end. A failure is told and returned, so that the next one starts.
+
+    After a point that was asked to stop no other one is started.
+    """
     hydra = HydraConfig.get()
     folder, number = Path(hydra.sweep.dir), str(hydra.sweep.subdir)
     overrides = [str(override) for override in hydra.overrides.task]
     sweep.seal(folder / "multirun.yaml")
+    job = int(hydra.job.num)
+    if not task.has(job) or any(outcome.stopped for outcome in here):
+        here.append(sweep.Outcome(job, tuple(overrides), EXIT_OK, sweep.NOT_OURS))
+        return here[-1]
     say(f"point {number}: {' '.join(overrides)}")
+    ended, status = run_placed(task, folder, number, config, overrides)
+    if status == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt  # the sweep ends with it
+    here.append(sweep.Outcome(job, tuple(overrides), status, ended))
+    return here[-1]
+
+
+def run_placed(task: Task, folder: Path, number: str, config: DictConfig, overrides: list[str]) -> tuple[str, int]:
+    """One point in its own folder: in a word how it ended, and its status."""
     try:
         composed = settled(plain(config), parse(overrides))
         for note in composed.notes:
             say(f"note: {note}")
-        status = point(sweep.placed(composed.run, folder, number))
+        placed = sweep.placed(composed.run, folder, number)
+        words = [*task.flags, *overrides, f"run.dir={quoted(placed.run.dir)}", *grouped(placed)]
+        status = task.point(placed, words)
+        return sweep.ended(placed, status), status
     except RequestError as error:
-        status = EXIT_REQUEST
         say(f"error: {error}")
+        return f"failed ({EXIT_REQUEST})", EXIT_REQUEST
     except Exception as error:
-        status = EXIT_FAILED
         say(f"error: {type(error).__name__}: {error}")
-    if status == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt  # the sweep ends with it
-    here.append(sweep.Outcome(int(hydra.job.num), tuple(overrides), status))
-    return here[-1]
+        return f"failed ({EXIT_FAILED})", EXIT_FAILED
+
+
+def grouped(run: Run) -> list[str]:
+    """The word for the group in wandb, where there is one."""
+    group = (run.sink.get("wandb") or {}).get("group")
+    return [f"++sink.wandb.group={quoted(group)}"] if group else []
+
+
+def quoted(value: object) -> str:
+    """A value in the grammar of overrides, whatever it holds: backslashes count as such only before a quote."""
+    return "'{}'".format(re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value)))
 
 
 def say(text: str) -> None:

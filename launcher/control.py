@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher import queue
 from launcher.errors import EXIT_OK, RequestError
 from launcher.recovery import last_row
 from launcher.runfolder import RUNS, RunFolder
@@ -19,6 +20,7 @@ from launcher.runfolder import RUNS, RunFolder
 __all__ = ["Owner", "find", "owner", "status", "stop"]
 
 LOOK_EVERY_S = 0.1
+ASK_EVERY_S = 1.0
 OWNER = re.compile(r"process (\d+)(?: of torchrun (\d+))? on (\S+) since (.+)")
 
 
@@ -46,7 +48,7 @@ def find(run: str) -> RunFolder:
         RequestError: there is none.
     """
     for path in (Path(run), RUNS / run):
-        if (path / "run.yaml").is_file():
+        if (path / "run.yaml").is_file() or (path / "slurm.json").is_file():
             return RunFolder(path)
     known = sorted(path.parent.name for path in RUNS.glob("*/run.yaml"))
     there = f"there are {', '.join(known[-5:])}" if known else f"there is none in {RUNS}/ here"
@@ -71,6 +73,12 @@ def owner_of(found: re.Match[str]) -> Owner:
     return Owner(int(found[1]), found[3], found[4], int(found[2]) if found[2] else None)
 
 
+def queued(folder: RunFolder) -> queue.Queued | None:
+    """The Slurm job that has the folder, as long as Slurm has not done with it."""
+    kept = queue.claimed(folder)
+    return None if kept is None else queue.look(str(kept["job"]).partition("_")[0])
+
+
 def stop(run: str, *, now: bool, say: Callable[[str], None] = print) -> int:
     """Ask a run to save and stop, and wait until it has; or, `now`, end it without saving.
 
@@ -78,6 +86,8 @@ def stop(run: str, *, now: bool, say: Callable[[str], None] = print) -> int:
         RequestError: there is no such run, or `now` cannot reach it.
     """
     folder = find(run)
+    if (job := queued(folder)) is not None:
+        return stop_job(folder, job, now=now, say=say)
     held = owner(folder)
     if held is None:
         say(f"{folder.path} is not running: {standing(folder)}")
@@ -93,6 +103,25 @@ def stop(run: str, *, now: bool, say: Callable[[str], None] = print) -> int:
     return EXIT_OK
 
 
+def stop_job(folder: RunFolder, job: queue.Queued, *, now: bool, say: Callable[[str], None]) -> int:
+    """The same for a Slurm job: one that waits is cancelled, it holds nothing unsaved; one that runs is asked."""
+    if now or job.waits:
+        queue.cancel(job.id)
+        say(f"{folder.path}: Slurm job {job.id} is cancelled")
+    else:
+        queue.cancel(job.id, waiting=True)  # the tasks of a pool that have not come yet
+        say(f"{folder.path}: asked Slurm job {job.id} to save and stop")
+    while (left := queue.look(job.id)) is not None:
+        if not now and left.waits and not job.waits:
+            queue.cancel(job.id)  # it was preempted while it was asked
+        elif not now and not left.waits:
+            folder.stop_file.touch(0o600)  # once more each time: a run that has just begun takes an old one away
+            queue.warn(job.id)
+        time.sleep(ASK_EVERY_S)
+    say(f"{folder.path} {'ended' if now else 'stopped'}: {standing(folder)}")
+    return EXIT_OK
+
+
 def status(run: str, say: Callable[[str], None] = print) -> int:
     """Say where a run stands and who runs it.
 
@@ -100,8 +129,10 @@ def status(run: str, say: Callable[[str], None] = print) -> int:
         RequestError: there is no such run.
     """
     folder = find(run)
-    held = owner(folder)
-    say(f"{folder.path} {f'is run by {held} since {held.since}' if held else 'is not running'}: {standing(folder)}")
+    who = queued(folder)
+    held = None if who else owner(folder)
+    by = f"is {who}" if who else f"is run by {held} since {held.since}" if held else "is not running"
+    say(f"{folder.path} {by}: {standing(folder)}")
     return EXIT_OK
 
 

@@ -23,7 +23,7 @@ from launcher.gpus import count_gpus
 from launcher.opening import Opened, begin, opened
 from launcher.process import catches, children, runs
 from launcher.redact import redact
-from launcher.runfolder import RunFolder
+from launcher.runfolder import RUNS, RunFolder
 from launcher.settings import Run
 from launcher.sinks.jsonl import add
 from launcher.threads import threads_of
@@ -205,7 +205,9 @@ class Job:
 
     def _ended_well(self) -> int:
         if self._folder.read_done() is None:
-            tell(f"stopped after saving: the same command with run.name={self._run.run.name} goes on from there")
+            name, path = self._run.run.name, self._folder.path
+            where = f"run.name={name}" if path == RUNS / str(name) else f"run.dir={path}"
+            tell(f"stopped after saving: the same command with {where} goes on from there")
         self._folder.clear_stop()
         return EXIT_OK
 

@@ -30,6 +30,7 @@ __all__ = [
     "named",
     "newest",
     "newest_in",
+    "newest_of",
     "open_at",
     "prune",
     "publish",
@@ -247,6 +248,12 @@ def by_age(folder: Path) -> list[Path]:
 def newest_in(folder: Path) -> Path | None:
     """The checkpoint that was written last, whatever it is worth; None where there is none."""
     return next(iter(by_age(folder)), None) if folder.is_dir() else None
+
+
+def newest_of(folder: Path) -> str | None:
+    """Names the checkpoint that was written last, and when: one of the same name written anew is another."""
+    path = newest_in(folder)
+    return None if path is None else f"{path.name} {path.stat().st_mtime_ns}"
 
 
 def newest(folder: Path) -> Found | None:

@@ -13,13 +13,13 @@ from launcher.config import flat, from_yaml, to_yaml
 from launcher.errors import RequestError
 from launcher.manifest import named
 from launcher.resume import Decision, decide
-from launcher.runfolder import RUNS, RunFolder, free_name, write_whole
+from launcher.runfolder import RUNS, RunFolder, free_name, recipe_name, write_whole
 from launcher.settings import Run
 from launcher.strategies import missing
 from launcher.study import Sizes, Study, study
 from launcher.topology import slurm_job
 
-__all__ = ["Opened", "begin", "opened", "recipe_name"]
+__all__ = ["Opened", "begin", "decided", "opened", "path_of"]
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,25 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
     if known is not None:
         asked = Decision(checkpoint=asked_for(run.resume), must=run.resume == "must")
         return Opened(placed(run, known), recipe, sizes, plan, RunFolder(known), asked, knows=True)
-    path = path_of(run, run_id, nodes)
+    run, path, decision = decided(run, path_of(run, run_id, nodes))
+    folder = RunFolder(path)
+    done = folder.read_done()
+    complete = done is not None and not decision.fresh and is_enough(done, run, plan)
+    return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None)
+
+
+def decided(run: Run, path: Path) -> tuple[Run, Path, Decision]:
+    """The run in its folder, which is another one beside `path` where that holds a run and a new one is asked for.
+
+    Raises:
+        RequestError: a key that alters what is learned was changed, or there is nothing to resume from.
+    """
     run = placed(run, path)
     decision = decide(run.resume, path, configuration(path), flat(from_yaml(to_yaml(run))))
     if decision.fresh and (path / "run.yaml").exists():
         path = beside(path)
         run = placed(run, path)
-    folder = RunFolder(path)
-    done = folder.read_done()
-    complete = done is not None and not decision.fresh and is_enough(done, run, plan)
-    return Opened(run, recipe, sizes, plan, folder, decision, done if complete else None)
+    return run, path, decision
 
 
 def asked_for(resume: str) -> Path | None:
@@ -98,24 +107,18 @@ def begin(found: Opened) -> None:
         found.folder.done_json.unlink(missing_ok=True)  # more is asked for than was done: it is not complete
 
 
-def path_of(run: Run, run_id: str | None, nodes: int) -> Path:
+def path_of(run: Run, run_id: str | None, nodes: int, job: str | None = None) -> Path:
+    """The folder that is asked for; `job`: the Slurm job that it is for, where that is not this process's own."""
     if run.run.dir is not None:
         return Path(run.run.dir)
     if run.run.name is not None:
         return RUNS / run.run.name
-    job = slurm_job()
+    job = job or slurm_job()
     if job is None and nodes > 1:
         if run_id is None:
             raise RequestError(f"run.name is not given and {nodes} nodes cannot agree on the time: type run.name=…")
         job = run_id
-    return RUNS / free_name(recipe_name(run), job, datetime.now())
-
-
-def recipe_name(run: Run) -> str:
-    """`resnet` of `launcher.recipes.resnet.ResNet`; a class of the user's own by its own name."""
-    target = str(run.recipe["_target_"])
-    module, _, name = target.rpartition(".")
-    return (module.rpartition(".")[2] if module.startswith("launcher.recipes.") else name).lower()
+    return RUNS / free_name(recipe_name(str(run.recipe["_target_"])), job, datetime.now())
 
 
 def placed(run: Run, path: Path) -> Run:

@@ -20,7 +20,7 @@ from launcher.durable import private_folder, write_whole
 from launcher.errors import RequestError
 from launcher.process import started_at
 
-__all__ = ["RUNS", "Lock", "RunFolder", "free_name", "named_folder", "recall", "remember", "write_whole"]
+__all__ = ["RUNS", "Lock", "RunFolder", "free_name", "named_folder", "recall", "recipe_name", "remember", "write_whole"]
 
 RUNS = Path("runs")
 AGENTS = RUNS / ".agents"
@@ -78,6 +78,11 @@ class RunFolder:
         if not elsewhere:
             return self.checkpoints
         return Path(elsewhere) / (self.path.relative_to(RUNS) if self.path.is_relative_to(RUNS) else self.path.name)
+
+    @property
+    def slurm_json(self) -> Path:
+        """Which Slurm job has the folder; written by its script each time it is started."""
+        return self.path / "slurm.json"
 
     def log(self, rank: int, generation: int) -> Path:
         return self.logs / f"rank{rank}-g{generation}.log"
@@ -258,6 +263,12 @@ def free_name(recipe: str, job: str | None, now: datetime) -> str:
         return named_folder(f"{recipe}-{job}").name
     name = f"{recipe}-{now:%Y%m%d-%H%M%S}"
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if not os.path.lexists(named_folder(n)))
+
+
+def recipe_name(target: str) -> str:
+    """`resnet` of `launcher.recipes.resnet.ResNet`; a class of the user's own by its own name."""
+    module, _, name = target.rpartition(".")
+    return (module.rpartition(".")[2] if module.startswith("launcher.recipes.") else name).lower()
 
 
 # --- what outlives a restart under a torchrun of the user's own ---------------------------------------------------

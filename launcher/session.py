@@ -311,15 +311,12 @@ def announce(
     start = start_facts(job, parts, standing)
     event("start", run_dir=str(assignment.folder.path), backend=backend, threads=threads, **start)
     event("plan", why="", **facts, **{"from": None})
-    if ready.found is None:
-        return
-    event("resume", **resume_facts(ready.found, standing), changed=assignment.changed, lost_samples=restart.lost)
-    for detail in doubts(ready.found, standing):
-        event("alarm", kind="checkpoint", detail=detail)
-    before = dict(ready.found.manifest.plan)
-    if last is not None and last["world"] != before["world"]:
-        before = last  # the world changed since the checkpoint, too
-    if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
+    if ready.found is not None:
+        event("resume", **resume_facts(ready.found, standing), changed=assignment.changed, lost_samples=restart.lost)
+        for detail in doubts(ready.found, standing):
+            event("alarm", kind="checkpoint", detail=detail)
+    before = plan_before(ready.found, last)
+    if before and any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
         event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
 
 
@@ -365,6 +362,13 @@ def doubts(found: Found, standing: Standing) -> Iterator[str]:
         yield f"the best checkpoint so far, {lost}, is not in this run's folder"
     for name, why in found.passed_over:
         yield f"{name} was passed over: {why}"
+
+
+def plan_before(found: Found | None, last: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The plan in force before this start: the checkpoint's, or the last one where the world has changed since."""
+    if found is None or (last is not None and last["world"] != found.manifest.plan["world"]):
+        return last
+    return dict(found.manifest.plan)
 
 
 def why_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

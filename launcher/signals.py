@@ -51,6 +51,10 @@ class Wishes:
         """The ranks have agreed to stop or to leave: from now on saving takes as long as it takes."""
         self._heard.set()
 
+    def done(self) -> None:
+        """Nothing is left to be asked: a late SIGUSR1 must not end the interpreter while it tidies up."""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
     def read(self, stop_file: Path | None) -> int:
         """The present wish. `stop_file` is given on rank 0 alone and looked for a few times a second."""
         now = self._clock()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["Topology", "master_port", "slurm_job"]
+__all__ = ["Topology", "master_port", "slurm_job", "slurm_restarts"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,11 @@ class Topology:
     local_rank: int = 0
     local_world: int = 1
     node: int = 0
+    nodes: int = 1
     generation: int = 0
     run_id: str | None = None
     slurm_job: str | None = None
+    requeued: bool = False
     restarts: int = 0
     restarts_left: int = 0
 
@@ -37,15 +39,13 @@ class Topology:
             local_rank=int(env.get("LOCAL_RANK", "0")),
             local_world=int(env.get("LOCAL_WORLD_SIZE", "1")),
             node=int(env.get("GROUP_RANK", "0")),
+            nodes=nodes_of(env),
             run_id=None if run_id in (None, "", "none") else run_id,
             slurm_job=slurm_job(env),
+            requeued=slurm_restarts(env) > 0,
             restarts=restarts,
             restarts_left=int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) - restarts,
         )
-
-    @property
-    def nodes(self) -> int:
-        return max(1, self.world // max(1, self.local_world))
 
     @property
     def place(self) -> tuple[int, int]:
@@ -61,6 +61,18 @@ def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:
     if array := env.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
     return env.get("SLURM_JOB_ID")
+
+
+def slurm_restarts(env: Mapping[str, str] = os.environ) -> int:
+    """How often Slurm has queued this job again."""
+    return int(env.get("SLURM_RESTART_COUNT", "0"))
+
+
+def nodes_of(env: Mapping[str, str]) -> int:
+    """torchrun's count of its agents, which may have different numbers of workers; else what the workers' tell."""
+    if count := env.get("GROUP_WORLD_SIZE"):
+        return int(count)
+    return max(1, int(env.get("WORLD_SIZE", "1")) // max(1, int(env.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def master_port(env: Mapping[str, str] = os.environ) -> int:

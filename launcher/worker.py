@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from launcher import failure, logs
 from launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import from_mapping, to_mapping
-from launcher.manifest import newest_in
+from launcher.manifest import newest_of
 from launcher.process import die_with_parent
+from launcher.queue import claimed
 from launcher.redact import redact
 from launcher.runfolder import Lock, Recalled, RunFolder, recall, remember
 from launcher.settings import Run
@@ -65,7 +66,7 @@ class Assignment:
             run=opened.run,
             folder=opened.folder,
             loopback=loopback,
-            before=newest_of(opened.folder, opened.run),
+            before=newest_of(opened.folder.checkpoints_in(opened.run.checkpoint.dir)),
             checkpoint=decision.checkpoint,
             must=decision.must,
             changed={key: list(values) for key, values in decision.changed.items()},
@@ -90,7 +91,7 @@ class Assignment:
             return replace(self, generation=generation)
         self.folder.count_restart()
         again = replace(self, generation=generation, restarted=True, changed={})
-        saved = newest_of(self.folder, self.run) != self.before
+        saved = newest_of(self.folder.checkpoints_in(self.run.checkpoint.dir)) != self.before
         return replace(again, checkpoint=None, must=False) if saved else again
 
 
@@ -128,7 +129,8 @@ def composed(args: Sequence[str], topology: Topology) -> Claim:
     from launcher.opening import begin, opened
 
     resolution = resolve(args)
-    known = recall()
+    remembered = recall()
+    known = remembered or queued_again(resolution.run, topology)
     folder = None if known is None else known.folder
     found = opened(resolution.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
     assignment = Assignment.of(found, loopback=False)
@@ -142,15 +144,20 @@ def composed(args: Sequence[str], topology: Topology) -> Claim:
     made = found.folder.create()
     lock = found.folder.lock(torchrun=os.getppid())
     begin(found)
-    if known is None:
+    if remembered is None:
         remember(Recalled(found.folder.path, assignment.before))
     return Claim(assignment.started(), lock, made)
 
 
-def newest_of(folder: RunFolder, run: Run) -> str | None:
-    """Names the checkpoint that was written last, and when: one of the same name written anew is another."""
-    newest = newest_in(folder.checkpoints_in(run.checkpoint.dir))
-    return None if newest is None else f"{newest.name} {newest.stat().st_mtime_ns}"
+def queued_again(run: Run, topology: Topology) -> Recalled | None:
+    """What an earlier start of the same Slurm job decided; its script names the folder."""
+    if not topology.requeued or run.run.dir is None:
+        return None
+    folder = RunFolder(Path(run.run.dir))
+    kept = claimed(folder)
+    if kept is None or kept["job"] != topology.slurm_job or not folder.run_yaml.exists():
+        return None
+    return Recalled(folder.path, kept["newest"])
 
 
 def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
@@ -191,6 +198,7 @@ def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) ->
             leave(status)
         return status
     finally:
+        wishes.done()
         if claim is not None and claim.lock is not None:
             claim.lock.release()
 

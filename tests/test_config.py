@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from launcher import config
 from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, RequestError
 from launcher.keys import flat, from_mapping, keys, to_mapping
 from launcher.manual import help_text
+from launcher.runfolder import RunFolder
 from launcher.settings import Run
 
 RECIPE = """\
@@ -439,19 +440,33 @@ def swept(folder: Path) -> Iterator[Any]:
 SEEN: list[Run] = []
 
 
-def record(run: Run) -> int:
+def record(run: Run, words: Sequence[str]) -> int:
     SEEN.append(run)
+    finish(run)
     return EXIT_OK
 
 
-def fail_at_16(run: Run) -> int:
+def finish(run: Run) -> None:
+    folder = RunFolder(Path(str(run.run.dir)))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_done({"samples": 1000, "updates": 10, "seconds": 2.0})
+
+
+def stopped_at_16(run: Run, words: Sequence[str]) -> int:
     SEEN.append(run)
+    if run.batch.per_device != 16:
+        finish(run)
+    return EXIT_OK
+
+
+def fail_at_16(run: Run, words: Sequence[str]) -> int:
     if run.batch.per_device == 16:
+        SEEN.append(run)
         raise OSError("no disk at s3://u:hunter2@h")
-    return EXIT_OK
+    return record(run, words)
 
 
-def interrupted(run: Run) -> int:
+def interrupted(run: Run, words: Sequence[str]) -> int:
     SEEN.append(run)
     return EXIT_INTERRUPTED
 
@@ -463,7 +478,8 @@ def test_each_point_is_a_run_folder_in_the_sweeps(swept: Any, capsys: pytest.Cap
     assert [run.run.name for run in SEEN] == [f"sizes-{n}" for n in range(4)]
     assert [path.name for path in Path.cwd().iterdir()] == ["runs"]
     assert [path.name for path in Path("runs").iterdir()] == ["sizes"]
-    assert "3  finished      batch.per_device=16 seed=2" in capsys.readouterr().out
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  3  finished")]
+    assert line.endswith("batch.per_device=16 seed=2")
 
 
 def test_run_dir_names_the_sweeps_folder(swept: Any, tmp_path: Path) -> None:
@@ -485,13 +501,41 @@ def test_a_failed_point_is_told_and_the_others_run(swept: Any, capsys: pytest.Ca
     assert [run.batch.per_device for run in SEEN] == [8, 16, 32]
     told = capsys.readouterr()
     assert "error: OSError: no disk at s3://u:***@h" in told.err
-    assert "1  failed (1)    batch.per_device=16" in told.out
+    [line] = [line for line in told.out.splitlines() if line.startswith("  1  failed (1)")]
+    assert line.endswith("batch.per_device=16")
 
 
 def test_interrupting_a_point_twice_ends_the_sweep(swept: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         swept("seed=1,2,3", point=interrupted)
     assert len(SEEN) == 1
+
+
+def test_a_sweep_that_was_asked_to_stop_starts_no_other_point(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert swept("batch.per_device=8,16,32", "run.name=sizes", point=stopped_at_16) == EXIT_OK
+    assert [run.batch.per_device for run in SEEN] == [8, 16]
+    words = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line[:4].strip().isdigit()]
+    assert words == [["0", "finished", "-"], ["1", "stopped", "-"], ["2", "not", "run"]]
+
+
+def test_a_share_of_a_sweep_runs_its_own_points_alone(swept: Any) -> None:
+    swept("batch.per_device=8,16,32", "seed=1,2", "run.name=sizes", "--share=1/4")
+    assert [run.run.dir for run in SEEN] == ["runs/sizes/1", "runs/sizes/5"]
+
+
+def test_the_words_of_a_point_ask_for_its_run(swept: Any) -> None:
+    """A job that is started elsewhere by these words trains the same run in the same folder."""
+    words: list[Sequence[str]] = []
+
+    def keep(run: Run, asked: Sequence[str]) -> int:
+        words.append(asked)
+        return record(run, asked)
+
+    swept("batch.per_device=8,16", "run.dir='a b'", "sink=wandb", point=keep)
+    again = [config.compose(asked) for asked in words]
+    assert [run.batch.per_device for run in again] == [8, 16]
+    assert [run.run.dir for run in again] == ["a b/0", "a b/1"]
+    assert [run.sink["wandb"]["group"] for run in again] == ["a b", "a b"]
 
 
 def test_a_global_batch_selects_hold_at_every_point(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -517,9 +561,14 @@ def test_what_hydra_writes_about_the_sweep_holds_no_secret(swept: Any) -> None:
     assert SEEN[0].recipe["data"] == "s3://u:hunter2@h"
 
 
+@given(st.text(st.sampled_from("ab '\"\\\\$`;#,=[{}%\u00e9"), max_size=12).filter(lambda text: "${" not in text))
+def test_a_quoted_value_is_read_as_it_was(text: str) -> None:
+    assert config.parse([f"run.dir={config.quoted(text)}"])[0].value() == text
+
+
 def test_a_point_can_be_sent_to_another_process() -> None:
-    sent = pickle.loads(pickle.dumps(functools.partial(config.run_point, record, [])))
-    assert sent.args == (record, [])
+    sent = pickle.loads(pickle.dumps(functools.partial(config.run_point, config.Task(record), [])))
+    assert sent.args == (config.Task(record), [])
 
 
 @pytest.mark.parametrize(

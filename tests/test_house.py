@@ -35,9 +35,9 @@ STDLIB_ONLY = [
         "manifest",
         "signals",
     ),
-    *("reading", "gpus", "faults", "balance", "recovery", "stages", "control"),
     *("heartbeat", "heart", "stragglers", "noise", "throughput", "scaling", "history"),
     *("advice", "explain", "charts", "export", "report"),
+    *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

@@ -90,8 +90,8 @@ def agents(here: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:  # n
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def start(*overrides: str) -> subprocess.Popen[bytes]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", "--nproc-per-node=1"]
+    def start(*overrides: str, workers: int = 1) -> subprocess.Popen[bytes]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", f"--nproc-per-node={workers}"]
         where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--max-restarts=9"]
         first = f"--rdzv-conf=is_host={int(not started)},last_call_timeout=2,keep_alive_interval=1"
         argv = [*torchrun, *where, first, "--local-addr=127.0.0.1", "--monitor-interval=0.2", "-m", "launcher"]
@@ -140,6 +140,23 @@ def test_nodes_join_and_are_lost_and_training_goes_on(
     worlds = [(event["from"]["world"], event["to"]["world"]) for event in events(run_dir, "resize")]
     assert worlds[-2:] == [(2, 3), (3, 2)]
     assert not (run_dir / "done.json").exists()
+
+
+def test_nodes_with_different_numbers_of_workers_are_planned_as_they_are(
+    agents: Callable[..., subprocess.Popen[bytes]],
+    here: Path,  # noqa: F811
+) -> None:
+    """One worker on the first node, two on the second: the shares of 50 are those of three workers."""
+    job = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba", "run.name=h"]
+    first = agents(*job)
+    agents(*job, workers=2)
+    wait_for(lambda: bool(found := rows(here / "runs/h")) and found[-1]["world"] == 3, 120)
+    (here / "runs/h/stop").touch()
+    assert first.wait(timeout=60) == 0
+    last = events(here / "runs/h", "start")[-1]
+    assert (last["world"], last["nodes"]) == (3, 2)
+    assert events(here / "runs/h", "plan")[-1]["shares"] == [17, 17, 16]
+    assert {row["batch/global"] for row in rows(here / "runs/h")} == {50}
 
 
 def test_kills_under_the_users_own_torchrun_whatever_its_store(here: Path) -> None:  # noqa: F811

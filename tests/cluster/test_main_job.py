@@ -259,6 +259,9 @@ def test_a_sweep_is_one_fresh_job_per_point(here: Path) -> None:
     done = driven(here, "-m", *HELD, "seed=0,1", "run.name=s")
     assert all((here / f"runs/s/{point}/done.json").exists() for point in (0, 1))
     assert "finished" in done.stdout
+    again = driven(here, "-m", *HELD, "seed=0,1,2", "run.name=s")
+    assert [len(events(here / f"runs/s/{point}", "start")) for point in (0, 1, 2)] == [1, 1, 1], "what is done is done"
+    assert again.stdout.count("is complete") == 2
 
 
 def test_a_batchnorm_that_would_see_one_sample_is_refused_before_training(tmp_path: Path) -> None:

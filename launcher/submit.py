@@ -1,0 +1,133 @@
+"""Runs as Slurm jobs: the driver's part, which submits and ends, and what a job's script asks of us on its nodes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from launcher import recipe as recipes
+from launcher.batch import PlanError
+from launcher.durable import private_folder
+from launcher.errors import EXIT_FAILED, EXIT_OK, RequestError
+from launcher.failure import consequence, those
+from launcher.manifest import newest_of
+from launcher.opening import decided, path_of
+from launcher.queue import claim, claimed
+from launcher.redact import redact
+from launcher.runfolder import RunFolder
+from launcher.settings import Run
+from launcher.slurm import OUTPUT, node_range, render
+from launcher.study import study
+
+__all__ = ["again", "drive", "folder"]
+
+TIMES = 3  # as often may a job fail at the same place
+
+
+# --- the driver's part --------------------------------------------------------------------------------------------
+
+
+def drive(run: Run, words: Sequence[str]) -> int:
+    """Submit the run that `words` ask for as a job; with launch.dry=true print the text alone.
+
+    Raises:
+        RequestError: the request is wrong, or Slurm does not take it; nothing was submitted.
+    """
+    text = render(run, [word for word in words if not word.startswith("launch.dry=")], sys.executable)
+    examine(run, run.launch.workers and run.launch.workers * node_range(run.launch.nodes)[0])
+    check_path(Path(run.run.dir or ""))
+    if run.launch.dry:
+        print(redact(text), end="")
+        return EXIT_OK
+    job = submitted(text)
+    path = path_of(run, job, 1, job=job)
+    found = RunFolder(path)
+    if not (run.resume == "never" and found.run_yaml.exists()):  # the job will take one beside it
+        found.create()
+        claim(found, job, newest_of(found.checkpoints_in(run.checkpoint.dir)))
+    print(f"Slurm job {job}, in {path}")
+    print(f"  watch    tail -F {OUTPUT.replace('%j', job)}")
+    print(f"  status   launcher status {path.name if run.run.dir is None else path}")
+    print(f"  stop     launcher stop {path.name if run.run.dir is None else path}")
+    return EXIT_OK
+
+
+def submitted(text: str) -> str:
+    """Give the text to sbatch; the job's id."""
+    private_folder(Path(OUTPUT).parent)
+    try:
+        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise RequestError("launch=slurm: there is no sbatch here: type it where Slurm is, or launch=local") from None
+    if done.returncode != 0:
+        raise RequestError(f"launch=slurm: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def examine(run: Run, world: int | None) -> None:
+    """Refuse what is wrong with the recipe, its data or the plan; where the world size is not known yet, at any."""
+    sizes = recipes.sizes(recipes.build(run.recipe))
+    with suppress(*() if world else (PlanError,)):
+        study(run, sizes, world or 1)
+
+
+# --- on the nodes -------------------------------------------------------------------------------------------------
+
+
+def folder(run: Run, job: str | None, *, restarted: bool) -> Path:
+    """Where the job's run lives: made, and marked as the job's. A restarted job finds what it had before.
+
+    Raises:
+        RequestError: the request is wrong.
+    """
+    if job is None:
+        raise RequestError("folder is for the script of a Slurm job: type sbatch slurm/train.sbatch ...")
+    examine(run, None)
+    asked = path_of(run, job, 1, job=job)
+    path = next((one for one in mine(asked, job) if restarted), None) or decided(run, asked)[1]
+    check_path(path)
+    found = RunFolder(path)
+    found.create()
+    claim(found, job, newest_of(found.checkpoints_in(run.checkpoint.dir)))
+    return path
+
+
+def check_path(path: Path) -> None:
+    """The scripts hand the path over between single quotes."""
+    if set("'\\\n") & set(str(path)):
+        raise RequestError(f"run.dir={' '.join(str(path).split())} holds a quote or a backslash: type another run.dir=")
+
+
+def mine(asked: Path, job: str) -> list[Path]:
+    """The folders, of those that `asked` may have become, that belong to the job."""
+    near = [asked, *asked.parent.glob(f"{asked.name}-*")]
+    return [path for path in near if (kept := claimed(RunFolder(path))) is not None and kept["job"] == job]
+
+
+def again(run_dir: str) -> int:
+    """Whether a job that failed should be queued again: status 0; 1 where it would only fail once more, which is said.
+
+    Three starts of the workers without a save, or three jobs, are three failures at the same place.
+    """
+    found = RunFolder(Path(run_dir))
+    saved = found.saved_generation()
+    failures = found.path / "slurm-failures"
+    with failures.open("a") as file:
+        file.write(f"{saved}\n")
+    jobs = failures.read_text().split()[-TIMES:].count(str(saved))
+    starts = found.generation() - saved
+    if max(jobs, starts) < TIMES:
+        say(f"failed: queued again, attempt {jobs + 1} of {TIMES} from the same checkpoint")
+        return EXIT_OK
+    errors = [one for one in those(found.logs) if one.generation > saved and not consequence(one.message)]
+    first = min(errors, key=lambda one: (one.generation, one.time), default=None)
+    why = first.line() if first else "the workers were killed, or never came together"
+    say(f"error: failed {TIMES} times at the same place, not queued again: {why}")
+    return EXIT_FAILED
+
+
+def say(text: str) -> None:
+    print(redact(" ".join(text.split())), file=sys.stderr, flush=True)

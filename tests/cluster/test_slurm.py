@@ -1,0 +1,234 @@
+"""The scripts of slurm/, unmodified, on a real Slurm: what is trained survives whatever happens to the nodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from jobs import environment, events, furthest, rows, wait_for
+from test_main_job import HELD, RECIPE, driven
+
+from launcher.config import quoted
+from launcher.slurm import BODY
+from slurm import Slurm
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+SCRIPTS = Path(__file__).parents[2] / "slurm"
+LONG = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba"]
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project's root, with a recipe of its own."""
+    (tmp_path / "own.py").write_text(RECIPE)
+    return tmp_path
+
+
+def env(**more: str) -> dict[str, str]:
+    """Where `python` is ours, as with an activated environment."""
+    return environment(**{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more})
+
+
+def over(slurm: Slurm, job: str) -> Callable[[], bool]:
+    return lambda: slurm.state(job) in OVER
+
+
+def printed(project: Path, job: str) -> str:
+    return (project / f"{job}.out").read_text()
+
+
+def test_two_nodes_train_what_one_process_trains(slurm: Slurm, project: Path) -> None:
+    script = str(SCRIPTS / "train.sbatch")
+    job = slurm.submit(script, *HELD, "train.precision=fp64", cwd=project, env=env())
+    wait_for(over(slurm, job), 150)
+    assert slurm.state(job) == "COMPLETED", printed(project, job)
+    run_dir = project / f"runs/own-{job}"
+    assert (run_dir / "done.json").exists()
+    assert events(run_dir, "start")[0]["nodes"] == 2
+    driven(project, *HELD, "train.precision=fp64", "run.name=one")
+    assert furthest(run_dir, project / "runs/one") <= 1e-10
+
+
+def saved(run_dir: Path) -> bool:
+    return any(run_dir.glob("checkpoints/update-*/manifest.json"))
+
+
+def once_each(run_dir: Path) -> None:
+    """No update is lost and none is run twice."""
+    updates = [row["update"] for row in rows(run_dir)]
+    assert updates == list(range(1, len(updates) + 1))
+
+
+def started(run_dir: Path, times: int) -> Callable[[], bool]:
+    """Whether the workers have been started so often, and have trained since."""
+
+    def state() -> bool:
+        found = rows(run_dir)
+        return bool(found) and found[-1]["generation"] == times and len(events(run_dir, "start")) == times
+
+    return state
+
+
+def verb(slurm: Slurm, project: Path, *words: str, status: int = 0) -> str:
+    """What the launcher prints, typed where Slurm's commands are."""
+    done = driven(project, *words, status=status, **slurm.env)
+    return done.stdout + done.stderr
+
+
+def test_a_preempted_job_is_queued_again_and_goes_on_to_the_sample(slurm: Slurm, project: Path) -> None:
+    """Twice a job of a higher partition takes the nodes; then the user stops the run, which is not queued again."""
+    job = slurm.submit(str(SCRIPTS / "train.sbatch"), *LONG, "run.name=p", cwd=project, env=env())
+    run_dir = project / "runs/p"
+    for times in (1, 2):
+        wait_for(started(run_dir, times), 150)
+        above = slurm.submit("--partition=high", "--nodes=3", "--exclusive", "--wrap=true", cwd=project, env=env())
+        wait_for(over(slurm, above), 120)
+        assert slurm.state(above) == "COMPLETED"
+        assert len(events(run_dir, "preempt")) == times
+    assert "PENDING" in verb(slurm, project, "status", "p") or slurm.state(job) == "RUNNING"
+    wait_for(started(run_dir, 3), 150)
+    assert "Slurm job" in verb(slurm, project, "status", "p")
+    verb(slurm, project, "stop", "p")
+    assert slurm.state(job) == "COMPLETED"
+    once_each(run_dir)
+
+
+def test_a_job_that_fails_three_times_at_the_same_place_is_not_queued_again(slurm: Slurm, project: Path) -> None:
+    job = slurm.submit(str(SCRIPTS / "train.sbatch"), *HELD, "+recipe.fail_on=1", cwd=project, env=env())
+    wait_for(over(slurm, job), 240)
+    assert slurm.state(job) == "FAILED"
+    last = printed(project, job).splitlines()[-1]
+    assert last.startswith("error: failed 3 times at the same place, not queued again: rank 1 failed in own.py:")
+    assert "boom" in last
+    assert slurm.facts(job)["Restarts"] == "0", "torchrun has tried three times in the first job"
+
+
+def test_a_wrong_request_ends_the_job_at_once(slurm: Slurm, project: Path) -> None:
+    job = slurm.submit(str(SCRIPTS / "elastic.sbatch"), *HELD, "batch.global=900", cwd=project, env=env())
+    wait_for(over(slurm, job), 120)
+    assert slurm.facts(job)["ExitCode"] == "2:0"
+    [line] = [line for line in printed(project, job).splitlines() if line.startswith("error: ")]
+    assert "batch.global=900 is beyond the 203 training samples" in line
+    assert not (project / "runs").exists()
+
+
+def test_a_node_is_lost_and_the_others_go_on(slurm: Slurm, project: Path) -> None:
+    """Three nodes, then two: the batch is held, the event says what changed, and what was lost is run again."""
+    own = [*LONG, "run.name=e", "checkpoint.every=3ba"]
+    job = slurm.submit("--nodes=3", str(SCRIPTS / "elastic.sbatch"), *own, cwd=project, env=env())
+    run_dir = project / "runs/e"
+    wait_for(lambda: saved(run_dir), 150)
+    try:
+        slurm.lose("node3")
+        wait_for(started(run_dir, 2), 150)
+    finally:
+        slurm.recover("node3")
+    assert slurm.state(job) == "RUNNING"
+    [resize] = events(run_dir, "resize")
+    assert (resize["from"]["shares"], resize["to"]["shares"]) == ([17, 17, 16], [25, 25])
+    assert resize["why"] == "3 workers before, 2 now"
+    verb(slurm, project, "stop", "e")
+    assert slurm.state(job) in ("COMPLETED", "NODE_FAIL")
+    found = rows(run_dir)
+    assert {row["batch/global"] for row in found} == {50}
+    assert {row["update"] for row in found} == set(range(1, max(row["update"] for row in found) + 1))
+
+
+def test_a_pool_grows_from_one_node_to_three_and_shrinks_to_two(slurm: Slurm, project: Path) -> None:
+    """The tasks of an array come and go; one of them has two workers: the shares are those of four workers."""
+    script = str(SCRIPTS / "pool.sbatch")
+    job = slurm.submit("--array=0-2%1", script, *LONG, "run.name=pool", cwd=project, env=env())
+    run_dir = project / "runs/pool"
+    wait_for(lambda: bool(rows(run_dir)), 150)
+    assert rows(run_dir)[-1]["world"] == 1
+    slurm.ask("scontrol", "update", f"jobid={job}", "arraytaskthrottle=3")
+    wait_for(lambda: rows(run_dir)[-1]["world"] == 3, 150)
+    assert all("elastic/lost_samples" not in row or row["elastic/lost_samples"] == 0 for row in rows(run_dir))
+    slurm.ask("scancel", f"{job}_2")
+    wait_for(lambda: rows(run_dir)[-1]["world"] == 2, 150)
+    verb(slurm, project, "stop", "pool")
+    assert {row["batch/global"] for row in rows(run_dir)} == {50}
+    worlds = [(event["from"]["world"], event["to"]["world"]) for event in events(run_dir, "resize")]
+    assert worlds[0][0] == 1
+    assert worlds[-1] == (3, 2)
+
+
+def test_a_job_at_its_time_limit_is_queued_again(slurm: Slurm, project: Path) -> None:
+    job = slurm.submit("--time=2", str(SCRIPTS / "train.sbatch"), *LONG, "run.name=t", cwd=project, env=env())
+    run_dir = project / "runs/t"
+    wait_for(started(run_dir, 1), 150)
+    slurm.ask("scontrol", "update", f"jobid={job}", "timelimit=1")
+    wait_for(lambda: slurm.facts(job)["Restarts"] == "1", 150)
+    once_each(run_dir)
+    wait_for(started(run_dir, 2), 150)
+    verb(slurm, project, "stop", "t")
+    once_each(run_dir)
+
+
+HOSTILE = "a b'; touch hacked; echo \"$(touch hacked)`touch hacked` \\ # %j é"
+
+
+def test_what_launch_slurm_submits_trains_on_two_nodes_whatever_the_values_hold(slurm: Slurm, project: Path) -> None:
+    """Values of shell and Slurm metacharacters reach the training as they were typed, and start nothing else."""
+    own = [*HELD, "launch=slurm", "launch.nodes=2", "launch.time=10min", "run.dir=here and/there $HOME"]
+    own = [*own, f"launch.env.MARK={quoted(HOSTILE)}", f"sink.wandb.group={quoted(HOSTILE)}"]
+    own.remove("sink=[]")
+    shown = verb(slurm, project, *own, "launch.dry=true")
+    assert "#SBATCH --nodes=2\n" in shown
+    assert "#SBATCH --time=10\n" in shown
+    assert sorted(path.name for path in project.iterdir()) == ["own.py"], "a dry run leaves nothing behind"
+    told = verb(slurm, project, *own)
+    job = told.partition("Slurm job ")[2].partition(",")[0]
+    wait_for(over(slurm, job), 150)
+    run_dir = project / "here and/there $HOME"
+    assert (run_dir / "done.json").exists(), (project / f"runs/.slurm/{job}.out").read_text()
+    assert not (project / "hacked").exists()
+    kept = yaml.safe_load((run_dir / "run.yaml").read_text())
+    assert kept["launch"]["env"]["MARK"] == HOSTILE
+    assert kept["sink"]["wandb"]["group"] == HOSTILE
+    assert "complete" in verb(slurm, project, "status", str(run_dir))
+    assert "no sbatch here" in driven(project, *own, status=2, PATH="/nowhere").stderr
+
+
+def test_a_sweep_of_four_through_submitit_and_what_is_finished_is_not_run_again(slurm: Slurm, project: Path) -> None:
+    """One point fails: it is shown, the others finish; the same command again runs that one alone."""
+    if os.environ.get("LAUNCHER_NEEDS_SLURM") is None:
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    own = ["-m", *HELD, "train.duration=1ep", "run.name=s", "recipe.fail_on=-1,0", "seed=0,1", "elastic.max_restarts=0"]
+    through = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10", "hydra.launcher.cpus_per_task=1"]
+    own = [word.replace("recipe.fail_on", "+recipe.fail_on") for word in own]
+    told = verb(slurm, project, *own, *through, status=1)
+    lines = [line.split() for line in told.splitlines() if line[:4].strip() in {"0", "1", "2", "3"}]
+    assert [line[1] for line in lines] == ["finished", "finished", "failed", "failed"]
+    assert [(project / f"runs/s/{point}/done.json").exists() for point in range(4)] == [True, True, False, False]
+    starts = [len(events(project / f"runs/s/{point}", "start")) for point in (0, 1)]
+    assert starts == [1, 1]
+    assert "time-optimal: point" in told
+    assert "accuracy-optimal: point" in told
+
+
+def test_the_tasks_of_an_array_share_a_sweep(slurm: Slurm, project: Path) -> None:
+    own = [*HELD, "train.duration=1ep", "seed=0,1,2", "run.name=a"]
+    job = slurm.submit(str(SCRIPTS / "sweep.sbatch"), *own, cwd=project, env=env())
+    wait_for(lambda: all((project / f"runs/a/{point}/done.json").exists() for point in range(3)), 150)
+    wait_for(lambda: not slurm.ask("squeue", "-h", "-t", "R,PD", "-j", job), 60)
+    assert "not run" in printed(project, job)
+
+
+def test_the_scripts_are_sound() -> None:
+    """Clean for bash and for shellcheck, and they end as what launch=slurm submits does."""
+    scripts = sorted(SCRIPTS.glob("*.sbatch"))
+    assert [path.stem for path in scripts] == ["elastic", "pool", "sweep", "train"]
+    for path in scripts:
+        subprocess.run(["bash", "-n", path], check=True)
+        assert ("elastic" in path.stem or "train" in path.stem) == path.read_text().endswith(BODY)
+    if shutil.which("shellcheck") or os.environ.get("LAUNCHER_NEEDS_SLURM"):
+        subprocess.run(["shellcheck", *scripts], check=True)

@@ -1,10 +1,11 @@
 """How fast a job comes back, and what elasticity costs while nothing happens.
 
-    python benchmarks/elastic.py            # all of it: about ten minutes
-    python benchmarks/elastic.py recovery   # one part: recovery, stop, survivors, save, vote
+    python benchmarks/elastic.py            # all of it: about a quarter of an hour
+    python benchmarks/elastic.py recovery   # one part: recovery, joins, stop, survivors, save, vote
 
 recovery: kill -9 of a random worker, again and again, of the launcher's job and of a plain torchrun script in turns;
 from the kill to the end of the first update of the workers' next start. The plain script restores nothing.
+joins: a third torchrun agent joins two, is killed, joins again; what growth costs, and what the loss of a node costs.
 stop: polite stops of a job, each followed by going on; what was lost or run twice.
 survivors: kill -9 of the agent; until the last process of the job is gone.
 save: what a checkpoint costs the training loop, against the time it takes to write.
@@ -26,9 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.process import children
+from launcher.recovery import last_row
 
 HERE = Path(__file__).parent
-KILLS, STOPS = 20, 15
+KILLS, JOINS, STOPS = 20, 20, 15
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 LONG = ["recipe=resnet", "launch.workers=2", "sink=[]", "train.duration=100000ep", "train.validate_every=null"]
 
@@ -44,11 +46,11 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in metrics.read_text().split("\n")[:-1]] if metrics.exists() else []
 
 
-def wait_for(state: Callable[[], object], within_s: float = 120.0) -> None:
+def wait_for(state: Callable[[], object], within_s: float = 240.0) -> None:
     end_s = time.monotonic() + within_s
     while not state():
         if time.monotonic() > end_s:
-            sys.exit("it did not come to that")
+            raise TimeoutError(f"it did not come to that in {within_s:g} s")
         time.sleep(0.01)
 
 
@@ -103,6 +105,61 @@ def recovery(folder: Path) -> None:
         high = sorted(values)[int(0.95 * len(values)) - 1]
         median = statistics.median(values)
         print(f"recovery, {name:14} {len(values)} of {KILLS}   median {median:.2f} s   95% {high:.2f} s")
+
+
+def agent(folder: Path, port: int, *, first: bool) -> subprocess.Popen[bytes]:
+    """One node's torchrun, of a job of one to three."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", "--nproc-per-node=1"]
+    where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--max-restarts=1000"]
+    conf = f"--rdzv-conf=is_host={int(first)},last_call_timeout=2,keep_alive_interval=1"
+    job = [word for word in LONG if not word.startswith("launch.")] + ["batch=hold", "batch.global=48", "run.name=j"]
+    argv = [*torchrun, *where, conf, "--local-addr=127.0.0.1", "--monitor-interval=0.2", "-m", "launcher", *job]
+    env = ENV | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([*argv, "checkpoint.every=100ba"], cwd=folder, env=env, stdout=quiet, stderr=quiet)
+
+
+def resized(run_dir: Path, world: int, after: int) -> dict[str, float]:
+    """Waits for a start of the workers later than `after` at this world size; its first row."""
+
+    def there() -> bool:
+        row = last_row(run_dir / "metrics.jsonl")
+        return row is not None and row["world"] == world and row["generation"] > after
+
+    wait_for(there)
+    return next(row for row in rows(run_dir) if row["generation"] > after and row["world"] == world)
+
+
+def joins(folder: Path) -> None:
+    run_dir, port = folder / "runs/j", random.randint(20_000, 40_000)
+    agents = [agent(folder, port, first=True), agent(folder, port, first=False)]
+    grown: list[dict[str, float]] = []
+    shrunk: list[dict[str, float]] = []
+    try:
+        last = resized(run_dir, 2, 0)
+        for _ in range(JOINS):
+            third = agent(folder, port, first=False)
+            agents.append(third)
+            grown.append(last := resized(run_dir, 3, int(last["generation"])))
+            third.kill()
+            third.wait()
+            shrunk.append(last := resized(run_dir, 2, int(last["generation"])))
+    except TimeoutError as problem:
+        print(f"{problem}: {len(grown)} joins and {len(shrunk)} losses went through")
+        print((run_dir / "events.jsonl").read_text()[-3000:])
+    finally:
+        for one in reversed(agents):
+            one.kill()
+            one.wait()
+    cost("joins", grown)
+    cost("losses of a node", shrunk)
+
+
+def cost(name: str, first_rows: list[dict[str, float]]) -> None:
+    stood = sorted(row["elastic/recovery_s"] for row in first_rows)
+    lost = sorted(int(row["elastic/lost_samples"]) for row in first_rows)
+    print(f"{name:23} {len(first_rows)} of {JOINS}   samples run again: median {statistics.median(lost):.0f}", end="")
+    print(f", most {lost[-1]}   no training for {statistics.median(stood):.1f} s (median), {stood[-1]:.1f} s at most")
 
 
 def stop(folder: Path) -> None:
@@ -192,7 +249,7 @@ def vote(folder: Path) -> None:
         print(f"vote, {world:3} ranks          median {median_ms:.2f} ms, not hidden behind a backward pass")
 
 
-PARTS = {"recovery": recovery, "stop": stop, "survivors": survivors, "save": save, "vote": vote}
+PARTS = {"recovery": recovery, "joins": joins, "stop": stop, "survivors": survivors, "save": save, "vote": vote}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:

@@ -7,9 +7,10 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from launcher.arguments import Arguments
+from launcher.arguments import Arguments, Words
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import nearest
 from launcher.redact import redact
@@ -74,6 +75,74 @@ def plan(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def verify(args: Sequence[str]) -> int:
+    """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains it."""
+    if answered(Arguments.parse(args), args):
+        return EXIT_OK
+    run = resolved(args)
+    from launcher import verify as verifying
+
+    verdict = verifying.verify(run)
+    print(json.dumps(verdict.document()) if run.format == "json" else verifying.text(verdict).rstrip())
+    return EXIT_OK if verdict.equal or verdict.breakers else EXIT_FAILED
+
+
+def explain(args: Sequence[str]) -> int:
+    """Says what limits a run, or why one of two is faster, from their metrics alone."""
+    words = Words.parse("explain", args, json=True)
+    if shown_help(words):
+        return EXIT_OK
+    if len(words.paths) not in (1, 2):
+        raise RequestError(
+            f"explain {' '.join(words.paths)}: type launcher explain RUN, or launcher explain RUN_A RUN_B"
+        )
+    from launcher import explain as explaining
+    from launcher.history import history
+
+    runs = [history(path) for path in words.paths]
+    noted(run.note() for run in runs)
+    profiles = [explaining.profile(run) for run in runs]
+    document = explaining.compared(*profiles) if len(profiles) > 1 else explaining.explained(profiles[0])
+    print(json.dumps(document) if words.json else explaining.text(document), end="\n" if words.json else "")
+    return EXIT_OK
+
+
+def export(args: Sequence[str]) -> int:
+    """Writes a run's metrics as CSV."""
+    words = Words.parse("export", args, output=True)
+    if shown_help(words):
+        return EXIT_OK
+    if len(words.paths) != 1:
+        raise RequestError(
+            f"export {' '.join(words.paths)}: type launcher export RUN, or launcher export RUN -o FILE.csv"
+        )
+    from launcher.export import as_csv
+    from launcher.history import history
+
+    run = history(words.paths[0])
+    noted([run.note()])
+    if words.output is None:
+        print(as_csv(run.rows), end="")
+    else:
+        written(Path(words.output), as_csv(run.rows))
+    return EXIT_OK
+
+
+def report(args: Sequence[str]) -> int:
+    """Writes one self-contained HTML page about a run, or about several side by side."""
+    words = Words.parse("report", args, output=True)
+    if shown_help(words):
+        return EXIT_OK
+    if not words.paths:
+        raise RequestError("report: type launcher report RUN..., or launcher report RUN... -o FILE.html")
+    from launcher.report import page, place, stories
+
+    runs = list(stories(words.paths))
+    noted(run.history.note() for run in runs)
+    written(Path(words.output) if words.output else place(words.paths), page(runs))
+    return EXIT_OK
+
+
 def stop(args: Sequence[str]) -> int:
     """Asks a run started elsewhere to save and stop, or with --now ends it without saving."""
     runs = [arg for arg in args if not arg.startswith("-")]
@@ -120,9 +189,37 @@ def answered(asked: Arguments, args: Sequence[str]) -> bool:
     return bool(asked.help or asked.version or asked.cfg or asked.info)
 
 
+def shown_help(words: Words) -> bool:
+    return words.help and answered(Arguments(help=True), ())
+
+
+def written(file: Path, text: str) -> None:
+    """Whole or not at all, and named on stdout; a link, a pipe or a device is written into."""
+    from launcher.durable import write_whole
+
+    try:
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            file.write_text(text, encoding="utf-8")
+            return
+        write_whole(file, text)
+    except OSError as problem:
+        raise RequestError(f"-o {file} cannot be written ({problem.strerror}): type another -o FILE") from problem
+    print(file)
+
+
+def noted(notes: Iterable[str | None]) -> None:
+    for note in notes:
+        if note is not None:
+            tell(f"note: {note}")
+
+
 VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "plan": plan,
+    "verify": verify,
+    "explain": explain,
+    "report": report,
+    "export": export,
     "stop": stop,
     "status": status,
     "worker": worker,

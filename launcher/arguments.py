@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from launcher.errors import RequestError
 from launcher.keys import nearest
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "Words"]
 
 #: Every flag's name, by the ways to write it.
 SWITCHES = {
@@ -86,6 +86,42 @@ class Arguments:
         if value not in CHOICES[name]:
             raise RequestError(f"{flag} {value}: choose from {', '.join(CHOICES[name])}")
         return replace(self, **{name: value})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Words:
+    """What stands after a verb that reads runs: paths, even where they hold `=`, and two options."""
+
+    paths: tuple[str, ...] = ()
+    output: str | None = None
+    json: bool = False
+    help: bool = False
+
+    @classmethod
+    def parse(cls, verb: str, args: Sequence[str], *, output: bool = False, json: bool = False) -> Words:
+        """The arguments of `verb`, which takes `-o` or `format=json` as told.
+
+        Raises:
+            RequestError: an option that it does not take.
+        """
+        parsed, rest = cls(), iter(args)
+        for arg in rest:
+            if arg in ("-h", "--help"):
+                parsed = replace(parsed, help=True)
+            elif arg == "-o" and output:
+                parsed = replace(parsed, output=next(rest, ""))
+                if not parsed.output:
+                    raise RequestError("-o has no value: type -o FILE")
+            elif arg in ("format=json", "format=text"):
+                if arg == "format=json" and not json:
+                    raise RequestError(f"{arg} has no meaning for {verb}: leave it out")
+                parsed = replace(parsed, json=arg == "format=json")
+            elif arg.startswith(("-", "format=")):
+                takes = [*(["-o FILE"] if output else []), *(["format=json"] if json else [])]
+                raise RequestError(f"{arg} is no option of {verb}: it takes {' and '.join(takes)}, and paths (./{arg})")
+            else:
+                parsed = replace(parsed, paths=(*parsed.paths, arg))
+        return parsed
 
 
 def _no_such_flag(flag: str) -> str:

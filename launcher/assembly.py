@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -26,7 +25,7 @@ from launcher.timeline import Position, Update
 from launcher.topology import Topology
 from launcher.validate import Validation
 
-__all__ = ["OpenData", "Parts", "assemble", "check_norms", "device_of", "open_data", "threads_of"]
+__all__ = ["OpenData", "Parts", "assemble", "check_norms", "device_of", "open_data"]
 
 
 @dataclass(frozen=True)
@@ -98,16 +97,6 @@ def device_of(run: Run, topology: Topology) -> torch.device:
     device = torch.device("cuda", topology.local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def threads_of(run: Run, topology: Topology) -> int:
-    """CPU threads of this rank: what was asked for, else this machine's cores divided among its workers.
-
-    One under elastic.exact: how a sum is divided among threads decides its last bits.
-    """
-    return (
-        1 if run.elastic.exact else run.launch.threads or max(1, len(os.sched_getaffinity(0)) // topology.local_world)
-    )
 
 
 @dataclass(frozen=True)

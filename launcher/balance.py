@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from launcher.batch import BatchPlan, PlanError
-from launcher.stages import STAGES
+from launcher.stages import BY_SAMPLE, STAGES
 from launcher.timeline import Update
 
 __all__ = ["WINDOW", "Balancer", "Level", "Speeds", "better"]
 
 WINDOW = 20
 LEAST_GAIN = 1.05
-#: The stages that are a rank's own work and grow with its share; waiting for the others is none of them.
-OWN_WORK = ("data", "transfer", "forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Balancer:
             return
         if before.nominal != self._speeds.plan:  # a stage of batch.ramp
             self._speeds = Speeds(before.nominal)
-        own = [STAGES.index(stage) for stage in OWN_WORK]
+        own = [STAGES.index(stage) for stage in BY_SAMPLE]
         self._speeds = self._speeds.observed([sum(times[stage] for stage in own) for times in stages_ms])
         self._seen += 1
         if self._seen % WINDOW == 0:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import EXIT_FAILED, EXIT_REQUEST, RequestError
+from launcher.reading import Event
 from launcher.redact import redact
 from launcher.runfolder import write_whole
 
-__all__ = ["Failure", "consequence", "first", "hung", "record", "speaks", "tell_torchrun", "those"]
+__all__ = ["Failure", "cause", "consequence", "first", "hung", "record", "speaks", "tell_torchrun", "those", "written"]
 
 SPEAK_WITHIN_S = 0.4
+HANG = "Hang"
 #: What a rank says whose peer has gone: a consequence, never the cause.
 CONSEQUENCES = (
     "Connection closed by peer",
@@ -42,6 +46,27 @@ class Failure:
     log: str
     traceback: str
 
+    @classmethod
+    def of(cls, rank: int, generation: int, error: BaseException, log: Path, *, final: bool = False) -> Failure:
+        """Secrets masked."""
+        request = isinstance(error, RequestError)
+        return cls(
+            rank=rank,
+            generation=generation,
+            type=type(error).__name__,
+            message=redact(" ".join(str(error).split())),
+            where="" if request else where(error),
+            time=time.time(),
+            status=EXIT_REQUEST if request else EXIT_FAILED,
+            final=request or final,
+            log=str(log),
+            traceback=redact("".join(traceback.format_exception(error))),
+        )
+
+    def event(self) -> Event:
+        names = ("rank", "generation", "type", "message", "where", "log")
+        return Event(self.time, "error", {name: getattr(self, name) for name in names})
+
     def line(self) -> str:
         if self.status == EXIT_REQUEST:
             return self.message
@@ -50,27 +75,15 @@ class Failure:
 
 
 def record(logs: Path, rank: int, generation: int, error: BaseException, log: Path, *, final: bool = False) -> Failure:
-    """Write `error-g<generation>-r<rank>.json` beside the logs, secrets masked."""
-    request = isinstance(error, RequestError)
-    failure = Failure(
-        rank=rank,
-        generation=generation,
-        type=type(error).__name__,
-        message=redact(" ".join(str(error).split())),
-        where="" if request else where(error),
-        time=time.time(),
-        status=EXIT_REQUEST if request else EXIT_FAILED,
-        final=request or final,
-        log=str(log),
-        traceback=redact("".join(traceback.format_exception(error))),
-    )
+    """Write `error-g<generation>-r<rank>.json` beside the logs."""
+    failure = Failure.of(rank, generation, error, log, final=final)
     write(logs, failure)
     return failure
 
 
 def hung(logs: Path, rank: int, generation: int, where: str, why: str, log: Path) -> None:
     """The last word of a rank that can't speak for itself, written by the one that found it."""
-    write(logs, Failure(rank, generation, "Hang", why, where, time.time(), EXIT_FAILED, False, str(log), ""))
+    write(logs, Failure(rank, generation, HANG, why, where, time.time(), EXIT_FAILED, False, str(log), ""))
 
 
 def write(logs: Path, failure: Failure) -> None:
@@ -96,6 +109,26 @@ def first(logs: Path, since: int) -> Failure | None:
     """The first real error from generation `since` on; a consequence of it only where there is no other."""
     found = [failure for failure in those(logs) if failure.generation >= since]
     return min(found, key=lambda f: (consequence(f.message), f.generation, f.time), default=None)
+
+
+def cause(logs: Path, generation: int) -> Failure | None:
+    """The first real error in one start of the workers; None where none of them wrote one down."""
+    own = [failure for failure in those(logs, generation) if not consequence(failure.message)]
+    return min(own, key=lambda failure: failure.time, default=None)
+
+
+def written(events: Path, found: Failure) -> bool:
+    """Whether the events tell of it already; of a hang the rank that found it has told."""
+    return found.type == HANG or any(
+        line.get("event") == "error" and (line.get("rank"), line.get("generation")) == (found.rank, found.generation)
+        for line in whole_lines(events)
+    )
+
+
+def whole_lines(events: Path) -> Iterator[dict[str, Any]]:
+    for line in events.read_text().split("\n") if events.exists() else []:
+        with suppress(ValueError):  # what a kill cut off
+            yield json.loads(line)
 
 
 def those(logs: Path, generation: int | None = None) -> list[Failure]:

@@ -7,6 +7,7 @@ separated by commas. Kinds: kill, stop, hang, exit, exception, oom, nan, slow, e
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import time
@@ -28,6 +29,9 @@ class Fault:
     rank: int
     update: int
     generation: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{self.phase}:{self.rank}:{self.update}:{self.generation}"
 
     @classmethod
     def parse(cls, text: str) -> Fault:
@@ -62,6 +66,7 @@ class Faults:
 
 
 def strike(fault: Fault) -> None:
+    logging.getLogger(__name__).warning("a fault on purpose: %s", fault)  # so that a test sees that it came to it
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "stop":

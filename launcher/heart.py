@@ -29,7 +29,7 @@ from launcher.heartbeat import PHASES, Limits, Pace, State, Verdict, finder, jud
 from launcher.process import siblings_state
 from launcher.reading import Event
 from launcher.runfolder import RunFolder
-from launcher.sinks.jsonl import as_line
+from launcher.sinks.jsonl import add_beside
 from launcher.topology import Topology
 
 __all__ = ["Heart", "Slots", "Still"]
@@ -230,11 +230,11 @@ class Heart:
         stacks = "" if verdict.why == "stopped" else f"; stacks in {log}"
         detail = f"rank {state.rank} hung in {verdict.place}: {verdict.reason}; killed, so that the workers start again"
         facts = {"rank": state.rank, "phase": state.phase, "update": state.update, "seconds": verdict.seconds}
-        line = as_line(Event(time.time(), "alarm", {"kind": "hang", "detail": detail + stacks, **facts}))
+        alarm = Event(time.time(), "alarm", {"kind": "hang", "detail": detail + stacks, **facts})
         with suppress(OSError):
             failure.hung(self._folder.logs, state.rank, generation, verdict.place, verdict.reason, log)
         with suppress(OSError):
-            append(self._folder.events, line)
+            add_beside(self._folder.events, alarm)
         with suppress(OSError):
             if self._screen is not None:
                 print(f"warning: {detail}{stacks}", file=self._screen, flush=True)
@@ -265,12 +265,3 @@ def tell(state: State, number: int) -> None:
     if siblings_state(state.pid) is not None:
         with suppress(ProcessLookupError):
             os.kill(state.pid, number)
-
-
-def append(path: Path, line: bytes) -> None:
-    """One write at the end of the file: whole beside whatever rank 0 writes there."""
-    number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(number, line)
-    finally:
-        os.close(number)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,15 +21,18 @@ from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.gpus import count_gpus
 from launcher.opening import Opened, begin, opened
-from launcher.process import catches, children
+from launcher.process import catches, children, runs
 from launcher.redact import redact
 from launcher.runfolder import RunFolder
 from launcher.settings import Run
+from launcher.sinks.jsonl import add
+from launcher.threads import threads_of
 from launcher.worker import Assignment
 
 __all__ = ["Command", "command", "drive", "workers_of"]
 
 LOOK_EVERY_S = 0.05
+GONE_WITHIN_S = 3.0
 MANY = 1_000_000  # torchrun's own count of restarts is no limit: it knows nothing of checkpoints
 
 
@@ -46,7 +50,6 @@ class Command:
 
 def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
     """torchrun on this machine, on the loopback, with `workers` processes that read the run from `handover`."""
-    threads = 1 if run.elastic.exact else run.launch.threads or max(1, len(os.sched_getaffinity(0)) // workers)
     argv = (
         sys.executable,
         "-m",
@@ -63,7 +66,7 @@ def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
         str(handover),
     )
     env = {
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads_of(run, workers)),
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -142,28 +145,31 @@ class Job:
                 return EXIT_INTERRUPTED
             if agent.returncode == 0:
                 return self._ended_well()
-            found = failure.first(self._folder.logs, max(self._first, self._folder.saved_generation()))
-            if agent.returncode is not None or (found is not None and found.final):
+            generation, since = self._folder.generation(), max(self._first, self._folder.saved_generation())
+            found = failure.first(self._folder.logs, since)
+            again, self._seen = generation > max(self._seen, self._first), generation
+            ended = self._written_down(generation - 1) if again else None
+            hopeless = (found is not None and found.final) or generation - since > self._run.elastic.max_restarts
+            if agent.returncode is not None or hopeless:
+                self._end(agent)
+                self._written_down(generation)
                 return self._failed(found)
-            if self._restarts() > self._run.elastic.max_restarts:
-                return self._failed(found)
-            self._tell_restart()
+            if again:
+                why = "a worker was killed or asked to leave" if ended is None else ended.line()
+                tell(f"restart {generation - self._first}: {why}")
             if self._asked:
                 self._pass_on(agent.pid)
 
-    def _tell_restart(self) -> None:
-        """One line where the workers have been started again, and why."""
-        generation = self._folder.generation()
-        if generation > max(self._seen, self._first):
-            found = failure.first(self._folder.logs, generation - 1)
-            known = found is not None and found.generation == generation - 1 and not failure.consequence(found.message)
-            why = found.line() if found is not None and known else "a worker was killed or asked to leave"
-            tell(f"restart {generation - self._first}: {why}")
-        self._seen = generation
+    def _written_down(self, generation: int) -> failure.Failure | None:
+        """What ended a start of the workers; an event too, where rank 0, whose events these are, wrote none of it.
 
-    def _restarts(self) -> int:
-        """Starts of the workers since the last save, this job's first start not counted."""
-        return self._folder.generation() - max(self._first, self._folder.saved_generation())
+        Only while no worker writes: those of that start are dead, and the next rank 0 still has torch to import.
+        """
+        found = failure.cause(self._folder.logs, generation) if generation >= self._first else None
+        if found is not None and not failure.written(self._folder.events, found):
+            with suppress(OSError):  # a full disk: the line on the screen and the record in logs/ stay
+                add(self._folder.events, found.event())
+        return found
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal ask the workers to save and stop; a second Ctrl-C ends all."""
@@ -184,14 +190,18 @@ class Job:
                     os.kill(pid, signal.SIGUSR1)
 
     def _end(self, agent: subprocess.Popen[bytes]) -> None:
-        """Leave nothing behind: the workers die with their agent."""
+        """Leave nothing behind: the workers die with their agent. Returns when they have."""
+        if agent.poll() is not None:
+            return  # the kernel has ended them with it
         pids = children(agent.pid)
-        if agent.poll() is None:
-            agent.kill()
-            agent.wait()
+        agent.kill()
+        agent.wait()
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        end_s = time.monotonic() + GONE_WITHIN_S
+        while any(map(runs, pids)) and time.monotonic() < end_s:
+            time.sleep(LOOK_EVERY_S)
 
     def _ended_well(self) -> int:
         if self._folder.read_done() is None:

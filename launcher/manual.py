@@ -26,8 +26,12 @@ Trains on any number of workers, with the batch, the rate and the samples right.
 Verbs, the first word
   train           the default
   plan            batch, rate and shares at each world size; format=json
+  verify          does the split batch give the whole one's gradient? format=json
   stop RUN        save and stop a run started elsewhere; --now ends it unsaved
   status RUN      where a run started elsewhere stands
+  explain RUN     what limits a run; RUN_A RUN_B why one is faster; format=json
+  report RUN...   one page with curves and stages; -o FILE.html
+  export RUN      its metrics as CSV; -o FILE.csv
 
 Flags
   -m, --multirun          a sweep: one run per combination of values a,b,c

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from launcher.batch import PlanError
 from launcher.footprint import memory_lines
+from launcher.policies import compared
 from launcher.settings import Run
 from launcher.study import Sizes, Study, study
 
@@ -18,6 +19,7 @@ __all__ = ["plan_document", "plan_table"]
 _WORLDS = range(1, 65)
 _WIDTH = 80
 _SHARES_WIDTH = 24
+_GLOBAL_WIDTH, _RATE_WIDTH = 8, 9
 
 
 def plan_document(run: Run, sizes: Sizes, worlds: Sequence[int] | None = None) -> dict[str, Any]:
@@ -25,7 +27,8 @@ def plan_document(run: Run, sizes: Sizes, worlds: Sequence[int] | None = None) -
 
     `schedule` is the batch and the rate over time at the smallest feasible world size, which it names: warmup and
     decay have the same shape at all of them. Raises RequestError where the request is wrong at every world size; a
-    world size that does not fit is `feasible: false` with the reason in `why`.
+    world size that does not fit is `feasible: false` with the reason in `why`. `policies` has the same world sizes
+    under each batch policy, with numbers from lr.base_batch where the request has none for it.
     """
     asked = worlds or run.plan.worlds or _WORLDS
     studies = [_studied(run, sizes, world) for world in asked]
@@ -42,6 +45,7 @@ def plan_document(run: Run, sizes: Sizes, worlds: Sequence[int] | None = None) -
             for world, each in zip(asked, studies, strict=True)
         ],
         "schedule": _schedule(min(feasible, key=lambda each: each.world)) if feasible else [],
+        "policies": compared(run, sizes, asked),
     }
 
 
@@ -57,6 +61,7 @@ def plan_table(document: Mapping[str, Any]) -> str:
         *_schedule_lines(document),
         *_advice_lines(document["plans"]),
         *(["", *memory_lines(document["memory"])] if "memory" in document else []),
+        *_policy_lines(document["policies"]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -148,6 +153,41 @@ def _advice_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from _wrapped("", f"Advice at world {_worlds(where)}: {line}")
 
 
+def _policy_lines(policies: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each world: the batch and the rate under every policy, and what changes under the one in force."""
+    asked = next(kind for kind, found in policies.items() if found["asked"])
+    rows = list(zip(*(found["plans"] for found in policies.values()), strict=True))
+    first = max(5, *(len(str(row[0]["world"])) for row in rows))
+    width = first + len(policies) * (_GLOBAL_WIDTH + _RATE_WIDTH) + 1
+    yield ""
+    heads = "".join(f"{kind:>{_GLOBAL_WIDTH}}{'rate':>{_RATE_WIDTH}}" for kind in policies)
+    yield f"{'world':>{first}}{heads} changes under {asked}"
+    for row in rows:
+        figures = "".join(map(_figures, row))
+        what = next(one for kind, one in zip(policies, row, strict=True) if kind == asked).get("changes", ())
+        yield from _wrapped(f"{row[0]['world']:>{first}}{figures}".ljust(width), ", ".join(what))
+    said = {row.get("why") for row in policies[asked]["plans"]}
+    for kind, found in policies.items():
+        yield from _reading_lines(kind, found, said)
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    if not row["feasible"]:
+        return f"{'-':>{_GLOBAL_WIDTH}}{'-':>{_RATE_WIDTH}}"
+    return f"{_count(row['global'], _GLOBAL_WIDTH)}{row['lr']:>{_RATE_WIDTH}.3g}"
+
+
+def _reading_lines(kind: str, found: Mapping[str, Any], said: Collection[str | None]) -> Iterator[str]:
+    """Under which numbers a policy that was not asked for is shown, and where and why it has no plan, if not `said`."""
+    if found["asked"]:
+        return
+    yield from _wrapped("  ", f"{kind}: {found['derived']}")
+    refused = (row for row in found["plans"] if not row["feasible"] and row["why"] not in said)
+    for _, group in groupby(refused, key=_kind):
+        rows = list(group)
+        yield from _wrapped("    ", f"no plan at world {_worlds([row['world'] for row in rows])}: {rows[0]['why']}")
+
+
 def _columns(world: str, shares: str, micro: str, accum: str, size: str, rate: str, updates: str) -> str:
     return f"{world:>7}  {shares:<{_SHARES_WIDTH}}{micro:>6}{accum:>7}{size:>10}{rate:>11}{updates:>12}"
 
@@ -169,6 +209,8 @@ def _worlds(worlds: Sequence[int]) -> str:
 
 
 def _wrapped(head: str, text: str) -> list[str]:
+    if not text:
+        return [head.rstrip()]
     return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
 
 

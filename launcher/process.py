@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-__all__ = ["catches", "children", "die_with_parent", "siblings_state", "started_at"]
+__all__ = ["catches", "children", "die_with_parent", "runs", "siblings_state", "started_at"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -41,6 +41,14 @@ def started_at(pid: int) -> int | None:
     except OSError:
         return None
     return int(text.rpartition(")")[2].split()[19])
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and has not ended: one that nobody waited for stays as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def siblings_state(pid: int) -> str | None:

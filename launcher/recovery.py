@@ -60,13 +60,15 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
 
 
 def totals(metrics: Path) -> dict[str, float]:
-    """Over the whole run: restarts of the workers, seconds they took, samples trained on more than once."""
-    restarts, recovery_s, lost = 0, 0.0, 0
+    """Over the whole run: seconds between the last update before a restart and the first after it, samples run again.
+
+    What is in no row is not in it: a restart before the first update, and updates that rank 0 had no time to write.
+    """
+    recovery_s, lost = 0.0, 0
     with metrics.open("rb") as file:
         for line in file:
             if LOST.encode() in line:
                 row = json.loads(line)
-                restarts += TIME in row
                 recovery_s += row.get(TIME, 0.0)
                 lost += int(row[LOST])
-    return {"restarts": restarts, "recovery_s": recovery_s, "lost_samples": lost}
+    return {"recovery_s": recovery_s, "lost_samples": lost}

@@ -9,6 +9,11 @@ from launcher.keys import nearest
 
 __all__ = ["joined", "no_such_choice", "refusal"]
 
+#: Words for tensor, pipeline, context and expert parallelism.
+MODEL_PARALLEL = frozenset(
+    {"context", "cp", "ep", "expert", "model", "pipeline", "pp", "sequence", "sp", "tensor", "tp"}
+)
+
 
 def refusal(error: Any) -> str:
     """The reason and, where one is known, the mend. What OmegaConf found is the cause of what Hydra raised."""
@@ -27,6 +32,8 @@ def no_such_choice(group: str, choice: str, options: Sequence[str]) -> str:
     known = f"choose from {', '.join(sorted(options))}"
     if group == "batch" and choice.isdigit():
         return f"batch={choice}: {known}; for a number type batch.per_device={choice} or batch.global={choice}"
+    if group == "strategy" and choice.lower().replace("_", "").removesuffix("parallel") in MODEL_PARALLEL:
+        return f"strategy={choice} divides one sample's work among workers, which is not done here: {known}"
     meant = nearest(choice, options)
     return f"{group}={choice}: " + (f"did you mean {meant}? " if meant else "") + known
 

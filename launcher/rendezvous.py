@@ -46,10 +46,7 @@ def loopback_store(port: int, *, serve: bool, world: int | None = None, timeout_
 def meet(topology: Topology, *, loopback: bool, timeout_s: float) -> dist.Store:
     """The job's store: the one that torchrun's variables name, or one of our own on the loopback."""
     if not loopback:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        if topology.shares_store:  # it outlives the workers, with what they wrote before a restart
-            return dist.PrefixStore(f"restarts-left-{topology.restarts_left}", store)
-        return store
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
     return loopback_store(master_port(), serve=topology.rank == 0, world=topology.world, timeout_s=timeout_s)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from launcher.errors import RequestError
 from launcher.settings import Run
 
-__all__ = ["Rule", "far_advice", "optimizer_of", "power_of", "rule_of", "warmup_advice"]
+__all__ = ["Rule", "far_advice", "far_of", "optimizer_of", "power_of", "rule_of", "warmup_advice"]
 
 Rule = Literal["linear", "sqrt", "none"]
 
@@ -49,10 +49,15 @@ def power_of(run: Run) -> float:
     return 0.5 if _RULES.get(optimizer_of(run)) == "sqrt" else 1.0
 
 
+def far_of(run: Run, rule: Rule) -> int | None:
+    """How many base batches the rule is good for; None where the rate does not follow the batch."""
+    return None if rule == "none" else _FAR.get(_RULES.get(optimizer_of(run), rule))
+
+
 def far_advice(run: Run, rule: Rule, kappa: float) -> str:
     """One line where the batch is `kappa` base batches and that is too many, else nothing."""
-    far = _FAR.get(_RULES.get(optimizer_of(run), rule))
-    if rule == "none" or far is None or kappa <= far:
+    far = far_of(run, rule)
+    if far is None or kappa <= far:
         return ""
     return (
         f"the global batch is more than {far} x lr.base_batch={run.lr.base_batch}, where lr.rule={rule} often fails: "

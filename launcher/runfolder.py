@@ -131,6 +131,16 @@ class RunFolder:
         write_whole(self.path / "generation", f"{number}\n")
         return number
 
+    def restarts(self) -> int:
+        """How many of those starts replaced workers of a job under way, and were no new command."""
+        try:
+            return int((self.path / "restarts").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def count_restart(self) -> None:
+        write_whole(self.path / "restarts", f"{self.restarts() + 1}\n")
+
     def saved_generation(self) -> int:
         """The last start of the workers that saved a checkpoint; 0 before the first."""
         try:
@@ -140,9 +150,6 @@ class RunFolder:
 
     def saved(self, generation: int) -> None:
         write_whole(self.path / "saved", f"{generation}\n")
-
-    def stop_requested(self) -> bool:
-        return self.stop_file.exists()
 
     def clear_stop(self) -> None:
         self.stop_file.unlink(missing_ok=True)
@@ -173,10 +180,7 @@ class RunFolder:
 
     def write_done(self, facts: Mapping[str, Any]) -> None:
         """The last word of a run: everything else is on the disk before."""
-        self.write_json(self.done_json, facts)
-
-    def write_json(self, path: Path, facts: Mapping[str, Any]) -> None:
-        write_whole(path, json.dumps(facts, indent=1) + "\n")
+        write_whole(self.done_json, json.dumps(facts, indent=1) + "\n")
 
     def wandb_id(self) -> str:
         """The same for every restart: made once, kept in the folder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launcher import checkpoint, failure, rendezvous
 from launcher import recipe as recipes
-from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of, open_data, threads_of
+from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of, open_data
 from launcher.balance import Balancer, Level
 from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
 from launcher.faults import Faults
@@ -25,7 +25,7 @@ from launcher.loop import REPLAN, Job, train
 from launcher.manifest import Found, newest, open_at
 from launcher.record import Recorder, Silent, plan_facts
 from launcher.recovery import Restart, last_row, totals
-from launcher.redact import redact, redacted
+from launcher.redact import redacted
 from launcher.saver import Saver, name_of
 from launcher.settings import Run
 from launcher.signals import GO_ON, LEAVE, Wishes
@@ -34,6 +34,7 @@ from launcher.sinks.journal import Journal
 from launcher.standing import Standing
 from launcher.study import Sizes, Study, study
 from launcher.telemetry import Meter
+from launcher.threads import threads_of
 from launcher.timeline import Position
 from launcher.topology import Topology
 from launcher.vote import Vote
@@ -78,7 +79,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     settings = assignment.run
     faults = Faults.of(topology.rank, topology.generation)
     faults("start")
-    threads = threads_of(settings, topology)
+    threads = threads_of(settings, topology.local_world)
     torch.set_num_threads(threads)
     ready = greet(store, topology, lambda: made_ready(assignment, topology), Ready.facts)
     plan = study(settings, ready.sizes, topology.world)
@@ -111,7 +112,7 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     except BaseException as error:
         heart.stop()
         recorder.last_word()
-        tell_of(error, journal, topology)
+        tell_of(error, assignment, journal, topology)
         raise
     finally:
         saver.close()
@@ -123,13 +124,13 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     return EXIT_AGAIN if ending == LEAVE else EXIT_OK
 
 
-def tell_of(error: BaseException, journal: Journal | Silent, topology: Topology) -> None:
+def tell_of(error: BaseException, assignment: Assignment, journal: Journal | Silent, topology: Topology) -> None:
     """An error of our own, or that another rank has gone: then we follow, and it is for that one to say why."""
-    message = redact(str(error))
-    if failure.consequence(message):
-        journal.event("alarm", kind="peer", detail="another worker has gone", message=message)
+    found = failure.Failure.of(*topology.place, error, assignment.folder.log(*topology.place))
+    if failure.consequence(found.message):
+        journal.event("alarm", kind="peer", detail="another worker has gone", message=found.message)
     else:
-        journal.event("error", rank=topology.rank, type=type(error).__name__, message=message)
+        journal.event("error", **found.event().facts)
 
 
 def made_ready(assignment: Assignment, topology: Topology) -> Ready:
@@ -304,56 +305,66 @@ def announce(
     """Say what is about to happen: the start, the plan in force, and where it goes on from."""
     if job.topology.rank != 0:
         return
-    plan, settings = job.study, job.study.run
-    position = standing.position
     event = job.saver.journal.event
-    device = job.precision.device
-    event(
-        "start",
-        run_dir=str(assignment.folder.path),
-        recipe=type(job.recipe).__name__,
-        data={"train": plan.sizes.train, "val": plan.sizes.val},
-        parameters=parts.parameters,
-        trainable=parts.trainable,
-        strategy=settings.strategy.name,
-        device=device.type,
-        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        precision=settings.train.precision,
-        world=job.topology.world,
-        nodes=job.topology.nodes,
-        threads=threads,
-        seed=settings.seed,
-        duration_samples=plan.duration,
-        updates=position.update + plan.timeline.count(position),
-        updates_per_epoch=plan.sizes.train / plan.plan.global_batch,
-        backend=backend,
-        generation=job.topology.generation,
-        optimizer=type(job.replica.optimizer).__name__,
-        decay=settings.schedule.decay,
-    )
-    facts = plan_facts(plan, standing.schedule, plan.plan_at(position.samples))
-    last = assignment.folder.read_plan()
+    facts = plan_facts(job.study, standing.schedule, job.study.plan_at(standing.position.samples))
+    last = assignment.folder.read_plan()  # before the event, which writes it anew
+    start = start_facts(job, parts, standing)
+    event("start", run_dir=str(assignment.folder.path), backend=backend, threads=threads, **start)
     event("plan", why="", **facts, **{"from": None})
-    if ready.found is not None:
-        event(
-            "resume",
-            checkpoint=ready.found.path.name,
-            samples=position.samples,
-            update=position.update,
-            passed_over=[{"name": name, "why": why} for name, why in ready.found.passed_over],
-            changed=assignment.changed,
-            lost_samples=restart.lost,
-        )
-        lost = ready.found.manifest.facts["standing"]["best_checkpoint"]
-        if lost != standing.best_checkpoint:
-            event("alarm", kind="checkpoint", detail=f"the best checkpoint so far, {lost}, is not in this run's folder")
-        for name, why in ready.found.passed_over:
-            event("alarm", kind="checkpoint", detail=f"{name} was passed over: {why}")
-        before = dict(ready.found.manifest.plan)
-        if last is not None and last["world"] != before["world"]:
-            before = last  # the world changed since the checkpoint, too
-        if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
-            event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+    if ready.found is None:
+        return
+    event("resume", **resume_facts(ready.found, standing), changed=assignment.changed, lost_samples=restart.lost)
+    for detail in doubts(ready.found, standing):
+        event("alarm", kind="checkpoint", detail=detail)
+    before = dict(ready.found.manifest.plan)
+    if last is not None and last["world"] != before["world"]:
+        before = last  # the world changed since the checkpoint, too
+    if any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
+        event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+
+
+def start_facts(job: Job, parts: Parts, standing: Standing) -> dict[str, Any]:
+    """What is trained, on what, and how much of it."""
+    plan, settings, position = job.study, job.study.run, standing.position
+    device = job.precision.device
+    return {
+        "recipe": type(job.recipe).__name__,
+        "data": {"train": plan.sizes.train, "val": plan.sizes.val},
+        "parameters": parts.parameters,
+        "trainable": parts.trainable,
+        "strategy": settings.strategy.name,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "precision": settings.train.precision,
+        "world": job.topology.world,
+        "nodes": job.topology.nodes,
+        "seed": settings.seed,
+        "duration_samples": plan.duration,
+        "updates": position.update + plan.timeline.count(position),
+        "updates_per_epoch": plan.sizes.train / plan.plan.global_batch,
+        "generation": job.topology.generation,
+        "optimizer": type(job.replica.optimizer).__name__,
+        "decay": settings.schedule.decay,
+    }
+
+
+def resume_facts(found: Found, standing: Standing) -> dict[str, Any]:
+    """The checkpoint that training goes on from."""
+    return {
+        "checkpoint": found.path.name,
+        "samples": standing.position.samples,
+        "update": standing.position.update,
+        "passed_over": [{"name": name, "why": why} for name, why in found.passed_over],
+    }
+
+
+def doubts(found: Found, standing: Standing) -> Iterator[str]:
+    """What a person should know of the checkpoints: what is missing, what could not be used."""
+    lost = found.manifest.facts["standing"]["best_checkpoint"]
+    if lost != standing.best_checkpoint:
+        yield f"the best checkpoint so far, {lost}, is not in this run's folder"
+    for name, why in found.passed_over:
+        yield f"{name} was passed over: {why}"
 
 
 def why_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -381,9 +392,10 @@ def finish(job: Job, assignment: Assignment, found: Found | None, standing: Stan
         "updates": position.update,
         "seconds": job.meter.seconds(),
         "metrics": dict(standing.metrics),
+        "restarts": folder.restarts(),
         **totals(folder.metrics),
     }
     if standing.reached is not None:
         done["target"] = dict(standing.reached)
     event("done", **done)
-    folder.write_json(folder.done_json, done)
+    folder.write_done(done)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-from launcher.stages import STAGES
+from launcher.stages import BY_SAMPLE, STAGES
 
 __all__ = ["WINDOW", "Straggler", "Stragglers"]
 
@@ -15,8 +15,7 @@ WINDOW = 20
 SLOW = 1.5
 RECOVERED = 1.25
 LEAST_MS = 1.0  # below it a ratio is noise
-#: A rank's own work; in the others it waits, or does what only rank 0 has to do.
-OWN_WORK = ("data", "transfer", "forward", "backward", "optimizer")
+OWN_WORK = (*BY_SAMPLE, "optimizer")
 OWN = tuple(STAGES.index(stage) for stage in OWN_WORK)
 
 

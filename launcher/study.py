@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from launcher import strategies
 from launcher.batch import BatchPlan, BatchPolicy, PlanError, plan_batch
@@ -18,7 +18,7 @@ from launcher.settings import Run
 from launcher.shards import ShardPlan, trainers
 from launcher.timeline import Timeline
 
-__all__ = ["Sizes", "Study", "study"]
+__all__ = ["Sizes", "Study", "policy_of", "study"]
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,16 @@ def _checkpoint_every(run: Run, units: Units) -> tuple[int | None, float | None]
     return (interval.samples(units), None) if interval.seconds is None else (None, interval.seconds)
 
 
+def policy_of(run: Run) -> Literal["scale", "hold", "bounded"]:
+    """batch.policy; a batch.global without one selects hold."""
+    batch = run.batch
+    return "hold" if batch.policy == "scale" and batch.global_batch is not None else batch.policy
+
+
 def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
     batch = run.batch
     return BatchPolicy(
-        kind="hold" if batch.policy == "scale" and batch.global_batch is not None else batch.policy,
+        kind=policy_of(run),
         per_device=batch.per_device,
         accumulation=None if batch.accumulation == "auto" else batch.accumulation,
         global_batch=sizes.train if batch.global_batch == "full" else batch.global_batch,

@@ -23,7 +23,6 @@ class Topology:
     slurm_job: str | None = None
     restarts: int = 0
     restarts_left: int = 0
-    shares_store: bool = False
 
     @classmethod
     def of(cls, env: Mapping[str, str] = os.environ) -> Topology | None:
@@ -40,7 +39,6 @@ class Topology:
             node=int(env.get("GROUP_RANK", "0")),
             run_id=None if run_id in (None, "", "none") else run_id,
             slurm_job=slurm_job(env),
-            shares_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             restarts=restarts,
             restarts_left=int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) - restarts,
         )

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import active_children
 from pathlib import Path
@@ -87,6 +88,7 @@ class Assignment:
         generation = self.folder.next_generation()
         if not self.restarted and generation == (self.first or generation):
             return replace(self, generation=generation)
+        self.folder.count_restart()
         again = replace(self, generation=generation, restarted=True, changed={})
         saved = newest_of(self.folder, self.run) != self.before
         return replace(again, checkpoint=None, must=False) if saved else again
@@ -155,8 +157,6 @@ def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
     if topology.restarts_left <= 0:
         again = f"run.name={run.run.name} goes on from its newest checkpoint"
         yield f"torchrun's restarts are at 0: a dead worker ends the job; {again}"
-    elif topology.shares_store:
-        yield "restarts in place are surer with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment"
 
 
 def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) -> int:
@@ -240,8 +240,18 @@ def fail(assignment: Assignment, topology: Topology, error: Exception, screen: T
     if not assignment.loopback:
         if failure.speaks(assignment.folder.logs, found):
             print(f"error: {found.line()}", file=screen, flush=True)
+            write_down(assignment.folder, found)
         failure.tell_torchrun(error)
     return EXIT_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
+
+
+def write_down(folder: RunFolder, found: failure.Failure) -> None:
+    """As an event, where rank 0, whose events these are, had none of it to write."""
+    from launcher.sinks.jsonl import add_beside
+
+    with suppress(OSError):
+        if not failure.consequence(found.message) and not failure.written(folder.events, found):
+            add_beside(folder.events, found.event())
 
 
 def tell(text: str) -> None:

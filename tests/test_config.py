@@ -273,6 +273,10 @@ def test_a_wrong_value_is_found_when_composing(refusal: Any, override: str, said
         ("recipe=[a", "recipe=[a cannot be read"),
         ("schedule=cosin", "schedule=cosin: did you mean cosine? choose from constant, cosine, exponential"),
         ("batch=64", "for a number type batch.per_device=64 or batch.global=64"),
+        (
+            "strategy=tensor_parallel",
+            "strategy=tensor_parallel divides one sample's work among workers, which is not done",
+        ),
         ("batch=null", "batch=null: choose from bounded, hold, scale"),
         ("+batch=hold", "+batch=hold: batch is there already: type it without +"),
         ("sink=[console,wadnb]", "sink=wadnb: did you mean wandb? choose from console, tensorboard, wandb"),

@@ -24,6 +24,8 @@ STDLIB_ONLY = [
         "footprint",
         "shards",
         "planning",
+        "policies",
+        "threads",
         "redact",
         "keys",
         "runfolder",
@@ -34,7 +36,8 @@ STDLIB_ONLY = [
         "signals",
     ),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control"),
-    *("heartbeat", "heart", "stragglers"),
+    *("heartbeat", "heart", "stragglers", "noise", "throughput", "scaling", "history"),
+    *("advice", "explain", "charts", "export", "report"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

@@ -15,6 +15,7 @@ from launcher.errors import RequestError
 from launcher.gpus import count_gpus
 from launcher.launch import command, killed, workers_of
 from launcher.settings import LaunchSettings, Run, TrainSettings
+from launcher.sinks.jsonl import add
 
 
 def test_the_command_letter_by_letter() -> None:
@@ -99,6 +100,33 @@ def test_a_consequence_is_better_than_nothing(tmp_path: Path) -> None:
     found = failure.first(tmp_path, since=1)
     assert found is not None
     assert "Connection closed" in found.line()
+
+
+def test_what_ended_one_start_is_its_first_real_error(tmp_path: Path) -> None:
+    failed(tmp_path, 0, "another", generation=1)
+    failed(tmp_path, 0, "Connection closed by peer", generation=2)
+    assert failure.cause(tmp_path, 2) is None, "nobody who could still say why"
+    failed(tmp_path, 1, "boom", generation=2)
+    found = failure.cause(tmp_path, 2)
+    assert found is not None
+    assert found.message == "boom"
+
+
+def test_an_error_is_among_the_events_once(tmp_path: Path) -> None:
+    events, found = tmp_path / "events.jsonl", failed(tmp_path, 1, "boom")
+    assert not failure.written(events, found)
+    add(events, found.event())
+    assert failure.written(events, found)
+    assert not failure.written(events, failed(tmp_path, 1, "boom", generation=2))
+    assert not failure.written(events, failed(tmp_path, 0, "boom"))
+
+
+def test_an_event_is_added_behind_what_a_kill_cut_off(tmp_path: Path) -> None:
+    events, found = tmp_path / "events.jsonl", failed(tmp_path, 1, "boom")
+    events.write_text('{"event": "start", "rank": 0}\n{"event": "err')
+    add(events, found.event())
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "error"]
 
 
 def test_a_half_written_word_is_passed_over(tmp_path: Path) -> None:

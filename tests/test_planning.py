@@ -120,7 +120,87 @@ schedule=cosine at world 1                    samples    global       rate
   50 %                                          7,185       256    0.05868
   75 %                                         10,777       256    0.01787
   100 %                                        14,370       256          0
+
+world   scale     rate    hold     rate bounded     rate changes under hold
+    1      48   0.0188     256      0.1     256      0.1
+    3     144   0.0563     256      0.1     256      0.1 accumulation 6 -> 2,
+                                                         shares uneven
+    4       -        -       -        -       -        -
+    5       -        -       -        -       -        -
+  scale: workers x batch.per_device=48
+  bounded: batch.min_global=256, lr.base_batch, and batch.max_global=1437, the
+  training set
 """
+
+
+def figures(found: dict[str, Any]) -> list[tuple[int, int, int, int]]:
+    """World, batch, and accumulation and largest share of each plan under one policy."""
+    return [(one["world"], one["global"], one["accumulation"], one["share_max"]) for one in found["plans"]]
+
+
+def test_the_same_request_is_shown_under_every_policy() -> None:
+    """256 at 4 workers of 64: under scale the batch follows, under hold it stays, under bounded it never falls."""
+    policies = plan_document(SCALED, SIZES, [1, 3, 4, 6, 8, 64])["policies"]
+    assert {kind: found["asked"] for kind, found in policies.items()} == {
+        "scale": True,
+        "hold": False,
+        "bounded": False,
+    }
+    assert figures({"plans": policies["scale"]["plans"][:-1]}) == [
+        *((1, 64, 1, 64), (3, 192, 1, 64), (4, 256, 1, 64), (6, 384, 1, 64), (8, 512, 1, 64)),
+    ]
+    assert policies["scale"]["plans"][-1]["why"].startswith("batch.per_device=64 makes a global batch of 4096")
+    assert figures(policies["hold"]) == [
+        *((1, 256, 4, 256), (3, 256, 2, 86), (4, 256, 1, 64), (6, 256, 1, 43), (8, 256, 1, 32), (64, 256, 1, 4)),
+    ]
+    assert figures(policies["bounded"]) == [
+        *((1, 256, 4, 256), (3, 256, 2, 86), (4, 256, 1, 64), (6, 384, 1, 64), (8, 512, 1, 64), (64, 1437, 1, 23)),
+    ]
+    rates = {kind: [one.get("lr") for one in found["plans"]] for kind, found in policies.items()}
+    assert rates["scale"] == [0.025, pytest.approx(0.075), 0.1, pytest.approx(0.15), 0.2, None]
+    assert rates["hold"] == [0.1] * 6
+    assert rates["bounded"][:5] == [0.1, 0.1, 0.1, pytest.approx(0.15), 0.2]
+
+
+def test_each_row_says_what_changes_from_the_world_size_before() -> None:
+    policies = plan_document(SCALED, SIZES, [1, 2, 3, 4, 8])["policies"]
+    assert [one["changes"] for one in policies["scale"]["plans"]] == [
+        [],
+        ["batch x2", "rate x2"],
+        ["batch x1.5", "rate x1.5"],
+        ["batch x1.33", "rate x1.33"],
+        ["batch x2", "rate x2"],
+    ]
+    assert [one["changes"] for one in policies["hold"]["plans"]] == [
+        [],
+        ["accumulation 4 -> 2"],
+        ["shares uneven"],
+        ["accumulation 2 -> 1", "shares even"],
+        [],
+    ]
+
+
+def test_numbers_that_the_request_does_not_hold_are_said_with_their_source() -> None:
+    few = replace(SCALED, lr=LrSettings(base=0.1, base_batch=32))
+    policies = plan_document(few, SIZES, [1])["policies"]
+    assert {kind: found["derived"] for kind, found in policies.items()} == {
+        "scale": "",
+        "hold": "batch.global=32, lr.base_batch",
+        "bounded": "batch.min_global=32, lr.base_batch, and batch.max_global=1024, 32 times that",
+    }
+    asked = BatchSettings(policy="bounded", per_device=64, accumulation=2, min_global=128, max_global=512)
+    policies = plan_document(replace(SCALED, batch=asked), SIZES, [1, 8])["policies"]
+    assert [one["global"] for one in policies["bounded"]["plans"]] == [128, 512]
+    assert policies["scale"]["derived"] == "workers x batch.per_device=64 x batch.accumulation=2"
+    assert [one["global"] for one in policies["scale"]["plans"]] == [128, 1024]
+
+
+def test_a_policy_that_the_request_excludes_has_the_reason() -> None:
+    exact = replace(HELD, elastic=ElasticSettings(exact=True))
+    policies = plan_document(exact, SIZES, [1, 2])["policies"]
+    assert [one["feasible"] for one in policies["hold"]["plans"]] == [True, True]
+    assert all("batch.policy" in one["why"] for one in policies["scale"]["plans"])
+    assert "no plan at world 1-2: batch.policy=scale" in plan_table(plan_document(exact, SIZES, [1, 2]))
 
 
 WIDE: list[tuple[dict[str, Any], Sizes, list[int]]] = [

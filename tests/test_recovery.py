@@ -55,7 +55,7 @@ def test_the_totals_are_those_of_all_restarts_also_of_superseded_rows(tmp_path: 
     two = row(10, **{"elastic/recovery_s": 3.0, "elastic/lost_samples": 0})
     three = row(20, **{"elastic/lost_samples": 7})
     (tmp_path / "m").write_text("\n".join([row(5), one, row(20), two, three]) + "\n")
-    assert totals(tmp_path / "m") == {"restarts": 2, "recovery_s": 5.0, "lost_samples": 12}
+    assert totals(tmp_path / "m") == {"recovery_s": 5.0, "lost_samples": 12}
 
 
 # --- snapshots ------------------------------------------------------------------------------------------------------

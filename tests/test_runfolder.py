@@ -111,12 +111,11 @@ def test_a_generation_that_cannot_be_known_is_never_1_again(folder: RunFolder) -
 
 
 def test_a_stop_is_a_file_that_anybody_may_touch(folder: RunFolder) -> None:
-    assert not folder.stop_requested()
     (folder.path / "stop").touch()
-    assert folder.stop_requested()
+    assert folder.stop_file.exists()
     folder.clear_stop()
     folder.clear_stop()
-    assert not folder.stop_requested()
+    assert not folder.stop_file.exists()
 
 
 def test_done_is_written_whole(folder: RunFolder) -> None:

@@ -164,6 +164,13 @@ def test_the_end_says_what_was_reached_where_the_time_went_and_what_to_type(tmp_
     assert f"wandbsync{folder}/wandb/offline-run-*" in joined
 
 
+def test_the_end_says_what_restarts_cost_in_the_whole_run() -> None:
+    """Also those of earlier processes, of which this one saw no row."""
+    cost = {"samples": 14370, "updates": 230, "restarts": 12, "recovery_s": 54.2, "lost_samples": 803}
+    text = shown(File(), *a_run()[:-1], event("done", cost))
+    assert re.search(r"lost +12 restarts took 54.2 s, 803 samples were run again", text)
+
+
 def test_a_polite_stop_says_how_to_go_on() -> None:
     stop = event("preempt", {"why": "SIGUSR1", "samples": 1280, "update": 20})
     text = shown(File(), *a_run(20)[:-1], stop)

@@ -202,17 +202,6 @@ def test_an_event_after_closing_waits_for_nobody(tmp_path: Path) -> None:
     assert time.monotonic() - start < 1
 
 
-def test_handing_over_a_row_costs_training_microseconds(tmp_path: Path) -> None:
-    journal = Journal([Jsonl(tmp_path), Memory()])
-    row, costs = reading(1), []
-    for _ in range(500):
-        start = time.perf_counter()
-        journal.reading(row)
-        costs.append(time.perf_counter() - start)
-    journal.close()
-    assert sorted(costs)[250] < 50e-6
-
-
 def test_jsonl_is_always_on_and_first(tmp_path: Path) -> None:
     sinks = open_sinks({"console": {}}, Destination(tmp_path, "run", "id"))
     assert [type(sink).__name__ for sink in sinks] == ["Jsonl", "Console"]

@@ -32,9 +32,18 @@ def own(tmp_path: Path, **content: Any) -> str:
     return str(file)
 
 
+FSDP = replace(ZERO, strategy=StrategySettings(name="fsdp"))
+
+
 @pytest.mark.parametrize(
     ("run", "says"),
     [
+        (replace(FSDP, elastic=ElasticSettings(exact=True)), "strategy=fsdp does not go with elastic.exact=true"),
+        (zero(FSDP, gather="bf16"), "strategy.gather=bf16 computes in bf16 and train.precision=fp32 says otherwise"),
+        (
+            replace(zero(FSDP, offload=True), train=TrainSettings(device="cpu")),
+            "strategy.offload=true with train.device=cpu: all is on the CPU already",
+        ),
         (zero(stage=4), "strategy.stage=4 is no stage of ZeRO: type strategy.stage=0, 1, 2 or 3"),
         (zero(offload=True, stage=0), "strategy.offload=true needs the optimizer's state in parts: type strategy.sta"),
         (replace(ZERO, train=TrainSettings(precision="fp64")), "train.precision=fp64 does not go with strategy=deeps"),
@@ -43,7 +52,7 @@ def own(tmp_path: Path, **content: Any) -> str:
         (zero(config="nowhere.json"), "strategy.config=nowhere.json cannot be read: "),
     ],
 )
-def test_what_deepspeed_cannot_do_is_refused(run: Run, says: str) -> None:
+def test_what_a_strategy_cannot_do_is_refused(run: Run, says: str) -> None:
     with pytest.raises(RequestError) as found:
         raise RequestError(next(problems(run)))
     assert str(found.value).startswith(says)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import replace
 
 import pytest
@@ -196,11 +195,9 @@ def test_the_order_survives_any_change_of_world(data: st.DataObject, tail: str) 
 # How long it takes
 
 
-def test_counting_a_hundred_thousand_epochs_takes_no_time() -> None:
-    timeline = one_stage(1437, 1437 * 100_000 + 5, batch=256)
-    begin = time.perf_counter()
-    assert timeline.count() == 100_000 * 6 + 1
-    assert time.perf_counter() - begin < 0.05
+def test_counting_does_not_walk_through_the_epochs() -> None:
+    timeline = one_stage(1437, 1437 * 10**15 + 5, batch=256)
+    assert timeline.count() == 10**15 * 6 + 1
 
 
 def test_a_position_deep_in_a_run_is_reached_at_once() -> None:

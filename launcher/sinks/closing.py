@@ -26,14 +26,15 @@ ADVICE = {
 }
 
 
-def closing_lines(
-    tally: Tally, facts: Facts, metrics: Mapping[str, float], finished: bool, paint: Paint, width: int
-) -> list[str]:
-    """Blocks of lines with a blank one before each. Empty where nothing was trained."""
+def closing_lines(tally: Tally, facts: Facts, done: Facts, paint: Paint, width: int) -> list[str]:
+    """Blocks of lines with a blank one before each. Empty where nothing was trained.
+
+    `done` are the facts of that event; none where training was stopped.
+    """
     blocks = (
-        rows(_reached(tally, metrics), width, paint),
+        rows([*_reached(tally, done.get("metrics") or {}), *_restarts(tally, done)], width, paint),
         _stages(tally, facts, paint, width),
-        rows(_files(facts, finished), width, paint),
+        rows(_files(facts, finished=bool(done)), width, paint),
     )
     return [line for block in blocks if block for line in ("", *block)]
 
@@ -88,9 +89,16 @@ def _reached(tally: Tally, metrics: Mapping[str, float]) -> list[Row]:
         "train/loss",
         *sorted((key for key in last if key.startswith("val/")), key=lambda key: ("loss" not in key, key)),
     ]
-    pairs = [(key.replace("/", " "), _metric(key, last[key], tally)) for key in shown if last.get(key) is not None]
-    lost = [("lost", f"{count(tally.lost_samples)} samples were run again after a restart")]
-    return pairs + (lost if tally.lost_samples else [])
+    return [(key.replace("/", " "), _metric(key, last[key], tally)) for key in shown if last.get(key) is not None]
+
+
+def _restarts(tally: Tally, done: Facts) -> list[Row]:
+    """What restarts cost: in the whole run where that is known, else since this process began."""
+    restarts, lost = done.get("restarts", 0), done.get("lost_samples", tally.lost_samples)
+    again = f"{count(restarts)} restart{'' if restarts == 1 else 's'}"
+    parts = [f"{again} took {took(done.get('recovery_s', 0.0))}"] if restarts else []
+    parts += [f"{count(lost)} samples were run again"] if lost else []
+    return [("lost", ", ".join(parts))] if parts else []
 
 
 def _metric(key: str, value: float, tally: Tally) -> str:

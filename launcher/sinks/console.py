@@ -117,17 +117,17 @@ class Console:
         where = f"at update {count(facts.get('update', 0))}, {count(facts.get('samples', 0))} samples"
         self._gap = True
         self._note("stopped", f"{where} · {facts.get('why', '')} · saved, nothing is lost", YELLOW)
-        self._closing({}, finished=False)
+        self._closing({})
 
     def _done(self, facts: Mapping[str, Any]) -> None:
         speed = self._tally.mean_samples_per_s
         text = speed_text(facts.get("samples", 0), facts.get("updates", 0), facts.get("seconds", 0.0), speed)
         self._gap = True
         self._note("finished", text, GREEN)
-        self._closing(facts.get("metrics") or {}, finished=True)
+        self._closing(facts)
 
-    def _closing(self, metrics: Mapping[str, float], finished: bool) -> None:
-        self._print(*closing_lines(self._tally, self._facts, metrics, finished, self._paint, self._width), "")
+    def _closing(self, done: Mapping[str, Any]) -> None:
+        self._print(*closing_lines(self._tally, self._facts, done, self._paint, self._width), "")
 
     def _note(self, label: str, text: str, colour: int = CYAN) -> None:
         """Something that happened, on lines of its own."""

@@ -16,7 +16,7 @@ from typing import Any
 from launcher.durable import write_whole
 from launcher.reading import Event, Reading
 
-__all__ = ["EVENTS", "METRICS", "Jsonl", "as_line"]
+__all__ = ["EVENTS", "METRICS", "Jsonl", "add", "add_beside", "as_line"]
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -74,6 +74,24 @@ class Lines:
     def _write_rest(self) -> None:
         while self._rest:
             self._rest = self._rest[os.write(self._file, self._rest) :]
+
+
+def add(path: Path, entry: Reading | Event) -> None:
+    """One more line in a file that nobody else writes into at the moment."""
+    lines = Lines(path)
+    try:
+        lines.append(as_line(entry))
+    finally:
+        lines.close()
+
+
+def add_beside(path: Path, entry: Reading | Event) -> None:
+    """One more line in a file that rank 0 may be writing into: one write at its end, so both are whole."""
+    number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(number, as_line(entry))
+    finally:
+        os.close(number)
 
 
 def as_line(entry: Reading | Event) -> bytes:

@@ -37,9 +37,6 @@ class Paint:
     def __call__(self, text: str, *codes: int) -> str:
         return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self._colours and text else text
 
-    def bold(self, text: str) -> str:
-        return self(text, 1)
-
     def dim(self, text: str) -> str:
         return self(text, 2)
 

@@ -132,6 +132,10 @@ def kind_of(run: Run) -> Callable[..., Replica]:
 
 def problems(run: Run) -> Iterator[str]:
     """What the run's strategy cannot do, each in one line with its mend. Needs no torch."""
+    if run.strategy.name == "fsdp":
+        from launcher.strategies.fsdp_config import problems as of_fsdp
+
+        yield from of_fsdp(run)
     if run.strategy.name == "deepspeed":
         from launcher.strategies.zero_config import problems as of_deepspeed
 

@@ -77,9 +77,13 @@ class Rank:
         else:
             for kept, buffer in zip(self._kept, self._buffers, strict=True):
                 buffer.copy_(kept)
-        self._precision.stepped()
+        self._adjust(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self._fresh = True
+
+    def _adjust(self, finite: torch.Tensor) -> None:
+        """Let the loss scale follow."""
+        self._precision.stepped()
 
     @torch.no_grad()
     def settle_buffers(self) -> None:

@@ -1,6 +1,6 @@
 """The model in rows over the ranks, gathered block by block when it is needed: torch's fully_shard."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -35,7 +35,9 @@ __all__ = ["FsdpReplica"]
 class FsdpReplica(Rank):
     """Parameters, gradients and optimizer state are DTensors sharded by rows; buffers are whole on every rank.
 
-    Gradients are summed, not averaged, as under DDP: the loss is divided by the update's samples alone.
+    Gradients are summed, not averaged, as under DDP: the loss is divided by the update's samples alone. Of the time in
+    which blocks are gathered, the clock's `sync` has what the forward pass waits for; in the backward pass gathering
+    cannot be told from computing.
     """
 
     sharded = True
@@ -58,6 +60,10 @@ class FsdpReplica(Rank):
         self.optimizer = make_optimizer(model, run, groups, fused=(torch.optim.Adam, torch.optim.AdamW))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.register_forward_pre_hook(lap(clock, "forward"), prepend=True)
+                module.register_forward_pre_hook(lap(clock, "sync"))
 
     @contextmanager
     def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
@@ -70,8 +76,9 @@ class FsdpReplica(Rank):
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
-        if rescale != 1.0:
-            torch._foreach_mul_(rows, rescale)
+        factor = rescale / self._precision.scale()
+        if factor != 1.0:
+            torch._foreach_mul_(rows, factor)
         norm = self._norm(rows)
         if clip_norm is not None:
             torch._foreach_mul_(rows, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
@@ -79,6 +86,10 @@ class FsdpReplica(Rank):
         finite = torch.isfinite(norm)
         self._finish(finite)
         return Step(norm=norm, finite=finite)
+
+    def _adjust(self, finite: torch.Tensor) -> None:
+        if self._precision.scaler is not None:
+            self._precision.told(finite=bool(finite))
 
     def _norm(self, rows: list[torch.Tensor]) -> torch.Tensor:
         """Of the whole gradient, on the parameters' device; NaN or infinity on any rank is so on all."""
@@ -145,6 +156,16 @@ class FsdpReplica(Rank):
             shape=parameter.shape,
             stride=parameter.stride(),
         )
+
+
+def lap(clock: StageClock, stage: str) -> Callable[..., None]:
+    """A hook that gives the time since the last lap to `stage`, in training alone."""
+
+    def hook(*_: object) -> None:
+        if torch.is_grad_enabled():
+            clock.lap(stage)
+
+    return hook
 
 
 def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: Sequence[nn.Module]) -> FSDPModule:

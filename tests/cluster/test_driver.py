@@ -177,14 +177,18 @@ def test_nothing_listens_beyond_the_loopback(driver: Callable[..., subprocess.Po
     assert listening([process.pid, *descendants(process.pid)]) == {"0100007F"}
 
 
-def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text(
-        "from dataclasses import dataclass\nfrom launcher.recipes.mlp import Mlp\n\n"
-        "@dataclass(frozen=True)\nclass Own(Mlp):\n"
-        "    def loss(self, model, batch):\n        raise ValueError('no such thing')\n"
+def own_mlp(here: Path, method: str) -> list[str]:
+    """A recipe whose `method` is another; the job that trains it, with one restart."""
+    (here / "own.py").write_text(
+        "import os\nfrom dataclasses import dataclass\nfrom launcher.recipes.mlp import Mlp\n\n"
+        f"@dataclass(frozen=True)\nclass Own(Mlp):\n    {method}\n"
     )
     own = ["recipe._target_=own.Own", "recipe.trust=[own,launcher.recipes]", "elastic.max_restarts=1"]
-    process = driver(*JOB, "lr.base=0.1", "lr.base_batch=64", *own)
+    return [*JOB, "lr.base=0.1", "lr.base_batch=64", *own]
+
+
+def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = driver(*own_mlp(tmp_path, "def loss(self, model, batch): raise ValueError('no such thing')"))
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "own.py:7: ValueError: no such thing" in stderr.splitlines()[-1]
@@ -197,13 +201,7 @@ def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess
 def test_workers_that_are_killed_without_a_word_are_not_started_for_ever(
     driver: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    (tmp_path / "own.py").write_text(
-        "import os\nfrom dataclasses import dataclass\nfrom launcher.recipes.mlp import Mlp\n\n"
-        "@dataclass(frozen=True)\nclass Own(Mlp):\n"
-        "    def model(self):\n        os.kill(os.getpid(), 9)\n"
-    )
-    own = ["recipe._target_=own.Own", "recipe.trust=[own,launcher.recipes]", "elastic.max_restarts=1"]
-    process = driver(*JOB, "lr.base=0.1", "lr.base_batch=64", *own)
+    process = driver(*own_mlp(tmp_path, "def model(self): os.kill(os.getpid(), 9)"))
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "restart 1: a worker was killed" in stderr

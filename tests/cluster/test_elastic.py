@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -160,6 +161,37 @@ def test_kills_under_the_users_own_torchrun_whatever_its_store(here: Path) -> No
     driven(here, *HELD, "train.precision=fp64", "launch.workers=3", "run.name=whole")
     assert furthest(here / "runs/k", here / "runs/whole") <= 1e-10
     assert [event["generation"] for event in events(here / "runs/k", "start")] == [1, 2, 3, 4]
+
+
+KILLS = [
+    *("start:1:0", "rendezvous:1:0", "restore:0:0", "data:1:7", "forward:0:8", "backward:1:9", "sync:0:9"),
+    *("optimizer:1:10", "checkpoint-write:0:10", "checkpoint-rename:0:10", "validate:1:15", "finish:0:0"),
+]
+
+
+def struck(run_dir: Path, fault: str) -> bool:
+    """Whether a fault's rank wrote down that it came to it."""
+    rank, generation = fault.split(":")[1], fault.split(":")[3]
+    return f"a fault on purpose: {fault}\n" in (run_dir / f"logs/rank{rank}-g{generation}.log").read_text()
+
+
+@pytest.mark.timeout(500)
+def test_a_kill_in_every_phase_changes_nothing(here: Path) -> None:  # noqa: F811
+    """One job, killed twelve times, each time somewhere else; every sample of every epoch counts once."""
+    job = [*HELD, "launch.workers=2", "+recipe.drop=0.3", "checkpoint.every=1ep", "elastic.max_restarts=20"]
+    driven(here, *job, "run.name=whole")
+    kills = [f"kill@{where}:{start}" for start, where in enumerate(KILLS, start=1)]
+    driven(here, *job, "run.name=killed", LAUNCHER_TEST_FAULTS="1", FAULT=",".join(kills))
+    killed, whole = here / "runs/killed", here / "runs/whole"
+    assert [kill for kill in kills if not struck(killed, kill)] == []
+    assert (killed / "generation").read_text() == "13\n", (
+        "each of them ended one start of the workers, nothing else did"
+    )
+    assert json.loads((killed / "done.json").read_text())["restarts"] == 12
+    assert furthest(whole, killed) == 0.0
+    last = {row["update"]: row.get("train/loss") for row in rows(killed)}
+    assert [last[update] for update in range(1, 26)] == [row["train/loss"] for row in rows(whole)]
+    assert not events(killed, "error"), "who lost a peer has no error of its own"
 
 
 def test_a_rank_without_samples_trains_along(here: Path) -> None:  # noqa: F811

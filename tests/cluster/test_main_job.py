@@ -65,7 +65,7 @@ def here(tmp_path: Path) -> Path:
 
 def run(argv: list[str], here: Path, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        argv, cwd=here, env=environment(**env), capture_output=True, text=True, timeout=200, check=False
+        argv, cwd=here, env=environment(**env), capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -152,14 +152,21 @@ def test_three_nans_in_a_row_end_the_job_without_restarts(here: Path) -> None:
     assert len(events(here / "runs/n", "start")) == 1
 
 
-def test_the_first_error_is_the_last_line(here: Path) -> None:
-    done = driven(
-        here, *HELD, "+recipe.fail_on=1", "launch.workers=2", "run.name=f", "elastic.max_restarts=0", status=1
-    )
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_error_is_the_last_line_and_an_event_of_each_start(here: Path, rank: int) -> None:
+    """Whichever rank it is: rank 0 writes the events, but of another's error it only knows that it has gone."""
+    failing = [f"+recipe.fail_on={rank}", "elastic.max_restarts=1"]
+    done = driven(here, *HELD, *failing, "launch.workers=2", "run.name=f", status=1)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: rank 1 failed in own.py:")
+    assert last.startswith(f"error: rank {rank} failed in own.py:")
     assert "RuntimeError: boom" in last
     assert "Traceback" not in done.stderr
+    written = events(here / "runs/f", "error")
+    assert [(one["rank"], one["generation"], one["type"], one["message"]) for one in written] == [
+        (rank, 1, "RuntimeError", "boom"),
+        (rank, 2, "RuntimeError", "boom"),
+    ]
+    assert all(one["where"].startswith("own.py:") and (here / one["log"]).exists() for one in written)
 
 
 def test_a_named_checkpoint_is_gone_on_from_until_the_job_has_saved_one_of_its_own(here: Path) -> None:
@@ -185,6 +192,8 @@ def test_under_the_users_own_torchrun_an_error_is_said_once(here: Path) -> None:
     first, second = errors(failed)
     assert first.startswith("error: rank 1 failed in own.py:")
     assert second.startswith("error: rank 1 failed in own.py:"), "once for each start, and never a consequence"
+    written = events(here / "runs/t", "error")
+    assert [(one["rank"], one["generation"]) for one in written] == [(1, 1), (1, 2)]
 
 
 def test_the_finished_run_says_so_and_a_longer_one_goes_on(here: Path) -> None:

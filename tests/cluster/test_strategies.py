@@ -41,7 +41,7 @@ class Job:
     carry: Path | None = None
 
 
-def sessions(folder: Path, world: int, jobs: Mapping[str, Job]) -> None:
+def sessions(folder: Path, world: int, jobs: Mapping[str, Job], **env: str) -> None:
     """Run each of `jobs` on `world` workers, one after the other, in the folder of its name."""
     told = folder / f"jobs-{world}.json"
     lines = [
@@ -53,7 +53,7 @@ def sessions(folder: Path, world: int, jobs: Mapping[str, Job]) -> None:
     script = Path(__file__).with_name("sessions.py")
     command = [*torchrun, str(script), str(told)]
     done = subprocess.run(
-        command, check=False, env=environment(), capture_output=True, text=True, cwd=folder, timeout=580
+        command, check=False, env=environment(**env), capture_output=True, text=True, cwd=folder, timeout=580
     )
     said = [line for line in done.stderr.splitlines() if not line.startswith("E1")]
     assert done.returncode == 0, "\n".join(said[:60])
@@ -152,6 +152,17 @@ def test_activations_computed_anew_change_nothing(tmp_path: Path) -> None:
     for job in jobs:
         if not job.endswith("-anew"):
             assert furthest(tmp_path / job, tmp_path / f"{job}-anew") == 0.0, job
+
+
+def test_who_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
+    """Rank 1 waits 50 ms for each micro-batch; rank 0 waits for rank 1, wherever their strategy has them meet."""
+    jobs = {layout: Job([*GPT, *strategy]) for layout, strategy in LAYOUTS.items()}
+    sessions(tmp_path, 2, jobs, LAUNCHER_TEST_FAULTS="1", FAULT="slow@data:1:0")
+    for layout in jobs:
+        later = rows(tmp_path / layout)[1:]
+        assert [row["stage/rank"] for row in later] == [1] * len(later), layout
+        assert all(row["stage/data/ms"] >= 50 for row in later), layout
+        assert all(row["stage/sync/ms_max"] >= 25 for row in later), layout
 
 
 def test_a_job_changes_its_strategy_and_its_workers_on_the_way(here: Path) -> None:  # noqa: F811

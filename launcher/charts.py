@@ -1,0 +1,241 @@
+"""Charts as inline SVG: no script, no style of their own. The page's classes colour them, for light and for dark."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from launcher.sinks.text import figure, one_line
+
+__all__ = ["BINS", "COLOURS", "Axis", "Mark", "Series", "binned", "legend", "line_chart", "safe", "stack_chart"]
+
+COLOURS = 8
+WIDTH, HEIGHT = 640, 232
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 30
+BINS = 160
+STRIPS = 80
+LOG_FROM = 30.0  # a range of so many times is drawn on a logarithmic axis
+CLIP_QUANTILE, CLIP_ROOM = 0.98, 1.5
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: (x, y) ascending by x, and where it is the mean of many a band of (x, low, high) round it."""
+
+    label: str
+    colour: int
+    points: tuple[tuple[float, float], ...]
+    band: tuple[tuple[float, float, float], ...] = ()
+    steps: bool = False
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at x; `kind` is a class of the page: restart or resize."""
+
+    x: float
+    kind: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    low: float
+    high: float
+    log: bool = False
+
+    @classmethod
+    def of(cls, values: Sequence[float], *, zero: bool = False, log: bool = False) -> Axis:
+        """An axis round the values; `zero`: from 0 on; `log`: logarithmic where they span enough."""
+        low, high = min(values), max(values)
+        if log and low > 0 and high > LOG_FROM * low:
+            return cls(low, high, log=True)
+        low = min(0.0, low) if zero else low
+        room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
+        return cls(low if zero and low == 0 else low - room, high + room)
+
+    def part(self, value: float) -> float:
+        """0 at the low end, 1 at the high one; what lies outside is drawn at the end."""
+        low, high, at = self.low, self.high, value
+        if self.log:
+            low, high, at = math.log(low), math.log(high), math.log(max(value, self.low))
+        return min(1.0, max(0.0, (at - low) / (high - low))) if high > low else 0.5
+
+    def ticks(self, about: int = 5) -> list[float]:
+        """Round numbers; on a logarithmic axis powers of ten, and some between where there are few."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            spans = math.log10(self.high / self.low)
+            digits = (1, 2, 5) if spans < 1.5 else (1, 3) if spans < 3 else (1,)
+            found = [digit * 10.0**decade for decade in decades for digit in digits]
+            return [value for value in found if self.low <= value <= self.high]
+        step = 10.0 ** math.floor(math.log10((self.high - self.low) / about))
+        step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= about)
+        first = math.ceil(self.low / step - 1e-9)
+        return [count * step for count in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where values lie on the drawing."""
+
+    x: Axis
+    y: Axis
+
+    def at(self, x: float, y: float) -> str:
+        return f"{self.across(x):.1f},{self.up(y):.1f}"
+
+    def across(self, x: float) -> float:
+        return LEFT + self.x.part(x) * (WIDTH - LEFT - RIGHT)
+
+    def up(self, y: float) -> float:
+        return HEIGHT - BOTTOM - self.y.part(y) * (HEIGHT - TOP - BOTTOM)
+
+
+def safe(text: object) -> str:
+    """Anyone's text inside HTML: one line, nothing of it markup."""
+    return escape(one_line(text), quote=True)
+
+
+def binned(
+    points: Sequence[tuple[float, float]], bins: int = BINS
+) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
+    """Means of about equally many neighbours, and (x, least, largest) of each; a few points stay as they are."""
+    size = max(1, -(-len(points) // bins))
+    groups = [points[at : at + size] for at in range(0, len(points), size)]
+    means = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    band = [
+        (x, min(y for _, y in group), max(y for _, y in group)) for (x, _), group in zip(means, groups, strict=True)
+    ]
+    return means, band if size > 1 else []
+
+
+def line_chart(
+    series: Sequence[Series],
+    x_high: float,
+    label: str,
+    marks: Sequence[Mark] = (),
+    *,
+    zero: bool = False,
+    log: bool = False,
+) -> str:
+    """Lines over samples. Values far above all others are drawn at the upper edge; hovering tells them."""
+    values = [y for each in series for _, y in each.points] + [y for each in series for _, *ys in each.band for y in ys]
+    frame = Frame(Axis(0.0, x_high or 1.0), Axis.of(_clipped(values), zero=zero, log=log))
+    parts = [*_grid(frame), *_marks(frame, marks)]
+    for each in series:
+        parts += _line(frame, each)
+    return _svg(label, [*parts, *_strips(frame, [(each.label, each.points) for each in series])])
+
+
+def stack_chart(
+    layers: Sequence[tuple[str, int, Sequence[float]]],
+    xs: Sequence[float],
+    x_high: float,
+    label: str,
+    marks: Sequence[Mark] = (),
+) -> str:
+    """Layers (label, colour, a value at each x) upon each other."""
+    totals = [sum(column) for column in zip(*(values for _, _, values in layers), strict=True)]
+    frame = Frame(Axis(0.0, x_high or 1.0), Axis.of([0.0, *_clipped(totals)], zero=True))
+    parts = list(_grid(frame))
+    base = [0.0] * len(xs)
+    for _, colour, values in layers:
+        top = [low + value for low, value in zip(base, values, strict=True)]
+        outline = [*zip(xs, top, strict=True), *reversed(list(zip(xs, base, strict=True)))]
+        parts.append(f'<polygon class="layer f{colour}" points="{" ".join(frame.at(x, y) for x, y in outline)}"/>')
+        base = top
+    told = [(name, list(zip(xs, values, strict=True))) for name, _, values in layers]
+    return _svg(label, [*parts, *_marks(frame, marks), *_strips(frame, told)])
+
+
+def legend(entries: Sequence[tuple[str, int]]) -> str:
+    items = "".join(f'<li><span class="key k{colour}"></span>{safe(label)}</li>' for label, colour in entries)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _clipped(values: Sequence[float]) -> list[float]:
+    """Without the few that would press all others flat: the first update takes a hundred times as long as the rest."""
+    ordered = sorted(values)
+    limit = ordered[int(CLIP_QUANTILE * (len(ordered) - 1))] * CLIP_ROOM
+    return [min(value, limit) for value in ordered] if limit > 0 and len(ordered) > 10 else ordered
+
+
+def _svg(label: str, parts: Sequence[str]) -> str:
+    inside = "".join(parts)
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(label)}">{inside}</svg>'
+
+
+def _grid(frame: Frame) -> Iterator[str]:
+    for value in frame.y.ticks():
+        y = frame.up(value)
+        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{_tick(value)}</text>'
+    for value in frame.x.ticks(6):
+        yield f'<text class="tick mid" x="{frame.across(value):.1f}" y="{HEIGHT - 8}">{_tick(value)}</text>'
+    yield f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+
+
+def _tick(value: float) -> str:
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit * 10 or (abs(value) >= unit and value % unit == 0):
+            return f"{value / unit:.4g}{name}"
+    return figure(value) if value else "0"
+
+
+def _marks(frame: Frame, marks: Sequence[Mark]) -> Iterator[str]:
+    for mark in marks:
+        x = frame.across(mark.x)
+        yield (
+            f'<g class="mark {safe(mark.kind)}"><line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<path d="M{x - 4:.1f} {TOP}h8l-4 7z"/><title>{safe(mark.label)}</title></g>'
+        )
+
+
+def _line(frame: Frame, series: Series) -> Iterator[str]:
+    if series.band:
+        upper = [frame.at(x, high) for x, _, high in series.band]
+        lower = [frame.at(x, low) for x, low, _ in reversed(series.band)]
+        yield f'<polygon class="band f{series.colour}" points="{" ".join(upper + lower)}"/>'
+    points = list(_stepped(series.points)) if series.steps else list(series.points)
+    if len(points) > 1:
+        drawn = " ".join(frame.at(x, y) for x, y in points)
+        yield f'<polyline class="line s{series.colour}" points="{drawn}"/>'
+    if series.dots or len(points) == 1:
+        for x, y in points:
+            yield f'<circle class="dot f{series.colour}" cx="{frame.across(x):.1f}" cy="{frame.up(y):.1f}" r="3"/>'
+
+
+def _stepped(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """A value holds up to the next one. Only where it changes is there a corner."""
+    before: float | None = None
+    for place, (x, y) in enumerate(points):
+        if before is not None and y != before:
+            yield x, before
+        if y != before or place == len(points) - 1:
+            yield x, y
+        before = y
+
+
+def _strips(frame: Frame, told: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> Iterator[str]:
+    """Invisible columns that tell what lies under the pointer."""
+    xs = sorted({x for _, points in told for x, _ in points})
+    xs = xs[:: max(1, -(-len(xs) // STRIPS))]
+    for place, x in enumerate(xs):
+        start = frame.across(x if place == 0 else (xs[place - 1] + x) / 2)
+        end = frame.across(x if place == len(xs) - 1 else (x + xs[place + 1]) / 2)
+        said = " · ".join(f"{label} {figure(_near(points, x))}" for label, points in told if points)
+        yield (
+            f'<rect class="strip" x="{start:.1f}" y="{TOP}" width="{max(1.0, end - start):.1f}" '
+            f'height="{HEIGHT - TOP - BOTTOM}"><title>{safe(f"{x:,.0f} samples: {said}")}</title></rect>'
+        )
+
+
+def _near(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The value of the point nearest to x."""
+    place = bisect_left(points, (x, -math.inf))
+    return min(points[max(0, place - 1) : place + 1], key=lambda point: abs(point[0] - x))[1]

@@ -1,0 +1,67 @@
+"""The verb `export`: metrics as CSV, one line per update as it was last trained."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+
+from launcher.history import POSITION, Row
+from launcher.stages import STAGES
+
+__all__ = ["as_csv", "columns"]
+
+#: The documented keys in their documented order; those of the stages follow the throughput's.
+BEFORE_STAGES = (
+    "train/loss",
+    "train/grad_norm",
+    "val/loss",
+    "val/accuracy",
+    "lr/value",
+    "lr/scale",
+    "batch/global",
+    "batch/per_device",
+    "batch/accumulation",
+    "batch/world",
+    "throughput/samples_per_s",
+    "throughput/device/samples_per_s",
+    "throughput/tokens_per_s",
+    "throughput/mfu",
+    "stage/rank",
+)
+STAGE_KEYS = tuple(
+    f"stage/{stage}/{what}" for stage in STAGES for what in ("ms", "ms_min", "ms_max", "share", "samples_per_s")
+)
+AFTER_STAGES = (
+    "memory/peak_bytes",
+    "memory/alloc_retries",
+    "memory/major_faults",
+    "device/utilization",
+    "noise/scale",
+    "noise/scale_low",
+    "noise/scale_high",
+    "noise/efficiency",
+    "elastic/recovery_s",
+    "elastic/lost_samples",
+)
+ORDER = {key: place for place, key in enumerate((*POSITION, *BEFORE_STAGES, *STAGE_KEYS, *AFTER_STAGES))}
+
+
+def columns(rows: Iterable[Row]) -> list[str]:
+    """Every key of any row: the documented ones in their order, then the recipe's own by name."""
+    return sorted(set().union(*rows), key=lambda key: (ORDER.get(key, len(ORDER)), key))
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    """A header and a line per row; a value that was not measured is empty, numbers keep all their digits."""
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
+    writer.writerow({key: _harmless(key) for key in writer.fieldnames})
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _harmless(name: str) -> str:
+    """A name of anyone's that a spreadsheet would take for a formula, as text."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name

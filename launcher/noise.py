@@ -1,0 +1,235 @@
+"""The gradient noise scale: how many samples it takes until an update's gradient is as much signal as noise.
+
+McCandlish 2018 (arXiv 1812.06162): phi = S / |G|^2, with S the variance of one sample's gradient and G the true one.
+Both are estimated from the gradients of parts of an update, which distributed training has anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from statistics import NormalDist
+from typing import Any
+
+__all__ = ["CONFIDENCE", "NoiseScale", "efficiency", "estimates", "moved", "student"]
+
+CONFIDENCE = 0.95
+MOVED = 2.0
+_HALF_LIVES = 8  # a window so long leaves out 1/256 of the weight
+_BLOCK = 5  # updates that may depend on each other: the estimate moves once in so many
+_LEAST_BLOCKS = 4
+
+
+def estimates(shares: Sequence[float], square_norms: Sequence[float], mean_square_norm: float) -> tuple[float, float]:
+    """(S, |G|^2) of one update, both unbiased: a sample's gradient variance and the true gradient's square.
+
+    Group i has `shares[i]` samples and a mean gradient of squared norm `square_norms[i]`; `mean_square_norm` is that of
+    the whole update's mean gradient. S = (sum b_i |g_i|^2 - B |g|^2) / (n - 1), |G|^2 = |g|^2 - S / B. Groups without
+    samples are left out. |G|^2 may well be below zero. ValueError where fewer than two groups have samples.
+    """
+    groups = [(share, norm) for share, norm in zip(shares, square_norms, strict=True) if share > 0]
+    if len(groups) < 2:
+        raise ValueError(f"{len(groups)} groups with samples: the noise shows between two or more")
+    batch = sum(share for share, _ in groups)
+    spread = math.fsum(share * norm for share, norm in groups) - batch * mean_square_norm
+    variance = max(0.0, spread / (len(groups) - 1))  # below zero by rounding alone
+    return variance, mean_square_norm - variance / batch
+
+
+def efficiency(batch: float, base_batch: float, noise: float) -> float:
+    """Progress per sample at `batch` over that at the base batch: (noise + base) / (noise + batch), 1 at the base."""
+    return 1.0 if noise == math.inf else (noise + base_batch) / (noise + batch)
+
+
+def moved(before: float | None, now: float | None) -> bool:
+    """Whether a noise scale is worth acting on: the first that is known, and one moved by a factor of two."""
+    if now is None:
+        return False
+    return before is None or not before / MOVED < now < before * MOVED
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """An estimate of the noise scale in samples, and what it comes from; a frozen value.
+
+    `window` holds (S, |G|^2) of the last blocks of five updates each, `block` those of the block that is under way.
+    The scale is the ratio of two averages over the window, whose weights halve every `half_life` updates; an average
+    of ratios would be useless, as single |G|^2 are often near zero. The interval is Fieller's for a ratio, from a
+    block jackknife of both averages. Where |G|^2 is not above zero within its own interval, `scale` is None: unknown.
+
+    Samples are drawn without replacement: with `population`, the size of the data set, what that does to small sets
+    is taken out again. `acted` is the scale that was last worth acting on: it is known within a factor of two either
+    way, and has `moved` since the one before.
+    """
+
+    half_life: float = 25.0
+    population: int | None = None
+    window: tuple[tuple[float, float], ...] = ()
+    block: tuple[tuple[float, float], ...] = ()
+    acted: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.half_life < math.inf:
+            raise ValueError(f"a half-life of {self.half_life} updates: there must be more than 0")
+        if self.population is not None and self.population < 2:
+            raise ValueError(f"a population of {self.population} samples: there must be at least 2")
+
+    def update(
+        self,
+        shares: Sequence[float],
+        square_norms: Sequence[float],
+        mean_square_norm: float,
+        samples: float | None = None,
+    ) -> NoiseScale:
+        """With one more update, told as in `estimates`; unchanged where it has fewer than two groups with samples.
+
+        Groups are the ranks, or one rank's micro-batches, never both. Gradients are those before clipping and after
+        unscaling. Where shares count tokens, `samples` are the update's samples: the scale is in samples always.
+        Norms that are not finite (an update that is skipped) change nothing.
+        """
+        if sum(share > 0 for share in shares) < 2 or not all(map(math.isfinite, (*square_norms, mean_square_norm))):
+            return self
+        variance, square = estimates(shares, square_norms, mean_square_norm)
+        if samples is not None:
+            variance *= samples / sum(shares)
+        block = (*self.block, (variance, square))
+        return replace(self, block=block) if len(block) < _BLOCK else self._closed(block)
+
+    def _closed(self, block: Sequence[tuple[float, float]]) -> NoiseScale:
+        variances, squares = zip(*block, strict=True)
+        kept = math.ceil(_HALF_LIVES * self.half_life / _BLOCK)
+        window = (*self.window, (math.fsum(variances) / _BLOCK, math.fsum(squares) / _BLOCK))[-kept:]
+        later = replace(self, window=window, block=())
+        return replace(later, acted=later.scale) if later._narrow and moved(self.acted, later.scale) else later
+
+    @property
+    def scale(self) -> float | None:
+        """Samples; None where it is unknown."""
+        return self._found[0]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Low and high, in samples, with a confidence of 95 %; high is infinite where the scale is unknown.
+
+        None where there is nothing to say yet.
+        """
+        return self._found[1]
+
+    def values(self, batch: float, base_batch: float) -> dict[str, float]:
+        """The keys of metrics.jsonl, as far as they are known."""
+        values: dict[str, float] = {}
+        if self.scale is not None:
+            values |= {"noise/scale": self.scale, "noise/efficiency": efficiency(batch, base_batch, self.scale)}
+        if self.interval is not None:
+            bounds = zip(("noise/scale_low", "noise/scale_high"), self.interval, strict=True)
+            values |= {key: bound for key, bound in bounds if bound < math.inf}
+        return values
+
+    def to_facts(self) -> dict[str, Any]:
+        """As JSON, for a checkpoint."""
+        return {
+            "half_life": self.half_life,
+            "population": self.population,
+            "window": [list(pair) for pair in self.window],
+            "block": [list(pair) for pair in self.block],
+            "acted": self.acted,
+        }
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> NoiseScale:
+        """The value of `to_facts`."""
+        window, block = (tuple((s, g) for s, g in facts[name]) for name in ("window", "block"))
+        return cls(facts["half_life"], facts["population"], window, block, facts["acted"])
+
+    @property
+    def _narrow(self) -> bool:
+        return self.interval is not None and self.interval[1] <= MOVED**2 * self.interval[0]
+
+    @cached_property
+    def _found(self) -> tuple[float | None, tuple[float, float] | None]:
+        if len(self.window) < _LEAST_BLOCKS:
+            return None, None
+        weights = _weights(self.half_life, len(self.window))
+        variance = math.fsum(weight * block[0] for weight, block in zip(weights, self.window, strict=True))
+        square = math.fsum(weight * block[1] for weight, block in zip(weights, self.window, strict=True))
+        off_s = [weight * (block[0] - variance) for weight, block in zip(weights, self.window, strict=True)]
+        off_g = [weight * (block[1] - square) for weight, block in zip(weights, self.window, strict=True)]
+        interval = _fieller(variance, square, *_covariance(weights, off_s, off_g))
+        if interval is None:
+            return None, None
+        scale = self._finite(variance / square) if interval[1] < math.inf else None
+        return scale, (self._finite(interval[0]), self._finite(interval[1]))
+
+    def _finite(self, scale: float) -> float:
+        """phi (N - 1) / (N + phi): drawing without replacement from N shrinks |G|^2 and leaves S a little large."""
+        if self.population is None:
+            return scale
+        return self.population - 1 if scale == math.inf else scale * (self.population - 1) / (self.population + scale)
+
+
+@lru_cache(maxsize=8)
+def _weights(half_life: float, length: int) -> tuple[float, ...]:
+    """Of so many blocks, oldest first; they add up to 1."""
+    weights = [0.5 ** (age * _BLOCK / half_life) for age in range(length - 1, -1, -1)]
+    whole = math.fsum(weights)
+    return tuple(weight / whole for weight in weights)
+
+
+def _covariance(
+    weights: Sequence[float], off_s: Sequence[float], off_g: Sequence[float]
+) -> tuple[float, float, float, float]:
+    """Var(S), Cov(S, |G|^2), Var(|G|^2) of the means, and the degrees of freedom that they are known by.
+
+    `off_s`, `off_g`: how far each block is from the mean, times its weight.
+    The jackknife that leaves out one block at a time: without block j of weight p a mean moves by p (its own - the
+    mean) / (1 - p). The denominators and the unequal weights come to one factor, right for blocks that vary alike.
+    """
+    two, three = (math.fsum(weight**power for weight in weights) for power in (2, 3))
+    unbiased = two / (two * (1 + two) - 2 * three)
+    var_s = sum(off * off for off in off_s)
+    cov = sum(off * other for off, other in zip(off_s, off_g, strict=True))
+    var_g = sum(off * off for off in off_g)
+    return unbiased * var_s, unbiased * cov, unbiased * var_g, 1 / two - 1
+
+
+def _fieller(
+    variance: float, square: float, var_s: float, cov: float, var_g: float, freedom: float
+) -> tuple[float, float] | None:
+    """The interval of variance / square (Fieller 1954): all ratios r that S - r |G|^2 = 0 is not to be ruled out for.
+
+    High is infinite where |G|^2 itself may be zero. None where no ratio above zero can be ruled out.
+    """
+    reach = student(freedom) ** 2
+    a = square * square - reach * var_g
+    b = variance * square - reach * cov
+    c = variance * variance - reach * var_s
+    inside = b * b - a * c
+    if a > 0 and square > 0:
+        root = math.sqrt(max(0.0, inside))
+        return max(0.0, (b - root) / a), (b + root) / a
+    if inside <= 0 or a == 0 or c <= 0:
+        return None
+    return max((b - math.sqrt(inside)) / a, (b + math.sqrt(inside)) / a), math.inf
+
+
+def student(freedom: float, confidence: float = CONFIDENCE) -> float:
+    """How many standard errors the two-sided interval reaches, by Student's t.
+
+    Cornish-Fisher's series in 1 / freedom (Abramowitz and Stegun 26.7.5), exact for one and two degrees of freedom.
+    """
+    p = (1 + confidence) / 2
+    if freedom <= 1:
+        return math.tan(math.pi * (p - 0.5))
+    if freedom <= 2:
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))

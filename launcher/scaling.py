@@ -1,0 +1,313 @@
+"""How long an update takes at any batch and world size, what it is worth, and the batch that is worth most per second.
+
+The model is that of Pollux (OSDI 2021, arXiv 2008.12260), fitted to measured updates; its predictions have bands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from launcher.noise import efficiency, student
+from launcher.throughput import Estimate
+
+__all__ = ["Choice", "Measured", "UpdateModel", "Workload", "best_batch", "choose", "fit_updates"]
+
+REACH = 2  # times the largest world size measured
+_GAMMA = 10.0  # there full overlap is reached to within 7 %
+#: Logarithms are taken to lie so near a guess that is made from the data: a factor of twenty; of two for gamma.
+_LOOSE, _GAMMA_LOOSE = 3.0, 0.7
+_FIRST_SPREAD, _LEAST_SPREAD = 0.05, 0.003
+_STEP = 1e-5
+_ROUNDS, _PASSES = 60, 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Updates that were timed: `per_device` is the largest micro-batch, `spread` the relative standard error."""
+
+    per_device: int
+    accumulation: int
+    world: int
+    seconds: float
+    nodes: int = 1
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is known beside: seconds of the optimizer's step, of the host, and of the loader for each sample of a rank.
+
+    `every_micro`: the strategy communicates in every micro-batch, as FSDP2 and ZeRO-3 do.
+    """
+
+    optimizer_s: float = 0.0
+    host_s: float = 0.0
+    data_s: float = 0.0
+    every_micro: bool = False
+
+
+@dataclass(frozen=True)
+class UpdateModel:
+    """Update time = max((a - 1) C + (C^g + S^g)^(1/g) + optimizer, data) + host, C = alpha + beta m.
+
+    S = alpha_r + beta_r max(K - 2, 0) within a node, with other constants across nodes, 0 for one worker; g >= 1 says
+    how far communication hides behind computation. `logs` are the logarithms of (alpha, beta, alpha_r, beta_r of one
+    node, those across nodes, g), `covariance` theirs.
+    """
+
+    work: Workload
+    logs: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...] = ()
+    reach: float = math.inf
+    worlds: tuple[tuple[int, int], ...] = field(default=())  # (world, nodes) that were measured
+
+    @cached_property
+    def _values(self) -> tuple[float, ...]:
+        return tuple(map(math.exp, self.logs))
+
+    def seconds(self, per_device: float, accumulation: int, world: int, nodes: int = 1) -> float:
+        """Of one update, wherever it is: `predict` says how well that is known."""
+        alpha, beta, *sync, gamma = self._values
+        compute = alpha + beta * per_device
+        constant, each = sync[2:] if nodes > 1 else sync[:2]
+        exposed = compute if world == 1 else _joined(compute, constant + each * max(world - 2, 0), gamma)
+        apart = exposed if self.work.every_micro else compute
+        device = (accumulation - 1) * apart + exposed + self.work.optimizer_s
+        return max(device, self.work.data_s * per_device * accumulation) + self.work.host_s
+
+    def predict(self, per_device: int, accumulation: int, world: int, nodes: int = 1) -> Estimate:
+        """Seconds of one update with their band.
+
+        Raises:
+            ValueError: too far from what was measured; the message says how far it reaches.
+        """
+        self._within(world, nodes)
+        value = self.seconds(per_device, accumulation, world, nodes)
+        slopes = self._slopes((per_device, accumulation, world, nodes))
+        variance = sum(
+            a * b * self.covariance[i][j] for i, a in enumerate(slopes) for j, b in enumerate(slopes) if a and b
+        )
+        factor = math.exp(min(50.0, self.reach * math.sqrt(max(0.0, variance))))
+        return Estimate(value, value / factor, value * factor)
+
+    def _within(self, world: int, nodes: int) -> None:
+        alike = [measured for measured, on in self.worlds if (on > 1) == (nodes > 1) and (measured > 1 or world == 1)]
+        where = "across nodes" if nodes > 1 else "on one node"
+        if not alike:
+            raise ValueError(f"no synchronisation {where} was measured: measure 2 workers or more {where}")
+        if world > REACH * max(alike):
+            raise ValueError(
+                f"{world} workers are beyond twice the {max(alike)} measured {where}: measure more of them"
+            )
+
+    def _slopes(self, where: tuple[int, int, int, int]) -> list[float]:
+        """Of the time's logarithm, by each of `logs`."""
+        here = math.log(self.seconds(*where))
+        return [
+            (math.log(replace(self, logs=_moved(self.logs, at, _STEP)).seconds(*where)) - here) / _STEP
+            for at in range(len(self.logs))
+        ]
+
+
+def fit_updates(measured: Sequence[Measured], work: Workload = Workload()) -> UpdateModel:
+    """The model by least squares in log time, every constant above 0 and gamma from 1 to 10.
+
+    What the measurements do not determine stays near a guess, loosely, and its doubt is part of every band. Where they
+    are as many as the constants, or fewer, errors of 5 % are assumed, or the measured ones where those are larger.
+
+    Raises:
+        ValueError: fewer than two sizes of micro-batch.
+    """
+    if len({each.per_device for each in measured}) < 2:
+        raise ValueError("updates of one micro-batch size: measure two or more, or overhead and work cannot be told")
+    guess = _guess(measured, work)
+    model, known = UpdateModel(work, guess), math.sqrt(sum(each.spread**2 for each in measured) / len(measured))
+    spread, freedom = max(_FIRST_SPREAD, known), 1.0
+    for _ in range(_PASSES):
+        model, off, freedom = _nearest(model, guess, measured, spread)
+        if freedom >= 1:
+            spread = max(_LEAST_SPREAD, known, math.sqrt(off / freedom))
+    worlds = tuple(sorted({(each.world, each.nodes) for each in measured}))
+    return replace(model, reach=student(max(1.0, freedom)), worlds=worlds)
+
+
+def best_batch(noise: float, constant_s: float, per_sample_s: float) -> float:
+    """The batch of most progress per second where an update takes constant + per_sample x batch: sqrt(phi c0 / c1)."""
+    return math.sqrt(noise * constant_s / per_sample_s)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A batch and what it brings: samples/s, their worth relative to the base batch, and the product."""
+
+    per_device: int
+    accumulation: int
+    global_batch: int
+    samples_per_s: float
+    efficiency: float
+    goodput: float
+
+
+def choose(
+    model: UpdateModel,
+    world: int,
+    noise: float,
+    base_batch: int,
+    *,
+    cap: int,
+    min_global: int = 1,
+    max_global: int,
+    nodes: int = 1,
+) -> Choice:
+    """The (per_device, accumulation) of most progress per second, micro-batches up to `cap`; ties to the smaller batch.
+
+    The global batch is world x per_device x accumulation, clamped to the bounds as under batch.policy=bounded.
+
+    Raises:
+        ValueError: the bounds leave no batch.
+    """
+    if not 1 <= min_global <= max_global or cap < 1:
+        raise ValueError(f"no batch lies between {min_global} and {max_global} with micro-batches up to {cap}")
+    found = [
+        choice
+        for size in range(1, cap + 1)
+        for choice in _best_of(model, size, (world, nodes), (noise, base_batch), (min_global, max_global))
+        if choice.per_device <= cap
+    ]
+    if not found:
+        raise ValueError(f"no batch lies between {min_global} and {max_global} with micro-batches up to {cap}")
+    return max(found, key=lambda choice: (choice.goodput, -choice.global_batch, -choice.accumulation))
+
+
+def _best_of(
+    model: UpdateModel, size: int, workers: tuple[int, int], worth: tuple[float, int], bounds: tuple[int, int]
+) -> Iterator[Choice]:
+    """The best accumulation for one size of micro-batch, and both ends of its range, where the batch is clamped.
+
+    Time is convex in the accumulation a, so time x (phi + B) / B is too, and halving finds its least.
+    """
+    world, nodes = workers
+    low, high = max(1, bounds[0] // (world * size)), max(1, -(-bounds[1] // (world * size)))
+
+    def at(accumulation: int) -> Choice:
+        batch = min(max(world * size * accumulation, bounds[0]), bounds[1])
+        per_device = -(-batch // (world * accumulation))
+        speed = batch / model.seconds(per_device, accumulation, world, nodes)
+        value = efficiency(batch, worth[1], worth[0])
+        return Choice(per_device, accumulation, batch, speed, value, speed * value)
+
+    yield at(low)
+    yield at(high)
+    low, high = low + 1, high - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if at(middle).goodput < at(middle + 1).goodput else (low, middle)
+    if low == high:
+        yield at(low)
+
+
+def _joined(compute: float, sync: float, gamma: float) -> float:
+    """(C^g + S^g)^(1/g) without overflow."""
+    large, small = max(compute, sync), min(compute, sync)
+    return large * math.pow(1 + math.pow(small / large, gamma), 1 / gamma)
+
+
+def _guess(measured: Sequence[Measured], work: Workload) -> tuple[float, ...]:
+    """Of a micro-batch's time a third constant; synchronisation a tenth of it, and a fortieth per further worker."""
+    fixed = work.optimizer_s + work.host_s
+    micros = sorted(max(each.seconds - fixed, each.seconds / 10) / each.accumulation for each in measured)
+    sizes = sorted(each.per_device for each in measured)
+    micro_s, size = micros[len(micros) // 2], sizes[len(sizes) // 2]
+    parts = (micro_s / 3, micro_s / 1.5 / size, micro_s / 10, micro_s / 40, micro_s / 5, micro_s / 20, 2.0)
+    return tuple(map(math.log, parts))
+
+
+def _nearest(
+    model: UpdateModel, guess: Sequence[float], measured: Sequence[Measured], spread: float
+) -> tuple[UpdateModel, float, float]:
+    """The fit at this relative spread of the times: with the sum of its squared errors and the degrees of freedom.
+
+    Levenberg and Marquardt's steps, on errors in log time over `spread` and on the distance from the guess.
+    """
+    loose = [_LOOSE] * (len(guess) - 1) + [_GAMMA_LOOSE]
+    damping = 1e-3
+    cost = _cost(model, guess, loose, measured, spread)
+    for _ in range(_ROUNDS):
+        normal, pull = _normal(model, guess, loose, measured, spread)
+        damped = [[x * (1 + damping * (i == j)) for j, x in enumerate(row)] for i, row in enumerate(normal)]
+        step = _solved(damped, pull)
+        there = replace(model, logs=_bounded(model.logs, step))
+        new_cost = _cost(there, guess, loose, measured, spread)
+        if new_cost < cost:
+            done = cost - new_cost < 1e-9 * (1 + cost)
+            model, cost, damping = there, new_cost, damping / 4
+            if done:
+                break
+        elif damping > 1e9:
+            break
+        else:
+            damping *= 8
+    normal, _ = _normal(model, guess, loose, measured, spread)
+    covariance = _inverse(normal)
+    told = sum(1 - covariance[i][i] / loose[i] ** 2 for i in range(len(loose)))  # constants that the data determine
+    off = sum(_off(model, each) ** 2 for each in measured)
+    return replace(model, covariance=covariance), off, len(measured) - told
+
+
+def _off(model: UpdateModel, each: Measured) -> float:
+    return math.log(model.seconds(each.per_device, each.accumulation, each.world, each.nodes) / each.seconds)
+
+
+def _cost(
+    model: UpdateModel, guess: Sequence[float], loose: Sequence[float], measured: Sequence[Measured], spread: float
+) -> float:
+    prior = sum(((u - g) / w) ** 2 for u, g, w in zip(model.logs, guess, loose, strict=True))
+    return prior + sum((_off(model, each) / spread) ** 2 for each in measured)
+
+
+def _normal(
+    model: UpdateModel, guess: Sequence[float], loose: Sequence[float], measured: Sequence[Measured], spread: float
+) -> tuple[list[list[float]], list[float]]:
+    """The normal equations' matrix and right-hand side at the model's constants."""
+    size = len(guess)
+    normal = [[(i == j) / loose[i] ** 2 for j in range(size)] for i in range(size)]
+    pull = [(guess[i] - model.logs[i]) / loose[i] ** 2 for i in range(size)]
+    for each in measured:
+        slopes = model._slopes((each.per_device, each.accumulation, each.world, each.nodes))
+        off = _off(model, each)
+        for i, slope in enumerate(slopes):
+            pull[i] -= slope * off / spread**2
+            for j, other in enumerate(slopes):
+                normal[i][j] += slope * other / spread**2
+    return normal, pull
+
+
+def _moved(logs: Sequence[float], at: int, by: float) -> tuple[float, ...]:
+    return (*logs[:at], logs[at] + by, *logs[at + 1 :])
+
+
+def _bounded(logs: Sequence[float], step: Sequence[float]) -> tuple[float, ...]:
+    """At most a factor of e at a time; gamma from 1 to 10."""
+    *constants, gamma = (u + max(-1.0, min(1.0, move)) for u, move in zip(logs, step, strict=True))
+    return (*constants, max(0.0, min(math.log(_GAMMA), gamma)))
+
+
+def _solved(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
+    return [sum(x * y for x, y in zip(row, right, strict=True)) for row in _inverse(matrix)]
+
+
+def _inverse(matrix: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """Of a positive definite matrix, by Gauss and Jordan without pivots."""
+    size = len(matrix)
+    rows = [[*row, *(float(i == j) for j in range(size))] for i, row in enumerate(matrix)]
+    for at, pivot in enumerate(rows):
+        head = pivot[at]
+        pivot[:] = [x / head for x in pivot]
+        for row in rows:
+            if row is not pivot and row[at]:
+                factor = row[at]
+                row[:] = [x - factor * y for x, y in zip(row, pivot, strict=True)]
+    return tuple(tuple(row[size:]) for row in rows)

@@ -1,0 +1,245 @@
+"""What measured micro-batch sizes say: which is the knee, which went back, and what sizes not measured would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from launcher.noise import student
+
+__all__ = [
+    "Advice",
+    "Estimate",
+    "Line",
+    "MemoryModel",
+    "Point",
+    "ThroughputModel",
+    "advise",
+    "fit",
+    "fit_line",
+    "fit_memory",
+    "knee",
+    "label",
+]
+
+KNEE = 0.9
+MEMORY_SHARE = 0.92
+_LEAST_PROBES = 3
+_ERRORS = 1.96  # standard errors that an interval of 95 % reaches
+
+
+class Point(NamedTuple):
+    """A size that was measured: samples/s with its interval; None where it did not fit into memory."""
+
+    size: int
+    samples_per_s: float | None
+    low: float = 0.0
+    high: float = 0.0
+
+
+class Estimate(NamedTuple):
+    """A value and its interval of 95 %; infinite where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+
+Points = Sequence[tuple[int, float | None, float, float]]
+
+
+def knee(points: Points, share: float = KNEE) -> int:
+    """The smallest size with at least `share` of the best samples/s. ValueError where no size works."""
+    working = _working(points)
+    best = max(speed for _, speed, _, _ in working)
+    return min(size for size, speed, _, _ in working if speed >= share * best)
+
+
+def label(points: Points) -> dict[int, str]:
+    """A word for each size, ascending.
+
+    rising: below the knee; knee; regressed: beyond it, and its high is under the low of the best smaller size;
+    saturated: every other size beyond it; oom: did not fit.
+    """
+    turning = knee(points)
+    speeds = {size: (speed, low, high) for size, speed, low, high in _working(points)}
+    labels: dict[int, str] = {}
+    for size in sorted(size for size, *_ in points):
+        if size not in speeds:
+            labels[size] = "oom"
+        elif size <= turning:
+            labels[size] = "knee" if size == turning else "rising"
+        else:
+            best_low = max((speed, low) for smaller, (speed, low, _) in speeds.items() if smaller < size)[1]
+            labels[size] = "regressed" if speeds[size][2] < best_low else "saturated"
+    return labels
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Sizes that have a name, as `tune` prints them; `labels` by size."""
+
+    labels: Mapping[int, str]
+    fastest: int
+    knee: int
+    recommended: int
+    memory_max: int
+
+
+def advise(points: Points, memory_max: int | None = None) -> Advice:
+    """The knee is recommended, or the largest size that works where that is smaller.
+
+    `memory_max`: the largest size that works, where it is known from more than these points.
+    """
+    working, turning = _working(points), knee(points)
+    largest = max(size for size, *_ in working) if memory_max is None else memory_max
+    fastest = max(working, key=lambda point: (point[1], -point[0]))[0]
+    return Advice(label(points), fastest, turning, min(turning, largest), largest)
+
+
+@dataclass(frozen=True)
+class Line:
+    """y = intercept + slope x, both at least 0. `covariance` is that of (intercept, both, slope); `reach` the standard
+    errors that an interval takes.
+    """
+
+    intercept: float
+    slope: float
+    covariance: tuple[float, float, float]
+    reach: float
+
+    def at(self, x: float) -> Estimate:
+        constant, both, slope = self.covariance
+        return self._around(self.intercept + self.slope * x, constant + 2 * both * x + slope * x * x)
+
+    @property
+    def intercepts(self) -> Estimate:
+        return self._around(self.intercept, self.covariance[0])
+
+    @property
+    def slopes(self) -> Estimate:
+        return self._around(self.slope, self.covariance[2])
+
+    def _around(self, value: float, variance: float) -> Estimate:
+        reach = self.reach * math.sqrt(max(0.0, variance)) if variance < math.inf else math.inf
+        return Estimate(value, max(0.0, value - reach), value + reach)
+
+
+def fit_line(xs: Sequence[float], ys: Sequence[float], errors: Sequence[float]) -> Line:
+    """The line through these values by weighted least squares, with neither constant nor slope below 0.
+
+    `errors` are the values' standard errors; 0 for unknown, then all are taken to be off by the same part of
+    themselves. An error that the scatter about the line belies is taken for larger. ValueError below two x.
+    """
+    if len(set(xs)) < 2:
+        raise ValueError(f"{len(set(xs))} different sizes: a line needs two or more")
+    known = all(error > 0 for error in errors)
+    weights = [1 / (error if known else y) ** 2 for error, y in zip(errors, ys, strict=True)]
+    w, wx, wxx, wy, wxy = (
+        math.fsum(weight * x**i * y**j for weight, x, y in zip(weights, xs, ys, strict=True))
+        for i, j in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
+    )
+    determinant = w * wxx - wx * wx
+    intercept, slope = (wxx * wy - wx * wxy) / determinant, (w * wxy - wx * wy) / determinant
+    covariance = (wxx / determinant, -wx / determinant, w / determinant)
+    if intercept < 0:
+        intercept, slope, covariance = 0.0, wxy / wxx, (0.0, 0.0, 1 / wxx)
+    elif slope < 0:
+        intercept, slope, covariance = wy / w, 0.0, (1 / w, 0.0, 0.0)
+    freedom = len(xs) - 2
+    chi = math.fsum(weight * (intercept + slope * x - y) ** 2 for weight, x, y in zip(weights, xs, ys, strict=True))
+    scatter = chi / freedom if freedom else math.inf
+    spread = max(1.0, scatter if freedom else 0.0) if known else scatter
+    reach = _ERRORS if known and spread == 1 else student(max(1, freedom))
+    constant, both, sloped = (part * spread if part else 0.0 for part in covariance)
+    return Line(intercept, slope, (constant, both, sloped), reach)
+
+
+@dataclass(frozen=True)
+class ThroughputModel:
+    """Seconds of a micro-batch of m samples: alpha + beta m. Speeds are those of all workers together."""
+
+    line: Line
+
+    @property
+    def alpha_s(self) -> Estimate:
+        """What a micro-batch takes whatever its size."""
+        return self.line.intercepts
+
+    @property
+    def beta_s(self) -> Estimate:
+        """What each sample takes beside."""
+        return self.line.slopes
+
+    def time_s(self, size: float) -> Estimate:
+        return self.line.at(size)
+
+    def samples_per_s(self, size: float) -> Estimate:
+        value, low, high = self.time_s(size)
+        return Estimate(size / value, size / high, size / low if low else math.inf)
+
+    def overhead(self, size: float) -> float:
+        """The constant's share of the time."""
+        return self.line.intercept / self.time_s(size).value
+
+    def knee(self, share: float = KNEE) -> float:
+        """The size that has `share` of the samples/s of an endless one; infinite where a sample takes no time."""
+        return share / (1 - share) * self.line.intercept / self.line.slope if self.line.slope else math.inf
+
+
+def fit(points: Points) -> ThroughputModel:
+    """T = alpha + beta m through the sizes that work; those that regressed are beyond what a line describes.
+
+    ValueError below two of them.
+    """
+    labels = label(points)
+    kept = [point for point in _working(points) if labels[point[0]] != "regressed"]
+    sizes = [float(size) for size, *_ in kept]
+    times = [size / speed for size, speed, _, _ in kept]
+    errors = [(size / low - size / high) / (2 * _ERRORS) if low else 0.0 for size, _, low, high in kept]
+    return ThroughputModel(fit_line(sizes, times, errors))
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes at a size: fixed + c size. The size is in samples, or in samples x height x width of images."""
+
+    line: Line
+
+    def at(self, size: float) -> Estimate:
+        return self.line.at(size)
+
+    def largest(self, limit_bytes: float, share: float = MEMORY_SHARE) -> int | None:
+        """The largest size expected within `share` of the limit, 0 for none, None where memory does not grow.
+
+        It is where to probe next, never an answer.
+        """
+        if not self.line.slope:
+            return None
+        return max(0, math.floor((share * limit_bytes - self.line.intercept) / self.line.slope))
+
+
+def fit_memory(probes: Sequence[tuple[float, float]]) -> MemoryModel:
+    """M = M0 + c size from (size, bytes) of at least three probes; ValueError below."""
+    if len({size for size, _ in probes}) < _LEAST_PROBES:
+        raise ValueError(f"{len(probes)} probes of memory: there must be {_LEAST_PROBES} sizes or more")
+    sizes, memory = zip(*probes, strict=True)
+    return MemoryModel(fit_line(sizes, memory, [0.0] * len(probes)))
+
+
+def _working(points: Points) -> list[tuple[int, float, float, float]]:
+    """
+    Raises:
+        ValueError: a size was measured twice, no size works, or a speed is none.
+    """
+    if len({size for size, *_ in points}) < len(points):
+        raise ValueError("a size was measured twice: give one point for each")
+    working = [(size, speed, low, high) for size, speed, low, high in points if speed is not None]
+    for size, speed, low, high in working:
+        if not (0 < low <= speed <= high < math.inf):
+            raise ValueError(f"size {size}: {speed} samples/s between {low} and {high} is no measurement")
+    if not working:
+        raise ValueError("no size works: there is nothing to choose from")
+    return working

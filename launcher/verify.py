@@ -1,0 +1,251 @@
+"""The verb `verify`: whether accumulation and splitting over workers give the gradient of the one big batch.
+
+Shown on the user's own recipe and data, in fp64 and in one process: the ranks' micro-batches are those of real plans,
+and run one after the other. Their order of summation is all that differs from a real job.
+"""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher import recipe as recipes
+from launcher.assembly import initialise
+from launcher.batch import BatchPlan, BatchPolicy, plan_batch
+from launcher.data import AddressedDataset, collate_of, dataset_of, seed_from, transfer
+from launcher.errors import RequestError
+from launcher.loop import seed_generators
+from launcher.order import Order
+from launcher.settings import Run
+from launcher.study import study
+from launcher.timeline import MicroBatch, Timeline, Update
+
+__all__ = ["MOST", "Verdict", "text", "verify"]
+
+MOST = 64  # samples of the batch that is split: enough to be uneven in every way, few enough for any memory
+TOLERANCE = 1e-12
+LOSS = "loss"
+#: (workers, micro-batches each): accumulation alone, workers alone, both, and shares that differ.
+SPLITS = ((1, 2), (1, 4), (2, 1), (2, 3), (3, 1), (3, 2), (5, 1))
+_CPU = torch.device("cpu")
+
+MENDS = {
+    "BatchNorm": "statistics are taken over a micro-batch: use GroupNorm or LayerNorm, or torch.nn.SyncBatchNorm "
+    "between workers; elastic.exact=true fixes over which parts",
+    "Dropout": "draws another mask for each micro-batch, as it should; the gradient is right on average",
+    LOSS: "loss() is no sum over samples: return sums, not means, and let no sample's loss depend on another",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`relative` is the norm of the largest difference over the gradient's; `splits` are the plans that were compared.
+
+    `breakers` are layers that gave other outputs for the same inputs when the batch was split, as `name (Class)`, and
+    `loss` where the loss did.
+    """
+
+    max_abs_diff: float
+    relative: float
+    samples: int
+    splits: tuple[BatchPlan, ...]
+    breakers: tuple[str, ...]
+
+    @property
+    def equal(self) -> bool:
+        return self.relative <= TOLERANCE and not self.breakers
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "equal": self.equal,
+            "max_abs_diff": self.max_abs_diff,
+            "dtype": "float64",
+            "breakers": list(self.breakers),
+            "relative": self.relative,
+            "samples": self.samples,
+            "splits": [{"shares": list(plan.shares), "accumulation": plan.accumulation} for plan in self.splits],
+        }
+
+
+def verify(run: Run) -> Verdict:
+    """Compare the gradients of one batch whole, and split by several plans.
+
+    Raises:
+        RequestError: the recipe or the run is wrong, or there are fewer than 2 samples to split.
+    """
+    recipe = recipes.build(run.recipe)
+    sizes = recipes.sizes(recipe)
+    planned = study(run, sizes, run.launch.workers or 1).plan.global_batch
+    samples = min(planned if planned > 1 else MOST, MOST, sizes.train)
+    if samples < 2:
+        raise RequestError(f"the training data has {sizes.train} samples: verify needs 2 or more to split")
+    torch.manual_seed(seed_from(run.seed, -1))
+    model = recipe.model()
+    initialise(model, run)
+    trial = Trial(recipe, model.to(_CPU, torch.float64).train(), dataset_of(recipe, "train", run.data.source), run.seed)
+    whole, plans = trial.update(BatchPlan(1, (samples,), samples, 1)), tuple(_plans(samples))
+    expected = trial.gradient(whole)
+    worst = largest = 0.0
+    for plan in plans:
+        off = trial.gradient(trial.update(plan)) - expected
+        largest = max(largest, float(off.abs().max()))
+        worst = max(worst, float(off.norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny)))
+    breakers = tuple(trial.breakers(whole, trial.update(plans[0]))) if worst > TOLERANCE else ()
+    return Verdict(largest, worst, samples, plans, breakers)
+
+
+def text(verdict: Verdict) -> str:
+    """The verdict for a person at a terminal."""
+    lines = [f"One batch of {verdict.samples} samples whole, and split in {len(verdict.splits)} ways, in float64:"]
+    lines += [f"- {_split(plan)}" for plan in verdict.splits]
+    same = "the same gradient" if verdict.relative <= TOLERANCE else "other gradients"
+    lines.append(f"{same}: they differ by {verdict.relative:.1e} of its norm, by {verdict.max_abs_diff:.1e} at most.")
+    kinds: dict[str, list[str]] = {}
+    for breaker in verdict.breakers:
+        kinds.setdefault(_kind(breaker), []).append(breaker)
+    for kind, layers in kinds.items():
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        lines.append(f"{', '.join(layers[:3])}{more}: {MENDS.get(kind, 'it mixes samples, or draws at random')}")
+    if not verdict.breakers and verdict.relative > TOLERANCE:
+        lines.append("no layer explains it")
+    wrapped = (textwrap.wrap(f"{line[:1].upper()}{line[1:]}", 80, subsequent_indent="  ") for line in lines)
+    return "\n".join(line for part in wrapped for line in part) + "\n"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe with its model as it starts; nothing that is tried changes either."""
+
+    recipe: Any
+    model: nn.Module
+    items: Any
+    seed: int
+
+    def update(self, plan: BatchPlan) -> Update:
+        """The run's first update under this plan: the same samples under every plan of the same batch."""
+        return next(Timeline(len(self.items), plan.global_batch, ((0, plan),)).updates())
+
+    def gradient(self, update: Update) -> torch.Tensor:
+        """All parameters' gradients in a row: d(total)/samples summed over ranks, then made a mean over the count."""
+        model, count = copy.deepcopy(self.model), 0.0
+        for micro in _micro_batches(update):
+            loss = self.recipe.loss(model, self._batch(update, micro))
+            (loss.total / update.samples).backward()
+            count += float(loss.count)
+        parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
+        return torch.cat([part.reshape(-1) for part in parts]) * (update.samples / count)
+
+    def breakers(self, whole: Update, split: Update) -> Iterator[str]:
+        """Layers whose outputs for the same inputs depend on how the batch is cut; last the loss, if it does."""
+        one, parts = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        reference = Outputs()
+        with torch.no_grad(), _heard(one, reference.keep):
+            expected = float(self.recipe.loss(one, self._batch(whole, *_micro_batches(whole))).total)
+        total = 0.0
+        compare = Comparison(reference)
+        with torch.no_grad(), _heard(parts, compare):
+            for micro in _micro_batches(split):
+                compare.next_part(micro.size)
+                total += float(self.recipe.loss(parts, self._batch(split, micro)).total)
+        yield from compare.broken
+        if abs(total - expected) > TOLERANCE * max(abs(expected), 1e-300) * 10:
+            yield LOSS
+
+    def _batch(self, update: Update, micro: MicroBatch) -> Any:
+        """As the run's own loader and loop make it: each sample, and each micro-batch, with its own random state."""
+        orders = [(epoch, Order(update.size, self.seed, epoch)[start:stop]) for epoch, start, stop in micro.spans]
+        addresses = [(epoch, sample) for epoch, samples in orders for sample in samples]
+        items = AddressedDataset(self.items, self.seed).__getitems__(addresses)
+        batch = transfer(collate_of(self.recipe)(items), _CPU, torch.float64)
+        seed_generators(seed_from(self.seed, update.index, micro.place, micro.index), _CPU)
+        return batch
+
+
+Heard = Callable[[str, nn.Module, Any], Any]
+
+
+class Outputs:
+    """What each call of each layer put out, by the layer's name and the number of the call."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[tuple[str, int], Any] = {}
+        self._calls: Counter[str] = Counter()
+
+    def keep(self, name: str, _: nn.Module, output: Any) -> None:
+        self.outputs[name, self._calls[name]] = output
+        self._calls[name] += 1
+
+
+class Comparison:
+    """Heard at every layer of the split batch: it is compared with the whole one, and goes on with its outputs.
+
+    So each layer sees what it saw then, and one that differs does not make those behind it differ too.
+    """
+
+    def __init__(self, reference: Outputs) -> None:
+        self.broken: list[str] = []
+        self._reference = reference
+        self._start = self._stop = 0
+        self._calls: Counter[str] = Counter()
+
+    def next_part(self, samples: int) -> None:
+        self._start, self._stop = self._stop, self._stop + samples
+        self._calls.clear()
+
+    def __call__(self, name: str, layer: nn.Module, output: Any) -> Any:
+        whole = self._reference.outputs.get((name, self._calls[name]))
+        self._calls[name] += 1
+        if not (isinstance(output, torch.Tensor) and isinstance(whole, torch.Tensor) and output.dim() and whole.dim()):
+            return output
+        before = whole[self._start : self._stop]
+        if before.shape != output.shape or len(output) != self._stop - self._start:  # no row for each sample
+            return output
+        told = f"{name} ({type(layer).__name__})" if name else type(layer).__name__
+        if not torch.allclose(before, output, rtol=1e-9, atol=1e-11) and told not in self.broken:
+            self.broken.append(told)
+        return before
+
+
+@contextmanager
+def _heard(model: nn.Module, heard: Heard) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda layer, _, output: heard(name, layer, output)
+
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in model.named_modules()]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def _micro_batches(update: Update) -> Iterator[MicroBatch]:
+    """All ranks', in order of rank; a rank without samples contributes nothing."""
+    for rank in range(update.plan.world):
+        yield from (micro for micro in update.micro_batches(rank) if not micro.pad)
+
+
+def _plans(samples: int) -> Iterator[BatchPlan]:
+    """Those splits that leave every micro-batch two samples, for BatchNorm refuses one; else whatever there is."""
+    fitting = [(world, steps) for world, steps in SPLITS if samples // (world * steps) >= 2] or [(1, 2)]
+    for world, steps in fitting:
+        cap = -(-samples // (world * steps))
+        yield plan_batch(BatchPolicy("hold", per_device=cap, global_batch=samples, accumulation=steps), world)
+
+
+def _split(plan: BatchPlan) -> str:
+    shares = ", ".join(map(str, plan.shares))
+    workers = f"{plan.world} worker{'' if plan.world == 1 else 's'}"
+    return f"{workers}: {shares} samples in {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''}"
+
+
+def _kind(breaker: str) -> str:
+    return next((kind for kind in MENDS if kind in breaker), breaker.rpartition("(")[2])

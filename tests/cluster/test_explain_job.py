@@ -1,0 +1,42 @@
+"""explain on runs that were really trained: the same recipe, once with a slow data loader on one of two ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import environment
+
+pytestmark = pytest.mark.slow
+
+RECIPE = ("recipe=mlp", "train.duration=60ba", "train.validate_every=60ba", "sink=console", "launch.workers=2")
+
+
+def launcher(here: Path, *args: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", *args],
+        cwd=here,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_data_loader_slowed_on_purpose_is_named(tmp_path: Path) -> None:
+    launcher(tmp_path, *RECIPE, "run.name=plain")
+    launcher(tmp_path, *RECIPE, "run.name=slow", LAUNCHER_TEST_FAULTS="1", FAULT="slow@data:1:0")
+    alone: dict[str, Any] = json.loads(launcher(tmp_path, "explain", "slow", "format=json"))
+    assert alone["bottleneck"] == "data"
+    assert alone["share"] > 0.5
+    assert [line for line in alone["advice"] if "the others wait for rank 1: its data takes" in line]
+    both: dict[str, Any] = json.loads(launcher(tmp_path, "explain", "slow", "plain", "format=json"))
+    assert (both["faster"], both["grew"]) == ("B", "data")
+    assert both["ratio"] > 1.5

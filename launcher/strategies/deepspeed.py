@@ -179,7 +179,8 @@ class DeepSpeedReplica(Rank):
                 continue
             if id(tensor) not in seen:
                 with gathered(tensor, None):
-                    seen[id(tensor)] = tensor.detach().to("cpu", copy=True) if self._rank == 0 else tensor.detach()
+                    whole = tensor.detach()
+                    seen[id(tensor)] = whole.to("cpu", copy=True) if self._rank == 0 else whole.new_empty(0)
             yield name, seen[id(tensor)]
 
     @torch.no_grad()

@@ -60,7 +60,7 @@ def main() -> None:
     backward()
     gradients = resident_bytes() - before - state
     if topology.rank == 0:
-        predicted = expected.parameters + expected.optimizer
+        predicted = expected.parameters + expected.optimizer + expected.buffers
         found = {"layout": layout, "world": topology.world, "state_MB": state / 1e6, "predicted_MB": predicted / 1e6}
         found |= {"gradients_MB": gradients / 1e6, "predicted_gradients_MB": expected.gradients / 1e6}
         found["total_over_predicted"] = (state + gradients) / expected.total

@@ -1,7 +1,7 @@
-"""What a model's state takes on each worker under each strategy: parameters, gradients, optimizer state.
+"""What a model's state takes on each worker under each strategy: parameters, gradients, optimizer state, and the
+buffers that a strategy keeps as long as training lasts.
 
-Activations, gathered blocks and communication buffers come on top; they depend on the batch and are measured, not
-predicted here.
+Activations and FSDP's gathered blocks come and go on top; they depend on batch and model, and are not predicted.
 """
 
 from __future__ import annotations
@@ -13,16 +13,31 @@ from typing import Any
 
 __all__ = ["LAYOUTS", "Footprint", "Weights", "footprint", "memory_document", "memory_lines"]
 
-#: What is divided among the workers, and whether there is a second copy of the parameters to step on.
-LAYOUTS: Mapping[str, tuple[bool, bool, bool, bool]] = {
-    # strategy: parameters, gradients, optimizer state, copy
-    "ddp": (False, False, False, False),
-    "fsdp": (True, True, True, False),
-    "zero0": (False, False, False, False),
-    "zero1": (False, False, True, True),
-    "zero2": (False, True, True, True),
-    "zero3": (True, True, True, True),
+
+@dataclass(frozen=True)
+class Layout:
+    """What is divided among the workers, whether a second copy of the parameters is stepped on, and how many buffers
+    as long as all parameters there are."""
+
+    parameters: bool = False
+    gradients: bool = False
+    optimizer: bool = False
+    copy: bool = False
+    buffers: int = 0
+
+
+#: As measured with DeepSpeed 0.19: stage 1 divides the gradients too, from then on there is a bucket for them, and
+#: stage 3 keeps gathered parameters.
+LAYOUTS: Mapping[str, Layout] = {
+    "ddp": Layout(),
+    "fsdp": Layout(parameters=True, gradients=True, optimizer=True),
+    "zero0": Layout(),
+    "zero1": Layout(gradients=True, optimizer=True, copy=True, buffers=1),
+    "zero2": Layout(gradients=True, optimizer=True, copy=True, buffers=1),
+    "zero3": Layout(parameters=True, gradients=True, optimizer=True, copy=True, buffers=2),
 }
+#: Elements that a bucket of DeepSpeed's has at most, by default.
+LONGEST = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -43,10 +58,11 @@ class Footprint:
     parameters: int
     gradients: int
     optimizer: int
+    buffers: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.buffers
 
 
 def footprint(weights: Weights, layout: str, world: int) -> Footprint:
@@ -54,16 +70,17 @@ def footprint(weights: Weights, layout: str, world: int) -> Footprint:
 
     DeepSpeed's stages 1 to 3 step on a copy of each worker's part of the parameters, whatever their precision.
     """
-    parameters, gradients, optimizer, copy = LAYOUTS[layout]
+    lies = LAYOUTS[layout]
 
     def held(elements: int, divided: bool) -> int:
         return weights.element_bytes * (math.ceil(elements / world) if divided else elements)
 
-    own = held(weights.trainable + weights.frozen, parameters)
+    own = held(weights.trainable + weights.frozen, lies.parameters)
     return Footprint(
-        parameters=own + (held(weights.trainable, True) if copy else 0),
-        gradients=held(weights.trainable, gradients),
-        optimizer=held(weights.trainable * weights.slots, optimizer),
+        parameters=own + (held(weights.trainable, True) if lies.copy else 0),
+        gradients=held(weights.trainable, lies.gradients),
+        optimizer=held(weights.trainable * weights.slots, lies.optimizer),
+        buffers=lies.buffers * held(min(weights.trainable, LONGEST), False) if world > 1 else 0,
     )
 
 
@@ -85,6 +102,7 @@ def _bytes(found: Footprint) -> dict[str, int]:
         "parameters_bytes": found.parameters,
         "gradients_bytes": found.gradients,
         "optimizer_bytes": found.optimizer,
+        "buffers_bytes": found.buffers,
         "total_bytes": found.total,
     }
 
@@ -93,7 +111,7 @@ def memory_lines(document: Mapping[str, Any]) -> Iterator[str]:
     """The totals for a person, at most 80 columns."""
     strategies = document["strategies"]
     yield f"Memory per worker for {document['trainable'] + document['frozen']:,} parameters, their gradients and"
-    yield "the optimizer's state; activations and buffers come on top"
+    yield "the optimizer's state; activations come on top"
     yield f"{'world':>7}" + "".join(f"{layout:>12}" for layout in strategies)
     for row in zip(*strategies.values(), strict=True):
         yield f"{row[0]['world']:>7}" + "".join(f"{_human(one['total_bytes']):>12}" for one in row)

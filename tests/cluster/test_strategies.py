@@ -165,6 +165,19 @@ def test_who_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
         assert all(row["stage/sync/ms_max"] >= 25 for row in later), layout
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "zero2"])
+def test_the_memory_that_a_plan_predicts_is_what_it_takes(layout: str) -> None:
+    """Resident memory of two real workers, grown by a model of 32 million parameters, gradients and AdamW's state."""
+    script = Path(__file__).parents[2] / "benchmarks/memory.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    large = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the machine
+    command = [*torchrun, *LAYOUTS[layout], "recipe.layers=10"]
+    done = subprocess.run(command, check=True, env=environment(**large), capture_output=True, text=True, timeout=280)
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert found["layout"] == layout
+    assert 0.9 <= found["total_over_predicted"] <= 1.1
+
+
 def test_a_job_changes_its_strategy_and_its_workers_on_the_way(here: Path) -> None:  # noqa: F811
     """DDP on 2, FSDP on 3 that writes in parts and loses a worker, DDP on 1: the parameters of one process."""
     job = [*HELD_JOB, "train.precision=fp64", "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]

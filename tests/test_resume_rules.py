@@ -76,12 +76,13 @@ def test_a_word_that_is_none_of_them_is_refused_before_anything_starts(word: str
 MAY = {
     "checkpoint.every", "checkpoint.keep", "checkpoint.sharded", "data.prefetch", "data.workers", "debug",
     "elastic.balance", "elastic.first_s", "elastic.hang_s", "elastic.idle", "elastic.max_restarts",
-    "elastic.max_workers", "elastic.min_workers", "format", "launch.backend", "launch.dry", "launch.env",
-    "launch.kind", "launch.nodes", "launch.threads", "launch.timeout_s", "launch.workers", "log.every", "plan.memory",
-    "plan.worlds", "resume", "run.dir", "run.name", "sink", "strategy.config", "strategy.find_unused_parameters",
-    "strategy.gather", "strategy.name", "strategy.offload", "strategy.reshard", "strategy.stage",
-    "train.activation_checkpointing", "train.device", "train.profile", "train.stop_at_target",
-    "train.target.at_least", "train.target.at_most", "train.target.metric", "train.validate_every",
+    "elastic.max_workers", "elastic.min_workers", "format", "launch.account", "launch.backend", "launch.constraint",
+    "launch.dry", "launch.env", "launch.extra", "launch.kind", "launch.nodes", "launch.partition", "launch.qos",
+    "launch.threads", "launch.time", "launch.timeout_s", "launch.workers", "log.every", "plan.memory", "plan.worlds",
+    "resume", "run.dir", "run.name", "sink", "strategy.config", "strategy.find_unused_parameters", "strategy.gather",
+    "strategy.name", "strategy.offload", "strategy.reshard", "strategy.stage", "train.activation_checkpointing",
+    "train.device", "train.profile", "train.stop_at_target", "train.target.at_least", "train.target.at_most",
+    "train.target.metric", "train.validate_every",
 }  # fmt: skip
 MAY_NOT = {
     "batch.accumulation", "batch.global", "batch.max_global", "batch.min_global", "batch.per_device", "batch.policy",

@@ -14,7 +14,7 @@ def point(folder: Path, seconds: float, accuracy: list[float], target_s: float |
     found.create()
     rows = [{"update": at, "val/accuracy": value} for at, value in enumerate(accuracy, 1)]
     found.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found.write_json(found.plan_json, {"world": 2, "global": 128, "lr": 0.1})
+    found.plan_json.write_text(json.dumps({"world": 2, "global": 128, "lr": 0.1}))
     done = {"samples": 12800, "updates": 100, "seconds": seconds}
     if target_s is not None:
         done["target"] = {"metric": "val/accuracy", "seconds": target_s}

@@ -119,47 +119,54 @@ def agent(folder: Path, port: int, *, first: bool) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*argv, "checkpoint.every=100ba"], cwd=folder, env=env, stdout=quiet, stderr=quiet)
 
 
-def resized(run_dir: Path, world: int, after: int) -> dict[str, float]:
-    """Waits for a start of the workers later than `after` at this world size; its first row."""
+def resized(run_dir: Path, world: int, after: int) -> tuple[int, float, int]:
+    """Waits for a start of the workers later than `after` at this world size.
+
+    Its generation, the seconds from the last update before it to its first, and the samples that were run again.
+    """
 
     def there() -> bool:
         row = last_row(run_dir / "metrics.jsonl")
         return row is not None and row["world"] == world and row["generation"] > after
 
     wait_for(there)
-    return next(row for row in rows(run_dir) if row["generation"] > after and row["world"] == world)
+    found = rows(run_dir)
+    index = next(n for n, row in enumerate(found) if row["generation"] > after and row["world"] == world)
+    row, before = found[index], found[max(index - 1, 0)]
+    return int(row["generation"]), row["time"] - before["time"], int(row.get("elastic/lost_samples", 0))
 
 
 def joins(folder: Path) -> None:
     run_dir, port = folder / "runs/j", random.randint(20_000, 40_000)
     agents = [agent(folder, port, first=True), agent(folder, port, first=False)]
-    grown: list[dict[str, float]] = []
-    shrunk: list[dict[str, float]] = []
+    costs: dict[str, list[tuple[float, int]]] = {"joins": [], "losses of a node": []}
     try:
-        last = resized(run_dir, 2, 0)
+        generation, *_ = resized(run_dir, 2, 0)
         for _ in range(JOINS):
             third = agent(folder, port, first=False)
             agents.append(third)
-            grown.append(last := resized(run_dir, 3, int(last["generation"])))
+            generation, *grown = resized(run_dir, 3, generation)
+            costs["joins"].append((grown[0], int(grown[1])))
             third.kill()
             third.wait()
-            shrunk.append(last := resized(run_dir, 2, int(last["generation"])))
+            generation, *shrunk = resized(run_dir, 2, generation)
+            costs["losses of a node"].append((shrunk[0], int(shrunk[1])))
+            print(
+                f"  join {grown[0]:.1f} s, {grown[1]} samples; loss {shrunk[0]:.1f} s, {shrunk[1]} samples", flush=True
+            )
     except TimeoutError as problem:
-        print(f"{problem}: {len(grown)} joins and {len(shrunk)} losses went through")
-        print((run_dir / "events.jsonl").read_text()[-3000:])
+        print(f"{problem}\n{(run_dir / 'events.jsonl').read_text()[-3000:]}")
     finally:
         for one in reversed(agents):
             one.kill()
             one.wait()
-    cost("joins", grown)
-    cost("losses of a node", shrunk)
-
-
-def cost(name: str, first_rows: list[dict[str, float]]) -> None:
-    stood = sorted(row["elastic/recovery_s"] for row in first_rows)
-    lost = sorted(int(row["elastic/lost_samples"]) for row in first_rows)
-    print(f"{name:23} {len(first_rows)} of {JOINS}   samples run again: median {statistics.median(lost):.0f}", end="")
-    print(f", most {lost[-1]}   no training for {statistics.median(stood):.1f} s (median), {stood[-1]:.1f} s at most")
+    for name, found in costs.items():
+        stood, lost = sorted(seconds for seconds, _ in found), sorted(samples for _, samples in found)
+        print(
+            f"{name:23} {len(found)} of {JOINS}   samples run again: {statistics.median(lost):.0f}, most {lost[-1]}",
+            end="",
+        )
+        print(f"   no training for {statistics.median(stood):.1f} s (median), {stood[-1]:.1f} s at most")
 
 
 def stop(folder: Path) -> None:

@@ -75,6 +75,26 @@ def plan(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def tune(args: Sequence[str]) -> int:
+    """Measures per-device batch sizes and recommends one; under torchrun, this rank's part of it."""
+    asked, topology = Arguments.parse(args), Topology.of()
+    if answered(asked, args):
+        return EXIT_OK
+    from launcher.tune import drive as tuning
+
+    return tuning.drive(resolved(args)) if topology is None else tuning.main(lambda: resolved(args), topology)
+
+
+def probe(args: Sequence[str]) -> int:
+    """Internal: a worker of `tune` that the driver started."""
+    topology = Topology.of()
+    if topology is None or len(args) != 1:
+        raise RequestError("probe is started by the driver alone: type launcher tune")
+    from launcher.tune import drive as tuning
+
+    return tuning.main_handover(args[0], topology)
+
+
 def verify(args: Sequence[str]) -> int:
     """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains it."""
     if answered(Arguments.parse(args), args):
@@ -216,6 +236,7 @@ def noted(notes: Iterable[str | None]) -> None:
 VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "plan": plan,
+    "tune": tune,
     "verify": verify,
     "explain": explain,
     "report": report,
@@ -223,7 +244,9 @@ VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "stop": stop,
     "status": status,
     "worker": worker,
+    "probe": probe,
 }
+INTERNAL = ("worker", "probe")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,7 +272,7 @@ def dispatch(args: list[str]) -> int:
         sys.path.insert(0, os.getcwd())  # a recipe in the current folder, also for the console command
     verb, rest = (args[0], args[1:]) if args and is_verb(args[0]) else ("train", args)
     if verb not in VERBS:
-        known = [name for name in VERBS if name != "worker"]
+        known = [name for name in VERBS if name not in INTERNAL]
         meant = nearest(verb, known)
         raise RequestError(
             f"{verb} is no verb: " + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")

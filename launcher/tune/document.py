@@ -170,7 +170,7 @@ MENDS = {
 def _data(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     """What the rest could do, and how many loader processes would keep up with it."""
     beside = next((one for one in found["synthetic"] if one["per_device"] == chosen["per_device"]), None)
-    if beside is None or not beside["samples_per_s"]:
+    if beside is None or (beside["samples_per_s"] or 0.0) <= chosen["samples_per_s"]:  # no faster: it was noise
         return "raise data.workers"
     workers = found["loader_workers"]
     took_ms = chosen["stages"]["data"] if workers == 0 else workers * chosen["ms_per_update"]

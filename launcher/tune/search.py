@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 
-__all__ = ["between", "first", "grown", "largest_next", "refined"]
+__all__ = ["SMALL", "between", "first", "grown", "largest_next", "refined"]
 
 SMALL = 8  # where the search begins
 GROWTH = math.sqrt(2)
@@ -32,7 +32,7 @@ def between(known: int, size: int) -> Iterator[int]:
 
 
 def largest_next(works: int, fails: int | None, largest: int) -> int | None:
-    """What to try on the way to the exact largest size that works: doubling, then halving the gap; None: it is known."""
+    """What to try on the way to the exact largest size that works: doubling, then halving the gap. None: known."""
     if fails is None:
         return None if works >= largest else min(largest, works * 2)
     return None if fails - works <= 1 else (works + fails) // 2

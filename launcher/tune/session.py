@@ -170,8 +170,8 @@ def beside(survey: Survey, ready: Ready, run: Run) -> None:
     stages = {one.size: one.stages_ms for one in sizes}
     times = stages[advice.recommended] if advice.recommended in stages else sizes[-1].stages_ms
     if max(times, key=times.__getitem__) == "data":
-        wanted = [one.size for one in sizes] if run.tune.sizes is not None else [advice.recommended]
-        survey.beside(wanted, dataset_of(ready.recipe, "train", "synthetic"))
+        others = [one.size for one in sizes if one.size != advice.recommended]
+        survey.beside([advice.recommended, *others], dataset_of(ready.recipe, "train", "synthetic"))
 
 
 def name_of(device: torch.device) -> str:

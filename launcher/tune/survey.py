@@ -18,7 +18,7 @@ from launcher.tune.council import Council
 from launcher.tune.ledger import Ledger, Visit
 from launcher.tune.memory import foreseen_bytes
 from launcher.tune.probe import Pace, Stand, visit
-from launcher.tune.search import between, first, grown, largest_next, refined
+from launcher.tune.search import SMALL, between, first, grown, largest_next, refined
 
 __all__ = ["Survey", "Term"]
 
@@ -96,7 +96,7 @@ class Survey:
     def beside(self, sizes: Sequence[int], synthetic: Any) -> None:
         """The same sizes on stand-ins of the same shape, which cost nothing to read."""
         for size in sizes:
-            if self._term.over(1 + BESIDE):
+            if self.ledger.synthetic and self._term.over(1 + BESIDE):
                 break
             stood_in = visit(self._ready(), size, synthetic, self._pace, self._allowed)
             self.ledger = replace(self.ledger, synthetic=(*self.ledger.synthetic, stood_in))
@@ -146,7 +146,7 @@ class Survey:
         """Whether it fits. On a CPU sizes on the way to a much larger one are tried first, for their memory."""
         known = self.ledger.works()
         if self._allowed is not None:
-            for stone in between(known or 1, size) if self.ledger.at(size) is None else ():
+            for stone in between(known or SMALL, size) if self.ledger.at(size) is None else ():
                 if stone > known and not self._try(stone, None):
                     break
         return self._try(size, self._pace)

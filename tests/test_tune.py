@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,10 @@ def test_the_cpu_allocators_own_words_are_memory() -> None:
 
 
 def test_what_an_error_was_raised_from_counts() -> None:
-    try:
-        try:
-            raise MemoryError
-        except MemoryError as cause:
-            raise RequestError("sample 3 cannot be read") from cause
-    except RequestError as error:
-        assert out_of_memory(error)
+    error = RequestError("sample 3 cannot be read")
+    assert not out_of_memory(error)
+    error.__cause__ = MemoryError()
+    assert out_of_memory(error)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,7 @@ def test_the_exact_end_of_memory_is_found_with_few_tries(largest: int, end: int)
 @given(st.integers(1, 1000), st.integers(1, 100_000))
 def test_no_step_on_the_way_more_than_doubles(known: int, size: int) -> None:
     way = [known, *between(known, size), max(known, size)]
-    assert all(a <= b <= 2 * a for a, b in zip(way, way[1:], strict=False))
+    assert all(a <= b <= 2 * a for a, b in pairwise(way))
 
 
 def test_about_the_knee_multiples_of_eight_and_the_middles_are_tried() -> None:
@@ -230,7 +228,7 @@ def test_an_interval_holds_its_value_and_stays_above_zero(speeds: list[float]) -
 def test_text_fits_the_screen_and_marks_what_is_recommended() -> None:
     shown = text(document(ledger(*(visited(*point) for point in TRACE.items()), notes=("a note " * 20,)), FACTS))
     assert max(map(len, shown.splitlines())) <= 80
-    assert [line for line in shown.splitlines() if line.endswith("recommended")][0].split()[0] == "28"
+    assert next(line for line in shown.splitlines() if line.endswith("recommended")).split()[0] == "28"
     assert "An update at 28: forward 65 %" in shown
 
 

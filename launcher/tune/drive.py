@@ -141,6 +141,7 @@ def main(run: Callable[[], Run], topology: Topology) -> int:
     """A rank under a torchrun of the user's own: rank 0 composes and prints."""
     from launcher import rendezvous
 
+    die_with_parent()
     composed = run() if topology.rank == 0 else None
     timeout_s = composed.launch.timeout_s if composed else 600.0
     store = rendezvous.meet(topology, loopback=False, timeout_s=timeout_s)

@@ -252,3 +252,20 @@ def test_what_cannot_be_measured_is_refused_with_the_mend() -> None:
         check(run, Sizes(1437, 360), 2)
     bounded = replace(run, tune=TuneSettings(max=100))
     assert largest(bounded, Sizes(1437, 360), study(bounded, Sizes(1437, 360), 2).plan) == 100
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (TuneSettings(sizes=()), r"^tune\.sizes=\[\] are no sizes"),
+        (TuneSettings(sizes=(8, 0)), r"^tune\.sizes=\[8, 0\] are no sizes of at least 1: type tune\.sizes=\[20,45\]$"),
+        (TuneSettings(sizes=(8,), max=9), r"^tune\.max=9 has no meaning beside tune\.sizes"),
+        (TuneSettings(max=0), r"^tune\.max=0 is below 1"),
+        (TuneSettings(budget_s=float("nan")), r"^tune\.budget_s=nan are no seconds above 0"),
+        (TuneSettings(budget_s=-1.0), r"^tune\.budget_s=-1\.0 are no seconds above 0"),
+    ],
+)
+def test_a_wrong_key_is_refused_before_anything_starts(asked: TuneSettings, said: str) -> None:
+    run = Run(recipe={"_target_": "x"}, optimizer={"_target_": "torch.optim.SGD"}, tune=asked)
+    with pytest.raises(RequestError, match=said):
+        study(replace(run, lr=replace(run.lr, base=0.1, base_batch=32)), Sizes(1437, 360), 1)

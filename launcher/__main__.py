@@ -99,6 +99,26 @@ def plan(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def tune(args: Sequence[str]) -> int:
+    """Measures per-device batch sizes and recommends one; under torchrun, this rank's part of it."""
+    asked, topology = Arguments.parse(args), Topology.of()
+    if answered(asked, args):
+        return EXIT_OK
+    from launcher.tune import drive as tuning
+
+    return tuning.drive(resolved(args)) if topology is None else tuning.main(lambda: resolved(args), topology)
+
+
+def probe(args: Sequence[str]) -> int:
+    """Internal: a worker of `tune` that the driver started."""
+    topology = Topology.of()
+    if topology is None or len(args) != 1:
+        raise RequestError("probe is started by the driver alone: type launcher tune")
+    from launcher.tune import drive as tuning
+
+    return tuning.main_handover(args[0], topology)
+
+
 def verify(args: Sequence[str]) -> int:
     """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains it."""
     if answered(Arguments.parse(args), args):
@@ -251,6 +271,7 @@ def noted(notes: Iterable[str | None]) -> None:
 VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "plan": plan,
+    "tune": tune,
     "verify": verify,
     "explain": explain,
     "report": report,
@@ -261,8 +282,9 @@ VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "folder": folder,
     "again": again,
     "store": store,
+    "probe": probe,
 }
-INTERNAL = ("worker", "folder", "again", "store")
+INTERNAL = ("worker", "folder", "again", "store", "probe")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,6 +55,9 @@ EXAMPLES = {
     "schedule.milestones": "[0.5dur,0.75dur]",
     "schedule.momentum": "[0.85,0.95]",
     "train.target.metric": "val/accuracy",
+    "tune.max": "256",
+    "tune.out": "tuned",
+    "tune.sizes": "[20,45]",
 }
 
 

@@ -29,7 +29,7 @@ from launcher.sinks.jsonl import add
 from launcher.threads import threads_of
 from launcher.worker import Assignment
 
-__all__ = ["Command", "command", "drive", "workers_of"]
+__all__ = ["Command", "command", "drive", "in_memory", "killed", "tell", "workers_of"]
 
 LOOK_EVERY_S = 0.05
 GONE_WITHIN_S = 3.0
@@ -48,8 +48,8 @@ class Command:
         return shlex.join([*(f"{name}={value}" for name, value in self.env.items()), *self.argv])
 
 
-def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
-    """torchrun on this machine, on the loopback, with `workers` processes that read the run from `handover`."""
+def command(run: Run, workers: int, handover: Path, report: Path, verb: str = "worker") -> Command:
+    """torchrun on this machine, on the loopback, with `workers` processes that read from `handover` what to do."""
     argv = (
         sys.executable,
         "-m",
@@ -62,7 +62,7 @@ def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
         "--monitor-interval=0.1",
         "-m",
         "launcher",
-        "worker",
+        verb,
         str(handover),
     )
     env = {

@@ -23,6 +23,7 @@ _LEAST = {
     "elastic.max_workers": 1,
     "checkpoint.keep": 1,
     "log.every": 1,
+    "tune.max": 1,
 }
 _SHARES = ("schedule.end", "schedule.start", "schedule.min", "schedule.warmup_from")
 
@@ -41,6 +42,7 @@ def check_request(run: Run) -> None:
             f"elastic.shards={run.elastic.shards} has no meaning without elastic.exact=true: type that too, or neither"
         )
     _check_hang(run)
+    _check_tune(run)
     low, high = run.elastic.min_workers, run.elastic.max_workers
     if high is not None and high < low:
         raise RequestError(
@@ -176,6 +178,16 @@ def _check_hang(run: Run) -> None:
         raise RequestError(f"elastic.hang_s={hang_s} is below 1 second: type elastic.hang_s=8, or 1e9 for never")
     if not first_s >= hang_s:
         raise RequestError(f"elastic.first_s={first_s} is below elastic.hang_s={hang_s}: type elastic.first_s={hang_s}")
+
+
+def _check_tune(run: Run) -> None:
+    sizes, budget_s = run.tune.sizes, run.tune.budget_s
+    if sizes is not None and (not sizes or min(sizes) < 1):
+        raise RequestError(f"tune.sizes={list(sizes)} are no sizes of at least 1: type tune.sizes=[20,45]")
+    if sizes is not None and run.tune.max is not None:
+        raise RequestError(f"tune.max={run.tune.max} has no meaning beside tune.sizes: leave one of them out")
+    if not 0 < budget_s < math.inf:
+        raise RequestError(f"tune.budget_s={budget_s} are no seconds above 0: type tune.budget_s=120")
 
 
 def _check_target(run: Run) -> None:

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,13 +32,36 @@ from launcher.topology import Topology
 from launcher.validate import Validation
 from launcher.vote import Agreed, Ballot, Vote
 
-__all__ = ["REPLAN", "Job", "TrainingFailed", "train"]
+__all__ = ["REPLAN", "Bench", "Job", "TrainingFailed", "forward", "micro_batches", "rescale", "train"]
 
 REPLAN = -1
 
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on, and would fail again if it were started again."""
+
+
+class Bench(Protocol):
+    """What the passes over one update work with: a job's, or a probe's."""
+
+    @property
+    def study(self) -> Study: ...
+    @property
+    def topology(self) -> Topology: ...
+    @property
+    def recipe(self) -> Any: ...
+    @property
+    def replica(self) -> Replica: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def feed(self) -> Feed: ...
+    @property
+    def clock(self) -> StageClock: ...
+    @property
+    def faults(self) -> Faults: ...
+
+    def at(self, phase: str, update: Update) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,7 @@ class Micro:
     place: int
 
 
-def micro_batches(job: Job, update: Update) -> Iterator[Micro]:
+def micro_batches(job: Bench, update: Update) -> Iterator[Micro]:
     """This rank's micro-batches on the device, each with the generators seeded by its own address."""
     parts = update.micro_batches(job.topology.rank)
     for index, part in enumerate(parts):
@@ -152,7 +175,7 @@ def seed_generators(number: int, device: torch.device) -> None:
         torch.cuda.manual_seed(number)
 
 
-def forward(job: Job, micro: Micro, update: Update) -> Loss:
+def forward(job: Bench, micro: Micro, update: Update) -> Loss:
     job.at("forward", update)
     with job.precision.autocast():
         loss = job.recipe.loss(job.replica.model, micro.batch)

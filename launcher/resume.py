@@ -15,7 +15,7 @@ from launcher.typed import shown
 __all__ = ["Decision", "changed_keys", "decide"]
 
 #: Keys that do not alter what is learned: whole parts, and single keys.
-FREE_PARTS = ("launch", "log", "plan", "run", "sink", "strategy")
+FREE_PARTS = ("launch", "log", "plan", "run", "sink", "strategy", "tune")
 FREE_KEYS = frozenset(
     {
         "checkpoint.every",  # not checkpoint.dir: elsewhere there is nothing to go on from

@@ -27,6 +27,7 @@ __all__ = [
     "StrategySettings",
     "TargetSettings",
     "TrainSettings",
+    "TuneSettings",
 ]
 
 #: The keys whose name in the configuration cannot be an attribute's name in Python.
@@ -200,6 +201,14 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
+class TuneSettings:
+    sizes: tuple[int, ...] | None = key(None, "launcher tune: measure exactly these sizes, e.g. [20,45]")
+    max: int | None = key(None, "launcher tune: the largest size to try; the data set's by default")
+    budget_s: float = key(120.0, "launcher tune: seconds to spend on measuring")
+    out: str | None = key(None, "launcher tune: a folder to write tune.json and tune.html into")
+
+
+@dataclass(frozen=True)
 class RunSettings:
     name: str | None = key(None, "the run's name; <recipe>-<job or time> by default")
     dir: str | None = key(None, "the run's folder; runs/<name> by default")
@@ -227,8 +236,9 @@ class Run:
     model: ModelSettings = part(ModelSettings)
     log: LogSettings = part(LogSettings)
     plan: PlanSettings = part(PlanSettings)
+    tune: TuneSettings = part(TuneSettings)
     run: RunSettings = part(RunSettings)
     resume: str = key("auto", "auto, never, must or the folder of a checkpoint")
     seed: int = key(0, "everything random follows from it")
     debug: bool = key(False, "show tracebacks and the noise of libraries")
-    format: Literal["text", "json"] = key("text", "json: one JSON document on stdout, for plan")
+    format: Literal["text", "json"] = key("text", "json: one JSON document on stdout, for plan, tune and verify")

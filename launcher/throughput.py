@@ -10,6 +10,7 @@ from typing import NamedTuple
 from launcher.noise import student
 
 __all__ = [
+    "MEMORY_SHARE",
     "Advice",
     "Estimate",
     "Line",

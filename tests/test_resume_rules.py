@@ -82,7 +82,7 @@ MAY = {
     "resume", "run.dir", "run.name", "sink", "strategy.config", "strategy.find_unused_parameters", "strategy.gather",
     "strategy.name", "strategy.offload", "strategy.reshard", "strategy.stage", "train.activation_checkpointing",
     "train.device", "train.profile", "train.stop_at_target", "train.target.at_least", "train.target.at_most",
-    "train.target.metric", "train.validate_every",
+    "train.target.metric", "train.validate_every", "tune.budget_s", "tune.max", "tune.out", "tune.sizes",
 }  # fmt: skip
 MAY_NOT = {
     "batch.accumulation", "batch.global", "batch.max_global", "batch.min_global", "batch.per_device", "batch.policy",

@@ -1,0 +1,229 @@
+"""The JSON document of `tune`, from what was measured: labels, recommendation, and what limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from launcher.advice import STAGE_WORDS
+from launcher.sinks.text import count, rate, size
+from launcher.throughput import Estimate, fit, fit_memory
+from launcher.tune.ledger import Ledger, Size, Visit, speed
+
+__all__ = ["document"]
+
+MOSTLY = 0.5  # a constant with this share of a micro-batch's time is what limits
+FULL = 0.8  # of memory
+
+
+def document(ledger: Ledger, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `tune` prints as JSON. `facts`: what was measured, and on what; they are in it as they are."""
+    advice, told = ledger.advice(), ledger.told()
+    labels: Mapping[int, str] = {} if advice is None else advice.labels
+    points = [_point(one, labels.get(one.size, "oom"), facts) for one in told]
+    found: dict[str, Any] = {
+        "points": points,
+        "fastest": None,
+        "knee": None,
+        "recommended": None,
+        "memory_max": ledger.memory_max(),
+        "bottleneck": None,
+        "why": "no size fits into memory: a smaller tune.sizes, a smaller model, or more memory per worker",
+        **facts,
+        "model": _model(ledger, facts["world"]),
+        "memory": _memory(ledger),
+        "synthetic": [_beside(visit, facts) for visit in ledger.synthetic],
+        "notes": list(ledger.notes),
+    }
+    if advice is None:
+        return found
+    names = ("fastest", "knee", "recommended", "memory_max")
+    found |= {name: getattr(advice, name) for name in names}
+    chosen = next(point for point in points if point["per_device"] == _timed(points, advice.recommended))
+    found["bottleneck"] = _bottleneck(chosen)
+    found["why"] = _why(found, chosen)
+    return found
+
+
+def _timed(points: Sequence[Mapping[str, Any]], wanted: int) -> int:
+    """The recommended size, or the largest timed one below it: memory_max may be known from its memory alone."""
+    sizes = [point["per_device"] for point in points if point["samples_per_s"]]
+    return max((one for one in sizes if one <= wanted), default=sizes[0])
+
+
+def _point(one: Size, label: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    if not one.fits:
+        return {
+            "per_device": one.size,
+            "samples_per_s": None,
+            "low": None,
+            "high": None,
+            "memory_bytes": None,
+            "stages": {},
+            "label": "oom",
+            "predicted": one.predicted,
+            "where": one.where,
+        }
+    value, low, high = speed(one.speeds)
+    return {
+        "per_device": one.size,
+        "samples_per_s": value,
+        "low": low,
+        "high": high,
+        "memory_bytes": one.memory_bytes,
+        "stages": dict(one.stages_ms),
+        "label": label,
+        **_times(one.size, value, facts),
+        "alloc_retries": one.retries,
+        "repeats": len(one.speeds),
+    }
+
+
+def _times(size: int, samples_per_s: float, facts: Mapping[str, Any]) -> dict[str, float]:
+    batch = size * facts["world"] * facts["accumulation"]
+    return {
+        "ms_per_update": 1e3 * batch / samples_per_s,
+        "updates_per_epoch": facts["train_samples"] / batch,
+        "epoch_s": facts["train_samples"] / samples_per_s,
+    }
+
+
+def _beside(visit: Visit, facts: Mapping[str, Any]) -> dict[str, Any]:
+    if not visit.speeds:
+        return {"per_device": visit.size, "samples_per_s": None}
+    value, low, high = speed(visit.speeds)
+    named = {"per_device": visit.size, "samples_per_s": value, "low": low, "high": high}
+    return {**named, **_times(visit.size, value, facts)}
+
+
+def _model(ledger: Ledger, world: int) -> dict[str, Any] | None:
+    """T = alpha + beta m of one worker's micro-batch, from samples/s over all of them."""
+    timed = [point for point in ledger.points() if point.samples_per_s is not None]
+    points = [(m, value / world, low / world, high / world) for m, value, low, high in timed if value is not None]
+    with suppress(ValueError):
+        found = fit(points)
+        return {"alpha_s": _bounds(found.alpha_s), "beta_s": _bounds(found.beta_s)}
+    return None
+
+
+def _memory(ledger: Ledger) -> dict[str, Any] | None:
+    with suppress(ValueError):
+        line = fit_memory([(float(one), float(peak)) for one, peak in ledger.memory()]).line
+        return {"fixed_bytes": _bounds(line.intercepts), "per_sample_bytes": _bounds(line.slopes)}
+    return None
+
+
+def _bounds(found: Estimate) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}
+
+
+def _bottleneck(chosen: Mapping[str, Any]) -> str:
+    return str(max(chosen["stages"], key=chosen["stages"].__getitem__))
+
+
+# --- in words -------------------------------------------------------------------------------------------------------
+
+
+def _why(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    """Which size, then what limits it and what to do about that: each clause stands on what was measured."""
+    parts = [_choice(found, chosen), _limit(found, chosen), *_compared(found), *_pressure(found, chosen)]
+    return "; ".join(parts)
+
+
+def _choice(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    best = next(point for point in found["points"] if point["per_device"] == found["fastest"])
+    share = chosen["samples_per_s"] / best["samples_per_s"]
+    reached = f"{rate(chosen['samples_per_s'])} samples/s"
+    if found["recommended"] == found["fastest"]:
+        return f"take batch.per_device={found['recommended']}: the fastest at {reached}"
+    return (
+        f"take batch.per_device={found['recommended']}: {reached}, {100 * share:.0f} % of what "
+        f"{found['fastest']} reaches"
+    )
+
+
+def _limit(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    stage, stages = found["bottleneck"], chosen["stages"]
+    share = stages[stage] / max(sum(stages.values()), 1e-9)
+    said = f"{STAGE_WORDS[stage]} limits it with {100 * share:.0f} % of the time"
+    if stage == "data":
+        return f"{said}: {_data(found, chosen)}"
+    if stage in ("forward", "backward", "optimizer") and _overhead(found, chosen["per_device"]) > MOSTLY:
+        part = _overhead(found, chosen["per_device"])
+        return f"{said}, and {100 * part:.0f} % of it all is overhead that does not grow with the batch: {MENDS[stage]}"
+    return f"{said}: {MENDS[stage]}"
+
+
+MENDS = {
+    "transfer": "smaller types on the way (uint8 images), data.workers=1 or more, which pins memory",
+    "forward": "train.compile=true, on a GPU train.precision=bf16, or more workers",
+    "backward": "train.compile=true, on a GPU train.precision=bf16, or more workers",
+    "sync": "batch.accumulation=2 halves how often workers wait for each other",
+    "optimizer": "batch.accumulation spreads the step over more samples",
+    "checkpoint": "a longer checkpoint.every",
+    "other": "the program outside its stages, or a busy machine",
+}
+
+
+def _data(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    """What the rest could do, and how many loader processes would keep up with it."""
+    beside = next((one for one in found["synthetic"] if one["per_device"] == chosen["per_device"]), None)
+    if beside is None or (beside["samples_per_s"] or 0.0) <= chosen["samples_per_s"]:  # no faster: it was noise
+        return "raise data.workers"
+    workers = found["loader_workers"]
+    took_ms = chosen["stages"]["data"] if workers == 0 else workers * chosen["ms_per_update"]
+    enough = max(1, math.ceil(took_ms / beside["ms_per_update"]))
+    speed_without = f"on synthetic data it would be {rate(beside['samples_per_s'])} samples/s"
+    if enough <= workers:
+        return f"{speed_without}; data.workers={workers} should keep up, so look at the storage"
+    return f"{speed_without}; about data.workers={enough} would keep up"
+
+
+def _overhead(found: Mapping[str, Any], size: int) -> float:
+    """The constant's share of a micro-batch's time."""
+    model = found["model"]
+    if model is None:
+        return 0.0
+    constant, slope = model["alpha_s"]["value"], model["beta_s"]["value"]
+    return float(constant / max(constant + slope * size, 1e-12))
+
+
+def _compared(found: Mapping[str, Any]) -> list[str]:
+    """Where sizes were named: each against the next, and what grew where the larger one is slower."""
+    points = [point for point in found["points"] if point["samples_per_s"]]
+    slower = [point for point in points if point["label"] == "regressed"]
+    if slower:
+        smaller = [point for point in points if point["per_device"] < slower[0]["per_device"]]
+        return [_slower(max(smaller, key=lambda point: float(point["samples_per_s"])), slower[0])]
+    if found["asked"] and len(points) > 1:
+        a, b = points[0], points[-1]
+        ratio = b["samples_per_s"] / a["samples_per_s"]
+        if a["low"] <= b["high"] and b["low"] <= a["high"]:
+            return [f"{b['per_device']} and {a['per_device']} are equally fast within what was measured"]
+        word = "faster" if ratio > 1 else "slower"
+        return [f"{b['per_device']} is {max(ratio, 1 / ratio):.2f} times {word} than {a['per_device']}"]
+    return []
+
+
+def _slower(small: Mapping[str, Any], large: Mapping[str, Any]) -> str:
+    grown = {
+        stage: large["stages"][stage] / large["per_device"] - small["stages"][stage] / small["per_device"]
+        for stage in small["stages"]
+    }
+    stage = max(grown, key=grown.__getitem__)
+    ratio = small["samples_per_s"] / large["samples_per_s"]
+    return (
+        f"{large['per_device']} is {ratio:.2f} times slower than {small['per_device']}: {STAGE_WORDS[stage]} takes "
+        f"{1e3 * grown[stage]:.3g} us more for each sample"
+    )
+
+
+def _pressure(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[str]:
+    if chosen["alloc_retries"]:
+        return [f"the allocator had to start over {count(chosen['alloc_retries'])} times: memory is full"]
+    limit = found["limit_bytes"]
+    if limit and chosen["memory_bytes"] > FULL * limit:
+        return [f"it fills {size(chosen['memory_bytes'])} of the {size(limit)} there is"]
+    return []

@@ -1,0 +1,226 @@
+"""`tune` from the command line: the driver starts the workers in a private folder, of which nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher import failure
+from launcher import recipe as recipes
+from launcher.durable import private_folder, write_whole
+from launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
+from launcher.keys import from_mapping, to_mapping
+from launcher.launch import command, in_memory, killed, tell, workers_of
+from launcher.process import children, die_with_parent
+from launcher.settings import Run
+from launcher.sinks.text import knows, plain
+from launcher.topology import Topology
+
+__all__ = ["drive", "main", "main_handover", "shown"]
+
+LOOK_EVERY_S = 0.05
+RESULT, STATE, LOST = "result.json", "state.json", "lost"
+
+
+def drive(run: Run) -> int:
+    """Measure with `launch.workers` processes on this machine, and say what was found.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started.
+    """
+    from launcher.study import study
+
+    workers = workers_of(run)
+    study(run, recipes.sizes(recipes.build(run.recipe)), workers)
+    if run.launch.dry:
+        print(command(run, workers, Path("HANDOVER.json"), Path("FAILURES.json"), "probe").line())
+        return EXIT_OK
+    with tempfile.TemporaryDirectory(prefix="launcher-tune-") as private:
+        return _started(run, workers, Path(private))
+
+
+def _started(run: Run, workers: int, private: Path) -> int:
+    report = private / "failures.json"
+    handover = in_memory(json.dumps({"run": to_mapping(run), "private": str(private)}))
+    started = command(run, workers, Path(f"/proc/{os.getpid()}/fd/{handover}"), report, "probe")
+    with interruptible():
+        agent = subprocess.Popen(started.argv, env=os.environ | started.env, stdout=2, start_new_session=True)
+        try:
+            return _watched(agent, run, private, report)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        finally:
+            _end(agent)
+            os.close(handover)
+
+
+def _watched(agent: subprocess.Popen[bytes], run: Run, private: Path, report: Path) -> int:
+    """Until the agent ends, or a worker has failed for another reason than memory."""
+    while agent.poll() is None and not any(failure.those(private)):
+        try:
+            agent.wait(LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            continue
+    if agent.returncode == 0:
+        shown(json.loads((private / RESULT).read_text()), run)
+        return EXIT_OK
+    _end(agent)
+    found = failure.first(private, 0)
+    if found is None:
+        tell(f"error: {killed(report)}")
+        return EXIT_FAILED
+    at = f" in {found.where}" if found.where else ""
+    tell(f"error: {found.message if found.final else f'rank {found.rank} failed{at}: {found.type}: {found.message}'}")
+    if run.debug:
+        tell(found.traceback, whole=True)
+    return EXIT_REQUEST if found.status == EXIT_REQUEST else EXIT_FAILED
+
+
+def _end(agent: subprocess.Popen[bytes]) -> None:
+    """The workers die with their agent."""
+    if agent.poll() is None:
+        pids = children(agent.pid)
+        agent.kill()
+        agent.wait()
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM ends it as Ctrl-C does: workers and folder are cleared away."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def shown(found: Mapping[str, Any], run: Run) -> None:
+    """On stdout as a table or as one JSON document, and where `tune.out` says into files."""
+    from launcher.tune.page import page
+    from launcher.tune.words import text
+
+    if run.format == "json":
+        print(json.dumps(found))
+    else:
+        written = text(found)
+        print(written if knows(sys.stdout, written) else plain(written, sys.stdout), end="")
+    if run.tune.out is not None:
+        folder = Path(run.tune.out)
+        try:
+            private_folder(folder)
+            write_whole(folder / "tune.json", json.dumps(found, indent=1) + "\n")
+            write_whole(folder / "tune.html", page(found))
+        except OSError as problem:
+            raise RequestError(f"tune.out={folder} cannot be written ({problem.strerror}): type another") from problem
+        tell(f"written: {folder / 'tune.json'}, {folder / 'tune.html'}")
+
+
+# --- a worker -------------------------------------------------------------------------------------------------------
+
+
+def main(run: Callable[[], Run], topology: Topology) -> int:
+    """A rank under a torchrun of the user's own: rank 0 composes and prints."""
+    from launcher import rendezvous
+
+    die_with_parent()
+    composed = run() if topology.rank == 0 else None
+    timeout_s = composed.launch.timeout_s if composed else 600.0
+    store = rendezvous.meet(topology, loopback=False, timeout_s=timeout_s)
+    text = None if composed is None else json.dumps(to_mapping(composed))
+    text, store = rendezvous.handed(store, topology, text, timeout_s)
+    asked = composed or from_mapping(json.loads(text))
+    from launcher.tune.session import measured
+
+    with to_stderr():
+        found = measured(asked, topology.started(1), store)
+    if topology.rank == 0:
+        shown(found, asked)
+    return EXIT_OK
+
+
+def main_handover(path: str, topology: Topology) -> int:
+    """A rank under the driver's agent. What is wrong is written down for the driver to tell."""
+    from launcher import rendezvous
+    from launcher.tune.probe import Lost
+
+    die_with_parent()
+    facts = json.loads(Path(path).read_text())
+    run, private = from_mapping(facts["run"]), Path(facts["private"])
+    topology = topology.started(topology.restarts + 1)
+    try:
+        store = rendezvous.meet(topology, loopback=True, timeout_s=run.launch.timeout_s)
+        _, store = rendezvous.handed(store, topology, "" if topology.rank == 0 else None, run.launch.timeout_s)
+        return _probe(run, topology, store, private)
+    except Lost:
+        (private / f"{LOST}-{topology.generation}").touch()
+        os._exit(EXIT_AGAIN)  # the others see that it has gone, and all are started again
+    except Exception as error:
+        if failure.consequence(str(error)):
+            os._exit(EXIT_AGAIN)
+        final = isinstance(error, RequestError)
+        failure.record(private, topology.rank, topology.generation, error, private, final=final)
+        return EXIT_REQUEST if final else EXIT_FAILED
+
+
+def _probe(run: Run, topology: Topology, store: Any, private: Path) -> int:
+    from launcher.tune.session import measured
+
+    state = private / STATE
+    found = measured(run, topology, store, _earlier(topology, private), state if topology.rank == 0 else None)
+    if topology.rank == 0:
+        (private / RESULT).write_text(json.dumps(found))
+    return EXIT_OK
+
+
+def _earlier(topology: Topology, private: Path) -> Any:
+    """What is known already where the workers were started again: the size under way then does not fit.
+
+    Raises:
+        RuntimeError: they were started again for another reason, a worker that was killed.
+    """
+    from launcher.tune.ledger import Ledger, Visit
+    from launcher.tune.session import Earlier
+
+    state = private / STATE
+    if topology.generation == 1 or not state.exists():
+        return Earlier()
+    facts = json.loads(state.read_text())
+    size = facts["trying"]
+    if not (private / f"{LOST}-{topology.generation - 1}").exists():
+        raise RuntimeError(f"a worker was killed while per_device={size} was measured: out of memory?")
+    ledger = Ledger.from_facts(facts["ledger"])
+    lost = Visit(size, where="a collective")
+    return Earlier(replace(ledger, visits=(*ledger.visits, lost)), facts["spent_s"])
+
+
+@contextmanager
+def to_stderr() -> Iterator[None]:
+    """What a recipe prints must not get into the document: stdout is stderr for as long."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(own, 1)
+        os.close(own)

@@ -1,0 +1,183 @@
+"""What was measured at each size, and what follows from it. No torch: the driver and the tests read it too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean, stdev
+from typing import Any
+
+from launcher.noise import student
+from launcher.throughput import Advice, Point, advise
+
+__all__ = ["Ledger", "Size", "Visit", "speed"]
+
+TIGHT = 0.03  # an interval of so much of the value either way is good enough
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One time that a size was tried: samples/s of some blocks of updates (none where it was for memory alone).
+
+    `stages_ms` are per update and of the critical rank; `memory_bytes` the most of any rank. `retries`: how often a
+    rank's allocator had to start over. `pressed`: it works, but not within what memory may be filled to. `where`: the
+    phase in which memory ran out; None where it did not. `predicted`: it would have, so it was not run. `timing`: it
+    was to be timed, not only tried for its memory.
+    """
+
+    size: int
+    speeds: tuple[float, ...] = ()
+    stages_ms: Mapping[str, float] | None = None
+    memory_bytes: int = 0
+    retries: int = 0
+    pressed: bool = False
+    where: str | None = None
+    predicted: bool = False
+    timing: bool = True
+
+    @property
+    def fits(self) -> bool:
+        return self.where is None
+
+
+def speed(speeds: tuple[float, ...]) -> tuple[float, float, float]:
+    """Mean, low and high of samples/s, by Student's t on their logarithms, so that low stays above zero."""
+    logs = [math.log(value) for value in speeds]
+    reach = student(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.log(2.0)
+    mean = fmean(logs)
+    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
+
+
+@dataclass(frozen=True)
+class Size:
+    """All that is known of one size."""
+
+    visits: tuple[Visit, ...]
+
+    @property
+    def size(self) -> int:
+        return self.visits[0].size
+
+    @property
+    def fits(self) -> bool:
+        return all(visit.fits for visit in self.visits)
+
+    @property
+    def comfortable(self) -> bool:
+        return self.fits and not any(visit.pressed or visit.retries for visit in self.visits)
+
+    @property
+    def predicted(self) -> bool:
+        return any(visit.predicted for visit in self.visits)
+
+    @property
+    def where(self) -> str | None:
+        return next((visit.where for visit in self.visits if visit.where), None)
+
+    @property
+    def memory_bytes(self) -> int:
+        return max(visit.memory_bytes for visit in self.visits)
+
+    @property
+    def retries(self) -> int:
+        return sum(visit.retries for visit in self.visits)
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        return tuple(one for visit in self.visits for one in visit.speeds)
+
+    @property
+    def asked(self) -> bool:
+        """Whether it was to be timed."""
+        return any(visit.timing for visit in self.visits)
+
+    @property
+    def point(self) -> Point:
+        return Point(self.size, *speed(self.speeds)) if self.fits else Point(self.size, None)
+
+    @property
+    def loose(self) -> bool:
+        """Whether the interval is still too wide."""
+        value, low, high = speed(self.speeds)
+        return high - low > 2 * TIGHT * value
+
+    @property
+    def stages_ms(self) -> Mapping[str, float]:
+        told = [(visit.stages_ms, len(visit.speeds)) for visit in self.visits if visit.stages_ms]
+        whole = sum(weight for _, weight in told)
+        return {stage: sum(times[stage] * n for times, n in told) / whole for stage in (told[0][0] if told else ())}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every visit so far, a value. `synthetic` has those on synthetic data, `notes` what a person should know.
+
+    `only`: the sizes that the user named; others that were tried on the way to them are not told.
+    """
+
+    visits: tuple[Visit, ...] = ()
+    only: tuple[int, ...] | None = None
+    synthetic: tuple[Visit, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def plus(self, visit: Visit) -> Ledger:
+        return replace(self, visits=(*self.visits, visit))
+
+    def noted(self, note: str) -> Ledger:
+        return replace(self, notes=(*self.notes, note))
+
+    def sizes(self) -> list[Size]:
+        """Ascending."""
+        return list(_gathered(self.visits))
+
+    def at(self, size: int) -> Size | None:
+        return next((one for one in self.sizes() if one.size == size), None)
+
+    def told(self) -> list[Size]:
+        """Those that were to be timed, and the smallest that does not fit: the rest was for finding that one."""
+        if self.only is not None:
+            return [one for one in self.sizes() if one.size in self.only]
+        end = min((one.size for one in self.sizes() if not one.fits), default=None)
+        return [one for one in self.sizes() if one.size == end or (one.asked and (one.speeds or not one.fits))]
+
+    def points(self) -> list[Point]:
+        return [one.point for one in self.told()]
+
+    def works(self) -> int:
+        """The largest size that works as it should, 0 for none."""
+        return max((one.size for one in self.sizes() if one.comfortable), default=0)
+
+    def memory_max(self) -> int | None:
+        """The same of those that are told of where sizes were named."""
+        named = self.sizes() if self.only is None else self.told()
+        return max((one.size for one in named if one.comfortable), default=None)
+
+    def fails(self) -> int | None:
+        """The smallest size that does not."""
+        return min((one.size for one in self.sizes() if not one.comfortable), default=None)
+
+    def memory(self) -> list[tuple[int, int]]:
+        return [(one.size, one.memory_bytes) for one in self.sizes() if one.fits]
+
+    def advice(self) -> Advice | None:
+        """None where no size works."""
+        points = self.points()
+        return advise(points, self.memory_max()) if any(point.samples_per_s for point in points) else None
+
+    def to_facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Ledger:
+        visits, synthetic = (
+            tuple(Visit(**{**one, "speeds": tuple(one["speeds"])}) for one in facts[name])
+            for name in ("visits", "synthetic")
+        )
+        only = None if facts["only"] is None else tuple(facts["only"])
+        return cls(visits, only, synthetic, tuple(facts["notes"]))
+
+
+def _gathered(visits: tuple[Visit, ...]) -> Iterator[Size]:
+    for size in sorted({visit.size for visit in visits}):
+        yield Size(tuple(visit for visit in visits if visit.size == size))

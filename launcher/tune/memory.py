@@ -1,0 +1,111 @@
+"""Running out of memory: how it is told, and on a CPU, where nobody tells, how it is foreseen."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from launcher.throughput import MEMORY_SHARE, fit_line
+
+__all__ = ["HostPeak", "allowed_bytes", "available_bytes", "foreseen_bytes", "out_of_memory"]
+
+#: How drivers, libraries and allocators put it, in lower case.
+WORDINGS = (
+    "out of memory",  # CUDA, HIP, NPU, XPU and MPS, by torch or by their driver
+    "outofmemory",
+    "cudaerrormemoryallocation",
+    "hiperroroutofmemory",
+    "_status_alloc_failed",  # cuBLAS, cuSOLVER, cuSPARSE, cuDNN, hipBLAS
+    "rocblas_status_memory_error",
+    "failed to cuda calloc",  # NCCL
+    "can't allocate memory",  # torch's allocator on the CPU
+    "cannot allocate memory",  # the kernel
+    "unable to allocate",  # numpy
+    "std::bad_alloc",
+)
+_SPOKEN_BY = (RuntimeError, OSError)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that memory has run out."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if _says_so(error):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def _says_so(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return isinstance(error, _SPOKEN_BY) and any(wording in text for wording in WORDINGS)
+
+
+class HostPeak:
+    """The most memory that this process had resident since it was last cleared."""
+
+    STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def clear(self) -> None:
+        with suppress(OSError):  # where the kernel does not allow it, the peak is that since the start
+            self.CLEAR.write_text("5")
+
+    def bytes(self) -> int:
+        with suppress(OSError):
+            for line in self.STATUS.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What this machine has to give: the memory that is free, at most the control group's limit. None: unknown."""
+    return min([*_free(proc / "meminfo"), *_limits(proc / "self" / "cgroup", cgroups)], default=None)
+
+
+def _free(meminfo: Path) -> list[int]:
+    with suppress(OSError):
+        return [
+            int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line[:13] == "MemAvailable:"
+        ]
+    return []
+
+
+def _limits(own: Path, cgroups: Path) -> list[int]:
+    """Of our control group and those above it, in the first and in the second version."""
+    found: list[int] = []
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            root, name = (cgroups / "memory", "memory.limit_in_bytes") if kinds else (cgroups, "memory.max")
+            place = root / path.lstrip("/")
+            for folder in (place, *place.parents):
+                with suppress(OSError, ValueError):  # "max", or not shown in this container
+                    found.append(int((folder / name).read_text()))
+                if folder == root:
+                    break
+    return found
+
+
+def foreseen_bytes(size: int, probes: Sequence[tuple[int, int]]) -> float | None:
+    """What a size would take: the line through the (size, bytes) of smaller ones. None below two of them."""
+    smaller = [probe for probe in probes if probe[0] < size]
+    if len({probe[0] for probe in smaller}) < 2:
+        return None
+    sizes, peaks = zip(*smaller, strict=True)
+    return fit_line(sizes, peaks, [0.0] * len(smaller)).at(size).value
+
+
+def allowed_bytes(available: int | None, local_world: int) -> float | None:
+    """What each worker on this machine may take of it."""
+    return None if available is None else MEMORY_SHARE * available / local_world

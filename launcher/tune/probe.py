@@ -1,0 +1,332 @@
+"""One size tried: the real step, on a replica made for measuring and thrown away.
+
+The first update of a size is rehearsed without any collective, and the ranks agree after each of its phases: where
+one of them runs out of memory, all hear of it before anything waits for that one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from launcher import strategies
+from launcher.assembly import OpenData, Parts, assemble
+from launcher.batch import BatchPolicy, plan_batch
+from launcher.data import Feed
+from launcher.faults import Faults
+from launcher.loop import forward, micro_batches, rescale
+from launcher.optim import Precision
+from launcher.strategies import Replica
+from launcher.study import Study
+from launcher.telemetry import STAGES, StageClock, critical_rank
+from launcher.throughput import MEMORY_SHARE
+from launcher.timeline import Position, Timeline, Update
+from launcher.topology import Topology
+from launcher.tune.council import Council
+from launcher.tune.ledger import Visit
+from launcher.tune.memory import HostPeak, out_of_memory
+from launcher.vote import Ballot, Vote
+
+__all__ = ["Exhausted", "Lost", "Pace", "Stand", "visit"]
+
+ENDLESS = 1 << 60
+WARM_UP = 2
+MOST_WARM_UP = 40
+FOR_MEMORY = 4  # with the rehearsal, five updates: every buffer has been made by then
+SLOWLY = 1e-3  # of the rate asked for: the step costs the same, and no size trains itself to NaN
+
+Done = TypeVar("Done")
+
+
+class Exhausted(Exception):
+    """Memory ran out on some rank, and all of them know."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"out of memory in {where}")
+        self.where = where
+
+
+class Lost(RuntimeError):
+    """Memory ran out on this rank alone, where the others already wait for it in a collective."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__(
+            f"rank {rank} ran out of memory at per_device={size} where the other ranks waited for it: "
+            f"type tune.max={size - 1} or less"
+        )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to measure at each visit: so many blocks of so many seconds; none for memory alone."""
+
+    blocks: int = 4
+    block_s: float = 0.15
+
+
+@dataclass(frozen=True)
+class Stand:
+    """One rank's replica and what goes round it, for any size."""
+
+    study: Study
+    topology: Topology
+    parts: Parts
+    council: Council
+    vote: Vote
+    faults: Faults
+
+    @classmethod
+    def of(
+        cls, study: Study, topology: Topology, recipe: Any, device: torch.device, data: OpenData, council: Council
+    ) -> Stand:
+        parts = assemble(recipe, study.run, topology, device, data)
+        vote = Vote(topology.world, study.run.launch.timeout_s)
+        return cls(study, topology, parts, council, vote, Faults.of(topology.rank, topology.generation))
+
+    def trial(self, size: int, items: Any) -> Trial:
+        run = self.study.run
+        steps = None if run.batch.accumulation == "auto" else run.batch.accumulation
+        plan = plan_batch(BatchPolicy("scale", per_device=size, accumulation=steps), self.topology.world)
+        stages = ((0, plan),)
+        timeline = Timeline(self.study.sizes.train, ENDLESS, stages, "carry", strategies.even(run))
+        studied = replace(self.study, plan=plan, stages=stages, timeline=timeline)
+        pin = self.parts.device.type == "cuda"
+        feed = Feed.of(
+            items,
+            self.parts.recipe,
+            timeline,
+            Position(),
+            seed=run.seed,
+            rank=self.topology.rank,
+            data=run.data,
+            pin=pin,
+        )
+        return Trial(studied, self.topology, self.parts, feed, self.faults)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the loop's own passes work with, at one size."""
+
+    study: Study
+    topology: Topology
+    parts: Parts
+    feed: Feed
+    faults: Faults
+
+    @property
+    def recipe(self) -> Any:
+        return self.parts.recipe
+
+    @property
+    def replica(self) -> Replica:
+        return self.parts.replica
+
+    @property
+    def precision(self) -> Precision:
+        return self.parts.precision
+
+    @property
+    def clock(self) -> StageClock:
+        return self.parts.clock
+
+    @property
+    def rate(self) -> float:
+        return SLOWLY * float(self.study.run.lr.base or 1.0)
+
+    def at(self, phase: str, update: Update) -> None:
+        self.faults(phase, update.index + 1)
+
+    def settle(self) -> None:
+        """Until the device has done all it was given."""
+        if self.parts.device.type == "cuda":
+            torch.cuda.synchronize(self.parts.device)
+
+    @property
+    def warm_up(self) -> int:
+        """Updates until caches are warm and what loader processes had made ahead is used up."""
+        data = self.study.run.data
+        ahead = math.ceil(data.workers * data.prefetch / max(1, self.study.plan.accumulation))
+        return min(MOST_WARM_UP, WARM_UP + ahead)
+
+
+def visit(stand: Stand, size: int, items: Any, pace: Pace | None, allowed_bytes: float | None) -> Visit:
+    """Try one size: measured at `pace`, or for its memory alone. Every rank calls it.
+
+    Raises:
+        Lost: memory ran out on this rank while others wait for it.
+    """
+    gauge = gauge_of(stand.parts.device, allowed_bytes)
+    gauge.clear()
+    speeds: tuple[float, ...] = ()
+    stages_ms = None
+    where = None
+    try:
+        trial = stand.trial(size, items)
+        updates = trial.study.timeline.updates()
+        rehearse(trial, next(updates), stand)
+        if pace is None:
+            run_through(trial, updates, stand.vote, FOR_MEMORY)
+        else:
+            speeds, stages_ms = timed(trial, updates, stand, pace)
+    except Exhausted as error:
+        where = error.where
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if stand.topology.world > 1:
+            raise Lost(size, stand.topology.rank) from error
+        where = "a later update"
+    if where is not None:
+        return Visit(size, where=where)
+    peaks = stand.council.gather(gauge.read())
+    return Visit(
+        size,
+        speeds,
+        stages_ms,
+        memory_bytes=max(peak for peak, _, _ in peaks),
+        retries=sum(retries for _, retries, _ in peaks),
+        pressed=any(pressed for _, _, pressed in peaks),
+    )
+
+
+def rehearse(trial: Trial, update: Update, stand: Stand) -> None:
+    """The first update, its gradients kept at home, with an agreement after each phase.
+
+    A strategy that communicates in its forward pass cannot be had without: there it is an update like any other.
+
+    Raises:
+        Exhausted: on every rank, where one of them ran out of memory.
+    """
+    if strategies.even(trial.study.run):
+        whole_update(trial, update, stand.vote)
+        return
+    micros = agreed(stand.council, "data", partial(micro_batches, trial, update))
+    while (micro := agreed(stand.council, "data", partial(next, micros, None))) is not None:
+        with trial.replica.micro(last=False, pad=micro.pad, place=micro.place):
+            loss = agreed(stand.council, "forward", partial(forward, trial, micro, update))
+            trial.clock.lap("forward")
+            agreed(stand.council, "backward", partial(backward, trial, loss.total, update))
+    clip = trial.study.run.train.clip_norm
+    agreed(stand.council, "optimizer", lambda: trial.replica.step(trial.rate, None, 1.0, clip))
+    trial.clock.end_update()
+
+
+def backward(trial: Trial, total: torch.Tensor, update: Update) -> None:
+    trial.at("backward", update)
+    trial.replica.backward(total, update.samples)
+
+
+def agreed(council: Council, where: str, act: Callable[[], Done]) -> Done:
+    """What `act` returns, if memory sufficed on every rank.
+
+    Raises:
+        Exhausted: it did not on one; no traceback keeps alive what took the memory.
+    """
+    done: list[Done] = []
+    try:
+        done.append(act())
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    if not all(council.gather(bool(done))):
+        raise Exhausted(where)
+    return done[0]
+
+
+def whole_update(trial: Trial, update: Update, vote: Vote) -> tuple[float, ...]:
+    """One update as training makes it. Returns the stage times of the one before, of its critical rank."""
+    count = 0.0
+    for micro in micro_batches(trial, update):
+        with trial.replica.micro(last=micro.last, pad=micro.pad, place=micro.place):
+            loss = forward(trial, micro, update)
+            count += 0.0 if micro.pad else float(loss.count)
+            if micro.last:
+                pending = vote.cast(Ballot(count=count), trial.clock.times_ms())
+            backward(trial, loss.total, update)
+            trial.clock.lap_backward()
+    trial.at("sync", update)
+    ballots = pending.wait()
+    trial.clock.lap("sync")
+    trial.at("optimizer", update)
+    trial.replica.step(trial.rate, None, rescale(update, ballots), trial.study.run.train.clip_norm)
+    trial.clock.lap("optimizer")
+    trial.clock.end_update()
+    return ballots.stages_ms[critical_rank(ballots.stages_ms)]
+
+
+def run_through(
+    trial: Trial, updates: Iterator[Update], vote: Vote, many: int
+) -> tuple[float, list[tuple[float, ...]]]:
+    """So many updates: their seconds, and the stage times that came to light in them."""
+    trial.settle()
+    trial.clock.start()
+    start = time.perf_counter()
+    stages = [whole_update(trial, next(updates), vote) for _ in range(many)]
+    trial.settle()
+    return time.perf_counter() - start, stages
+
+
+def timed(
+    trial: Trial, updates: Iterator[Update], stand: Stand, pace: Pace
+) -> tuple[tuple[float, ...], dict[str, float]]:
+    """Samples/s of each block, over all workers, and the mean stage times."""
+    run_through(trial, updates, stand.vote, trial.warm_up - 1)
+    spent_s, _ = run_through(trial, updates, stand.vote, 1)
+    slowest_s = max(stand.council.gather(spent_s))
+    many = max(1, math.ceil(pace.block_s / slowest_s))
+    speeds, stages = [], []
+    for _ in range(pace.blocks):
+        spent_s, seen = run_through(trial, updates, stand.vote, many)
+        slowest_s = max(stand.council.gather(spent_s))
+        speeds.append(many * trial.study.plan.global_batch / slowest_s)
+        stages += seen
+    means = (sum(column) / len(stages) for column in zip(*stages, strict=True))
+    return tuple(speeds), dict(zip(STAGES, means, strict=True))
+
+
+class CudaGauge:
+    """What torch has reserved on the device: what other programs cannot have."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+
+    def clear(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = self._retries()
+
+    def read(self) -> tuple[int, int, bool]:
+        """Peak in bytes, allocation retries, and whether that is more than memory should be filled to."""
+        peak = torch.cuda.max_memory_reserved(self._device)
+        whole = torch.cuda.get_device_properties(self._device).total_memory
+        return peak, self._retries() - self._before, peak > MEMORY_SHARE * whole
+
+    def _retries(self) -> int:
+        return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
+
+
+class HostGauge:
+    """What this process has resident."""
+
+    def __init__(self, allowed_bytes: float | None) -> None:
+        self._allowed = allowed_bytes
+        self._peak = HostPeak()
+
+    def clear(self) -> None:
+        self._peak.clear()
+
+    def read(self) -> tuple[int, int, bool]:
+        peak = self._peak.bytes()
+        return peak, 0, self._allowed is not None and peak > self._allowed
+
+
+def gauge_of(device: torch.device, allowed_bytes: float | None) -> CudaGauge | HostGauge:
+    return CudaGauge(device) if device.type == "cuda" else HostGauge(allowed_bytes)

@@ -1,0 +1,178 @@
+"""One rank of `tune`: it meets the others, measures with them, and rank 0 has the document."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from launcher import recipe as recipes
+from launcher import rendezvous
+from launcher.assembly import OpenData, device_of, open_data
+from launcher.data import dataset_of
+from launcher.errors import RequestError
+from launcher.greeting import greet
+from launcher.settings import Run
+from launcher.study import Sizes, study
+from launcher.threads import threads_of
+from launcher.topology import Topology
+from launcher.tune.council import Council
+from launcher.tune.document import document
+from launcher.tune.ledger import Ledger
+from launcher.tune.memory import allowed_bytes, available_bytes
+from launcher.tune.probe import Stand
+from launcher.tune.survey import Survey, Term
+
+if TYPE_CHECKING:
+    from launcher.batch import BatchPlan
+
+__all__ = ["Earlier", "measured"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a rank makes ready before it meets the others."""
+
+    recipe: Any
+    sizes: Sizes
+    device: torch.device
+    data: OpenData
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "the launcher's version": version("elastic-batch-launcher"),
+            "torch's version": torch.__version__,
+            "the training data's length": self.sizes.train,
+        }
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier start of the workers found out before memory ran out on one of them in a collective."""
+
+    ledger: Ledger = Ledger()
+    spent_s: float = 0.0
+
+    def to_facts(self) -> dict[str, Any]:
+        return {"ledger": self.ledger.to_facts(), "spent_s": self.spent_s}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Earlier:
+        return cls(Ledger.from_facts(facts["ledger"]), facts["spent_s"])
+
+
+def measured(
+    run: Run, topology: Topology, store: dist.Store, earlier: Earlier = Earlier(), state: Path | None = None
+) -> dict[str, Any]:
+    """The document that `tune` prints, on every rank the same but for its clock.
+
+    Raises:
+        RequestError: something is wrong with the request, found by any rank.
+    """
+    threads = threads_of(run, topology.local_world)
+    torch.set_num_threads(threads)
+    ready = greet(store, topology, partial(made_ready, run, topology), Ready.facts)
+    rendezvous.join(store, topology, ready.device, run.launch.backend, run.launch.timeout_s)
+    council = Council(store, topology.rank, topology.world)
+    plan = study(run, ready.sizes, topology.world)
+    allowed = allowance(ready.device, topology, council)
+    make = partial(Stand.of, plan, topology, ready.recipe, ready.device, ready.data, council)
+    term = Term(run.tune.budget_s, council, earlier.spent_s)
+    survey = Survey(make, ready.data.train, largest(run, ready.sizes, plan.plan), allowed, term, earlier.ledger, state)
+    if run.tune.sizes is not None:
+        survey.these(run.tune.sizes)
+    else:
+        survey.search()
+    beside(survey, ready, run)
+    facts = {
+        "recipe": type(ready.recipe).__name__,
+        "world": topology.world,
+        "accumulation": plan_accumulation(run),
+        "train_samples": ready.sizes.train,
+        "device": name_of(ready.device),
+        "precision": run.train.precision,
+        "strategy": run.strategy.name,
+        "threads": threads,
+        "loader_workers": run.data.workers,
+        "limit_bytes": limit_of(ready.device, allowed),
+        "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "spent_s": round(term.used_s(), 1),
+        "asked": run.tune.sizes is not None,
+    }
+    dist.destroy_process_group()
+    return document(survey.ledger, facts)
+
+
+def made_ready(run: Run, topology: Topology) -> Ready:
+    recipe = recipes.build(run.recipe)
+    sizes = recipes.sizes(recipe)
+    check(run, sizes, topology.world)
+    return Ready(recipe, sizes, device_of(run, topology), open_data(recipe, run, sizes))
+
+
+def check(run: Run, sizes: Sizes, world: int) -> None:
+    """
+    Raises:
+        RequestError: what is asked for cannot be measured.
+    """
+    plan = study(run, sizes, world).plan
+    if run.elastic.exact:
+        raise RequestError(
+            "elastic.exact=true cuts every batch into shards, whatever batch.per_device: type elastic.exact=false"
+        )
+    room = largest(run, sizes, plan, limited=False)
+    for key, value in (("tune.sizes", max(run.tune.sizes or (1,))), ("tune.max", run.tune.max or 1)):
+        if value > room and key == "tune.sizes":
+            raise RequestError(
+                f"{key}: {value} samples on each of {world} workers are beyond the {sizes.train} training samples: "
+                f"type {room} or less"
+            )
+
+
+def largest(run: Run, sizes: Sizes, plan: BatchPlan, *, limited: bool = True) -> int:
+    """The largest size that the data set has samples for, and that is asked for."""
+    room = max(1, sizes.train // (plan.world * plan_accumulation(run)))
+    return min(room, run.tune.max) if limited and run.tune.max is not None else room
+
+
+def plan_accumulation(run: Run) -> int:
+    return 1 if run.batch.accumulation == "auto" else run.batch.accumulation
+
+
+def allowance(device: torch.device, topology: Topology, council: Council) -> float | None:
+    """On a CPU, what each worker may take; the least of all machines."""
+    if device.type == "cuda":
+        return None
+    said = [one for one in council.gather(allowed_bytes(available_bytes(), topology.local_world)) if one is not None]
+    return min(said, default=None)
+
+
+def limit_of(device: torch.device, allowed: float | None) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return None if allowed is None else int(allowed)
+
+
+def beside(survey: Survey, ready: Ready, run: Run) -> None:
+    """Where waiting for data is what takes longest, the same without the reading."""
+    advice = survey.ledger.advice()
+    if advice is None or run.data.source == "synthetic":
+        return
+    sizes = [one for one in survey.ledger.sizes() if one.speeds and one.fits]
+    stages = {one.size: one.stages_ms for one in sizes}
+    times = stages[advice.recommended] if advice.recommended in stages else sizes[-1].stages_ms
+    if max(times, key=times.__getitem__) == "data":
+        others = [one.size for one in sizes if one.size != advice.recommended]
+        survey.beside([advice.recommended, *others], dataset_of(ready.recipe, "train", "synthetic"))
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

@@ -110,6 +110,20 @@ GPT = [
 ]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_gpus_they_are_those_of_the_cpu(alone: Path, tmp_path: Path) -> None:
+    """As many workers as there are GPUs, up to three, over NCCL."""
+    jobs = {
+        f"{layout}-{name}": Job([*HELD, *options, *strategy, "train.device=cuda"])
+        for layout, strategy in {"ddp": [], **LAYOUTS}.items()
+        for name, options in OPTIMIZERS.items()
+    }
+    sessions(tmp_path, min(3, torch.cuda.device_count()), jobs)
+    for job in jobs:
+        assert furthest(alone / job.split("-")[1], tmp_path / job) <= 1e-4, job
+
+
 RESNET = [
     *("recipe=resnet", "recipe.subset=60", "recipe.width=5", "sink=[]", "batch.global=20", "batch.per_device=10"),
     *("train.duration=60sp", "train.validate_every=null", "checkpoint.every=null"),

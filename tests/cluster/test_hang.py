@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 TWO = [*HELD, "launch.workers=2", "+recipe.drop=0.3"]
 FOUND_S = 6.0
-RECOVERED_S = 25.0  # torchrun alone waits 30 s for a stopped process; how fast it is stands in benchmarks/elastic.md
+RECOVERED_S = 12.0
 
 
 BLOCKING = """
@@ -51,7 +51,7 @@ def recoveries_s(run_dir: Path) -> list[float]:
 
 
 def promptly(run_dir: Path, began: float) -> bool:
-    """Found within 6 s and replaced without torchrun's wait, or where the machine is too busy, in a start's time."""
+    """Found within 6 s; recovered within 12 s, or where the machine is too busy for that, in the time of a start."""
     start_s = rows(run_dir)[0]["time"] - began
     found = all(alarm["seconds"] <= FOUND_S for alarm in hangs(run_dir))
     return found and max(recoveries_s(run_dir)) <= max(RECOVERED_S, FOUND_S + start_s)

@@ -22,6 +22,7 @@ from launcher.manifest import MANIFEST, DamagedError, Found, Manifest, next_sequ
 
 __all__ = [
     "CheckpointError",
+    "Described",
     "Loaded",
     "Reader",
     "Report",
@@ -34,10 +35,11 @@ __all__ = [
     "refused",
     "save",
     "write_groups",
-    "write_manifest",
 ]
 
 Described = dict[str, dict[str, Any]]
+#: From the unfinished folder and what is in one's own files to what is in all files, and in all tensors.
+Joined = Callable[[Path, Described, Described], tuple[Described, Described]]
 
 #: The numbers that safetensors knows, by its own names.
 DTYPES: Mapping[torch.dtype, str] = {
@@ -106,8 +108,14 @@ def save(
     protect: frozenset[str] = frozenset(),
     fault: Callable[[str], None] = lambda phase: None,
     clock: Callable[[], float] = time.monotonic,
+    *,
+    token: str | None = None,
+    suffix: str = "",
+    joined: Joined = lambda fresh, files, tensors: (files, tensors),
 ) -> Report:
     """Write `saved` as `folder/name`, then let go of all but the newest `keep` and the protected.
+
+    Where others write into the same folder, `token` tells it, `suffix` tells our files, and `joined` adds theirs.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before is still there.
@@ -115,8 +123,8 @@ def save(
     """
     start = clock()
     with refused(f"checkpoint {name}", folder):
-        with publish(folder, name, fault) as fresh:
-            files, tensors = write_groups(fresh, saved, fault)
+        with publish(folder, name, fault, token) as fresh:
+            files, tensors = joined(fresh, *write_groups(fresh, saved, fault, suffix))
             write_manifest(fresh, folder, saved, files, tensors)
         prune(folder, keep, protect | {name})
     return Report(name, folder / name, sum(facts["size"] for facts in files.values()), clock() - start)

@@ -12,12 +12,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint import CheckpointError, Report, Saved, refused, write_groups, write_manifest
+from launcher.checkpoint import CheckpointError, Described, Report, Saved, refused, save, write_groups
 from launcher.durable import private_folder, write_whole
-from launcher.manifest import prune, publish, unfinished
+from launcher.manifest import unfinished
 
 __all__ = ["Part", "Place", "save_part", "save_together"]
 
@@ -49,9 +50,6 @@ class Part:
     @property
     def suffix(self) -> str:
         return f"-{self.rank + 1:05}-of-{self.world:05}"
-
-
-Described = dict[str, dict[str, Any]]
 
 
 def save_part(folder: Path, name: str, saved: Saved, part: Part, fault: Callable[[str], None]) -> None:
@@ -88,16 +86,16 @@ def save_together(
     Raises:
         CheckpointError: a rank could not write, or left before it had.
     """
-    start = clock()
-    with refused(f"checkpoint {name}", folder):
-        with publish(folder, name, fault, part.token) as fresh:
-            files, tensors = write_groups(fresh, saved, fault, part.suffix)
-            notes: list[Mapping[str, Any]] = [{"files": files, "tensors": placed(tensors, part.places)}]
-            notes += [awaited(fresh / note_of(rank), rank, part.patience) for rank in range(1, part.world)]
-            files = {file: facts for note in notes for file, facts in note["files"].items()}
-            write_manifest(fresh, folder, saved, files, merged(note["tensors"] for note in notes))
-        prune(folder, keep, protect | {name})
-    return Report(name, folder / name, sum(facts["size"] for facts in files.values()), clock() - start)
+    joined = partial(with_others, part=part)
+    return save(folder, name, saved, keep, protect, fault, clock, token=part.token, suffix=part.suffix, joined=joined)
+
+
+def with_others(fresh: Path, files: Described, tensors: Described, part: Part) -> tuple[Described, Described]:
+    """What all ranks have written, once all have."""
+    notes: list[Mapping[str, Any]] = [{"files": files, "tensors": placed(tensors, part.places)}]
+    notes += [awaited(fresh / note_of(rank), rank, part.patience) for rank in range(1, part.world)]
+    together = {file: facts for note in notes for file, facts in note["files"].items()}
+    return together, merged(note["tensors"] for note in notes)
 
 
 def note_of(rank: int) -> str:

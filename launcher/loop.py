@@ -94,8 +94,8 @@ class Job:
 def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     """Train to the end of the timeline, or until the ranks agree to stop.
 
-    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, or that it is to
-    go on with other shares (`REPLAN`).
+    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, to let a node in,
+    or that it is to go on with other shares (`REPLAN`).
 
     Raises:
         TrainingFailed: three updates in a row were not finite.
@@ -211,7 +211,7 @@ def ballot(job: Job, sums: Sums, late: Late) -> Ballot:
     loss, _, finite = late.read()
     return Ballot(
         count=sums.count,
-        stop=job.wishes.read(job.saver.stop_file),
+        stop=job.wishes.read(job.saver.asks),
         save=float(job.saver.wants()),
         loss=loss,
         loss_count=late.count,

@@ -21,7 +21,7 @@ from launcher.reading import Reading
 from launcher.sinks.thin import Thinner
 from launcher.sinks.wandb import answers
 
-pytestmark = pytest.mark.slow  # a real wandb service is started
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # a real wandb service is started
 
 NOWHERE = "http://127.0.0.1:9"
 KEY = "0123456789abcdef0123456789abcdef01234567"

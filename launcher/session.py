@@ -317,7 +317,8 @@ def announce(
             event("alarm", kind="checkpoint", detail=detail)
     before = plan_before(ready.found, last)
     if before and any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
-        event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+        moments = standing.moments_to(facts["global"])
+        event("resize", why=why_of(before, facts), **{"from": before, "to": facts}, moments=moments)
 
 
 def start_facts(job: Job, parts: Parts, standing: Standing) -> dict[str, Any]:

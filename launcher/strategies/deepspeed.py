@@ -136,6 +136,10 @@ class DeepSpeedReplica(Rank):
         self._engine.step()
         return norm, True
 
+    def _optimizer_state(self) -> Iterable[dict[str, Any]]:
+        """From stage 1 on that of this rank's flat partitions."""
+        return (self.optimizer if self._state is None else self._zero.optimizer).state.values()
+
     def _facts(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         return {"optimizer": {**self._optimizer_facts, "numbers": numbers}, "scaler": self._precision.facts()}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -39,14 +40,19 @@ def known(noises: list[float], seeds: int) -> None:
     for layout, overrides in LAYOUTS.items():
         for noise in noises:
             found = [job(noise, seed, overrides) for seed in range(seeds)]
-            scales = [rows[-1].get("noise/scale") for rows in found]
-            intervals = [(rows[-1]["noise/scale_low"], rows[-1].get("noise/scale_high", "inf")) for rows in found]
-            every = [row for rows in found for row in rows[20:] if "noise/scale_low" in row]
-            covered = sum(
-                row["noise/scale_low"] <= noise <= row.get("noise/scale_high", float("inf")) for row in every
-            ) / len(every)
-            ends = " ".join(f"{scale:.3g} ({low:.3g}-{high:.3g})" for scale, (low, high) in zip(scales, intervals))
+            every = [interval(row) for rows in found for row in rows[20:]]
+            covered = sum(low <= noise <= high for low, high in every) / len(every)
+            ends = " ".join(shown(rows[-1]) for rows in found)
             print(f"{layout:40} phi {noise:g}: {ends}; covered in {covered:.1%} of rows", flush=True)
+
+
+def interval(row: dict[str, Any]) -> tuple[float, float]:
+    return row.get("noise/scale_low", 0.0), row.get("noise/scale_high", math.inf)
+
+
+def shown(row: dict[str, Any]) -> str:
+    low, high = interval(row)
+    return f"{row.get('noise/scale', math.nan):.3g} ({low:.3g}-{high:.3g})"
 
 
 def job(noise: float, seed: int, overrides: list[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ import pytest
 from jobs import events, furthest, rows
 from test_strategies import Job, sessions
 
+from launcher.checkpoint import load
+from launcher.manifest import newest
 from launcher.schedule import gain
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -56,7 +58,9 @@ JOB = [
 ]
 STILL = [*JOB, "lr.base=1e-12"]
 EXACT = [*STILL, "batch.per_device=25", "elastic.exact=true", "elastic.shards=4"]
-SINGLE = [*STILL, "train.precision=fp32", "batch.per_device=25"]
+RAMPED = [*JOB, "train.precision=fp32", "batch.per_device=25", "optimizer=adamw", "lr.base=1e-4"]
+RAMPED += ["batch.ramp=[[0dur,0.5],[0.6dur,1]]"]
+LAYOUTS = {"ddp": [], "fsdp": ["strategy=fsdp"], "zero": ["strategy=deepspeed", "strategy.stage=2"]}
 MOVING = [*JOB, "batch.per_device=25", "lr.rule=noise", "optimizer=adamw", "lr.base=1e-4", "checkpoint.every=750sp"]
 STOPPED = {"LAUNCHER_TEST_FAULTS": "1", "FAULT": "stop@forward:0:53:1"}
 
@@ -70,9 +74,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grown = [*MOVING, "batch.policy=scale", "batch.global=null", "batch.accumulation=2", "batch.per_device=20"]
     sessions(folder, 1, {"halves1": Job(halves), "thirds1": Job(thirds), "exact1": Job(EXACT)})
     sessions(folder, 2, {"parts": Job(MOVING), "grown": Job(grown)}, **STOPPED)
-    layouts = {"ddp": [], "fsdp": ["strategy=fsdp"], "zero": ["strategy=deepspeed", "strategy.stage=2"]}
     two = {"halves2": Job(halves), "exact2": Job(EXACT), "whole": Job(MOVING), "parts": Job(MOVING)}
-    two |= {name: Job([*SINGLE, *strategy]) for name, strategy in layouts.items()}
+    two |= {name: Job([*RAMPED, *strategy]) for name, strategy in LAYOUTS.items()}
     sessions(folder, 2, two)
     sessions(folder, 3, {"thirds3": Job(thirds), "grown": Job(grown)})
     return folder
@@ -114,6 +117,22 @@ def test_in_exact_mode_it_is_the_same_to_the_last_bit(here: Path) -> None:
 @pytest.mark.parametrize("strategy", ["fsdp", "zero"])
 def test_another_strategy_tells_the_same(here: Path, strategy: str) -> None:
     close(here / "ddp", here / strategy, rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", LAYOUTS)
+def test_a_stage_of_the_batch_rescales_adams_second_moment(here: Path, strategy: str) -> None:
+    """From 25 samples to 50, under every strategy alike."""
+    (stage,) = [event for event in events(here / strategy, "plan") if "batch.ramp" in event["why"]]
+    assert 0.6 < stage["moments"] < 0.9
+    assert moments(here / strategy) == pytest.approx(moments(here / "ddp"), rel=1e-3)
+
+
+def moments(run_dir: Path) -> list[float]:
+    """Adam's average of squared gradients in the last checkpoint."""
+    found = newest(run_dir / "checkpoints")
+    assert found is not None
+    squares: list[float] = load(found).optimizer["at/exp_avg_sq"].tolist()
+    return squares
 
 
 def test_the_rate_follows_and_that_is_an_event(here: Path) -> None:

@@ -108,17 +108,17 @@ def rank(overrides: list[str], pairs: int = 150, warm_up: int = 10) -> None:
 
 def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
     """One update on samples that stay the same; the seconds it takes."""
-    import torch
     import torch.distributed as dist
     from torch.utils.data import default_collate
 
+    from launcher.strategies import ddp, gauge
+
     sizes = plan.micro_batches(rank)
     batches = [default_collate([parts.train_data[index] for index in range(size)]) for size in sizes]
-    replica, vector_norm, listener = parts.replica, torch.linalg.vector_norm, parts.replica._listener
-    nothing = torch.zeros(())
+    replica, listener, norms = parts.replica, parts.replica._listener, gauge.norms
 
     def update(measured: bool) -> float:
-        torch.linalg.vector_norm = vector_norm if measured else lambda _: nothing  # type: ignore[assignment]
+        ddp.norms = norms if measured else lambda _: []  # type: ignore[attr-defined]
         replica._listener = listener if measured else None
         if listener is not None and not measured:
             listener.on = False
@@ -128,7 +128,7 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
             with replica.micro(last=index == len(batches) - 1, pad=False, place=rank):
                 loss = parts.recipe.loss(replica.model, batch)
                 replica.backward(loss.total, plan.global_batch, float(loss.count) if measured else 0.0)
-        torch.linalg.vector_norm = vector_norm
+        ddp.norms = norms  # type: ignore[attr-defined]
         replica.step(1e-4, None, 1.0, None)
         return time.perf_counter() - start_s
 

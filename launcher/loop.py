@@ -94,8 +94,8 @@ class Job:
 def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     """Train to the end of the timeline, or until the ranks agree to stop.
 
-    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, or that it is to
-    go on with other shares (`REPLAN`).
+    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, to let a node in,
+    or that it is to go on with other shares (`REPLAN`).
 
     Raises:
         TrainingFailed: three updates in a row were not finite.
@@ -209,9 +209,7 @@ class Sums:
 
 
 def ballot(job: Job, sums: Sums, late: Late) -> Ballot:
-    return replace(
-        told(late), count=sums.count, stop=job.wishes.read(job.saver.stop_file), save=float(job.saver.wants())
-    )
+    return replace(told(late), count=sums.count, stop=job.wishes.read(job.saver.asks), save=float(job.saver.wants()))
 
 
 def told(late: Late) -> Ballot:

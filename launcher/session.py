@@ -18,6 +18,7 @@ from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of,
 from launcher.balance import Balancer, Level
 from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
 from launcher.faults import Faults
+from launcher.gate import hold
 from launcher.greeting import greet
 from launcher.heart import Heart, Still
 from launcher.keys import flat
@@ -28,7 +29,7 @@ from launcher.recovery import Restart, last_row, totals
 from launcher.redact import redacted
 from launcher.saver import Saver, name_of
 from launcher.settings import Run
-from launcher.signals import GO_ON, LEAVE, Wishes
+from launcher.signals import GO_ON, JOIN, LEAVE, Wishes
 from launcher.sinks import Destination, open_sinks
 from launcher.sinks.journal import Journal
 from launcher.standing import Standing
@@ -101,8 +102,10 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
         announce(job, parts, assignment, ready, standing, backend, threads, restart)
         wishes.guard()
         standing, ending = train(job, standing)
-        while ending == REPLAN:
-            job = rebalanced(job, parts, standing)
+        while ending in (REPLAN, JOIN):
+            if ending == JOIN and (ending := hold(job, standing)) == LEAVE:
+                break
+            job = going_on(job, parts, standing, job.study if ending == JOIN else rebalanced(job, standing))
             standing, ending = train(job, standing)
         heart.phase("finish")
         saver.settle()
@@ -272,10 +275,10 @@ def balancer_of(plan: Study) -> Balancer | Level:
     return Balancer(plan.plan, lambda speeds: study(plan.run, plan.sizes, plan.world, speeds).plan)
 
 
-def rebalanced(job: Job, parts: Parts, standing: Standing) -> Job:
-    """The same job from here on with shares by the speeds that were measured, the global batch and the rate the same.
+def rebalanced(job: Job, standing: Standing) -> Study:
+    """The same plan from here on with shares by the speeds that were measured, the global batch and the rate the same.
 
-    Every rank comes to the same shares, since all saw the same votes; the loader begins anew at the position.
+    Every rank comes to the same shares, since all saw the same votes.
     """
     plan = study(job.study.run, job.study.sizes, job.study.world, job.balance.wants)
     before, after = (
@@ -283,6 +286,11 @@ def rebalanced(job: Job, parts: Parts, standing: Standing) -> Job:
     )
     why = "shares follow the measured speeds of the workers"
     job.saver.journal.event("plan", why=why, **after, **{"from": before})
+    return plan
+
+
+def going_on(job: Job, parts: Parts, standing: Standing, plan: Study) -> Job:
+    """The same job by this plan; the loader begins anew at the position."""
     return replace(
         job,
         study=plan,

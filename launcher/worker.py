@@ -29,6 +29,8 @@ from launcher.settings import Run
 from launcher.topology import Topology
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from launcher.heart import Heart, Still
     from launcher.opening import Opened
     from launcher.signals import Wishes
@@ -111,16 +113,16 @@ class Claim:
 
 def main(args: Sequence[str], topology: Topology) -> int:
     """A rank under a torchrun of the user's own: rank 0 composes from the command line."""
-    return serve(topology, lambda: composed(args, topology), loopback=False)
+    return serve(topology, lambda known: composed(args, topology, known), loopback=False)
 
 
 def main_handover(path: str, topology: Topology) -> int:
     """A rank under the driver's agent, which composed already and left the run in a private file."""
-    return serve(topology, lambda: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
+    return serve(topology, lambda _: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
 
 
-def composed(args: Sequence[str], topology: Topology) -> Claim:
-    """Rank 0's part under a torchrun of the user's own; restarts of the same agent go on in the same folder.
+def composed(args: Sequence[str], topology: Topology, recalled: Recalled | None) -> Claim:
+    """Rank 0's part under a torchrun of the user's own; a restart goes on in the folder that is `recalled`.
 
     Raises:
         RequestError: the request is wrong; nothing was created.
@@ -129,8 +131,7 @@ def composed(args: Sequence[str], topology: Topology) -> Claim:
     from launcher.opening import begin, opened
 
     resolution = resolve(args)
-    remembered = recall()
-    known = remembered or queued_again(resolution.run, topology)
+    known = recalled or queued_again(resolution.run, topology)
     folder = None if known is None else known.folder
     found = opened(resolution.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
     assignment = Assignment.of(found, loopback=False)
@@ -144,8 +145,7 @@ def composed(args: Sequence[str], topology: Topology) -> Claim:
     made = found.folder.create()
     lock = found.folder.lock(torchrun=os.getppid())
     begin(found)
-    if remembered is None:
-        remember(Recalled(found.folder.path, assignment.before))
+    remember(Recalled(found.folder.path, assignment.before))
     return Claim(assignment.started(), lock, made)
 
 
@@ -166,22 +166,33 @@ def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
         yield f"torchrun's restarts are at 0: a dead worker ends the job; {again}"
 
 
-def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) -> int:
+def serve(topology: Topology, assign: Callable[[Recalled | None], Claim], *, loopback: bool) -> int:
     """Everything a rank does; returns its exit status.
+
+    Rank 0 decides before it meets the others, so that a wrong request is answered at once; but where its node may have
+    joined a job that the others know, it asks them first.
 
     Raises:
         RequestError: on rank 0 alone, the request is wrong.
     """
     die_with_parent()
     wishes = early_wishes()
-    claim = assign() if topology.rank == 0 else None
-    own = claim.assignment if claim else None
+    own = None if loopback else recall()
+    knows = own is not None or loopback or topology.nodes == 1
+    claim = assign(own) if topology.rank == 0 and knows else None
     from launcher import rendezvous, session
 
-    timeout_s = own.run.launch.timeout_s if own else 600.0
+    timeout_s = claim.assignment.run.launch.timeout_s if claim else 600.0
     store = rendezvous.meet(topology, loopback=loopback, timeout_s=timeout_s)
-    text, store = rendezvous.handed(store, topology, own.to_json() if own else None, timeout_s)
-    assignment = own or Assignment.from_json(text)
+    said, store = rendezvous.gathered(store, topology, own.to_json() if own else "", timeout_s)
+    if topology.rank == 0 and claim is None:
+        claim = asked(assign, said, store)
+    text = rendezvous.handed(store, claim.assignment.to_json() if claim else None)
+    if not text:
+        return EXIT_REQUEST  # rank 0 says why
+    assignment = claim.assignment if claim else Assignment.from_json(text)
+    if not loopback and own is None and claim is None and topology.local_rank == 0:
+        remember(Recalled(assignment.folder.path, assignment.before))  # rank 0 may be another's next time
     if assignment.summary is not None:
         return say_complete(assignment.summary, topology)
     topology = topology.started(assignment.generation)
@@ -201,6 +212,21 @@ def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) ->
         wishes.done()
         if claim is not None and claim.lock is not None:
             claim.lock.release()
+
+
+def asked(assign: Callable[[Recalled | None], Claim], said: Sequence[str], store: Store) -> Claim:
+    """Rank 0's decision, after what the others recall. They go where the request is wrong.
+
+    Raises:
+        RequestError: it is.
+    """
+    from launcher import rendezvous
+
+    try:
+        return assign(next((Recalled.from_json(text) for text in said if text), None))
+    except BaseException:
+        rendezvous.handed(store, "")
+        raise
 
 
 def leave(status: int) -> NoReturn:

@@ -145,9 +145,9 @@ def main(run: Callable[[], Run], topology: Topology) -> int:
     composed = run() if topology.rank == 0 else None
     timeout_s = composed.launch.timeout_s if composed else 600.0
     store = rendezvous.meet(topology, loopback=False, timeout_s=timeout_s)
+    _, store = rendezvous.gathered(store, topology, "", timeout_s)
     text = None if composed is None else json.dumps(to_mapping(composed))
-    text, store = rendezvous.handed(store, topology, text, timeout_s)
-    asked = composed or from_mapping(json.loads(text))
+    asked = composed or from_mapping(json.loads(rendezvous.handed(store, text)))
     from launcher.tune.session import measured
 
     with to_stderr():
@@ -168,7 +168,7 @@ def main_handover(path: str, topology: Topology) -> int:
     topology = topology.started(topology.restarts + 1)
     try:
         store = rendezvous.meet(topology, loopback=True, timeout_s=run.launch.timeout_s)
-        _, store = rendezvous.handed(store, topology, "" if topology.rank == 0 else None, run.launch.timeout_s)
+        _, store = rendezvous.gathered(store, topology, "", run.launch.timeout_s)
         return _probe(run, topology, store, private)
     except Lost:
         (private / f"{LOST}-{topology.generation}").touch()

@@ -69,13 +69,13 @@ def job(noise: float, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
-def cost(overrides: list[str], workers: int) -> None:
+def cost(overrides: list[str], workers: int, pairs: int) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, str(HERE / "noise.py"), "rank", *overrides], env=env, check=True)
+    subprocess.run([*torchrun, str(HERE / "noise.py"), "rank", f"--pairs={pairs}", *overrides], env=env, check=True)
 
 
-def rank(overrides: list[str], pairs: int = 150, warm_up: int = 10) -> None:
+def rank(overrides: list[str], pairs: int, warm_up: int = 10) -> None:
     """Updates in pairs, one that measures and one that does not; which of them is first alternates.
 
     Times are those of the thread that trains, on the processor: others on this machine do not count.
@@ -171,13 +171,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--noises", type=float, nargs="+", default=[10.0, 100.0])
+    parser.add_argument("--pairs", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     options, more = parser.parse_known_args()
     overrides = [*options.overrides, *more]
     if options.what == "known":
         known(options.noises, options.seeds)
+    elif options.what == "cost":
+        cost(overrides, options.workers, options.pairs)
     else:
-        {"cost": lambda: cost(overrides, options.workers), "rank": lambda: rank(overrides)}[options.what]()
+        rank(overrides, options.pairs)
 
 
 if __name__ == "__main__":

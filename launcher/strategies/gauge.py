@@ -16,6 +16,8 @@ __all__ = ["Gauge", "Listener", "norms"]
 
 CHUNK = 1 << 20
 PIECE = 1 << 16
+FIRST = 40
+EVERY = 4
 
 
 def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -71,7 +73,8 @@ class Gauge:
 class Listener:
     """Takes the norm of each parameter's gradient as backward gives it, before it is added to what is there.
 
-    Small gradients are held until a million elements have come together, for one kernel: a launch each would show.
+    Small gradients are held until a million elements have come together: a kernel for each would show. So would hearing
+    every update: it hears the first ones, so that something is known soon, and every fourth from then on.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor] = ()) -> None:
@@ -82,18 +85,28 @@ class Listener:
         for parameter in parameters:
             self.listen(parameter)
 
+    @staticmethod
+    def hears(update: int) -> bool:
+        return update < FIRST or update % EVERY == 0
+
     def listen(self, parameter: torch.Tensor) -> None:
         parameter.register_hook(self._heard)
 
     def _heard(self, gradient: torch.Tensor) -> None:
-        if self.on:
-            self._waiting.append(gradient)
-            self._elements += gradient.numel()
-            if self._elements >= CHUNK:
-                self._measure()
+        if not self.on:
+            return
+        elements = gradient.numel()
+        if elements > PIECE:
+            self._norms += norms([gradient])
+            return
+        self._waiting.append(gradient)  # itself, not a view: what holds it may not be changed in place
+        self._elements += elements
+        if self._elements >= CHUNK:
+            self._measure()
 
     def _measure(self) -> None:
-        self._norms += norms(self._waiting)
+        if self._waiting:
+            self._norms += norms([torch.cat([gradient.reshape(-1) for gradient in self._waiting])])
         self._waiting, self._elements = [], 0
 
     def norms(self) -> list[torch.Tensor]:

@@ -69,14 +69,17 @@ def job(noise: float, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
-def cost(overrides: list[str], workers: int) -> None:
+def cost(overrides: list[str], workers: int, pairs: int) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, str(HERE / "noise.py"), "rank", *overrides], env=env, check=True)
+    subprocess.run([*torchrun, str(HERE / "noise.py"), "rank", f"--pairs={pairs}", *overrides], env=env, check=True)
 
 
-def rank(overrides: list[str], pairs: int = 150, warm_up: int = 10) -> None:
-    """Updates in pairs, one that measures and one that does not; which of them is first alternates."""
+def rank(overrides: list[str], pairs: int, warm_up: int = 10) -> None:
+    """Updates in pairs, one that measures and one that does not; which of them is first alternates.
+
+    Times are those of the thread that trains, on the processor: others on this machine do not count.
+    """
     import torch
     import torch.distributed as dist
 
@@ -107,7 +110,7 @@ def rank(overrides: list[str], pairs: int = 150, warm_up: int = 10) -> None:
 
 
 def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
-    """One update on samples that stay the same; the seconds it takes."""
+    """One update on samples that stay the same; the processor's seconds that it takes."""
     import torch.distributed as dist
     from torch.utils.data import default_collate
 
@@ -123,14 +126,14 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
         if listener is not None and not measured:
             listener.on = False
         dist.barrier()
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         for index, batch in enumerate(batches):
             with replica.micro(last=index == len(batches) - 1, pad=False, place=rank):
                 loss = parts.recipe.loss(replica.model, batch)
                 replica.backward(loss.total, plan.global_batch, float(loss.count) if measured else 0.0)
         ddp.norms = norms  # type: ignore[attr-defined]
         replica.step(1e-4, None, 1.0, None)
-        return time.perf_counter() - start_s
+        return time.thread_time() - start_s
 
     return update
 
@@ -156,10 +159,10 @@ def estimate_s(batch: int, updates: int = 2000) -> float:
     start_s = 0.0
     for index in range(updates + 500):
         if index == 500:
-            start_s = time.perf_counter()
+            start_s = time.thread_time()
         noise = noise.update([batch / 2] * 2, [2 + draw.random()] * 2, 1 + draw.random(), batch)
         noise.values(batch, batch)
-    return (time.perf_counter() - start_s) / updates
+    return (time.thread_time() - start_s) / updates
 
 
 def main() -> None:
@@ -168,13 +171,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--noises", type=float, nargs="+", default=[10.0, 100.0])
+    parser.add_argument("--pairs", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     options, more = parser.parse_known_args()
     overrides = [*options.overrides, *more]
     if options.what == "known":
         known(options.noises, options.seeds)
+    elif options.what == "cost":
+        cost(overrides, options.workers, options.pairs)
     else:
-        {"cost": lambda: cost(overrides, options.workers), "rank": lambda: rank(overrides)}[options.what]()
+        rank(overrides, options.pairs)
 
 
 if __name__ == "__main__":

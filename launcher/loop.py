@@ -113,7 +113,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
                 if micro.last:
                     pending = job.vote.cast(ballot(job, sums, late), clock.times_ms())
                 job.at("backward", update)
-                replica.backward(loss.total, update.samples, float(loss.count))
+                replica.backward(loss.total, update.samples, measured_count(job, loss, update))
                 clock.lap_backward()
         job.at("sync", update)
         agreed = pending.wait()
@@ -184,6 +184,11 @@ def forward(job: Bench, micro: Micro, update: Update) -> Loss:
         loss = replace(loss, total=loss.total * math.nan)
     job.clock.lap("forward")
     return loss
+
+
+def measured_count(job: Job, loss: Loss, update: Update) -> float:
+    """What the loss counts, where the noise of this update's gradient is measured."""
+    return float(loss.count) if job.replica.measures(update.index) else 0.0
 
 
 @dataclass(frozen=True)

@@ -120,10 +120,11 @@ class NoiseScale:
     def values(self, batch: float, base_batch: float) -> dict[str, float]:
         """The keys of metrics.jsonl, as far as they are known."""
         values: dict[str, float] = {}
-        if self.scale is not None:
-            values |= {"noise/scale": self.scale, "noise/efficiency": efficiency(batch, base_batch, self.scale)}
-        if self.interval is not None:
-            bounds = zip(("noise/scale_low", "noise/scale_high"), self.interval, strict=True)
+        scale, interval = self._found
+        if scale is not None:
+            values |= {"noise/scale": scale, "noise/efficiency": efficiency(batch, base_batch, scale)}
+        if interval is not None:
+            bounds = zip(("noise/scale_low", "noise/scale_high"), interval, strict=True)
             values |= {key: bound for key, bound in bounds if bound < math.inf}
         return values
 

@@ -156,13 +156,21 @@ def test_a_loss_scale_is_taken_out() -> None:
 def test_small_and_large_gradients_are_all_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = updated(ddp(), [6, 6]).spread
     monkeypatch.setattr("launcher.strategies.gauge.CHUNK", 10)
-    assert updated(ddp(), [6, 6]).spread == whole
+    assert float(updated(ddp(), [6, 6]).spread) == pytest.approx(float(whole), rel=1e-12)
+    monkeypatch.setattr("launcher.strategies.gauge.PIECE", 10)
+    assert float(updated(ddp(), [6, 6]).spread) == pytest.approx(float(whole), rel=1e-12)
+
+
+def test_micro_batches_are_heard_often_at_first_and_ranks_always() -> None:
+    alone, among = ddp(), ddp(world=2)
+    assert [update for update in range(50) if not alone.measures(update)] == [41, 42, 43, 45, 46, 47, 49]
+    assert all(among.measures(update) for update in range(50))
 
 
 def test_a_long_gradient_keeps_its_digits() -> None:
     """In one sum in fp32 it would be 1e-4 too short: enough to drown the noise of a batch far above its scale."""
     torch.manual_seed(0)
-    long = torch.randn(2_000, 3_000)
+    long = torch.randn(1_000, 3_000)
     found = torch.stack(norms([long, long.t(), long.flatten()])).double().square().sum()
     assert float(found) == pytest.approx(3 * float(long.double().square().sum()), rel=1e-6)
 

@@ -73,8 +73,11 @@ class Replica(Protocol):
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         """Backward of `total / samples`, `samples` those of the whole update: the only division of a loss.
 
-        `count` is what this micro-batch's loss counts, for the noise scale.
+        `count` is what this micro-batch's loss counts, for the noise scale; 0 where it is not to be measured.
         """
+
+    def measures(self, update: int) -> bool:
+        """Whether the noise is measured in the update of this index: in each, where that costs next to nothing."""
 
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
         """One optimizer step at rate `lr` on gradients times `rescale`, skipped where they are not finite."""

@@ -30,6 +30,7 @@ class Rank:
         self._world = world
         self._precision = precision
         self._pad = False
+        self._single: bool | None = None
         self._fresh = True
         self._buffers = [b for b in model.buffers() if b is not None]
         self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
@@ -42,11 +43,11 @@ class Rank:
         self._pad = pad
         if self._fresh:
             self._keep_buffers()
-        if self._listener is not None:  # a micro-batch that is all there is has no other to differ from
-            self._listener.on = self._world > 1 or not last or self._listener.on
+        self._single = last and self._single is not False
         with self._untouched() if pad else nullcontext():
             yield
-        if self._listener is not None:
+        if self._listener is not None and self._listener.on:
+            self._listener.on = False
             self._gauge.close(self._listener.norms())
 
     @contextmanager
@@ -63,7 +64,7 @@ class Rank:
                 norm.training = True
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
-        self._gauge.counts(0.0 if self._pad else count)
+        self._listen(0.0 if self._pad else count)
         self._precision.scaled(total / samples).backward()
 
     @torch.no_grad()
@@ -75,9 +76,17 @@ class Rank:
 
     def _measured(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
         """How far this rank's groups are apart, of gradients that were `scale` times too large, and their number."""
-        if self._listener is not None:
-            self._listener.on = False
+        self._single = None
         return self._gauge.take(scale)
+
+    def measures(self, update: int) -> bool:
+        return self._listener is None or self._listener.hears(update)
+
+    def _listen(self, count: float) -> None:
+        """To the backward pass of a micro-batch that counts so much; a single one has no other to differ from."""
+        self._gauge.counts(count)
+        if self._listener is not None:
+            self._listener.on = count > 0 and (self._world > 1 or not self._single)
 
     def _finish(self, finite: torch.Tensor) -> None:
         """Step where the gradient is finite; else leave parameters, moments, steps and buffers as they were.

@@ -95,7 +95,7 @@ class DeepSpeedReplica(Rank):
             yield
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
-        self._gauge.counts(0.0 if self._pad else count)
+        self._listen(0.0 if self._pad else count)
         self._engine.backward(self._precision.scaled(total / samples))
 
     @torch.no_grad()

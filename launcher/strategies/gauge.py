@@ -7,7 +7,6 @@ or a shard. Nothing is kept of a gradient but its square norm, on the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import reduce
 
 import torch
 
@@ -17,6 +16,8 @@ __all__ = ["Gauge", "Listener", "norms"]
 
 CHUNK = 1 << 20
 PIECE = 1 << 16
+FIRST = 40
+EVERY = 4
 
 
 def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -24,15 +25,15 @@ def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
     Six million elements give a norm that is 2e-4 too small; in pieces of 65,536 that is 2e-7.
     """
-    pieces = [piece for tensor in tensors for piece in cut(tensor.detach())]
-    dtype = reduce(torch.promote_types, {piece.dtype for piece in pieces}, torch.float32)
-    return list(torch._foreach_norm(pieces, 2, dtype)) if pieces else []
+    pieces: list[torch.Tensor] = []
+    for tensor in tensors:
+        pieces += [tensor] if tensor.numel() <= PIECE else cut(tensor)
+    double = any(piece.dtype is torch.float64 for piece in pieces)
+    return list(torch._foreach_norm(pieces, 2, torch.float64 if double else torch.float32)) if pieces else []
 
 
 def cut(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """Views that lie together in memory, whatever the layout."""
-    if tensor.numel() <= PIECE:
-        return (tensor,)
     outer = max(range(tensor.ndim), key=tensor.stride)
     return tensor.split(max(1, PIECE * tensor.shape[outer] // tensor.numel()), outer)
 
@@ -46,7 +47,7 @@ class Gauge:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._count = 0.0
-        self._groups: list[torch.Tensor] = []
+        self._groups: list[tuple[float, Sequence[torch.Tensor]]] = []
 
     def counts(self, count: float) -> None:
         """One more micro-batch of the group under way. A group that counts nothing is none."""
@@ -55,20 +56,25 @@ class Gauge:
     def close(self, norms: Sequence[torch.Tensor]) -> None:
         """The group is complete; `norms` are those of the pieces of its h."""
         if norms and self._count:
-            self._groups.append(torch.stack(list(norms)).double().square().sum() / self._count)
+            self._groups.append((self._count, norms))
         self._count = 0.0
 
     def take(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
         """The sum of gradients that were `scale` times too large, and how many groups; then it starts anew."""
         groups, self._groups, self._count = self._groups, [], 0.0
-        total = tree_sum(groups) if groups else torch.zeros((), dtype=torch.float64, device=self._device)
+        if not groups:
+            return torch.zeros((), dtype=torch.float64, device=self._device), 0
+        squares = torch.stack([norm for _, norms in groups for norm in norms]).double().square()
+        parts = squares.split([len(norms) for _, norms in groups])
+        total = tree_sum(part.sum() / count for part, (count, _) in zip(parts, groups, strict=True))
         return total / scale**2, len(groups)
 
 
 class Listener:
     """Takes the norm of each parameter's gradient as backward gives it, before it is added to what is there.
 
-    Small gradients are held until a million elements have come together, for one kernel: a launch each would show.
+    Small gradients are held until a million elements have come together: a kernel for each would show. So would hearing
+    every update: it hears the first ones, so that something is known soon, and every fourth from then on.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor] = ()) -> None:
@@ -79,18 +85,28 @@ class Listener:
         for parameter in parameters:
             self.listen(parameter)
 
+    @staticmethod
+    def hears(update: int) -> bool:
+        return update < FIRST or update % EVERY == 0
+
     def listen(self, parameter: torch.Tensor) -> None:
         parameter.register_hook(self._heard)
 
     def _heard(self, gradient: torch.Tensor) -> None:
-        if self.on:
-            self._waiting.append(gradient)
-            self._elements += gradient.numel()
-            if self._elements >= CHUNK:
-                self._measure()
+        if not self.on:
+            return
+        elements = gradient.numel()
+        if elements > PIECE:
+            self._norms += norms([gradient])
+            return
+        self._waiting.append(gradient)  # itself, not a view: what holds it may not be changed in place
+        self._elements += elements
+        if self._elements >= CHUNK:
+            self._measure()
 
     def _measure(self) -> None:
-        self._norms += norms(self._waiting)
+        if self._waiting:
+            self._norms += norms([torch.cat([gradient.reshape(-1) for gradient in self._waiting])])
         self._waiting, self._elements = [], 0
 
     def norms(self) -> list[torch.Tensor]:

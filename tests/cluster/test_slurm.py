@@ -84,12 +84,10 @@ def verb(slurm: Slurm, project: Path, *words: str, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_five_preemptions_and_a_time_limit_lose_no_update_and_repeat_none(slurm: Slurm, project: Path) -> None:
-    """Each time the job is queued again, in the same run folder and the same wandb run; the user's stop is the end."""
-    own = [word for word in LONG if word != "sink=[]"]
-    job = slurm.submit(
-        str(SCRIPTS / "train.sbatch"), *own, "sink=wandb", "run.name=p", cwd=project, env=env(WANDB_MODE="offline")
-    )
+def test_five_preemptions_lose_no_update_and_repeat_none(slurm: Slurm, project: Path) -> None:
+    """Jobs of a higher partition take the nodes; then the user stops the run, which is not queued again."""
+    script = str(SCRIPTS / "train.sbatch")
+    job = slurm.submit("--nodes=1", script, *LONG, "run.name=p", cwd=project, env=env())
     run_dir = project / "runs/p"
     for times in range(1, 6):
         wait_for(started(run_dir, times), 150)
@@ -99,20 +97,30 @@ def test_five_preemptions_and_a_time_limit_lose_no_update_and_repeat_none(slurm:
         assert len(events(run_dir, "preempt")) == times
     wait_for(started(run_dir, 6), 150)
     assert "Slurm job" in verb(slurm, project, "status", "p")
-    slurm.ask("scontrol", "update", f"jobid={job}", "timelimit=1")
-    wait_for(lambda: slurm.facts(job)["Restarts"] == "6", 150)
-    slurm.ask("scontrol", "update", f"jobid={job}", "timelimit=10")
-    wait_for(started(run_dir, 7), 150)
     verb(slurm, project, "stop", "p")
     assert slurm.state(job) == "COMPLETED"
+    once_each(run_dir)
+
+
+def test_a_job_at_its_time_limit_is_queued_again_and_stays_one_run_in_wandb(slurm: Slurm, project: Path) -> None:
+    own = [*(word for word in LONG if word != "sink=[]"), "sink=wandb", "run.name=t"]
+    offline = env(WANDB_MODE="offline")
+    job = slurm.submit("--time=2", str(SCRIPTS / "train.sbatch"), *own, cwd=project, env=offline)
+    run_dir = project / "runs/t"
+    wait_for(started(run_dir, 1), 150)
+    slurm.ask("scontrol", "update", f"jobid={job}", "timelimit=1")
+    wait_for(lambda: slurm.facts(job)["Restarts"] == "1", 150)
+    once_each(run_dir)
+    wait_for(started(run_dir, 2), 150)
+    verb(slurm, project, "stop", "t")
     once_each(run_dir)
     one_wandb_run(run_dir)
 
 
 def one_wandb_run(run_dir: Path) -> None:
     """Every start wrote an offline file of its own, all of them of the same run, and none tells an update twice."""
-    files = sorted(run_dir.glob("wandb/*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
-    assert len(files) == 7
+    files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert len(files) == 2
     ids = {record.run.run_id for path in files for record in wandb_file.records(path) if record.HasField("run")}
     assert ids == {(run_dir / "wandb-id").read_text().strip()}
     told = [row["update"] for path in files for row in wandb_file.rows(path) if "train/loss" in row]

@@ -78,9 +78,8 @@ def lacking(run: Run, lane: Lane, machine: Machine) -> str | None:
     if on_gpus and workers > len(lane.gpus):
         return f"a point takes {workers} of {len(machine.gpus)} GPUs, and would have {len(lane.gpus)}"
     if cores > len(lane.cores):
-        loaders = f" and {run.data.workers} loaders" if run.data.workers else ""
-        each = f"{workers} workers with {threads} threads{loaders} each"
-        return f"a point takes {cores} cores ({each}), and would have {len(lane.cores)} of {len(machine.cores)}"
+        each = f"launch.workers={workers} x (launch.threads={threads} + data.workers={run.data.workers})"
+        return f"a point takes {cores} cores, {each}, and would have {len(lane.cores)} of {len(machine.cores)}"
     return None
 
 

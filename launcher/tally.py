@@ -29,11 +29,11 @@ def table(folder: Path, outcomes: Sequence[Outcome]) -> str:
     lines = [f"sweep {folder}", *aligned(("", *heads(target)), rows, swept)]
     done = {outcome.number: figures[outcome.number] for outcome in outcomes if figures[outcome.number].done}
     groups = by_seed({outcome.number: at for outcome, at in zip(outcomes, swept, strict=True)}, done)
+    named = {f"point {number}": found for number, found in done.items()}
     if groups:
         lines += ["averages over seed, with the standard deviation", *averages(groups, target)]
+    if len(groups) > 1:
         named = {f"{words(key)} over {len(group)} seeds": mean(group) for key, group in groups.items()}
-    else:
-        named = {f"point {number}": found for number, found in done.items()}
     lines += [*winners(named), *needed(swept, [figures[outcome.number] for outcome in outcomes])]
     return "\n".join(redact(line) for line in lines)
 
@@ -105,28 +105,26 @@ def without(values: Mapping[str, str], dropped: Callable[[str], bool]) -> Group:
 
 
 def averages(groups: Mapping[Group, Sequence[Figures]], target: bool) -> list[str]:
-    head = ("seeds", *heads(target)[:2], *heads(target)[3:])
+    head = ("seeds", "batch", *heads(target)[3:])
     rows = [(str(len(group)), *spread_cells(group, target)) for group in groups.values()]
     return aligned(head, rows, [dict(key) for key in groups])
 
 
 def spread_cells(group: Sequence[Figures], target: bool) -> Iterator[str]:
-    one = group[0]
-    yield shown(one.batch, ",")
-    yield shown(one.rate, ".4g")
-    names = ("target_s", "epochs", "updates") if target else ("seconds",)
-    for name in (*names, "best"):
-        yield spread([getattr(found, name) for found in group])
+    yield shown(group[0].batch, ",")
+    took = (("target_s", ".2f"), ("epochs", ".1f"), ("updates", ",.0f")) if target else (("seconds", ".2f"),)
+    for name, form in (*took, ("best", ".4f")):
+        yield spread([getattr(found, name) for found in group], form)
 
 
-def spread(values: Sequence[float | None]) -> str:
+def spread(values: Sequence[float | None], form: str) -> str:
     """Mean and standard deviation; of those that got there, where some did not."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    deviation = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
+    deviation = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
     short_of = f" ({len(known)})" if len(known) < len(values) else ""
-    return f"{statistics.fmean(known):.4g}{deviation}{short_of}"
+    return f"{statistics.fmean(known):{form}}{deviation}{short_of}"
 
 
 def mean(group: Sequence[Figures]) -> Figures:

@@ -69,15 +69,23 @@ def test_where_the_seed_is_swept_averages_stand_below_and_win(tmp_path: Path) ->
     lines = table(tmp_path, outcomes(*words)).splitlines()
     at = lines.index("averages over seed, with the standard deviation")
     assert [" ".join(line.split()) for line in lines[at + 1 : at + 4]] == [
-        "seeds batch rate target s epochs updates best per_device",
-        "2 64 0.1 10 ± 2.8 0.75 ± 0.35 15 ± 7.1 0.91 ± 0.014 32",
-        "2 128 0.1 9.25 ± 0.35 3.5 ± 0.71 35 ± 7.1 0.81 ± 0.014 64",
+        "seeds batch target s epochs updates best per_device",
+        "2 64 10.00 ± 2.83 0.8 ± 0.4 15 ± 7 0.9100 ± 0.0141 32",
+        "2 128 9.25 ± 0.35 3.5 ± 0.7 35 ± 7 0.8100 ± 0.0141 64",
     ]
     assert lines[at + 4 :] == [
         "time-optimal: batch.per_device=64 over 2 seeds, 9.2 s to the target",
         "accuracy-optimal: batch.per_device=32 over 2 seeds, best val/accuracy 0.91",
     ]
     assert max(map(len, lines)) <= 80
+
+
+def test_where_the_seed_alone_is_swept_the_points_are_compared(tmp_path: Path) -> None:
+    for number, seconds in enumerate((8.0, 12.0)):
+        point(tmp_path / str(number), 20.0, [0.9], (seconds, 10))
+    lines = table(tmp_path, outcomes("seed=0", "seed=1")).splitlines()
+    assert "averages over seed, with the standard deviation" in lines
+    assert "time-optimal: point 0, 8.0 s to the target" in lines
 
 
 def test_four_sizes_tell_where_samples_are_wasted_for_each_rule_apart(tmp_path: Path) -> None:

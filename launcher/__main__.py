@@ -69,7 +69,7 @@ def again(args: Sequence[str]) -> int:
     """Internal: for the script of a Slurm job that failed, whether it should be queued again."""
     from launcher import submit
 
-    return int(submit.again(*args, slurm_job()))
+    return int(submit.again(args[0], slurm_job()))
 
 
 def worker(args: Sequence[str]) -> int:

@@ -57,9 +57,9 @@ def test_what_is_accepted_never_takes_more_cores_than_there_are(
         (
             run(2),
             4,
-            "a point takes 2 cores (2 workers with 1 threads each), and would have 1 of 4: type sweep.at_once=2",
+            "2 cores, launch.workers=2 x (launch.threads=1 + data.workers=0), and would have 1 of 4: type sw",
         ),
-        (run(1, 2, 1), 2, "a point takes 3 cores (1 workers with 2 threads and 1 loaders each), and would have 2 of 4"),
+        (run(1, 2, 1), 2, "a point takes 3 cores, launch.workers=1 x (launch.threads=2 + data.workers=1), and would"),
     ],
 )
 def test_too_many_at_a_time_are_refused_with_how_many_fit(asked: Run, count: int, said: str) -> None:

@@ -170,7 +170,7 @@ def restored(parts: Parts, plan: Study, found: Found | None, checkpoints: Path) 
     The best checkpoint so far counts only where it still lies in `checkpoints`.
     """
     if found is None:
-        return Standing(Position(), plan.schedule)
+        return Standing.fresh(plan)
     checkpoint.check_names(found.manifest, parts.outline)
     loaded = checkpoint.load(found)
     facts = loaded.manifest.facts
@@ -327,7 +327,8 @@ def announce(
             event("alarm", kind="checkpoint", detail=detail)
     before = plan_before(ready.found, last)
     if before and any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
-        event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+        moments = standing.moments_to(facts["global"])
+        event("resize", why=why_of(before, facts), **{"from": before, "to": facts}, moments=moments)
 
 
 def start_facts(job: Job, parts: Parts, standing: Standing) -> dict[str, Any]:

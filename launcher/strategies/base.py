@@ -1,7 +1,8 @@
 """What a rank does alike under every strategy: buffers, pads, and whether a step is taken."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,12 @@ from torch import nn
 from launcher.blocks import unchanged
 from launcher.optim import Precision, reads_found_inf
 from launcher.parts import Place
+from launcher.strategies.gauge import Gauge, Listener
 
 __all__ = ["Rank", "even_parts"]
+
+#: Adam's average of squared gradients, and AMSGrad's maximum of it.
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 
 class Rank:
@@ -28,6 +33,8 @@ class Rank:
         self._fresh = True
         self._buffers = [b for b in model.buffers() if b is not None]
         self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._gauge = Gauge(precision.device)
+        self._listener: Listener | None = None  # where micro-batches are the groups that the noise shows between
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @contextmanager
@@ -35,8 +42,12 @@ class Rank:
         self._pad = pad
         if self._fresh:
             self._keep_buffers()
+        if self._listener is not None:  # a micro-batch that is all there is has no other to differ from
+            self._listener.on = self._world > 1 or not last or self._listener.on
         with self._untouched() if pad else nullcontext():
             yield
+        if self._listener is not None:
+            self._gauge.close(self._listener.norms())
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
@@ -51,7 +62,8 @@ class Rank:
             for norm in training:
                 norm.training = True
 
-    def backward(self, total: torch.Tensor, samples: int) -> None:
+    def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
+        self._gauge.counts(0.0 if self._pad else count)
         self._precision.scaled(total / samples).backward()
 
     @torch.no_grad()
@@ -60,6 +72,12 @@ class Rank:
         self._fresh = False
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
+
+    def _measured(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
+        """How far this rank's groups are apart, of gradients that were `scale` times too large, and their number."""
+        if self._listener is not None:
+            self._listener.on = False
+        return self._gauge.take(scale)
 
     def _finish(self, finite: torch.Tensor) -> None:
         """Step where the gradient is finite; else leave parameters, moments, steps and buffers as they were.
@@ -80,6 +98,15 @@ class Rank:
         self._adjust(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self._fresh = True
+
+    @torch.no_grad()
+    def rescale_moments(self, factor: float) -> None:
+        for state in self._optimizer_state():
+            for slot in SECOND_MOMENTS & state.keys():
+                state[slot].mul_(factor)
+
+    def _optimizer_state(self) -> Iterable[dict[str, Any]]:
+        return self.optimizer.state.values()
 
     def _adjust(self, finite: torch.Tensor) -> None:
         """Let the loss scale follow."""

@@ -23,18 +23,18 @@ __all__ = ["VERBS", "main"]
 
 
 def train(args: Sequence[str]) -> int:
-    """One run, or with -m one after the other; under torchrun, this rank's part of it."""
+    """One run, or with -m several; under torchrun, this rank's part of it."""
     asked, topology = Arguments.parse(args), Topology.of()
     if answered(asked, args):
         return EXIT_OK
     if topology is not None:
         return work(args, asked.multirun, topology)
-    from launcher import config
-
     if not asked.multirun:
         return drive(resolved(args), args)
+    from launcher import multirun
+
     importable = import_module("launcher.__main__")  # under `python -m` this module has a name that no job could import
-    return config.multirun(args, importable.drive)
+    return multirun.multirun(args, importable.drive)
 
 
 def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
@@ -69,7 +69,7 @@ def again(args: Sequence[str]) -> int:
     """Internal: for the script of a Slurm job that failed, whether it should be queued again."""
     from launcher import submit
 
-    return int(submit.again(*args))
+    return int(submit.again(args[0], slurm_job()))
 
 
 def worker(args: Sequence[str]) -> int:

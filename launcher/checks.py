@@ -41,6 +41,8 @@ LEAST: Mapping[str, float] = {
     "log.every": 1,
     "schedule.patience": 0,
     "seed": 0,
+    "sweep.at_once": 1,
+    "sweep.trials": 1,
 }
 POSITIVE = ("launch.timeout_s", "train.clip_norm", "schedule.factor")
 

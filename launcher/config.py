@@ -25,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -39,10 +39,12 @@ from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.keys import flat, from_mapping, keys, no_such_key, to_mapping
 from launcher.redact import redact, redacted
 from launcher.refusals import no_such_choice, refusal
+from launcher.search import Axis
 from launcher.settings import Run
 from launcher.typed import shown
 
 __all__ = [
+    "Asked",
     "Composed",
     "Composer",
     "Task",
@@ -50,10 +52,13 @@ __all__ = [
     "flat",
     "from_mapping",
     "from_yaml",
-    "multirun",
+    "of_a_point",
     "resolve",
+    "run_placed",
+    "say",
     "settled",
     "show_config",
+    "swept",
     "to_mapping",
     "to_yaml",
 ]
@@ -63,6 +68,7 @@ SHIPPED = ("strategy", "batch", "optimizer", "schedule", "launch", "sink", "reci
 #: What names the folder of a run, or of a whole sweep.
 PLACES = ("run.name", "run.dir")
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 #: The parts whose keys belong to others: fields of the recipe, arguments of the optimizer, options of a sink.
 OPEN = ("recipe.", "optimizer.", "sink.", "launch.env.")
 
@@ -103,9 +109,25 @@ def resolve(args: Sequence[str]) -> Composed:
         RequestError: unknown flag, key or choice, wrong type or value, a value that is missing.
     """
     arguments = Arguments.parse(args)
+    for word in arguments.overrides:
+        if word.startswith("sweep.") and not arguments.multirun:
+            raise RequestError(f"{word} has no effect on a single run: add -m")
     if arguments.multirun:
         raise RequestError("-m starts several runs: it goes with training alone, launcher -m ...")
     return Composer(arguments.config_dirs).composed(arguments.overrides)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What -m asks for. `own`: the overrides but those that name the folder. `here`: Hydra's own launcher is to run it.
+
+    `settings`: a run of which only the parts `run` and `sweep` are filled.
+    """
+
+    settings: Run
+    own: tuple[str, ...]
+    here: bool
+    config: DictConfig
 
 
 class Composer:
@@ -143,18 +165,42 @@ class Composer:
         with one_line():
             return self._loader.load_configuration(PRIMARY, opened(overrides), mode)
 
+    def asked(self, overrides: Sequence[str]) -> Asked:
+        """A sweep that overrides ask for.
+
+        Raises:
+            RequestError: a key is unknown or wrong, or may not be swept over.
+        """
+        parsed = self.parsed(overrides)
+        config = self.config(overrides, RunMode.MULTIRUN)
+        _refuse_own_keys(parsed, config)
+        own = [str(o.input_line) for o in parsed if o.key_or_group not in PLACES]
+        place = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
+        settings = from_mapping({"run": place, "sweep": OmegaConf.to_container(config.sweep, resolve=True)})
+        return Asked(settings, tuple(own), config.hydra.launcher._target_ == BASIC_LAUNCHER, config)
+
     def points(self, config: DictConfig) -> list[list[str]]:
         """The overrides of every point of a plain sweep; none where a sweeper of the user's choosing decides."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         if config.hydra.sweeper._target_ != BASIC_SWEEPER:
             return []
-        params = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
-        search = [line for line in config.hydra.overrides.hydra if line.startswith("hydra.searchpath=")]
         with one_line():
-            parser = OverridesParser.create(config_loader=self._loader)
-            parsed = parser.parse_overrides([*params, *config.hydra.overrides.task])
-            return [[*search, *point] for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
+            parsed = self._asked_of_points(config)
+            batches = BasicSweeper.split_arguments(parsed, None)
+        return [[*searched(config), *point] for batch in batches for point in batch]
+
+    def axes(self, config: DictConfig) -> tuple[list[str], list[Axis]]:
+        """The overrides that all points of a search share, and what it is free to choose."""
+        with one_line():
+            parsed = self._asked_of_points(config)
+        fixed = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()]
+        return [*searched(config), *fixed], [axis_of(o) for o in parsed if o.is_sweep_override()]
+
+    def _asked_of_points(self, config: DictConfig) -> list[Override]:
+        params = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
+        parser = OverridesParser.create(config_loader=self._loader)
+        return parser.parse_overrides([*params, *config.hydra.overrides.task])
 
     def _rate_notes(self, run: Run, parsed: Sequence[Override]) -> Iterator[str]:
         """A rate belongs to the optimizer it was chosen for: said where the recipe's rate meets another optimizer."""
@@ -166,6 +212,26 @@ class Composer:
         if run.lr.base is not None and usual != run.optimizer["_target_"]:
             chosen = run.optimizer["_target_"]
             yield f"lr.base={run.lr.base:g} was chosen for {usual}, not for {chosen}: give lr.base= too"
+
+
+def searched(config: DictConfig) -> list[str]:
+    """A search path that the user adds goes for every point."""
+    return [line for line in config.hydra.overrides.hydra if line.startswith("hydra.searchpath=")]
+
+
+def axis_of(override: Override) -> Axis:
+    """What `lr.base=interval(0.01,1)`, `tag(log,interval(…))`, `range(…)` or `a,b` leave to choose.
+
+    Raises:
+        RequestError: the bounds cannot be meant.
+    """
+    key, value = override.get_key_element(), override.value()
+    if isinstance(value, IntervalSweep):
+        low, high, log = value.start or 0, value.end or 0, "log" in value.tags
+        if not low < high or (log and low <= 0):
+            raise RequestError(f"{override.input_line}: type the lower end first, and one above 0 under tag(log,...)")
+        return Axis(key, low=low, high=high, whole=isinstance(low, int) and isinstance(high, int), log=log)
+    return Axis(key, choices=tuple(override.sweep_string_iterator()))
 
 
 def search_path(config_dirs: Sequence[str]) -> ConfigSearchPath:
@@ -215,6 +281,8 @@ def refuse_outside_sweeps(override: Override) -> None:
 def check_key(override: Override, groups: Mapping[str, Sequence[str]]) -> None:
     """Answers a wrong name here, where the nearest right one is known; values are checked once composed."""
     name = override.key_or_group
+    if override.input_line == "hydra/sweeper=optuna":
+        raise RequestError("hydra/sweeper=optuna: a key asks for Optuna here: type sweep.trials=20 instead")
     if name in groups:
         _check_choice(override, groups[name])
     elif name == "optimizer.lr":
@@ -350,44 +418,22 @@ def _told_by_hydra(info: str, composer: Composer, overrides: Sequence[str]) -> s
 # --- sweeps -------------------------------------------------------------------------------------------------------
 
 
-def multirun(args: Sequence[str], point: Point) -> int:
-    """Runs `point` once for each point of the sweep, through Hydra's sweeper and launcher; returns the worst status.
-
-    Every point of a plain sweep is composed and checked before the first begins. `point` is a function of a module,
-    since a launcher plugin may call it in another process; a point that fails does not end the sweep.
-
-    Raises:
-        RequestError: any point's configuration is wrong; nothing was created then.
-    """
-    arguments = Arguments.parse(args)
-    composer = Composer(arguments.config_dirs)
-    parsed = composer.parsed(arguments.overrides)
-    config = composer.config(arguments.overrides, RunMode.MULTIRUN)
-    _refuse_own_folders(parsed, config)
-    for overrides in composer.points(config):
-        composer.composed(overrides)
-    named = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
-    folder = sweep.folder_of(from_mapping({"run": named}).run)
-    own = [str(o.input_line) for o in parsed if o.key_or_group not in PLACES]
-    flags = [word for one in arguments.config_dirs for word in ("--config-dir", one)]
-    outcomes = _swept(composer, Task(point, tuple(flags), arguments.share), folder, own)
-    print(sweep.table(folder, outcomes))
-    return sweep.worst(outcomes)
-
-
-def _refuse_own_folders(parsed: Sequence[Override], config: DictConfig) -> None:
+def _refuse_own_keys(parsed: Sequence[Override], config: DictConfig) -> None:
     """The folder and the name are the sweep's: its points are numbered in it."""
     params = config.hydra.sweeper.get("params") or {}
     swept = [o.key_or_group for o in parsed if o.is_sweep_override()] + [str(name) for name in params]
-    for name in PLACES:
-        if name in swept:
+    for name in swept:
+        if name in PLACES:
             raise RequestError(f"{name} can't be swept over: it names the sweep's folder, whose points are numbered")
+        if name.startswith("sweep."):
+            raise RequestError(f"{name} can't be swept over: it says how to sweep: type one value")
     for override in parsed:
         if override.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode"):
             raise RequestError(f"{override.input_line}: the sweep's folder is named by run.name= or run.dir=")
 
 
-def _swept(composer: Composer, task: Task, folder: Path, overrides: list[str]) -> list[sweep.Outcome]:
+def swept(composer: Composer, task: Task, folder: Path, overrides: Sequence[str]) -> list[sweep.Outcome]:
+    """Every point through Hydra's sweeper and launcher, or those of the user's choosing."""
     from hydra._internal.hydra import Hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -426,21 +472,23 @@ def run_point(task: Task, here: list[sweep.Outcome], config: DictConfig) -> swee
         here.append(sweep.Outcome(job, tuple(overrides), EXIT_OK, sweep.NOT_OURS))
         return here[-1]
     say(f"point {number}: {' '.join(overrides)}")
-    ended, status = run_placed(task, folder, number, config, overrides)
+    ended, status = run_placed(task, folder, number, lambda: settled(plain(config), parse(overrides)), overrides)
     if status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt  # the sweep ends with it
     here.append(sweep.Outcome(job, tuple(overrides), status, ended))
     return here[-1]
 
 
-def run_placed(task: Task, folder: Path, number: str, config: DictConfig, overrides: list[str]) -> tuple[str, int]:
+def run_placed(
+    task: Task, folder: Path, number: str, compose: Callable[[], Composed], overrides: Sequence[str]
+) -> tuple[str, int]:
     """One point in its own folder: in a word how it ended, and its status."""
     try:
-        composed = settled(plain(config), parse(overrides))
+        composed = compose()
         for note in composed.notes:
             say(f"note: {note}")
         placed = sweep.placed(composed.run, folder, number)
-        words = [*task.flags, *overrides, f"run.dir={quoted(placed.run.dir)}", *grouped(placed)]
+        words = [*task.flags, *of_a_point(overrides), f"run.dir={quoted(placed.run.dir)}", *grouped(placed)]
         status = task.point(placed, words)
         return sweep.ended(placed, status), status
     except RequestError as error:
@@ -449,6 +497,11 @@ def run_placed(task: Task, folder: Path, number: str, config: DictConfig, overri
     except Exception as error:
         say(f"error: {type(error).__name__}: {error}")
         return f"failed ({EXIT_FAILED})", EXIT_FAILED
+
+
+def of_a_point(overrides: Sequence[str]) -> list[str]:
+    """What of a sweep's overrides a point is asked for by: its folder is its own, and it sweeps over nothing."""
+    return [word for word in overrides if not word.startswith("sweep.") and word.partition("=")[0] not in PLACES]
 
 
 def grouped(run: Run) -> list[str]:

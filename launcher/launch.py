@@ -10,12 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
@@ -25,6 +24,7 @@ from launcher.process import catches, children, runs
 from launcher.redact import redact
 from launcher.runfolder import RUNS, RunFolder
 from launcher.settings import Run
+from launcher.signals import handled
 from launcher.sinks.jsonl import add
 from launcher.threads import threads_of
 from launcher.worker import Assignment
@@ -244,19 +244,3 @@ def killed(report: Path) -> str:
 
 def tell(text: str, *, whole: bool = False) -> None:
     print(redact(text if whole else " ".join(text.split())), file=sys.stderr, flush=True)
-
-
-@contextmanager
-def handled(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """The driver's signals go to `ask`, and to whom they went before once this is over.
-
-    A terminal's signal that is ignored stays so: under nohup, or in a script's background, they are not for us.
-    """
-    terminals = (signal.SIGINT, signal.SIGHUP)
-    heard = [number for number in terminals if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in (*heard, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,10 +12,10 @@ from launcher.errors import RequestError
 from launcher.manifest import named
 from launcher.typed import shown
 
-__all__ = ["Decision", "changed_keys", "decide"]
+__all__ = ["Decision", "changed_keys", "decide", "is_free"]
 
 #: Keys that do not alter what is learned: whole parts, and single keys.
-FREE_PARTS = ("launch", "log", "plan", "run", "sink", "strategy", "tune")
+FREE_PARTS = ("launch", "log", "plan", "run", "sink", "strategy", "sweep", "tune")
 FREE_KEYS = frozenset(
     {
         "checkpoint.every",  # not checkpoint.dir: elsewhere there is nothing to go on from
@@ -106,7 +106,12 @@ def may_change(
     if key == "train.validate_every":
         return new.get("schedule.decay") != "plateau"  # its rate falls by what validations find
     allowed = () if new.get("elastic.exact") else FREE_UNDER.get(str(new.get("batch.policy")), ())
-    return key.partition(".")[0] in FREE_PARTS or key in FREE_KEYS or key in allowed
+    return is_free(key) or key in allowed
+
+
+def is_free(key: str) -> bool:
+    """Whether a key alters nothing of what is learned, under whatever policy."""
+    return key.partition(".")[0] in FREE_PARTS or key in FREE_KEYS
 
 
 def shorter(was: str, now: str, samples_of: Callable[[str], int] | None) -> bool:

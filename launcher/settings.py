@@ -25,6 +25,7 @@ __all__ = [
     "RunSettings",
     "ScheduleSettings",
     "StrategySettings",
+    "SweepSettings",
     "TargetSettings",
     "TrainSettings",
     "TuneSettings",
@@ -210,6 +211,16 @@ class TuneSettings:
 
 
 @dataclass(frozen=True)
+class SweepSettings:
+    at_once: int = key(1, "-m: points that train at the same time; this machine is divided among them")
+    trials: int | None = key(None, "-m: so many points, chosen by Optuna from what the earlier ones came to")
+    metric: str | None = key(
+        None, "trials: what to search for, e.g. val/accuracy, seconds, target/seconds; train.target.metric by default"
+    )
+    mode: Literal["auto", "min", "max"] = key("auto", "trials: whether the least or the most is best; auto: by metric")
+
+
+@dataclass(frozen=True)
 class RunSettings:
     name: str | None = key(None, "the run's name; <recipe>-<job or time> by default")
     dir: str | None = key(None, "the run's folder; runs/<name> by default")
@@ -238,6 +249,7 @@ class Run:
     log: LogSettings = part(LogSettings)
     plan: PlanSettings = part(PlanSettings)
     tune: TuneSettings = part(TuneSettings)
+    sweep: SweepSettings = part(SweepSettings)
     run: RunSettings = part(RunSettings)
     resume: str = key("auto", "auto, never, must or the folder of a checkpoint")
     seed: int = key(0, "everything random follows from it")

@@ -10,13 +10,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from launcher.errors import EXIT_AGAIN, EXIT_INTERRUPTED
 
-__all__ = ["GO_ON", "JOIN", "LEAVE", "STOP", "Folder", "Wishes"]
+__all__ = ["GO_ON", "JOIN", "LEAVE", "STOP", "Folder", "Wishes", "handled"]
 
 GO_ON, JOIN, STOP, LEAVE = 0, 1, 2, 3  # LEAVE: save and be started again by the agent; the larger outweighs
 
@@ -104,3 +105,19 @@ class Wishes:
         if self._wish != GO_ON and self.why == "Ctrl-C":
             os._exit(EXIT_INTERRUPTED)
         self._raise(STOP, "Ctrl-C")
+
+
+@contextmanager
+def handled(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """The driver's signals go to `ask`, and to whom they went before once this is over.
+
+    A terminal's signal that is ignored stays so: under nohup, or in a script's background, they are not for us.
+    """
+    terminals = (signal.SIGINT, signal.SIGHUP)
+    heard = [number for number in terminals if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in (*heard, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -85,9 +85,11 @@ def folder(run: Run, job: str | None, *, restarted: bool) -> Path:
     """
     if job is None:
         raise RequestError("folder is for the script of a Slurm job: type sbatch slurm/train.sbatch ...")
-    examine(run, None)
     asked = path_of(run, job, 1, job=job)
-    path = next((one for one in mine(asked, job) if restarted), None) or decided(run, asked)[1]
+    path = next((one for one in mine(asked, job) if restarted), None)
+    if path is None:  # else all this was checked before, and the recipe may take seconds to import
+        examine(run, None)
+        path = decided(run, asked)[1]
     check_path(path)
     found = RunFolder(path)
     found.create()
@@ -107,17 +109,19 @@ def mine(asked: Path, job: str) -> list[Path]:
     return [path for path in near if (kept := claimed(RunFolder(path))) is not None and kept["job"] == job]
 
 
-def again(run_dir: str) -> int:
+def again(run_dir: str, job: str | None) -> int:
     """Whether a job that failed should be queued again: status 0; 1 where it would only fail once more, which is said.
 
-    Three starts of the workers without a save, or three jobs, are three failures at the same place.
+    Three starts of the workers without a save, or the same job three times, are three failures at the same place. The
+    tasks of a pool count for themselves: when the one that holds the rendezvous goes, all the others fail once.
     """
     found = RunFolder(Path(run_dir))
     saved = found.saved_generation()
     failures = found.path / "slurm-failures"
+    place = f"{saved} {job}"
     with failures.open("a") as file:
-        file.write(f"{saved}\n")
-    jobs = failures.read_text().split()[-TIMES:].count(str(saved))
+        file.write(f"{place}\n")
+    jobs = failures.read_text().splitlines().count(place)
     starts = found.generation() - saved
     if max(jobs, starts) < TIMES:
         say(f"failed: queued again, attempt {jobs + 1} of {TIMES} from the same checkpoint")

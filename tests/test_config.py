@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import config
+from launcher import config, multirun
 from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, RequestError
 from launcher.keys import flat, from_mapping, keys, to_mapping
 from launcher.manual import help_text
@@ -431,7 +431,7 @@ def test_the_help_names_every_key_with_its_line_and_fits_the_screen() -> None:
 @pytest.fixture
 def swept(folder: Path) -> Iterator[Any]:
     SEEN.clear()
-    yield lambda *overrides, point=record: config.multirun(
+    yield lambda *overrides, point=record: multirun.multirun(
         ["--config-dir", str(folder), "-m", "recipe=tiny", *overrides], point
     )
     SEEN.clear()
@@ -478,8 +478,8 @@ def test_each_point_is_a_run_folder_in_the_sweeps(swept: Any, capsys: pytest.Cap
     assert [run.run.name for run in SEEN] == [f"sizes-{n}" for n in range(4)]
     assert [path.name for path in Path.cwd().iterdir()] == ["runs"]
     assert [path.name for path in Path("runs").iterdir()] == ["sizes"]
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  3  finished")]
-    assert line.endswith("batch.per_device=16 seed=2")
+    [line] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  3 ")]
+    assert line == ["3", "-", "-", "500", "2.0", "-", "16", "2"]
 
 
 def test_run_dir_names_the_sweeps_folder(swept: Any, tmp_path: Path) -> None:
@@ -501,8 +501,8 @@ def test_a_failed_point_is_told_and_the_others_run(swept: Any, capsys: pytest.Ca
     assert [run.batch.per_device for run in SEEN] == [8, 16, 32]
     told = capsys.readouterr()
     assert "error: OSError: no disk at s3://u:***@h" in told.err
-    [line] = [line for line in told.out.splitlines() if line.startswith("  1  failed (1)")]
-    assert line.endswith("batch.per_device=16")
+    [line] = [line.split() for line in told.out.splitlines() if line.startswith("  1 ")]
+    assert line == ["1", "-", "-", "failed", "(1)", "-", "-", "16"]
 
 
 def test_interrupting_a_point_twice_ends_the_sweep(swept: Any) -> None:
@@ -514,8 +514,8 @@ def test_interrupting_a_point_twice_ends_the_sweep(swept: Any) -> None:
 def test_a_sweep_that_was_asked_to_stop_starts_no_other_point(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert swept("batch.per_device=8,16,32", "run.name=sizes", point=stopped_at_16) == EXIT_OK
     assert [run.batch.per_device for run in SEEN] == [8, 16]
-    words = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line[:4].strip().isdigit()]
-    assert words == [["0", "finished", "-"], ["1", "stopped", "-"], ["2", "not", "run"]]
+    words = [line.split()[3] for line in capsys.readouterr().out.splitlines() if line[:4].strip().isdigit()]
+    assert words == ["500", "stopped", "not"]
 
 
 def test_a_share_of_a_sweep_runs_its_own_points_alone(swept: Any) -> None:
@@ -583,6 +583,11 @@ def test_a_point_can_be_sent_to_another_process() -> None:
         (["hydra.sweep.dir=a", "seed=1,2"], "the sweep's folder is named by run.name= or run.dir="),
         (["hydra/launcher=nowhere", "seed=1,2"], "hydra/launcher=nowhere: choose from basic"),
         (["seed=interval(1,2)"], "does not support sweep type"),
+        (["sweep.at_once=1,2"], "sweep.at_once can't be swept over"),
+        (["sweep.at_once=0", "seed=1,2"], "sweep.at_once=0 is below 1: type sweep.at_once=1 or more"),
+        (["sweep.at_once=2", "seed=1,2", "launch=slurm"], "is for points on this machine: leave it out, or launch=s"),
+        (["sweep.at_once=2", "seed=1,2", "launch.workers=999"], "a point takes 999 cores"),
+        (["hydra/sweeper=optuna", "seed=1,2"], "type sweep.trials=20 instead"),
     ],
 )
 def test_a_wrong_point_is_found_before_the_first_begins(swept: Any, overrides: list[str], said: str) -> None:

@@ -80,7 +80,8 @@ MAY = {
     "launch.dry", "launch.env", "launch.extra", "launch.kind", "launch.nodes", "launch.partition", "launch.qos",
     "launch.threads", "launch.time", "launch.timeout_s", "launch.workers", "log.every", "plan.memory", "plan.worlds",
     "resume", "run.dir", "run.name", "sink", "strategy.config", "strategy.find_unused_parameters", "strategy.gather",
-    "strategy.name", "strategy.offload", "strategy.reshard", "strategy.stage", "train.activation_checkpointing",
+    "strategy.name", "strategy.offload", "strategy.reshard", "strategy.stage", "sweep.at_once", "sweep.metric",
+    "sweep.mode", "sweep.trials", "train.activation_checkpointing",
     "train.device", "train.profile", "train.stop_at_target", "train.target.at_least", "train.target.at_most",
     "train.target.metric", "train.validate_every", "tune.budget_s", "tune.max", "tune.out", "tune.sizes",
 }  # fmt: skip

@@ -1,0 +1,112 @@
+"""Points of a sweep side by side: each in a process of its own, in its lane of the machine, with a log of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from launcher.durable import private_folder
+from launcher.errors import EXIT_FAILED, EXIT_OK
+from launcher.lanes import Lane
+from launcher.process import die_with_parent
+from launcher.signals import handled
+
+__all__ = ["Crew", "Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point: its number, what runs it and returns its exit status, and where what it prints goes."""
+
+    number: int
+    run: Callable[[], int]
+    log: Path
+
+
+class Crew:
+    """Runs jobs, one in each lane at a time; a lane that is free takes the next one.
+
+    Ctrl-C and SIGTERM ask all of them to save and stop, and no other one is started; a second Ctrl-C ends them.
+    """
+
+    def __init__(self, lanes: Sequence[Lane], tell: Callable[[str], None]) -> None:
+        self._free = list(lanes)
+        self._tell = tell
+        self._at_work: dict[BaseProcess, tuple[Job, Lane]] = {}
+        self._asked: list[int] = []
+        self._owner = os.getpid()
+
+    @property
+    def asked(self) -> bool:
+        return bool(self._asked)
+
+    def run(self, jobs: Iterator[Job], ended: Callable[[Job, int], None]) -> None:
+        """Until no job is left; the next one is taken from `jobs` only when a lane is free. `ended`: job and status."""
+        with handled(self._ask):
+            try:
+                while self._fill(jobs):
+                    self._wait(ended)
+            finally:
+                for process in self._at_work:
+                    process.kill()  # its workers die with it
+
+    def _fill(self, jobs: Iterator[Job]) -> bool:
+        """Whether anything is at work."""
+        while self._free and not self._asked and (job := next(jobs, None)) is not None:
+            self._start(job, self._free.pop(0))
+        return bool(self._at_work)
+
+    def _start(self, job: Job, lane: Lane) -> None:
+        private_folder(job.log.parent)
+        # A fork: the point was composed and checked here, and holds values that belong on no command line.
+        process = get_context("fork").Process(target=alone, args=(job, lane), name=f"point {job.number}")
+        process.start()
+        self._at_work[process] = (job, lane)
+        for number in self._asked:  # meanwhile, before it could be told
+            self._pass_on(number, process)
+
+    def _wait(self, ended: Callable[[Job, int], None]) -> None:
+        connection.wait([process.sentinel for process in self._at_work])
+        for process in [one for one in self._at_work if not one.is_alive()]:
+            process.join()
+            job, lane = self._at_work.pop(process)
+            self._free.append(lane)
+            status = process.exitcode or EXIT_OK
+            ended(job, status if status >= 0 else EXIT_FAILED)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            raise SystemExit(EXIT_OK)  # a point that has not begun, or has ended: it holds nothing unsaved
+        first = not self._asked
+        if first:
+            more = " (once more ends at once)" if number == signal.SIGINT else ""
+            self._tell(f"{signal.Signals(number).name}: all points save at the next update, then stop{more}")
+        elif number != signal.SIGINT:
+            return
+        self._asked.append(signal.SIGTERM if first else signal.SIGINT)
+        for process in list(self._at_work):
+            self._pass_on(self._asked[-1], process)
+
+    def _pass_on(self, number: int, process: BaseProcess) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid or 0, number)
+
+
+def alone(job: Job, lane: Lane) -> None:
+    """In the point's own process: away from the terminal, into its lane and its log."""
+    die_with_parent()
+    os.setsid()
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, encoding="utf-8", errors="replace")
+    lane.enter()
+    sys.exit(job.run())

@@ -1,0 +1,142 @@
+"""A sweep whose points Optuna chooses, each by what the earlier ones came to. Nobody else knows Optuna.
+
+What was asked and told is kept in the sweep's folder, so that the same command goes on with the search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import RequestError
+from launcher.sweep import FINISHED, STOPPED
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+
+__all__ = ["Axis", "Search", "missing"]
+
+JOURNAL = "search.journal"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One key that is searched over: among `choices`, as they are typed, or else between `low` and `high`, included."""
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    step: int = 1
+    whole: bool = False
+    log: bool = False
+
+    @property
+    def name(self) -> str:
+        """The key without the + of one that is added."""
+        return self.key.lstrip("+")
+
+    def typed(self, value: Any) -> str:
+        """The override for a value of it; a number to six digits."""
+        return f"{self.key}={value:.6g}" if isinstance(value, float) else f"{self.key}={value}"
+
+    def extremes(self) -> list[str]:
+        """Overrides that are wrong if any of the axis is: every choice, or both ends."""
+        ends = (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+        return [self.typed(value) for value in self.choices or ends]
+
+    def distribution(self) -> BaseDistribution:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.choices:
+            return CategoricalDistribution(self.choices)
+        if self.whole:
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=self.step)
+        return FloatDistribution(self.low, self.high, log=self.log)
+
+
+def missing(trials: int) -> str | None:
+    """What to say where Optuna is not installed."""
+    if find_spec("optuna") is not None:
+        return None
+    return f"sweep.trials={trials}: Optuna is not installed: type pip install 'elastic-batch-launcher[optuna]'"
+
+
+class Search:
+    """The points so far and the next ones, by number. `asked`: what was asked for, in words that must not change.
+
+    Raises:
+        RequestError: the folder holds another search.
+    """
+
+    def __init__(self, folder: Path, axes: Sequence[Axis], asked: Mapping[str, str], *, most: bool, seed: int) -> None:
+        from optuna.samplers import TPESampler
+
+        self._distributions = {axis.name: axis.distribution() for axis in axes}
+        self._axes = axes
+        self._study = studied(folder / JOURNAL, most)
+        before = self._study.user_attrs.get("asked")
+        changed = [name for name in {**asked, **(before or {})} if before and before.get(name) != asked.get(name)]
+        if changed:
+            raise RequestError(
+                f"{folder} holds a search with another {', '.join(sorted(changed))}: type another run.name="
+            )
+        self._study.set_user_attr("asked", dict(asked))
+        self._study.sampler = TPESampler(seed=(seed + len(self._study.trials)) % 2**32)
+
+    def points(self, count: int) -> Iterator[tuple[int, list[str]]]:
+        """Number and overrides: first the points that were begun and not told, then new ones up to `count` in all."""
+        from optuna.trial import TrialState
+
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            yield trial.number, self._overrides(trial.params)
+        while len(self._study.get_trials(deepcopy=False)) < count:
+            fresh = self._study.ask(self._distributions)
+            yield fresh.number, self._overrides(fresh.params)
+
+    def so_far(self) -> list[tuple[int, list[str], str]]:
+        """Number, overrides and how it ended, of every point of this and of earlier commands."""
+        words = {"COMPLETE": FINISHED, "FAIL": "failed", "RUNNING": STOPPED}
+        trials = self._study.get_trials(deepcopy=False)
+        return [(trial.number, self._overrides(trial.params), words[trial.state.name]) for trial in trials]
+
+    def tell(self, number: int, value: float | None) -> None:
+        """What a point came to; None for one that failed, or has no such value: it counts, and nothing is learned."""
+        from optuna.trial import TrialState
+
+        if value is None or not math.isfinite(value):
+            self._study.tell(number, state=TrialState.FAIL)
+        else:
+            self._study.tell(number, value)
+
+    def best(self) -> tuple[int, float] | None:
+        """Number and value of the best point so far."""
+        from optuna.trial import TrialState
+
+        if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            return None
+        return self._study.best_trial.number, float(self._study.best_value)
+
+    def _overrides(self, params: Mapping[str, Any]) -> list[str]:
+        return [axis.typed(params[axis.name]) for axis in self._axes]
+
+
+def studied(journal: Path, most: bool) -> Study:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(journal))),
+        study_name="sweep",
+        direction="maximize" if most else "minimize",
+        load_if_exists=True,
+    )
+    journal.chmod(0o600)
+    return study

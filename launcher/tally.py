@@ -1,0 +1,272 @@
+"""The table at a sweep's end: a line a point, averages over seeds, the best points, and what the batches need."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import needs
+from launcher.redact import redact
+from launcher.runfolder import RunFolder
+from launcher.sweep import FINISHED, Outcome
+
+__all__ = ["Figures", "lower_is_better", "point_figures", "table", "value_of"]
+
+WIDTH = 80
+SEED = "seed"
+
+
+def table(folder: Path, outcomes: Sequence[Outcome]) -> str:
+    """What each point came to, and which were best. Lines of at most 80 columns, as far as what was swept allows."""
+    figures = {outcome.number: point_figures(folder / str(outcome.number)) for outcome in outcomes}
+    swept = swept_values([outcome.overrides for outcome in outcomes])
+    target = any(found.target for found in figures.values())
+    rows = [(str(outcome.number), *figures[outcome.number].cells(outcome.ended, target=target)) for outcome in outcomes]
+    lines = [f"sweep {folder}", *aligned(("", *heads(target)), rows, swept)]
+    done = {outcome.number: figures[outcome.number] for outcome in outcomes if figures[outcome.number].done}
+    groups = by_seed({outcome.number: at for outcome, at in zip(outcomes, swept, strict=True)}, done)
+    named = {f"point {number}": found for number, found in done.items()}
+    if groups:
+        lines += ["averages over seed, with the standard deviation", *averages(groups, target)]
+    if len(groups) > 1:
+        named = {f"{words(key)} over {len(group)} seeds": mean(group) for key, group in groups.items()}
+    lines += [*winners(named), *needed(swept, [figures[outcome.number] for outcome in outcomes])]
+    return "\n".join(redact(line) for line in lines)
+
+
+# --- columns ------------------------------------------------------------------------------------------------------
+
+
+def heads(target: bool) -> tuple[str, ...]:
+    return ("batch", "rate", "samples/s", *(("target s", "epochs", "updates") if target else ("seconds",)), "best")
+
+
+def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Of each point the keys and values that not all points have."""
+    common = set.intersection(*(set(each) for each in overrides)) if len(overrides) > 1 else set()
+    return [
+        {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in each if word not in common)}
+        for each in overrides
+    ]
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], swept: Sequence[Mapping[str, str]]) -> list[str]:
+    """Cells to the right; what was swept stands beside them, or below where it would not fit."""
+    keys = list(dict.fromkeys(key for values in swept for key in values))
+    beside = [[*row, *(values.get(key, "-") for key in keys)] for row, values in zip(rows, swept, strict=True)]
+    wide = [[*head, *(short(key, keys) for key in keys)], *beside]
+    for gap in ("  ", " "):
+        if len((lines := laid(wide, gap))[0]) <= WIDTH:
+            return lines
+    first, *others = laid([head, *rows], "  ")
+    return [first, *(line for pair in zip(others, map(indented, swept), strict=True) for line in pair if line.strip())]
+
+
+def laid(rows: Sequence[Sequence[str]], gap: str) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [("  " + gap.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))) for row in rows]
+
+
+def short(key: str, keys: Sequence[str]) -> str:
+    """The last part of a key, where no other ends so."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
+
+
+def words(values: Mapping[str, str] | tuple[tuple[str, str], ...]) -> str:
+    pairs = values.items() if isinstance(values, Mapping) else values
+    return " ".join(f"{key}={value}" for key, value in pairs) or "all"
+
+
+def indented(values: Mapping[str, str]) -> str:
+    return f"      {words(values)}" if values else ""
+
+
+# --- what stands below --------------------------------------------------------------------------------------------
+
+Group = tuple[tuple[str, str], ...]
+
+
+def by_seed(swept: Mapping[int, Mapping[str, str]], done: Mapping[int, Figures]) -> dict[Group, list[Figures]]:
+    """Finished points that differ in their seed alone; none where the seed is not swept over."""
+    groups: dict[Group, list[Figures]] = {}
+    for number, found in done.items():
+        if SEED in swept[number]:
+            groups.setdefault(without(swept[number], lambda key: key == SEED), []).append(found)
+    return groups if any(len(group) > 1 for group in groups.values()) else {}
+
+
+def without(values: Mapping[str, str], dropped: Callable[[str], bool]) -> Group:
+    return tuple((key, value) for key, value in values.items() if not dropped(key))
+
+
+def averages(groups: Mapping[Group, Sequence[Figures]], target: bool) -> list[str]:
+    head = ("seeds", "batch", *heads(target)[3:])
+    rows = [(str(len(group)), *spread_cells(group, target)) for group in groups.values()]
+    return aligned(head, rows, [dict(key) for key in groups])
+
+
+def spread_cells(group: Sequence[Figures], target: bool) -> Iterator[str]:
+    yield shown(group[0].batch, ",")
+    took = (("target_s", ".2f"), ("epochs", ".1f"), ("updates", ",.0f")) if target else (("seconds", ".2f"),)
+    for name, form in (*took, ("best", ".4f")):
+        yield spread([getattr(found, name) for found in group], form)
+
+
+def spread(values: Sequence[float | None], form: str) -> str:
+    """Mean and standard deviation; of those that got there, where some did not."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
+    short_of = f" ({len(known)})" if len(known) < len(values) else ""
+    return f"{statistics.fmean(known):{form}}{deviation}{short_of}"
+
+
+def mean(group: Sequence[Figures]) -> Figures:
+    """The average point; a target that not all of the points reached was not reached."""
+
+    def of(name: str) -> Any:
+        values = [getattr(found, name) for found in group]
+        return None if None in values else statistics.fmean(values)
+
+    return Figures(
+        group[0].batch, group[0].rate, None, of("seconds"), of("target_s"), None, None, group[0].metric, of("best")
+    )
+
+
+def winners(points: Mapping[str, Figures]) -> Iterator[str]:
+    """The fastest and the most accurate of the points that finished, which need not be the same."""
+    if len(points) < 2:
+        return
+    reached = {name: found.target_s for name, found in points.items() if found.target_s is not None}
+    times = reached or {name: found.seconds or 0.0 for name, found in points.items()}
+    fastest = min(times, key=lambda name: times[name])
+    yield f"time-optimal: {fastest}, {times[fastest]:.1f} s {'to the target' if reached else 'in all'}"
+    metrics = {found.metric for found in points.values()}
+    if len(metrics) == 1 and (metric := metrics.pop()) is not None:
+        sign = 1 if lower_is_better(metric) else -1
+        best = min(points, key=lambda name: sign * (points[name].best or 0.0))
+        yield f"accuracy-optimal: {best}, best {metric} {points[best].best:.4g}"
+
+
+def needed(swept: Sequence[Mapping[str, str]], figures: Sequence[Figures]) -> Iterator[str]:
+    """Updates to the target over the batch, for points that differ in nothing else but their seed."""
+    groups: dict[Group, list[tuple[int, float]]] = {}
+    for values, found in zip(swept, figures, strict=True):
+        if found.batch is not None and found.updates is not None:
+            alike = without(values, lambda key: key == SEED or key.startswith("batch."))
+            groups.setdefault(alike, []).append((found.batch, found.updates))
+    for alike, points in groups.items():
+        lines = list(needs.told(points))
+        yield from [f"{words(alike)}:"] if lines and alike else []
+        yield from lines
+
+
+# --- what a point came to -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the table shows of a point; None where it is not known, as for one that has not finished.
+
+    `target_s`, `epochs` and `updates` are those to the target.
+    """
+
+    batch: int | None = None
+    rate: float | None = None
+    samples_per_s: float | None = None
+    seconds: float | None = None
+    target_s: float | None = None
+    epochs: float | None = None
+    updates: int | None = None
+    metric: str | None = None
+    best: float | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.seconds is not None
+
+    @property
+    def target(self) -> bool:
+        return self.target_s is not None
+
+    def cells(self, ended: str, *, target: bool) -> tuple[str, ...]:
+        """How it ended stands in the place of its speed, where it did not finish."""
+        speed = shown(self.samples_per_s, ",.0f") if ended == FINISHED else ended
+        took = (
+            (shown(self.target_s, ".1f"), shown(self.epochs, ".1f"), shown(self.updates, ","))
+            if target
+            else (shown(self.seconds, ".1f"),)
+        )
+        return shown(self.batch, ","), shown(self.rate, ".4g"), speed, *took, shown(self.best, ".4g")
+
+
+def shown(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def point_figures(path: Path) -> Figures:
+    """Read from the point's run folder: the plan that was last in force, done.json, and the best validation."""
+    folder = RunFolder(path)
+    plan, done = folder.read_plan() or {}, folder.read_done() or {}
+    seconds, target = done.get("seconds"), done.get("target", {})
+    metric, best = best_validation(folder.metrics, target.get("metric"))
+    size = plan.get("updates_per_epoch", 0) * plan.get("global", 0)
+    return Figures(
+        batch=plan.get("global"),
+        rate=plan.get("lr"),
+        samples_per_s=done["samples"] / seconds if seconds else None,
+        seconds=seconds,
+        target_s=target.get("seconds"),
+        epochs=target["samples"] / size if size and "samples" in target else None,
+        updates=target.get("update"),
+        metric=metric,
+        best=best,
+    )
+
+
+def best_validation(metrics: Path, wanted: str | None) -> tuple[str | None, float | None]:
+    """The best value of the target's metric, else of val/accuracy, else of val/loss, over the whole run."""
+    rows = rows_with(metrics, "val/")
+    metric = next(
+        (one for one in (wanted, "val/accuracy", "val/loss") if one and any(one in row for row in rows)), None
+    )
+    return metric, best_of(rows, metric, lower_is_better(metric)) if metric else None
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], metric: str, least: bool) -> float | None:
+    values = [row[metric] for row in rows if metric in row]
+    return (min(values) if least else max(values)) if values else None
+
+
+def rows_with(metrics: Path, start: str) -> list[dict[str, Any]]:
+    """The rows in which a key begins so."""
+    if not metrics.is_file():
+        return []
+    with metrics.open() as file:
+        return [json.loads(line) for line in file if f'"{start}' in line and line.endswith("\n")]
+
+
+def value_of(path: Path, metric: str, most: bool) -> float | None:
+    """What a finished point came to: the best value of a metric over the run, or a figure of its done.json.
+
+    `seconds`, `samples` and `updates` are those of the whole run, `target/seconds` … those to the target.
+    """
+    done = RunFolder(path).read_done()
+    if done is None:
+        return None
+    part, _, name = metric.rpartition("/")
+    facts = done.get("target", {}) if part == "target" else done
+    if part in ("", "target"):
+        value = facts.get("update" if name == "updates" and part else name)
+        return float(value) if isinstance(value, int | float) else None
+    return best_of(rows_with(RunFolder(path).metrics, metric), metric, not most)
+
+
+def lower_is_better(metric: str) -> bool:
+    return "loss" in metric or metric.rpartition("/")[2] in ("seconds", "samples", "updates", "update")

@@ -55,6 +55,7 @@ EXAMPLES = {
     "schedule.milestones": "[0.5dur,0.75dur]",
     "schedule.momentum": "[0.85,0.95]",
     "train.target.metric": "val/accuracy",
+    "tune.budget_s": "120",
     "tune.max": "256",
     "tune.out": "tuned",
     "tune.sizes": "[20,45]",

@@ -186,7 +186,7 @@ def _check_tune(run: Run) -> None:
         raise RequestError(f"tune.sizes={list(sizes)} are no sizes of at least 1: type tune.sizes=[20,45]")
     if sizes is not None and run.tune.max is not None:
         raise RequestError(f"tune.max={run.tune.max} has no meaning beside tune.sizes: leave one of them out")
-    if not 0 < budget_s < math.inf:
+    if budget_s is not None and not 0 < budget_s < math.inf:
         raise RequestError(f"tune.budget_s={budget_s} are no seconds above 0: type tune.budget_s=120")
 
 

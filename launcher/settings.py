@@ -204,7 +204,7 @@ class PlanSettings:
 class TuneSettings:
     sizes: tuple[int, ...] | None = key(None, "launcher tune: measure exactly these sizes, e.g. [20,45]")
     max: int | None = key(None, "launcher tune: the largest size to try; the data set's by default")
-    budget_s: float = key(120.0, "launcher tune: seconds to spend on measuring")
+    budget_s: float | None = key(None, "seconds to spend on measuring: 120, before training with per_device=auto 30")
     out: str | None = key(None, "launcher tune: a folder to write tune.json and tune.html into")
 
 

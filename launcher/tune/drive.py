@@ -115,6 +115,8 @@ def interruptible() -> Iterator[None]:
 
 def shown(found: Mapping[str, Any], run: Run) -> None:
     """On stdout as a table or as one JSON document, and where `tune.out` says into files."""
+    for line in found["said"]:
+        tell(f"note: {line}")
     from launcher.tune.page import page
     from launcher.tune.words import text
 

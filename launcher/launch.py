@@ -20,16 +20,18 @@ from typing import Any
 from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.gpus import count_gpus
-from launcher.opening import Opened, begin, opened
+from launcher.opening import Opened, begin, kept, opened, path_of
 from launcher.process import catches, children, runs
 from launcher.redact import redact
 from launcher.runfolder import RUNS, RunFolder
 from launcher.settings import Run
 from launcher.sinks.jsonl import add
 from launcher.threads import threads_of
+from launcher.tune import auto
+from launcher.tune.auto import Settled, Unmeasured
 from launcher.worker import Assignment
 
-__all__ = ["Command", "command", "drive", "in_memory", "killed", "tell", "workers_of"]
+__all__ = ["Command", "command", "drive", "in_memory", "killed", "tell", "unmeasured", "workers_of"]
 
 LOOK_EVERY_S = 0.05
 GONE_WITHIN_S = 3.0
@@ -89,7 +91,11 @@ def drive(run: Run) -> int:
         RequestError: the request is wrong; nothing was created.
     """
     workers = workers_of(run)
-    found = opened(run, workers)
+    try:
+        settled = without_questions(run, workers)
+    except Unmeasured as error:
+        return unmeasured(error, run)
+    found = opened(settled.run, workers)
     if found.complete:
         print(found.summary())
         return EXIT_OK
@@ -103,7 +109,7 @@ def drive(run: Run) -> int:
     try:
         begin(found)
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
-            status = Job(found, workers, Path(private)).run()
+            status = Job(found, workers, Path(private), settled.why).run()
         if status == EXIT_REQUEST and made is not None:
             found.folder.discard(made)  # a wrong request leaves nothing behind, also where only the workers could tell
         return status
@@ -111,15 +117,51 @@ def drive(run: Run) -> int:
         lock.release()
 
 
+def without_questions(run: Run, workers: int) -> Settled:
+    """The run with a number where batch.per_device=auto asks for one: its folder's, else a kept or a new measurement's.
+
+    Raises:
+        RequestError: the request is wrong; nothing was measured.
+        Unmeasured: it could not be measured.
+    """
+    if not auto.is_open(run):
+        return Settled(run)
+    path = path_of(run, None, 1)
+    known = kept(run, path)
+    if not auto.is_open(known):
+        return auto.as_kept(known, path / "run.yaml")
+    opened(auto.stood_in(run), workers)
+    if run.launch.dry:
+        return Settled(auto.stood_in(run))
+    from launcher.tune import drive as tuning
+
+    tell(f"note: {auto.looking(run)}")
+    found = tuning.found(auto.question(run), workers, look=True)
+    for line in found["said"]:
+        tell(f"note: {line}")
+    answer = auto.answered(run, found)
+    if "console" not in run.sink:
+        tell(f"note: {answer.why}")
+    return answer
+
+
+def unmeasured(error: Unmeasured, run: Run) -> int:
+    """Say why, and the exit status."""
+    tell(f"error: {error}")
+    if run.debug and error.trace:
+        tell(error.trace, whole=True)
+    return EXIT_FAILED
+
+
 class Job:
     """One torchrun under way: started, watched, asked to stop, reported on."""
 
-    def __init__(self, found: Opened, workers: int, private: Path) -> None:
+    def __init__(self, found: Opened, workers: int, private: Path, why: str = "") -> None:
         self._folder: RunFolder = found.folder
         self._run = found.run
         self._first = found.folder.generation() + 1
         self._report = private / "failures.json"
-        assignment = replace(Assignment.of(found, loopback=True), first=self._first)
+        assignment = replace(Assignment.of(found, loopback=True, why=why), first=self._first)
         self._handover = in_memory(assignment.to_json())
         path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")
         self._command = command(found.run, workers, path, self._report)

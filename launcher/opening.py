@@ -19,7 +19,7 @@ from launcher.strategies import missing
 from launcher.study import Sizes, Study, study
 from launcher.topology import slurm_job
 
-__all__ = ["Opened", "begin", "decided", "opened", "path_of"]
+__all__ = ["Opened", "begin", "decided", "kept", "opened", "path_of"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
         raise RequestError(lacking)
     recipe = recipes.build(run.recipe)
     sizes = recipes.sizes(recipe)
+    run = kept(run, known or path_of(run, run_id, nodes))
     plan = study(run, sizes, world)
     if known is not None:
         asked = Decision(checkpoint=asked_for(run.resume), must=run.resume == "must")
@@ -81,12 +82,20 @@ def decided(run: Run, path: Path) -> tuple[Run, Path, Decision]:
     Raises:
         RequestError: a key that alters what is learned was changed, or there is nothing to resume from.
     """
-    run = placed(run, path)
+    run = kept(placed(run, path), path)
     decision = decide(run.resume, path, configuration(path), flat(from_yaml(to_yaml(run))))
     if decision.fresh and (path / "run.yaml").exists():
         path = beside(path)
         run = placed(run, path)
     return run, path, decision
+
+
+def kept(run: Run, path: Path) -> Run:
+    """Where batch.per_device=auto was answered when the run in `path` began, with that number."""
+    if run.batch.per_device != "auto" or run.resume == "never":
+        return run
+    size = (configuration(path) or {}).get("batch.per_device")
+    return replace(run, batch=replace(run.batch, per_device=size)) if isinstance(size, int) else run
 
 
 def asked_for(resume: str) -> Path | None:

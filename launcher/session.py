@@ -310,7 +310,7 @@ def announce(
     last = assignment.folder.read_plan()  # before the event, which writes it anew
     start = start_facts(job, parts, standing)
     event("start", run_dir=str(assignment.folder.path), backend=backend, threads=threads, **start)
-    event("plan", why="", **facts, **{"from": None})
+    event("plan", why=assignment.why, **facts, **{"from": None})
     if ready.found is not None:
         event("resume", **resume_facts(ready.found, standing), changed=assignment.changed, lost_samples=restart.lost)
         for detail in doubts(ready.found, standing):

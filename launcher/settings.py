@@ -50,7 +50,10 @@ class BatchSettings:
     policy: Literal["scale", "hold", "bounded"] = key(
         "scale", "scale: global = workers x per_device x accumulation; hold: global stays; bounded: clamped"
     )
-    per_device: int = key(32, "samples per worker per micro-batch; under hold and bounded a cap")
+    per_device: int | Literal["auto"] = key(
+        32,
+        "samples per worker per micro-batch; under hold and bounded a cap; auto: measured, as tune does",
+    )
     accumulation: int | Literal["auto"] = key(
         "auto", "micro-batches per update; auto is 1 under scale, fewest under hold"
     )

@@ -151,13 +151,22 @@ def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
     batch = run.batch
     return BatchPolicy(
         kind=policy_of(run),
-        per_device=batch.per_device,
+        per_device=_per_device(run),
         accumulation=None if batch.accumulation == "auto" else batch.accumulation,
         global_batch=sizes.train if batch.global_batch == "full" else batch.global_batch,
         min_global=batch.min_global,
         max_global=batch.max_global,
         idle=run.elastic.idle or run.elastic.exact,
     )
+
+
+def _per_device(run: Run) -> int:
+    if run.batch.per_device == "auto":
+        raise RequestError(
+            "batch.per_device=auto has a number only once training starts: type batch.per_device=32, or what "
+            "launcher tune recommends"
+        )
+    return run.batch.per_device
 
 
 def _check_world(run: Run, world: int) -> None:
@@ -200,7 +209,7 @@ def _in_shards(run: Run, plan: BatchPlan) -> BatchPlan:
             f"elastic.shards={shards} are more than the {plan.global_batch} samples of a batch: "
             f"type elastic.shards={trainers(plan.global_batch, shards)}"
         )
-    return ShardPlan.of(plan.global_batch, plan.world, shards, run.batch.per_device)
+    return ShardPlan.of(plan.global_batch, plan.world, shards, _per_device(run))
 
 
 def _stage(

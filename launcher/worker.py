@@ -27,6 +27,8 @@ from launcher.redact import redact
 from launcher.runfolder import Lock, Recalled, RunFolder, recall, remember
 from launcher.settings import Run
 from launcher.topology import Topology
+from launcher.tune import auto
+from launcher.tune.auto import Settled, Unmeasured
 
 if TYPE_CHECKING:
     from launcher.heart import Heart, Still
@@ -45,6 +47,7 @@ class Assignment:
     folder's, concerns the job's first start, generation `first` (None: this one). `restarted`: the workers were started
     before in this job.
     `loopback`: the job lives on one machine and its store is ours. `summary`: nothing is left to do but to say this.
+    `why`: what was chosen for the user at this command, and by what.
     """
 
     run: Run
@@ -58,14 +61,16 @@ class Assignment:
     must: bool = False
     changed: Mapping[str, Any] = field(default_factory=dict)
     summary: str | None = None
+    why: str = ""
 
     @classmethod
-    def of(cls, opened: Opened, *, loopback: bool) -> Assignment:
+    def of(cls, opened: Opened, *, loopback: bool, why: str = "") -> Assignment:
         decision = opened.decision
         return cls(
             run=opened.run,
             folder=opened.folder,
             loopback=loopback,
+            why=why,
             before=newest_of(opened.folder.checkpoints_in(opened.run.checkpoint.dir)),
             checkpoint=decision.checkpoint,
             must=decision.must,
@@ -90,7 +95,7 @@ class Assignment:
         if not self.restarted and generation == (self.first or generation):
             return replace(self, generation=generation)
         self.folder.count_restart()
-        again = replace(self, generation=generation, restarted=True, changed={})
+        again = replace(self, generation=generation, restarted=True, changed={}, why="")
         saved = newest_of(self.folder.checkpoints_in(self.run.checkpoint.dir)) != self.before
         return replace(again, checkpoint=None, must=False) if saved else again
 
@@ -109,18 +114,34 @@ class Claim:
             self.assignment.folder.discard(self.made)
 
 
+@dataclass(frozen=True)
+class Question:
+    """What has to be measured, by every rank, before rank 0 can open the run. `token` is nobody else's."""
+
+    run: Run
+    token: str
+
+    def to_json(self) -> str:
+        return json.dumps({"question": to_mapping(self.run), "token": self.token})
+
+
+Assign = Callable[[Mapping[str, Any] | None], Claim | Question]
+
+
 def main(args: Sequence[str], topology: Topology) -> int:
     """A rank under a torchrun of the user's own: rank 0 composes from the command line."""
-    return serve(topology, lambda: composed(args, topology), loopback=False)
+    return serve(topology, lambda found: composed(args, topology, found), loopback=False)
 
 
 def main_handover(path: str, topology: Topology) -> int:
     """A rank under the driver's agent, which composed already and left the run in a private file."""
-    return serve(topology, lambda: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
+    return serve(topology, lambda _: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
 
 
-def composed(args: Sequence[str], topology: Topology) -> Claim:
+def composed(args: Sequence[str], topology: Topology, measured: Mapping[str, Any] | None = None) -> Claim | Question:
     """Rank 0's part under a torchrun of the user's own; restarts of the same agent go on in the same folder.
+
+    Where batch.per_device=auto asks for a number that is not `measured` yet, the question.
 
     Raises:
         RequestError: the request is wrong; nothing was created.
@@ -132,8 +153,11 @@ def composed(args: Sequence[str], topology: Topology) -> Claim:
     remembered = recall()
     known = remembered or queued_again(resolution.run, topology)
     folder = None if known is None else known.folder
-    found = opened(resolution.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
-    assignment = Assignment.of(found, loopback=False)
+    settled = without_questions(resolution.run, topology, folder, measured)
+    if isinstance(settled, Question):
+        return settled
+    found = opened(settled.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
+    assignment = Assignment.of(found, loopback=False, why=settled.why)
     if known is not None:
         assignment = replace(assignment, restarted=True, before=known.newest)
     if found.complete:
@@ -147,6 +171,34 @@ def composed(args: Sequence[str], topology: Topology) -> Claim:
     if remembered is None:
         remember(Recalled(found.folder.path, assignment.before))
     return Claim(assignment.started(), lock, made)
+
+
+def without_questions(
+    run: Run, topology: Topology, folder: Path | None, measured: Mapping[str, Any] | None
+) -> Settled | Question:
+    """The run with a number where batch.per_device=auto asks for one, as its folder or `measured` has it.
+
+    Raises:
+        RequestError: the request is wrong, whatever the number.
+    """
+    from launcher.opening import kept, opened, path_of
+
+    if not auto.is_open(run):
+        return Settled(run)
+    path = folder or path_of(run, topology.run_id, topology.nodes)
+    known = kept(run, path)
+    if not auto.is_open(known):
+        return auto.as_kept(known, path / "run.yaml")
+    if measured is None:
+        opened(auto.stood_in(run), topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
+        tell(f"note: {auto.looking(run)}")
+        return Question(auto.question(run), os.urandom(8).hex())
+    for line in measured["said"]:
+        tell(f"note: {line}")
+    answer = auto.answered(run, measured)
+    if "console" not in run.sink:
+        tell(f"note: {answer.why}")
+    return answer
 
 
 def queued_again(run: Run, topology: Topology) -> Recalled | None:
@@ -166,7 +218,7 @@ def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
         yield f"torchrun's restarts are at 0: a dead worker ends the job; {again}"
 
 
-def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) -> int:
+def serve(topology: Topology, assign: Assign, *, loopback: bool) -> int:
     """Everything a rank does; returns its exit status.
 
     Raises:
@@ -174,14 +226,23 @@ def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) ->
     """
     die_with_parent()
     wishes = early_wishes()
-    claim = assign() if topology.rank == 0 else None
-    own = claim.assignment if claim else None
+    word = assign(None) if topology.rank == 0 else None
     from launcher import rendezvous, session
 
-    timeout_s = own.run.launch.timeout_s if own else 600.0
+    timeout_s = settings_of(word).launch.timeout_s if word else 600.0
     store = rendezvous.meet(topology, loopback=loopback, timeout_s=timeout_s)
-    text, store = rendezvous.handed(store, topology, own.to_json() if own else None, timeout_s)
-    assignment = own or Assignment.from_json(text)
+    text, store = rendezvous.handed(store, topology, told(word), timeout_s)
+    if "question" in json.loads(text):
+        from launcher.tune.beside import measured
+
+        try:
+            found = measured(json.loads(text), topology, store)
+        except Unmeasured as error:
+            return say_unmeasured(error, topology)
+        word = assign(found) if topology.rank == 0 else None
+        text, store = rendezvous.handed(store, topology, told(word), timeout_s)
+    claim = word if isinstance(word, Claim) else None
+    assignment = claim.assignment if claim else Assignment.from_json(text)
     if assignment.summary is not None:
         return say_complete(assignment.summary, topology)
     topology = topology.started(assignment.generation)
@@ -201,6 +262,15 @@ def serve(topology: Topology, assign: Callable[[], Claim], *, loopback: bool) ->
         wishes.done()
         if claim is not None and claim.lock is not None:
             claim.lock.release()
+
+
+def settings_of(word: Claim | Question) -> Run:
+    return word.assignment.run if isinstance(word, Claim) else word.run
+
+
+def told(word: Claim | Question | None) -> str | None:
+    """What rank 0 hands to the others."""
+    return None if word is None else word.to_json() if isinstance(word, Question) else word.assignment.to_json()
 
 
 def leave(status: int) -> NoReturn:
@@ -227,6 +297,12 @@ def early_wishes() -> Wishes:
     wishes = Wishes()
     wishes.install()
     return wishes
+
+
+def say_unmeasured(error: Unmeasured, topology: Topology) -> int:
+    if topology.rank == 0:
+        tell(f"error: {error}")
+    return EXIT_FAILED
 
 
 def say_complete(summary: str, topology: Topology) -> int:

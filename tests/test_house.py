@@ -38,7 +38,7 @@ STDLIB_ONLY = [
     *("heartbeat", "heart", "stragglers", "noise", "throughput", "scaling", "history"),
     *("advice", "explain", "charts", "export", "report"),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm"),
-    *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page", "tune.cache"),
+    *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page", "tune.cache", "tune.auto"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

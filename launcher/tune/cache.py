@@ -68,7 +68,8 @@ def configured(run: Run) -> dict[str, Any]:
     """The part of a key that the configuration says, secrets masked."""
     values = redacted(flat(run))
     named = {name: value for name, value in values.items() if name in KEYS or name.partition(".")[0] in PARTS}
-    return {name: value for name, value in named.items() if name != "recipe.trust"}
+    steps = 1 if run.batch.accumulation == "auto" else run.batch.accumulation
+    return {name: value for name, value in named.items() if name != "recipe.trust"} | {"batch.accumulation": steps}
 
 
 def key_of(run: Run, place: Place) -> dict[str, Any]:

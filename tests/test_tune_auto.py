@@ -1,0 +1,111 @@
+"""batch.per_device=auto without measuring: what is asked, what is made of the answer, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config import to_yaml
+from launcher.errors import RequestError
+from launcher.opening import decided, kept
+from launcher.settings import BatchSettings, ElasticSettings, LrSettings, Run, TuneSettings
+from launcher.study import Sizes, study
+from launcher.tune import auto
+
+RUN = Run(
+    recipe={"_target_": "launcher.recipes.mlp.Mlp"},
+    batch=BatchSettings(per_device="auto"),
+    lr=LrSettings(base=0.1, base_batch=64),
+    optimizer={"_target_": "torch.optim.SGD"},
+)
+SIZES = Sizes(1437, 360)
+FOUND: dict[str, Any] = {
+    "recommended": 24,
+    "why": "take batch.per_device=24: 11,000 samples/s, 92 % of what 64 reaches; the forward pass limits it",
+    "world": 2,
+    "spent_s": 12.3,
+    "measured": "2026-11-21T16:40:00+00:00",
+    "cached": False,
+    "points": [{"per_device": 24}],
+}
+
+
+def test_only_auto_is_an_open_question() -> None:
+    assert auto.is_open(RUN)
+    assert not auto.is_open(replace(RUN, batch=BatchSettings(per_device=24)))
+
+
+def test_one_line_says_what_was_taken_and_why() -> None:
+    measured = auto.answered(RUN, FOUND)
+    assert measured.run.batch.per_device == 24
+    assert measured.why == (
+        "batch.per_device=auto took 24: 11,000 samples/s, 92 % of what 64 reaches on 2 workers, measured now in 12.3 s"
+    )
+    again = auto.answered(RUN, {**FOUND, "cached": True, "world": 1})
+    assert again.why.endswith("on 1 worker, kept from 2026-11-21 16:40 UTC")
+
+
+def test_nothing_but_the_number_is_changed() -> None:
+    typed = replace(RUN, batch=BatchSettings(per_device=24))
+    assert auto.answered(RUN, FOUND).run == typed
+
+
+def test_where_no_size_fits_it_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"^batch\.per_device=auto: no size fits into memory"):
+        auto.answered(RUN, {**FOUND, "recommended": None, "why": "no size fits into memory: a smaller model"})
+
+
+def test_measuring_takes_half_a_minute_unless_a_budget_is_given() -> None:
+    assert auto.question(RUN).tune.budget_s == 30
+    assert auto.question(replace(RUN, tune=TuneSettings(budget_s=3.0))).tune.budget_s == 3
+
+
+def test_what_is_measured_knows_no_policy() -> None:
+    held = replace(RUN, batch=BatchSettings(policy="hold", per_device="auto", global_batch=256, accumulation=4))
+    assert auto.question(held).batch == BatchSettings(policy="scale", per_device=1, accumulation="auto")
+    scaled = replace(RUN, batch=BatchSettings(per_device="auto", accumulation=4))
+    assert auto.question(scaled).batch == BatchSettings(policy="scale", per_device=1, accumulation=4)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        BatchSettings(per_device="auto"),
+        BatchSettings(policy="hold", per_device="auto", global_batch=256, accumulation=4),
+        BatchSettings(policy="bounded", per_device="auto", min_global=64, max_global=512),
+    ],
+    ids=lambda batch: batch.policy,
+)
+def test_a_number_stands_in_that_refuses_nothing_by_itself(batch: BatchSettings) -> None:
+    run = replace(RUN, batch=batch)
+    with pytest.raises(RequestError, match=r"^batch\.per_device=auto has a number only once training starts"):
+        study(run, SIZES, 2)
+    study(auto.stood_in(run), SIZES, 2)
+
+
+def test_shards_are_not_measured() -> None:
+    exact = replace(RUN, elastic=ElasticSettings(exact=True))
+    with pytest.raises(RequestError, match=r"^batch\.per_device=auto does not go with elastic\.exact=true"):
+        auto.stood_in(exact)
+
+
+# --- an existing run ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_has_a_number_keeps_it(tmp_path: Path) -> None:
+    begun = replace(RUN, batch=BatchSettings(per_device=24))
+    (tmp_path / "run.yaml").write_text(to_yaml(begun))
+    assert kept(RUN, tmp_path).batch.per_device == 24
+    assert decided(RUN, tmp_path)[0].batch.per_device == 24
+    assert auto.as_kept(begun, "run.yaml").why == (
+        "batch.per_device=auto is 24, as run.yaml has it: nothing was measured"
+    )
+
+
+def test_a_new_run_beside_it_does_not(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(to_yaml(replace(RUN, batch=BatchSettings(per_device=24))))
+    assert kept(replace(RUN, resume="never"), tmp_path).batch.per_device == "auto"
+    assert kept(RUN, tmp_path / "none").batch.per_device == "auto"

@@ -18,7 +18,7 @@ from launcher.heart import Heart, Still
 from launcher.optim import Precision
 from launcher.profile import profiled
 from launcher.recipe import Loss
-from launcher.record import Finished, Recorder, Silent, announced
+from launcher.record import Finished, Recorder, Silent, announced, plan_facts
 from launcher.saver import Saver, name_of
 from launcher.schedule import LrSchedule
 from launcher.shards import tree_sum
@@ -103,7 +103,8 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     clock, replica, late, agreed = job.clock, job.replica, Late(), None
     clock.start()
     job.meter.start()
-    updates = announced(job.study.timeline.updates(standing.position), job.study, job.saver.journal)
+    updates = job.study.timeline.updates(standing.position)
+    updates = announced(updates, job.study, lambda: standing.schedule, job.saver.journal)
     for update in profiled(updates, job.study.run.train.profile, job.saver.folder, job.topology.rank):
         sums = Sums()
         for micro in micro_batches(job, update):
@@ -113,27 +114,28 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
                 if micro.last:
                     pending = job.vote.cast(ballot(job, sums, late), clock.times_ms())
                 job.at("backward", update)
-                replica.backward(loss.total, update.samples)
+                replica.backward(loss.total, update.samples, float(loss.count))
                 clock.lap_backward()
         job.at("sync", update)
         agreed = pending.wait()
         clock.lap("sync")
         job.recorder.agreed(agreed)
         job.balance.agreed(agreed.stages_ms, update)
-        standing = heed(job, standing, agreed)
+        standing = heed(job, standing, agreed, late.update)
 
         job.at("optimizer", update)
         rate = rate_of(standing.schedule, update)
         step = replica.step(rate.lr, rate.momentum, rescale(update, agreed), job.study.run.train.clip_norm)
-        late = Late((sums.total, step.norm, step.finite), sums.count)
+        late = Late((sums.total, step.norm, step.spread, step.finite), sums.count, step.groups, update)
         clock.lap("optimizer")
 
         standing, measured = validate(job, standing.after(update), update)
         stop = agreed.stop != GO_ON or standing.target_ends(job.study)
-        saved = save(job, standing, update, asked=agreed.save or (stop and update.end < job.study.duration))
+        saved = save(job, standing, update, late, asked=agreed.save or (stop and update.end < job.study.duration))
         clock.end_update()
         spent = (time.time(), job.meter.wall_s())
-        job.recorder.finished(Finished(update, rate.lr, rate.scale, *spent, late, saved, job.meter.values(), measured))
+        beside = job.meter.values() | noise_values(job, standing, update)
+        job.recorder.finished(Finished(update, rate.lr, rate.scale, *spent, late, saved, beside, measured))
         if stop or job.balance.wants:
             break
     if agreed is None:
@@ -143,7 +145,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     job.recorder.agreed(last)
     job.recorder.flush()
     ended = standing.position.samples >= job.study.duration or standing.target_ends(job.study)
-    return heed(job, standing, last), GO_ON if ended else agreed.stop or REPLAN
+    return heed(job, standing, last, late.update), GO_ON if ended else agreed.stop or REPLAN
 
 
 @dataclass(frozen=True)
@@ -208,15 +210,15 @@ class Sums:
 
 
 def ballot(job: Job, sums: Sums, late: Late) -> Ballot:
-    loss, _, finite = late.read()
-    return Ballot(
-        count=sums.count,
-        stop=job.wishes.read(job.saver.stop_file),
-        save=float(job.saver.wants()),
-        loss=loss,
-        loss_count=late.count,
-        finite=finite,
+    return replace(
+        told(late), count=sums.count, stop=job.wishes.read(job.saver.stop_file), save=float(job.saver.wants())
     )
+
+
+def told(late: Late) -> Ballot:
+    """What this rank has to say of the previous update."""
+    loss, norm, spread, finite = late.read()
+    return Ballot(loss=loss, loss_count=late.count, finite=finite, norm=norm, spread=spread, groups=late.groups)
 
 
 def rescale(update: Update, agreed: Agreed) -> float:
@@ -240,10 +242,11 @@ def rate_of(schedule: LrSchedule, update: Update) -> Rate:
     return Rate(lr, lr / schedule.base, schedule.momentum(update.start))
 
 
-def heed(job: Job, standing: Standing, agreed: Agreed) -> Standing:
-    """Count the updates in a row that were skipped since they were not finite; the ballots speak of the last one."""
+def heed(job: Job, standing: Standing, agreed: Agreed, before: Update | None) -> Standing:
+    """What the ballots tell of the update before: whether it was skipped since it was not finite, and its noise."""
     if agreed.stop != GO_ON:
         job.wishes.heard()
+    standing = learn(job, standing, standing.heard(agreed, before, job.study))
     patience = 20 if job.precision.name == "fp16" else 3
     standing = standing.skipped(0 if agreed.finite else standing.skips + 1)
     if standing.skips and (job.precision.name != "fp16" or standing.skips == patience):
@@ -254,6 +257,21 @@ def heed(job: Job, standing: Standing, agreed: Agreed) -> Standing:
         if standing.skips == patience and job.precision.name != "fp16":
             raise TrainingFailed(f"{patience} updates in a row were not finite; the last: {detail}")
     return standing
+
+
+def learn(job: Job, before: Standing, after: Standing) -> Standing:
+    """Say where the rate follows a noise scale that has become known, or has moved."""
+    known, was = after.schedule.noise, before.schedule.noise
+    if known != was and known is not None:
+        plan = job.study.plan_at(after.position.samples)
+        old, new = (plan_facts(job.study, one.schedule, plan) for one in (before, after))
+        why = f"the gradient's noise scale is {known:.3g} samples, {'unknown' if was is None else f'{was:.3g}'} before"
+        job.saver.journal.event("plan", why=why, **new, **{"from": old})
+    return after
+
+
+def noise_values(job: Job, standing: Standing, update: Update) -> dict[str, float]:
+    return standing.noise.values(update.nominal.global_batch, standing.schedule.base_batch)
 
 
 def validate(job: Job, standing: Standing, update: Update) -> tuple[Standing, Mapping[str, float]]:
@@ -283,14 +301,20 @@ def reach(job: Job, standing: Standing, measured: Mapping[str, float]) -> Standi
     return replace(standing, reached=facts)
 
 
-def save(job: Job, standing: Standing, update: Update, *, asked: bool) -> bool:
-    """Where a checkpoint is due or asked for; whether one was taken."""
+def save(job: Job, standing: Standing, update: Update, late: Late, *, asked: bool) -> bool:
+    """Where a checkpoint is due or asked for; whether one was taken.
+
+    What is known of the noise goes into it as it will be after the next vote: the update's own gradients would be
+    missing after a restart. So they are told once more for the checkpoint.
+    """
     best = standing.best_checkpoint == name_of(standing)
     if not (asked or best or due(update, job.study.checkpoint_every, job.study.duration)):
         return False
     job.clock.lap("other")
     job.at("checkpoint", update)
-    job.saver.save(job.replica, job.study, replace(standing, seconds=job.meter.seconds()), update.nominal)
+    agreed = job.vote.cast(told(late), job.clock.times_ms()).wait()
+    heard = replace(standing.heard(agreed, update, job.study), seconds=job.meter.seconds())
+    job.saver.save(job.replica, job.study, heard, update.nominal)
     job.clock.lap("checkpoint")
     return True
 

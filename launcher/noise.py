@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -147,26 +147,36 @@ class NoiseScale:
     def _narrow(self) -> bool:
         return self.interval is not None and self.interval[1] <= MOVED**2 * self.interval[0]
 
-    @cached_property
+    @property
     def _found(self) -> tuple[float | None, tuple[float, float] | None]:
-        if len(self.window) < _LEAST_BLOCKS:
-            return None, None
-        weights = _weights(self.half_life, len(self.window))
-        variance = math.fsum(weight * block[0] for weight, block in zip(weights, self.window, strict=True))
-        square = math.fsum(weight * block[1] for weight, block in zip(weights, self.window, strict=True))
-        off_s = [weight * (block[0] - variance) for weight, block in zip(weights, self.window, strict=True)]
-        off_g = [weight * (block[1] - square) for weight, block in zip(weights, self.window, strict=True)]
-        interval = _fieller(variance, square, *_covariance(weights, off_s, off_g))
+        scale, interval = _ratio(self.half_life, self.window)
         if interval is None:
             return None, None
-        scale = self._finite(variance / square) if interval[1] < math.inf else None
-        return scale, (self._finite(interval[0]), self._finite(interval[1]))
+        known = None if scale is None else self._finite(scale)
+        return known, (self._finite(interval[0]), self._finite(interval[1]))
 
     def _finite(self, scale: float) -> float:
         """phi (N - 1) / (N + phi): drawing without replacement from N shrinks |G|^2 and leaves S a little large."""
         if self.population is None:
             return scale
         return self.population - 1 if scale == math.inf else scale * (self.population - 1) / (self.population + scale)
+
+
+@lru_cache(maxsize=8)  # four updates of five have the window of the one before
+def _ratio(
+    half_life: float, window: tuple[tuple[float, float], ...]
+) -> tuple[float | None, tuple[float, float] | None]:
+    """The ratio of the two averages over the window, None where it is unknown, and its interval."""
+    if len(window) < _LEAST_BLOCKS:
+        return None, None
+    weights = _weights(half_life, len(window))
+    variance = math.fsum(weight * block[0] for weight, block in zip(weights, window, strict=True))
+    square = math.fsum(weight * block[1] for weight, block in zip(weights, window, strict=True))
+    off_s = [weight * (block[0] - variance) for weight, block in zip(weights, window, strict=True)]
+    off_g = [weight * (block[1] - square) for weight, block in zip(weights, window, strict=True)]
+    interval = _fieller(variance, square, *_covariance(weights, off_s, off_g))
+    known = interval is not None and interval[1] < math.inf
+    return variance / square if known else None, interval
 
 
 @lru_cache(maxsize=8)

@@ -206,6 +206,10 @@ class Precision:
         if self.scaler is not None:
             self.scaler.update()
 
+    def factor(self) -> torch.Tensor | float:
+        """What `scaled` multiplies by, without reading the device."""
+        return 1.0 if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
+
     def scale(self) -> float:
         """What `scaled` multiplies by; reads the device."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())

@@ -79,17 +79,20 @@ def plan_facts(study: Study, schedule: LrSchedule, plan: BatchPlan) -> dict[str,
         "lr_base": schedule.base,
         "lr_base_batch": schedule.base_batch,
         "lr_rule": study.rule,
+        "lr_noise": schedule.noise,
         "warmup_samples": study.warmup,
         "updates_per_epoch": study.sizes.train / plan.global_batch,
     }
 
 
-def announced(updates: Iterable[Update], study: Study, journal: Journal | Silent) -> Iterator[Update]:
+def announced(
+    updates: Iterable[Update], study: Study, schedule: Callable[[], LrSchedule], journal: Journal | Silent
+) -> Iterator[Update]:
     """The same updates; where a stage of batch.ramp begins, the change is an event before its first one."""
     before: BatchPlan | None = None
     for update in updates:
         if before is not None and update.nominal != before:
-            old, new = (plan_facts(study, study.schedule, plan) for plan in (before, update.nominal))
+            old, new = (plan_facts(study, schedule(), plan) for plan in (before, update.nominal))
             journal.event("plan", why=f"batch.ramp from sample {update.start} on", **new, **{"from": old})
         before = update.nominal
         yield update

@@ -11,7 +11,7 @@ from launcher.settings import Run
 
 __all__ = ["Rule", "far_advice", "far_of", "optimizer_of", "power_of", "rule_of", "warmup_advice"]
 
-Rule = Literal["linear", "sqrt", "none"]
+Rule = Literal["linear", "sqrt", "noise", "none"]
 
 #: How the best rate follows the batch, by optimizer. Those without: their step's length does not depend on the
 #: gradient's (sign methods, Rprop, Muon's orthogonal step), so a larger batch changes the direction only.

@@ -167,11 +167,14 @@ class LrSchedule:
         """
         if old_batch == new_batch:
             return self
-        now, target = self.scale(samples, old_batch), self.target(new_batch)
-        ramped = target >= _RAMPED_GROWTH * now
-        over = max(_RAMP_UPDATES * new_batch, -(-self.duration // _RAMP_PART)) if ramped else 0
+        return self._leading(samples, self.scale(samples, old_batch), new_batch)
+
+    def _leading(self, samples: int, now: float, batch: int) -> LrSchedule:
+        """From the scale `now` that is in force after `samples` to that of `batch`."""
+        ramped = self.target(batch) >= _RAMPED_GROWTH * now
+        over = max(_RAMP_UPDATES * batch, -(-self.duration // _RAMP_PART)) if ramped else 0
         past = tuple(ramp for ramp in self.ramps if ramp.at <= samples)
-        return replace(self, ramps=(*past, Ramp(samples, over, now, new_batch)))
+        return replace(self, ramps=(*past, Ramp(samples, over, now, batch)))
 
     def planned(self, samples: int, stages: Sequence[tuple[int, int]]) -> LrSchedule:
         """The schedule whose batch from `samples` on follows `stages`: (from which sample on, batch), ascending.
@@ -179,7 +182,7 @@ class LrSchedule:
         What was trained before `samples` stays as it was. So the same stages change nothing, whenever a run goes on,
         and those of another world size are a resize at `samples`.
         """
-        past = tuple(ramp for ramp in self.ramps if ramp.at < samples)
+        past = tuple(ramp for ramp in self.ramps if ramp.at < samples or (ramp.at == samples and self._stays(ramp)))
         schedule = replace(self, ramps=past)
         batch = past[-1].batch if past else None
         begun = sum(at <= samples for at, _ in stages)
@@ -189,6 +192,11 @@ class LrSchedule:
             schedule = replace(schedule, ramps=(first,)) if batch is None else schedule.resized(at, batch, following)
             batch = following
         return schedule
+
+    def _stays(self, ramp: Ramp) -> bool:
+        """Whether a ramp is to the batch that was there before it: no change of plan, a noise scale became known."""
+        before = [other.batch for other in self.ramps[: self.ramps.index(ramp)]][-1:]
+        return before == [ramp.batch]
 
     def validated(self, samples: int, value: float) -> LrSchedule:
         """The schedule after a validation; only plateau listens. A value that is not finite is no improvement."""
@@ -205,6 +213,14 @@ class LrSchedule:
             return self
         gain(self.base_batch, self.base_batch, noise)  # refuses what is no noise scale
         return replace(self, noise=noise)
+
+    def learned(self, samples: int, batch: int, noise: float | None) -> LrSchedule:
+        """`observed` in the middle of training, after `samples` and at `batch`; changes planned for later are dropped.
+
+        A scale that grows by 2 or more gets there on a line, as after a resize; else the new one acts at once.
+        """
+        after = self.observed(noise)
+        return self if after is self else after._leading(samples, self.scale(samples, batch), batch)
 
     def to_facts(self) -> dict[str, Any]:
         """The history as JSON, for a checkpoint: what the configuration does not say."""

@@ -167,7 +167,7 @@ def restored(parts: Parts, plan: Study, found: Found | None, checkpoints: Path) 
     The best checkpoint so far counts only where it still lies in `checkpoints`.
     """
     if found is None:
-        return Standing(Position(), plan.schedule)
+        return Standing.fresh(plan)
     checkpoint.check_names(found.manifest, parts.outline)
     loaded = checkpoint.load(found)
     facts = loaded.manifest.facts

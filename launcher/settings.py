@@ -71,9 +71,10 @@ class BatchSettings:
 class LrSettings:
     base: float | None = key(None, "the learning rate chosen for lr.base_batch")
     base_batch: int | None = key(None, "the global batch that lr.base was chosen for")
-    rule: Literal["auto", "linear", "sqrt", "none"] = key(
+    rule: Literal["auto", "linear", "sqrt", "noise", "none"] = key(
         "auto",
-        "how the rate follows the batch; auto: linear for SGD, sqrt for the Adam family, none for Rprop",
+        "how the rate follows the batch; auto: linear for SGD, sqrt for the Adam family, none for Rprop; noise: by the "
+        "measured noise of the gradient",
     )
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RequestError
+from launcher.noise import NoiseScale
 from launcher.schedule import LrSchedule
 from launcher.settings import TargetSettings
 from launcher.study import Study
 from launcher.timeline import Position, Update
 
-__all__ = ["Standing", "Target", "measured_value"]
+if TYPE_CHECKING:
+    from launcher.vote import Agreed
+
+__all__ = ["Standing", "Target", "heard", "measured_value"]
 
 
 def measured_value(measured: Mapping[str, float], metric: str, key: str) -> float:
@@ -48,10 +52,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Standing:
-    """The clock is samples seen. `skips` counts updates in a row that were not finite, `seconds` the time trained."""
+    """The clock is samples seen. `skips` counts updates in a row that were not finite, `seconds` the time trained.
+
+    `noise` is what is known of the gradient's noise scale: the same on every rank, as it comes from the votes alone.
+    """
 
     position: Position
     schedule: LrSchedule
+    noise: NoiseScale = NoiseScale()
     skips: int = 0
     seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -59,8 +67,22 @@ class Standing:
     best: float | None = None
     best_checkpoint: str | None = None
 
+    @classmethod
+    def fresh(cls, study: Study) -> Standing:
+        return cls(Position(), study.schedule, NoiseScale(population=population(study)))
+
     def after(self, update: Update) -> Standing:
         return replace(self, position=update.after)
+
+    def heard(self, agreed: Agreed, update: Update | None, study: Study) -> Standing:
+        """After a vote that tells what the gradients of `update` were. Under lr.rule=noise the rate follows."""
+        noise = heard(self.noise, agreed, update)
+        if noise is self.noise:
+            return self
+        if study.rule != "noise":
+            return replace(self, noise=noise)
+        schedule = study.learned(self.schedule, self.position.samples, noise.acted)
+        return replace(self, noise=noise, schedule=schedule)
 
     def skipped(self, skips: int) -> Standing:
         return self if skips == self.skips else replace(self, skips=skips)
@@ -88,6 +110,7 @@ class Standing:
         """As JSON, for a checkpoint."""
         return {
             "schedule": self.schedule.to_facts(),
+            "noise": self.noise.to_facts(),
             "skips": self.skips,
             "seconds": self.seconds,
             "metrics": dict(self.metrics),
@@ -101,6 +124,7 @@ class Standing:
         return cls(
             position=position,
             schedule=study.resumed(facts["schedule"], position.samples).schedule,
+            noise=replace(NoiseScale.from_facts(facts["noise"]), population=population(study)),
             skips=facts["skips"],
             seconds=facts["seconds"],
             metrics=facts["metrics"],
@@ -108,3 +132,20 @@ class Standing:
             best=facts["best"],
             best_checkpoint=facts["best_checkpoint"],
         )
+
+
+def population(study: Study) -> int | None:
+    """What the noise scale's correction for drawing without replacement needs; one sample alone has no noise."""
+    return study.sizes.train if study.sizes.train > 1 else None
+
+
+def heard(noise: NoiseScale, agreed: Agreed, update: Update | None) -> NoiseScale:
+    """With what the ranks told of the gradients of `update`; a tail, and one that was skipped, change nothing.
+
+    An estimate asks of n groups only for their number, what they count together, and the mean of their |g|².
+    """
+    groups, count = agreed.groups, agreed.loss_count
+    if update is None or update.tail or groups < 2 or not count or not agreed.finite:
+        return noise
+    mean = agreed.spread * update.samples**2 / count
+    return noise.update([count / groups] * groups, [mean] * groups, agreed.norm**2, update.samples)

@@ -70,6 +70,11 @@ class Study:
         """
         return replace(self, schedule=self.schedule.from_facts(facts).planned(samples, _batches(self.stages)))
 
+    def learned(self, schedule: LrSchedule, samples: int, noise: float | None) -> LrSchedule:
+        """`schedule`, this study's with its history, where `noise` became known after `samples`."""
+        after = schedule.learned(samples, self.batch_at(samples), noise)
+        return schedule if after is schedule else after.planned(samples + 1, _batches(self.stages))
+
 
 def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = None) -> Study:
     """Work out what `run` does on `sizes` at `world` workers, with shares by `speeds` where these are given.

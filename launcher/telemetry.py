@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from launcher.stages import STAGES
+from launcher.timeline import Update
 
 __all__ = [
     "STAGES",
@@ -114,16 +115,21 @@ class StageClock:
 
 
 class Late:
-    """Device scalars of one update (loss, norm, whether it was applied) and what its loss counts.
+    """What one update found out: device scalars (loss, norm, spread, whether it was applied), and what the host knows.
 
-    They are copied off the device without waiting; `read` waits for that copy alone, when the next update is under
-    way. Without any: a sum of nothing, applied. The last scalar is a tensor and says which device it is.
+    `count` is what its loss counts, `groups` how many the spread is over, `update` None before the first. The scalars
+    are copied off the device without waiting; `read` waits for that copy alone, when the next update is under way.
+    Without any: a sum of nothing, applied. The last scalar is a tensor and says which device it is.
     """
 
-    def __init__(self, scalars: Sequence[Any] = (), count: float = 0.0) -> None:
+    def __init__(
+        self, scalars: Sequence[Any] = (), count: float = 0.0, groups: int = 0, update: Update | None = None
+    ) -> None:
         self.count = count
+        self.groups = groups
+        self.update = update
         self._event: torch.cuda.Event | None = None
-        self._values: torch.Tensor | tuple[float, ...] = (0.0, 0.0, 1.0)
+        self._values: torch.Tensor | tuple[float, ...] = (0.0, 0.0, 0.0, 1.0)
         if scalars:
             device = scalars[-1].device
             together = torch.stack([torch.as_tensor(scalar, device=device).detach().double() for scalar in scalars])
@@ -136,11 +142,11 @@ class Late:
         self._event.record()
         return pinned
 
-    def read(self) -> tuple[float, float, float]:
+    def read(self) -> tuple[float, float, float, float]:
         if self._event is not None:
             self._event.synchronize()
-        loss, norm, finite = self._values.tolist() if isinstance(self._values, torch.Tensor) else self._values
-        return loss, norm, finite
+        loss, norm, spread, finite = self._values.tolist() if isinstance(self._values, torch.Tensor) else self._values
+        return loss, norm, spread, finite
 
 
 class Meter:

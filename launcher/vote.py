@@ -27,8 +27,8 @@ __all__ = ["Agreed", "Ballot", "Vote"]
 class Ballot:
     """One rank's word. What a device computed belongs to the previous update: it is read one update late.
 
-    `count` is what the losses of *this* update count (samples, or tokens); `loss`, `loss_count`, `finite` and the
-    stages (milliseconds) belong to the previous one.
+    `count` is what the losses of *this* update count (samples, or tokens); the fields from `loss` on and the stages
+    (milliseconds) belong to the previous one. `norm`, `spread` and `groups` are those of its `strategies.Step`.
     """
 
     count: float = 0.0
@@ -37,6 +37,9 @@ class Ballot:
     loss: float = 0.0
     loss_count: float = 0.0
     finite: float = 1.0
+    norm: float = 0.0
+    spread: float = 0.0
+    groups: float = 0.0
 
 
 WORDS = len(fields(Ballot))
@@ -70,6 +73,21 @@ class Agreed:
     def loss_count(self) -> float:
         """What the losses of the previous update count."""
         return float(tree_sum(ballot.loss_count for ballot in self.ballots))
+
+    @property
+    def norm(self) -> float:
+        """Of the previous update's mean gradient; rank 0's word, so that all ranks go by the same bits."""
+        return self.ballots[0].norm
+
+    @property
+    def spread(self) -> float:
+        """The sum of |h|²/c over the groups of the previous update."""
+        return float(tree_sum(ballot.spread for ballot in self.ballots))
+
+    @property
+    def groups(self) -> int:
+        """How many parts of the previous update's batch had their gradients seen by themselves."""
+        return int(sum(ballot.groups for ballot in self.ballots))
 
     @property
     def not_finite(self) -> tuple[int, ...]:

@@ -89,9 +89,9 @@ def test_the_critical_rank_is_the_one_that_waits_least() -> None:
 
 
 def test_device_values_are_read_one_update_late() -> None:
-    late = Late((torch.tensor(6.0), torch.tensor(2.5), torch.tensor(1.0)), count=3)
-    assert (late.read(), late.count) == ((6.0, 2.5, 1.0), 3)
-    assert Late().read() == (0.0, 0.0, 1.0), "nothing before the first update, and that was applied"
+    late = Late((torch.tensor(6.0), torch.tensor(2.5), torch.tensor(0.1), torch.tensor(1.0)), count=3, groups=2)
+    assert (late.read(), late.count, late.groups) == ((6.0, 2.5, pytest.approx(0.1), 1.0), 3, 2)
+    assert Late().read() == (0.0, 0.0, 0.0, 1.0), "nothing before the first update, and that was applied"
 
 
 def test_memory_is_what_the_process_holds_on_a_cpu() -> None:

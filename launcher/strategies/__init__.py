@@ -22,13 +22,16 @@ __all__ = ["Replica", "Shards", "State", "Step", "even", "missing", "prepare", "
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer's step found out. Both are device scalars and are read an update late.
+    """What an optimizer's step found out. All but `groups` are device scalars and are read an update late.
 
-    `norm` is the norm of the update's mean gradient before clipping, `finite` whether it was applied.
+    `norm` is the norm of the update's mean gradient before clipping, `finite` whether it was applied. `spread` is the
+    sum of |h|²/c over `groups` parts of the batch whose gradients this rank saw by themselves (`gauge.Gauge`).
     """
 
     norm: torch.Tensor
     finite: torch.Tensor
+    spread: torch.Tensor
+    groups: int
 
 
 class State(NamedTuple):
@@ -67,8 +70,11 @@ class Replica(Protocol):
         `place` is whose sum it belongs to: the rank's, or that of the shard it is cut from.
         """
 
-    def backward(self, total: torch.Tensor, samples: int) -> None:
-        """Backward of `total / samples`, `samples` those of the whole update: the only division of a loss."""
+    def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
+        """Backward of `total / samples`, `samples` those of the whole update: the only division of a loss.
+
+        `count` is what this micro-batch's loss counts, for the noise scale.
+        """
 
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
         """One optimizer step at rate `lr` on gradients times `rescale`, skipped where they are not finite."""

@@ -10,6 +10,7 @@ from torch import nn
 from launcher.blocks import unchanged
 from launcher.optim import Precision, reads_found_inf
 from launcher.parts import Place
+from launcher.strategies.gauge import Gauge, Listener
 
 __all__ = ["Rank", "even_parts"]
 
@@ -28,6 +29,8 @@ class Rank:
         self._fresh = True
         self._buffers = [b for b in model.buffers() if b is not None]
         self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._gauge = Gauge(precision.device)
+        self._listener: Listener | None = None  # where micro-batches are the groups that the noise shows between
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @contextmanager
@@ -35,8 +38,12 @@ class Rank:
         self._pad = pad
         if self._fresh:
             self._keep_buffers()
+        if self._listener is not None:  # a micro-batch that is all there is has no other to differ from
+            self._listener.on = self._world > 1 or not last or self._listener.on
         with self._untouched() if pad else nullcontext():
             yield
+        if self._listener is not None:
+            self._gauge.close(self._listener.norms())
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
@@ -51,7 +58,8 @@ class Rank:
             for norm in training:
                 norm.training = True
 
-    def backward(self, total: torch.Tensor, samples: int) -> None:
+    def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
+        self._gauge.counts(0.0 if self._pad else count)
         self._precision.scaled(total / samples).backward()
 
     @torch.no_grad()
@@ -60,6 +68,12 @@ class Rank:
         self._fresh = False
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
+
+    def _measured(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
+        """How far this rank's groups are apart, of gradients that were `scale` times too large, and their number."""
+        if self._listener is not None:
+            self._listener.on = False
+        return self._gauge.take(scale)
 
     def _finish(self, finite: torch.Tensor) -> None:
         """Step where the gradient is finite; else leave parameters, moments, steps and buffers as they were.

@@ -25,6 +25,7 @@ from launcher.parts import Place
 from launcher.settings import Run
 from launcher.strategies import Shards, State, Step
 from launcher.strategies.base import Rank, even_parts
+from launcher.strategies.gauge import Listener
 from launcher.telemetry import StageClock
 
 __all__ = ["DdpReplica"]
@@ -41,10 +42,13 @@ class DdpReplica(Rank):
     """The gradient is the sum over ranks of d(total)/samples: right for any shares, so nothing divides by the world.
 
     That is why the communication hook sums. It also gives the clock its mark (from the last bucket on, the backward
-    pass only waits), and sends zeros for a rank that has nothing but a pad, whatever the pad's own gradient is.
+    pass only waits), and sends zeros for a rank that has nothing but a pad, whatever the pad's own gradient is. And
+    there each rank's own gradient can be seen: the ranks are the groups that the noise shows between, or the
+    micro-batches where there is one worker alone.
     """
 
     sharded = False
+    by_micro_batch = True
 
     def __init__(
         self,
@@ -61,6 +65,9 @@ class DdpReplica(Rank):
         self.model: nn.Module = model if world == 1 else self._distributed(model, run)
         self.optimizer = make_optimizer(model, run, groups)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._own: list[torch.Tensor] = []
+        if world == 1 and self.by_micro_batch:
+            self._listener = Listener(self._parameters)
 
     def _distributed(self, model: nn.Module, run: Run) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(
@@ -76,6 +83,7 @@ class DdpReplica(Rank):
         gradients = bucket.buffer()
         if self._pad:
             gradients.zero_()
+        self._own.append(torch.linalg.vector_norm(gradients))
         if bucket.is_last():
             self._clock.mark()
         work = dist.all_reduce(gradients, async_op=True)
@@ -92,6 +100,9 @@ class DdpReplica(Rank):
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if rescale != 1.0:
             torch._foreach_mul_(gradients, rescale)
+        self._gauge.close(self._own)
+        self._own = []
+        spread, groups = self._measured(self._precision.factor())
         self._precision.unscale(self.optimizer)
         norm = get_total_norm(gradients)
         finite = torch.isfinite(norm)
@@ -99,7 +110,7 @@ class DdpReplica(Rank):
             clip_grads_with_norm_(self._parameters, clip_norm, norm)
         apply_rate(self.optimizer, lr, momentum)
         self._finish(finite)
-        return Step(norm=norm, finite=finite)
+        return Step(norm=norm, finite=finite, spread=spread, groups=groups)
 
     def tensors(self) -> State:
         facts = {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}

@@ -30,6 +30,7 @@ from launcher.parts import Place
 from launcher.settings import Run
 from launcher.strategies import Shards, State, Step
 from launcher.strategies.base import Rank, even_parts
+from launcher.strategies.gauge import Listener
 from launcher.strategies.zero_config import configuration
 from launcher.strategies.zero_state import ZeroState
 from launcher.telemetry import StageClock
@@ -70,6 +71,7 @@ class DeepSpeedReplica(Rank):
         config = configuration(run, sum(parameter.numel() for parameter in self._parameters))
         self._engine = engine_of(model, self.optimizer, config, precision.device, debug=run.debug)
         self.model: nn.Module = self._engine
+        self._listener = Listener(self._parameters)
         self._reduce = self._engine.allreduce_gradients
         self._engine.allreduce_gradients = self._reduce_marked
         self._zero = self._engine.optimizer
@@ -90,21 +92,25 @@ class DeepSpeedReplica(Rank):
         with silent, super().micro(last=last, pad=pad, place=place):
             yield
 
-    def backward(self, total: torch.Tensor, samples: int) -> None:
+    def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
+        self._gauge.counts(0.0 if self._pad else count)
         self._engine.backward(self._precision.scaled(total / samples))
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
         apply_rate(self.optimizer, lr, momentum)
         take = self._step_whole if self._state is None else self._step_in_pieces
-        norm, applied = take(rescale * self._world / self._precision.scale(), clip_norm)
+        scale = self._precision.scale()
+        spread, groups = self._measured(scale)
+        norm, applied = take(rescale * self._world / scale, clip_norm)
         if not applied:
             for kept, buffer in zip(self._kept, self._buffers, strict=True):
                 buffer.copy_(kept)
         self._precision.told(finite=applied)
         self._fresh = True
         device = self._precision.device
-        return Step(torch.as_tensor(norm, dtype=torch.float32, device=device), torch.tensor(applied, device=device))
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=device)
+        return Step(norm, torch.tensor(applied, device=device), spread, groups)
 
     def _step_in_pieces(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
         """Stages 1 to 3: DeepSpeed skips by itself where the norm is not finite, on all ranks alike."""

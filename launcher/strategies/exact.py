@@ -32,8 +32,10 @@ class ExactReplica(DdpReplica):
     Every shard starts from the buffers as they were before the update. A floating buffer that some shard changed
     becomes the sum over the shards that have samples (in the same tree) over their number, each counting the same
     however many samples it has; an unchanged one stays. Other buffers (counters) are those of shard 0, which always
-    has samples.
+    has samples. The shards are the groups that the noise shows between, so its scale is the same to the last bit too.
     """
+
+    by_micro_batch = False
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class ExactReplica(DdpReplica):
         self._counted: list[torch.Tensor] = []
         numbers = [*self._parameters, *(buffer for buffer, _ in self._means)]
         self._dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
+        self._learned = sum(parameter.numel() for parameter in self._parameters)
         self._sizes = [number.numel() for number in numbers] + [1] * len(self._means) + [len(self._parameters) + 1]
         self._tree = Tree()
         self._place: int | None = None
@@ -77,14 +80,16 @@ class ExactReplica(DdpReplica):
             self._place = None
             self._combine()
 
-    def backward(self, total: torch.Tensor, samples: int) -> None:
+    def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         if not self._pad:
-            super().backward(total, samples)
+            super().backward(total, samples, count)
 
     @torch.no_grad()
     def _close(self) -> None:
         """The shard is complete: keep what it gave, and leave no trace of it for the next one."""
-        self._tree.add(self._packed())
+        packed = self._packed()
+        self._tree.add(packed)
+        self._gauge.close([torch.linalg.vector_norm(packed[: self._learned])])
         if self._place == 0:
             self._counted = [counter.clone() for counter in self._counters]
         self.optimizer.zero_grad(set_to_none=True)

@@ -27,6 +27,7 @@ from launcher.parts import Place
 from launcher.settings import Run
 from launcher.strategies import Shards, State, Step
 from launcher.strategies.base import Rank
+from launcher.strategies.gauge import Listener
 from launcher.telemetry import StageClock
 
 __all__ = ["FsdpReplica"]
@@ -60,10 +61,12 @@ class FsdpReplica(Rank):
         self.optimizer = make_optimizer(model, run, groups, fused=(torch.optim.Adam, torch.optim.AdamW))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
+        self._listener = Listener()
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.register_forward_pre_hook(lap(clock, "forward"), prepend=True)
                 module.register_forward_pre_hook(lap(clock, "sync"))
+                module.register_forward_pre_hook(attention(self._listener))
 
     @contextmanager
     def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
@@ -76,7 +79,9 @@ class FsdpReplica(Rank):
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
-        factor = rescale / self._precision.scale()
+        scale = self._precision.scale()
+        spread, groups = self._measured(scale)
+        factor = rescale / scale
         if factor != 1.0:
             torch._foreach_mul_(rows, factor)
         norm = self._norm(rows)
@@ -85,7 +90,7 @@ class FsdpReplica(Rank):
         apply_rate(self.optimizer, lr, momentum)
         finite = torch.isfinite(norm)
         self._finish(finite)
-        return Step(norm=norm, finite=finite)
+        return Step(norm=norm, finite=finite, spread=spread, groups=groups)
 
     def _adjust(self, finite: torch.Tensor) -> None:
         if self._precision.scaler is not None:
@@ -164,6 +169,20 @@ def lap(clock: StageClock, stage: str) -> Callable[..., None]:
     def hook(*_: object) -> None:
         if torch.is_grad_enabled():
             clock.lap(stage)
+
+    return hook
+
+
+def attention(listener: Listener) -> Callable[..., None]:
+    """A hook for a block's forward pass: its gathered parameters exist from the first one on, and stay the same."""
+    known: set[int] = set()
+
+    def hook(block: nn.Module, *_: object) -> None:
+        if torch.is_grad_enabled() and id(block) not in known:
+            known.add(id(block))
+            for parameter in block.parameters():
+                if parameter.requires_grad and not isinstance(parameter, DTensor):
+                    listener.listen(parameter)
 
     return hook
 

@@ -1,0 +1,227 @@
+"""What a replica tells of its gradients: the sums that the noise scale needs, against autograd by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from launcher.batch import BatchPlan
+from launcher.noise import NoiseScale, estimates
+from launcher.optim import Precision
+from launcher.settings import ElasticSettings, Run
+from launcher.standing import heard
+from launcher.strategies import Replica, Step
+from launcher.strategies.ddp import DdpReplica
+from launcher.strategies.exact import ExactReplica
+from launcher.telemetry import HostTimer, StageClock
+from launcher.timeline import Update
+from launcher.vote import Agreed, Ballot
+
+CPU = torch.device("cpu")
+RUN = replace(Run(), optimizer={"_target_": "torch.optim.SGD"})
+SAMPLES = 12
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """A process group of one: DDP's hooks run as among many."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    torch.use_deterministic_algorithms(False)
+
+
+def model(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """With a tied weight, whose gradient comes from two places."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(5, 5), nn.Linear(5, 5)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(SAMPLES, 5, dtype=dtype), torch.randn(SAMPLES, 1, dtype=dtype)
+
+
+def total(net: nn.Module, part: slice, dtype: torch.dtype = torch.float64) -> Tensor:
+    inputs, targets = data(dtype)
+    return (net(inputs[part]) - targets[part]).square().sum()
+
+
+def square_norm(parts: Sequence[slice], counts: float) -> float:
+    """|g|² of the mean over `counts` of these samples' losses."""
+    net = model()
+    loss = torch.stack([total(net, part) for part in parts]).sum() / counts
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    return float(sum(gradient.square().sum() for gradient in gradients))
+
+
+def cut(sizes: Sequence[int]) -> list[slice]:
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def updated(
+    replica: Replica,
+    sizes: Sequence[int],
+    *,
+    samples: int = SAMPLES,
+    places: Sequence[int] | None = None,
+    tokens: float = 1.0,
+    clip_norm: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Step:
+    """One update of micro-batches of these sizes, as the loop makes it; a loss counts `tokens` a sample."""
+    for index, part in enumerate(cut(sizes)):
+        place = places[index] if places else 0
+        with replica.micro(last=index == len(sizes) - 1, pad=False, place=place):
+            replica.backward(total(replica.model, part, dtype), samples, tokens * sizes[index])
+    return replica.step(0.01, None, 1 / tokens, clip_norm)
+
+
+def ddp(world: int = 1, precision: str = "fp64", **keys: Any) -> DdpReplica:
+    made = Precision.of(precision, CPU)
+    return DdpReplica(model(made.dtype), replace(RUN, **keys), world, made, StageClock(HostTimer()))
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 4, 3), (7, 5), (1,) * 12])
+def test_alone_the_micro_batches_are_the_groups(sizes: Sequence[int]) -> None:
+    step = updated(ddp(), sizes)
+    by_hand = sum(size * square_norm([part], size) for size, part in zip(sizes, cut(sizes), strict=True))
+    assert step.groups == len(sizes)
+    assert float(step.spread) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
+    assert float(step.norm) ** 2 == pytest.approx(square_norm([slice(0, SAMPLES)], SAMPLES), rel=1e-12)
+
+
+def test_a_single_micro_batch_is_no_group() -> None:
+    assert updated(ddp(), [SAMPLES]).groups == 0
+
+
+def test_every_update_begins_anew() -> None:
+    replica = ddp()
+    assert [updated(replica, sizes).groups for sizes in ((6, 6), (12,), (4, 4, 4))] == [2, 0, 3]
+
+
+def test_among_ranks_each_gives_what_it_adds_before_the_sum() -> None:
+    """This rank has 7 of 12 samples in two micro-batches; nobody else's arrive in a group of one."""
+    step = updated(ddp(world=2), [4, 3], samples=SAMPLES)
+    assert step.groups == 1
+    assert float(step.spread) * SAMPLES**2 == pytest.approx(7 * square_norm([slice(0, 7)], 7), rel=1e-12)
+
+
+def test_a_rank_without_samples_is_no_group() -> None:
+    replica = ddp(world=2)
+    with replica.micro(last=True, pad=True, place=0):
+        replica.backward(total(replica.model, slice(0, 1)) * torch.nan, SAMPLES, 1.0)
+    step = replica.step(0.01, None, 1.0, None)
+    assert (step.groups, float(step.spread)) == (0, 0.0)
+
+
+@pytest.mark.parametrize("places", [(0, 1, 2), (0, 0, 1)])
+def test_in_exact_mode_the_shards_are_the_groups(places: Sequence[int]) -> None:
+    run = replace(RUN, elastic=ElasticSettings(exact=True, shards=4))
+    replica = ExactReplica(model(), run, 1, Precision.of("fp64", CPU), StageClock(HostTimer()))
+    sizes = (5, 4, 3)
+    step = updated(replica, sizes, places=places)
+    by_hand = 0.0
+    for place in set(places):
+        parts = [part for part, where in zip(cut(sizes), places, strict=True) if where == place]
+        count = sum(part.stop - part.start for part in parts)
+        by_hand += count * square_norm(parts, count)
+    assert step.groups == len(set(places))
+    assert float(step.spread) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_clipping_comes_after() -> None:
+    free, clipped = (updated(ddp(), [6, 6], clip_norm=clip) for clip in (None, 1e-3))
+    assert (clipped.spread, clipped.norm) == (free.spread, free.norm)
+
+
+def test_a_loss_scale_is_taken_out() -> None:
+    """fp16 multiplies its losses by 65536."""
+    plain, scaled = (updated(ddp(precision=name), [7, 5], dtype=torch.float32) for name in ("fp32", "fp16"))
+    assert float(scaled.spread) == pytest.approx(float(plain.spread), rel=1e-5)
+    assert float(scaled.norm) == pytest.approx(float(plain.norm), rel=1e-5)
+
+
+def test_small_and_large_gradients_are_all_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = updated(ddp(), [6, 6]).spread
+    monkeypatch.setattr("launcher.strategies.gauge.CHUNK", 10)
+    assert updated(ddp(), [6, 6]).spread == whole
+
+
+# --- from the votes to the estimate ---------------------------------------------------------------------------------
+
+
+def told(steps: Sequence[Step], counts: Sequence[float], finite: float = 1.0) -> Agreed:
+    norm = float(steps[0].norm)
+    ballots = [
+        Ballot(loss_count=count, finite=finite, norm=norm, spread=float(step.spread), groups=step.groups)
+        for step, count in zip(steps, counts, strict=True)
+    ]
+    return Agreed(tuple(ballots), ())
+
+
+def update_of(samples: int = SAMPLES, nominal: int = SAMPLES) -> Update:
+    plan = BatchPlan(world=1, shares=(nominal,), per_device=nominal, accumulation=1)
+    return Update(0, 0, plan, plan.part(samples), size=1000)
+
+
+def estimate_by_hand(sizes: Sequence[int]) -> tuple[float, float]:
+    squares = [square_norm([part], size) for size, part in zip(sizes, cut(sizes), strict=True)]
+    return estimates(sizes, squares, square_norm([slice(0, SAMPLES)], SAMPLES))
+
+
+@pytest.mark.parametrize("tokens", [1.0, 50.0])
+def test_the_estimate_is_the_formulas(tokens: float) -> None:
+    """S and |G|² of one update, in samples whatever the losses count."""
+    sizes = (5, 4, 3)
+    step = updated(ddp(), sizes, tokens=tokens)
+    learned = heard(NoiseScale(), told([step], [tokens * SAMPLES]), update_of())
+    variance, square = estimate_by_hand(sizes)
+    assert learned.block == (pytest.approx((variance / tokens**2, square / tokens**2), rel=1e-9),)
+
+
+def test_ranks_and_micro_batches_of_the_same_samples_tell_the_same() -> None:
+    """Two ranks of 7 and 5 samples, or one worker with micro-batches of 7 and 5."""
+    step = updated(ddp(), [7, 5])
+    mine, other = ([updated(ddp(world=2), sizes)] for sizes in ([7], [5]))
+    theirs = replace_spread(other[0], 5 * square_norm([slice(7, 12)], 5) / SAMPLES**2)
+    ranks = told([replace_norm(mine[0], step), theirs], [7, 5])
+    assert heard(NoiseScale(), ranks, update_of()).block == (
+        pytest.approx(heard(NoiseScale(), told([step], [12]), update_of()).block[0], rel=1e-12),
+    )
+
+
+def replace_spread(step: Step, spread: float) -> Step:
+    return replace(step, spread=torch.tensor(spread, dtype=torch.float64))
+
+
+def replace_norm(step: Step, other: Step) -> Step:
+    """Nobody else's gradients arrive in a group of one."""
+    return replace(step, norm=other.norm)
+
+
+def silent() -> Mapping[str, partial[NoiseScale]]:
+    step = Step(torch.tensor(1.0), torch.tensor(True), torch.tensor(0.5), 2)
+    return {
+        "the first vote, before any update": partial(heard, agreed=told([step], [12]), update=None),
+        "a tail": partial(heard, agreed=told([step], [5]), update=update_of(samples=5)),
+        "one group": partial(heard, agreed=told([replace(step, groups=1)], [12]), update=update_of()),
+        "an update that was skipped": partial(heard, agreed=told([step], [12], finite=0.0), update=update_of()),
+        "an update that counted nothing": partial(heard, agreed=told([step], [0]), update=update_of()),
+    }
+
+
+@pytest.mark.parametrize("case", silent())
+def test_what_says_nothing_changes_nothing(case: str) -> None:
+    noise = NoiseScale()
+    assert silent()[case](noise) is noise

@@ -48,6 +48,7 @@ EXAMPLES = {
     "checkpoint.best": "val/accuracy",
     "lr.base": "0.1",
     "lr.base_batch": "128",
+    "plan.noise": "500",
     "plan.worlds": "[1,2,8]",
     "run.dir": "runs/first",
     "run.name": "first",

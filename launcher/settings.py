@@ -47,8 +47,10 @@ def part(kind: type) -> Any:
 
 @dataclass(frozen=True)
 class BatchSettings:
-    policy: Literal["scale", "hold", "bounded"] = key(
-        "scale", "scale: global = workers x per_device x accumulation; hold: global stays; bounded: clamped"
+    policy: Literal["scale", "hold", "bounded", "goodput"] = key(
+        "scale",
+        "scale: global = workers x per_device x accumulation; hold: global stays; bounded: clamped; goodput: the most "
+        "progress per second",
     )
     per_device: int | Literal["auto"] = key(
         32,
@@ -60,8 +62,8 @@ class BatchSettings:
     global_batch: int | Literal["full"] | None = key(
         None, "samples per update under hold; full is the whole training set"
     )
-    min_global: int | None = key(None, "lower bound of the global batch under bounded")
-    max_global: int | None = key(None, "upper bound of the global batch under bounded")
+    min_global: int | None = key(None, "lower bound of the global batch under bounded and goodput")
+    max_global: int | None = key(None, "upper bound of the global batch under bounded and goodput")
     ramp: tuple[tuple[str, float], ...] | None = key(
         None, "share of the global batch from each time on, e.g. [[0dur,0.25],[0.1dur,0.5],[0.2dur,1]]"
     )
@@ -201,6 +203,9 @@ class LogSettings:
 @dataclass(frozen=True)
 class PlanSettings:
     worlds: tuple[int, ...] | None = key(None, "launcher plan: the world sizes to show; 1 to 64 by default")
+    noise: float | str | None = key(
+        None, "launcher plan batch=goodput: the gradient's noise scale in samples, or a run that measured it"
+    )
     memory: bool = key(False, "also what the model's state takes per worker under each strategy; imports torch")
 
 

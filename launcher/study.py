@@ -100,7 +100,7 @@ def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = N
         run=run,
         sizes=sizes,
         world=world,
-        policy=policy.kind,
+        policy=policy_of(run),
         rule=rule,
         plan=plan,
         stages=stages,
@@ -146,16 +146,16 @@ def _checkpoint_every(run: Run, units: Units) -> tuple[int | None, float | None]
     return (interval.samples(units), None) if interval.seconds is None else (None, interval.seconds)
 
 
-def policy_of(run: Run) -> Literal["scale", "hold", "bounded"]:
+def policy_of(run: Run) -> Literal["scale", "hold", "bounded", "goodput"]:
     """batch.policy; a batch.global without one selects hold."""
     batch = run.batch
     return "hold" if batch.policy == "scale" and batch.global_batch is not None else batch.policy
 
 
 def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
-    batch = run.batch
+    batch, kind = run.batch, policy_of(run)
     return BatchPolicy(
-        kind=policy_of(run),
+        kind="bounded" if kind == "goodput" else kind,
         per_device=_per_device(run),
         accumulation=None if batch.accumulation == "auto" else batch.accumulation,
         global_batch=sizes.train if batch.global_batch == "full" else batch.global_batch,
@@ -192,7 +192,7 @@ def _check_plan(run: Run, sizes: Sizes, plan: BatchPlan) -> None:
     if plan.global_batch <= sizes.train:
         return
     fits = sizes.train // (plan.world * (1 if run.batch.accumulation == "auto" else run.batch.accumulation))
-    if run.batch.policy == "bounded":
+    if run.batch.policy in ("bounded", "goodput"):
         mend = f"type batch.max_global={sizes.train} or less"
     elif fits:
         mend = f"type batch.per_device={fits} or less, or batch.global={sizes.train}"

@@ -7,11 +7,15 @@ off, edited or written by something else is said and measured anew.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping
+import platform
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,20 @@ from launcher.runfolder import RUNS, recipe_name
 from launcher.settings import Run
 from launcher.typed import shown
 
-__all__ = ["FOLDER", "Looked", "Place", "Profile", "configured", "keep", "kept", "key_of", "look"]
+__all__ = [
+    "FOLDER",
+    "Looked",
+    "Place",
+    "Profile",
+    "code_of",
+    "configured",
+    "family",
+    "keep",
+    "kept",
+    "key_of",
+    "look",
+    "versions",
+]
 
 FOLDER = RUNS / ".profiles"
 FORMAT = 1
@@ -41,6 +58,9 @@ KEYS = (
     "tune.max",
     "tune.sizes",
 )
+#: What was asked of a measurement, and what follows from the number of workers.
+ASKED = ("tune.max", "tune.sizes", "batch.accumulation")
+WORLDS = ("world", "nodes", "local_world", "threads", "cores")
 POINT = ("per_device", "samples_per_s", "low", "high", "memory_bytes")
 MOST_TOLD = 3
 
@@ -64,6 +84,18 @@ class Place:
     versions: Mapping[str, str]
 
 
+def code_of(recipe: Any) -> str:
+    """A hash of the file that the recipe's class is written in; empty where there is none, as in a console."""
+    with suppress(OSError, TypeError):
+        return hashlib.sha256(Path(inspect.getfile(type(recipe))).read_bytes()).hexdigest()[:16]
+    return ""
+
+
+def versions() -> dict[str, str]:
+    names = {"the launcher": "elastic-batch-launcher", "torch": "torch"}
+    return {**{name: version(found) for name, found in names.items()}, "python": platform.python_version()}
+
+
 def configured(run: Run) -> dict[str, Any]:
     """The part of a key that the configuration says, secrets masked."""
     values = redacted(flat(run))
@@ -75,9 +107,17 @@ def configured(run: Run) -> dict[str, Any]:
 def key_of(run: Run, place: Place) -> dict[str, Any]:
     """Everything that a measurement depends on, flat and as JSON has it."""
     facts = asdict(place)
-    versions = {f"version of {name}": number for name, number in facts.pop("versions").items()}
-    key: dict[str, Any] = json.loads(json.dumps({**configured(run), **facts, **versions}))
-    return key
+    numbers = facts.pop("versions")
+    return _as_json({**configured(run), **facts, **_named(numbers)})
+
+
+def _named(numbers: Mapping[str, str]) -> dict[str, str]:
+    return {f"version of {name}": number for name, number in numbers.items()}
+
+
+def _as_json(key: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(key))
+    return values
 
 
 @dataclass(frozen=True)
@@ -166,6 +206,25 @@ def kept(folder: Path = FOLDER) -> Iterator[Profile]:
     return iter(sorted(found, key=lambda profile: profile.measured, reverse=True))
 
 
+def family(run: Run, code: str, train_samples: int, folder: Path = FOLDER) -> Looked | list[Profile]:
+    """The newest profile of each world size that tells of this run, all of one device; else why there is none.
+
+    What a machine alone knows (its device, the shape of a sample) is taken from the newest.
+    """
+    key = _as_json({**configured(run), "code": code, "train_samples": train_samples, **_named(versions())})
+    key = {name: value for name, value in key.items() if name not in ASKED}
+    there = list(kept(folder))
+    ours = [one for one in there if all(one.key.get(name) == value for name, value in key.items())]
+    if not ours:
+        return Looked(said=tuple(_told(key, there, set(key))))
+    fixed = [name for name in ours[0].key if name not in (*ASKED, *WORLDS)]
+    alike = [one for one in ours if all(one.key.get(name) == ours[0].key[name] for name in fixed)]
+    newest: dict[Any, Profile] = {}
+    for one in alike:
+        newest.setdefault((one.key["world"], one.key["nodes"]), one)
+    return [newest[where] for where in sorted(newest)]
+
+
 def keep(profile: Profile, folder: Path = FOLDER) -> Path:
     """Write it down, whole or not at all, in the place of an older one of the same key. OSError where it cannot be."""
     private_folder(folder)
@@ -180,11 +239,19 @@ def path_of(key: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _stale(key: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """Of the profiles of this recipe the one nearest to the key: why it is not used."""
-    same = [one for one in kept(folder) if one.key.get("recipe._target_") == key["recipe._target_"]]
+    return _told(key, kept(folder), None)
+
+
+def _told(key: Mapping[str, Any], there: Iterable[Profile], only: Collection[str] | None) -> Iterator[str]:
+    """Of the profiles of this recipe the one nearest to the key: why it is not used. `only`: the fields that count."""
+    same = [one for one in there if one.key.get("recipe._target_") == key["recipe._target_"]]
+
+    def differing(one: Profile) -> list[tuple[str, Any, Any]]:
+        return [each for each in _differing(one.key, key) if only is None or each[0] in only]
+
     if same:
-        nearest = min(same, key=lambda one: len(_differing(one.key, key)))
-        told = [f"{name} {_short(was)}, now {_short(now)}" for name, was, now in _differing(nearest.key, key)]
+        nearest = min(same, key=lambda one: len(differing(one)))
+        told = [f"{name} {_short(was)}, now {_short(now)}" for name, was, now in differing(nearest)]
         more = f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
         yield f"the profile of {nearest.day} is of another {', '.join(told[:MOST_TOLD])}{more}: not used"
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -68,14 +65,10 @@ class Ready:
             device=name_of(self.device),
             cores=len(os.sched_getaffinity(0)),
             threads=threads,
-            code=code_of(self.recipe),
+            code=cache.code_of(self.recipe),
             shape=shape_of(self.data.train[0]),
             train_samples=self.sizes.train,
-            versions={
-                "the launcher": version("elastic-batch-launcher"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            versions=cache.versions(),
         )
 
 
@@ -250,13 +243,6 @@ def beside(survey: Survey, ready: Ready, run: Run) -> None:
     if max(times, key=times.__getitem__) == "data":
         others = [one.size for one in sizes if one.size != advice.recommended]
         survey.beside([advice.recommended, *others], dataset_of(ready.recipe, "train", "synthetic"))
-
-
-def code_of(recipe: Any) -> str:
-    """A hash of the file that the recipe's class is written in; empty where there is none, as in a console."""
-    with suppress(OSError, TypeError):
-        return hashlib.sha256(Path(inspect.getfile(type(recipe))).read_bytes()).hexdigest()[:16]
-    return ""
 
 
 def shape_of(sample: Any) -> Any:

@@ -17,7 +17,7 @@ from launcher.rules import far_of, rule_of
 from launcher.scaling import Choice, Measured, UpdateModel, Workload, choose, fit_updates
 from launcher.settings import Run
 
-__all__ = ["Bounds", "Chooser", "Profile", "bounds_of", "chosen", "said"]
+__all__ = ["Bounds", "Chooser", "Fixed", "Goodput", "Profile", "bounds_of", "chosen", "said"]
 
 _ERRORS = 1.96  # standard errors that an interval of 95 % reaches
 
@@ -210,6 +210,48 @@ class Chooser:
     def settled(self, world: int, nodes: int, noise: float | None) -> Run:
         """The run with the choice in place of what was asked."""
         return chosen(self.run, self.choice(world, nodes, noise), self.bounds(world, noise))
+
+
+class Goodput:
+    """Watches the noise scale of a run; `wants` holds what to choose anew by, once that is another batch.
+
+    Every rank hears of the same scale, which comes from the votes alone, so all come to the same.
+    """
+
+    def __init__(self, chooser: Chooser, world: int, nodes: int, noise: float | None) -> None:
+        self.wants = False
+        self.chooser = chooser
+        self._where = (world, nodes)
+        self._noise = noise
+        self._choice = chooser.choice(world, nodes, noise)
+
+    @property
+    def why(self) -> str:
+        return said(self._choice, self._noise)
+
+    def heard(self, noise: float | None) -> None:
+        """The noise scale that was last worth acting on: the first that is known, or one that has moved by two."""
+        if noise != self._noise:
+            self._noise = noise
+            self.wants = batch_of(self.chooser.choice(*self._where, noise)) != batch_of(self._choice)
+
+    def settled(self) -> tuple[Goodput, Run]:
+        """The watcher and the run from here on."""
+        after = Goodput(self.chooser, *self._where, self._noise)
+        return after, self.chooser.settled(*self._where, self._noise)
+
+
+class Fixed:
+    """The batch is the policy's, whatever the noise."""
+
+    wants = False
+    why = ""
+
+    def heard(self, noise: float | None) -> None: ...
+
+
+def batch_of(choice: Choice) -> tuple[int, int, int]:
+    return choice.global_batch, choice.per_device, choice.accumulation
 
 
 def chosen(run: Run, choice: Choice, bounds: Bounds) -> Run:

@@ -20,8 +20,9 @@ from typing import Any
 from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.gpus import count_gpus
-from launcher.opening import Opened, begin, kept, opened, path_of
+from launcher.opening import Opened, begin, opened, path_of
 from launcher.process import catches, children, runs
+from launcher.questions import closed, settled
 from launcher.redact import redact
 from launcher.runfolder import RUNS, RunFolder
 from launcher.settings import Run
@@ -92,10 +93,10 @@ def drive(run: Run) -> int:
     """
     workers = workers_of(run)
     try:
-        settled = without_questions(run, workers)
+        asked = without_questions(run, workers)
     except Unmeasured as error:
         return unmeasured(error, run)
-    found = opened(settled.run, workers)
+    found = opened(asked.run, workers)
     if found.complete:
         print(found.summary())
         return EXIT_OK
@@ -107,9 +108,9 @@ def drive(run: Run) -> int:
     made = found.folder.create()
     lock = found.folder.lock()
     try:
-        begin(found)
+        begin(found, asked.profile)
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
-            status = Job(found, workers, Path(private), settled.why).run()
+            status = Job(found, workers, Path(private), asked).run()
         if status == EXIT_REQUEST and made is not None:
             found.folder.discard(made)  # a wrong request leaves nothing behind, also where only the workers could tell
         return status
@@ -118,31 +119,22 @@ def drive(run: Run) -> int:
 
 
 def without_questions(run: Run, workers: int) -> Settled:
-    """The run with a number where batch.per_device=auto asks for one: its folder's, else a kept or a new measurement's.
+    """The run with answers to what it leaves open: its folder's, else those of a kept or a new measurement.
 
     Raises:
         RequestError: the request is wrong; nothing was measured.
         Unmeasured: it could not be measured.
     """
-    if not auto.is_open(run):
-        return Settled(run)
-    path = path_of(run, None, 1)
-    known = kept(run, path)
-    if not auto.is_open(known):
-        return auto.as_kept(known, path / "run.yaml")
-    opened(auto.stood_in(run), workers)
+    found = closed(run, workers)
+    if found is not None:
+        return found
     if run.launch.dry:
         return Settled(auto.stood_in(run))
     from launcher.tune import drive as tuning
 
     tell(f"note: {auto.looking(run)}")
-    found = tuning.found(auto.question(run), workers, look=True)
-    for line in found["said"]:
-        tell(f"note: {line}")
-    answer = auto.answered(run, found)
-    if "console" not in run.sink:
-        tell(f"note: {answer.why}")
-    return answer
+    document = tuning.found(auto.question(run), workers, look=True)
+    return settled(run, document, path_of(run, None, 1))
 
 
 def unmeasured(error: Unmeasured, run: Run) -> int:
@@ -156,12 +148,13 @@ def unmeasured(error: Unmeasured, run: Run) -> int:
 class Job:
     """One torchrun under way: started, watched, asked to stop, reported on."""
 
-    def __init__(self, found: Opened, workers: int, private: Path, why: str = "") -> None:
+    def __init__(self, found: Opened, workers: int, private: Path, asked: Settled) -> None:
         self._folder: RunFolder = found.folder
         self._run = found.run
         self._first = found.folder.generation() + 1
         self._report = private / "failures.json"
-        assignment = replace(Assignment.of(found, loopback=True, why=why), first=self._first)
+        given = Assignment.of(found, loopback=True, why=asked.why, profile=asked.profile)
+        assignment = replace(given, first=self._first)
         self._handover = in_memory(assignment.to_json())
         path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")
         self._command = command(found.run, workers, path, self._report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -108,9 +109,14 @@ def is_enough(done: Mapping[str, Any], run: Run, plan: Study) -> bool:
     return plan.duration <= done["samples"] or ("target" in done and run.train.stop_at_target)
 
 
-def begin(found: Opened) -> None:
-    """Write down in the folder, which is ours, what was asked for; a stop that an earlier job was asked for is over."""
+def begin(found: Opened, profile: Mapping[str, Any] | None = None) -> None:
+    """Write down in the folder, which is ours, what was asked for; a stop that an earlier job was asked for is over.
+
+    `profile`: what batch=goodput chooses by.
+    """
     write_whole(found.folder.run_yaml, to_yaml(found.run))
+    if profile is not None:
+        write_whole(found.folder.profile_json, json.dumps(profile) + "\n")
     if not found.knows:
         found.folder.clear_stop()
         found.folder.done_json.unlink(missing_ok=True)  # more is asked for than was done: it is not complete

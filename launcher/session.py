@@ -18,6 +18,7 @@ from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of,
 from launcher.balance import Balancer, Level
 from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
 from launcher.faults import Faults
+from launcher.goodput import Chooser, Fixed, Goodput, Profile
 from launcher.greeting import greet
 from launcher.heart import Heart, Still
 from launcher.keys import flat
@@ -82,7 +83,8 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     threads = threads_of(settings, topology.local_world)
     torch.set_num_threads(threads)
     ready = greet(store, topology, lambda: made_ready(assignment, topology), Ready.facts)
-    plan = study(settings, ready.sizes, topology.world)
+    goodput, chosen = goodput_of(assignment, ready, topology)
+    plan = study(chosen, ready.sizes, topology.world)
     heart.phase("rendezvous")
     faults("rendezvous")
     backend = rendezvous.join(store, topology, ready.device, settings.launch.backend, settings.launch.timeout_s)
@@ -97,12 +99,12 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     saver = saver_of(assignment, plan, parts, journal, topology, faults)
     recorder = recorder_of(plan, journal, topology, saver, restart)
     try:
-        job = job_of(topology, plan, parts, saver, recorder, wishes, faults, heart, standing, threads)
+        job = job_of(topology, plan, parts, saver, recorder, wishes, faults, heart, standing, threads, goodput)
         announce(job, parts, assignment, ready, standing, backend, threads, restart)
         wishes.guard()
         standing, ending = train(job, standing)
         while ending == REPLAN:
-            job = rebalanced(job, parts, standing)
+            job, standing = replanned(job, parts, standing)
             standing, ending = train(job, standing)
         heart.phase("finish")
         saver.settle()
@@ -242,6 +244,7 @@ def job_of(
     heart: Heart | Still,
     standing: Standing,
     threads: int,
+    goodput: Goodput | Fixed,
 ) -> Job:
     settings = plan.run
     parts.clock.listen(heart.waits)
@@ -260,6 +263,7 @@ def job_of(
         saver=saver,
         wishes=wishes,
         balance=balancer_of(plan),
+        goodput=goodput,
         faults=faults,
         heart=heart,
     )
@@ -272,24 +276,47 @@ def balancer_of(plan: Study) -> Balancer | Level:
     return Balancer(plan.plan, lambda speeds: study(plan.run, plan.sizes, plan.world, speeds).plan)
 
 
-def rebalanced(job: Job, parts: Parts, standing: Standing) -> Job:
-    """The same job from here on with shares by the speeds that were measured, the global batch and the rate the same.
+def goodput_of(assignment: Assignment, ready: Ready, topology: Topology) -> tuple[Goodput | Fixed, Run]:
+    """Under batch=goodput the choice at the noise scale that the checkpoint knows, and the run with it.
 
-    Every rank comes to the same shares, since all saw the same votes; the loader begins anew at the position.
+    Raises:
+        RequestError: so many workers are beyond what was measured, or the bounds leave no batch.
     """
-    plan = study(job.study.run, job.study.sizes, job.study.world, job.balance.wants)
-    before, after = (
-        plan_facts(one, standing.schedule, one.plan_at(standing.position.samples)) for one in (job.study, plan)
+    if assignment.profile is None:
+        return Fixed(), assignment.run
+    chooser = Chooser(Profile.from_facts(assignment.profile), assignment.run, ready.sizes.train)
+    noise = None if ready.found is None else ready.found.manifest.facts["standing"]["noise"]["acted"]
+    where = (topology.world, topology.nodes, noise)
+    return Goodput(chooser, *where), chooser.settled(*where)
+
+
+def replanned(job: Job, parts: Parts, standing: Standing) -> tuple[Job, Standing]:
+    """The same job from here on under another plan, which every rank comes to, since all saw the same votes.
+
+    Either the batch of most progress per second is another one, and the rate follows as in any resize; or shares
+    follow the measured speeds. The loader begins anew at the position.
+    """
+    goodput, run, why = job.goodput, job.study.run, "shares follow the measured speeds of the workers"
+    if isinstance(goodput, Goodput) and goodput.wants:
+        goodput, run = goodput.settled()
+        why = goodput.why
+    plan = study(run, job.study.sizes, job.study.world, job.balance.wants)
+    samples, before = standing.position.samples, standing.schedule
+    standing = replace(standing, schedule=plan.resumed(before.to_facts(), samples).schedule)
+    old, new = (
+        plan_facts(one, schedule, one.plan_at(samples))
+        for one, schedule in ((job.study, before), (plan, standing.schedule))
     )
-    why = "shares follow the measured speeds of the workers"
-    job.saver.journal.event("plan", why=why, **after, **{"from": before})
-    return replace(
+    job.saver.journal.event("plan", why=why, **new, **{"from": old})
+    again = replace(
         job,
         study=plan,
         feed=parts.feed(plan, job.topology, standing.position),
         meter=Meter(job.meter.device, job.meter.threads, before_s=job.meter.seconds()),
         balance=balancer_of(plan),
+        goodput=goodput,
     )
+    return again, standing
 
 
 def announce(
@@ -310,7 +337,7 @@ def announce(
     last = assignment.folder.read_plan()  # before the event, which writes it anew
     start = start_facts(job, parts, standing)
     event("start", run_dir=str(assignment.folder.path), backend=backend, threads=threads, **start)
-    event("plan", why=assignment.why, **facts, **{"from": None})
+    event("plan", why="; ".join(filter(None, (job.goodput.why, assignment.why))), **facts, **{"from": None})
     if ready.found is not None:
         event("resume", **resume_facts(ready.found, standing), changed=assignment.changed, lost_samples=restart.lost)
         for detail in doubts(ready.found, standing):

@@ -154,6 +154,9 @@ def policy_of(run: Run) -> Literal["scale", "hold", "bounded", "goodput"]:
 
 def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
     batch, kind = run.batch, policy_of(run)
+    if kind == "goodput" and batch.accumulation == "auto":  # nothing is chosen yet: the base batch
+        usual = min(max(run.lr.base_batch or 1, batch.min_global or 1), batch.max_global or sizes.train, sizes.train)
+        batch = replace(batch, min_global=usual, max_global=usual)
     return BatchPolicy(
         kind="bounded" if kind == "goodput" else kind,
         per_device=_per_device(run),

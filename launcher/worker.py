@@ -47,7 +47,7 @@ class Assignment:
     folder's, concerns the job's first start, generation `first` (None: this one). `restarted`: the workers were started
     before in this job.
     `loopback`: the job lives on one machine and its store is ours. `summary`: nothing is left to do but to say this.
-    `why`: what was chosen for the user at this command, and by what.
+    `why`: what was chosen for the user at this command, and by what. `profile`: what batch=goodput chooses by.
     """
 
     run: Run
@@ -62,15 +62,19 @@ class Assignment:
     changed: Mapping[str, Any] = field(default_factory=dict)
     summary: str | None = None
     why: str = ""
+    profile: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, opened: Opened, *, loopback: bool, why: str = "") -> Assignment:
+    def of(
+        cls, opened: Opened, *, loopback: bool, why: str = "", profile: Mapping[str, Any] | None = None
+    ) -> Assignment:
         decision = opened.decision
         return cls(
             run=opened.run,
             folder=opened.folder,
             loopback=loopback,
             why=why,
+            profile=profile,
             before=newest_of(opened.folder.checkpoints_in(opened.run.checkpoint.dir)),
             checkpoint=decision.checkpoint,
             must=decision.must,
@@ -153,11 +157,11 @@ def composed(args: Sequence[str], topology: Topology, measured: Mapping[str, Any
     remembered = recall()
     known = remembered or queued_again(resolution.run, topology)
     folder = None if known is None else known.folder
-    settled = without_questions(resolution.run, topology, folder, measured)
-    if isinstance(settled, Question):
-        return settled
-    found = opened(settled.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
-    assignment = Assignment.of(found, loopback=False, why=settled.why)
+    asked = without_questions(resolution.run, topology, folder, measured)
+    if isinstance(asked, Question):
+        return asked
+    found = opened(asked.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
+    assignment = Assignment.of(found, loopback=False, why=asked.why, profile=asked.profile)
     if known is not None:
         assignment = replace(assignment, restarted=True, before=known.newest)
     if found.complete:
@@ -167,7 +171,7 @@ def composed(args: Sequence[str], topology: Topology, measured: Mapping[str, Any
             tell(f"note: {line}")
     made = found.folder.create()
     lock = found.folder.lock(torchrun=os.getppid())
-    begin(found)
+    begin(found, asked.profile)
     if remembered is None:
         remember(Recalled(found.folder.path, assignment.before))
     return Claim(assignment.started(), lock, made)
@@ -176,29 +180,21 @@ def composed(args: Sequence[str], topology: Topology, measured: Mapping[str, Any
 def without_questions(
     run: Run, topology: Topology, folder: Path | None, measured: Mapping[str, Any] | None
 ) -> Settled | Question:
-    """The run with a number where batch.per_device=auto asks for one, as its folder or `measured` has it.
+    """The run with answers to what it leaves open: its folder's, or as `measured` says; else the question.
 
     Raises:
-        RequestError: the request is wrong, whatever the number.
+        RequestError: the request is wrong, whatever the answer.
     """
-    from launcher.opening import kept, opened, path_of
+    from launcher.opening import path_of
+    from launcher.questions import closed, settled
 
-    if not auto.is_open(run):
-        return Settled(run)
-    path = folder or path_of(run, topology.run_id, topology.nodes)
-    known = kept(run, path)
-    if not auto.is_open(known):
-        return auto.as_kept(known, path / "run.yaml")
-    if measured is None:
-        opened(auto.stood_in(run), topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
-        tell(f"note: {auto.looking(run)}")
-        return Question(auto.question(run), os.urandom(8).hex())
-    for line in measured["said"]:
-        tell(f"note: {line}")
-    answer = auto.answered(run, measured)
-    if "console" not in run.sink:
-        tell(f"note: {answer.why}")
-    return answer
+    if measured is not None:
+        return settled(run, measured, folder or path_of(run, topology.run_id, topology.nodes))
+    found = closed(run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
+    if found is not None:
+        return found
+    tell(f"note: {auto.looking(run)}")
+    return Question(auto.question(run), os.urandom(8).hex())
 
 
 def queued_again(run: Run, topology: Topology) -> Recalled | None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import RequestError
+from launcher.goodput import Profile
 from launcher.settings import BatchSettings, Run
+from launcher.strategies import even
 
-__all__ = ["Settled", "Unmeasured", "answered", "as_kept", "is_open", "looking", "question", "stood_in"]
+__all__ = ["PROFILE", "Settled", "Unmeasured", "answered", "before", "is_open", "looking", "question", "stood_in"]
 
+PROFILE = "profile.json"
 BUDGET_S = 30.0
 LARGE = 1 << 40
 
@@ -26,14 +31,18 @@ class Unmeasured(Exception):
 
 @dataclass(frozen=True)
 class Settled:
-    """A run without open questions; `why` says in one line what was chosen, empty where nothing was."""
+    """A run without open questions; `why` says in one line what was chosen, empty where nothing was.
+
+    `profile`: under batch=goodput the measured update times, as JSON.
+    """
 
     run: Run
     why: str = ""
+    profile: Mapping[str, Any] | None = None
 
 
 def is_open(run: Run) -> bool:
-    return run.batch.per_device == "auto"
+    return run.batch.per_device == "auto" or run.batch.policy == "goodput"
 
 
 def with_size(run: Run, size: int) -> Run:
@@ -42,7 +51,7 @@ def with_size(run: Run, size: int) -> Run:
 
 def stood_in(run: Run) -> Run:
     """The run with a number that refuses nothing by itself: all else that is wrong is found before measuring."""
-    if not is_open(run):
+    if run.batch.per_device != "auto":
         return run
     if run.elastic.exact:
         raise RequestError(
@@ -63,8 +72,14 @@ def question(run: Run) -> Run:
     )
 
 
-def answered(run: Run, found: Mapping[str, Any]) -> Settled:
-    """
+def looking(run: Run) -> str:
+    asked = "batch.policy=goodput" if run.batch.policy == "goodput" else "batch.per_device=auto"
+    return f"{asked}: what is kept is used, else it is measured, up to {question(run).tune.budget_s:g} s"
+
+
+def answered(run: Run, found: Mapping[str, Any], path: Path) -> Settled:
+    """With what `tune` found. `path`: the run's folder, where it may have measured at another world size before.
+
     Raises:
         RequestError: no size fits into memory.
     """
@@ -73,18 +88,39 @@ def answered(run: Run, found: Mapping[str, Any]) -> Settled:
         raise RequestError(
             f"batch.per_device=auto: {found['why']}; sizes from {found['points'][0]['per_device']} on were tried"
         )
-    because = found["why"].partition(";")[0].partition(": ")[2]
     when = datetime.fromisoformat(found["measured"])
     source = f"kept from {when:%Y-%m-%d %H:%M} UTC" if found["cached"] else f"measured now in {found['spent_s']:g} s"
     workers = "1 worker" if found["world"] == 1 else f"{found['world']} workers"
+    if run.batch.policy == "goodput":
+        return _informed(run, found, path, f"update times on {workers}, {source}")
+    because = found["why"].partition(";")[0].partition(": ")[2]
     return Settled(with_size(run, size), f"batch.per_device=auto took {size}: {because} on {workers}, {source}")
 
 
-def looking(run: Run) -> str:
-    return f"batch.per_device=auto: what is kept is used, else it is measured, up to {question(run).tune.budget_s:g} s"
+def _informed(run: Run, found: Mapping[str, Any], path: Path, source: str) -> Settled:
+    profile = Profile.of([found], every_micro=even(run))
+    earlier = None if run.resume == "never" else profile_in(path)
+    profile = profile if earlier is None else earlier.plus(profile)
+    asked = with_size(run, profile.cap) if run.batch.per_device == "auto" else run
+    return Settled(asked, f"batch.policy=goodput: {source}", profile.to_facts())
 
 
-def as_kept(run: Run, where: object) -> Settled:
-    """The number is one that the run's folder had already."""
-    size = run.batch.per_device
-    return Settled(run, f"batch.per_device=auto is {size}, as {where} has it: nothing was measured")
+def before(run: Run, path: Path, world: int, nodes: int) -> Settled | None:
+    """What the folder of an existing run answers, whose number is in `run` already; None where it does not."""
+    if run.batch.per_device == "auto":
+        return None
+    if run.batch.policy != "goodput":
+        return Settled(
+            run,
+            f"batch.per_device=auto is {run.batch.per_device}, as {path / 'run.yaml'} has it: nothing was measured",
+        )
+    profile = None if run.resume == "never" else profile_in(path)
+    return Settled(run, profile=profile.to_facts()) if profile is not None and profile.reaches(world, nodes) else None
+
+
+def profile_in(path: Path) -> Profile | None:
+    """What an earlier start measured; None where there is nothing that can be trusted."""
+    try:
+        return Profile.from_facts(json.loads((path / PROFILE).read_text()))
+    except (OSError, ValueError):
+        return None

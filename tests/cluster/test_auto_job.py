@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs import environment, events, furthest
+from jobs import environment, events, furthest, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-MLP = ["recipe=mlp", "sink=[]", "train.duration=1ep", "tune.max=24", "tune.budget_s=2"]
+SIZES = "tune.sizes=[8,16]"
+MLP = ["recipe=mlp", "recipe.subset=300", "sink=[]", "train.duration=10ba", "tune.budget_s=0.5"]
 AUTO = "batch.per_device=auto"
 
 
@@ -42,33 +43,30 @@ def taken(run_dir: Path) -> int:
     return int(size)
 
 
-def test_the_drivers_workers_measure_keep_and_train_as_with_the_number_typed(tmp_path: Path) -> None:
+def test_the_drivers_workers_measure_and_train_as_with_the_number_typed(tmp_path: Path) -> None:
     driver = [sys.executable]
-    well(trained(tmp_path, driver, *MLP, AUTO, "run.name=one"))
+    well(trained(tmp_path, driver, *MLP, SIZES, AUTO, "run.name=one"))
     one = tmp_path / "runs" / "one"
     size = taken(one)
     assert events(one, "plan")[0]["why"].startswith(f"batch.per_device=auto took {size}: ")
     well(trained(tmp_path, driver, *MLP, f"batch.per_device={size}", "run.name=typed"))
     assert furthest(one, tmp_path / "runs" / "typed") == 0.0
 
-    well(trained(tmp_path, driver, *MLP, AUTO, "run.name=two"))
-    assert ", kept from " in events(tmp_path / "runs" / "two", "plan")[0]["why"]
 
-    profile = next((tmp_path / "runs" / ".profiles").iterdir())
-    profile.write_text("{")
-    longer = [word.replace("1ep", "2ep") for word in MLP]
-    said = well(trained(tmp_path, driver, *longer, AUTO, "run.name=one"))
-    assert taken(one) == size
-    assert "cannot be trusted" not in said  # a run that has a number asks nobody
-    assert "nothing was measured" in events(one, "plan")[-1]["why"]
-
-
-def test_a_torchrun_of_ones_own_measures_beside_its_workers(tmp_path: Path) -> None:
+def test_a_torchrun_of_ones_own_measures_beside_its_workers_and_keeps_what_it_found(tmp_path: Path) -> None:
     two = [*TORCHRUN, "--nproc-per-node=2"]
-    well(trained(tmp_path, two, *MLP, AUTO, "run.name=one"))
-    size = taken(tmp_path / "runs" / "one")
-    well(trained(tmp_path, two, *MLP, f"batch.per_device={size}", "run.name=typed"))
-    assert furthest(tmp_path / "runs" / "one", tmp_path / "runs" / "typed") == 0.0
+    well(trained(tmp_path, two, *MLP, SIZES, AUTO, "run.name=one"))
+    one = tmp_path / "runs" / "one"
+    size = taken(one)
+    profile = next((tmp_path / "runs" / ".profiles").iterdir())
+    assert json.loads(profile.read_text())["found"]["recommended"] == size
+    profile.unlink()  # a run that has a number asks nobody
+    longer = [word.replace("10ba", "20ba") for word in MLP]
+    well(trained(tmp_path, two, *longer, SIZES, AUTO, "run.name=one"))
+    assert taken(one) == size
+    assert "nothing was measured" in events(one, "plan")[-1]["why"]
+    well(trained(tmp_path, two, *longer, f"batch.per_device={size}", "run.name=typed"))
+    assert furthest(one, tmp_path / "runs" / "typed") == 0.0
 
 
 LATE = """
@@ -94,18 +92,24 @@ class Late(Mlp):
 def test_a_worker_out_of_memory_where_others_wait_for_it_hangs_nobody(tmp_path: Path) -> None:
     """Rank 1 at 16 samples, past the rehearsal: the processes beside the workers are started again without 16."""
     (tmp_path / "late.py").write_text(LATE)
-    own = ["recipe._target_=late.Late", "recipe.trust=[late]", "tune.sizes=[8,16]", "run.name=one"]
+    own = ["recipe._target_=late.Late", "recipe.trust=[late]", SIZES, "run.name=one"]
     two = [*TORCHRUN, "--nproc-per-node=2"]
-    asked = [word for word in MLP if not word.startswith("tune.max")]
-    well(trained(tmp_path, two, *asked, *own, AUTO))
+    well(trained(tmp_path, two, *MLP, *own, AUTO))
     assert taken(tmp_path / "runs" / "one") == 8
 
 
-def test_a_damaged_profile_is_said_and_measured_anew(tmp_path: Path) -> None:
-    well(trained(tmp_path, [sys.executable], "tune", "recipe=mlp", "tune.max=24", "tune.budget_s=2"))
-    profile = next((tmp_path / "runs" / ".profiles").iterdir())
-    profile.write_text(profile.read_text()[:-40])
-    said = well(trained(tmp_path, [sys.executable], *MLP, AUTO, "run.name=one"))
-    assert f"{profile.relative_to(tmp_path)} cannot be trusted" in said
-    assert "measured now in" in events(tmp_path / "runs" / "one", "plan")[0]["why"]
-    assert json.loads(profile.read_text())["found"]["recommended"] == taken(tmp_path / "runs" / "one")
+def test_goodput_begins_with_the_base_batch_and_chooses_once_the_noise_is_known(tmp_path: Path) -> None:
+    asked = ["recipe=mlp", "sink=[]", "batch=goodput", "tune.sizes=[8,16,64]", "tune.budget_s=0.5", "run.name=one"]
+    well(trained(tmp_path, [sys.executable], *asked, "launch.workers=2", "train.duration=120ba"))
+    one = tmp_path / "runs" / "one"
+    first, *later = events(one, "plan")
+    assert (first["policy"], first["global"]) == ("goodput", 64)
+    assert "the noise scale is unknown" in first["why"]
+    assert later, "the noise scale became known to no avail"
+    for event in later:
+        assert "at a noise scale of" in event["why"]
+        assert event["from"]["global"] != event["global"] or event["from"]["per_device"] != event["per_device"]
+        assert event["lr"] == pytest.approx(event["lr_base"] * event["global"] / 64)
+    used = [row["batch/global"] for row in rows(one)]
+    assert list(dict.fromkeys(used))[:2] == [64, later[0]["global"]]
+    assert json.loads((one / "profile.json").read_text())["cap"] == 64

@@ -167,12 +167,6 @@ class Chooser:
     run: Run
     train: int
 
-    @property
-    def cap(self) -> int:
-        """The largest micro-batch: batch.per_device, within what was measured."""
-        asked = self.run.batch.per_device
-        return self.profile.cap if asked == "auto" else min(asked, self.profile.cap)
-
     def choice(self, world: int, nodes: int, noise: float | None) -> Choice:
         """The most progress per second; while the noise scale is unknown, the base batch in its fastest form.
 
@@ -189,7 +183,7 @@ class Chooser:
             world,
             0.0 if noise is None else noise,
             self.base,
-            cap=self.cap,
+            cap=self.profile.cap,
             min_global=bounds.low,
             max_global=bounds.high,
             nodes=nodes,

@@ -14,7 +14,7 @@ from launcher.errors import RequestError
 from launcher.limits import check_data, check_request
 from launcher.rules import Rule, far_advice, optimizer_of, power_of, rule_of, warmup_advice
 from launcher.schedule import Decay, LrSchedule
-from launcher.settings import Run
+from launcher.settings import BatchSettings, Run
 from launcher.shards import ShardPlan, trainers
 from launcher.timeline import Timeline
 
@@ -156,10 +156,10 @@ def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
     batch, kind = run.batch, policy_of(run)
     if kind == "goodput" and batch.accumulation == "auto":  # nothing is chosen yet: the base batch
         usual = min(max(run.lr.base_batch or 1, batch.min_global or 1), batch.max_global or sizes.train, sizes.train)
-        batch = replace(batch, min_global=usual, max_global=usual)
+        batch = replace(batch, per_device=usual, min_global=usual, max_global=usual)
     return BatchPolicy(
         kind="bounded" if kind == "goodput" else kind,
-        per_device=_per_device(run),
+        per_device=_per_device(batch),
         accumulation=None if batch.accumulation == "auto" else batch.accumulation,
         global_batch=sizes.train if batch.global_batch == "full" else batch.global_batch,
         min_global=batch.min_global,
@@ -168,13 +168,13 @@ def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
     )
 
 
-def _per_device(run: Run) -> int:
-    if run.batch.per_device == "auto":
+def _per_device(batch: BatchSettings) -> int:
+    if batch.per_device == "auto":
         raise RequestError(
             "batch.per_device=auto has a number only once training starts: type batch.per_device=32, or what "
             "launcher tune recommends"
         )
-    return run.batch.per_device
+    return batch.per_device
 
 
 def _check_world(run: Run, world: int) -> None:
@@ -217,7 +217,7 @@ def _in_shards(run: Run, plan: BatchPlan) -> BatchPlan:
             f"elastic.shards={shards} are more than the {plan.global_batch} samples of a batch: "
             f"type elastic.shards={trainers(plan.global_batch, shards)}"
         )
-    return ShardPlan.of(plan.global_batch, plan.world, shards, _per_device(run))
+    return ShardPlan.of(plan.global_batch, plan.world, shards, _per_device(run.batch))
 
 
 def _stage(

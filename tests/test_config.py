@@ -209,7 +209,7 @@ def test_a_value_gets_the_type_of_its_key(valued: Any, override: str, value: Any
     [
         ("seed=abc", "seed=abc: expected a whole number, e.g. seed=0"),
         ("seed=1.5", "seed=1.5: expected a whole number"),
-        ("batch.per_device=true", "batch.per_device=true: expected a whole number, e.g. batch.per_device=32"),
+        ("batch.per_device=true", "batch.per_device=true: expected a whole number or auto, e.g. batch.per_device=32"),
         ("batch.per_device=null", "batch.per_device=null: expected a whole number"),
         ("lr.base=nan", "lr.base=nan: expected a number or null, e.g. lr.base=0.1"),
         ("lr.base=inf", "lr.base=inf: expected a number"),

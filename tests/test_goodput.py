@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.batch import PlanError
+from launcher.config import compose
 from launcher.errors import RequestError
 from launcher.goodput import Bounds, Chooser, Profile, bounds_of, said
 from launcher.noise import efficiency
@@ -159,9 +160,8 @@ def test_an_unknown_noise_scale_takes_the_base_batch_in_its_fastest_form() -> No
 
 
 def test_the_cap_and_the_bounds_bind() -> None:
-    capped = replace(RUN, batch=replace(RUN.batch, per_device=16))
-    choice = chooser(run=capped).choice(2, 1, 1e4)
-    assert choice.per_device <= 16
+    choice = chooser().choice(2, 1, 1e6)
+    assert choice.per_device <= 128
     assert choice.accumulation > 1
     narrow = replace(RUN, batch=replace(RUN.batch, min_global=100, max_global=128))
     assert 100 <= chooser(run=narrow).choice(3, 1, 1e6).global_batch <= 128
@@ -178,7 +178,7 @@ def test_the_plan_that_is_trained_is_the_one_that_was_chosen(world: int, noise: 
     planned = study(policy.settled(world, 1, noise), SIZES, world)
     assert planned.policy == "goodput"
     assert planned.plan.global_batch == choice.global_batch
-    assert planned.plan.per_device <= choice.per_device
+    assert planned.plan.per_device == choice.per_device
     assert planned.plan.accumulation == choice.accumulation
 
 
@@ -193,6 +193,15 @@ def test_the_plan_that_is_trained_is_the_one_that_was_chosen(world: int, noise: 
 def test_what_decides_against_the_policy_is_refused(batch: BatchSettings, mend: str) -> None:
     with pytest.raises(RequestError, match=f"does not go with batch.policy=goodput: {mend}"):
         study(replace(RUN, batch=replace(batch, per_device=8)), SIZES, 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "mend"), [("batch.per_device=16", "tune.max=16"), ("batch.accumulation=2", "drop it")]
+)
+def test_a_number_on_the_command_line_is_refused_and_a_recipes_own_is_no_request(word: str, mend: str) -> None:
+    assert compose(["recipe=mlp", "batch=goodput"]).batch == BatchSettings(policy="goodput", per_device="auto")
+    with pytest.raises(RequestError, match=f"^{word} does not go with batch=goodput, which chooses it: .*{mend}"):
+        compose(["recipe=mlp", "batch=goodput", word])
 
 
 # --- the outlook --------------------------------------------------------------------------------------------------

@@ -138,7 +138,8 @@ def measured(world: int) -> dict[str, Any]:
 
 def test_what_was_measured_is_kept_in_the_runs_folder_and_asked_first(tmp_path: Path) -> None:
     answer = auto.answered(GOODPUT, measured(1), tmp_path)
-    assert answer.run.batch.per_device == 32
+    assert answer.run == GOODPUT
+    assert (answer.profile or {})["cap"] == 32
     assert answer.why == "batch.policy=goodput: update times on 1 worker, measured now in 12.3 s"
     assert auto.before(answer.run, tmp_path, 1, 1) is None
     (tmp_path / auto.PROFILE).write_text(json.dumps(answer.profile))
@@ -166,5 +167,5 @@ def test_a_damaged_profile_of_a_run_is_measured_anew(tmp_path: Path) -> None:
 
 
 def test_before_the_first_choice_it_is_the_base_batch() -> None:
-    planned = study(auto.stood_in(GOODPUT), SIZES, 3)
+    planned = study(GOODPUT, SIZES, 3)
     assert (planned.policy, planned.plan.global_batch) == ("goodput", 64)

@@ -51,7 +51,7 @@ def with_size(run: Run, size: int) -> Run:
 
 def stood_in(run: Run) -> Run:
     """The run with a number that refuses nothing by itself: all else that is wrong is found before measuring."""
-    if run.batch.per_device != "auto":
+    if run.batch.per_device != "auto" or run.batch.policy == "goodput":
         return run
     if run.elastic.exact:
         raise RequestError(
@@ -101,21 +101,18 @@ def _informed(run: Run, found: Mapping[str, Any], path: Path, source: str) -> Se
     profile = Profile.of([found], every_micro=even(run))
     earlier = None if run.resume == "never" else profile_in(path)
     profile = profile if earlier is None else earlier.plus(profile)
-    asked = with_size(run, profile.cap) if run.batch.per_device == "auto" else run
-    return Settled(asked, f"batch.policy=goodput: {source}", profile.to_facts())
+    return Settled(run, f"batch.policy=goodput: {source}", profile.to_facts())
 
 
 def before(run: Run, path: Path, world: int, nodes: int) -> Settled | None:
     """What the folder of an existing run answers, whose number is in `run` already; None where it does not."""
-    if run.batch.per_device == "auto":
+    size = run.batch.per_device
+    if run.batch.policy == "goodput":
+        known = None if run.resume == "never" else profile_in(path)
+        return Settled(run, profile=known.to_facts()) if known is not None and known.reaches(world, nodes) else None
+    if size == "auto":
         return None
-    if run.batch.policy != "goodput":
-        return Settled(
-            run,
-            f"batch.per_device=auto is {run.batch.per_device}, as {path / 'run.yaml'} has it: nothing was measured",
-        )
-    profile = None if run.resume == "never" else profile_in(path)
-    return Settled(run, profile=profile.to_facts()) if profile is not None and profile.reaches(world, nodes) else None
+    return Settled(run, f"batch.per_device=auto is {size}, as {path / 'run.yaml'} has it: nothing was measured")
 
 
 def profile_in(path: Path) -> Profile | None:

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from launcher.process import children
 from launcher.recovery import last_row
@@ -46,16 +47,27 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in metrics.read_text().split("\n")[:-1]] if metrics.exists() else []
 
 
-def wait_for(state: Callable[[], object], within_s: float = 240.0) -> None:
+def wait_for(state: Callable[[], object], within_s: float = 240.0, every_s: float = 0.05) -> None:
+    """Looking must cost nothing: two workers import torch on two cores meanwhile."""
     end_s = time.monotonic() + within_s
     while not state():
         if time.monotonic() > end_s:
             raise TimeoutError(f"it did not come to that in {within_s:g} s")
-        time.sleep(0.01)
+        time.sleep(every_s)
 
 
 def workers_of(driver: int) -> list[int]:
     return [worker for agent in children(driver) for worker in children(agent)]
+
+
+def last(run_dir: Path) -> dict[str, Any]:
+    return last_row(run_dir / "metrics.jsonl") or {"generation": 0, "update": 0}
+
+
+def trains(run_dir: Path, generation: int) -> int:
+    """Wait until this start of the workers has trained; the update where it stands."""
+    wait_for(lambda: last(run_dir)["generation"] == generation)
+    return int(last(run_dir)["update"])
 
 
 def own_recoveries(folder: Path) -> list[float]:
@@ -63,12 +75,12 @@ def own_recoveries(folder: Path) -> list[float]:
     process = launched(folder, "run.name=r", "checkpoint.every=20ba", "elastic.max_restarts=100")
     found: list[float] = []
     for generation in range(1, KILLS + 1):
-        last = generation
-        wait_for(lambda last=last: sum(row["generation"] == last for row in rows(run_dir)) >= 30)
+        begun = trains(run_dir, generation)
+        wait_for(lambda begun=begun: last(run_dir)["update"] >= begun + 30)
         killed_at = time.time()
         os.kill(random.choice(workers_of(process.pid)), signal.SIGKILL)
-        wait_for(lambda last=last: rows(run_dir)[-1]["generation"] == last + 1)
-        found.append(next(row["time"] for row in rows(run_dir) if row["generation"] == last + 1) - killed_at)
+        trains(run_dir, generation + 1)
+        found.append(next(row["time"] for row in rows(run_dir) if row["generation"] == generation + 1) - killed_at)
     process.kill()
     process.wait()
     return found
@@ -197,7 +209,7 @@ def survivors(folder: Path) -> None:
     workers, (agent,) = workers_of(process.pid), children(process.pid)
     start_s = time.monotonic()
     os.kill(agent, signal.SIGKILL)
-    wait_for(lambda: not any(runs(pid) for pid in (*workers, agent)))
+    wait_for(lambda: not any(runs(pid) for pid in (*workers, agent)), every_s=0.01)
     print(f"agent killed            nobody left after {time.monotonic() - start_s:.2f} s")
     process.wait()
 

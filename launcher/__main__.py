@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -233,11 +234,17 @@ def status(args: Sequence[str]) -> int:
 
 
 def store(args: Sequence[str]) -> int:
-    """Internal: for the script of a pool's task, serve the pool's rendezvous, or with one argument say where it is."""
-    from launcher import pool
+    """Internal: for the script of a pool's task, serve the pool's rendezvous, or with one argument say where it is.
+
+    A node that is told where may join.
+    """
+    from launcher import gate, pool
+    from launcher.runfolder import RunFolder
 
     if len(args) == 1:
-        print(pool.endpoint(Path(args[0])))
+        where = pool.endpoint(Path(args[0]))
+        gate.knock(RunFolder(Path(args[0])), f"{socket.gethostname()}-{os.getpid()}")
+        print(where)
     else:
         pool.serve(Path(args[0]), args[1])
     return EXIT_OK

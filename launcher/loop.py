@@ -19,7 +19,7 @@ from launcher.heart import Heart, Still
 from launcher.optim import Precision
 from launcher.profile import profiled
 from launcher.recipe import Loss
-from launcher.record import Finished, Recorder, Silent, announced, plan_facts
+from launcher.record import Finished, Recorder, Silent, plan_facts
 from launcher.saver import Saver, name_of
 from launcher.schedule import LrSchedule
 from launcher.shards import tree_sum
@@ -96,8 +96,8 @@ class Job:
 def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     """Train to the end of the timeline, or until the ranks agree to stop.
 
-    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, or that it is to
-    go on with other shares or another batch (`REPLAN`).
+    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, to let a node in,
+    or that it is to go on with other shares or another batch (`REPLAN`).
 
     Raises:
         TrainingFailed: three updates in a row were not finite.
@@ -106,7 +106,6 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     clock.start()
     job.meter.start()
     updates = job.study.timeline.updates(standing.position)
-    updates = announced(updates, job.study, lambda: standing.schedule, job.saver.journal)
     for update in profiled(updates, job.study.run.train.profile, job.saver.folder, job.topology.rank):
         sums = Sums()
         for micro in micro_batches(job, update):
@@ -123,7 +122,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
         clock.lap("sync")
         job.recorder.agreed(agreed)
         job.balance.agreed(agreed.stages_ms, update)
-        standing = heed(job, standing, agreed, late.update)
+        standing = follow(job, heed(job, standing, agreed, late.update), late.update, update)
 
         job.at("optimizer", update)
         rate = rate_of(standing.schedule, update)
@@ -213,9 +212,7 @@ class Sums:
 
 
 def ballot(job: Job, sums: Sums, late: Late) -> Ballot:
-    return replace(
-        told(late), count=sums.count, stop=job.wishes.read(job.saver.stop_file), save=float(job.saver.wants())
-    )
+    return replace(told(late), count=sums.count, stop=job.wishes.read(job.saver.asks), save=float(job.saver.wants()))
 
 
 def told(late: Late) -> Ballot:
@@ -271,6 +268,20 @@ def learn(job: Job, before: Standing, after: Standing) -> Standing:
         why = f"the gradient's noise scale is {known:.3g} samples, {'unknown' if was is None else f'{was:.3g}'} before"
         job.saver.journal.event("plan", why=why, **new, **{"from": old})
     return after
+
+
+def follow(job: Job, standing: Standing, before: Update | None, update: Update) -> Standing:
+    """Say where a stage of batch.ramp begins. Adam's second moment follows any change of batch, as the rate does."""
+    plan = update.nominal
+    if before is not None and before.nominal != plan:
+        old, new = (plan_facts(job.study, standing.schedule, one) for one in (before.nominal, plan))
+        moments = standing.moments_to(plan.global_batch)
+        why = f"batch.ramp from sample {update.start} on"
+        job.saver.journal.event("plan", why=why, **new, **{"from": old}, moments=moments)
+    standing, factor = standing.followed(update)
+    if factor != 1.0:
+        job.replica.rescale_moments(factor)
+    return standing
 
 
 def noise_values(job: Job, standing: Standing, update: Update) -> dict[str, float]:

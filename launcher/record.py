@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from launcher.timeline import Update
 from launcher.topology import Topology
 from launcher.vote import Agreed
 
-__all__ = ["Finished", "Recorder", "Silent", "announced", "batch_values", "plan_facts", "stage_values"]
+__all__ = ["Finished", "Recorder", "Silent", "batch_values", "plan_facts", "stage_values"]
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,6 @@ def plan_facts(study: Study, schedule: LrSchedule, plan: BatchPlan) -> dict[str,
         "warmup_samples": study.warmup,
         "updates_per_epoch": study.sizes.train / plan.global_batch,
     }
-
-
-def announced(
-    updates: Iterable[Update], study: Study, schedule: Callable[[], LrSchedule], journal: Journal | Silent
-) -> Iterator[Update]:
-    """The same updates; where a stage of batch.ramp begins, the change is an event before its first one."""
-    before: BatchPlan | None = None
-    for update in updates:
-        if before is not None and update.nominal != before:
-            old, new = (plan_facts(study, schedule(), plan) for plan in (before, update.nominal))
-            journal.event("plan", why=f"batch.ramp from sample {update.start} on", **new, **{"from": old})
-        before = update.nominal
-        yield update
 
 
 class Recorder:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from launcher.topology import Topology, master_port
 
-__all__ = ["handed", "join", "loopback_store", "meet"]
+__all__ = ["gathered", "handed", "join", "loopback_store", "meet", "within"]
 
 LOOK_EVERY_S = 0.01
 
@@ -50,42 +50,54 @@ def meet(topology: Topology, *, loopback: bool, timeout_s: float) -> dist.Store:
     return loopback_store(master_port(), serve=topology.rank == 0, world=topology.world, timeout_s=timeout_s)
 
 
-def handed(store: dist.Store, topology: Topology, text: str | None, timeout_s: float) -> tuple[str, dist.Store]:
-    """Rank 0's `text` on every rank, and a part of the store that nobody has written into before.
+def gathered(store: dist.Store, topology: Topology, says: str, timeout_s: float) -> tuple[list[str], dist.Store]:
+    """What every rank says, on rank 0, and a part of the store that nobody has written into before.
 
     A torchrun that shares its store with the workers keeps what earlier starts of them wrote. So each rank says hello
     with a number of its own, rank 0 answers with all numbers, and only an answer that holds one's own is of today.
     """
     own = os.urandom(8).hex()
     if topology.rank == 0:
-        answer(store, topology.world, own, str(text), timeout_s)
-        return str(text), dist.PrefixStore(own, store)
+        return [says, *answer(store, topology.world, own, timeout_s)], dist.PrefixStore(own, store)
     store.set(f"hello/{topology.rank}", own)
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
         said = json.loads(store.get("answer"))
         if said["hello"].get(str(topology.rank)) == own:
-            store.set(f"{said['token']}/{topology.rank}", "here")
-            return said["text"], dist.PrefixStore(said["token"], store)
+            store.set(f"{said['token']}/{topology.rank}", says)
+            return [], dist.PrefixStore(said["token"], store)
         time.sleep(LOOK_EVERY_S)
     raise TimeoutError(f"rank 0 did not answer within launch.timeout_s={timeout_s:g}")
 
 
-def answer(store: dist.Store, world: int, token: str, text: str, timeout_s: float) -> None:
-    """Answer every hello, those that change on the way too, until all ranks have confirmed."""
-    others = range(1, world)
+def answer(store: dist.Store, world: int, token: str, timeout_s: float) -> list[str]:
+    """Answer every hello, those that change on the way too, until all the other ranks have said what they say."""
+    keys = [f"{token}/{rank}" for rank in range(1, world)]
     last: dict[str, str] | None = None
     end_s = time.monotonic() + timeout_s
-    while not store.check([f"{token}/{rank}" for rank in others]):
-        known = [rank for rank in others if store.check([f"hello/{rank}"])]
+    while not store.check(keys):
+        known = [rank for rank in range(1, world) if store.check([f"hello/{rank}"])]
         hello = {str(rank): store.get(f"hello/{rank}").decode() for rank in known}
         if hello != last:
-            store.set("answer", json.dumps({"token": token, "hello": hello, "text": text}))
+            store.set("answer", json.dumps({"token": token, "hello": hello}))
             last = hello
         if time.monotonic() > end_s:
-            missing = [rank for rank in others if not store.check([f"{token}/{rank}"])]
+            missing = [rank for rank, key in enumerate(keys, start=1) if not store.check([key])]
             raise TimeoutError(f"ranks {missing} did not come within launch.timeout_s={timeout_s:g}")
         time.sleep(LOOK_EVERY_S)
+    return [store.get(key).decode() for key in keys]
+
+
+def handed(store: dist.Store, text: str | None) -> str:
+    """Rank 0's `text` on every rank; the others give None."""
+    if text is not None:
+        store.set("text", text)
+    return store.get("text").decode()
+
+
+def within(store: dist.Store, name: str) -> dist.Store:
+    """A part of the store."""
+    return dist.PrefixStore(name, store)
 
 
 def join(store: dist.Store, topology: Topology, device: torch.device, backend: str, timeout_s: float) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 from launcher.errors import RequestError
 from launcher.settings import Run
 
-__all__ = ["Rule", "far_advice", "far_of", "optimizer_of", "power_of", "rule_of", "warmup_advice"]
+__all__ = ["Rule", "far_advice", "far_of", "has_second_moment", "optimizer_of", "power_of", "rule_of", "warmup_advice"]
 
 Rule = Literal["linear", "sqrt", "noise", "none"]
 
@@ -21,6 +21,7 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("adagrad", "adadelta", "rmsprop"), "sqrt"),
     **dict.fromkeys(("rprop", "lion", "signsgd", "signum", "muon"), "none"),
 }
+_SQUARES = ("adam", "adamw", "nadam", "radam", "sparseadam", "lamb")  # Adamax keeps a maximum
 _SECOND_MOMENT = ("adam", "adamw", "nadam", "adamax", "sparseadam", "lamb")  # RAdam rectifies its own first updates
 _FAR = {"linear": 32, "sqrt": 8}  # times the base batch: beyond it no rule was seen to hold
 
@@ -47,6 +48,11 @@ def optimizer_of(run: Run) -> str:
 def power_of(run: Run) -> float:
     """The power of the batch's gain that the rate follows: one half for the Adam family, else one."""
     return 0.5 if _RULES.get(optimizer_of(run)) == "sqrt" else 1.0
+
+
+def has_second_moment(run: Run) -> bool:
+    """Whether the optimizer keeps an average of squared gradients, as Adam does."""
+    return optimizer_of(run) in _SQUARES
 
 
 def far_of(run: Run, rule: Rule) -> int | None:

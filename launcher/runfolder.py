@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from launcher.durable import private_folder, write_whole
 from launcher.errors import RequestError
@@ -65,6 +66,11 @@ class RunFolder:
     @property
     def stop_file(self) -> Path:
         return self.path / "stop"
+
+    @property
+    def gate(self) -> Path:
+        """What waits here would join the job once its workers have saved: a file per node, named by it."""
+        return self.path / ".gate"
 
     @property
     def checkpoints(self) -> Path:
@@ -164,6 +170,24 @@ class RunFolder:
     def clear_stop(self) -> None:
         self.stop_file.unlink(missing_ok=True)
 
+    def asks_to_stop(self) -> bool:
+        return self.stop_file.exists()
+
+    def asks_to_join(self) -> bool:
+        """Whether a node waits at the gate."""
+        try:
+            with os.scandir(self.gate) as waiting:
+                return next(waiting, None) is not None
+        except FileNotFoundError:
+            return False
+
+    def let_in(self) -> list[str]:
+        """Open the gate: what waits there, which has to be saved for first, goes on and joins. Who was there."""
+        waiting = sorted(self.gate.iterdir()) if self.gate.is_dir() else []
+        for mark in waiting:
+            mark.unlink(missing_ok=True)
+        return [mark.name for mark in waiting]
+
     def read_done(self) -> dict[str, Any] | None:
         """What done.json says; None where training is not complete.
 
@@ -215,7 +239,7 @@ class Lock:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._file = open(os.open(folder / ".lock", flags, 0o600), "r+")  # noqa: SIM115 (held)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take(self._file)
         except OSError as problem:
             owner = self._file.read().strip() or "another process"
             self._file.close()
@@ -236,6 +260,19 @@ class Lock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def take(file: IO[str]) -> None:
+    """Lock it, if need be at a second try: who asks whether a run is running has its lock for a moment, too.
+
+    Raises:
+        OSError: somebody has it for longer, or there are no locks here.
+    """
+    for _ in range(9):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.03)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -281,19 +318,26 @@ def recipe_name(target: str) -> str:
 
 @dataclass(frozen=True)
 class Recalled:
-    """The folder that the first worker of an agent decided on, and which was the newest checkpoint then."""
+    """The folder that the first worker of an agent trained in, and which was the newest checkpoint before."""
 
     folder: Path
     newest: str | None = None
 
+    def to_json(self) -> str:
+        return json.dumps({"folder": str(self.folder), "newest": self.newest})
+
+    @classmethod
+    def from_json(cls, text: str) -> Recalled:
+        kept = json.loads(text)
+        return cls(Path(kept["folder"]), kept["newest"])
+
 
 def recall() -> Recalled | None:
-    """What an earlier worker of the same agent decided; None where this is the first start."""
+    """What an earlier worker of the same agent knew; None where this is the agent's first start of its workers."""
     try:
-        kept = json.loads(memory().read_text())
+        return Recalled.from_json(memory().read_text())
     except FileNotFoundError:
         return None
-    return Recalled(Path(kept["folder"]), kept["newest"])
 
 
 def remember(decided: Recalled) -> None:
@@ -304,7 +348,7 @@ def remember(decided: Recalled) -> None:
         pid, _, start = agent.partition("-")
         if host == socket.gethostname() and pid.isdigit() and str(started_at(int(pid))) != start:
             old.unlink(missing_ok=True)
-    write_whole(memory(), json.dumps({"folder": str(decided.folder), "newest": decided.newest}))
+    write_whole(memory(), decided.to_json())
 
 
 def memory() -> Path:

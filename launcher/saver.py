@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from launcher import checkpoint
@@ -53,7 +52,7 @@ class Saver:
     ) -> None:
         self.journal = journal
         self.folder = folder.path
-        self.stop_file: Path | None = folder.stop_file if rank == 0 else None
+        self.asks: RunFolder | None = folder if rank == 0 else None
         self._folder = folder
         self._generation = generation
         self._checkpoints = folder.checkpoints_in(settings.dir)

@@ -126,11 +126,19 @@ class LrSchedule:
     def scale(self, samples: int, batch: int) -> float:
         """The batch's part of the rate: 1 at the base batch, in between while a ramp to `batch` is under way."""
         samples = min(samples, self.duration)
-        target = self.target(batch)
+        target, ramp = self.target(batch), self._ramp(samples, batch)
+        return target if ramp is None else ramp.start + (target - ramp.start) * (samples - ramp.at) / ramp.over
+
+    def progress(self, samples: int, batch: int) -> float:
+        """How much of the ramp to `batch` is over, 0 to 1; 1 where none is under way."""
+        samples = min(samples, self.duration)
+        ramp = self._ramp(samples, batch)
+        return 1.0 if ramp is None else (samples - ramp.at) / ramp.over
+
+    def _ramp(self, samples: int, batch: int) -> Ramp | None:
+        """The one to `batch` that is under way."""
         ramp = next((ramp for ramp in reversed(self.ramps) if ramp.at <= samples and ramp.batch == batch), None)
-        if ramp is None or samples >= ramp.at + ramp.over:
-            return target
-        return ramp.start + (target - ramp.start) * (samples - ramp.at) / ramp.over
+        return None if ramp is None or samples >= ramp.at + ramp.over else ramp
 
     def target(self, batch: int) -> float:
         """The scale of `batch` once every ramp to it is over."""

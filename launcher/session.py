@@ -18,6 +18,7 @@ from launcher.assembly import OpenData, Parts, assemble, check_norms, device_of,
 from launcher.balance import Balancer, Level
 from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
 from launcher.faults import Faults
+from launcher.gate import hold
 from launcher.goodput import Chooser, Fixed, Goodput, Profile
 from launcher.greeting import greet
 from launcher.heart import Heart, Still
@@ -29,7 +30,7 @@ from launcher.recovery import Restart, last_row, totals
 from launcher.redact import redacted
 from launcher.saver import Saver, name_of
 from launcher.settings import Run
-from launcher.signals import GO_ON, LEAVE, Wishes
+from launcher.signals import GO_ON, JOIN, LEAVE, Wishes
 from launcher.sinks import Destination, open_sinks
 from launcher.sinks.journal import Journal
 from launcher.standing import Standing
@@ -103,8 +104,12 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
         announce(job, parts, assignment, ready, standing, backend, threads, restart)
         wishes.guard()
         standing, ending = train(job, standing)
-        while ending == REPLAN:
-            job, standing = replanned(job, parts, standing)
+        while ending in (REPLAN, JOIN):
+            if ending == JOIN and (ending := hold(job, standing)) == LEAVE:
+                break
+            if ending == REPLAN:
+                job, standing = replanned(job, standing)
+            job = going_on(job, parts, standing)
             standing, ending = train(job, standing)
         heart.phase("finish")
         saver.settle()
@@ -290,11 +295,11 @@ def goodput_of(assignment: Assignment, ready: Ready, topology: Topology) -> tupl
     return Goodput(chooser, *where), chooser.settled(*where)
 
 
-def replanned(job: Job, parts: Parts, standing: Standing) -> tuple[Job, Standing]:
-    """The same job from here on under another plan, which every rank comes to, since all saw the same votes.
+def replanned(job: Job, standing: Standing) -> tuple[Job, Standing]:
+    """The job from here on under another plan, which every rank comes to, since all saw the same votes.
 
     Either the batch of most progress per second is another one, and the rate follows as in any resize; or shares
-    follow the measured speeds. The loader begins anew at the position.
+    follow the measured speeds.
     """
     goodput, run, why = job.goodput, job.study.run, "shares follow the measured speeds of the workers"
     if isinstance(goodput, Goodput) and goodput.wants:
@@ -302,21 +307,24 @@ def replanned(job: Job, parts: Parts, standing: Standing) -> tuple[Job, Standing
         why = goodput.why
     plan = study(run, job.study.sizes, job.study.world, job.balance.wants)
     samples, before = standing.position.samples, standing.schedule
-    standing = replace(standing, schedule=plan.resumed(before.to_facts(), samples).schedule)
+    after = replace(standing, schedule=plan.resumed(before.to_facts(), samples).schedule)
     old, new = (
         plan_facts(one, schedule, one.plan_at(samples))
-        for one, schedule in ((job.study, before), (plan, standing.schedule))
+        for one, schedule in ((job.study, before), (plan, after.schedule))
     )
-    job.saver.journal.event("plan", why=why, **new, **{"from": old})
-    again = replace(
+    moments = {} if new["global"] == old["global"] else {"moments": standing.moments_to(new["global"])}
+    job.saver.journal.event("plan", why=why, **new, **{"from": old}, **moments)
+    return replace(job, study=plan, goodput=goodput), after
+
+
+def going_on(job: Job, parts: Parts, standing: Standing) -> Job:
+    """The same job by its plan; the loader begins anew at the position."""
+    return replace(
         job,
-        study=plan,
-        feed=parts.feed(plan, job.topology, standing.position),
+        feed=parts.feed(job.study, job.topology, standing.position),
         meter=Meter(job.meter.device, job.meter.threads, before_s=job.meter.seconds()),
-        balance=balancer_of(plan),
-        goodput=goodput,
+        balance=balancer_of(job.study),
     )
-    return again, standing
 
 
 def announce(
@@ -344,7 +352,8 @@ def announce(
             event("alarm", kind="checkpoint", detail=detail)
     before = plan_before(ready.found, last)
     if before and any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
-        event("resize", why=why_of(before, facts), **{"from": before, "to": facts})
+        moments = standing.moments_to(facts["global"])
+        event("resize", why=why_of(before, facts), **{"from": before, "to": facts}, moments=moments)
 
 
 def start_facts(job: Job, parts: Parts, standing: Standing) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""What the outside asks of a worker: to save and stop, or to save and be started again.
+"""What the outside asks of a worker: to save and stop, to save and be started again, to save and let a node in.
 
-A signal only raises a flag; the ranks agree on it in the next vote. Rank 0 also looks for the `stop` file.
+A signal only raises a flag; the ranks agree on it in the next vote. Rank 0 also looks into the run folder: for the
+`stop` file, and for nodes that wait at the gate.
 """
 
 from __future__ import annotations
@@ -10,17 +11,24 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from launcher.errors import EXIT_AGAIN, EXIT_INTERRUPTED
 
-__all__ = ["GO_ON", "LEAVE", "STOP", "Wishes"]
+__all__ = ["GO_ON", "JOIN", "LEAVE", "STOP", "Folder", "Wishes"]
 
-GO_ON, STOP, LEAVE = 0, 1, 2  # LEAVE: save and be started again by the agent; it outweighs STOP
+GO_ON, JOIN, STOP, LEAVE = 0, 1, 2, 3  # LEAVE: save and be started again by the agent; the larger outweighs
 
 LOOK_EVERY_S = 0.2
 LEAVE_S = 5.0
+
+
+class Folder(Protocol):
+    """What a run folder may ask."""
+
+    def asks_to_stop(self) -> bool: ...
+    def asks_to_join(self) -> bool: ...
 
 
 class Wishes:
@@ -55,14 +63,27 @@ class Wishes:
         """Nothing is left to be asked: a late SIGUSR1 must not end the interpreter while it tidies up."""
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    def read(self, stop_file: Path | None) -> int:
-        """The present wish. `stop_file` is given on rank 0 alone and looked for a few times a second."""
+    def read(self, folder: Folder | None) -> int:
+        """The present wish. `folder` is given on rank 0 alone and looked into a few times a second."""
         now = self._clock()
-        if stop_file is not None and self._wish == GO_ON and now - self._looked >= LOOK_EVERY_S:
+        if folder is not None and self._wish == GO_ON and now - self._looked >= LOOK_EVERY_S:
             self._looked = now
-            if stop_file.exists():
+            if folder.asks_to_stop():
                 self._raise(STOP, "the stop file")
+            elif folder.asks_to_join():
+                self._wish = JOIN
         return self._wish
+
+    @property
+    def present(self) -> int:
+        """The present wish, as far as signals tell."""
+        return self._wish
+
+    def granted(self) -> None:
+        """The gate was open long enough: the wish to let a node in is over."""
+        self._heard.clear()
+        if self._wish == JOIN:
+            self._wish = GO_ON
 
     def _raise(self, wish: int, why: str) -> None:
         self._wish = max(self._wish, wish)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RequestError
+from launcher.moments import Moments
 from launcher.noise import NoiseScale
+from launcher.rules import has_second_moment
 from launcher.schedule import LrSchedule
 from launcher.settings import TargetSettings
 from launcher.study import Study
@@ -55,11 +57,13 @@ class Standing:
     """The clock is samples seen. `skips` counts updates in a row that were not finite, `seconds` the time trained.
 
     `noise` is what is known of the gradient's noise scale: the same on every rank, as it comes from the votes alone.
+    `moments` is what batch Adam's second moment stands for, None for other optimizers.
     """
 
     position: Position
     schedule: LrSchedule
     noise: NoiseScale = NoiseScale()
+    moments: Moments | None = None
     skips: int = 0
     seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -69,7 +73,9 @@ class Standing:
 
     @classmethod
     def fresh(cls, study: Study) -> Standing:
-        return cls(Position(), study.schedule, NoiseScale(population=population(study)))
+        batch = study.batch_at(0)
+        moments = Moments(batch, batch) if has_second_moment(study.run) else None
+        return cls(Position(), study.schedule, NoiseScale(population=population(study)), moments)
 
     def after(self, update: Update) -> Standing:
         return replace(self, position=update.after)
@@ -83,6 +89,22 @@ class Standing:
             return replace(self, noise=noise)
         schedule = study.learned(self.schedule, self.position.samples, noise.acted)
         return replace(self, noise=noise, schedule=schedule)
+
+    def followed(self, update: Update) -> tuple[Standing, float]:
+        """Where a change of batch is under way: the second moment at `update`, and what it is to be multiplied by."""
+        if self.moments is None:
+            return self, 1.0
+        batch = update.nominal.global_batch
+        done = self.schedule.progress(update.start, batch)
+        after = self.moments.toward(batch, self.noise.acted).reached(done)
+        return replace(self, moments=after), self.moments.factor(after)
+
+    def moments_to(self, batch: int) -> float | str:
+        """For events: what the second moment will be multiplied by in all where the batch changes to this."""
+        way = self.moments and self.moments.toward(batch, self.noise.acted)
+        if way is None or way == self.moments or way.noise is None:
+            return "kept"
+        return way.factor(way.reached(1.0))
 
     def skipped(self, skips: int) -> Standing:
         return self if skips == self.skips else replace(self, skips=skips)
@@ -111,6 +133,7 @@ class Standing:
         return {
             "schedule": self.schedule.to_facts(),
             "noise": self.noise.to_facts(),
+            "moments": self.moments and self.moments.to_facts(),
             "skips": self.skips,
             "seconds": self.seconds,
             "metrics": dict(self.metrics),
@@ -125,6 +148,7 @@ class Standing:
             position=position,
             schedule=study.resumed(facts["schedule"], position.samples).schedule,
             noise=replace(NoiseScale.from_facts(facts["noise"]), population=population(study)),
+            moments=Moments.from_facts(facts["moments"]) if facts["moments"] else None,
             skips=facts["skips"],
             seconds=facts["seconds"],
             metrics=facts["metrics"],

@@ -319,6 +319,7 @@ def _advice(run: Run, rule: Rule, schedule: LrSchedule, stages: Sequence[tuple[i
     lines = [
         _hold_advice(run),
         *_exact_advice(run, stages[-1][1]),
+        _noise_advice(rule, stages[-1][1]),
         far_advice(run, rule, largest / schedule.base_batch),
         warmup_advice(run, schedule.rise, schedule.duration, largest),
     ]
@@ -344,6 +345,16 @@ def _exact_advice(run: Run, plan: BatchPlan) -> Iterator[str]:
             f"elastic.exact=true trains on {active} of {world} workers, a power of two up to elastic.shards={shards}; "
             f"{world - active} only follow"
         )
+
+
+def _noise_advice(rule: Rule, plan: BatchPlan) -> str:
+    """What lr.rule=noise does until there is something to go by, and where there never will be."""
+    if rule != "noise":
+        return ""
+    until = "the rate follows the batch as if noise were all there is"
+    if sum(share > 0 for share in plan.shares) < 2 and plan.accumulation < 2:
+        return f"lr.rule=noise has nothing to compare in a batch of one part, {until}: type batch.accumulation=2"
+    return f"lr.rule=noise: until the gradient's noise scale is known, in some twenty updates or more, {until}"
 
 
 def _hold_advice(run: Run) -> str:

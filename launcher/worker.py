@@ -31,6 +31,8 @@ from launcher.tune import auto
 from launcher.tune.auto import Settled, Unmeasured
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from launcher.heart import Heart, Still
     from launcher.opening import Opened
     from launcher.signals import Wishes
@@ -129,21 +131,24 @@ class Question:
         return json.dumps({"question": to_mapping(self.run), "token": self.token})
 
 
-Assign = Callable[[Mapping[str, Any] | None], Claim | Question]
+#: Rank 0's part, given what earlier starts decided and what was measured.
+Assign = Callable[[Recalled | None, Mapping[str, Any] | None], Claim | Question]
 
 
 def main(args: Sequence[str], topology: Topology) -> int:
     """A rank under a torchrun of the user's own: rank 0 composes from the command line."""
-    return serve(topology, lambda found: composed(args, topology, found), loopback=False)
+    return serve(topology, lambda known, found: composed(args, topology, known, found), loopback=False)
 
 
 def main_handover(path: str, topology: Topology) -> int:
     """A rank under the driver's agent, which composed already and left the run in a private file."""
-    return serve(topology, lambda _: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
+    return serve(topology, lambda *_: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
 
 
-def composed(args: Sequence[str], topology: Topology, measured: Mapping[str, Any] | None = None) -> Claim | Question:
-    """Rank 0's part under a torchrun of the user's own; restarts of the same agent go on in the same folder.
+def composed(
+    args: Sequence[str], topology: Topology, recalled: Recalled | None, measured: Mapping[str, Any] | None = None
+) -> Claim | Question:
+    """Rank 0's part under a torchrun of the user's own; a restart goes on in the folder that is `recalled`.
 
     Where batch.per_device=auto asks for a number that is not `measured` yet, the question.
 
@@ -154,8 +159,7 @@ def composed(args: Sequence[str], topology: Topology, measured: Mapping[str, Any
     from launcher.opening import begin, opened
 
     resolution = resolve(args)
-    remembered = recall()
-    known = remembered or queued_again(resolution.run, topology)
+    known = recalled or queued_again(resolution.run, topology)
     folder = None if known is None else known.folder
     asked = without_questions(resolution.run, topology, folder, measured)
     if isinstance(asked, Question):
@@ -172,8 +176,7 @@ def composed(args: Sequence[str], topology: Topology, measured: Mapping[str, Any
     made = found.folder.create()
     lock = found.folder.lock(torchrun=os.getppid())
     begin(found, asked.profile)
-    if remembered is None:
-        remember(Recalled(found.folder.path, assignment.before))
+    remember(Recalled(found.folder.path, assignment.before))
     return Claim(assignment.started(), lock, made)
 
 
@@ -217,27 +220,22 @@ def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
 def serve(topology: Topology, assign: Assign, *, loopback: bool) -> int:
     """Everything a rank does; returns its exit status.
 
+    Rank 0 decides before it meets the others, so that a wrong request is answered at once; but where its node may have
+    joined a job that the others know, it asks them first.
+
     Raises:
         RequestError: on rank 0 alone, the request is wrong.
     """
     die_with_parent()
     wishes = early_wishes()
-    word = assign(None) if topology.rank == 0 else None
-    from launcher import rendezvous, session
+    try:
+        claim, text, store = agreed(topology, assign, loopback)
+    except Unmeasured as error:
+        return say_unmeasured(error, topology)
+    if not text:
+        return EXIT_REQUEST  # rank 0 says why
+    from launcher import session
 
-    timeout_s = settings_of(word).launch.timeout_s if word else 600.0
-    store = rendezvous.meet(topology, loopback=loopback, timeout_s=timeout_s)
-    text, store = rendezvous.handed(store, topology, told(word), timeout_s)
-    if "question" in json.loads(text):
-        from launcher.tune.beside import measured
-
-        try:
-            found = measured(json.loads(text), topology, store)
-        except Unmeasured as error:
-            return say_unmeasured(error, topology)
-        word = assign(found) if topology.rank == 0 else None
-        text, store = rendezvous.handed(store, topology, told(word), timeout_s)
-    claim = word if isinstance(word, Claim) else None
     assignment = claim.assignment if claim else Assignment.from_json(text)
     if assignment.summary is not None:
         return say_complete(assignment.summary, topology)
@@ -260,6 +258,38 @@ def serve(topology: Topology, assign: Assign, *, loopback: bool) -> int:
             claim.lock.release()
 
 
+def agreed(topology: Topology, assign: Assign, loopback: bool) -> tuple[Claim | None, str, Store]:
+    """What rank 0 decides, on rank 0 itself as its claim, and handed to all; and a part of the store for what follows.
+
+    Raises:
+        RequestError: on rank 0 alone, the request is wrong; the others are handed nothing.
+        Unmeasured: on every rank.
+    """
+    own = None if loopback else recall()
+    knows = own is not None or loopback or topology.nodes == 1
+    word = assign(own, None) if topology.rank == 0 and knows else None
+    from launcher import rendezvous
+
+    timeout_s = settings_of(word).launch.timeout_s if word else 600.0
+    store = rendezvous.meet(topology, loopback=loopback, timeout_s=timeout_s)
+    said, store = rendezvous.gathered(store, topology, own.to_json() if own else "", timeout_s)
+    known = own or next((Recalled.from_json(text) for text in said if text), None)
+    if topology.rank == 0 and word is None:
+        word = decided(assign, known, None, store)
+    text = rendezvous.handed(store, told(word))
+    if text and "question" in json.loads(text):
+        from launcher.tune.beside import measured
+
+        found = measured(json.loads(text), topology, store)
+        store = rendezvous.within(store, "answered")
+        word = decided(assign, known, found, store) if topology.rank == 0 else None
+        text = rendezvous.handed(store, told(word))
+    if text and not loopback and known is None and topology.rank and topology.local_rank == 0:
+        recalled = Assignment.from_json(text)
+        remember(Recalled(recalled.folder.path, recalled.before))  # rank 0 may be another's next time
+    return word if isinstance(word, Claim) else None, text, store
+
+
 def settings_of(word: Claim | Question) -> Run:
     return word.assignment.run if isinstance(word, Claim) else word.run
 
@@ -267,6 +297,21 @@ def settings_of(word: Claim | Question) -> Run:
 def told(word: Claim | Question | None) -> str | None:
     """What rank 0 hands to the others."""
     return None if word is None else word.to_json() if isinstance(word, Question) else word.assignment.to_json()
+
+
+def decided(assign: Assign, known: Recalled | None, found: Mapping[str, Any] | None, store: Store) -> Claim | Question:
+    """Rank 0's decision where the others wait for it. They go where the request is wrong.
+
+    Raises:
+        RequestError: it is.
+    """
+    from launcher import rendezvous
+
+    try:
+        return assign(known, found)
+    except BaseException:
+        rendezvous.handed(store, "")
+        raise
 
 
 def leave(status: int) -> NoReturn:

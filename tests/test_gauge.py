@@ -20,6 +20,7 @@ from launcher.standing import heard
 from launcher.strategies import Replica, Step
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.exact import ExactReplica
+from launcher.strategies.gauge import norms
 from launcher.telemetry import HostTimer, StageClock
 from launcher.timeline import Update
 from launcher.vote import Agreed, Ballot
@@ -156,6 +157,14 @@ def test_small_and_large_gradients_are_all_heard(monkeypatch: pytest.MonkeyPatch
     whole = updated(ddp(), [6, 6]).spread
     monkeypatch.setattr("launcher.strategies.gauge.CHUNK", 10)
     assert updated(ddp(), [6, 6]).spread == whole
+
+
+def test_a_long_gradient_keeps_its_digits() -> None:
+    """In one sum in fp32 it would be 1e-4 too short: enough to drown the noise of a batch far above its scale."""
+    torch.manual_seed(0)
+    long = torch.randn(2_000, 3_000)
+    found = torch.stack(norms([long, long.t(), long.flatten()])).double().square().sum()
+    assert float(found) == pytest.approx(3 * float(long.double().square().sum()), rel=1e-6)
 
 
 # --- from the votes to the estimate ---------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ STDLIB_ONLY = [
         "manifest",
         "signals",
     ),
-    *("heartbeat", "heart", "stragglers", "noise", "throughput", "scaling", "goodput", "outlook", "history"),
+    *("heartbeat", "heart", "stragglers", "noise", "moments", "throughput", "scaling", "goodput", "outlook", "history"),
     *("advice", "explain", "charts", "export", "report"),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm"),
     *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page", "tune.cache", "tune.auto"),

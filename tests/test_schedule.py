@@ -313,6 +313,55 @@ def test_another_world_drops_the_stages_to_come_and_plans_its_own() -> None:
     assert growing.resized(30_000, 200, 150).ramps[-1].at == 30_000
 
 
+# The noise becomes known in the middle of training
+
+NOISY = (0, 50), (20_000, 400)
+
+
+def noisy(**changes: Any) -> LrSchedule:
+    return schedule(rule="noise", duration=10**6, **changes)
+
+
+def test_a_smaller_scale_acts_at_once_when_the_noise_becomes_known() -> None:
+    learned = noisy().learned(5000, 400, noise=100)
+    assert (noisy().scale(5000, 400), learned.scale(5000, 400)) == (4, 1.6)
+
+
+def test_a_scale_that_doubles_ramps_when_the_noise_becomes_known() -> None:
+    """At 1/10 of the base batch it goes from 1/10 to 11/20."""
+    learned = noisy().learned(5000, 10, noise=10)
+    assert [learned.scale(at, 10) for at in (5000, 10_000, 15_000)] == pytest.approx([0.1, 0.325, 0.55])
+    assert learned.progress(10_000, 10) == 0.5
+
+
+def test_what_has_not_moved_changes_nothing() -> None:
+    learned = noisy().learned(5000, 400, noise=100)
+    assert learned.learned(6000, 400, noise=150) is learned
+    assert learned.learned(6000, 400, noise=None) is learned
+
+
+def test_stages_to_come_start_from_the_scale_that_is_then_in_force() -> None:
+    """Planned with an unknown noise the ramp would begin at 0.5; with the noise known the scale is 0.6 by then."""
+    before = noisy().planned(0, NOISY)
+    after = before.learned(5000, 50, noise=200).planned(5001, NOISY)
+    assert before.ramps[-1].start == 0.5
+    assert after.scale(19_999, 50) == after.scale(20_000, 400) == pytest.approx(0.6)
+    assert after.scale(60_000, 400) == pytest.approx(2.0)
+
+
+@given(st.integers(5000, 10**6))
+def test_a_run_goes_on_with_the_same_ramps_wherever_the_noise_became_known(samples: int) -> None:
+    """Also where it did so in the very update that was saved."""
+    after = noisy().planned(0, NOISY).learned(5000, 50, noise=5).planned(5001, NOISY)
+    assert after.planned(samples, NOISY) == after
+
+
+def test_a_resize_right_where_the_noise_became_known_starts_from_the_scale_in_force() -> None:
+    learned = noisy().planned(0, [(0, 10)]).learned(5000, 10, noise=10)
+    grown = learned.planned(5000, [(0, 40)])
+    assert grown.scale(5000, 40) == learned.scale(5000, 10) == 0.1
+
+
 # What holds for every schedule
 
 KINDS = ["constant", "linear", "cosine", "step", "exponential", "plateau", "onecycle"]

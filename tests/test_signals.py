@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.signals import GO_ON, LEAVE, STOP, Wishes
+from launcher.runfolder import RunFolder
+from launcher.signals import GO_ON, JOIN, LEAVE, STOP, Wishes
 
 WAITING = """
 import sys, threading
@@ -69,15 +70,31 @@ def clock() -> Callable[[], float]:
 
 def test_the_stop_file_is_a_wish_and_only_rank_0_looks_for_it(tmp_path: Path, clock: Callable[[], float]) -> None:
     wishes, others = Wishes(clock), Wishes(clock)
-    assert wishes.read(tmp_path / "stop") == GO_ON
+    assert wishes.read(RunFolder(tmp_path)) == GO_ON
     (tmp_path / "stop").touch()
-    assert wishes.read(tmp_path / "stop") == STOP
+    assert wishes.read(RunFolder(tmp_path)) == STOP
     assert wishes.why == "the stop file"
     assert others.read(None) == GO_ON
 
 
 def test_the_stop_file_is_not_looked_for_at_every_update(tmp_path: Path) -> None:
     wishes = Wishes(clock=lambda: 1.0)
-    assert wishes.read(tmp_path / "stop") == GO_ON
+    assert wishes.read(RunFolder(tmp_path)) == GO_ON
     (tmp_path / "stop").touch()
-    assert wishes.read(tmp_path / "stop") == GO_ON, "no time has passed since"
+    assert wishes.read(RunFolder(tmp_path)) == GO_ON, "no time has passed since"
+
+
+def test_a_node_at_the_gate_is_let_in_once_and_does_not_outweigh_a_stop(
+    tmp_path: Path, clock: Callable[[], float]
+) -> None:
+    folder, wishes = RunFolder(tmp_path), Wishes(clock)
+    assert wishes.read(folder) == GO_ON
+    folder.gate.mkdir()
+    (folder.gate / "node7-123").touch()
+    assert wishes.read(folder) == JOIN
+    assert folder.let_in() == ["node7-123"]
+    wishes.granted()
+    assert wishes.read(folder) == GO_ON, "it has gone on and joins"
+    (folder.gate / "node8-5").touch()
+    folder.stop_file.touch()
+    assert wishes.read(folder) == STOP

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launcher.reading import Event, Reading
-from launcher.sinks.closing import bottleneck, stage_table
+from launcher.sinks.closing import bottleneck, closing_lines, stage_table
 from launcher.sinks.console import Console
 from launcher.sinks.tally import StageShare, Tally
 from launcher.sinks.text import Paint, clock, count, figure, fold, shares, took
@@ -312,3 +312,19 @@ def test_numbers_read_well() -> None:
     assert [shares(parts) for parts in ([32, 32], [86, 85, 85], [1])] == ["32", "(86, 85x2)", "1"]
     assert shares([9, 8, 7, 6, 5, 4, 3]) == "(9, 8, 7, 6, 5, …)"
     assert fold("a bb ccc", 4, 2) == ["a bb ccc"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "line"),
+    [
+        ({"scale": 312.4, "scale_low": 280.0, "scale_high": 350.0}, "312.4 samples (280 to 350) · batch 64"),
+        ({"scale_low": 280.0}, "at least 280 samples · batch 64"),
+        ({}, None),
+    ],
+)
+def test_the_noise_scale_stands_beside_the_batch_at_the_end(noise: Mapping[str, float], line: str | None) -> None:
+    tally = Tally()
+    values = {"batch/global": 64, "train/loss": 1.0, **{f"noise/{key}": value for key, value in noise.items()}}
+    tally.add(Reading(time=0.0, samples=64, update=1, epoch=0, world=1, generation=1, values=values))
+    said = "\n".join(closing_lines(tally, {}, {}, Paint(False), 80))
+    assert (line in said) if line else ("noise" not in said)

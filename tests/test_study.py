@@ -399,3 +399,12 @@ def test_a_batch_beyond_the_data_says_what_fits(keys: dict[str, Any], world: int
 def test_an_idle_worker_may_be_allowed() -> None:
     made = studied(4, batch__global=8, batch__ramp=RAMP, elastic__idle=True)
     assert made.stages[0][1].shares == (1, 1, 0, 0)
+
+
+def test_advice_what_the_noise_rule_goes_by() -> None:
+    (alone,) = study(run({"lr.rule": "noise"}), SIZES, 1).advice
+    assert "nothing to compare" in alone
+    assert alone.endswith("type batch.accumulation=2")
+    for keys, world in (({}, 2), ({"batch.accumulation": 2}, 1)):
+        (line,) = study(run({"lr.rule": "noise", **keys}), SIZES, world).advice
+        assert line.startswith("lr.rule=noise: until the gradient's noise scale is known")

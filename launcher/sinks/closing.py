@@ -32,7 +32,7 @@ def closing_lines(tally: Tally, facts: Facts, done: Facts, paint: Paint, width: 
     `done` are the facts of that event; none where training was stopped.
     """
     blocks = (
-        rows([*_reached(tally, done.get("metrics") or {}), *_restarts(tally, done)], width, paint),
+        rows([*_reached(tally, done.get("metrics") or {}), *_noise(tally), *_restarts(tally, done)], width, paint),
         _stages(tally, facts, paint, width),
         rows(_files(facts, finished=bool(done)), width, paint),
     )
@@ -90,6 +90,17 @@ def _reached(tally: Tally, metrics: Mapping[str, float]) -> list[Row]:
         *sorted((key for key in last if key.startswith("val/")), key=lambda key: ("loss" not in key, key)),
     ]
     return [(key.replace("/", " "), _metric(key, last[key], tally)) for key in shown if last.get(key) is not None]
+
+
+def _noise(tally: Tally) -> list[Row]:
+    """The gradient's noise scale against the batch, where it was measured; at least its lower bound."""
+    values = {} if tally.last is None else tally.last.values  # what was known and no longer is counts no more
+    scale, low, high = (values.get(f"noise/scale{end}") for end in ("", "_low", "_high"))
+    if low is None:
+        return []
+    known = f"at least {figure(low)}" if scale is None or high is None else f"{figure(scale)}"
+    interval = f" ({figure(low)} to {figure(high)})" if scale is not None and high is not None else ""
+    return [("noise scale", f"{known} samples{interval} · batch {figure(values['batch/global'])}")]
 
 
 def _restarts(tally: Tally, done: Facts) -> list[Row]:

@@ -79,6 +79,9 @@ class Replica(Protocol):
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
         """One optimizer step at rate `lr` on gradients times `rescale`, skipped where they are not finite."""
 
+    def rescale_moments(self, factor: float) -> None:
+        """Multiply Adam's second moments, and AMSGrad's maxima of them, where the batch has changed."""
+
     def settle_buffers(self) -> None:
         """Give every rank rank 0's floating buffers (running statistics), before validation and saving."""
 

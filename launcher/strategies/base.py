@@ -1,7 +1,8 @@
 """What a rank does alike under every strategy: buffers, pads, and whether a step is taken."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from launcher.parts import Place
 from launcher.strategies.gauge import Gauge, Listener
 
 __all__ = ["Rank", "even_parts"]
+
+#: Adam's average of squared gradients, and AMSGrad's maximum of it.
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 
 class Rank:
@@ -94,6 +98,15 @@ class Rank:
         self._adjust(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self._fresh = True
+
+    @torch.no_grad()
+    def rescale_moments(self, factor: float) -> None:
+        for state in self._optimizer_state():
+            for slot in SECOND_MOMENTS & state.keys():
+                state[slot].mul_(factor)
+
+    def _optimizer_state(self) -> Iterable[dict[str, Any]]:
+        return self.optimizer.state.values()
 
     def _adjust(self, finite: torch.Tensor) -> None:
         """Let the loss scale follow."""

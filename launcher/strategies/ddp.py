@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from launcher.checkpoint import Stored
 from launcher.optim import (
@@ -25,7 +25,7 @@ from launcher.parts import Place
 from launcher.settings import Run
 from launcher.strategies import Shards, State, Step
 from launcher.strategies.base import Rank, even_parts
-from launcher.strategies.gauge import Listener
+from launcher.strategies.gauge import Listener, norms
 from launcher.telemetry import StageClock
 
 __all__ = ["DdpReplica"]
@@ -83,7 +83,7 @@ class DdpReplica(Rank):
         gradients = bucket.buffer()
         if self._pad:
             gradients.zero_()
-        self._own.append(torch.linalg.vector_norm(gradients))
+        self._own += norms([gradients])
         if bucket.is_last():
             self._clock.mark()
         work = dist.all_reduce(gradients, async_op=True)
@@ -104,7 +104,7 @@ class DdpReplica(Rank):
         self._own = []
         spread, groups = self._measured(self._precision.factor())
         self._precision.unscale(self.optimizer)
-        norm = get_total_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(norms(gradients)))
         finite = torch.isfinite(norm)
         if clip_norm is not None:
             clip_grads_with_norm_(self._parameters, clip_norm, norm)

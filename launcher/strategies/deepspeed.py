@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class DeepSpeedReplica(Rank):
             model.forward = within(precision.autocast, model.forward)  # type: ignore[method-assign]
         config = configuration(run, sum(parameter.numel() for parameter in self._parameters))
         self._engine = engine_of(model, self.optimizer, config, precision.device, debug=run.debug)
+        keep_timeout(run.launch.timeout_s)
         self.model: nn.Module = self._engine
         self._listener = Listener(self._parameters)
         self._reduce = self._engine.allreduce_gradients
@@ -135,6 +137,10 @@ class DeepSpeedReplica(Rank):
             clip_grads_with_norm_(self._parameters, clip_norm, norm)
         self._engine.step()
         return norm, True
+
+    def _optimizer_state(self) -> Iterable[dict[str, Any]]:
+        """From stage 1 on that of this rank's flat partitions."""
+        return (self.optimizer if self._state is None else self._zero.optimizer).state.values()
 
     def _facts(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         return {"optimizer": {**self._optimizer_facts, "numbers": numbers}, "scaler": self._precision.facts()}
@@ -233,6 +239,13 @@ def engine_of(
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+def keep_timeout(timeout_s: float) -> None:
+    """DeepSpeed's collectives run in a group of its own, which it makes with torch's 30 minutes."""
+    from deepspeed.utils import groups
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), groups._get_data_parallel_group())
 
 
 def within(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:

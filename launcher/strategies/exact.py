@@ -17,6 +17,7 @@ from launcher.settings import Run
 from launcher.shards import Tree, trainers
 from launcher.strategies import State
 from launcher.strategies.ddp import DdpReplica
+from launcher.strategies.gauge import norms
 from launcher.telemetry import StageClock
 
 __all__ = ["ExactReplica"]
@@ -89,7 +90,7 @@ class ExactReplica(DdpReplica):
         """The shard is complete: keep what it gave, and leave no trace of it for the next one."""
         packed = self._packed()
         self._tree.add(packed)
-        self._gauge.close([torch.linalg.vector_norm(packed[: self._learned])])
+        self._gauge.close(norms([packed[: self._learned]]))
         if self._place == 0:
             self._counted = [counter.clone() for counter in self._counters]
         self.optimizer.zero_grad(set_to_none=True)

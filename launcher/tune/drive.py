@@ -176,8 +176,9 @@ def main(run: Callable[[], Run], topology: Topology) -> int:
     composed = run() if topology.rank == 0 else None
     timeout_s = composed.launch.timeout_s if composed else 600.0
     store = rendezvous.meet(topology, loopback=False, timeout_s=timeout_s)
+    _, store = rendezvous.gathered(store, topology, "", timeout_s)
     text = None if composed is None else json.dumps(to_mapping(composed))
-    text, store = rendezvous.handed(store, topology, text, timeout_s)
+    text = rendezvous.handed(store, text)
     asked = stood_in(composed or from_mapping(json.loads(text)))
     from launcher.tune.session import measured
 
@@ -230,7 +231,7 @@ def _met(prefix: str | None, topology: Topology, timeout_s: float) -> Any:
     if prefix is not None:
         return PrefixStore(prefix, rendezvous.meet(topology, loopback=False, timeout_s=timeout_s))
     store = rendezvous.meet(topology, loopback=True, timeout_s=timeout_s)
-    return rendezvous.handed(store, topology, "" if topology.rank == 0 else None, timeout_s)[1]
+    return rendezvous.gathered(store, topology, "", timeout_s)[1]
 
 
 def _earlier(topology: Topology, private: Path) -> Any:

@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jobs import environment, events, furthest, rows, wait_for
+from jobs import environment, events, furthest, rows, training, wait_for
 from test_main_job import HELD, OWN, TORCHRUN, driven, here, run  # noqa: F401 (a fixture)
+
+from launcher.gate import knock
+from launcher.manifest import newest
+from launcher.runfolder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -84,17 +88,17 @@ def test_shares_follow_the_measured_speeds_and_the_training_stays_the_same(here:
 
 @pytest.fixture
 def agents(here: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:  # noqa: F811
-    """Starts torchrun agents of one job, as nodes that come and go would."""
+    """Starts torchrun agents of one job, as nodes that come and go would. The lowest address gets rank 0."""
     started: list[subprocess.Popen[bytes]] = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def start(*overrides: str, workers: int = 1) -> subprocess.Popen[bytes]:
+    def start(*overrides: str, workers: int = 1, address: str = "127.0.0.2") -> subprocess.Popen[bytes]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", f"--nproc-per-node={workers}"]
         where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--max-restarts=9"]
         first = f"--rdzv-conf=is_host={int(not started)},last_call_timeout=2,keep_alive_interval=1"
-        argv = [*torchrun, *where, first, "--local-addr=127.0.0.1", "--monitor-interval=0.2", "-m", "launcher"]
+        argv = [*torchrun, *where, first, f"--local-addr={address}", "--monitor-interval=0.2", "-m", "launcher"]
         env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
         log = (here / f"agent{len(started)}.log").open("wb")
         started.append(subprocess.Popen([*argv, *overrides], cwd=here, env=env, stdout=log, stderr=log))
@@ -110,8 +114,11 @@ def test_nodes_join_and_are_lost_and_training_goes_on(
     agents: Callable[..., subprocess.Popen[bytes]],
     here: Path,  # noqa: F811
 ) -> None:
-    """Growth loses nothing; the loss of a node costs the updates since the checkpoint; the batch is held throughout."""
-    job = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba", "run.name=x"]
+    """Growth loses nothing; the loss of a node costs the updates since the checkpoint; the batch is held throughout.
+
+    The node that joins gets rank 0. It hears from the others that the run has begun: `resume=never` begins no second.
+    """
+    job = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba", "run.name=x", "resume=never"]
     run_dir = here / "runs/x"
 
     def at(world: int) -> Callable[[], bool]:
@@ -120,7 +127,7 @@ def test_nodes_join_and_are_lost_and_training_goes_on(
     first = agents(*job)
     agents(*job)
     wait_for(at(2))
-    third = agents(*job)
+    third = agents(*job, address="127.0.0.1")
     wait_for(at(3))
     grown = next(row for row in rows(run_dir) if row["world"] == 3)
     assert grown["elastic/lost_samples"] == 0, "the workers saved before they were started again"
@@ -139,6 +146,9 @@ def test_nodes_join_and_are_lost_and_training_goes_on(
     assert {row["batch/global"] for row in found} == {50}
     worlds = [(event["from"]["world"], event["to"]["world"]) for event in events(run_dir, "resize")]
     assert worlds[-2:] == [(2, 3), (3, 2)]
+    assert [path.name for path in run_dir.parent.iterdir()] == ["x"]
+    starts = len(events(run_dir, "start"))
+    assert int((run_dir / "restarts").read_text()) == starts - 1
     assert not (run_dir / "done.json").exists()
 
 
@@ -146,11 +156,19 @@ def test_nodes_with_different_numbers_of_workers_are_planned_as_they_are(
     agents: Callable[..., subprocess.Popen[bytes]],
     here: Path,  # noqa: F811
 ) -> None:
-    """One worker on the first node, two on the second: the shares of 50 are those of three workers."""
-    job = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba", "run.name=h"]
+    """One worker on the first node, two on the second: the shares of 50 are those of three workers.
+
+    The second waits at the gate until the first has saved and stands still, however long that takes.
+    """
+    job = [*HELD, "train.duration=100000ep", "checkpoint.every=100000ba", "run.name=h"]
     first = agents(*job)
+    wait_for(training(here / "runs/h"))
+    knock(RunFolder(here / "runs/h"), "second")
+    saved = newest(here / "runs/h/checkpoints").manifest.position["update"]
+    assert rows(here / "runs/h")[-1]["update"] == saved
     agents(*job, workers=2)
     wait_for(lambda: bool(found := rows(here / "runs/h")) and found[-1]["world"] == 3, 120)
+    assert next(row["update"] for row in rows(here / "runs/h") if row["world"] == 3) == saved + 1
     (here / "runs/h/stop").touch()
     assert first.wait(timeout=60) == 0
     last = events(here / "runs/h", "start")[-1]

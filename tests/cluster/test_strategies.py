@@ -192,6 +192,24 @@ def test_the_memory_that_a_plan_predicts_is_what_it_takes(layout: str) -> None:
     assert 0.9 <= found["total_over_predicted"] <= 1.1
 
 
+SMALL = [
+    *("recipe.layers=2", "recipe.width=64", "recipe.heads=4", "recipe.block=64", "recipe.text_bytes=60000"),
+    *("batch.global=32", "train.duration=8ba"),
+]
+
+
+@pytest.mark.parametrize(("experiment", "strategy"), [("gpt2_fsdp", "fsdp"), ("gpt2_zero3", "deepspeed")])
+def test_the_experiments_train_at_a_small_size(here: Path, experiment: str, strategy: str) -> None:  # noqa: F811
+    """In bf16 as at full size; what is printed names the strategy, and the loss falls."""
+    said = driven(here, f"experiment={experiment}", *SMALL, "launch.workers=2", "run.name=small")
+    assert strategy in said.stdout + said.stderr
+    [start] = events(here / "runs/small", "start")
+    assert (start["strategy"], start["precision"], start["world"]) == (strategy, "bf16", 2)
+    losses = [row["train/loss"] for row in rows(here / "runs/small")]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+
+
 def test_a_job_changes_its_strategy_and_its_workers_on_the_way(here: Path) -> None:  # noqa: F811
     """DDP on 2, FSDP on 3 that writes in parts and loses a worker, DDP on 1: the parameters of one process."""
     job = [*HELD_JOB, "train.precision=fp64", "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]

@@ -12,6 +12,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from launcher.checkpoint import Stored
 from launcher.errors import RequestError
 from launcher.optim import Precision
-from launcher.settings import LrSettings, Run, StrategySettings, TrainSettings
+from launcher.settings import LaunchSettings, LrSettings, Run, StrategySettings, TrainSettings
 from launcher.strategies import Replica, State, prepare
 from launcher.telemetry import HostTimer, StageClock
 
@@ -369,6 +371,13 @@ def mixed_steps(world: int, settings: dict[str, Any]) -> None:
         give(made(run_of("adamw", **settings), world), state)
 
 
+def keeps_our_timeout(world: int, settings: dict[str, Any]) -> None:
+    """Its own process group waits as long as we do, not torch's half an hour."""
+    made(replace(run_of("sgd", **settings), launch=LaunchSettings(timeout_s=77.0)), world)
+    backend = groups._get_data_parallel_group()._get_backend(torch.device("cpu"))
+    assert backend.options._timeout.total_seconds() == 77
+
+
 Case = tuple[str, Callable[[], None]]
 
 
@@ -391,6 +400,7 @@ def cases(world: int, folder: Path) -> Iterator[Case]:
         yield f"bf16: {name}", partial(mixed_precision, world, settings, "bf16")
         yield f"buffers: {name}", partial(buffers_of_rank_0, world, settings)
     yield "mixed steps", partial(mixed_steps, world, kinds["stage 2"])
+    yield "timeout", partial(keeps_our_timeout, world, kinds["stage 1"])
 
 
 def training_cases(world: int, name: str, settings: dict[str, Any], folder: Path) -> Iterator[Case]:

@@ -1,0 +1,181 @@
+"""The gradient noise scale in training: is it right where it is known, and what does measuring it cost?
+
+python benchmarks/noise.py                 # real jobs on a quadratic whose noise scale is known
+python benchmarks/noise.py cost            # updates with and without measuring, alternating in one process per rank
+python benchmarks/noise.py cost recipe=mlp batch.per_device=8 batch.accumulation=4 --workers 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+QUADRATIC = [
+    *("recipe=own", "recipe._target_=quadratic.Quadratic", "recipe.trust=[quadratic]", "sink=[]", "lr.base=1e-12"),
+    *("lr.base_batch=64", "batch.global=64", "train.duration=19200sp", "train.validate_every=null"),
+    *("optimizer=sgd", "schedule=constant", "schedule.warmup=0sp", "checkpoint.every=null"),
+]
+LAYOUTS = {
+    "1 worker, 2 micro-batches": ["launch.workers=1", "batch.per_device=32"],
+    "1 worker, 5 micro-batches of 12 and 13": ["launch.workers=1", "batch.per_device=13"],
+    "2 workers": ["launch.workers=2", "batch.per_device=32"],
+    "3 workers, 22, 21 and 21 samples": ["launch.workers=3", "batch.per_device=22"],
+    "2 workers, fsdp, 2 x 2 micro-batches": ["launch.workers=2", "batch.per_device=16", "strategy=fsdp"],
+}
+
+
+def known(noises: list[float], seeds: int) -> None:
+    """The estimate after 300 updates, and how often the interval of a row covers the truth."""
+    for layout, overrides in LAYOUTS.items():
+        for noise in noises:
+            found = [job(noise, seed, overrides) for seed in range(seeds)]
+            every = [interval(row) for rows in found for row in rows[20:]]
+            covered = sum(low <= noise <= high for low, high in every) / len(every)
+            ends = " ".join(shown(rows[-1]) for rows in found)
+            print(f"{layout:40} phi {noise:g}: {ends}; covered in {covered:.1%} of rows", flush=True)
+
+
+def interval(row: dict[str, Any]) -> tuple[float, float]:
+    return row.get("noise/scale_low", 0.0), row.get("noise/scale_high", math.inf)
+
+
+def shown(row: dict[str, Any]) -> str:
+    low, high = interval(row)
+    return f"{row.get('noise/scale', math.nan):.3g} ({low:.3g}-{high:.3g})"
+
+
+def job(noise: float, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [sys.executable, "-m", "launcher", *QUADRATIC, *overrides, f"run.dir={folder}/run", f"seed={seed}"]
+        argv += [f"+recipe.noise={noise}", f"+recipe.points_seed={seed}"]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+        done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
+        return [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def cost(overrides: list[str], workers: int) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, str(HERE / "noise.py"), "rank", *overrides], env=env, check=True)
+
+
+def rank(overrides: list[str], pairs: int = 150, warm_up: int = 10) -> None:
+    """Updates in pairs, one that measures and one that does not; which of them is first alternates."""
+    import torch
+    import torch.distributed as dist
+
+    from launcher import recipe as recipes
+    from launcher.assembly import assemble, open_data
+    from launcher.config import resolve
+    from launcher.study import study
+    from launcher.topology import Topology
+
+    run, topology = resolve(["sink=[]", *overrides]).run, Topology.of(os.environ)
+    assert topology is not None
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    recipe = recipes.build(run.recipe)
+    sizes = recipes.sizes(recipe)
+    parts = assemble(recipe, run, topology, torch.device("cpu"), open_data(recipe, run, sizes))
+    plan = study(run, sizes, topology.world).plan
+    update = updater(parts, plan, topology.rank)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for index in range(2 * (pairs + warm_up)):
+        measured = (index % 2 == 0) != (index // 2 % 2 == 0)
+        with_s = update(measured)
+        if index >= 2 * warm_up:
+            times[measured].append(with_s)
+    if topology.rank == 0:
+        told(times, plan.global_batch)
+    dist.barrier()
+
+
+def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
+    """One update on samples that stay the same; the seconds it takes."""
+    import torch.distributed as dist
+    from torch.utils.data import default_collate
+
+    from launcher.strategies import ddp, gauge
+
+    sizes = plan.micro_batches(rank)
+    batches = [default_collate([parts.train_data[index] for index in range(size)]) for size in sizes]
+    replica, listener, norms = parts.replica, parts.replica._listener, gauge.norms
+
+    def update(measured: bool) -> float:
+        ddp.norms = norms if measured else lambda _: []  # type: ignore[attr-defined]
+        replica._listener = listener if measured else None
+        if listener is not None and not measured:
+            listener.on = False
+        dist.barrier()
+        start_s = time.perf_counter()
+        for index, batch in enumerate(batches):
+            with replica.micro(last=index == len(batches) - 1, pad=False, place=rank):
+                loss = parts.recipe.loss(replica.model, batch)
+                replica.backward(loss.total, plan.global_batch, float(loss.count) if measured else 0.0)
+        ddp.norms = norms  # type: ignore[attr-defined]
+        replica.step(1e-4, None, 1.0, None)
+        return time.perf_counter() - start_s
+
+    return update
+
+
+def told(times: dict[bool, list[float]], batch: int) -> None:
+    differences = [one - other for one, other in zip(times[True], times[False], strict=True)]
+    without_ms, more_ms = statistics.median(times[False]) * 1e3, statistics.median(differences) * 1e3
+    error_ms = 1.25 * statistics.stdev(differences) / len(differences) ** 0.5 * 1e3
+    host_ms = estimate_s(batch) * 1e3
+    print(
+        f"an update {without_ms:.2f} ms; measuring {more_ms:+.3f} +- {error_ms:.3f} ms; the estimate {host_ms:.3f} ms; "
+        f"together {(more_ms + host_ms) / without_ms:+.2%}"
+    )
+
+
+def estimate_s(batch: int, updates: int = 2000) -> float:
+    """Seconds per update for the estimate and the row's values, the window full."""
+    import random
+
+    from launcher.noise import NoiseScale
+
+    noise, draw = NoiseScale(population=50_000), random.Random(0)
+    start_s = 0.0
+    for index in range(updates + 500):
+        if index == 500:
+            start_s = time.perf_counter()
+        noise = noise.update([batch / 2] * 2, [2 + draw.random()] * 2, 1 + draw.random(), batch)
+        noise.values(batch, batch)
+    return (time.perf_counter() - start_s) / updates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", nargs="?", default="known", choices=["known", "cost", "rank"])
+    parser.add_argument("overrides", nargs="*", default=[])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--noises", type=float, nargs="+", default=[10.0, 100.0])
+    parser.add_argument("--seeds", type=int, default=3)
+    options, more = parser.parse_known_args()
+    overrides = [*options.overrides, *more]
+    if options.what == "known":
+        known(options.noises, options.seeds)
+    else:
+        {"cost": lambda: cost(overrides, options.workers), "rank": lambda: rank(overrides)}[options.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from launcher.errors import RequestError
 from launcher.rules import far_of, rule_of
 from launcher.scaling import Choice, Measured, UpdateModel, Workload, choose, fit_updates
 from launcher.settings import Run
+from launcher.sinks.text import rate
 
 __all__ = ["Bounds", "Chooser", "Fixed", "Goodput", "Profile", "bounds_of", "chosen", "said"]
 
@@ -267,5 +268,5 @@ def said(choice: Choice, noise: float | None) -> str:
         return f"goodput: the noise scale is unknown, so the base batch, as {form} per worker"
     return (
         f"goodput: at a noise scale of {noise:.3g} samples {form} per worker are worth most per second, "
-        f"{choice.samples_per_s:.4g} samples/s of {100 * choice.efficiency:.0f} % efficiency"
+        f"{rate(choice.samples_per_s)} samples/s of {100 * choice.efficiency:.0f} % efficiency"
     )

@@ -105,7 +105,7 @@ def plan(args: Sequence[str]) -> int:
 
 def foreseen(run: Run, built: Any) -> int:
     """`plan` under goodput: from what was measured here."""
-    from launcher import outlook, recipe, strategies
+    from launcher import observed, outlook, recipe, strategies
     from launcher.goodput import Chooser, Profile
     from launcher.sinks.text import knows, plain
     from launcher.tune import cache
@@ -120,7 +120,7 @@ def foreseen(run: Run, built: Any) -> int:
         )
     profile = Profile.of((one.found for one in found), every_micro=strategies.even(run))
     chooser = Chooser(profile, run, sizes.train)
-    document = outlook.outlook(chooser, sizes, outlook.noise_of(run), outlook.measured_text(found))
+    document = outlook.outlook(chooser, sizes, observed.noise_of(run), outlook.measured_text(found))
     written = json.dumps(document) if run.format == "json" else outlook.outlook_text(document).rstrip()
     print(written if knows(sys.stdout, written) else plain(written, sys.stdout))
     return EXIT_OK

@@ -18,7 +18,8 @@ from launcher.config import compose
 from launcher.errors import RequestError
 from launcher.goodput import Bounds, Chooser, Profile, bounds_of, said
 from launcher.noise import efficiency
-from launcher.outlook import Noise, noise_of, outlook, outlook_text
+from launcher.observed import Noise, noise_of
+from launcher.outlook import outlook, outlook_text
 from launcher.scaling import best_batch
 from launcher.settings import BatchSettings, LrSettings, PlanSettings, Run
 from launcher.study import Sizes, study

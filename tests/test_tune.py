@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import RequestError
+from launcher.observed import Noise
 from launcher.settings import Run, TuneSettings
 from launcher.study import Sizes, study
 from launcher.tune.document import document
@@ -23,6 +24,7 @@ from launcher.tune.page import page
 from launcher.tune.search import between, first, grown, largest_next, refined
 from launcher.tune.session import check, largest
 from launcher.tune.words import text
+from launcher.tune.worth import worth
 
 # --- out of memory ------------------------------------------------------------------------------------------------
 
@@ -230,6 +232,25 @@ def test_text_fits_the_screen_and_marks_what_is_recommended() -> None:
     assert max(map(len, shown.splitlines())) <= 80
     assert next(line for line in shown.splitlines() if line.endswith("recommended")).split()[0] == "28"
     assert "An update at 28: forward 65 %" in shown
+
+
+def test_goodput_is_shown_where_the_noise_scale_is_known() -> None:
+    """At the knee of samples/s a batch of 2 x 28; with little noise a smaller one makes more progress."""
+    found = document(ledger(*(visited(*point) for point in TRACE.items())), FACTS)
+    assert worth(found, None, 32) is None
+    noise = Noise(20.0, 10.0, 40.0, "a run of a name that is as long as names can be, and then some")
+    worths = worth(found, noise, 32)
+    assert worths is not None
+    for point, one in zip(found["points"], worths["points"], strict=True):
+        batch = 2 * point["per_device"]
+        assert one["efficiency"] == pytest.approx((20 + 32) / (20 + batch))
+        assert one["goodput"] == pytest.approx(point["samples_per_s"] * (20 + 32) / (20 + batch))
+        assert one["low"] < one["goodput"] < one["high"]
+    assert worths["best"] == max(worths["points"], key=lambda one: one["goodput"])["per_device"] < found["knee"]
+    shown = text({**found, "goodput": worths})
+    assert max(map(len, shown.splitlines())) <= 80
+    assert next(line for line in shown.splitlines() if line.endswith("most progress")).split()[0] == str(worths["best"])
+    assert page({**found, "goodput": worths}).count("<svg") == 4
 
 
 def test_the_page_needs_nothing_but_itself_and_escapes() -> None:

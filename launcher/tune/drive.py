@@ -21,11 +21,13 @@ from launcher.durable import private_folder, write_whole
 from launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import from_mapping, to_mapping
 from launcher.launch import command, in_memory, killed, tell, unmeasured, workers_of
+from launcher.observed import noise_of
 from launcher.process import children, die_with_parent
 from launcher.settings import Run
 from launcher.sinks.text import knows, plain
 from launcher.topology import Topology
 from launcher.tune.auto import Unmeasured, stood_in
+from launcher.tune.worth import worth
 
 __all__ = [
     "LOST",
@@ -53,6 +55,7 @@ def drive(run: Run) -> int:
     from launcher.study import study
 
     workers, run = workers_of(run), stood_in(run)
+    noise_of(run)  # refused now rather than after measuring
     study(run, recipes.sizes(recipes.build(run.recipe)), workers)
     if run.launch.dry:
         print(command(run, workers, Path("HANDOVER.json"), Path("FAILURES.json"), "probe").line())
@@ -146,6 +149,7 @@ def shown(found: Mapping[str, Any], run: Run) -> None:
     """On stdout as a table or as one JSON document, and where `tune.out` says into files."""
     for line in found["said"]:
         tell(f"note: {line}")
+    found = {**found, "goodput": worth(found, noise_of(run), run.lr.base_batch)}
     from launcher.tune.page import page
     from launcher.tune.words import text
 

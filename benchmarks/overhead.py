@@ -3,10 +3,12 @@
     python benchmarks/overhead.py                      # the digits resnet at two workers
     python benchmarks/overhead.py --width 64 --updates 80   # updates of 50 ms and more
     python benchmarks/overhead.py --recipe gpt --strategy fsdp
+    python benchmarks/overhead.py --recipe gpt --strategy fsdp --cpu   # CPU time, on a machine that others use as well
 
 Both train the same model on the same data with the same batch; the launcher with everything it does by default (vote,
 stage clock, JSONL, console, wandb offline). Runs alternate, so that drift of the machine favours neither; what is
-printed are medians of ratios within each pair.
+printed are medians of ratios within each pair. CPU time is that of all processes of a job, from a long run less that
+of a short one, so that starting is not in it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -66,6 +71,29 @@ def launched(options: argparse.Namespace, folder: Path, driver: bool) -> tuple[f
     return statistics.fmean(walls), rows[0]["time"] - start
 
 
+def cpu_s(job: Callable[[], object]) -> float:
+    """The CPU time of the processes that `job` starts and waits for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    job()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def cpu_times(options: argparse.Namespace) -> None:
+    ratios = []
+    for _ in range(options.pairs):
+        per_update_ms = []
+        for job in (plain, partial(launched, driver=False)):
+            with tempfile.TemporaryDirectory() as name:
+                lengths = (options.skip + 2, options.skip + 2 + options.updates)
+                sizes = [argparse.Namespace(**{**vars(options), "updates": length}) for length in lengths]
+                short_s, long_s = (cpu_s(partial(job, one, Path(name))) for one in sizes)
+            per_update_ms.append((long_s - short_s) / options.updates * 1e3)
+        ratios.append(per_update_ms[1] / per_update_ms[0])
+        print(f"CPU ms per update: plain {per_update_ms[0]:.1f}, launcher {per_update_ms[1]:.1f}: {ratios[-1]:.3f}")
+    print(f"median {statistics.median(ratios):.3f}")
+
+
 def run(argv: list[str], folder: Path) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
@@ -73,18 +101,7 @@ def run(argv: list[str], folder: Path) -> None:
         sys.exit(f"{' '.join(argv)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--recipe", default="resnet")
-    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp", "deepspeed"])
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--per-device", type=int, default=64)
-    parser.add_argument("--updates", type=int, default=250)
-    parser.add_argument("--skip", type=int, default=30)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+def wall_times(options: argparse.Namespace) -> None:
     kinds = ("throughput", "throughput, driver", "first update", "first update, driver")
     ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
     seconds: list[tuple[float, ...]] = []
@@ -103,6 +120,22 @@ def main() -> None:
         print(f"{name:24} median {statistics.median(column):8.2f}   {' '.join(f'{v:.2f}' for v in column)}")
     for name, values in ratios.items():
         print(f"{name:24} median {statistics.median(values):8.3f}   {' '.join(f'{v:.3f}' for v in values)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--recipe", default="resnet")
+    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp", "deepspeed"])
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--per-device", type=int, default=64)
+    parser.add_argument("--updates", type=int, default=250)
+    parser.add_argument("--skip", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    (cpu_times if options.cpu else wall_times)(options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ __all__ = ["STAGE_WORDS", "advice"]
 #: A stage with less of the wall time is not worth a word, unless it is the largest.
 WORTH = 0.15
 BUSY = 0.7
+#: Shares of its time that loading computes: from here on decoding limits; down from here storage does.
+COMPUTES, WAITS = 0.7, 0.4
+#: Pages read from a disk per update: a machine with room reads none once it is warm.
+THRASHES = 1.0
 APART = 0.15
 
 STAGE_WORDS = {
@@ -56,7 +60,23 @@ def _percent(share: float) -> str:
 def _data(run: Profile) -> Iterator[str]:
     yield (
         f"{figure(run.stages['data'])} ms of every update pass waiting for data; without them it would be up to "
-        f"{_without(run, 'data')} samples/s: raise data.workers, and see data.source=synthetic for what the rest can do"
+        f"{_without(run, 'data')} samples/s: {_loaders(run.loader_cpu)}, and see data.source=synthetic for what the "
+        f"rest can do"
+    )
+
+
+def _loaders(busy: float | None) -> str:
+    """What keeps the loaders: computing, or their storage."""
+    if busy is None or WAITS < busy < COMPUTES:
+        return "raise data.workers"
+    if busy >= COMPUTES:
+        return (
+            f"loading computes for {_percent(busy)} of its time (decoding, augmenting), so raise data.workers, one per "
+            f"free core, or prepare the data beforehand"
+        )
+    return (
+        f"loading computes for {_percent(busy)} of its time and waits for its storage otherwise: a disk of the "
+        f"machine's own or fewer and larger files help, and more data.workers that wait at the same time"
     )
 
 
@@ -139,6 +159,11 @@ def _memory(run: Profile) -> Iterator[str]:
         yield (
             f"the device's allocator ran short {count(run.alloc_retries)} times and had to start over: memory is full; "
             f"lower batch.per_device, with batch.accumulation for the same batch"
+        )
+    if run.major_faults >= THRASHES:
+        yield (
+            f"every update reads {count(run.major_faults)} pages from a disk: the machine's memory is full, or data is "
+            f"read through mmap; lower batch.per_device, or ask for more memory"
         )
 
 

@@ -10,8 +10,9 @@ import hashlib
 import random
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils.data.dataloader import default_collate
 
 from launcher.errors import RequestError
 from launcher.order import Order
-from launcher.process import die_with_parent
+from launcher.process import cpu_s, die_with_parent
 from launcher.settings import DataSettings
 from launcher.timeline import Position, Timeline
 
@@ -174,11 +175,46 @@ def transfer(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return batch
 
 
+class Loading:
+    """How busy loading keeps a processor: those of the loader processes, or this thread's while it loads itself.
+
+    A loader that computes (decodes, augments) has a share near 1, one that waits for its storage a share near 0.
+    """
+
+    def __init__(self, processes: Sequence[int] = ()) -> None:
+        self._processes = tuple(processes)
+        self._cpu_s = self._wall_s = 0.0
+        self._told = self._spent()
+
+    def __enter__(self) -> None:
+        self._wall_s -= time.perf_counter()
+        self._cpu_s -= time.thread_time()
+
+    def __exit__(self, *_: object) -> None:
+        self._wall_s += time.perf_counter()
+        self._cpu_s += time.thread_time()
+
+    def share(self) -> float | None:
+        """CPU time over the time there was, since it was last asked; None where nothing was loaded or is known."""
+        before, self._told = self._told, self._spent()
+        if before is None or self._told is None or self._told[1] <= before[1]:
+            return None
+        return min(1.0, max(0.0, (self._told[0] - before[0]) / (self._told[1] - before[1])))
+
+    def _spent(self) -> tuple[float, float] | None:
+        if not self._processes:
+            return self._cpu_s, self._wall_s
+        each = [cpu_s(process) for process in self._processes]
+        known = [seconds for seconds in each if seconds is not None]
+        return (sum(known), time.perf_counter() * len(each)) if len(known) == len(each) else None
+
+
 @dataclass(frozen=True)
 class Feed:
     """This rank's micro-batches in order: `next_batch` waits for data, nothing else."""
 
     batches: Iterator[Any]
+    loading: Loading = field(default_factory=Loading)
 
     def next_batch(self) -> Any:
         """
@@ -186,7 +222,8 @@ class Feed:
             RequestError: a sample cannot be read; it is named.
         """
         try:
-            return next(self.batches)
+            with self.loading:
+                return next(self.batches)
         except RequestError as error:  # a loader process wraps it in its traceback; the reason is the last line
             raise RequestError(str(error).strip().rpartition("RequestError: ")[2]) from error
 
@@ -205,4 +242,5 @@ class Feed:
     ) -> Feed:
         order = SampleOrder(timeline, seed, rank, position)
         batches = loader(AddressedDataset(items, seed), order, data, collate_of(recipe), pin)
-        return cls(iter(batches))
+        loading = iter(batches)
+        return cls(loading, Loading([process.pid for process in getattr(loading, "_workers", ())]))

@@ -14,6 +14,7 @@ from launcher.advice import STAGE_WORDS, advice
 from launcher.errors import RequestError
 from launcher.history import History, Row
 from launcher.noise import student
+from launcher.reached import Reached, sooner, told
 from launcher.sinks.text import count, figure, one_line, rate
 from launcher.stages import STAGES
 
@@ -47,12 +48,15 @@ class Profile:
     gaps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     slow_rank: int | None = None
     utilization: float | None = None
+    loader_cpu: float | None = None
     alloc_retries: int = 0
+    major_faults: float = 0.0
     noise: float | None = None
     loss: tuple[float, float] | None = None
     recovery_s: float = 0.0
     lost_samples: float = 0.0
     worlds: tuple[tuple[int, float], ...] = ()
+    reached: Reached | None = None
 
     @property
     def wall_ms(self) -> float:
@@ -103,6 +107,7 @@ def profile(run: History) -> Profile:
         spread=_spread(timed),
         stages=stages,
         worlds=_worlds(timed),
+        reached=Reached.of(run.folder),
         **_beside(run, [span.row for span in timed]),
     )
 
@@ -145,6 +150,7 @@ def compared(a: Profile, b: Profile) -> dict[str, Any]:
         "grew_ms_per_sample": grown[grew],
         "within_spread": within,
         **_scaling(a, b),
+        **sooner(a.reached, b.reached),
         "runs": {"A": explained(a), "B": explained(b)},
     }
 
@@ -159,6 +165,8 @@ def text(document: Mapping[str, Any]) -> str:
         lines += [
             f"Scaling efficiency: {_percent(document['scaling_efficiency'])} of the samples/s per worker is kept."
         ]
+    if "target" in document:
+        lines += textwrap.wrap(told(document["target"]), _WIDTH, break_on_hyphens=False)
     if document["advice"]:
         lines += ["", f"To try{' in ' + _slower(document) if 'runs' in document else ''}:"]
     for line in document["advice"]:
@@ -211,17 +219,29 @@ def _beside(run: History, rows: Sequence[Row]) -> dict[str, Any]:
     later = rows[len(rows) // 2 :]
     retries = [row["memory/alloc_retries"] for row in rows if "memory/alloc_retries" in row]
     busy = [row["device/utilization"] for row in rows if "device/utilization" in row]
+    loading = [row["data/loader_cpu"] for row in rows if "data/loader_cpu" in row]
     losses = [row["train/loss"] for row in later if "train/loss" in row]
     return {
         "gaps": _gaps(rows),
         "slow_rank": _slow_rank(rows),
         "utilization": fmean(busy) if busy else None,
+        "loader_cpu": fmean(loading) if loading else None,
         "alloc_retries": int(retries[-1] - retries[0]) if retries else 0,
+        "major_faults": _faults(rows),
         "noise": _noise(later),
         "loss": (fmean(losses), stdev(losses)) if len(losses) > 2 else None,
         "recovery_s": sum(row.get("elastic/recovery_s", 0.0) for row in run.all_rows),
         "lost_samples": sum(row.get("elastic/lost_samples", 0.0) for row in run.all_rows),
     }
+
+
+def _faults(rows: Sequence[Row]) -> float:
+    """Pages read from a disk per update; the count begins anew with each process."""
+    known = [row for row in rows if "memory/major_faults" in row]
+    starts = [list(part) for _, part in groupby(known, key=lambda row: row.get("generation"))]
+    pages = sum(part[-1]["memory/major_faults"] - part[0]["memory/major_faults"] for part in starts)
+    updates = sum(part[-1]["update"] - part[0]["update"] for part in starts)
+    return pages / updates if updates else 0.0
 
 
 def _gaps(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:

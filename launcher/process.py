@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-__all__ = ["catches", "children", "die_with_parent", "runs", "siblings_state", "started_at"]
+__all__ = ["catches", "children", "cpu_s", "die_with_parent", "runs", "siblings_state", "started_at"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -36,28 +36,34 @@ def children(pid: int) -> list[int]:
 
 def started_at(pid: int) -> int | None:
     """When a process was started, in clock ticks since boot: with its pid it names a process for good."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(text.rpartition(")")[2].split()[19])
+    known = stat(pid)
+    return None if known is None else int(known[19])
+
+
+def cpu_s(pid: int) -> float | None:
+    """The CPU time that a process has taken so far, to 10 ms; None where it is gone."""
+    known = stat(pid)
+    return None if known is None else (int(known[11]) + int(known[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def runs(pid: int) -> bool:
     """Whether a process is there and has not ended: one that nobody waited for stays as a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
+    known = stat(pid)
+    return known is not None and known[0] not in ("Z", "X")
 
 
 def siblings_state(pid: int) -> str | None:
     """The kernel's letter for the state of a child of our parent (T: stopped, Z: dead); None where it is gone."""
+    known = stat(pid)
+    return None if known is None or int(known[1]) != os.getppid() else known[0]
+
+
+def stat(pid: int) -> list[str] | None:
+    """What the kernel tells of a process, from its state on (proc(5): stat from its field 3); None if it is gone."""
     try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return state if int(parent) == os.getppid() else None
 
 
 def catches(pid: int, number: int) -> bool:

@@ -253,18 +253,19 @@ def job_of(
 ) -> Job:
     settings = plan.run
     parts.clock.listen(heart.waits)
+    feed = parts.feed(plan, topology, standing.position)
     return Job(
         study=plan,
         topology=topology,
         recipe=parts.recipe,
         replica=parts.replica,
         precision=parts.precision,
-        feed=parts.feed(plan, topology, standing.position),
+        feed=feed,
         validation=parts.validation(plan, topology),
         vote=Vote(topology.world, settings.launch.timeout_s),
         clock=parts.clock,
         recorder=recorder,
-        meter=Meter(parts.device, threads, before_s=standing.seconds),
+        meter=Meter(parts.device, threads, before_s=standing.seconds, loading=feed.loading.share),
         saver=saver,
         wishes=wishes,
         balance=balancer_of(plan),
@@ -319,10 +320,11 @@ def replanned(job: Job, standing: Standing) -> tuple[Job, Standing]:
 
 def going_on(job: Job, parts: Parts, standing: Standing) -> Job:
     """The same job by its plan; the loader begins anew at the position."""
+    feed = parts.feed(job.study, job.topology, standing.position)
     return replace(
         job,
-        feed=parts.feed(job.study, job.topology, standing.position),
-        meter=Meter(job.meter.device, job.meter.threads, before_s=job.meter.seconds()),
+        feed=feed,
+        meter=Meter(job.meter.device, job.meter.threads, job.meter.seconds(), feed.loading.share),
         balance=balancer_of(job.study),
     )
 

@@ -155,12 +155,18 @@ class Meter:
     SAMPLE_EVERY_S = 0.5
 
     def __init__(
-        self, device: torch.device, threads: int, before_s: float = 0.0, clock: Callable[[], float] = time.monotonic
+        self,
+        device: torch.device,
+        threads: int,
+        before_s: float = 0.0,
+        loading: Callable[[], float | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device = device
         self.threads = threads
         self._clock = clock
         self._before_s = before_s
+        self._loading = loading
         self._values: dict[str, float] = {}
         self.start()
 
@@ -185,14 +191,17 @@ class Meter:
             busy_s = time.process_time()
             share = utilization(self.device, busy_s - self._busy_s, now - self._sampled, self.threads)
             self._sampled, self._busy_s = now, busy_s
-            self._values = memory(self.device) | ({} if share is None else {"device/utilization": share})
+            beside = {"device/utilization": share, "data/loader_cpu": self._loading()}
+            self._values = memory(self.device) | {key: value for key, value in beside.items() if value is not None}
         return self._values
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Peak on the device and how often its allocator had to retry; on a CPU what the process has resident."""
+    """Peak on the device and how often its allocator had to retry; on a CPU the most that the process had resident,
+    and how often it had to read a page from a disk."""
     if device.type != "cuda":
-        return {"memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {"memory/peak_bytes": usage.ru_maxrss * 1024, "memory/major_faults": usage.ru_majflt}
     stats = torch.cuda.memory_stats(device)
     return {
         "memory/peak_bytes": stats.get("allocated_bytes.all.peak", 0),

@@ -256,3 +256,44 @@ def test_explaining_needs_no_torch(tmp_path: Path) -> None:
     code = f"import sys; from launcher.__main__ import main; main(['explain', {str(folder)!r}]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "hydra", "numpy", "yaml"} & set(done.stdout.split())
+
+
+# --- what loading waits for, memory, and targets --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("busy", "words"), [(0.9, "computes for 90 %"), (0.1, "waits for its storage"), (0.55, "raise data.workers, and")]
+)
+def test_a_run_that_waits_for_data_hears_whether_decoding_or_storage_limits(
+    tmp_path: Path, busy: float, words: str
+) -> None:
+    document = asked(run(tmp_path / "run", SLOW_DATA, data__loader_cpu=busy))
+    assert words in about(document, "waiting for data")
+
+
+def test_pages_read_from_a_disk_in_every_update_mean_that_memory_is_full(tmp_path: Path) -> None:
+    rows = [row(update, memory__major_faults=7 * update) for update in range(1, 61)]
+    assert "reads 7 pages" in about(asked(write(tmp_path / "thrashes", rows)), "from a disk")
+    rows = [row(update, memory__major_faults=900) for update in range(1, 61)]
+    assert not [line for line in asked(write(tmp_path / "warm", rows))["advice"] if "disk" in line]
+
+
+def test_the_run_that_met_the_target_sooner_is_named_and_why(tmp_path: Path) -> None:
+    """B has twice the samples/s and needs three times the samples: A is there in two thirds of the time."""
+    for name, seconds, samples in (("a", 20.0, 10_000), ("b", 30.0, 30_000)):
+        run(tmp_path / name)
+        target = {"metric": "val/accuracy", "value": 0.95, "samples": samples, "update": samples // 50}
+        done = {"samples": samples, "updates": 0, "seconds": seconds, "target": {**target, "seconds": seconds}}
+        (tmp_path / name / "done.json").write_text(json.dumps(done))
+    found = against(tmp_path / "a", tmp_path / "b")
+    assert found["target"]["sooner"] == "A"
+    assert found["target"]["ratio"] == pytest.approx(1.5)
+    assert found["target"]["throughput_ratio"] == pytest.approx(0.5)
+    assert found["target"]["samples_ratio"] == pytest.approx(3.0)
+    said = text(found)
+    assert "A reached val/accuracy 0.95 sooner: in 20 s, 10,000 samples and 200 updates" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_without_a_common_target_nothing_is_said_of_it(tmp_path: Path) -> None:
+    assert "target" not in against(run(tmp_path / "a"), run(tmp_path / "b"))

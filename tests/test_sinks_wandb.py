@@ -21,12 +21,12 @@ from launcher.reading import Reading
 from launcher.sinks.thin import Thinner
 from launcher.sinks.wandb import answers
 
-pytestmark = pytest.mark.slow  # a real wandb service is started
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # a real wandb service is started
 
 NOWHERE = "http://127.0.0.1:9"
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
-#: argv: the run folder, the first update, the last; then it waits for a line on stdin and closes.
+#: argv: the run folder, the first update, the last, the last event; then it waits for a line on stdin and closes.
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -42,7 +42,7 @@ journal.event("start", world=2)
 for update in range(first, last + 1):
     values = {"train/loss": 1 / update, "stage/data/ms": 1.5, "stage/data/share": 0.1, "stage/data/samples_per_s": 9.0}
     journal.reading(Reading(1000.0 + update, 64 * update, update, 0, 2, 1, values))
-journal.event("done", samples=64 * last)
+journal.event(sys.argv[4], samples=64 * last)
 sys.stdin.readline()
 start = time.monotonic()
 journal.close()
@@ -50,14 +50,14 @@ print(time.monotonic() - start, flush=True)
 """
 
 
-def start(folder: Path, first: int, last: int, env: Mapping[str, str]) -> subprocess.Popen[str]:
+def start(folder: Path, first: int, last: int, env: Mapping[str, str], ends: str = "done") -> subprocess.Popen[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
     folder.mkdir(exist_ok=True)
     source = str(Path(__file__).parent.parent)
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(first), str(last)],
+        [sys.executable, "-c", PROGRAM, str(folder), str(first), str(last), ends],
         env={**clean, "HOME": str(home), "PYTHONPATH": source, **env},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -120,6 +120,14 @@ def test_a_restart_goes_on_with_the_same_run_and_later_steps(tmp_path: Path) -> 
     assert sorted(found, key=lambda one: one[1]) == [("run1234", [1, 2, 3, 4, 5]), ("run1234", [6, 7, 8, 9])]
 
 
+@pytest.mark.parametrize(("ends", "code"), [("done", 0), ("preempt", 0), ("error", 1), ("alarm", 1)])
+def test_a_run_whose_other_rank_died_has_not_finished(tmp_path: Path, ends: str, code: int) -> None:
+    process = start(tmp_path / "run", 1, 2, {}, ends)
+    process.communicate("close\n", timeout=60)
+    [written] = files(tmp_path / "run")
+    assert wandb_file.exit_code(written) == code
+
+
 def test_wandb_mode_is_obeyed(tmp_path: Path) -> None:
     _, said = run(tmp_path / "off", 1, 3, WANDB_MODE="disabled")
     assert said == []
@@ -153,8 +161,11 @@ def test_a_key_that_cannot_be_one_is_named_and_never_shown(tmp_path: Path) -> No
 
 def test_a_server_that_answers_gets_everything_before_the_end(tmp_path: Path) -> None:
     with serving() as server:
-        _, said = run(tmp_path / "run", 1, 20, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
-        assert said == [f"wandb: {server.url}/someone/launcher/runs/run1234"]
+        process = start(tmp_path / "run", 1, 20, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url})
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"wandb: {server.url}/someone/launcher/runs/run1234\n"
+        _, more = process.communicate("close\n", timeout=60)
+        assert not more
         assert updates(server.rows()) == list(range(1, 21))
         assert server.streamed[-1]["complete"] is True
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+import time
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.batch import BatchPlan
+from launcher.data import Loading
+from launcher.process import cpu_s
 from launcher.reading import Reading
 from launcher.record import Finished, Recorder, stage_values
 from launcher.stages import STAGES
@@ -166,3 +173,35 @@ def test_a_tail_stays_out_of_the_throughput() -> None:
     rows = recorded([{"losses": [(1.0, 6), (1.0, 4)]}, {"losses": [(1.0, 2), (1.0, 1)], "tail": 3, "wall_s": 0.9}])
     assert "throughput/samples_per_s" in rows[0].values
     assert "throughput/samples_per_s" not in rows[1].values
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loader_that_computes_has_a_share_near_1_and_one_that_waits_near_0() -> None:
+    loading = Loading()
+    assert loading.share() is None, "nothing was loaded"
+    with loading:
+        end_s = time.thread_time() + 0.05
+        while time.thread_time() < end_s:
+            pass
+    computed = loading.share()
+    with loading:
+        threading.Event().wait(0.1)
+    waited = loading.share()
+    assert computed is not None
+    assert waited is not None
+    assert waited < 0.3 < computed
+
+
+def test_loader_processes_are_looked_at_from_outside_and_may_be_gone() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    loading = Loading([busy.pid])
+    while (cpu_s(busy.pid) or 0.0) < 0.2:
+        os.sched_yield()
+    share = loading.share()
+    busy.kill()
+    busy.wait()
+    assert share is not None
+    assert share > 0.1
+    assert loading.share() is None

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.scaling import Measured, UpdateModel, Workload, best_batch, choose, fit_updates
@@ -241,11 +241,11 @@ def test_one_size_of_micro_batch_is_too_few() -> None:
 # --- the batch that is worth most per second ----------------------------------------------------------------------
 
 
-@given(st.floats(1e-3, 1.0), st.floats(1e-5, 1e-2), st.floats(10, 1e5))
-def test_the_best_batch_is_the_root_of_noise_times_constant_over_slope(c0: float, c1: float, noise: float) -> None:
-    root = best_batch(noise, c0, c1)
-    assume(2 <= root <= 500)
-    chosen = choose(machine(alpha=c0, beta=c1), 1, noise, 32, cap=1000, max_global=1000)
+@given(root=st.floats(2, 100), c1=st.floats(1e-5, 1e-2), noise=st.floats(10, 1e5))
+def test_the_best_batch_is_the_root_of_noise_times_constant_over_slope(root: float, c1: float, noise: float) -> None:
+    c0 = root**2 * c1 / noise
+    assert best_batch(noise, c0, c1) == pytest.approx(root)
+    chosen = choose(machine(alpha=c0, beta=c1), 1, noise, 32, cap=200, max_global=200)
     assert abs(chosen.global_batch - root) <= 1
     assert chosen.accumulation == 1
 

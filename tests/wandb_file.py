@@ -44,6 +44,11 @@ def summary(path: Path) -> dict[str, Any]:
     return found
 
 
+def exit_code(path: Path) -> int:
+    """What wandb was told of the run's end: it shows anything but 0 as failed."""
+    return next(int(record.exit.exit_code) for record in records(path) if record.HasField("exit"))
+
+
 def _chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
     position = HEADER_BYTES
     while position + HEADER_BYTES <= len(data):

@@ -188,7 +188,8 @@ class Wandb:
 
     def _finish(self) -> None:
         try:
-            self._run.finish(exit_code=1 if "error" in self._events else 0)
+            ended = self._events.keys() & {"done", "preempt"}  # neither, where another rank has died
+            self._run.finish(exit_code=0 if ended else 1)
         except TimeoutError:
             self._say(f"wandb: the upload takes too long; the rest later: {self._sync('')}")
 

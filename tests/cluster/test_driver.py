@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from jobs import alive, descendants, environment, rows, training, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
 
 JOB = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
 LONG = [*JOB, "lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]

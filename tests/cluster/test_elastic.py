@@ -146,7 +146,7 @@ def test_nodes_join_and_are_lost_and_training_goes_on(
     assert {row["batch/global"] for row in found} == {50}
     worlds = [(event["from"]["world"], event["to"]["world"]) for event in events(run_dir, "resize")]
     assert worlds[-2:] == [(2, 3), (3, 2)]
-    assert [path.name for path in run_dir.parent.iterdir()] == ["x"]
+    assert [path.name for path in run_dir.parent.glob("x*")] == ["x"]
     starts = len(events(run_dir, "start"))
     assert int((run_dir / "restarts").read_text()) == starts - 1
     assert not (run_dir / "done.json").exists()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from jobs import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 RECIPE = ("recipe=mlp", "train.duration=60ba", "train.validate_every=60ba", "sink=console", "launch.workers=2")
 

@@ -10,7 +10,7 @@ import pytest
 from jobs import events, furthest, rows
 from test_main_job import HELD, RECIPE, TORCHRUN, driven, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
 
 TWO = [*HELD, "launch.workers=2", "+recipe.drop=0.3"]
 FOUND_S = 6.0

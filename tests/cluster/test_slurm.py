@@ -18,7 +18,7 @@ from launcher.config import quoted
 from launcher.slurm import BODY
 from slurm import Slurm
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 LONG = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba"]

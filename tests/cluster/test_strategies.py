@@ -18,7 +18,7 @@ from test_main_job import driven, here  # noqa: F401 (a fixture)
 from launcher.checkpoint import load
 from launcher.manifest import Found, newest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("strategies")]
 
 #: Odd sizes that nothing divides and two parameter groups; each epoch's tail is 2 samples, the last update 34.
 HELD = [

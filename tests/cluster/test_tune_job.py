@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from jobs import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 TWO = ("recipe=mlp", "tune.sizes=[20,45]", "launch.workers=2", "tune.budget_s=1")
 RECIPES = '''

@@ -97,8 +97,8 @@ def _why(goodputs: Mapping[int, float], pays_to: int | None, reach: int) -> str:
     limit = f"nothing is predicted past {reach} workers, twice the most that were measured"
     if pays_to == max(goodputs):
         return f"every worker up to {pays_to} pays; {limit}"
-    share = 100 * goodputs[pays_to] / goodputs[best]
-    return f"past {pays_to} workers more do not pay: {pays_to} have {share:.0f} % of the goodput of {best}; {limit}"
+    share, workers = 100 * goodputs[pays_to] / goodputs[best], "worker" if pays_to == 1 else "workers"
+    return f"past {pays_to} {workers} more do not pay: {share:.0f} % of the goodput of {best} is reached there; {limit}"
 
 
 # --- for a person -------------------------------------------------------------------------------------------------
@@ -118,7 +118,8 @@ def outlook_text(document: Mapping[str, Any]) -> str:
     lines = [f"batch.policy=goodput, {known}", *wrapped("", f"measured: {document['measured']}"), "", HEAD]
     lines += [line for row in document["plans"] for line in _line(row)]
     base = document["lr_base_batch"]
-    explained = f"Time and device hours: to as much progress as train.duration makes at lr.base_batch={base}."
+    explained = f"Time and device hours: to as much progress as train.duration makes at lr.base_batch={base}. "
+    explained += "Each further worker is taken to have a device of its own."
     advised = document["why"][:1].upper() + document["why"][1:]
     lines += ["", *wrapped("", explained), *wrapped("", f"{advised}.")]
     return "\n".join(lines) + "\n"

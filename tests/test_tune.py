@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from launcher.errors import RequestError
 from launcher.observed import Noise
 from launcher.settings import Run, TuneSettings
 from launcher.study import Sizes, study
+from launcher.tune.council import Council
 from launcher.tune.document import document
 from launcher.tune.ledger import Ledger, Visit, speed
 from launcher.tune.memory import allowed_bytes, available_bytes, foreseen_bytes, out_of_memory
@@ -290,3 +293,16 @@ def test_a_wrong_key_is_refused_before_anything_starts(asked: TuneSettings, said
     run = Run(recipe={"_target_": "x"}, optimizer={"_target_": "torch.optim.SGD"}, tune=asked)
     with pytest.raises(RequestError, match=said):
         study(replace(run, lr=replace(run.lr, base=0.1, base_batch=32)), Sizes(1437, 360), 1)
+
+
+def test_rank_0_stays_until_the_others_have_heard_it() -> None:
+    """It may serve the store: gone early, the others would hear nothing."""
+    store = dist.HashStore()
+    one = threading.Thread(target=Council(store, 0, 2).adjourn)
+    one.start()
+    one.join(0.05)
+    assert one.is_alive()
+    Council(store, 1, 2).adjourn()
+    one.join(10)
+    assert not one.is_alive()
+    Council(store, 0, 1).adjourn()

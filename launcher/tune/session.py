@@ -109,12 +109,15 @@ def measured(
     allowed = allowance(ready.device, topology, council)
     looked = council.of_first(looked_up(key, allowed) if look and topology.rank == 0 else None)
     if looked is not None and looked["found"] is not None:
+        council.adjourn()
         return {**looked["found"], "cached": True, "said": looked["said"]}
     rendezvous.join(store, topology, ready.device, run.launch.backend, run.launch.timeout_s)
     found = surveyed(run, ready, council, topology, allowed, earlier, state)
     dist.destroy_process_group()
     said = [] if looked is None else looked["said"]
-    return council.of_first({**found, "cached": False, "said": [*said, *remembered(key, found, topology.rank)]})
+    agreed = council.of_first({**found, "cached": False, "said": [*said, *remembered(key, found, topology.rank)]})
+    council.adjourn()
+    return dict(agreed)
 
 
 def looked_up(key: Mapping[str, Any], allowed: float | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from launcher.arguments import Arguments, Words
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
@@ -90,6 +91,8 @@ def plan(args: Sequence[str]) -> int:
     from launcher import planning, recipe
 
     built = recipe.build(run.recipe)
+    if run.batch.policy == "goodput":
+        return foreseen(run, built)
     document = planning.plan_document(run, recipe.sizes(built), run.plan.worlds)
     if run.plan.memory:  # it needs the model, and so torch
         from launcher.footprint import memory_document
@@ -97,6 +100,29 @@ def plan(args: Sequence[str]) -> int:
 
         document["memory"] = memory_document(weigh(built, run), [row["world"] for row in document["plans"]])
     print(json.dumps(document) if run.format == "json" else planning.plan_table(document))
+    return EXIT_OK
+
+
+def foreseen(run: Run, built: Any) -> int:
+    """`plan` under goodput: from what was measured here."""
+    from launcher import observed, outlook, recipe, strategies
+    from launcher.goodput import Chooser, Profile
+    from launcher.sinks.text import knows, plain
+    from launcher.tune import cache
+
+    sizes = recipe.sizes(built)
+    found = cache.family(run, cache.code_of(built), sizes.train)
+    if isinstance(found, cache.Looked):
+        noted(found.said)
+        raise RequestError(
+            "batch.policy=goodput needs measured update times: type launcher tune with the same words, at 2 workers or "
+            "more for what communication costs"
+        )
+    profile = Profile.of((one.found for one in found), every_micro=strategies.even(run))
+    chooser = Chooser(profile, run, sizes.train)
+    document = outlook.outlook(chooser, sizes, observed.noise_of(run), outlook.measured_text(found))
+    written = json.dumps(document) if run.format == "json" else outlook.outlook_text(document).rstrip()
+    print(written if knows(sys.stdout, written) else plain(written, sys.stdout))
     return EXIT_OK
 
 

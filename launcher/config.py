@@ -345,6 +345,8 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 def settled(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> Composed:
     """The checked run of composed values; a global batch given without a policy selects hold."""
     run = from_mapping(mapping)
+    if run.batch.policy == "goodput":
+        return Composed(check(_left_to_choose(run, parsed)))
     if run.batch.global_batch is None or run.batch.policy != "scale":
         return Composed(check(run))
     size = run.batch.global_batch
@@ -357,6 +359,16 @@ def settled(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> Composed:
     return Composed(
         check(held), (f"batch.global={size} selects batch=hold: the global batch stays at every world size",)
     )
+
+
+def _left_to_choose(run: Run, parsed: Sequence[Override]) -> Run:
+    """Under goodput the numbers that a recipe brings are no request; those on the command line would be."""
+    for override in parsed:
+        name, value = override.key_or_group, _typed(override)
+        if name in ("batch.per_device", "batch.accumulation") and value != "auto":
+            mend = f"type tune.max={value} to stay below" if name == "batch.per_device" else "drop it"
+            raise RequestError(f"{name}={value} does not go with batch=goodput, which chooses it: {mend}")
+    return replace(run, batch=replace(run.batch, per_device="auto", accumulation="auto"))
 
 
 @contextmanager

@@ -19,17 +19,20 @@ from types import FrameType
 from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.gpus import count_gpus
-from launcher.opening import Opened, begin, opened
+from launcher.opening import Opened, begin, opened, path_of
 from launcher.process import catches, children, runs
+from launcher.questions import closed, settled
 from launcher.redact import redact
 from launcher.runfolder import RUNS, RunFolder
 from launcher.settings import Run
 from launcher.signals import handled
 from launcher.sinks.jsonl import add
 from launcher.threads import threads_of
+from launcher.tune import auto
+from launcher.tune.auto import Settled, Unmeasured
 from launcher.worker import Assignment
 
-__all__ = ["Command", "command", "drive", "in_memory", "killed", "tell", "workers_of"]
+__all__ = ["Command", "command", "drive", "in_memory", "killed", "tell", "unmeasured", "workers_of"]
 
 LOOK_EVERY_S = 0.05
 GONE_WITHIN_S = 3.0
@@ -89,7 +92,11 @@ def drive(run: Run) -> int:
         RequestError: the request is wrong; nothing was created.
     """
     workers = workers_of(run)
-    found = opened(run, workers)
+    try:
+        asked = without_questions(run, workers)
+    except Unmeasured as error:
+        return unmeasured(error, run)
+    found = opened(asked.run, workers)
     if found.complete:
         print(found.summary())
         return EXIT_OK
@@ -101,9 +108,9 @@ def drive(run: Run) -> int:
     made = found.folder.create()
     lock = found.folder.lock()
     try:
-        begin(found)
+        begin(found, asked.profile)
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
-            status = Job(found, workers, Path(private)).run()
+            status = Job(found, workers, Path(private), asked).run()
         if status == EXIT_REQUEST and made is not None:
             found.folder.discard(made)  # a wrong request leaves nothing behind, also where only the workers could tell
         return status
@@ -111,15 +118,43 @@ def drive(run: Run) -> int:
         lock.release()
 
 
+def without_questions(run: Run, workers: int) -> Settled:
+    """The run with answers to what it leaves open: its folder's, else those of a kept or a new measurement.
+
+    Raises:
+        RequestError: the request is wrong; nothing was measured.
+        Unmeasured: it could not be measured.
+    """
+    found = closed(run, workers)
+    if found is not None:
+        return found
+    if run.launch.dry:
+        return Settled(auto.stood_in(run))
+    from launcher.tune import drive as tuning
+
+    tell(f"note: {auto.looking(run)}")
+    document = tuning.found(auto.question(run), workers, look=True)
+    return settled(run, document, path_of(run, None, 1))
+
+
+def unmeasured(error: Unmeasured, run: Run) -> int:
+    """Say why, and the exit status."""
+    tell(f"error: {error}")
+    if run.debug and error.trace:
+        tell(error.trace, whole=True)
+    return EXIT_FAILED
+
+
 class Job:
     """One torchrun under way: started, watched, asked to stop, reported on."""
 
-    def __init__(self, found: Opened, workers: int, private: Path) -> None:
+    def __init__(self, found: Opened, workers: int, private: Path, asked: Settled) -> None:
         self._folder: RunFolder = found.folder
         self._run = found.run
         self._first = found.folder.generation() + 1
         self._report = private / "failures.json"
-        assignment = replace(Assignment.of(found, loopback=True), first=self._first)
+        given = Assignment.of(found, loopback=True, why=asked.why, profile=asked.profile)
+        assignment = replace(given, first=self._first)
         self._handover = in_memory(assignment.to_json())
         path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")
         self._command = command(found.run, workers, path, self._report)

@@ -106,6 +106,8 @@ def _check_batch(run: Run) -> None:
             raise RequestError(
                 f"batch.global={batch.global_batch} does not go with batch.policy=bounded: type batch=hold, or drop it"
             )
+    elif batch.policy == "goodput":
+        _check_goodput(run)
     elif bound is not None:
         had = f"{bound}={_value(run, bound)}"
         raise RequestError(f"{had} has no effect under batch.policy={batch.policy}: type batch=bounded, or drop it")
@@ -117,6 +119,20 @@ def _check_batch(run: Run) -> None:
         raise RequestError(
             "batch.policy=hold needs the batch that it holds: type batch.global=256 or batch.global=full"
         )
+
+
+def _check_goodput(run: Run) -> None:
+    """What the policy decides itself, or what would decide against it."""
+    batch = run.batch
+    wrong = {
+        "batch.global": (batch.global_batch is not None, "batch=hold, or drop it"),
+        "batch.ramp": (batch.ramp is not None, "batch=bounded, or drop it"),
+        "elastic.balance": (run.elastic.balance, "elastic.balance=false"),
+    }
+    for key, (refused, mend) in wrong.items():
+        if refused:
+            value = str(_value(run, key)).lower()
+            raise RequestError(f"{key}={value} does not go with batch.policy=goodput: type {mend}")
 
 
 def _check_schedule(run: Run) -> None:
@@ -153,7 +169,7 @@ def _check_exact(run: Run) -> None:
     if shards < 1 or shards & (shards - 1):
         below = 1 << max(shards.bit_length() - 1, 0)
         raise RequestError(f"elastic.shards={shards} is no power of two: type elastic.shards={below} or {2 * below}")
-    if batch.policy == "bounded" or batch.global_batch is None:
+    if batch.policy in ("bounded", "goodput") or batch.global_batch is None:
         raise RequestError(
             f"batch.policy={batch.policy} with elastic.exact=true: the batch has to stay the same at every world size: "
             "type batch.policy=hold batch.global=256"
@@ -186,7 +202,7 @@ def _check_tune(run: Run) -> None:
         raise RequestError(f"tune.sizes={list(sizes)} are no sizes of at least 1: type tune.sizes=[20,45]")
     if sizes is not None and run.tune.max is not None:
         raise RequestError(f"tune.max={run.tune.max} has no meaning beside tune.sizes: leave one of them out")
-    if not 0 < budget_s < math.inf:
+    if budget_s is not None and not 0 < budget_s < math.inf:
         raise RequestError(f"tune.budget_s={budget_s} are no seconds above 0: type tune.budget_s=120")
 
 

@@ -14,6 +14,7 @@ import torch
 from launcher.balance import Balancer, Level
 from launcher.data import Feed, seed_from, transfer
 from launcher.faults import Faults
+from launcher.goodput import Fixed, Goodput
 from launcher.heart import Heart, Still
 from launcher.optim import Precision
 from launcher.profile import profiled
@@ -82,6 +83,7 @@ class Job:
     saver: Saver
     wishes: Wishes
     balance: Balancer | Level = field(default_factory=Level)
+    goodput: Goodput | Fixed = field(default_factory=Fixed)
     faults: Faults = field(default_factory=Faults)
     heart: Heart | Still = field(default_factory=Still)
 
@@ -95,7 +97,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     """Train to the end of the timeline, or until the ranks agree to stop.
 
     Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, to let a node in,
-    or that it is to go on with other shares (`REPLAN`).
+    or that it is to go on with other shares or another batch (`REPLAN`).
 
     Raises:
         TrainingFailed: three updates in a row were not finite.
@@ -135,7 +137,8 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
         spent = (time.time(), job.meter.wall_s())
         beside = job.meter.values() | noise_values(job, standing, update)
         job.recorder.finished(Finished(update, rate.lr, rate.scale, *spent, late, saved, beside, measured))
-        if stop or job.balance.wants:
+        job.goodput.heard(standing.noise.acted)
+        if stop or job.balance.wants or job.goodput.wants:
             break
     if agreed is None:
         return standing, GO_ON

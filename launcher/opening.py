@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -19,7 +20,7 @@ from launcher.strategies import missing
 from launcher.study import Sizes, Study, study
 from launcher.topology import slurm_job
 
-__all__ = ["Opened", "begin", "decided", "opened", "path_of"]
+__all__ = ["Opened", "begin", "decided", "kept", "opened", "path_of"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
         raise RequestError(lacking)
     recipe = recipes.build(run.recipe)
     sizes = recipes.sizes(recipe)
+    run = kept(run, known or path_of(run, run_id, nodes))
     plan = study(run, sizes, world)
     if known is not None:
         asked = Decision(checkpoint=asked_for(run.resume), must=run.resume == "must")
@@ -81,12 +83,20 @@ def decided(run: Run, path: Path) -> tuple[Run, Path, Decision]:
     Raises:
         RequestError: a key that alters what is learned was changed, or there is nothing to resume from.
     """
-    run = placed(run, path)
+    run = kept(placed(run, path), path)
     decision = decide(run.resume, path, configuration(path), flat(from_yaml(to_yaml(run))))
     if decision.fresh and (path / "run.yaml").exists():
         path = beside(path)
         run = placed(run, path)
     return run, path, decision
+
+
+def kept(run: Run, path: Path) -> Run:
+    """Where batch.per_device=auto was answered when the run in `path` began, with that number."""
+    if run.batch.per_device != "auto" or run.resume == "never":
+        return run
+    size = (configuration(path) or {}).get("batch.per_device")
+    return replace(run, batch=replace(run.batch, per_device=size)) if isinstance(size, int) else run
 
 
 def asked_for(resume: str) -> Path | None:
@@ -99,9 +109,14 @@ def is_enough(done: Mapping[str, Any], run: Run, plan: Study) -> bool:
     return plan.duration <= done["samples"] or ("target" in done and run.train.stop_at_target)
 
 
-def begin(found: Opened) -> None:
-    """Write down in the folder, which is ours, what was asked for; a stop that an earlier job was asked for is over."""
+def begin(found: Opened, profile: Mapping[str, Any] | None = None) -> None:
+    """Write down in the folder, which is ours, what was asked for; a stop that an earlier job was asked for is over.
+
+    `profile`: what batch=goodput chooses by.
+    """
     write_whole(found.folder.run_yaml, to_yaml(found.run))
+    if profile is not None:
+        write_whole(found.folder.profile_json, json.dumps(profile) + "\n")
     if not found.knows:
         found.folder.clear_stop()
         found.folder.done_json.unlink(missing_ok=True)  # more is asked for than was done: it is not complete

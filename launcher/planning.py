@@ -14,7 +14,7 @@ from launcher.policies import compared
 from launcher.settings import Run
 from launcher.study import Sizes, Study, study
 
-__all__ = ["plan_document", "plan_table"]
+__all__ = ["plan_document", "plan_row", "plan_table", "worlds_text", "wrapped"]
 
 _WORLDS = range(1, 65)
 _WIDTH = 80
@@ -41,7 +41,7 @@ def plan_document(run: Run, sizes: Sizes, worlds: Sequence[int] | None = None) -
         "lr_rule": feasible[0].rule if feasible else run.lr.rule,
         "decay": run.schedule.decay,
         "plans": [
-            _row(each) if isinstance(each, Study) else {"world": world, "feasible": False, "why": each}
+            plan_row(each) if isinstance(each, Study) else {"world": world, "feasible": False, "why": each}
             for world, each in zip(asked, studies, strict=True)
         ],
         "schedule": _schedule(min(feasible, key=lambda each: each.world)) if feasible else [],
@@ -73,7 +73,7 @@ def _studied(run: Run, sizes: Sizes, world: int) -> Study | str:
         return str(error)
 
 
-def _row(planned: Study) -> dict[str, Any]:
+def plan_row(planned: Study) -> dict[str, Any]:
     plan = planned.plan
     scale = planned.schedule.target(plan.global_batch)
     return {
@@ -112,7 +112,7 @@ def _plan_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if group[0]["feasible"]:
             yield from map(_plan_line, group)
         else:
-            yield from _wrapped(f"{_worlds([row['world'] for row in group]):>7}  ", f"no plan: {group[0]['why']}")
+            yield from wrapped(f"{worlds_text([row['world'] for row in group]):>7}  ", f"no plan: {group[0]['why']}")
 
 
 def _kind(row: Mapping[str, Any]) -> str:
@@ -150,7 +150,7 @@ def _advice_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             worlds.setdefault(line, []).append(row["world"])
     for line, where in worlds.items():
         yield ""
-        yield from _wrapped("", f"Advice at world {_worlds(where)}: {line}")
+        yield from wrapped("", f"Advice at world {worlds_text(where)}: {line}")
 
 
 def _policy_lines(policies: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -165,7 +165,7 @@ def _policy_lines(policies: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for row in rows:
         figures = "".join(map(_figures, row))
         what = next(one for kind, one in zip(policies, row, strict=True) if kind == asked).get("changes", ())
-        yield from _wrapped(f"{row[0]['world']:>{first}}{figures}".ljust(width), ", ".join(what))
+        yield from wrapped(f"{row[0]['world']:>{first}}{figures}".ljust(width), ", ".join(what))
     said = {row.get("why") for row in policies[asked]["plans"]}
     for kind, found in policies.items():
         yield from _reading_lines(kind, found, said)
@@ -181,11 +181,11 @@ def _reading_lines(kind: str, found: Mapping[str, Any], said: Collection[str | N
     """Under which numbers a policy that was not asked for is shown, and where and why it has no plan, if not `said`."""
     if found["asked"]:
         return
-    yield from _wrapped("  ", f"{kind}: {found['derived']}")
+    yield from wrapped("  ", f"{kind}: {found['derived']}")
     refused = (row for row in found["plans"] if not row["feasible"] and row["why"] not in said)
     for _, group in groupby(refused, key=_kind):
         rows = list(group)
-        yield from _wrapped("    ", f"no plan at world {_worlds([row['world'] for row in rows])}: {rows[0]['why']}")
+        yield from wrapped("    ", f"no plan at world {worlds_text([row['world'] for row in rows])}: {rows[0]['why']}")
 
 
 def _columns(world: str, shares: str, micro: str, accum: str, size: str, rate: str, updates: str) -> str:
@@ -199,7 +199,7 @@ def _shares(shares: Iterable[int]) -> str:
     return text if len(text) <= _SHARES_WIDTH else textwrap.shorten(text, _SHARES_WIDTH, placeholder=" ...")
 
 
-def _worlds(worlds: Sequence[int]) -> str:
+def worlds_text(worlds: Sequence[int]) -> str:
     """Neighbours together: 1-4, 8."""
     texts = []
     for _, numbered in groupby(enumerate(worlds), key=lambda pair: pair[1] - pair[0]):
@@ -208,7 +208,7 @@ def _worlds(worlds: Sequence[int]) -> str:
     return ", ".join(texts)
 
 
-def _wrapped(head: str, text: str) -> list[str]:
+def wrapped(head: str, text: str) -> list[str]:
     if not text:
         return [head.rstrip()]
     return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)

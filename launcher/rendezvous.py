@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from launcher.topology import Topology, master_port
 
-__all__ = ["gathered", "handed", "join", "loopback_store", "meet"]
+__all__ = ["gathered", "handed", "join", "loopback_store", "meet", "within"]
 
 LOOK_EVERY_S = 0.01
 
@@ -93,6 +93,11 @@ def handed(store: dist.Store, text: str | None) -> str:
     if text is not None:
         store.set("text", text)
     return store.get("text").decode()
+
+
+def within(store: dist.Store, name: str) -> dist.Store:
+    """A part of the store."""
+    return dist.PrefixStore(name, store)
 
 
 def join(store: dist.Store, topology: Topology, device: torch.device, backend: str, timeout_s: float) -> str:

@@ -44,7 +44,7 @@ FREE_KEYS = frozenset(
     }
 )
 #: What a policy works out anew at every world size: under hold the global batch stays, however it is cut up.
-FREE_UNDER = {"hold": ("batch.per_device", "batch.accumulation")}
+FREE_UNDER = dict.fromkeys(("hold", "goodput"), ("batch.per_device", "batch.accumulation"))
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def profile_json(self) -> Path:
+        """Under batch=goodput, the measured update times."""
+        return self.path / "profile.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -19,6 +19,7 @@ from launcher.balance import Balancer, Level
 from launcher.errors import EXIT_AGAIN, EXIT_OK, RequestError
 from launcher.faults import Faults
 from launcher.gate import hold
+from launcher.goodput import Chooser, Fixed, Goodput, Profile
 from launcher.greeting import greet
 from launcher.heart import Heart, Still
 from launcher.keys import flat
@@ -83,7 +84,8 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     threads = threads_of(settings, topology.local_world)
     torch.set_num_threads(threads)
     ready = greet(store, topology, lambda: made_ready(assignment, topology), Ready.facts)
-    plan = study(settings, ready.sizes, topology.world)
+    goodput, chosen = goodput_of(assignment, ready, topology)
+    plan = study(chosen, ready.sizes, topology.world)
     heart.phase("rendezvous")
     faults("rendezvous")
     backend = rendezvous.join(store, topology, ready.device, settings.launch.backend, settings.launch.timeout_s)
@@ -98,14 +100,16 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
     saver = saver_of(assignment, plan, parts, journal, topology, faults)
     recorder = recorder_of(plan, journal, topology, saver, restart)
     try:
-        job = job_of(topology, plan, parts, saver, recorder, wishes, faults, heart, standing, threads)
+        job = job_of(topology, plan, parts, saver, recorder, wishes, faults, heart, standing, threads, goodput)
         announce(job, parts, assignment, ready, standing, backend, threads, restart)
         wishes.guard()
         standing, ending = train(job, standing)
         while ending in (REPLAN, JOIN):
             if ending == JOIN and (ending := hold(job, standing)) == LEAVE:
                 break
-            job = going_on(job, parts, standing, job.study if ending == JOIN else rebalanced(job, standing))
+            if ending == REPLAN:
+                job, standing = replanned(job, standing)
+            job = going_on(job, parts, standing)
             standing, ending = train(job, standing)
         heart.phase("finish")
         saver.settle()
@@ -245,6 +249,7 @@ def job_of(
     heart: Heart | Still,
     standing: Standing,
     threads: int,
+    goodput: Goodput | Fixed,
 ) -> Job:
     settings = plan.run
     parts.clock.listen(heart.waits)
@@ -264,6 +269,7 @@ def job_of(
         saver=saver,
         wishes=wishes,
         balance=balancer_of(plan),
+        goodput=goodput,
         faults=faults,
         heart=heart,
     )
@@ -276,29 +282,50 @@ def balancer_of(plan: Study) -> Balancer | Level:
     return Balancer(plan.plan, lambda speeds: study(plan.run, plan.sizes, plan.world, speeds).plan)
 
 
-def rebalanced(job: Job, standing: Standing) -> Study:
-    """The same plan from here on with shares by the speeds that were measured, the global batch and the rate the same.
+def goodput_of(assignment: Assignment, ready: Ready, topology: Topology) -> tuple[Goodput | Fixed, Run]:
+    """Under batch=goodput the choice at the noise scale that the checkpoint knows, and the run with it.
 
-    Every rank comes to the same shares, since all saw the same votes.
+    Raises:
+        RequestError: so many workers are beyond what was measured, or the bounds leave no batch.
     """
-    plan = study(job.study.run, job.study.sizes, job.study.world, job.balance.wants)
-    before, after = (
-        plan_facts(one, standing.schedule, one.plan_at(standing.position.samples)) for one in (job.study, plan)
+    if assignment.profile is None:
+        return Fixed(), assignment.run
+    chooser = Chooser(Profile.from_facts(assignment.profile), assignment.run, ready.sizes.train)
+    noise = None if ready.found is None else ready.found.manifest.facts["standing"]["noise"]["acted"]
+    where = (topology.world, topology.nodes, noise)
+    return Goodput(chooser, *where), chooser.settled(*where)
+
+
+def replanned(job: Job, standing: Standing) -> tuple[Job, Standing]:
+    """The job from here on under another plan, which every rank comes to, since all saw the same votes.
+
+    Either the batch of most progress per second is another one, and the rate follows as in any resize; or shares
+    follow the measured speeds.
+    """
+    goodput, run, why = job.goodput, job.study.run, "shares follow the measured speeds of the workers"
+    if isinstance(goodput, Goodput) and goodput.wants:
+        goodput, run = goodput.settled()
+        why = goodput.why
+    plan = study(run, job.study.sizes, job.study.world, job.balance.wants)
+    samples, before = standing.position.samples, standing.schedule
+    after = replace(standing, schedule=plan.resumed(before.to_facts(), samples).schedule)
+    old, new = (
+        plan_facts(one, schedule, one.plan_at(samples))
+        for one, schedule in ((job.study, before), (plan, after.schedule))
     )
-    why = "shares follow the measured speeds of the workers"
-    job.saver.journal.event("plan", why=why, **after, **{"from": before})
-    return plan
+    moments = {} if new["global"] == old["global"] else {"moments": standing.moments_to(new["global"])}
+    job.saver.journal.event("plan", why=why, **new, **{"from": old}, **moments)
+    return replace(job, study=plan, goodput=goodput), after
 
 
-def going_on(job: Job, parts: Parts, standing: Standing, plan: Study) -> Job:
-    """The same job by this plan; the loader begins anew at the position."""
-    feed = parts.feed(plan, job.topology, standing.position)
+def going_on(job: Job, parts: Parts, standing: Standing) -> Job:
+    """The same job by its plan; the loader begins anew at the position."""
+    feed = parts.feed(job.study, job.topology, standing.position)
     return replace(
         job,
-        study=plan,
         feed=feed,
         meter=Meter(job.meter.device, job.meter.threads, job.meter.seconds(), feed.loading.share),
-        balance=balancer_of(plan),
+        balance=balancer_of(job.study),
     )
 
 
@@ -320,7 +347,7 @@ def announce(
     last = assignment.folder.read_plan()  # before the event, which writes it anew
     start = start_facts(job, parts, standing)
     event("start", run_dir=str(assignment.folder.path), backend=backend, threads=threads, **start)
-    event("plan", why="", **facts, **{"from": None})
+    event("plan", why="; ".join(filter(None, (job.goodput.why, assignment.why))), **facts, **{"from": None})
     if ready.found is not None:
         event("resume", **resume_facts(ready.found, standing), changed=assignment.changed, lost_samples=restart.lost)
         for detail in doubts(ready.found, standing):

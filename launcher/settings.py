@@ -48,18 +48,23 @@ def part(kind: type) -> Any:
 
 @dataclass(frozen=True)
 class BatchSettings:
-    policy: Literal["scale", "hold", "bounded"] = key(
-        "scale", "scale: global = workers x per_device x accumulation; hold: global stays; bounded: clamped"
+    policy: Literal["scale", "hold", "bounded", "goodput"] = key(
+        "scale",
+        "scale: global = workers x per_device x accumulation; hold: global stays; bounded: clamped; goodput: the most "
+        "progress per second",
     )
-    per_device: int = key(32, "samples per worker per micro-batch; under hold and bounded a cap")
+    per_device: int | Literal["auto"] = key(
+        32,
+        "samples per worker per micro-batch; under hold and bounded a cap; auto: measured, as tune does",
+    )
     accumulation: int | Literal["auto"] = key(
         "auto", "micro-batches per update; auto is 1 under scale, fewest under hold"
     )
     global_batch: int | Literal["full"] | None = key(
         None, "samples per update under hold; full is the whole training set"
     )
-    min_global: int | None = key(None, "lower bound of the global batch under bounded")
-    max_global: int | None = key(None, "upper bound of the global batch under bounded")
+    min_global: int | None = key(None, "lower bound of the global batch under bounded and goodput")
+    max_global: int | None = key(None, "upper bound of the global batch under bounded and goodput")
     ramp: tuple[tuple[str, float], ...] | None = key(
         None, "share of the global batch from each time on, e.g. [[0dur,0.25],[0.1dur,0.5],[0.2dur,1]]"
     )
@@ -199,6 +204,9 @@ class LogSettings:
 @dataclass(frozen=True)
 class PlanSettings:
     worlds: tuple[int, ...] | None = key(None, "launcher plan: the world sizes to show; 1 to 64 by default")
+    noise: float | str | None = key(
+        None, "launcher plan batch=goodput, tune: the noise scale in samples, or a run that measured it"
+    )
     memory: bool = key(False, "also what the model's state takes per worker under each strategy; imports torch")
 
 
@@ -206,7 +214,7 @@ class PlanSettings:
 class TuneSettings:
     sizes: tuple[int, ...] | None = key(None, "launcher tune: measure exactly these sizes, e.g. [20,45]")
     max: int | None = key(None, "launcher tune: the largest size to try; the data set's by default")
-    budget_s: float = key(120.0, "launcher tune: seconds to spend on measuring")
+    budget_s: float | None = key(None, "seconds to spend on measuring: 120, before training with per_device=auto 30")
     out: str | None = key(None, "launcher tune: a folder to write tune.json and tune.html into")
 
 

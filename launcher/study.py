@@ -14,7 +14,7 @@ from launcher.errors import RequestError
 from launcher.limits import check_data, check_request
 from launcher.rules import Rule, far_advice, optimizer_of, power_of, rule_of, warmup_advice
 from launcher.schedule import Decay, LrSchedule
-from launcher.settings import Run
+from launcher.settings import BatchSettings, Run
 from launcher.shards import ShardPlan, trainers
 from launcher.timeline import Timeline
 
@@ -100,7 +100,7 @@ def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = N
         run=run,
         sizes=sizes,
         world=world,
-        policy=policy.kind,
+        policy=policy_of(run),
         rule=rule,
         plan=plan,
         stages=stages,
@@ -146,23 +146,35 @@ def _checkpoint_every(run: Run, units: Units) -> tuple[int | None, float | None]
     return (interval.samples(units), None) if interval.seconds is None else (None, interval.seconds)
 
 
-def policy_of(run: Run) -> Literal["scale", "hold", "bounded"]:
+def policy_of(run: Run) -> Literal["scale", "hold", "bounded", "goodput"]:
     """batch.policy; a batch.global without one selects hold."""
     batch = run.batch
     return "hold" if batch.policy == "scale" and batch.global_batch is not None else batch.policy
 
 
 def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
-    batch = run.batch
+    batch, kind = run.batch, policy_of(run)
+    if kind == "goodput" and batch.accumulation == "auto":  # nothing is chosen yet: the base batch
+        usual = min(max(run.lr.base_batch or 1, batch.min_global or 1), batch.max_global or sizes.train, sizes.train)
+        batch = replace(batch, per_device=usual, min_global=usual, max_global=usual)
     return BatchPolicy(
-        kind=policy_of(run),
-        per_device=batch.per_device,
+        kind="bounded" if kind == "goodput" else kind,
+        per_device=_per_device(batch),
         accumulation=None if batch.accumulation == "auto" else batch.accumulation,
         global_batch=sizes.train if batch.global_batch == "full" else batch.global_batch,
         min_global=batch.min_global,
         max_global=batch.max_global,
         idle=run.elastic.idle or run.elastic.exact,
     )
+
+
+def _per_device(batch: BatchSettings) -> int:
+    if batch.per_device == "auto":
+        raise RequestError(
+            "batch.per_device=auto has a number only once training starts: type batch.per_device=32, or what "
+            "launcher tune recommends"
+        )
+    return batch.per_device
 
 
 def _check_world(run: Run, world: int) -> None:
@@ -183,7 +195,7 @@ def _check_plan(run: Run, sizes: Sizes, plan: BatchPlan) -> None:
     if plan.global_batch <= sizes.train:
         return
     fits = sizes.train // (plan.world * (1 if run.batch.accumulation == "auto" else run.batch.accumulation))
-    if run.batch.policy == "bounded":
+    if run.batch.policy in ("bounded", "goodput"):
         mend = f"type batch.max_global={sizes.train} or less"
     elif fits:
         mend = f"type batch.per_device={fits} or less, or batch.global={sizes.train}"
@@ -205,7 +217,7 @@ def _in_shards(run: Run, plan: BatchPlan) -> BatchPlan:
             f"elastic.shards={shards} are more than the {plan.global_batch} samples of a batch: "
             f"type elastic.shards={trainers(plan.global_batch, shards)}"
         )
-    return ShardPlan.of(plan.global_batch, plan.world, shards, run.batch.per_device)
+    return ShardPlan.of(plan.global_batch, plan.world, shards, _per_device(run.batch))
 
 
 def _stage(

@@ -21,6 +21,7 @@ from launcher.runfolder import RunFolder
 from launcher.settings import Run
 from launcher.slurm import OUTPUT, node_range, render
 from launcher.study import study
+from launcher.tune.auto import stood_in
 
 __all__ = ["again", "drive", "folder"]
 
@@ -71,7 +72,7 @@ def examine(run: Run, world: int | None) -> None:
     """Refuse what is wrong with the recipe, its data or the plan; where the world size is not known yet, at any."""
     sizes = recipes.sizes(recipes.build(run.recipe))
     with suppress(*() if world else (PlanError,)):
-        study(run, sizes, world or 1)
+        study(stood_in(run), sizes, world or 1)
 
 
 # --- on the nodes -------------------------------------------------------------------------------------------------

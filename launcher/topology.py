@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["Topology", "master_port", "slurm_job", "slurm_restarts"]
+__all__ = ["AS_GUEST", "Topology", "master_port", "slurm_job", "slurm_restarts"]
+
+#: What lets a process beside a worker use the job's store without serving it.
+AS_GUEST: Mapping[str, str] = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 @dataclass(frozen=True)

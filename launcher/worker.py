@@ -27,6 +27,8 @@ from launcher.redact import redact
 from launcher.runfolder import Lock, Recalled, RunFolder, recall, remember
 from launcher.settings import Run
 from launcher.topology import Topology
+from launcher.tune import auto
+from launcher.tune.auto import Settled, Unmeasured
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -47,6 +49,7 @@ class Assignment:
     folder's, concerns the job's first start, generation `first` (None: this one). `restarted`: the workers were started
     before in this job.
     `loopback`: the job lives on one machine and its store is ours. `summary`: nothing is left to do but to say this.
+    `why`: what was chosen for the user at this command, and by what. `profile`: what batch=goodput chooses by.
     """
 
     run: Run
@@ -60,14 +63,20 @@ class Assignment:
     must: bool = False
     changed: Mapping[str, Any] = field(default_factory=dict)
     summary: str | None = None
+    why: str = ""
+    profile: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, opened: Opened, *, loopback: bool) -> Assignment:
+    def of(
+        cls, opened: Opened, *, loopback: bool, why: str = "", profile: Mapping[str, Any] | None = None
+    ) -> Assignment:
         decision = opened.decision
         return cls(
             run=opened.run,
             folder=opened.folder,
             loopback=loopback,
+            why=why,
+            profile=profile,
             before=newest_of(opened.folder.checkpoints_in(opened.run.checkpoint.dir)),
             checkpoint=decision.checkpoint,
             must=decision.must,
@@ -92,7 +101,7 @@ class Assignment:
         if not self.restarted and generation == (self.first or generation):
             return replace(self, generation=generation)
         self.folder.count_restart()
-        again = replace(self, generation=generation, restarted=True, changed={})
+        again = replace(self, generation=generation, restarted=True, changed={}, why="")
         saved = newest_of(self.folder.checkpoints_in(self.run.checkpoint.dir)) != self.before
         return replace(again, checkpoint=None, must=False) if saved else again
 
@@ -111,18 +120,37 @@ class Claim:
             self.assignment.folder.discard(self.made)
 
 
+@dataclass(frozen=True)
+class Question:
+    """What has to be measured, by every rank, before rank 0 can open the run. `token` is nobody else's."""
+
+    run: Run
+    token: str
+
+    def to_json(self) -> str:
+        return json.dumps({"question": to_mapping(self.run), "token": self.token})
+
+
+#: Rank 0's part, given what earlier starts decided and what was measured.
+Assign = Callable[[Recalled | None, Mapping[str, Any] | None], Claim | Question]
+
+
 def main(args: Sequence[str], topology: Topology) -> int:
     """A rank under a torchrun of the user's own: rank 0 composes from the command line."""
-    return serve(topology, lambda known: composed(args, topology, known), loopback=False)
+    return serve(topology, lambda known, found: composed(args, topology, known, found), loopback=False)
 
 
 def main_handover(path: str, topology: Topology) -> int:
     """A rank under the driver's agent, which composed already and left the run in a private file."""
-    return serve(topology, lambda _: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
+    return serve(topology, lambda *_: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
 
 
-def composed(args: Sequence[str], topology: Topology, recalled: Recalled | None) -> Claim:
+def composed(
+    args: Sequence[str], topology: Topology, recalled: Recalled | None, measured: Mapping[str, Any] | None = None
+) -> Claim | Question:
     """Rank 0's part under a torchrun of the user's own; a restart goes on in the folder that is `recalled`.
+
+    Where batch.per_device=auto asks for a number that is not `measured` yet, the question.
 
     Raises:
         RequestError: the request is wrong; nothing was created.
@@ -133,8 +161,11 @@ def composed(args: Sequence[str], topology: Topology, recalled: Recalled | None)
     resolution = resolve(args)
     known = recalled or queued_again(resolution.run, topology)
     folder = None if known is None else known.folder
-    found = opened(resolution.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
-    assignment = Assignment.of(found, loopback=False)
+    asked = without_questions(resolution.run, topology, folder, measured)
+    if isinstance(asked, Question):
+        return asked
+    found = opened(asked.run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
+    assignment = Assignment.of(found, loopback=False, why=asked.why, profile=asked.profile)
     if known is not None:
         assignment = replace(assignment, restarted=True, before=known.newest)
     if found.complete:
@@ -144,9 +175,29 @@ def composed(args: Sequence[str], topology: Topology, recalled: Recalled | None)
             tell(f"note: {line}")
     made = found.folder.create()
     lock = found.folder.lock(torchrun=os.getppid())
-    begin(found)
+    begin(found, asked.profile)
     remember(Recalled(found.folder.path, assignment.before))
     return Claim(assignment.started(), lock, made)
+
+
+def without_questions(
+    run: Run, topology: Topology, folder: Path | None, measured: Mapping[str, Any] | None
+) -> Settled | Question:
+    """The run with answers to what it leaves open: its folder's, or as `measured` says; else the question.
+
+    Raises:
+        RequestError: the request is wrong, whatever the answer.
+    """
+    from launcher.opening import path_of
+    from launcher.questions import closed, settled
+
+    if measured is not None:
+        return settled(run, measured, folder or path_of(run, topology.run_id, topology.nodes))
+    found = closed(run, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
+    if found is not None:
+        return found
+    tell(f"note: {auto.looking(run)}")
+    return Question(auto.question(run), os.urandom(8).hex())
 
 
 def queued_again(run: Run, topology: Topology) -> Recalled | None:
@@ -166,7 +217,7 @@ def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
         yield f"torchrun's restarts are at 0: a dead worker ends the job; {again}"
 
 
-def serve(topology: Topology, assign: Callable[[Recalled | None], Claim], *, loopback: bool) -> int:
+def serve(topology: Topology, assign: Assign, *, loopback: bool) -> int:
     """Everything a rank does; returns its exit status.
 
     Rank 0 decides before it meets the others, so that a wrong request is answered at once; but where its node may have
@@ -177,22 +228,15 @@ def serve(topology: Topology, assign: Callable[[Recalled | None], Claim], *, loo
     """
     die_with_parent()
     wishes = early_wishes()
-    own = None if loopback else recall()
-    knows = own is not None or loopback or topology.nodes == 1
-    claim = assign(own) if topology.rank == 0 and knows else None
-    from launcher import rendezvous, session
-
-    timeout_s = claim.assignment.run.launch.timeout_s if claim else 600.0
-    store = rendezvous.meet(topology, loopback=loopback, timeout_s=timeout_s)
-    said, store = rendezvous.gathered(store, topology, own.to_json() if own else "", timeout_s)
-    if topology.rank == 0 and claim is None:
-        claim = asked(assign, said, store)
-    text = rendezvous.handed(store, claim.assignment.to_json() if claim else None)
+    try:
+        claim, text, store = agreed(topology, assign, loopback)
+    except Unmeasured as error:
+        return say_unmeasured(error, topology)
     if not text:
         return EXIT_REQUEST  # rank 0 says why
+    from launcher import session
+
     assignment = claim.assignment if claim else Assignment.from_json(text)
-    if not loopback and own is None and claim is None and topology.local_rank == 0:
-        remember(Recalled(assignment.folder.path, assignment.before))  # rank 0 may be another's next time
     if assignment.summary is not None:
         return say_complete(assignment.summary, topology)
     topology = topology.started(assignment.generation)
@@ -214,8 +258,49 @@ def serve(topology: Topology, assign: Callable[[Recalled | None], Claim], *, loo
             claim.lock.release()
 
 
-def asked(assign: Callable[[Recalled | None], Claim], said: Sequence[str], store: Store) -> Claim:
-    """Rank 0's decision, after what the others recall. They go where the request is wrong.
+def agreed(topology: Topology, assign: Assign, loopback: bool) -> tuple[Claim | None, str, Store]:
+    """What rank 0 decides, on rank 0 itself as its claim, and handed to all; and a part of the store for what follows.
+
+    Raises:
+        RequestError: on rank 0 alone, the request is wrong; the others are handed nothing.
+        Unmeasured: on every rank.
+    """
+    own = None if loopback else recall()
+    knows = own is not None or loopback or topology.nodes == 1
+    word = assign(own, None) if topology.rank == 0 and knows else None
+    from launcher import rendezvous
+
+    timeout_s = settings_of(word).launch.timeout_s if word else 600.0
+    store = rendezvous.meet(topology, loopback=loopback, timeout_s=timeout_s)
+    said, store = rendezvous.gathered(store, topology, own.to_json() if own else "", timeout_s)
+    known = own or next((Recalled.from_json(text) for text in said if text), None)
+    if topology.rank == 0 and word is None:
+        word = decided(assign, known, None, store)
+    text = rendezvous.handed(store, told(word))
+    if text and "question" in json.loads(text):
+        from launcher.tune.beside import measured
+
+        found = measured(json.loads(text), topology, store)
+        store = rendezvous.within(store, "answered")
+        word = decided(assign, known, found, store) if topology.rank == 0 else None
+        text = rendezvous.handed(store, told(word))
+    if text and not loopback and known is None and topology.rank and topology.local_rank == 0:
+        recalled = Assignment.from_json(text)
+        remember(Recalled(recalled.folder.path, recalled.before))  # rank 0 may be another's next time
+    return word if isinstance(word, Claim) else None, text, store
+
+
+def settings_of(word: Claim | Question) -> Run:
+    return word.assignment.run if isinstance(word, Claim) else word.run
+
+
+def told(word: Claim | Question | None) -> str | None:
+    """What rank 0 hands to the others."""
+    return None if word is None else word.to_json() if isinstance(word, Question) else word.assignment.to_json()
+
+
+def decided(assign: Assign, known: Recalled | None, found: Mapping[str, Any] | None, store: Store) -> Claim | Question:
+    """Rank 0's decision where the others wait for it. They go where the request is wrong.
 
     Raises:
         RequestError: it is.
@@ -223,7 +308,7 @@ def asked(assign: Callable[[Recalled | None], Claim], said: Sequence[str], store
     from launcher import rendezvous
 
     try:
-        return assign(next((Recalled.from_json(text) for text in said if text), None))
+        return assign(known, found)
     except BaseException:
         rendezvous.handed(store, "")
         raise
@@ -253,6 +338,12 @@ def early_wishes() -> Wishes:
     wishes = Wishes()
     wishes.install()
     return wishes
+
+
+def say_unmeasured(error: Unmeasured, topology: Topology) -> int:
+    if topology.rank == 0:
+        tell(f"error: {error}")
+    return EXIT_FAILED
 
 
 def say_complete(summary: str, topology: Topology) -> int:

@@ -209,7 +209,7 @@ def test_a_value_gets_the_type_of_its_key(valued: Any, override: str, value: Any
     [
         ("seed=abc", "seed=abc: expected a whole number, e.g. seed=0"),
         ("seed=1.5", "seed=1.5: expected a whole number"),
-        ("batch.per_device=true", "batch.per_device=true: expected a whole number, e.g. batch.per_device=32"),
+        ("batch.per_device=true", "batch.per_device=true: expected a whole number or auto, e.g. batch.per_device=32"),
         ("batch.per_device=null", "batch.per_device=null: expected a whole number"),
         ("lr.base=nan", "lr.base=nan: expected a number or null, e.g. lr.base=0.1"),
         ("lr.base=inf", "lr.base=inf: expected a number"),
@@ -278,7 +278,7 @@ def test_a_wrong_value_is_found_when_composing(refusal: Any, override: str, said
             "strategy=tensor_parallel",
             "strategy=tensor_parallel divides one sample's work among workers, which is not done",
         ),
-        ("batch=null", "batch=null: choose from bounded, hold, scale"),
+        ("batch=null", "batch=null: choose from bounded, goodput, hold, scale"),
         ("+batch=hold", "+batch=hold: batch is there already: type it without +"),
         ("sink=[console,wadnb]", "sink=wadnb: did you mean wandb? choose from console, tensorboard, wandb"),
         ("recipe.widht=3", "recipe.widht is no key here: did you mean recipe.width?"),
@@ -421,7 +421,7 @@ def test_the_help_names_every_key_with_its_line_and_fits_the_screen() -> None:
     for key in keys().values():
         assert any(line.startswith(f"{key.name}=") for line in lines), key.name
         assert key.doc
-    assert "batch=      bounded, hold, scale" in lines
+    assert "batch=      bounded, goodput, hold, scale" in lines
     assert max(map(len, help_text(60).splitlines())) <= 60
 
 

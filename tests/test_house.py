@@ -35,10 +35,22 @@ STDLIB_ONLY = [
         "manifest",
         "signals",
     ),
-    *("heartbeat", "heart", "stragglers", "noise", "moments", "throughput", "scaling", "history"),
+    *(
+        "heartbeat",
+        "heart",
+        "stragglers",
+        "noise",
+        "moments",
+        "throughput",
+        "scaling",
+        "goodput",
+        "outlook",
+        "observed",
+        "history",
+    ),
     *("advice", "explain", "charts", "export", "report"),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm"),
-    *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page"),
+    *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page", "tune.cache", "tune.auto", "tune.worth"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import RequestError
+from launcher.observed import Noise
 from launcher.settings import Run, TuneSettings
 from launcher.study import Sizes, study
+from launcher.tune.council import Council
 from launcher.tune.document import document
 from launcher.tune.ledger import Ledger, Visit, speed
 from launcher.tune.memory import allowed_bytes, available_bytes, foreseen_bytes, out_of_memory
@@ -23,6 +27,7 @@ from launcher.tune.page import page
 from launcher.tune.search import between, first, grown, largest_next, refined
 from launcher.tune.session import check, largest
 from launcher.tune.words import text
+from launcher.tune.worth import worth
 
 # --- out of memory ------------------------------------------------------------------------------------------------
 
@@ -232,6 +237,25 @@ def test_text_fits_the_screen_and_marks_what_is_recommended() -> None:
     assert "An update at 28: forward 65 %" in shown
 
 
+def test_goodput_is_shown_where_the_noise_scale_is_known() -> None:
+    """At the knee of samples/s a batch of 2 x 28; with little noise a smaller one makes more progress."""
+    found = document(ledger(*(visited(*point) for point in TRACE.items())), FACTS)
+    assert worth(found, None, 32) is None
+    noise = Noise(20.0, 10.0, 40.0, "a run of a name that is as long as names can be, and then some")
+    worths = worth(found, noise, 32)
+    assert worths is not None
+    for point, one in zip(found["points"], worths["points"], strict=True):
+        batch = 2 * point["per_device"]
+        assert one["efficiency"] == pytest.approx((20 + 32) / (20 + batch))
+        assert one["goodput"] == pytest.approx(point["samples_per_s"] * (20 + 32) / (20 + batch))
+        assert one["low"] < one["goodput"] < one["high"]
+    assert worths["best"] == max(worths["points"], key=lambda one: one["goodput"])["per_device"] < found["knee"]
+    shown = text({**found, "goodput": worths})
+    assert max(map(len, shown.splitlines())) <= 80
+    assert next(line for line in shown.splitlines() if line.endswith("most progress")).split()[0] == str(worths["best"])
+    assert page({**found, "goodput": worths}).count("<svg") == 4
+
+
 def test_the_page_needs_nothing_but_itself_and_escapes() -> None:
     found = document(ledger(*(visited(*point) for point in TRACE.items())), {**FACTS, "recipe": "<script>"})
     shown = page(found)
@@ -269,3 +293,16 @@ def test_a_wrong_key_is_refused_before_anything_starts(asked: TuneSettings, said
     run = Run(recipe={"_target_": "x"}, optimizer={"_target_": "torch.optim.SGD"}, tune=asked)
     with pytest.raises(RequestError, match=said):
         study(replace(run, lr=replace(run.lr, base=0.1, base_batch=32)), Sizes(1437, 360), 1)
+
+
+def test_rank_0_stays_until_the_others_have_heard_it() -> None:
+    """It may serve the store: gone early, the others would hear nothing."""
+    store = dist.HashStore()
+    one = threading.Thread(target=Council(store, 0, 2).adjourn)
+    one.start()
+    one.join(0.05)
+    assert one.is_alive()
+    Council(store, 1, 2).adjourn()
+    one.join(10)
+    assert not one.is_alive()
+    Council(store, 0, 1).adjourn()

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 #: For terminals and files that know no Unicode.
-ASCII = str.maketrans({"·": "-", "━": "=", "╸": "-", "─": ".", "█": "#", "▌": "#", "→": ">", "…": "~"})
+ASCII = str.maketrans({"·": "-", "━": "=", "╸": "-", "─": ".", "█": "#", "▌": "#", "→": ">", "…": "~", "±": "~"})
 
 
 class Paint:

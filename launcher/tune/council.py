@@ -34,5 +34,12 @@ class Council:
         """Rank 0's word on every rank: what depends on a clock is decided there."""
         return self.gather(word)[0]
 
+    def adjourn(self) -> None:
+        """The last word: rank 0, which may serve the store, stays until the others have heard all."""
+        if self._rank:
+            self._store.set(f"council/heard/{self._rank}", "")
+        else:
+            self._store.wait([f"council/heard/{rank}" for rank in range(1, self._world)])
+
     def _key(self, number: int, rank: int) -> str:
         return f"council/{number}/{rank}"

@@ -20,13 +20,27 @@ from launcher import recipe as recipes
 from launcher.durable import private_folder, write_whole
 from launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
 from launcher.keys import from_mapping, to_mapping
-from launcher.launch import command, in_memory, killed, tell, workers_of
+from launcher.launch import command, in_memory, killed, tell, unmeasured, workers_of
+from launcher.observed import noise_of
 from launcher.process import children, die_with_parent
 from launcher.settings import Run
 from launcher.sinks.text import knows, plain
 from launcher.topology import Topology
+from launcher.tune.auto import Unmeasured, stood_in
+from launcher.tune.worth import worth
 
-__all__ = ["drive", "main", "main_handover", "shown"]
+__all__ = [
+    "LOST",
+    "RESULT",
+    "STATE",
+    "after_loss",
+    "drive",
+    "found",
+    "main",
+    "main_handover",
+    "shown",
+    "why",
+]
 
 LOOK_EVERY_S = 0.05
 RESULT, STATE, LOST = "result.json", "state.json", "lost"
@@ -36,35 +50,51 @@ def drive(run: Run) -> int:
     """Measure with `launch.workers` processes on this machine, and say what was found.
 
     Raises:
-        RequestError: the request is wrong; nothing was started.
+        RequestError: the request is wrong.
     """
     from launcher.study import study
 
-    workers = workers_of(run)
+    workers, run = workers_of(run), stood_in(run)
+    noise_of(run)  # refused now rather than after measuring
     study(run, recipes.sizes(recipes.build(run.recipe)), workers)
     if run.launch.dry:
         print(command(run, workers, Path("HANDOVER.json"), Path("FAILURES.json"), "probe").line())
         return EXIT_OK
+    try:
+        shown(found(run, workers), run)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Unmeasured as error:
+        return unmeasured(error, run)
+    return EXIT_OK
+
+
+def found(run: Run, workers: int, *, look: bool = False) -> dict[str, Any]:
+    """The document that workers of this machine come to; with `look` the kept one, where there is one.
+
+    Raises:
+        RequestError: the request is wrong.
+        Unmeasured: a worker failed.
+        KeyboardInterrupt: SIGTERM or Ctrl-C came; all is cleared away.
+    """
     with tempfile.TemporaryDirectory(prefix="launcher-tune-") as private:
-        return _started(run, workers, Path(private))
+        return _started(run, workers, Path(private), look)
 
 
-def _started(run: Run, workers: int, private: Path) -> int:
+def _started(run: Run, workers: int, private: Path, look: bool) -> dict[str, Any]:
     report = private / "failures.json"
-    handover = in_memory(json.dumps({"run": to_mapping(run), "private": str(private)}))
+    handover = in_memory(json.dumps({"run": to_mapping(run), "private": str(private), "look": look}))
     started = command(run, workers, Path(f"/proc/{os.getpid()}/fd/{handover}"), report, "probe")
     with interruptible():
         agent = subprocess.Popen(started.argv, env=os.environ | started.env, stdout=2, start_new_session=True)
         try:
-            return _watched(agent, run, private, report)
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
+            return _watched(agent, private, report)
         finally:
             _end(agent)
             os.close(handover)
 
 
-def _watched(agent: subprocess.Popen[bytes], run: Run, private: Path, report: Path) -> int:
+def _watched(agent: subprocess.Popen[bytes], private: Path, report: Path) -> dict[str, Any]:
     """Until the agent ends, or a worker has failed for another reason than memory."""
     while agent.poll() is None and not any(failure.those(private)):
         try:
@@ -72,18 +102,20 @@ def _watched(agent: subprocess.Popen[bytes], run: Run, private: Path, report: Pa
         except subprocess.TimeoutExpired:
             continue
     if agent.returncode == 0:
-        shown(json.loads((private / RESULT).read_text()), run)
-        return EXIT_OK
+        document: dict[str, Any] = json.loads((private / RESULT).read_text())
+        return document
     _end(agent)
-    found = failure.first(private, 0)
-    if found is None:
-        tell(f"error: {killed(report)}")
-        return EXIT_FAILED
-    at = f" in {found.where}" if found.where else ""
-    tell(f"error: {found.message if found.final else f'rank {found.rank} failed{at}: {found.type}: {found.message}'}")
-    if run.debug:
-        tell(found.traceback, whole=True)
-    return EXIT_REQUEST if found.status == EXIT_REQUEST else EXIT_FAILED
+    first = failure.first(private, 0)
+    raise Unmeasured(killed(report)) if first is None else why(first)
+
+
+def why(first: failure.Failure) -> Exception:
+    """What to raise for a worker's last word."""
+    if first.status == EXIT_REQUEST:
+        return RequestError(first.message)
+    at = f" in {first.where}" if first.where else ""
+    line = first.message if first.final else f"rank {first.rank} failed{at}: {first.type}: {first.message}"
+    return Unmeasured(line, first.traceback)
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:
@@ -115,6 +147,9 @@ def interruptible() -> Iterator[None]:
 
 def shown(found: Mapping[str, Any], run: Run) -> None:
     """On stdout as a table or as one JSON document, and where `tune.out` says into files."""
+    for line in found["said"]:
+        tell(f"note: {line}")
+    found = {**found, "goodput": worth(found, noise_of(run), run.lr.base_batch)}
     from launcher.tune.page import page
     from launcher.tune.words import text
 
@@ -147,7 +182,8 @@ def main(run: Callable[[], Run], topology: Topology) -> int:
     store = rendezvous.meet(topology, loopback=False, timeout_s=timeout_s)
     _, store = rendezvous.gathered(store, topology, "", timeout_s)
     text = None if composed is None else json.dumps(to_mapping(composed))
-    asked = composed or from_mapping(json.loads(rendezvous.handed(store, text)))
+    text = rendezvous.handed(store, text)
+    asked = stood_in(composed or from_mapping(json.loads(text)))
     from launcher.tune.session import measured
 
     with to_stderr():
@@ -158,18 +194,15 @@ def main(run: Callable[[], Run], topology: Topology) -> int:
 
 
 def main_handover(path: str, topology: Topology) -> int:
-    """A rank under the driver's agent. What is wrong is written down for the driver to tell."""
-    from launcher import rendezvous
+    """A rank under the driver's agent, or beside a worker. What is wrong is written down for those to tell."""
     from launcher.tune.probe import Lost
 
     die_with_parent()
     facts = json.loads(Path(path).read_text())
-    run, private = from_mapping(facts["run"]), Path(facts["private"])
+    private = Path(facts["private"])
     topology = topology.started(topology.restarts + 1)
     try:
-        store = rendezvous.meet(topology, loopback=True, timeout_s=run.launch.timeout_s)
-        _, store = rendezvous.gathered(store, topology, "", run.launch.timeout_s)
-        return _probe(run, topology, store, private)
+        return _probe(facts, topology, private)
     except Lost:
         (private / f"{LOST}-{topology.generation}").touch()
         os._exit(EXIT_AGAIN)  # the others see that it has gone, and all are started again
@@ -181,14 +214,28 @@ def main_handover(path: str, topology: Topology) -> int:
         return EXIT_REQUEST if final else EXIT_FAILED
 
 
-def _probe(run: Run, topology: Topology, store: Any, private: Path) -> int:
-    from launcher.tune.session import measured
+def _probe(facts: Mapping[str, Any], topology: Topology, private: Path) -> int:
+    from launcher.tune.session import Earlier, measured
 
-    state = private / STATE
-    found = measured(run, topology, store, _earlier(topology, private), state if topology.rank == 0 else None)
+    run, state = from_mapping(facts["run"]), private / STATE
+    earlier = Earlier.from_facts(facts["earlier"]) if facts.get("earlier") else _earlier(topology, private)
+    store = _met(facts.get("prefix"), topology, run.launch.timeout_s)
+    found = measured(run, topology, store, earlier, state if topology.rank == 0 else None, look=facts["look"])
     if topology.rank == 0:
         (private / RESULT).write_text(json.dumps(found))
     return EXIT_OK
+
+
+def _met(prefix: str | None, topology: Topology, timeout_s: float) -> Any:
+    """A store of our own on the loopback, or beside a worker a part of its job's."""
+    from torch.distributed import PrefixStore
+
+    from launcher import rendezvous
+
+    if prefix is not None:
+        return PrefixStore(prefix, rendezvous.meet(topology, loopback=False, timeout_s=timeout_s))
+    store = rendezvous.meet(topology, loopback=True, timeout_s=timeout_s)
+    return rendezvous.gathered(store, topology, "", timeout_s)[1]
 
 
 def _earlier(topology: Topology, private: Path) -> Any:
@@ -197,19 +244,24 @@ def _earlier(topology: Topology, private: Path) -> Any:
     Raises:
         RuntimeError: they were started again for another reason, a worker that was killed.
     """
-    from launcher.tune.ledger import Ledger, Visit
     from launcher.tune.session import Earlier
 
     state = private / STATE
     if topology.generation == 1 or not state.exists():
         return Earlier()
     facts = json.loads(state.read_text())
-    size = facts["trying"]
     if not (private / f"{LOST}-{topology.generation - 1}").exists():
-        raise RuntimeError(f"a worker was killed while per_device={size} was measured: out of memory?")
+        raise RuntimeError(f"a worker was killed while per_device={facts['trying']} was measured: out of memory?")
+    return Earlier.from_facts(after_loss(facts))
+
+
+def after_loss(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a survey wrote down, with the size under way as one that memory ran out at."""
+    from launcher.tune.ledger import Ledger, Visit
+
     ledger = Ledger.from_facts(facts["ledger"])
-    lost = Visit(size, where="a collective")
-    return Earlier(replace(ledger, visits=(*ledger.visits, lost)), facts["spent_s"])
+    lost = Visit(facts["trying"], where="a collective")
+    return {"ledger": replace(ledger, visits=(*ledger.visits, lost)).to_facts(), "spent_s": facts["spent_s"]}
 
 
 @contextmanager

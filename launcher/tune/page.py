@@ -46,6 +46,8 @@ def _charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> Ite
     beside = [one for one in found["synthetic"] if one["samples_per_s"]]
     series += [_speed("on synthetic data", 1, beside)] if beside else []
     yield _figure("Samples/s against the size", line_chart(series, end, "samples per second", marks, zero=True), series)
+    if found.get("goodput"):
+        yield _goodput(found["goodput"], end)
     layers = [(stage, n, [point["stages"][stage] for point in timed]) for n, stage in enumerate(STAGES)]
     drawn = stack_chart(layers, sizes, end, "milliseconds of an update by stage", marks)
     yield f"<figure><figcaption>Milliseconds of an update</figcaption>{drawn}{legend([(a, n) for a, n, _ in layers])}"
@@ -68,6 +70,15 @@ def _speed(label: str, colour: int, points: Sequence[Mapping[str, Any]]) -> Seri
     middle = tuple((float(point["per_device"]), float(point["samples_per_s"])) for point in points)
     band = tuple((float(point["per_device"]), float(point["low"]), float(point["high"])) for point in points)
     return Series(label, colour, middle, band, dots=True)
+
+
+def _goodput(goodput: Mapping[str, Any], end: float) -> str:
+    """Samples/s times efficiency against the size, with the band of both."""
+    points = [{**point, "samples_per_s": point["goodput"]} for point in goodput["points"]]
+    series = [_speed("goodput", 4, points)]
+    marks = [Mark(goodput["best"], "resize", "most progress")]
+    title = f"Goodput at a noise scale of {goodput['noise']['scale']:.3g} samples ({goodput['noise']['source']})"
+    return _figure(title, line_chart(series, end, "progress per second, in samples", marks, zero=True), series)
 
 
 def _figure(title: str, drawn: str, series: Sequence[Series]) -> str:

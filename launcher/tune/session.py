@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from launcher.settings import Run
 from launcher.study import Sizes, study
 from launcher.threads import threads_of
 from launcher.topology import Topology
+from launcher.tune import cache
 from launcher.tune.council import Council
 from launcher.tune.document import document
 from launcher.tune.ledger import Ledger
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from launcher.batch import BatchPlan
 
 __all__ = ["Earlier", "measured"]
+
+BUDGET_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,20 @@ class Ready:
             "the training data's length": self.sizes.train,
         }
 
+    def place(self, topology: Topology, threads: int) -> cache.Place:
+        return cache.Place(
+            world=topology.world,
+            nodes=topology.nodes,
+            local_world=topology.local_world,
+            device=name_of(self.device),
+            cores=len(os.sched_getaffinity(0)),
+            threads=threads,
+            code=cache.code_of(self.recipe),
+            shape=shape_of(self.data.train[0]),
+            train_samples=self.sizes.train,
+            versions=cache.versions(),
+        )
+
 
 @dataclass(frozen=True)
 class Earlier:
@@ -70,9 +88,15 @@ class Earlier:
 
 
 def measured(
-    run: Run, topology: Topology, store: dist.Store, earlier: Earlier = Earlier(), state: Path | None = None
+    run: Run,
+    topology: Topology,
+    store: dist.Store,
+    earlier: Earlier = Earlier(),
+    state: Path | None = None,
+    *,
+    look: bool = False,
 ) -> dict[str, Any]:
-    """The document that `tune` prints, on every rank the same but for its clock.
+    """The document that `tune` prints, on every rank the same; with `look` the kept one, where there is one.
 
     Raises:
         RequestError: something is wrong with the request, found by any rank.
@@ -80,12 +104,58 @@ def measured(
     threads = threads_of(run, topology.local_world)
     torch.set_num_threads(threads)
     ready = greet(store, topology, partial(made_ready, run, topology), Ready.facts)
-    rendezvous.join(store, topology, ready.device, run.launch.backend, run.launch.timeout_s)
     council = Council(store, topology.rank, topology.world)
-    plan = study(run, ready.sizes, topology.world)
+    key = cache.key_of(run, ready.place(topology, threads))
     allowed = allowance(ready.device, topology, council)
+    looked = council.of_first(looked_up(key, allowed) if look and topology.rank == 0 else None)
+    if looked is not None and looked["found"] is not None:
+        council.adjourn()
+        return {**looked["found"], "cached": True, "said": looked["said"]}
+    rendezvous.join(store, topology, ready.device, run.launch.backend, run.launch.timeout_s)
+    found = surveyed(run, ready, council, topology, allowed, earlier, state)
+    dist.destroy_process_group()
+    said = [] if looked is None else looked["said"]
+    agreed = council.of_first({**found, "cached": False, "said": [*said, *remembered(key, found, topology.rank)]})
+    council.adjourn()
+    return dict(agreed)
+
+
+def looked_up(key: Mapping[str, Any], allowed: float | None) -> dict[str, Any]:
+    """What is kept for this key, and what is to be said; rank 0's to read, so that differing copies do no harm."""
+    looked = cache.look(key)
+    if looked.profile is None:
+        return {"found": None, "said": looked.said}
+    found = looked.profile.found
+    needed = max((p["memory_bytes"] for p in found["points"] if p["per_device"] == found["recommended"]), default=0)
+    if allowed is not None and needed > allowed:
+        short = f"{found['recommended']} samples need {needed / 1e9:.3g} GB of memory, {allowed / 1e9:.3g} GB are free"
+        return {"found": None, "said": [f"the profile of {looked.profile.day} is not used: {short}"]}
+    return {"found": {**found, "measured": looked.profile.measured}, "said": []}
+
+
+def remembered(key: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> list[str]:
+    """Keep what was measured; where that cannot be it is said, and nothing else is wrong."""
+    if rank or found["recommended"] is None:
+        return []
+    try:
+        return [f"kept for batch.per_device=auto: {cache.keep(cache.Profile(key, found['measured'], found))}"]
+    except OSError as problem:
+        return [f"{cache.FOLDER} cannot be written ({problem.strerror}): the next start measures anew"]
+
+
+def surveyed(
+    run: Run,
+    ready: Ready,
+    council: Council,
+    topology: Topology,
+    allowed: float | None,
+    earlier: Earlier,
+    state: Path | None,
+) -> dict[str, Any]:
+    """Measure; every rank has its own document, which differ by their clocks."""
+    plan = study(run, ready.sizes, topology.world)
     make = partial(Stand.of, plan, topology, ready.recipe, ready.device, ready.data, council)
-    term = Term(run.tune.budget_s, council, earlier.spent_s)
+    term = Term(budget_of(run), council, earlier.spent_s)
     survey = Survey(make, ready.data.train, largest(run, ready.sizes, plan.plan), allowed, term, earlier.ledger, state)
     if run.tune.sizes is not None:
         survey.these(run.tune.sizes)
@@ -95,19 +165,19 @@ def measured(
     facts = {
         "recipe": type(ready.recipe).__name__,
         "world": topology.world,
+        "nodes": topology.nodes,
         "accumulation": plan_accumulation(run),
         "train_samples": ready.sizes.train,
         "device": name_of(ready.device),
         "precision": run.train.precision,
         "strategy": run.strategy.name,
-        "threads": threads,
+        "threads": threads_of(run, topology.local_world),
         "loader_workers": run.data.workers,
         "limit_bytes": limit_of(ready.device, allowed),
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "spent_s": round(term.used_s(), 1),
         "asked": run.tune.sizes is not None,
     }
-    dist.destroy_process_group()
     return document(survey.ledger, facts)
 
 
@@ -143,6 +213,10 @@ def largest(run: Run, sizes: Sizes, plan: BatchPlan, *, limited: bool = True) ->
     return min(room, run.tune.max) if limited and run.tune.max is not None else room
 
 
+def budget_of(run: Run) -> float:
+    return BUDGET_S if run.tune.budget_s is None else run.tune.budget_s
+
+
 def plan_accumulation(run: Run) -> int:
     return 1 if run.batch.accumulation == "auto" else run.batch.accumulation
 
@@ -172,6 +246,15 @@ def beside(survey: Survey, ready: Ready, run: Run) -> None:
     if max(times, key=times.__getitem__) == "data":
         others = [one.size for one in sizes if one.size != advice.recommended]
         survey.beside([advice.recommended, *others], dataset_of(ready.recipe, "train", "synthetic"))
+
+
+def shape_of(sample: Any) -> Any:
+    """Shapes and types of all that a sample holds."""
+    if hasattr(sample, "shape") and hasattr(sample, "dtype"):
+        return [list(sample.shape), str(sample.dtype)]
+    if isinstance(sample, Mapping):
+        return {str(name): shape_of(part) for name, part in sample.items()}
+    return [shape_of(part) for part in sample] if isinstance(sample, list | tuple) else type(sample).__name__
 
 
 def name_of(device: torch.device) -> str:

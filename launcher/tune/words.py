@@ -22,6 +22,7 @@ def text(found: Mapping[str, Any]) -> str:
     lines += _chart(points, found["recommended"])
     lines += _stages(found)
     lines += _beside(found["synthetic"])
+    lines += _worth(found.get("goodput"))
     wrapped = [found["why"], *(f"note: {note}" for note in found["notes"])]
     lines += [line for one in wrapped for line in textwrap.wrap(one[:1].upper() + one[1:] + ".", WIDTH)]
     return "\n".join(lines) + "\n"
@@ -46,17 +47,20 @@ def _row(point: Mapping[str, Any]) -> str:
 
 
 def _chart(points: Sequence[Mapping[str, Any]], recommended: int | None) -> Iterator[str]:
-    """A bar for each size; the part between low and high is drawn light."""
     timed = [point for point in points if point["samples_per_s"]]
-    if not timed:
-        return
-    full = max(point["high"] for point in timed)
-    for point in timed:
+    if timed:
+        yield from _bars(timed, recommended, "recommended")
+        yield ""
+
+
+def _bars(points: Sequence[Mapping[str, Any]], marked: int | None, mark: str) -> Iterator[str]:
+    """A bar for each size; the part between low and high is drawn light."""
+    full = max(point["high"] for point in points)
+    for point in points:
         solid = round(BAR * point["low"] / full)
         light = round(BAR * point["high"] / full) - solid
-        mark = "  recommended" if point["per_device"] == recommended else ""
-        yield f"{count(point['per_device']):>10} {'█' * solid}{'─' * light}{mark}"
-    yield ""
+        said = f"  {mark}" if point["per_device"] == marked else ""
+        yield f"{count(point['per_device']):>10} {'█' * solid}{'─' * light}{said}"
 
 
 def _stages(found: Mapping[str, Any]) -> Iterator[str]:
@@ -74,3 +78,18 @@ def _beside(synthetic: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     told = [f"{one['per_device']}: {rate(one['samples_per_s'])}" for one in synthetic if one["samples_per_s"]]
     if told:
         yield from textwrap.wrap(f"On synthetic data, samples/s at {', '.join(told)}.", WIDTH)
+
+
+def _worth(goodput: Mapping[str, Any] | None) -> Iterator[str]:
+    """The same sizes by progress per second, where the noise scale is known."""
+    if goodput is None:
+        return
+    noise, best = goodput["noise"], goodput["best"]
+    point = next(one for one in goodput["points"] if one["per_device"] == best)
+    known = f"at a noise scale of {noise['scale']:.3g} samples ({noise['source']})"
+    yield ""
+    yield from textwrap.wrap(f"Goodput, samples/s x efficiency, {known}:", WIDTH)
+    yield from _bars(goodput["points"], best, "most progress")
+    speed = f"{rate(point['goodput'])} samples/s of lr.base_batch={goodput['base_batch']}"
+    share = f"a batch of {count(point['global'])} at {100 * point['efficiency']:.0f} % efficiency"
+    yield from textwrap.wrap(f"{best} makes the most progress: {speed}, {share}.", WIDTH)

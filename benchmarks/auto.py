@@ -1,0 +1,63 @@
+"""What batch.per_device=auto costs beside measuring: from the command to training with and without it.
+
+    python benchmarks/auto.py                 # 2 and 3 workers, by the driver and under torchrun
+    python benchmarks/auto.py --workers 2 --rounds 5
+
+A round trains the same few updates with the number typed, with auto that measures, and with auto that finds a kept
+profile. What auto adds to the wall time, less the seconds that it spent on measuring (as its document says), is what
+agreeing, starting the processes that measure and looking up cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+WORDS = ["recipe=mlp", "sink=[]", "train.duration=5ba", "tune.sizes=[8,16,32]", "tune.budget_s=3", "resume=never"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    print(f"{'workers':>7} {'started by':>10} {'typed':>8} {'beside measuring':>17} {'kept':>7}")
+    for workers in options.workers:
+        for form in ("launcher", "torchrun"):
+            rounds = [one(form, workers) for _ in range(options.rounds)]
+            typed, beside, kept = (statistics.median(column) for column in zip(*rounds, strict=True))
+            each = " ".join(f"{beside:.1f}" for _, beside, _ in rounds)
+            print(f"{workers:>7} {form:>10} {typed:>6.1f} s {beside:>+15.1f} s {kept:>+5.1f} s   ({each})", flush=True)
+
+
+def one(form: str, workers: int) -> tuple[float, float, float]:
+    """Seconds with the number typed, and what auto adds: beside measuring, and where a profile is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        typed_s = took_s(form, workers, here, "batch.per_device=16")
+        measured_s = took_s(form, workers, here, "batch.per_device=auto")
+        profile = json.loads(next((here / "runs" / ".profiles").iterdir()).read_text())
+        kept_s = took_s(form, workers, here, "batch.per_device=auto")
+        return typed_s, measured_s - typed_s - profile["found"]["spent_s"], kept_s - typed_s
+
+
+def took_s(form: str, workers: int, here: Path, *words: str) -> float:
+    start = time.monotonic()
+    if form == "launcher":
+        command = [sys.executable, "-m", "launcher", *WORDS, f"launch.workers={workers}", *words]
+    else:
+        command = [*TORCHRUN, f"--nproc-per-node={workers}", "-m", "launcher", *WORDS, *words]
+    subprocess.run(command, cwd=here, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    return time.monotonic() - start
+
+
+if __name__ == "__main__":
+    main()

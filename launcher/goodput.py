@@ -1,0 +1,272 @@
+"""The batch that is worth most per second: fitted update times, and what a sample is worth at a noise scale.
+
+Goodput (Pollux, OSDI 2021) is samples per second times (phi + B0) / (phi + B), progress relative to the base batch B0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from launcher.batch import PlanError
+from launcher.errors import RequestError
+from launcher.rules import far_of, rule_of
+from launcher.scaling import Choice, Measured, UpdateModel, Workload, choose, fit_updates
+from launcher.settings import Run
+from launcher.sinks.text import rate
+
+__all__ = ["Bounds", "Chooser", "Fixed", "Goodput", "Profile", "bounds_of", "chosen", "said"]
+
+_ERRORS = 1.96  # standard errors that an interval of 95 % reaches
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured at one world size; with several workers each update has a twin of one worker.
+
+    The twin is without the waiting for others: so a fit can tell computing from communicating.
+    """
+
+    world: int
+    nodes: int
+    updates: tuple[Measured, ...]
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Table:
+        """Of a document that `tune` printed."""
+        return cls(found["world"], found["nodes"], tuple(_updates(found)))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What updates take, by world size. `cap` is the largest micro-batch that was timed and did not regress."""
+
+    tables: tuple[Table, ...]
+    work: Workload
+    cap: int
+
+    @classmethod
+    def of(cls, documents: Iterable[Mapping[str, Any]], *, every_micro: bool = False) -> Profile:
+        """Of documents that `tune` printed, at whatever world sizes."""
+        found = list(documents)
+        points = [point for one in found for point in one["points"] if point["samples_per_s"]]
+        stages = {stage: min(point["stages"][stage] for point in points) / 1e3 for stage in ("optimizer", "other")}
+        return cls(
+            tables=tuple(map(Table.of, found)),
+            work=Workload(stages["optimizer"], stages["other"], every_micro=every_micro),
+            cap=max(point["per_device"] for point in points if point["label"] != "regressed"),
+        )
+
+    @property
+    def worlds(self) -> tuple[tuple[int, int], ...]:
+        """Those that were measured, each with its nodes."""
+        return tuple(sorted({(table.world, table.nodes) for table in self.tables}))
+
+    def plus(self, later: Profile) -> Profile:
+        """With measurements at another world size; those of the same one are replaced."""
+        old = tuple(one for one in self.tables if (one.world, one.nodes) not in later.worlds)
+        return replace(later, tables=(*old, *later.tables))
+
+    @cached_property
+    def model(self) -> UpdateModel:
+        """
+        Raises:
+            RequestError: sizes of one kind only were measured.
+        """
+        try:
+            updates = [each for table in self.tables for each in table.updates]
+            return replace(fit_updates(updates, self.work), worlds=self.worlds)
+        except ValueError as problem:
+            raise RequestError(
+                f"batch.policy=goodput: {problem}: type a larger tune.max or tune.budget_s, or batch=scale"
+            ) from problem
+
+    def reaches(self, world: int, nodes: int = 1) -> bool:
+        """Whether it tells anything of so many workers: not past twice the most that were measured."""
+        model = self.model
+        try:
+            model.predict(1, 1, world, nodes)
+        except ValueError:
+            return False
+        return True
+
+    def to_facts(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Profile:
+        """The value of `to_facts`. ValueError where it is none."""
+        try:
+            tables = tuple(
+                Table(one["world"], one["nodes"], tuple(Measured(**each) for each in one["updates"]))
+                for one in facts["tables"]
+            )
+            found = cls(tables, Workload(**facts["work"]), facts["cap"])
+            sound = all(each.seconds > 0 and each.per_device >= 1 for one in tables for each in one.updates)
+        except (KeyError, TypeError) as problem:
+            raise ValueError(f"a part is missing or of another kind: {problem}") from problem
+        if not sound or not tables or found.cap < 1:
+            raise ValueError("a figure in it is none")
+        return found
+
+
+def _updates(found: Mapping[str, Any]) -> Iterator[Measured]:
+    for point in found["points"]:
+        if not point["samples_per_s"] or point["label"] == "regressed":
+            continue
+        spread = math.log(point["high"] / point["low"]) / (2 * _ERRORS)
+        each = Measured(
+            point["per_device"],
+            found["accumulation"],
+            found["world"],
+            point["ms_per_update"] / 1e3,
+            found["nodes"],
+            spread,
+        )
+        yield each
+        alone_s = each.seconds - point["stages"].get("sync", 0.0) / 1e3
+        if each.world > 1 and alone_s > 0:
+            yield replace(each, world=1, nodes=1, seconds=alone_s)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of the global batch."""
+
+    low: int
+    high: int
+
+
+def bounds_of(run: Run, train: int, world: int) -> Bounds:
+    """batch.min_global and batch.max_global; by default from a sample per worker to where the rate's rule ends.
+
+    Raises:
+        PlanError: no batch of so many workers lies between them.
+    """
+    base, asked = run.lr.base_batch or 1, run.batch
+    far = far_of(run, rule_of(run))
+    high = asked.max_global or min(train, far * base if far else train)
+    low = max(asked.min_global or 1, 1 if run.elastic.idle else world)
+    high = min(max(high, world) if asked.max_global is None else high, train)
+    if low > high:
+        raise PlanError(
+            f"batch.policy=goodput: no batch of {world} workers lies between {low} and {high}: "
+            f"start {high} workers or fewer, or type batch.max_global={low} or more"
+        )
+    return Bounds(low, high)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """The policy: what is known of the time of an update, and the choice that follows at a noise scale."""
+
+    profile: Profile
+    run: Run
+    train: int
+
+    def choice(self, world: int, nodes: int, noise: float | None) -> Choice:
+        """The most progress per second; while the noise scale is unknown, the base batch in its fastest form.
+
+        Raises:
+            PlanError: the bounds leave no batch, or so many workers are beyond what was measured.
+        """
+        bounds, model = self.bounds(world, noise), self.profile.model
+        try:
+            model.predict(1, 1, world, nodes)
+        except ValueError as problem:
+            raise PlanError(f"batch.policy=goodput: {problem}") from problem
+        return choose(
+            model,
+            world,
+            0.0 if noise is None else noise,
+            self.base,
+            cap=self.profile.cap,
+            min_global=bounds.low,
+            max_global=bounds.high,
+            nodes=nodes,
+        )
+
+    def bounds(self, world: int, noise: float | None) -> Bounds:
+        """Those of the request; while the noise scale is unknown, the base batch as near as they allow."""
+        bounds = bounds_of(self.run, self.train, world)
+        if noise is not None:
+            return bounds
+        usual = min(max(self.base, bounds.low), bounds.high)
+        return Bounds(usual, usual)
+
+    @property
+    def base(self) -> int:
+        return self.run.lr.base_batch or 1
+
+    def settled(self, world: int, nodes: int, noise: float | None) -> Run:
+        """The run with the choice in place of what was asked."""
+        return chosen(self.run, self.choice(world, nodes, noise), self.bounds(world, noise))
+
+
+class Goodput:
+    """Watches the noise scale of a run; `wants` holds what to choose anew by, once that is another batch.
+
+    Every rank hears of the same scale, which comes from the votes alone, so all come to the same.
+    """
+
+    def __init__(self, chooser: Chooser, world: int, nodes: int, noise: float | None) -> None:
+        self.wants = False
+        self.chooser = chooser
+        self._where = (world, nodes)
+        self._noise = noise
+        self._choice = chooser.choice(world, nodes, noise)
+
+    @property
+    def why(self) -> str:
+        return said(self._choice, self._noise)
+
+    def heard(self, noise: float | None) -> None:
+        """The noise scale that was last worth acting on: the first that is known, or one that has moved by two."""
+        if noise != self._noise:
+            self._noise = noise
+            self.wants = batch_of(self.chooser.choice(*self._where, noise)) != batch_of(self._choice)
+
+    def settled(self) -> tuple[Goodput, Run]:
+        """The watcher and the run from here on."""
+        after = Goodput(self.chooser, *self._where, self._noise)
+        return after, self.chooser.settled(*self._where, self._noise)
+
+
+class Fixed:
+    """The batch is the policy's, whatever the noise."""
+
+    wants = False
+    why = ""
+
+    def heard(self, noise: float | None) -> None: ...
+
+
+def batch_of(choice: Choice) -> tuple[int, int, int]:
+    return choice.global_batch, choice.per_device, choice.accumulation
+
+
+def chosen(run: Run, choice: Choice, bounds: Bounds) -> Run:
+    """Under policy goodput a plan is that of bounded, at the size and accumulation that were chosen."""
+    batch = replace(
+        run.batch,
+        per_device=choice.per_device,
+        accumulation=choice.accumulation,
+        min_global=bounds.low,
+        max_global=bounds.high,
+    )
+    return replace(run, batch=batch)
+
+
+def said(choice: Choice, noise: float | None) -> str:
+    """The reason of a choice, in a line."""
+    form = f"{choice.per_device} samples x {choice.accumulation}"
+    if noise is None:
+        return f"goodput: the noise scale is unknown, so the base batch, as {form} per worker"
+    return (
+        f"goodput: at a noise scale of {noise:.3g} samples {form} per worker are worth most per second, "
+        f"{rate(choice.samples_per_s)} samples/s of {100 * choice.efficiency:.0f} % efficiency"
+    )

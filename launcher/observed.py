@@ -1,0 +1,75 @@
+"""The noise scale that earlier runs measured, or that a person types."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import RequestError
+from launcher.history import history
+from launcher.noise import efficiency
+from launcher.runfolder import RUNS
+from launcher.settings import Run
+from launcher.throughput import Estimate
+
+__all__ = ["Noise", "noise_of"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A noise scale in samples with its interval, as far as that is known, and where it is from."""
+
+    scale: float
+    low: float
+    high: float
+    source: str
+
+    def efficiency(self, batch: int, base: int) -> Estimate:
+        low, high = sorted(efficiency(batch, base, bound) for bound in (self.low, self.high))
+        value = efficiency(batch, base, self.scale)
+        return Estimate(value, min(low, value), max(high, value))
+
+
+def noise_of(run: Run) -> Noise | None:
+    """plan.noise as a number or a run; else the newest run of this recipe here that measured one. None: unknown.
+
+    Raises:
+        RequestError: plan.noise is no noise scale, or the run that it names has measured none.
+    """
+    asked = run.plan.noise
+    if isinstance(asked, str):
+        found = _measured(asked)
+        if found is None:
+            raise RequestError(f"plan.noise={asked}: that run has measured no noise scale: type a number of samples")
+        return found
+    if asked is not None:
+        if asked <= 0:
+            raise RequestError(f"plan.noise={asked:g} is no noise scale: type a number of samples above 0")
+        return Noise(asked, asked, asked, "plan.noise")
+    name = str(run.recipe["_target_"]).rpartition(".")[2]
+    for folder in sorted(RUNS.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime, reverse=True):
+        if _recipe(folder.parent) == name and (found := _measured(str(folder.parent))) is not None:
+            return found
+    return None
+
+
+def _measured(word: str) -> Noise | None:
+    run = history(word)
+    row = next((row for row in reversed(run.rows) if "noise/scale" in row), None)
+    if row is None:
+        return None
+    scale = row["noise/scale"]
+    low, high = row.get("noise/scale_low", scale), row.get("noise/scale_high", scale)
+    return Noise(scale, low, high, run.name)
+
+
+def _recipe(folder: Path) -> str | None:
+    """The class of the recipe, as the start event names it."""
+    with suppress(OSError, ValueError), (folder / "events.jsonl").open() as events:
+        for line in events:
+            event = json.loads(line)
+            if event.get("event") == "start":
+                return str(event.get("recipe"))
+    return None

@@ -1,0 +1,52 @@
+"""What a run leaves open until it starts: batch.per_device=auto, and what batch=goodput has to know of update times."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.opening import kept, opened, path_of
+from launcher.redact import redact
+from launcher.settings import Run
+from launcher.tune import auto
+from launcher.tune.auto import Settled
+
+__all__ = ["closed", "settled"]
+
+
+def closed(
+    run: Run, world: int, *, known: Path | None = None, run_id: str | None = None, nodes: int = 1
+) -> Settled | None:
+    """The run with all that its folder answers; None where something has to be looked up or measured.
+
+    Raises:
+        RequestError: the request is wrong, whatever would be measured.
+    """
+    if not auto.is_open(run):
+        return Settled(run)
+    path = known or path_of(run, run_id, nodes)
+    found = auto.before(kept(run, path), path, world, nodes)
+    if found is not None:
+        return found
+    opened(auto.stood_in(run), world, known=known, run_id=run_id, nodes=nodes)
+    return None
+
+
+def settled(run: Run, found: Mapping[str, Any], path: Path) -> Settled:
+    """With what was found in place of the question, which is said in a line. `path`: the run's folder, if it has one.
+
+    Raises:
+        RequestError: no size fits into memory.
+    """
+    for line in found["said"]:
+        say(f"note: {line}")
+    answer = auto.answered(run, found, path)
+    if "console" not in run.sink:
+        say(f"note: {answer.why}")
+    return answer
+
+
+def say(text: str) -> None:
+    print(redact(" ".join(text.split())), file=sys.stderr, flush=True)

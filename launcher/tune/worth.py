@@ -1,0 +1,36 @@
+"""What the measured sizes are worth: samples/s times the efficiency of their batch, where the noise scale is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.observed import Noise
+
+__all__ = ["worth"]
+
+
+def worth(found: Mapping[str, Any], noise: Noise | None, base_batch: int | None) -> dict[str, Any] | None:
+    """For the document of `tune`: goodput with its band for each timed size, and the best. None where it is unknown.
+
+    Goodput is progress per second in samples of the base batch; its band has that of the speed and of the noise scale.
+    """
+    timed = [point for point in found["points"] if point["samples_per_s"]]
+    if noise is None or base_batch is None or not timed:
+        return None
+    points = [_point(point, found["world"] * found["accumulation"], noise, base_batch) for point in timed]
+    best = max(points, key=lambda point: float(point["goodput"]))
+    return {"noise": vars(noise), "base_batch": base_batch, "points": points, "best": best["per_device"]}
+
+
+def _point(point: Mapping[str, Any], micros: int, noise: Noise, base_batch: int) -> dict[str, Any]:
+    batch = point["per_device"] * micros
+    value, low, high = noise.efficiency(batch, base_batch)
+    return {
+        "per_device": point["per_device"],
+        "global": batch,
+        "efficiency": value,
+        "goodput": point["samples_per_s"] * value,
+        "low": point["low"] * low,
+        "high": point["high"] * high,
+    }

@@ -1,0 +1,298 @@
+"""The goodput policy and its outlook: the arithmetic of math.md on update times that are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.batch import PlanError
+from launcher.config import compose
+from launcher.errors import RequestError
+from launcher.goodput import Bounds, Chooser, Profile, bounds_of, said
+from launcher.noise import efficiency
+from launcher.observed import Noise, noise_of
+from launcher.outlook import outlook, outlook_text
+from launcher.scaling import best_batch
+from launcher.settings import BatchSettings, LrSettings, PlanSettings, Run
+from launcher.study import Sizes, study
+
+ALPHA_S, BETA_S, SYNC_S, EACH_S = 0.010, 0.0005, 0.004, 0.001
+SIZES = Sizes(20_000, 1000)
+RUN = Run(
+    recipe={"_target_": "launcher.recipes.mlp.Mlp"},
+    batch=BatchSettings(policy="goodput", per_device="auto"),
+    lr=LrSettings(base=0.1, base_batch=64),
+    optimizer={"_target_": "torch.optim.SGD"},
+)
+
+
+def update_s(per_device: int, world: int, accumulation: int = 1) -> float:
+    """Alpha and beta of a micro-batch, and exposed communication: gamma is 1."""
+    sync_s = SYNC_S + EACH_S * max(world - 2, 0) if world > 1 else 0.0
+    return accumulation * (ALPHA_S + BETA_S * per_device) + sync_s
+
+
+def tuned(world: int, sizes: tuple[int, ...] = (8, 16, 32, 64, 128)) -> dict[str, Any]:
+    """A document of `tune` on a machine without noise."""
+    points = []
+    for size in sizes:
+        seconds = update_s(size, world)
+        speed = world * size / seconds
+        stages = {"sync": 1e3 * (seconds - update_s(size, 1)), "optimizer": 0.0, "other": 0.0}
+        points.append(
+            {
+                "per_device": size,
+                "samples_per_s": speed,
+                "low": speed / 1.01,
+                "high": speed * 1.01,
+                "ms_per_update": 1e3 * seconds,
+                "stages": stages,
+                "label": "rising",
+            }
+        )
+    return {"points": points, "world": world, "nodes": 1, "accumulation": 1}
+
+
+@lru_cache
+def profile_of(*worlds: int) -> Profile:
+    """Fitted once."""
+    return Profile.of([tuned(world) for world in worlds or (1, 2, 4)])
+
+
+def chooser(*worlds: int, run: Run = RUN) -> Chooser:
+    return Chooser(profile_of(*worlds), run, SIZES.train)
+
+
+# --- what was measured --------------------------------------------------------------------------------------------
+
+
+def test_the_fit_gives_back_what_was_measured() -> None:
+    model = chooser().profile.model
+    for size, world in ((8, 1), (64, 2), (128, 4)):
+        assert model.predict(size, 1, world).value == pytest.approx(update_s(size, world), rel=0.02)
+    assert model.predict(32, 4, 2).value == pytest.approx(update_s(32, 2, 4), rel=0.05)
+
+
+def test_two_workers_alone_tell_computing_from_communicating() -> None:
+    """Each measurement has a twin without the waiting."""
+    model = chooser(2).profile.model
+    assert model.predict(64, 1, 1).value == pytest.approx(update_s(64, 1), rel=0.03)
+    assert model.predict(64, 3, 2).value == pytest.approx(update_s(64, 2, 3), rel=0.06)
+
+
+def test_nothing_is_chosen_past_twice_the_most_workers_measured() -> None:
+    assert chooser(1, 2).profile.reaches(4)
+    assert not chooser(1, 2).profile.reaches(5)
+    with pytest.raises(PlanError, match="5 workers are beyond twice the 2 measured"):
+        chooser(1, 2).choice(5, 1, 100.0)
+
+
+def test_a_profile_is_the_same_after_json() -> None:
+    profile = chooser().profile
+    assert Profile.from_facts(json.loads(json.dumps(profile.to_facts()))) == profile
+    for broken in ({}, {**profile.to_facts(), "tables": [{"world": 1}]}, {**profile.to_facts(), "cap": 0}):
+        with pytest.raises(ValueError, match=r"a part is missing|a figure in it"):
+            Profile.from_facts(broken)
+
+
+def test_measurements_at_another_world_size_are_added_and_those_of_the_same_one_replaced() -> None:
+    one, two = Profile.of([tuned(1)]), Profile.of([tuned(2)])
+    both = one.plus(two)
+    assert both.worlds == ((1, 1), (2, 1))
+    assert both.plus(two) == both
+    assert [table.world for table in both.tables] == [1, 2]
+
+
+def test_what_regressed_is_neither_fitted_nor_chosen() -> None:
+    document = tuned(1)
+    document["points"][-1]["label"] = "regressed"
+    profile = Profile.of([document])
+    assert profile.cap == 64
+    assert max(each.per_device for each in profile.tables[0].updates) == 64
+
+
+def test_one_size_is_too_few() -> None:
+    with pytest.raises(RequestError, match=r"^batch\.policy=goodput: updates of one micro-batch size"):
+        Chooser(Profile.of([tuned(1, (8,))]), RUN, SIZES.train).choice(1, 1, 10.0)
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(st.floats(10, 700))
+def test_one_worker_takes_the_root_of_noise_times_constant_over_slope(noise: float) -> None:
+    best = best_batch(noise, ALPHA_S, BETA_S)
+    assert best == math.sqrt(noise * ALPHA_S / BETA_S)
+    assert chooser(1).choice(1, 1, noise).global_batch == pytest.approx(best, rel=0.06, abs=1)
+
+
+@settings(max_examples=20)
+@given(st.floats(1, 1e4), st.integers(1, 8))
+def test_no_batch_of_the_grid_is_worth_more(noise: float, world: int) -> None:
+    policy = chooser()
+    choice, model = policy.choice(world, 1, noise), policy.profile.model
+    for size in (1, 2, 7, 16, 33, 64, 100, 128):
+        for steps in (1, 2, 5):
+            batch = world * size * steps
+            if batch <= bounds_of(RUN, SIZES.train, world).high:
+                worth = batch / model.seconds(size, steps, world) * efficiency(batch, 64, noise)
+                assert worth <= choice.goodput * (1 + 1e-9)
+
+
+def test_more_noise_takes_a_larger_batch() -> None:
+    batches = [chooser().choice(2, 1, noise).global_batch for noise in (1.0, 100.0, 10_000.0)]
+    assert batches == sorted(set(batches))
+
+
+def test_an_unknown_noise_scale_takes_the_base_batch_in_its_fastest_form() -> None:
+    choice = chooser().choice(2, 1, None)
+    assert (choice.global_batch, choice.per_device, choice.accumulation) == (64, 32, 1)
+    assert "unknown" in said(choice, None)
+    assert chooser().choice(8, 1, None).global_batch == 64
+
+
+def test_the_cap_and_the_bounds_bind() -> None:
+    choice = chooser().choice(2, 1, 1e6)
+    assert choice.per_device <= 128
+    assert choice.accumulation > 1
+    narrow = replace(RUN, batch=replace(RUN.batch, min_global=100, max_global=128))
+    assert 100 <= chooser(run=narrow).choice(3, 1, 1e6).global_batch <= 128
+    assert bounds_of(RUN, SIZES.train, 2) == Bounds(2, 32 * 64)
+    with pytest.raises(PlanError, match="no batch of 200 workers lies between 200 and 128"):
+        bounds_of(narrow, SIZES.train, 200)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 8), st.one_of(st.none(), st.floats(1, 1e5)))
+def test_the_plan_that_is_trained_is_the_one_that_was_chosen(world: int, noise: float | None) -> None:
+    policy = chooser()
+    choice = policy.choice(world, 1, noise)
+    planned = study(policy.settled(world, 1, noise), SIZES, world)
+    assert planned.policy == "goodput"
+    assert planned.plan.global_batch == choice.global_batch
+    assert planned.plan.per_device == choice.per_device
+    assert planned.plan.accumulation == choice.accumulation
+
+
+@pytest.mark.parametrize(
+    ("batch", "mend"),
+    [
+        (BatchSettings(policy="goodput", global_batch=64), "type batch=hold, or drop it"),
+        (BatchSettings(policy="goodput", ramp=(("0dur", 0.5),)), "type batch=bounded, or drop it"),
+    ],
+    ids=["global", "ramp"],
+)
+def test_what_decides_against_the_policy_is_refused(batch: BatchSettings, mend: str) -> None:
+    with pytest.raises(RequestError, match=f"does not go with batch.policy=goodput: {mend}"):
+        study(replace(RUN, batch=replace(batch, per_device=8)), SIZES, 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "mend"), [("batch.per_device=16", "tune.max=16"), ("batch.accumulation=2", "drop it")]
+)
+def test_a_number_on_the_command_line_is_refused_and_a_recipes_own_is_no_request(word: str, mend: str) -> None:
+    assert compose(["recipe=mlp", "batch=goodput"]).batch == BatchSettings(policy="goodput", per_device="auto")
+    with pytest.raises(RequestError, match=f"^{word} does not go with batch=goodput, which chooses it: .*{mend}"):
+        compose(["recipe=mlp", "batch=goodput", word])
+
+
+# --- the outlook --------------------------------------------------------------------------------------------------
+
+KNOWN = Noise(500.0, 400.0, 650.0, "a run")
+
+
+def test_a_row_holds_the_arithmetic() -> None:
+    found = outlook(chooser(), SIZES, KNOWN, "1, 2, 4 workers")
+    row = found["plans"][1]
+    assert (row["world"], row["feasible"]) == (2, True)
+    assert row["samples_per_s"] == pytest.approx(
+        row["global"] / update_s(row["per_device"], 2, row["accumulation"]), rel=0.05
+    )
+    assert row["efficiency"] == pytest.approx((500 + 64) / (500 + row["global"]))
+    assert row["goodput"] == pytest.approx(row["samples_per_s"] * row["efficiency"])
+    assert row["seconds"] == pytest.approx(10 * SIZES.train / row["goodput"])
+    assert row["device_hours"] == pytest.approx(2 * row["seconds"] / 3600)
+    for name in ("", "goodput_", "seconds_", "device_hours_"):
+        value = row["samples_per_s"] if not name else row[name.removesuffix("_")]
+        assert row[f"{name}low"] < value < row[f"{name}high"]
+
+
+def test_it_ends_at_twice_the_most_workers_and_says_so() -> None:
+    found = outlook(chooser(), SIZES, KNOWN, "")
+    assert [row["world"] for row in found["plans"]] == list(range(1, 9))
+    assert "nothing is predicted past 8 workers" in found["why"]
+    asked = replace(RUN, plan=PlanSettings(worlds=(8, 9)))
+    rows = outlook(chooser(run=asked), SIZES, KNOWN, "")["plans"]
+    assert [row["feasible"] for row in rows] == [True, False]
+    assert "9 workers are beyond twice the 4 measured" in rows[1]["why"]
+
+
+def test_it_names_the_world_size_past_which_more_do_not_pay() -> None:
+    """With little noise a large batch is worth nothing, and more workers only wait for each other."""
+    few = outlook(chooser(), SIZES, Noise(5.0, 5.0, 5.0, "plan.noise"), "")
+    assert few["pays_to"] < 8
+    assert f"past {few['pays_to']} workers more do not pay" in few["why"].replace("worker m", "workers m")
+    goodputs = [row["goodput"] for row in few["plans"]]
+    assert goodputs[few["pays_to"] - 1] >= 0.9 * max(goodputs)
+    assert all(one < 0.9 * max(goodputs) for one in goodputs[: few["pays_to"] - 1])
+    many = outlook(chooser(), SIZES, Noise(1e6, 1e6, 1e6, "plan.noise"), "")
+    assert many["pays_to"] == 8
+    assert many["why"].startswith("every worker up to 8 pays")
+
+
+def test_an_unknown_noise_scale_is_said_and_the_base_batch_is_worth_what_it_does() -> None:
+    found = outlook(chooser(), SIZES, None, "")
+    assert found["noise"] is None
+    assert {row["efficiency"] for row in found["plans"]} == {1.0}
+    assert "noise scale unknown" in outlook_text(found)
+
+
+def test_the_text_fits_a_terminal() -> None:
+    for noise in (None, KNOWN):
+        written = outlook_text(outlook(chooser(), SIZES, noise, "1, 2, 4 workers on cpu, 2026-11-21 16:40 UTC"))
+        assert max(map(len, written.splitlines())) <= 80
+        json.dumps(outlook(chooser(), SIZES, noise, ""))
+
+
+# --- where the noise scale is from --------------------------------------------------------------------------------
+
+
+def written(folder: Path, recipe: str, **values: float) -> None:
+    folder.mkdir(parents=True)
+    row = {"time": 1.0, "samples": 64, "update": 1, "epoch": 0, "world": 1, "generation": 1, **values}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": "start", "recipe": recipe}) + "\n")
+
+
+def test_the_newest_run_of_the_recipe_that_measured_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert noise_of(RUN) is None
+    measured = {"noise/scale": 300.0, "noise/scale_low": 200.0, "noise/scale_high": 500.0}
+    written(tmp_path / "runs" / "other", "Resnet", **measured)
+    written(tmp_path / "runs" / "unknown", "Mlp")
+    assert noise_of(RUN) is None
+    written(tmp_path / "runs" / "one", "Mlp", **measured)
+    assert noise_of(RUN) == Noise(300.0, 200.0, 500.0, "one")
+
+
+def test_a_number_or_a_run_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert noise_of(asked(500.0)) == Noise(500.0, 500.0, 500.0, "plan.noise")
+    written(tmp_path / "runs" / "unknown", "Mlp")
+    with pytest.raises(RequestError, match=r"^plan\.noise=unknown: that run has measured no noise scale"):
+        noise_of(asked("unknown"))
+    with pytest.raises(RequestError, match=r"^plan\.noise=-1 is no noise scale"):
+        noise_of(asked(-1.0))
+
+
+def asked(noise: float | str) -> Run:
+    return replace(RUN, plan=PlanSettings(noise=noise))

@@ -1,0 +1,214 @@
+"""Kept measurements: found by everything they depend on, and never trusted where they cannot be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.keys import flat, from_mapping, to_mapping
+from launcher.settings import BatchSettings, DataSettings, Run, StrategySettings, TrainSettings, TuneSettings
+from launcher.tune.cache import Place, Profile, configured, keep, kept, key_of, look
+from launcher.tune.session import shape_of
+
+RUN = Run(
+    recipe={"_target_": "launcher.recipes.mlp.Mlp", "width": 64, "trust": ["mine"]},
+    optimizer={"_target_": "torch.optim.SGD", "momentum": 0.9},
+)
+PLACE = Place(
+    world=2,
+    nodes=1,
+    local_world=2,
+    device="cpu (x86_64)",
+    cores=2,
+    threads=1,
+    code="0123",
+    shape=[[[64], "torch.float32"], [[], "torch.int64"]],
+    train_samples=1437,
+    versions={"torch": "2.13.0", "the launcher": "1.0", "python": "3.11.2"},
+)
+FOUND: dict[str, Any] = {
+    "recommended": 24,
+    "world": 2,
+    "accumulation": 1,
+    "points": [{"per_device": 24, "samples_per_s": 100.0, "low": 90.0, "high": 110.0, "memory_bytes": 1000}],
+}
+PROFILE = Profile(key_of(RUN, PLACE), "2026-11-21T16:40:00+00:00", FOUND)
+
+PLACES = {
+    "world": 3,
+    "nodes": 2,
+    "local_world": 1,
+    "device": "NVIDIA H200",
+    "cores": 4,
+    "threads": 2,
+    "code": "4567",
+    "shape": [[[64], "torch.float64"], [[], "torch.int64"]],
+    "train_samples": 1438,
+    "versions": {**PLACE.versions, "torch": "2.14.0"},
+}
+RUNS = {
+    "recipe": {**RUN.recipe, "width": 128},
+    "optimizer": {**RUN.optimizer, "momentum": 0.0},
+    "strategy": StrategySettings(name="fsdp"),
+    "train": TrainSettings(precision="bf16"),
+    "data": DataSettings(workers=1),
+    "batch": BatchSettings(accumulation=2),
+    "tune": TuneSettings(max=64),
+}
+
+
+# --- the key ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", PLACES)
+def test_every_fact_of_the_place_matters(field: str) -> None:
+    assert key_of(RUN, replace(PLACE, **{field: PLACES[field]})) != PROFILE.key
+
+
+@pytest.mark.parametrize("part", RUNS)
+def test_what_changes_an_updates_time_or_memory_matters(part: str) -> None:
+    assert key_of(replace(RUN, **{part: RUNS[part]}), PLACE) != PROFILE.key  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 5}, {"batch": BatchSettings(per_device=7)}, {"tune": TuneSettings(budget_s=3.0)}, {"resume": "never"}],
+    ids=str,
+)
+def test_what_changes_neither_does_not(change: dict[str, Any]) -> None:
+    assert key_of(replace(RUN, **change), PLACE) == PROFILE.key
+
+
+def test_who_is_trusted_is_no_part_of_it_and_no_secret_is() -> None:
+    secret = replace(RUN, recipe={**RUN.recipe, "data": "https://me:hidden@host/data"})
+    values = configured(secret)
+    assert "recipe.trust" not in values
+    assert "hidden" not in json.dumps(values)
+
+
+@given(st.sampled_from(sorted(PROFILE.key)), st.one_of(st.integers(), st.text(), st.none(), st.lists(st.integers())))
+def test_any_field_that_differs_is_another_file(name: str, value: Any) -> None:
+    folder = Path("/nowhere")
+    other = {**PROFILE.key, name: value}
+    assert (other == PROFILE.key) == (path(other, folder) == path(PROFILE.key, folder))
+
+
+def path(key: dict[str, Any] | Any, folder: Path) -> Path:
+    from launcher.tune.cache import path_of
+
+    return path_of(key if key.get("recipe._target_") else {**key, "recipe._target_": "x.Y"}, folder)
+
+
+def test_every_value_of_the_configuration_was_thought_of() -> None:
+    """Those of the recipe, the optimizer and the strategy are in the key, and these."""
+    named = {name for name in configured(RUN) if name.partition(".")[0] not in ("optimizer", "recipe", "strategy")}
+    assert named < set(flat(from_mapping(to_mapping(RUN))))
+    assert {"train.precision", "data.workers", "batch.accumulation"} < named
+
+
+def test_the_shape_of_a_sample() -> None:
+    sample = (torch.zeros(3, 4), {"label": 1, "mask": torch.ones(2, dtype=torch.bool)})
+    assert shape_of(sample) == [[[3, 4], "torch.float32"], {"label": "int", "mask": [[2], "torch.bool"]}]
+
+
+# --- the files ----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_kept_is_found(tmp_path: Path) -> None:
+    keep(PROFILE, tmp_path)
+    assert look(PROFILE.key, tmp_path).profile == PROFILE
+    assert look(PROFILE.key, tmp_path).said == ()
+    assert list(kept(tmp_path)) == [PROFILE]
+
+
+def test_nothing_kept_is_nothing_to_say(tmp_path: Path) -> None:
+    assert look(PROFILE.key, tmp_path / "none") == look(PROFILE.key, tmp_path)
+    assert look(PROFILE.key, tmp_path).said == ()
+
+
+def test_the_newer_measurement_takes_the_place_of_the_older(tmp_path: Path) -> None:
+    keep(PROFILE, tmp_path)
+    newer = replace(PROFILE, found={**FOUND, "recommended": 32})
+    keep(newer, tmp_path)
+    assert look(PROFILE.key, tmp_path).profile == newer
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_stale_one_is_said_with_its_date_and_what_differs_and_is_not_used(tmp_path: Path) -> None:
+    keep(PROFILE, tmp_path)
+    looked = look(key_of(RUN, replace(PLACE, versions=PLACES["versions"], world=3)), tmp_path)  # type: ignore[arg-type]
+    assert looked.profile is None
+    assert looked.said == (
+        "the profile of 2026-11-21 16:40 UTC is of another version of torch 2.13.0, now 2.14.0, world 2, now 3: "
+        "not used",
+    )
+
+
+def test_of_another_recipe_nothing_is_said(tmp_path: Path) -> None:
+    keep(PROFILE, tmp_path)
+    other = replace(RUN, recipe={"_target_": "launcher.recipes.resnet.Resnet"})
+    assert look(key_of(other, PLACE), tmp_path).said == ()
+
+
+def damaged() -> dict[str, str]:
+    text = PROFILE.text()
+    lying = replace(PROFILE, found={**FOUND, "recommended": "24"}).text()
+    return {
+        "cut off": text[: len(text) // 2],
+        "empty": "",
+        "another number": text.replace('"recommended": 24', '"recommended": 48'),
+        "no mapping": "[1, 2]",
+        "of another version": text.replace('"format": 1', '"format": 2'),
+        "hashed, but no sense": lying,
+        "no points": replace(PROFILE, found={**FOUND, "points": []}).text(),
+        "no date": replace(PROFILE, measured="yesterday").text(),
+        "endless": replace(PROFILE, found={**FOUND, "points": [{**FOUND["points"][0], "low": float("inf")}]}).text(),
+    }
+
+
+@pytest.mark.parametrize("kind", damaged())
+def test_a_damaged_one_is_said_and_not_used(tmp_path: Path, kind: str) -> None:
+    file = keep(PROFILE, tmp_path)
+    file.write_text(damaged()[kind])
+    looked = look(PROFILE.key, tmp_path)
+    assert looked.profile is None
+    assert looked.said[0].startswith(f"{file} cannot be trusted (")
+    assert looked.said[0].endswith("): not used")
+    assert list(kept(tmp_path)) == []
+
+
+def test_bytes_that_are_no_text_and_a_folder_in_its_place_crash_nothing(tmp_path: Path) -> None:
+    file = keep(PROFILE, tmp_path)
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be trusted" in look(PROFILE.key, tmp_path).said[0]
+    file.unlink()
+    file.mkdir()
+    assert "cannot be trusted" in look(PROFILE.key, tmp_path).said[0]
+
+
+def test_one_under_the_name_of_another_key_is_not_used(tmp_path: Path) -> None:
+    other = replace(PROFILE, key={**PROFILE.key, "world": 3})
+    keep(PROFILE, tmp_path).write_text(other.text())
+    looked = look(PROFILE.key, tmp_path)
+    assert looked.profile is None
+    assert "is of another key" in looked.said[0]
+
+
+@given(st.binary(max_size=60), st.integers(0, 2000))
+def test_no_bytes_written_over_it_are_ever_believed(
+    tmp_path_factory: pytest.TempPathFactory, junk: bytes, at: int
+) -> None:
+    folder = tmp_path_factory.mktemp("profiles")
+    file = keep(PROFILE, folder)
+    whole = file.read_bytes()
+    spoilt = whole[:at] + junk + whole[at + len(junk) :]
+    file.write_bytes(spoilt)
+    profile = look(PROFILE.key, folder).profile
+    assert profile is None or profile == PROFILE

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -542,6 +543,18 @@ def test_a_global_batch_selects_hold_at_every_point(swept: Any, capsys: pytest.C
     swept("batch.global=64,128")
     assert [(run.batch.policy, run.batch.global_batch) for run in SEEN] == [("hold", 64), ("hold", 128)]
     assert "note: batch.global=64 selects batch=hold" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two points at a time take two cores")
+def test_points_side_by_side_keep_their_output_apart(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert swept("batch.per_device=8,16,32", "run.name=s", "sweep.at_once=2", point=fail_at_16) == 1
+    told = capsys.readouterr()
+    [failed] = [line for line in told.err.splitlines() if line.startswith("point 1 ")]
+    assert failed == "point 1 failed (1), error: OSError: no disk at s3://u:***@h (log: runs/s/1.log)"
+    assert Path("runs/s/1.log").read_text().startswith("point 1: recipe=tiny batch.per_device=16\n")
+    assert [(Path("runs/s") / str(point) / "done.json").exists() for point in range(3)] == [True, False, True]
+    assert SEEN == [], "each ran in a process of its own"
+    assert [line.split()[3] for line in told.out.splitlines()[2:5]] == ["500", "failed", "500"]
 
 
 def test_a_sweep_written_in_an_experiment(swept: Any, folder: Path) -> None:

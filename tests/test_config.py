@@ -17,7 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import config, multirun
+from launcher import config, multirun, points
 from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, RequestError
 from launcher.keys import flat, from_mapping, keys, to_mapping
 from launcher.manual import help_text
@@ -576,12 +576,12 @@ def test_what_hydra_writes_about_the_sweep_holds_no_secret(swept: Any) -> None:
 
 @given(st.text(st.sampled_from("ab '\"\\\\$`;#,=[{}%\u00e9"), max_size=12).filter(lambda text: "${" not in text))
 def test_a_quoted_value_is_read_as_it_was(text: str) -> None:
-    assert config.parse([f"run.dir={config.quoted(text)}"])[0].value() == text
+    assert config.parse([f"run.dir={points.quoted(text)}"])[0].value() == text
 
 
 def test_a_point_can_be_sent_to_another_process() -> None:
-    sent = pickle.loads(pickle.dumps(functools.partial(config.run_point, config.Task(record), [])))
-    assert sent.args == (config.Task(record), [])
+    sent = pickle.loads(pickle.dumps(functools.partial(points.run_point, points.Task(record), [])))
+    assert sent.args == (points.Task(record), [])
 
 
 @pytest.mark.parametrize(

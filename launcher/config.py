@@ -1,4 +1,4 @@
-"""From the command line to the frozen `Run`. The only module that knows Hydra.
+"""From the command line to the frozen `Run`. This module and `points` alone know Hydra.
 
 Hydra composes the files of conf/ and of the user's own folder with the overrides. What it composed is then converted
 by the annotations of `launcher.settings`, so that a wrong key or value is answered in one line, by name.
@@ -6,11 +6,8 @@ by the annotations of `launcher.settings`, so that a wrong key or value is answe
 
 from __future__ import annotations
 
-import functools
 import io
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +29,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher import sweep
 from launcher.arguments import Arguments
 from launcher.checks import check
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
+from launcher.errors import RequestError
 from launcher.keys import flat, from_mapping, keys, no_such_key, to_mapping
 from launcher.redact import redact, redacted
 from launcher.refusals import no_such_choice, refusal
@@ -44,21 +40,22 @@ from launcher.settings import Run
 from launcher.typed import shown
 
 __all__ = [
+    "PLACES",
+    "PRIMARY",
     "Asked",
     "Composed",
     "Composer",
-    "Task",
     "compose",
     "flat",
     "from_mapping",
     "from_yaml",
-    "of_a_point",
+    "one_line",
+    "opened",
+    "parse",
+    "plain",
     "resolve",
-    "run_placed",
-    "say",
     "settled",
     "show_config",
-    "swept",
     "to_mapping",
     "to_yaml",
 ]
@@ -71,22 +68,6 @@ BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 #: The parts whose keys belong to others: fields of the recipe, arguments of the optimizer, options of a sink.
 OPEN = ("recipe.", "optimizer.", "sink.", "launch.env.")
-
-
-#: What runs one point of a sweep: the run, and the words that would ask for it on a command line.
-Point = Callable[[Run, Sequence[str]], int]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is done with each point of a sweep. `flags` go before its words; `share` (k, n): every n-th point from k."""
-
-    point: Point
-    flags: tuple[str, ...] = ()
-    share: tuple[int, int] = (0, 1)
-
-    def has(self, number: int) -> bool:
-        return number % self.share[1] == self.share[0] % self.share[1]
 
 
 @dataclass(frozen=True)
@@ -442,90 +423,3 @@ def _refuse_own_keys(parsed: Sequence[Override], config: DictConfig) -> None:
     for override in parsed:
         if override.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode"):
             raise RequestError(f"{override.input_line}: the sweep's folder is named by run.name= or run.dir=")
-
-
-def swept(composer: Composer, task: Task, folder: Path, overrides: Sequence[str]) -> list[sweep.Outcome]:
-    """Every point through Hydra's sweeper and launcher, or those of the user's choosing."""
-    from hydra._internal.hydra import Hydra
-    from hydra.core.global_hydra import GlobalHydra
-
-    here: list[sweep.Outcome] = []
-    GlobalHydra.instance().clear()
-    hydra = Hydra.create_main_hydra2(PRIMARY, composer.search_path)
-    place = f"hydra.sweep.dir={quoted(folder)}"
-    try:
-        with one_line():
-            job = functools.partial(run_point, task, here)
-            returned = hydra.multirun(PRIMARY, job, [*opened(overrides), place], with_log_configuration=False)
-    finally:
-        GlobalHydra.instance().clear()
-        sweep.seal(folder / "multirun.yaml")
-    return _outcomes(returned) or here
-
-
-def _outcomes(returned: Any) -> list[sweep.Outcome]:
-    """What the jobs returned, also from other processes; a sweeper of the user's choosing may return nothing."""
-    batches = returned if isinstance(returned, list) else []
-    jobs = [job for batch in batches if isinstance(batch, list | tuple) for job in batch]
-    return [job.return_value for job in jobs if isinstance(job.return_value, sweep.Outcome)]
-
-
-def run_point(task: Task, here: list[sweep.Outcome], config: DictConfig) -> sweep.Outcome:
-    """Hydra's task: one point from start to end. A failure is told and returned, so that the next one starts.
-
-    After a point that was asked to stop no other one is started.
-    """
-    hydra = HydraConfig.get()
-    folder, number = Path(hydra.sweep.dir), str(hydra.sweep.subdir)
-    overrides = [str(override) for override in hydra.overrides.task]
-    sweep.seal(folder / "multirun.yaml")
-    job = int(hydra.job.num)
-    if not task.has(job) or any(outcome.stopped for outcome in here):
-        here.append(sweep.Outcome(job, tuple(overrides), EXIT_OK, sweep.NOT_OURS))
-        return here[-1]
-    say(f"point {number}: {' '.join(overrides)}")
-    ended, status = run_placed(task, folder, number, lambda: settled(plain(config), parse(overrides)), overrides)
-    if status == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt  # the sweep ends with it
-    here.append(sweep.Outcome(job, tuple(overrides), status, ended))
-    return here[-1]
-
-
-def run_placed(
-    task: Task, folder: Path, number: str, compose: Callable[[], Composed], overrides: Sequence[str]
-) -> tuple[str, int]:
-    """One point in its own folder: in a word how it ended, and its status."""
-    try:
-        composed = compose()
-        for note in composed.notes:
-            say(f"note: {note}")
-        placed = sweep.placed(composed.run, folder, number)
-        words = [*task.flags, *of_a_point(overrides), f"run.dir={quoted(placed.run.dir)}", *grouped(placed)]
-        status = task.point(placed, words)
-        return sweep.ended(placed, status), status
-    except RequestError as error:
-        say(f"error: {error}")
-        return f"failed ({EXIT_REQUEST})", EXIT_REQUEST
-    except Exception as error:
-        say(f"error: {type(error).__name__}: {error}")
-        return f"failed ({EXIT_FAILED})", EXIT_FAILED
-
-
-def of_a_point(overrides: Sequence[str]) -> list[str]:
-    """What of a sweep's overrides a point is asked for by: its folder is its own, and it sweeps over nothing."""
-    return [word for word in overrides if not word.startswith("sweep.") and word.partition("=")[0] not in PLACES]
-
-
-def grouped(run: Run) -> list[str]:
-    """The word for the group in wandb, where there is one."""
-    group = (run.sink.get("wandb") or {}).get("group")
-    return [f"++sink.wandb.group={quoted(group)}"] if group else []
-
-
-def quoted(value: object) -> str:
-    """A value in the grammar of overrides, whatever it holds: backslashes count as such only before a quote."""
-    return "'{}'".format(re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value)))
-
-
-def say(text: str) -> None:
-    print(redact(" ".join(text.split())), file=sys.stderr, flush=True)

@@ -11,10 +11,11 @@ from launcher import search as searching
 from launcher import sweep, tally
 from launcher.abreast import Crew, Job
 from launcher.arguments import Arguments
-from launcher.config import Asked, Composed, Composer, Point, Task, of_a_point, run_placed, say, swept
+from launcher.config import Asked, Composed, Composer
 from launcher.durable import private_folder
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, RequestError
 from launcher.lanes import Machine, lanes
+from launcher.points import Point, Task, of_a_point, run_placed, say, swept
 from launcher.redact import redact
 from launcher.resume import is_free
 from launcher.search import Axis, Search

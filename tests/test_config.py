@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import config, multirun
+from launcher import config, multirun, points
 from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, RequestError
 from launcher.keys import flat, from_mapping, keys, to_mapping
 from launcher.manual import help_text
@@ -544,6 +545,18 @@ def test_a_global_batch_selects_hold_at_every_point(swept: Any, capsys: pytest.C
     assert "note: batch.global=64 selects batch=hold" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two points at a time take two cores")
+def test_points_side_by_side_keep_their_output_apart(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert swept("batch.per_device=8,16,32", "run.name=s", "sweep.at_once=2", point=fail_at_16) == 1
+    told = capsys.readouterr()
+    [failed] = [line for line in told.err.splitlines() if line.startswith("point 1 ")]
+    assert failed == "point 1 failed (1), error: OSError: no disk at s3://u:***@h (log: runs/s/1.log)"
+    assert Path("runs/s/1.log").read_text().startswith("point 1: recipe=tiny batch.per_device=16\n")
+    assert [(Path("runs/s") / str(point) / "done.json").exists() for point in range(3)] == [True, False, True]
+    assert SEEN == [], "each ran in a process of its own"
+    assert [line.split()[3] for line in told.out.splitlines()[2:5]] == ["500", "failed", "500"]
+
+
 def test_a_sweep_written_in_an_experiment(swept: Any, folder: Path) -> None:
     (folder / "experiment").mkdir()
     (folder / "experiment" / "seeds.yaml").write_text(
@@ -563,12 +576,12 @@ def test_what_hydra_writes_about_the_sweep_holds_no_secret(swept: Any) -> None:
 
 @given(st.text(st.sampled_from("ab '\"\\\\$`;#,=[{}%\u00e9"), max_size=12).filter(lambda text: "${" not in text))
 def test_a_quoted_value_is_read_as_it_was(text: str) -> None:
-    assert config.parse([f"run.dir={config.quoted(text)}"])[0].value() == text
+    assert config.parse([f"run.dir={points.quoted(text)}"])[0].value() == text
 
 
 def test_a_point_can_be_sent_to_another_process() -> None:
-    sent = pickle.loads(pickle.dumps(functools.partial(config.run_point, config.Task(record), [])))
-    assert sent.args == (config.Task(record), [])
+    sent = pickle.loads(pickle.dumps(functools.partial(points.run_point, points.Task(record), [])))
+    assert sent.args == (points.Task(record), [])
 
 
 @pytest.mark.parametrize(

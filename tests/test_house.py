@@ -99,9 +99,9 @@ def test_no_cycles() -> None:
             del graph[name]
 
 
-def test_configuration_alone_knows_hydra() -> None:
+def test_configuration_and_points_alone_know_hydra() -> None:
     knows = {name for name, path in MODULES.items() for one in imports(path, lazy=True) if one.startswith("hydra")}
-    assert knows == {"launcher.config"}
+    assert knows == {"launcher.config", "launcher.points"}
 
 
 def test_the_topology_alone_reads_the_jobs_environment() -> None:

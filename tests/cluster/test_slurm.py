@@ -15,7 +15,7 @@ import yaml
 from jobs import environment, events, furthest, rows, wait_for
 from test_main_job import HELD, RECIPE, driven
 
-from launcher.config import quoted
+from launcher.points import quoted
 from launcher.slurm import BODY
 from slurm import Slurm
 

@@ -16,7 +16,8 @@ from test_main_job import HELD, RECIPE, driven
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(120),
+    pytest.mark.alone,
+    pytest.mark.timeout(180),
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two points at a time take two cores"),
 ]
 
@@ -55,8 +56,9 @@ def test_two_points_train_at_a_time_and_no_more(here: Path) -> None:
 
 def test_ctrl_c_saves_all_points_that_train_and_the_same_command_goes_on(here: Path) -> None:
     """As typed in a terminal: once; the points hear it from the sweep."""
-    argv = [sys.executable, "-m", "launcher", *SWEEP, "seed=0,1,2", "train.duration=40ep", "checkpoint.every=null"]
-    with subprocess.Popen(argv, cwd=here, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
+    argv = [sys.executable, "-m", "launcher", *SWEEP, "seed=0,1,2", "train.duration=12ep", "checkpoint.every=null"]
+    slow = environment(LAUNCHER_TEST_FAULTS="1", FAULT="slow@forward:0:0")  # neither ends before the other trains
+    with subprocess.Popen(argv, cwd=here, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
         wait_for(lambda: all(training(here / f"runs/s/{point}")() for point in (0, 1)))
         job.send_signal(signal.SIGINT)
         out, err = (stream.decode() for stream in job.communicate(timeout=60))

@@ -17,7 +17,7 @@ from launcher.noise import NoiseScale, estimates
 from launcher.optim import Precision
 from launcher.settings import ElasticSettings, Run
 from launcher.standing import heard
-from launcher.strategies import Replica, Step
+from launcher.strategies import Given, Replica, Step
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.exact import ExactReplica
 from launcher.strategies.gauge import norms
@@ -90,7 +90,7 @@ def updated(
 
 def ddp(world: int = 1, precision: str = "fp64", **keys: Any) -> DdpReplica:
     made = Precision.of(precision, CPU)
-    return DdpReplica(model(made.dtype), replace(RUN, **keys), world, made, StageClock(HostTimer()))
+    return DdpReplica(Given(model(made.dtype), replace(RUN, **keys), world, made, StageClock(HostTimer())))
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 4, 3), (7, 5), (1,) * 12])
@@ -129,7 +129,7 @@ def test_a_rank_without_samples_is_no_group() -> None:
 @pytest.mark.parametrize("places", [(0, 1, 2), (0, 0, 1)])
 def test_in_exact_mode_the_shards_are_the_groups(places: Sequence[int]) -> None:
     run = replace(RUN, elastic=ElasticSettings(exact=True, shards=4))
-    replica = ExactReplica(model(), run, 1, Precision.of("fp64", CPU), StageClock(HostTimer()))
+    replica = ExactReplica(Given(model(), run, 1, Precision.of("fp64", CPU), StageClock(HostTimer())))
     sizes = (5, 4, 3)
     step = updated(replica, sizes, places=places)
     by_hand = 0.0

@@ -18,6 +18,7 @@ from launcher.noise import NoiseScale
 from launcher.optim import Precision
 from launcher.settings import BatchSettings, LrSettings, Run
 from launcher.standing import Standing
+from launcher.strategies import Given
 from launcher.strategies.ddp import DdpReplica
 from launcher.study import Sizes, Study, study
 from launcher.telemetry import HostTimer, StageClock
@@ -125,7 +126,9 @@ def test_where_it_is_kept_the_event_says_so(noise: float | None, optimizer: str,
 def test_second_moments_and_amsgrads_maxima_are_rescaled_and_nothing_else() -> None:
     torch.manual_seed(0)
     run = replace(Run(), optimizer={"_target_": "torch.optim.AdamW", "amsgrad": True})
-    replica = DdpReplica(nn.Linear(4, 3), run, 1, Precision.of("fp32", torch.device("cpu")), StageClock(HostTimer()))
+    replica = DdpReplica(
+        Given(nn.Linear(4, 3), run, 1, Precision.of("fp32", torch.device("cpu")), StageClock(HostTimer()))
+    )
     with replica.micro(last=True, pad=False, place=0):
         replica.backward(replica.model(torch.randn(5, 4)).square().sum(), 5)
     replica.step(0.01, None, 1.0, None)

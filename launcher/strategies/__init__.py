@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launcher.settings import Run
     from launcher.telemetry import StageClock
 
-__all__ = ["Replica", "Shards", "State", "Step", "even", "missing", "prepare", "problems"]
+__all__ = ["Given", "Replica", "Shards", "State", "Step", "even", "missing", "prepare", "problems"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,19 @@ class Step:
     finite: torch.Tensor
     spread: torch.Tensor
     groups: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a replica is made of, as `prepare` has it."""
+
+    model: nn.Module
+    run: Run
+    world: int
+    precision: Precision
+    clock: StageClock
+    groups: Groups | None = None
+    blocks: Sequence[nn.Module] = ()
 
 
 class State(NamedTuple):
@@ -120,10 +133,10 @@ def prepare(
 
     `groups`: the recipe's own parameter groups. `blocks`: parts of the model to gather one at a time.
     """
-    return kind_of(run)(model, run, world, precision, clock, groups, blocks)
+    return kind_of(run)(Given(model, run, world, precision, clock, groups, blocks))
 
 
-def kind_of(run: Run) -> Callable[..., Replica]:
+def kind_of(run: Run) -> Callable[[Given], Replica]:
     """Only the module of the strategy that is asked for is imported."""
     if run.strategy.name == "fsdp":
         from launcher.strategies.fsdp import FsdpReplica

@@ -1,7 +1,7 @@
 """The model whole on every rank, gradients summed by DistributedDataParallel."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,8 +13,6 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from launcher.checkpoint import Stored
 from launcher.optim import (
-    Groups,
-    Precision,
     apply_rate,
     load_optimizer,
     make_optimizer,
@@ -23,10 +21,9 @@ from launcher.optim import (
 )
 from launcher.parts import Place
 from launcher.settings import Run
-from launcher.strategies import Shards, State, Step
+from launcher.strategies import Given, Shards, State, Step
 from launcher.strategies.base import Rank, even_parts
 from launcher.strategies.gauge import Listener, norms
-from launcher.telemetry import StageClock
 
 __all__ = ["DdpReplica"]
 
@@ -50,23 +47,15 @@ class DdpReplica(Rank):
     sharded = False
     by_micro_batch = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        run: Run,
-        world: int,
-        precision: Precision,
-        clock: StageClock,
-        groups: Groups | None = None,
-        blocks: Sequence[nn.Module] = (),
-    ) -> None:
-        super().__init__(model.to(precision.device), world, precision)
-        self._clock = clock
-        self.model: nn.Module = model if world == 1 else self._distributed(model, run)
-        self.optimizer = make_optimizer(model, run, groups)
+    def __init__(self, given: Given) -> None:
+        model, run = given.model, given.run
+        super().__init__(model.to(given.precision.device), given.world, given.precision)
+        self._clock = given.clock
+        self.model: nn.Module = model if given.world == 1 else self._distributed(model, run)
+        self.optimizer = make_optimizer(model, run, given.groups)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._own: list[torch.Tensor] = []
-        if world == 1 and self.by_micro_batch:
+        if given.world == 1 and self.by_micro_batch:
             self._listener = Listener(self._parameters)
 
     def _distributed(self, model: nn.Module, run: Run) -> DistributedDataParallel:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -18,8 +18,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from launcher.checkpoint import Stored
 from launcher.optim import (
-    Groups,
-    Precision,
     apply_rate,
     check_kind,
     load_optimizer,
@@ -28,13 +26,11 @@ from launcher.optim import (
     optimizer_tensors,
 )
 from launcher.parts import Place
-from launcher.settings import Run
-from launcher.strategies import Shards, State, Step
+from launcher.strategies import Given, Shards, State, Step
 from launcher.strategies.base import Rank, even_parts
 from launcher.strategies.gauge import Listener
 from launcher.strategies.zero_config import configuration
 from launcher.strategies.zero_state import ZeroState
-from launcher.telemetry import StageClock
 
 __all__ = ["DeepSpeedReplica"]
 
@@ -47,25 +43,17 @@ class DeepSpeedReplica(Rank):
     the scale of fp16 is taken out, the average made a sum, and a loss that counts something else than samples rescaled.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        run: Run,
-        world: int,
-        precision: Precision,
-        clock: StageClock,
-        groups: Groups | None = None,
-        blocks: Sequence[nn.Module] = (),
-    ) -> None:
+    def __init__(self, given: Given) -> None:
+        model, run, precision = given.model, given.run, given.precision
         model.to(precision.device)
-        super().__init__(model, world, precision)
+        super().__init__(model, given.world, precision)
         for buffer in self._buffers:
             dist.broadcast(buffer, src=0)
-        self._clock = clock
+        self._clock = given.clock
         self._rank = dist.get_rank()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.optimizer = make_optimizer(model, run, groups)
+        self.optimizer = make_optimizer(model, run, given.groups)
         self._optimizer_facts = optimizer_facts(self.optimizer, model)
         if precision.name in ("bf16", "fp16"):
             model.forward = within(precision.autocast, model.forward)  # type: ignore[method-assign]
@@ -79,7 +67,7 @@ class DeepSpeedReplica(Rank):
         self._zero = self._engine.optimizer
         stage = run.strategy.stage
         self.sharded = stage > 0
-        self._state = ZeroState(self._zero, model, self._shapes, stage, world) if stage else None
+        self._state = ZeroState(self._zero, model, self._shapes, stage, given.world) if stage else None
 
     def _reduce_marked(self, *args: Any, **kwargs: Any) -> None:
         """What DeepSpeed does after a backward pass; after an update's last one it only waits for others."""

@@ -1,24 +1,21 @@
 """The model whole on every rank, gradients added in a fixed tree: bitwise the same at any number of workers."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from launcher.checkpoint import Stored
 from launcher.errors import RequestError
-from launcher.optim import Groups, Precision
-from launcher.settings import Run
 from launcher.shards import Tree, trainers
-from launcher.strategies import State
+from launcher.strategies import Given, State
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.gauge import norms
-from launcher.telemetry import StageClock
 
 __all__ = ["ExactReplica"]
 
@@ -38,18 +35,10 @@ class ExactReplica(DdpReplica):
 
     by_micro_batch = False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        run: Run,
-        world: int,
-        precision: Precision,
-        clock: StageClock,
-        groups: Groups | None = None,
-        blocks: Sequence[nn.Module] = (),
-    ) -> None:
+    def __init__(self, given: Given) -> None:
         make_deterministic()
-        super().__init__(model, run, 1, precision, clock, groups, blocks)  # to DDP every rank is alone
+        super().__init__(replace(given, world=1))  # to DDP every rank is alone
+        run, world = given.run, given.world
         self._ranks = world
         self._rank = dist.get_rank() if world > 1 else 0
         self._trainers = trainers(world, run.elastic.shards)
@@ -65,7 +54,7 @@ class ExactReplica(DdpReplica):
         self._tree = Tree()
         self._place: int | None = None
         if world > 1:
-            for tensor in (*model.parameters(), *self._buffers):
+            for tensor in (*given.model.parameters(), *self._buffers):
                 dist.broadcast(tensor.detach(), src=0)
 
     @contextmanager

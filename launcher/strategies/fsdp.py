@@ -15,7 +15,6 @@ from torch.nn.utils import get_total_norm
 from launcher.checkpoint import Stored
 from launcher.errors import RequestError
 from launcher.optim import (
-    Groups,
     Precision,
     apply_rate,
     load_optimizer,
@@ -25,7 +24,7 @@ from launcher.optim import (
 )
 from launcher.parts import Place
 from launcher.settings import Run
-from launcher.strategies import Shards, State, Step
+from launcher.strategies import Given, Shards, State, Step
 from launcher.strategies.base import Rank
 from launcher.strategies.gauge import Listener
 from launcher.telemetry import StageClock
@@ -43,29 +42,21 @@ class FsdpReplica(Rank):
 
     sharded = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        run: Run,
-        world: int,
-        precision: Precision,
-        clock: StageClock,
-        groups: Groups | None = None,
-        blocks: Sequence[nn.Module] = (),
-    ) -> None:
+    def __init__(self, given: Given) -> None:
+        model, run, precision = given.model, given.run, given.precision
         check_shapes(model)
         agree(model, precision.device)
-        self._sharded = shard(model, run, world, precision, blocks)
+        self._sharded = shard(model, run, given.world, precision, given.blocks)
         self.model = model
-        super().__init__(model, world, precision)
-        self.optimizer = make_optimizer(model, run, groups, fused=(torch.optim.Adam, torch.optim.AdamW))
+        super().__init__(model, given.world, precision)
+        self.optimizer = make_optimizer(model, run, given.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
         self._listener = Listener()
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.register_forward_pre_hook(lap(clock, "forward"), prepend=True)
-                module.register_forward_pre_hook(lap(clock, "sync"))
+                module.register_forward_pre_hook(lap(given.clock, "forward"), prepend=True)
+                module.register_forward_pre_hook(lap(given.clock, "sync"))
                 module.register_forward_pre_hook(attention(self._listener))
 
     @contextmanager

@@ -21,7 +21,7 @@ train: env       ## train the main recipe with two workers: summary, runs/<name>
 
 test: env        ## the whole suite
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
-	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist loadscope
 	$(BIN)/python -m pytest -q -m "slow and alone"
 
 test-fast: env   ## under a minute: no real jobs

@@ -15,7 +15,7 @@ import pytest
 from jobs import environment, events, furthest, rows
 from test_main_job import HELD, driven, here  # noqa: F401 (a fixture)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("deepspeed")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 
 

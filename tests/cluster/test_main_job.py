@@ -258,7 +258,7 @@ def test_a_second_job_on_a_run_folder_is_refused_by_name(here: Path) -> None:
 def test_a_sweep_is_one_fresh_job_per_point(here: Path) -> None:
     done = driven(here, "-m", *HELD, "seed=0,1", "run.name=s")
     assert all((here / f"runs/s/{point}/done.json").exists() for point in (0, 1))
-    assert "finished" in done.stdout
+    assert "time-optimal: point" in done.stdout
     again = driven(here, "-m", *HELD, "seed=0,1,2", "run.name=s")
     assert [len(events(here / f"runs/s/{point}", "start")) for point in (0, 1, 2)] == [1, 1, 1], "what is done is done"
     assert again.stdout.count("is complete") == 2

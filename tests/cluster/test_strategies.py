@@ -18,7 +18,7 @@ from test_main_job import driven, here  # noqa: F401 (a fixture)
 from launcher.checkpoint import load
 from launcher.manifest import Found, newest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("strategies")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 #: Odd sizes that nothing divides and two parameter groups; each epoch's tail is 2 samples, the last update 34.
 HELD = [
@@ -194,7 +194,7 @@ def test_the_memory_that_a_plan_predicts_is_what_it_takes(layout: str) -> None:
 
 SMALL = [
     *("recipe.layers=2", "recipe.width=64", "recipe.heads=4", "recipe.block=64", "recipe.text_bytes=60000"),
-    *("batch.global=32", "train.duration=8ba"),
+    *("batch.global=32", "lr.base_batch=32", "train.duration=8ba"),
 ]
 
 

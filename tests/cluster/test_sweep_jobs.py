@@ -54,11 +54,17 @@ def test_two_points_train_at_a_time_and_no_more(here: Path) -> None:
     assert [line.split()[0] for line in table[2:5]] == ["0", "1", "2"]
 
 
+def heeds_ctrl_c() -> None:
+    """As in a terminal; what a script starts in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_saves_all_points_that_train_and_the_same_command_goes_on(here: Path) -> None:
     """As typed in a terminal: once; the points hear it from the sweep."""
     argv = [sys.executable, "-m", "launcher", *SWEEP, "seed=0,1,2", "train.duration=12ep", "checkpoint.every=null"]
     slow = environment(LAUNCHER_TEST_FAULTS="1", FAULT="slow@forward:0:0")  # neither ends before the other trains
-    with subprocess.Popen(argv, cwd=here, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(argv, cwd=here, env=slow, preexec_fn=heeds_ctrl_c, **both) as job:  # noqa: PLW1509
         wait_for(lambda: all(training(here / f"runs/s/{point}")() for point in (0, 1)))
         job.send_signal(signal.SIGINT)
         out, err = (stream.decode() for stream in job.communicate(timeout=60))

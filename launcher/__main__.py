@@ -107,7 +107,7 @@ def foreseen(run: Run, built: Any) -> int:
     """`plan` under goodput: from what was measured here."""
     from launcher import observed, outlook, recipe, strategies
     from launcher.goodput import Chooser, Profile
-    from launcher.sinks.text import knows, plain
+    from launcher.sinks.text import printable
     from launcher.tune import cache
 
     sizes = recipe.sizes(built)
@@ -122,7 +122,7 @@ def foreseen(run: Run, built: Any) -> int:
     chooser = Chooser(profile, run, sizes.train)
     document = outlook.outlook(chooser, sizes, observed.noise_of(run), outlook.measured_text(found))
     written = json.dumps(document) if run.format == "json" else outlook.outlook_text(document).rstrip()
-    print(written if knows(sys.stdout, written) else plain(written, sys.stdout))
+    print(printable(written, sys.stdout))
     return EXIT_OK
 
 

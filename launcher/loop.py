@@ -135,8 +135,9 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
         saved = save(job, standing, update, late, asked=agreed.save or (stop and update.end < job.study.duration))
         clock.end_update()
         spent = (time.time(), job.meter.wall_s())
-        beside = job.meter.values() | noise_values(job, standing, update)
-        job.recorder.finished(Finished(update, rate.lr, rate.scale, *spent, late, saved, beside, measured))
+        known = (standing.noise, standing.schedule.base_batch)
+        done = Finished(update, rate.lr, rate.scale, *spent, late, *known, saved, job.meter.values(), measured)
+        job.recorder.finished(done)
         job.goodput.heard(standing.noise.acted)
         if stop or job.balance.wants or job.goodput.wants:
             break
@@ -287,10 +288,6 @@ def follow(job: Job, standing: Standing, before: Update | None, update: Update) 
     if factor != 1.0:
         job.replica.rescale_moments(factor)
     return standing
-
-
-def noise_values(job: Job, standing: Standing, update: Update) -> dict[str, float]:
-    return standing.noise.values(update.nominal.global_batch, standing.schedule.base_batch)
 
 
 def validate(job: Job, standing: Standing, update: Update) -> tuple[Standing, Mapping[str, float]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.batch import BatchPlan
+from launcher.noise import NoiseScale
 from launcher.reading import Reading
 from launcher.recovery import Restart
 from launcher.schedule import LrSchedule
@@ -33,6 +34,8 @@ class Finished:
     time: float
     wall_s: float
     late: Late
+    noise: NoiseScale
+    base_batch: float
     saved: bool = False
     beside: Mapping[str, float] = field(default_factory=dict)
     validation: Mapping[str, float] = field(default_factory=dict)
@@ -160,6 +163,7 @@ class Recorder:
             **self._throughput(),
             **(mean_stages(voted, self._window) if voted else {}),
             **last.beside,
+            **last.noise.values(last.update.nominal.global_batch, last.base_batch),
             **last.validation,
             **(self._restart.values(self._window[0][0].time) if self._restart else {}),
         }

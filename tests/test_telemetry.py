@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from launcher.batch import BatchPlan
 from launcher.data import Loading
+from launcher.noise import NoiseScale
 from launcher.process import cpu_s
 from launcher.reading import Reading
 from launcher.record import Finished, Recorder, stage_values
@@ -137,7 +138,9 @@ def recorded(updates: list[dict[str, Any]], every: int = 1) -> list[Reading]:
         update = Update(index=index, start=next(start), plan=plan, nominal=PLAN, size=1000)
         late: Any = SimpleNamespace(read=lambda: (0.0, 1.5, 1.0))
         validation = facts.get("validation", {})
-        recorder.finished(Finished(update, 0.1, 1.0, 50.0, facts.get("wall_s", 1.0), late, validation=validation))
+        recorder.finished(
+            Finished(update, 0.1, 1.0, 50.0, facts.get("wall_s", 1.0), late, NoiseScale(), 1, validation=validation)
+        )
         ballots = tuple(Ballot(loss=loss, loss_count=number) for loss, number in facts["losses"])
         recorder.agreed(Agreed(ballots, ((1.0,) * len(STAGES),) * 2))
     recorder.flush()

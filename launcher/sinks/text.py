@@ -17,6 +17,7 @@ __all__ = [
     "knows",
     "one_line",
     "plain",
+    "printable",
     "rate",
     "rows",
     "shares",
@@ -54,6 +55,11 @@ def plain(text: str, stream: TextIO) -> str:
     """The text as a stream without Unicode can show it."""
     encoding = getattr(stream, "encoding", None) or "ascii"
     return text.translate(ASCII).encode(encoding, "replace").decode(encoding)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """The text as it is, or as the stream can show it."""
+    return text if knows(stream, text) else plain(text, stream)
 
 
 def count(number: float) -> str:

@@ -24,7 +24,7 @@ from launcher.launch import command, in_memory, killed, tell, unmeasured, worker
 from launcher.observed import noise_of
 from launcher.process import children, die_with_parent
 from launcher.settings import Run
-from launcher.sinks.text import knows, plain
+from launcher.sinks.text import printable
 from launcher.topology import Topology
 from launcher.tune.auto import Unmeasured, stood_in
 from launcher.tune.worth import worth
@@ -157,7 +157,7 @@ def shown(found: Mapping[str, Any], run: Run) -> None:
         print(json.dumps(found))
     else:
         written = text(found)
-        print(written if knows(sys.stdout, written) else plain(written, sys.stdout), end="")
+        print(printable(written, sys.stdout), end="")
     if run.tune.out is not None:
         folder = Path(run.tune.out)
         try:

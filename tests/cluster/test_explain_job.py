@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import environment
+from test_main_job import driven
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -17,17 +15,7 @@ RECIPE = ("recipe=mlp", "train.duration=60ba", "train.validate_every=60ba", "sin
 
 
 def launcher(here: Path, *args: str, **env: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher", *args],
-        cwd=here,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return driven(here, *args, **env).stdout
 
 
 def test_a_data_loader_slowed_on_purpose_is_named(tmp_path: Path) -> None:

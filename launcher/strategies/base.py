@@ -1,6 +1,6 @@
 """What a rank does alike under every strategy: buffers, pads, and whether a step is taken."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,8 +12,9 @@ from launcher.blocks import unchanged
 from launcher.optim import Precision, reads_found_inf
 from launcher.parts import Place
 from launcher.strategies.gauge import Gauge, Listener
+from launcher.telemetry import StageClock
 
-__all__ = ["Rank", "even_parts"]
+__all__ = ["Rank", "before_wait", "even_parts", "waited"]
 
 #: Adam's average of squared gradients, and AMSGrad's maximum of it.
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
@@ -145,3 +146,30 @@ def even_parts(group: Mapping[str, torch.Tensor], places: dict[str, Place]) -> d
         places[name] = Place(tuple(tensor.shape), start)
         cut[name] = tensor.detach().reshape(-1)[start:stop]
     return cut
+
+
+def before_wait(clock: StageClock) -> Callable[..., None]:
+    """A hook for where a pass of training begins to wait for other ranks: what came before is the pass's own work."""
+
+    def hook(*_: object) -> None:
+        if (stage := under_way()) is not None:
+            clock.lap(stage)
+
+    return hook
+
+
+def waited(clock: StageClock) -> Callable[..., None]:
+    """A hook for where that wait has ended."""
+
+    def hook(*_: object) -> None:
+        if under_way() is not None:
+            clock.lap("sync")
+
+    return hook
+
+
+def under_way() -> str | None:
+    """The pass of training that runs here; a forward pass within a backward one, for activations, is part of that."""
+    if torch._C._current_graph_task_id() >= 0:
+        return "backward"
+    return "forward" if torch.is_grad_enabled() else None

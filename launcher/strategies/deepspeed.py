@@ -27,10 +27,11 @@ from launcher.optim import (
 )
 from launcher.parts import Place
 from launcher.strategies import Given, Shards, State, Step
-from launcher.strategies.base import Rank, even_parts
+from launcher.strategies.base import Rank, before_wait, even_parts, waited
 from launcher.strategies.gauge import Listener
 from launcher.strategies.zero_config import configuration
 from launcher.strategies.zero_state import ZeroState
+from launcher.telemetry import StageClock
 
 __all__ = ["DeepSpeedReplica"]
 
@@ -67,6 +68,8 @@ class DeepSpeedReplica(Rank):
         self._zero = self._engine.optimizer
         stage = run.strategy.stage
         self.sharded = stage > 0
+        if stage == 3:
+            mark_waits(self._zero.parameter_offload, given.clock)
         self._state = ZeroState(self._zero, model, self._shapes, stage, given.world) if stage else None
 
     def _reduce_marked(self, *args: Any, **kwargs: Any) -> None:
@@ -234,6 +237,23 @@ def keep_timeout(timeout_s: float) -> None:
     from deepspeed.utils import groups
 
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), groups._get_data_parallel_group())
+
+
+def mark_waits(gathering: Any, clock: StageClock) -> None:
+    """Stage 3 gathers a module's parameters before either pass comes to it: that is waiting, not computing."""
+
+    def timed(gather: Callable[..., None]) -> Callable[..., None]:
+        before, after = before_wait(clock), waited(clock)
+
+        def timed_gather(*args: Any) -> None:
+            before()
+            gather(*args)
+            after()
+
+        return timed_gather
+
+    gathering.pre_sub_module_forward_function = timed(gathering.pre_sub_module_forward_function)
+    gathering.pre_sub_module_backward_function = timed(gathering.pre_sub_module_backward_function)
 
 
 def within(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,9 +25,8 @@ from launcher.optim import (
 from launcher.parts import Place
 from launcher.settings import Run
 from launcher.strategies import Given, Shards, State, Step
-from launcher.strategies.base import Rank
+from launcher.strategies.base import Rank, before_wait, waited
 from launcher.strategies.gauge import Listener
-from launcher.telemetry import StageClock
 
 __all__ = ["FsdpReplica"]
 
@@ -55,8 +54,8 @@ class FsdpReplica(Rank):
         self._listener = Listener()
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.register_forward_pre_hook(lap(given.clock, "forward"), prepend=True)
-                module.register_forward_pre_hook(lap(given.clock, "sync"))
+                module.register_forward_pre_hook(before_wait(given.clock), prepend=True)
+                module.register_forward_pre_hook(waited(given.clock))
                 module.register_forward_pre_hook(attention(self._listener))
 
     @contextmanager
@@ -93,7 +92,14 @@ class FsdpReplica(Rank):
         dist.all_reduce(square)
         return square.sqrt()
 
+    def _in_rows(self) -> None:
+        """Blocks that a validation or `strategy.reshard=false` left whole become rows again, as the optimizer has them."""
+        for module in self.bare.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def tensors(self) -> State:
+        self._in_rows()
         names = {id(p): name for name, p in self.bare.named_parameters()}
         model: dict[str, torch.Tensor] = {}
         for name, tensor in self.bare.state_dict(keep_vars=True).items():
@@ -106,6 +112,7 @@ class FsdpReplica(Rank):
         return {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}
 
     def shards(self) -> Shards:
+        self._in_rows()
         places: dict[str, Place] = {}
 
         def own(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -154,16 +161,6 @@ class FsdpReplica(Rank):
         )
 
 
-def lap(clock: StageClock, stage: str) -> Callable[..., None]:
-    """A hook that gives the time since the last lap to `stage`, in training alone."""
-
-    def hook(*_: object) -> None:
-        if torch.is_grad_enabled():
-            clock.lap(stage)
-
-    return hook
-
-
 def attention(listener: Listener) -> Callable[..., None]:
     """A hook for a block's forward pass: its gathered parameters exist from the first one on, and stay the same."""
     known: set[int] = set()
@@ -184,7 +181,7 @@ def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: 
     lower = torch.bfloat16 if run.strategy.gather == "bf16" else None
     options: dict[str, Any] = {
         "mesh": init_device_mesh(precision.device.type, (world,)),
-        "reshard_after_forward": run.strategy.reshard,
+        "reshard_after_forward": None if run.strategy.reshard else False,  # the outermost is needed first: it stays
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None),
         "offload_policy": CPUOffloadPolicy() if run.strategy.offload and cuda else OffloadPolicy(),
     }

@@ -105,9 +105,9 @@ def aliases(found: Found) -> dict[str, list[str]]:
 
 
 GPT = [
-    *("recipe=gpt", "recipe.layers=2", "recipe.width=30", "recipe.heads=3", "recipe.block=16", "sink=[]"),
+    *("recipe=gpt", "recipe.layers=2", "recipe.width=30", "recipe.heads=3", "recipe.block=16", "recipe.text_bytes=4000"),
     *("batch.global=8", "batch.per_device=4", "train.duration=40sp", "train.validate_every=null"),
-    *("lr.base_batch=8", "checkpoint.every=null"),
+    *("lr.base_batch=8", "checkpoint.every=null", "sink=[]"),
 ]
 
 
@@ -154,6 +154,25 @@ def test_a_checkpoint_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
             last[name] = found
 
 
+def test_a_validation_between_changes_nothing_of_what_is_saved(tmp_path: Path) -> None:
+    """It leaves blocks of FSDP's whole: the outermost one, and with reshard=false all of them."""
+    layouts = {"ddp": [], "kept": ["strategy=fsdp", "strategy.reshard=false"], **LAYOUTS}
+    jobs = {}
+    for layout, strategy in layouts.items():
+        jobs[layout] = Job([*GPT, *strategy])
+        jobs[f"{layout}-validated"] = Job([*GPT, *strategy, "train.validate_every=1ba", "checkpoint.sharded=true"])
+    sessions(tmp_path, 2, jobs)
+    for layout in layouts:
+        one, other = newest_of(tmp_path / layout), newest_of(tmp_path / f"{layout}-validated")
+        a, b = load(one), load(other)
+        for group in ("model", "optimizer"):
+            before, after = dict(getattr(a, group)), dict(getattr(b, group))
+            assert before.keys() == after.keys(), layout
+            assert all(torch.equal(before[name], after[name]) for name in before), layout
+        assert aliases(one) == aliases(other), layout
+        assert furthest(tmp_path / "ddp", tmp_path / layout) <= 1e-5, layout
+
+
 def test_activations_computed_anew_change_nothing(tmp_path: Path) -> None:
     """Not one bit, with dropout (the same draws) and with BatchNorm (statistics moved once), under each layout."""
     models = {"gpt": [*GPT, "recipe.dropout=0.2"], "resnet": RESNET}
@@ -175,7 +194,7 @@ def test_who_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
     sessions(tmp_path, 2, jobs, LAUNCHER_TEST_FAULTS="1", FAULT="slow@data:1:0")
     for layout in jobs:
         named = [row for row in rows(tmp_path / layout) if row["stage/rank"] == 1]
-        assert len(named) >= 3, layout  # of five; under ZeRO 3 forward passes wait as well, which is no sync
+        assert len(named) >= 4, layout  # of five
         assert all(row["stage/data/ms"] >= 50 for row in named), layout
 
 

@@ -1,0 +1,76 @@
+"""batch=goodput against every fixed batch: seconds of training until a target, on the digits.
+
+    python benchmarks/goodput.py                       # the perceptron, two workers, three seeds
+    python benchmarks/goodput.py --recipe resnet --batches 32 64 128 256
+
+All follow the linear rule from the same base batch and rate. What updates take is measured once, before; seconds are
+those that the run counts as trained, validation included, so starting Python is in none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+WORKERS = 2
+QUIET = ["train.validate_every=0.5ep", "sink=[]", "checkpoint.every=null"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="mlp")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--target", type=float, default=0.95)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max-epochs", type=int, default=60)
+    parser.add_argument("--tune-max", type=int, default=256)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    forms = {f"fixed {batch}": [f"batch.per_device={batch // WORKERS}"] for batch in options.batches}
+    forms["goodput"] = ["batch=goodput"]
+    found: dict[str, list[float]] = {form: [] for form in forms}
+    with tempfile.TemporaryDirectory() as folder:
+        launched(Path(folder), options, ["tune", "format=json"], ["batch=goodput", "tune.budget_s=40"])
+        for seed in range(options.seeds):
+            for form, words in forms.items():
+                found[form].append(seconds(Path(folder), options, [*words, f"seed={seed}"]))
+    print(f"{options.recipe}: seconds to val/accuracy {options.target}")
+    for form, times in found.items():
+        print(f"{form:12} median {statistics.median(times):6.2f}   {' '.join(f'{time:.2f}' for time in times)}")
+    best = min((form for form in forms if form != "goodput"), key=lambda form: statistics.median(found[form]))
+    ratio = statistics.median(found["goodput"]) / statistics.median(found[best])
+    print(f"goodput takes {ratio:.2f} of the time of the best fixed batch ({best})")
+
+
+def seconds(folder: Path, options: argparse.Namespace, words: Sequence[str]) -> float:
+    """Until the target; infinity where it was not reached."""
+    run_dir = folder / f"run-{'-'.join(words).replace('=', '')}"
+    target = [f"train.target.at_least={options.target}", "train.target.metric=val/accuracy"]
+    more = [*target, "train.stop_at_target=true", f"train.duration={options.max_epochs}ep", f"run.dir={run_dir}"]
+    launched(folder, options, [], [*words, *more, "schedule=constant", *QUIET])
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    changes = [event["global"] for event in events if event["event"] == "plan"]
+    reached = [event for event in events if event["event"] == "target"]
+    took = reached[0]["seconds"] if reached else math.inf
+    print(f"  {' '.join(words):40} {took:7.2f} s  updates {reached[0]['update'] if reached else '-'}  {changes}", flush=True)
+    return float(took)
+
+
+def launched(folder: Path, options: argparse.Namespace, verb: Sequence[str], words: Sequence[str]) -> None:
+    usual = [f"recipe={options.recipe}", f"launch.workers={WORKERS}", "launch.threads=1", f"tune.max={options.tune_max}"]
+    command = [sys.executable, "-m", "launcher", *verb, *usual, *words, *options.overrides]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What `tune` recommends against measuring every size, at a part of the cost; and how alike its answers are.
+
+    python benchmarks/tune.py                       # three recipes: search against every size
+    python benchmarks/tune.py --repeats 10          # ten searches of one recipe instead
+
+Every size of a fine grid is measured by `tune.sizes`, several visits each; its knee is the smallest size with 90 % of
+the best samples/s. The search then has a fifth of the seconds which that took, and its recommendation is judged by what
+the grid measured there: how fast, beside the grid's knee.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Recipe and its grid; all on two workers of one thread.
+RECIPES: Mapping[str, tuple[Sequence[str], Sequence[int]]] = {
+    "mlp": (["recipe=mlp"], range(8, 521, 16)),
+    "resnet": (["recipe=resnet"], range(4, 165, 5)),
+    "gpt": (["recipe=gpt", "recipe.width=64", "recipe.layers=2", "recipe.block=64"], range(2, 99, 3)),
+}
+SHARE = 0.2
+KNEE = 0.9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--repeats", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=150.0, help="seconds for the grid, or for each repeat")
+    options = parser.parse_args()
+    for name in options.recipes:
+        (repeated if options.repeats else against_grid)(name, options)
+
+
+def against_grid(name: str, options: argparse.Namespace) -> None:
+    words, grid = RECIPES[name]
+    whole = tuned(words, f"tune.sizes={list(grid)}", f"tune.budget_s={options.budget}")
+    speeds = {point["per_device"]: point["samples_per_s"] for point in whole["points"] if point["samples_per_s"]}
+    knee = min(size for size, speed in speeds.items() if speed >= KNEE * max(speeds.values()))
+    found = tuned(words, f"tune.max={max(grid)}", f"tune.budget_s={SHARE * whole['spent_s']:.0f}")
+    there = between(speeds, found["recommended"])
+    print(
+        f"{name:8} grid of {len(speeds)} sizes {whole['spent_s']:5.0f} s: knee {knee:4}, {speeds[knee]:8.0f} samples/s"
+        f" (best {max(speeds.values()):.0f})   search {found['spent_s']:4.0f} s ({found['spent_s'] / whole['spent_s']:.2f}):"
+        f" {found['recommended']:4}, there {there:8.0f} samples/s, {there / speeds[knee]:.3f} of the knee's",
+        flush=True,
+    )
+
+
+def repeated(name: str, options: argparse.Namespace) -> None:
+    """Neighbours are a factor of about the root of two apart, as the sizes that a search grows through."""
+    words, grid = RECIPES[name]
+    budget = min(options.budget, 30.0)
+    found = [tuned(words, f"tune.max={max(grid)}", f"tune.budget_s={budget}") for _ in range(options.repeats)]
+    sizes = sorted(one["recommended"] for one in found)
+    middle = sizes[len(sizes) // 2]
+    steps = [abs(math.log(size / middle)) / math.log(math.sqrt(2)) for size in sizes]
+    print(f"{name:8} {budget:.0f} s each: {sizes}, at most {max(steps):.2f} neighbours from {middle}", flush=True)
+
+
+def tuned(words: Sequence[str], *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "launcher", "tune", "format=json", *words, *more]
+    command += ["launch.workers=2", "launch.threads=1", "train.validate_every=null"]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def between(speeds: Mapping[int, float], size: int) -> float:
+    """Samples/s at a size that may lie between two of the grid."""
+    below = max((one for one in speeds if one <= size), default=min(speeds))
+    above = min((one for one in speeds if one >= size), default=max(speeds))
+    if below == above:
+        return speeds[below]
+    return speeds[below] + (speeds[above] - speeds[below]) * (size - below) / (above - below)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,8 +21,8 @@ train: env       ## train the main recipe with two workers: summary, runs/<name>
 
 test: env        ## the whole suite
 	$(BIN)/python -m pytest -q -m "not slow" -n 2
-	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist loadscope
-	$(BIN)/python -m pytest -q -m "slow and alone"
+	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist loadscope --durations=15
+	$(BIN)/python -m pytest -q -m "slow and alone" --durations=15
 
 test-fast: env   ## under a minute: no real jobs
 	$(BIN)/python -m pytest -q -m "not slow" -n 2

@@ -59,15 +59,18 @@ def seconds(folder: Path, options: argparse.Namespace, words: Sequence[str]) -> 
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     changes = [event["global"] for event in events if event["event"] == "plan"]
     reached = [event for event in events if event["event"] == "target"]
-    took = reached[0]["seconds"] if reached else math.inf
-    print(f"  {' '.join(words):40} {took:7.2f} s  updates {reached[0]['update'] if reached else '-'}  {changes}", flush=True)
+    took, updates = (reached[0]["seconds"], reached[0]["update"]) if reached else (math.inf, 0)
+    print(f"  {' '.join(words):40} {took:7.2f} s  {updates:5} updates  {changes}", flush=True)
     return float(took)
 
 
 def launched(folder: Path, options: argparse.Namespace, verb: Sequence[str], words: Sequence[str]) -> None:
-    usual = [f"recipe={options.recipe}", f"launch.workers={WORKERS}", "launch.threads=1", f"tune.max={options.tune_max}"]
-    command = [sys.executable, "-m", "launcher", *verb, *usual, *words, *options.overrides]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    usual = [f"recipe={options.recipe}", f"launch.workers={WORKERS}", "launch.threads=1"]
+    command = [sys.executable, "-m", "launcher", *verb, *usual, f"tune.max={options.tune_max}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *options.overrides], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
 

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node=2 benchmarks/memory.py strategy=fsdp
 
 Resident memory is read before the model is made, after an update (parameters and optimizer state) and after a backward
-pass (gradients as well). The batch is one short sample, so that activations are small beside them.
+pass (gradients as well); beside it the highest while the model is made, on the last rank. The batch is one short
+sample, so that activations are small beside them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from launcher.config import resolve
 from launcher.data import dataset_of
 from launcher.footprint import footprint
 from launcher.topology import Topology
+from launcher.tune.memory import HostPeak
 from launcher.weighing import weigh
 
 MODEL = ["recipe=gpt", "recipe.layers=6", "recipe.width=512", "recipe.heads=8", "recipe.block=8", "sink=[]"]
@@ -46,7 +48,11 @@ def main() -> None:
     expected = footprint(weigh(recipe, run), layout, topology.world)
     warm_up()
     before = resident_bytes()
+    highest = HostPeak()
+    highest.clear()
     parts = assemble(recipe, run, topology, torch.device("cpu"), data)
+    start_peaks = [0.0] * topology.world
+    dist.all_gather_object(start_peaks, (highest.bytes() - before) / 1e6)
     replica = parts.replica
 
     def backward() -> None:
@@ -63,6 +69,7 @@ def main() -> None:
         predicted = expected.parameters + expected.optimizer + expected.buffers
         found = {"layout": layout, "world": topology.world, "state_MB": state / 1e6, "predicted_MB": predicted / 1e6}
         found |= {"gradients_MB": gradients / 1e6, "predicted_gradients_MB": expected.gradients / 1e6}
+        found["start_peak_last_rank_MB"] = start_peaks[-1]
         found["total_over_predicted"] = (state + gradients) / expected.total
         print(json.dumps({key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}))
     dist.barrier()

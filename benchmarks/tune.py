@@ -47,12 +47,10 @@ def against_grid(name: str, options: argparse.Namespace) -> None:
     knee = min(size for size, speed in speeds.items() if speed >= KNEE * max(speeds.values()))
     found = tuned(words, f"tune.max={max(grid)}", f"tune.budget_s={SHARE * whole['spent_s']:.0f}")
     there = between(speeds, found["recommended"])
-    print(
-        f"{name:8} grid of {len(speeds)} sizes {whole['spent_s']:5.0f} s: knee {knee:4}, {speeds[knee]:8.0f} samples/s"
-        f" (best {max(speeds.values()):.0f})   search {found['spent_s']:4.0f} s ({found['spent_s'] / whole['spent_s']:.2f}):"
-        f" {found['recommended']:4}, there {there:8.0f} samples/s, {there / speeds[knee]:.3f} of the knee's",
-        flush=True,
-    )
+    print(f"{name}: grid of {len(speeds)} sizes, {whole['spent_s']:.0f} s, best {max(speeds.values()):.0f} samples/s")
+    print(f"  its knee          {knee:4}: {speeds[knee]:8.0f} samples/s")
+    took = f"{found['spent_s']:.0f} s, {found['spent_s'] / whole['spent_s']:.2f} of the grid's"
+    print(f"  the search's size {found['recommended']:4}: {there:8.0f}, {there / speeds[knee]:.3f} of it; {took}", flush=True)
 
 
 def repeated(name: str, options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from launcher.blocks import blocks_of, recompute
 from launcher.data import Feed, collate_of, dataset_of, seed_from, transfer
 from launcher.errors import RequestError
+from launcher.hollow import hollow
 from launcher.optim import Precision
 from launcher.settings import Run
 from launcher.strategies import Replica, prepare
@@ -126,9 +127,7 @@ def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, da
         RequestError: the optimizer cannot be had as asked, or `model.init` does not fit.
     """
     precision = Precision.of(run.train.precision, device)
-    torch.manual_seed(seed_from(run.seed, -1))
-    model = recipe.model()
-    initialise(model, run)
+    model = hollow(recipe, run, topology.rank) or built(recipe, run)
     if precision.name == "fp64":
         model = model.double()
     model.train()
@@ -152,6 +151,14 @@ def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, da
         parameters=sum(numel for numel, _ in counts),
         trainable=sum(numel for numel, trained in counts if trained),
     )
+
+
+def built(recipe: Any, run: Run) -> nn.Module:
+    """The model with the parameters that training starts from."""
+    torch.manual_seed(seed_from(run.seed, -1))
+    model: nn.Module = recipe.model()
+    initialise(model, run)
+    return model
 
 
 def initialise(model: nn.Module, run: Run) -> None:

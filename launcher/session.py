@@ -34,6 +34,7 @@ from launcher.signals import GO_ON, JOIN, LEAVE, Wishes
 from launcher.sinks import Destination, open_sinks
 from launcher.sinks.journal import Journal
 from launcher.standing import Standing
+from launcher.strategies import LARGE_BYTES
 from launcher.study import Sizes, Study, study
 from launcher.telemetry import Meter
 from launcher.threads import threads_of
@@ -45,7 +46,6 @@ from launcher.worker import Assignment
 __all__ = ["run"]
 
 #: Parameters beyond this are not gathered on rank 0; with AdamW's moments a checkpoint is three times as large.
-LARGE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,8 @@ def announce(
     before = plan_before(ready.found, last)
     if before and any(before[name] != facts[name] for name in ("world", "global", "lr_scale")):
         moments = standing.moments_to(facts["global"])
-        event("resize", why=why_of(before, facts), **{"from": before, "to": facts}, moments=moments)
+        why = "; ".join(filter(None, (why_of(before, facts), job.goodput.why)))
+        event("resize", why=why, **{"from": before, "to": facts}, moments=moments)
 
 
 def start_facts(job: Job, parts: Parts, standing: Standing) -> dict[str, Any]:

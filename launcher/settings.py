@@ -142,6 +142,9 @@ class StrategySettings:
     find_unused_parameters: bool = key(False, "DDP: look for parameters that got no gradient")
     reshard: bool = key(True, "FSDP: let go of a block's parameters between its forward and its backward pass")
     gather: Literal["fp32", "bf16"] = key("fp32", "FSDP: the numbers that parameters are gathered in")
+    meta: bool | Literal["auto"] = key(
+        "auto", "FSDP: rank 0 alone builds the model and hands it out; auto above 4 GiB of parameters, where that works"
+    )
     stage: int = key(2, "DeepSpeed: 1 divides the optimizer's state, 2 gradients too, 3 parameters too; 0 nothing")
     offload: bool = key(False, "keep what the optimizer works on in the machine's memory; for GPUs")
     config: str | None = key(None, "a DeepSpeed JSON of your own: how the work is done, nothing that has a key here")

@@ -81,6 +81,7 @@ MAY = {
     "launch.threads", "launch.time", "launch.timeout_s", "launch.workers", "log.every", "plan.memory", "plan.noise",
     "plan.worlds",
     "resume", "run.dir", "run.name", "sink", "strategy.config", "strategy.find_unused_parameters", "strategy.gather",
+    "strategy.meta",
     "strategy.name", "strategy.offload", "strategy.reshard", "strategy.stage", "sweep.at_once", "sweep.metric",
     "sweep.mode", "sweep.trials", "train.activation_checkpointing",
     "train.device", "train.profile", "train.stop_at_target", "train.target.at_least", "train.target.at_most",

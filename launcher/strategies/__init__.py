@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from launcher.settings import Run
     from launcher.telemetry import StageClock
 
-__all__ = ["Given", "Replica", "Shards", "State", "Step", "even", "missing", "prepare", "problems"]
+__all__ = ["LARGE_BYTES", "Given", "Replica", "Shards", "State", "Step", "even", "missing", "prepare", "problems"]
+
+#: Of parameters: beyond it no rank holds all of them without need.
+LARGE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from launcher.checkpoint import Stored
 from launcher.errors import RequestError
+from launcher.hollow import Memory
 from launcher.optim import (
     Precision,
     apply_rate,
@@ -44,7 +45,6 @@ class FsdpReplica(Rank):
     def __init__(self, given: Given) -> None:
         model, run, precision = given.model, given.run, given.precision
         check_shapes(model)
-        agree(model, precision.device)
         self._sharded = shard(model, run, given.world, precision, given.blocks)
         self.model = model
         super().__init__(model, given.world, precision)
@@ -93,7 +93,7 @@ class FsdpReplica(Rank):
         return square.sqrt()
 
     def _in_rows(self) -> None:
-        """Blocks that a validation or `strategy.reshard=false` left whole become rows again, as the optimizer has them."""
+        """Blocks that a validation or `strategy.reshard=false` left whole are rows again, as the optimizer has them."""
         for module in self.bare.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -176,7 +176,7 @@ def attention(listener: Listener) -> Callable[..., None]:
 
 
 def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: Sequence[nn.Module]) -> FSDPModule:
-    """The same module, block after block on its device and in rows."""
+    """The same module, block after block with rank 0's numbers, on its device and in rows."""
     cuda = precision.device.type == "cuda"
     lower = torch.bfloat16 if run.strategy.gather == "bf16" else None
     options: dict[str, Any] = {
@@ -185,20 +185,24 @@ def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: 
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None),
         "offload_policy": CPUOffloadPolicy() if run.strategy.offload and cuda else OffloadPolicy(),
     }
-    for block in blocks:
-        fully_shard(block, **options)
-    sharded = fully_shard(model, **options)
+    memory = Memory()
+    for part in (*blocks, model):
+        memory.fill(part)
+        agree(part, precision.device)
+        fully_shard(part, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return sharded
+    return cast(FSDPModule, model)
 
 
 @torch.no_grad()
 def agree(model: nn.Module, device: torch.device) -> None:
     """Rank 0's parameters and buffers for all, one at a time on the device: a recipe may have drawn others."""
     for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, DTensor):
+            continue  # of a block that is in rows already
         here = tensor.detach().to(device)
         dist.broadcast(here, src=0)
         tensor.copy_(here)

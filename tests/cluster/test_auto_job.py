@@ -114,3 +114,19 @@ def test_goodput_begins_with_the_base_batch_and_chooses_once_the_noise_is_known(
     used = [row["batch/global"] for row in rows(one)]
     assert list(dict.fromkeys(used))[:2] == [64, later[0]["global"]]
     assert json.loads((one / "profile.json").read_text())["cap"] == 64
+
+
+def test_goodput_chooses_anew_where_workers_come_or_go_and_measures_nothing_again(tmp_path: Path) -> None:
+    """Two workers, then one, then three: from the update times in the run's folder, at the noise that is known."""
+    asked = ["recipe=mlp", "sink=[]", "batch=goodput", "tune.sizes=[8,16,64]", "tune.budget_s=0.5", "run.name=one"]
+    one = tmp_path / "runs" / "one"
+    for workers, updates in ((2, 120), (1, 140), (3, 160)):
+        duration = f"train.duration={updates}ba"
+        said = well(trained(tmp_path, [sys.executable], *asked, f"launch.workers={workers}", duration))
+        assert ("measured" in said) == (workers == 2), said
+    assert rows(one)[119]["noise/scale"] > 0, "it is known by then"
+    for resize, (before, now) in zip(events(one, "resize"), ((2, 1), (1, 3)), strict=True):
+        assert (resize["from"]["world"], resize["to"]["world"]) == (before, now)
+        assert resize["why"].startswith(f"{before} workers before, {now} now; goodput: at a noise scale of ")
+        assert resize["to"]["lr"] == pytest.approx(resize["to"]["lr_base"] * resize["to"]["global"] / 64)
+    assert [row["update"] for row in rows(one)] == list(range(1, 161))

@@ -30,7 +30,8 @@ OPTIMIZERS = {
     "sgd": ["optimizer=sgd", "optimizer.momentum=0.9", "optimizer.weight_decay=0.01"],
     "adamw": ["optimizer=adamw", "lr.base=0.01", "lr.base_batch=61"],
 }
-LAYOUTS = {"fsdp": ["strategy=fsdp"], **{f"zero{n}": ["strategy=deepspeed", f"strategy.stage={n}"] for n in range(4)}}
+FSDP = ["strategy=fsdp", "strategy.meta=true"]
+LAYOUTS = {"fsdp": FSDP, **{f"zero{n}": ["strategy=deepspeed", f"strategy.stage={n}"] for n in range(4)}}
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def aliases(found: Found) -> dict[str, list[str]]:
 
 
 GPT = [
-    *("recipe=gpt", "recipe.layers=2", "recipe.width=30", "recipe.heads=3", "recipe.block=16", "recipe.text_bytes=4000"),
+    *("recipe=gpt", "recipe.layers=2", "recipe.width=30", "recipe.heads=3", "recipe.block=16", "sink=[]"),
     *("batch.global=8", "batch.per_device=4", "train.duration=40sp", "train.validate_every=null"),
-    *("lr.base_batch=8", "checkpoint.every=null", "sink=[]"),
+    *("lr.base_batch=8", "checkpoint.every=null", "recipe.text_bytes=4000"),
 ]
 
 
@@ -132,7 +133,7 @@ RESNET = [
 
 
 def test_a_checkpoint_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
-    """A tied embedding, buffers, groups: from DDP through each layout at 2, 1 and 3 workers, whole and in parts."""
+    """A tied embedding, buffers, groups: from DDP through each layout at 2, 1, 3 workers, now whole, now in parts."""
     models = {"gpt": GPT, "resnet": RESNET}
     sessions(tmp_path, 1, {name: Job(arguments) for name, arguments in models.items()})
     start = {name: newest_of(tmp_path / name) for name in models}
@@ -141,9 +142,9 @@ def test_a_checkpoint_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
         jobs = {}
         for layout, strategy in {"ddp": [], **LAYOUTS}.items():
             for name, arguments in models.items():
-                for parts in ("false", "true"):
-                    settings = [*arguments, *strategy, f"checkpoint.sharded={parts}"]
-                    jobs[f"{name}-{layout}-{world}-{parts}"] = Job(settings, last[name].path)
+                parts = "true" if (name == "gpt") == (world == 2) else "false"
+                settings = [*arguments, *strategy, f"checkpoint.sharded={parts}"]
+                jobs[f"{name}-{layout}-{world}-{parts}"] = Job(settings, last[name].path)
         sessions(tmp_path, world, jobs)
         for job in jobs:
             found = newest_of(tmp_path / job)
@@ -198,15 +199,30 @@ def test_who_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
         assert all(row["stage/data/ms"] >= 50 for row in named), layout
 
 
+MEMORY = Path(__file__).parents[2] / "benchmarks/memory.py"
+
+
+def weighed(*arguments: str) -> dict[str, float]:
+    """What benchmarks/memory.py measures of two real workers and a GPT of 32 million parameters, 128 MB."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(MEMORY)]
+    large = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the machine
+    command = [*torchrun, *arguments, "recipe.layers=10"]
+    done = subprocess.run(command, check=True, env=environment(**large), capture_output=True, text=True, timeout=280)
+    found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return found
+
+
+def test_rank_0_alone_ever_holds_the_whole_model(tmp_path: Path) -> None:
+    """Under FSDP with strategy.meta=true; without, every rank builds all of it first."""
+    whole_mb = 128.0
+    assert weighed("strategy=fsdp", "strategy.meta=false")["start_peak_last_rank_MB"] > whole_mb
+    assert weighed(*FSDP)["start_peak_last_rank_MB"] < 0.75 * whole_mb
+
+
 @pytest.mark.parametrize("layout", ["fsdp", "zero2"])
 def test_the_memory_that_a_plan_predicts_is_what_it_takes(layout: str) -> None:
     """Resident memory of two real workers, grown by a model of 32 million parameters, gradients and AdamW's state."""
-    script = Path(__file__).parents[2] / "benchmarks/memory.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    large = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the machine
-    command = [*torchrun, *LAYOUTS[layout], "recipe.layers=10"]
-    done = subprocess.run(command, check=True, env=environment(**large), capture_output=True, text=True, timeout=280)
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    found = weighed(*LAYOUTS[layout])
     assert found["layout"] == layout
     assert 0.9 <= found["total_over_predicted"] <= 1.1
 

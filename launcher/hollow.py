@@ -1,0 +1,80 @@
+"""A model without its numbers, for ranks that are handed rank 0's anyway: none but rank 0 ever holds all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.errors import RequestError
+from launcher.settings import Run
+from launcher.strategies import LARGE_BYTES
+
+__all__ = ["Memory", "hollow"]
+
+
+def hollow(recipe: Any, run: Run, rank: int) -> nn.Module | None:
+    """The recipe's model on torch's meta device; None where this rank builds it like any other.
+
+    `strategy.meta`: auto does so where the parameters are more than 4 GiB, and builds what cannot be had like that.
+
+    Raises:
+        RequestError: `strategy.meta=true`, and the model cannot be had like that.
+    """
+    if rank == 0 or run.strategy.name != "fsdp" or run.strategy.meta is False:
+        return None
+    try:
+        with torch.device("meta"):
+            model: nn.Module = recipe.model()
+        why = next(strays(model), None)
+    except Exception as error:  # whatever a recipe does with numbers that are not there
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    asked = run.strategy.meta is True
+    if why is None:
+        return model if asked or sum(p.nbytes for p in model.parameters()) > LARGE_BYTES else None
+    if asked:
+        raise RequestError(
+            f"strategy.meta=true: the recipe's model cannot be made without its numbers ({why}): "
+            "type strategy.meta=false, which builds all of it on every worker"
+        )
+    logging.getLogger("launcher").info("every worker builds the whole model: %s", why)
+    return None
+
+
+def strays(model: nn.Module) -> Iterator[str]:
+    """Tensors that modules keep as plain attributes: nobody would hand over their numbers."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            if attribute not in ("_parameters", "_buffers") and any(_is_meta(one) for one in held):
+                yield f"{f'{name}.' if name else ''}{attribute} is neither a parameter nor a buffer"
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+class Memory:
+    """Makes room, not yet numbers, for the tensors of a hollow model, part by part. A tied one stays one."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.Tensor, torch.Tensor] = {}  # holds the hollow ones too, so that each is itself
+
+    def fill(self, part: nn.Module) -> None:
+        for module in part.modules():
+            for group in (module._parameters, module._buffers):
+                for name, tensor in group.items():
+                    if tensor is not None and tensor.is_meta:
+                        group[name] = self._room(tensor)  # type: ignore[assignment]
+
+    def _room(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor not in self._made:
+            room = torch.empty_like(tensor, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                room = nn.Parameter(room, tensor.requires_grad)
+            vars(room).update(vars(tensor))  # what a recipe noted on it, for its groups of parameters
+            self._made[tensor] = room
+        return self._made[tensor]

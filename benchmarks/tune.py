@@ -50,7 +50,7 @@ def against_grid(name: str, options: argparse.Namespace) -> None:
     print(f"{name}: grid of {len(speeds)} sizes, {whole['spent_s']:.0f} s, best {max(speeds.values()):.0f} samples/s")
     print(f"  its knee          {knee:4}: {speeds[knee]:8.0f} samples/s")
     took = f"{found['spent_s']:.0f} s, {found['spent_s'] / whole['spent_s']:.2f} of the grid's"
-    print(f"  the search's size {found['recommended']:4}: {there:8.0f}, {there / speeds[knee]:.3f} of it; {took}", flush=True)
+    print(f"  the search's size {found['recommended']:4}: {there:8.0f}, {there / speeds[knee]:.3f} of it; {took}")
 
 
 def repeated(name: str, options: argparse.Namespace) -> None:

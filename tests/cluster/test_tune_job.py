@@ -191,3 +191,22 @@ def test_a_search_ends_with_a_table_and_files_where_they_were_asked_for(here: Pa
     found = json.loads((out / "tune.json").read_text())
     assert found["memory_max"] == 6
     assert "<svg" in (out / "tune.html").read_text()
+
+
+def test_points_one_after_the_other_make_one_document(here: Path) -> None:
+    """Images of two sizes; a third point is wrong, which is shown and ends nothing."""
+    out = here / "tuned"
+    small = ("recipe=resnet", "recipe.width=8", "launch.workers=1", "tune.sizes=[4,32]", "tune.budget_s=1")
+    asked = ["tune", "-m", *small, "recipe.image_size=8,0,32", "format=json", f"tune.out={out}"]
+    done = started(here, ["launcher", *asked])
+    assert done.returncode == 2, done.stderr
+    found = json.loads(done.stdout)
+    assert [one["overrides"]["recipe.image_size"] for one in found["points"]] == [8, 0, 32]
+    first, wrong, last = found["points"]
+    assert "recipe.image_size=0 is no size" in wrong["error"]
+    assert all(by_size(one["found"])[32]["samples_per_s"] > 0 for one in (first, last))
+    assert by_size(first["found"])[32]["samples_per_s"] > by_size(last["found"])[32]["samples_per_s"]
+    assert found["memory"]["sizes"] == [[8, 8], [32, 32]]
+    assert found["memory"]["pixel_bytes"]["value"] > 0
+    assert json.loads((out / "tune.json").read_text()) == found
+    assert (out / "2" / "tune.html").exists()

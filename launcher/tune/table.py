@@ -72,9 +72,10 @@ def image_memory(points: Sequence[Measured]) -> ImageMemory | None:
 
 def _peaks(points: Sequence[Measured]) -> Iterator[Peak]:
     for point in points:
-        for one in () if point.found is None or point.image is None else point.found["points"]:
-            if one["memory_bytes"]:
-                yield Peak(*point.image, one["per_device"], one["memory_bytes"])
+        if point.found is not None and point.image is not None:
+            height, width = point.image
+            fitting = [one for one in point.found["points"] if one["memory_bytes"]]
+            yield from (Peak(height, width, one["per_device"], one["memory_bytes"]) for one in fitting)
 
 
 def _headline(points: Sequence[Measured]) -> Iterator[str]:
@@ -100,8 +101,10 @@ def _cells(point: Measured) -> tuple[str, str, str, str, str]:
     if found["recommended"] is None:
         return ("-", "-", "-", "-", "memory")
     at = next((one for one in found["points"] if one["per_device"] == found["recommended"]), None)
-    timed = at is not None and at["samples_per_s"]
-    speed, memory = (rate(at["samples_per_s"]), size(at["memory_bytes"])) if at and timed else ("-", "-")
+    if at is None or not at["samples_per_s"]:  # of the largest size that works the memory alone may be known
+        speed, memory = "-", "-"
+    else:
+        speed, memory = rate(at["samples_per_s"]), size(at["memory_bytes"])
     return (count(found["recommended"]), speed, memory, count(found["memory_max"]), str(found["bottleneck"]))
 
 

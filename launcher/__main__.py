@@ -127,13 +127,24 @@ def foreseen(run: Run, built: Any) -> int:
 
 
 def tune(args: Sequence[str]) -> int:
-    """Measures per-device batch sizes and recommends one; under torchrun, this rank's part of it."""
+    """Measures per-device batch sizes and recommends one, with -m at each point; under torchrun, this rank's part."""
     asked, topology = Arguments.parse(args), Topology.of()
     if answered(asked, args):
         return EXIT_OK
+    if asked.multirun:
+        return tune_several(args, topology)
     from launcher.tune import drive as tuning
 
     return tuning.drive(resolved(args)) if topology is None else tuning.main(lambda: resolved(args), topology)
+
+
+def tune_several(args: Sequence[str], topology: Topology | None) -> int:
+    if topology is not None:
+        typed = ["tune", *args, f"launch.workers={topology.world}"]
+        raise RequestError(f"-m under torchrun would mix the points up: type launcher {' '.join(typed)}, no torchrun")
+    from launcher.tune import several
+
+    return several.several(args)
 
 
 def probe(args: Sequence[str]) -> int:

@@ -26,7 +26,7 @@ Trains on any number of workers, with the batch, the rate and the samples right.
 Verbs, the first word
   train           the default
   plan            batch, rate and shares at each world size; format=json
-  tune            measure batch sizes and recommend one; format=json
+  tune            measure batch sizes and recommend one; -m; format=json
   verify          does the split batch give the whole one's gradient? format=json
   stop RUN        save and stop a run started elsewhere; --now ends it unsaved
   status RUN      where a run started elsewhere stands

@@ -14,7 +14,7 @@ from launcher.redact import redact
 from launcher.runfolder import RunFolder
 from launcher.sweep import FINISHED, Outcome
 
-__all__ = ["Figures", "lower_is_better", "point_figures", "table", "value_of"]
+__all__ = ["Figures", "aligned", "lower_is_better", "point_figures", "swept_values", "table", "value_of"]
 
 WIDTH = 80
 SEED = "seed"

@@ -112,6 +112,8 @@ def assert_refused(result: Result, here: Path, said: str) -> None:
         (["optimizer.lr=0.1"], "type lr.base=0.1"),
         (["plan", "train"], "train is no override: the verb stands first"),
         (["plan", *MINE, "-m", "seed=1,2"], "-m starts several runs"),
+        (["tune", *MINE, "-m", "seed=1,x"], "seed=x: expected a whole number"),
+        (["-m", "tune", *MINE], "tune is no override: the verb stands first"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_2(
@@ -140,6 +142,11 @@ def test_under_torchrun_rank_0_alone_tells(launcher: Callable[..., Result], here
         launcher("-m", "seed=1,2", env={**job, "RANK": "0", "LOCAL_RANK": "0"}),
         here,
         "-m under torchrun would mix the runs up: type launcher -m seed=1,2 without torchrun",
+    )
+    assert_refused(
+        launcher("tune", "-m", "seed=1,2", env={**job, "RANK": "0", "LOCAL_RANK": "0"}),
+        here,
+        "-m under torchrun would mix the points up: type launcher tune -m seed=1,2 launch.workers=2, no torchrun",
     )
     silent = launcher("-m", "seed=1,2", env={**job, "RANK": "1", "LOCAL_RANK": "1"})
     assert (silent.returncode, silent.stdout, silent.stderr) == (EXIT_REQUEST, "", "")

@@ -34,11 +34,15 @@ __all__ = [
     "RESULT",
     "STATE",
     "after_loss",
+    "checked",
     "drive",
     "found",
+    "interruptible",
+    "keep",
     "main",
     "main_handover",
     "shown",
+    "valued",
     "why",
 ]
 
@@ -52,11 +56,7 @@ def drive(run: Run) -> int:
     Raises:
         RequestError: the request is wrong.
     """
-    from launcher.study import study
-
-    workers, run = workers_of(run), stood_in(run)
-    noise_of(run)  # refused now rather than after measuring
-    study(run, recipes.sizes(recipes.build(run.recipe)), workers)
+    workers, run = checked(run)
     if run.launch.dry:
         print(command(run, workers, Path("HANDOVER.json"), Path("FAILURES.json"), "probe").line())
         return EXIT_OK
@@ -67,6 +67,20 @@ def drive(run: Run) -> int:
     except Unmeasured as error:
         return unmeasured(error, run)
     return EXIT_OK
+
+
+def checked(run: Run) -> tuple[int, Run]:
+    """How many workers measure, and what.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started.
+    """
+    from launcher.study import study
+
+    workers, run = workers_of(run), stood_in(run)
+    noise_of(run)  # refused now rather than after measuring
+    study(run, recipes.sizes(recipes.build(run.recipe)), workers)
+    return workers, run
 
 
 def found(run: Run, workers: int, *, look: bool = False) -> dict[str, Any]:
@@ -149,7 +163,7 @@ def shown(found: Mapping[str, Any], run: Run) -> None:
     """On stdout as a table or as one JSON document, and where `tune.out` says into files."""
     for line in found["said"]:
         tell(f"note: {line}")
-    found = {**found, "goodput": worth(found, noise_of(run), run.lr.base_batch)}
+    found = valued(found, run)
     from launcher.tune.page import page
     from launcher.tune.words import text
 
@@ -160,13 +174,27 @@ def shown(found: Mapping[str, Any], run: Run) -> None:
         print(printable(written, sys.stdout), end="")
     if run.tune.out is not None:
         folder = Path(run.tune.out)
-        try:
-            private_folder(folder)
-            write_whole(folder / "tune.json", json.dumps(found, indent=1) + "\n")
-            write_whole(folder / "tune.html", page(found))
-        except OSError as problem:
-            raise RequestError(f"tune.out={folder} cannot be written ({problem.strerror}): type another") from problem
+        keep(folder, {"tune.json": json.dumps(found, indent=1) + "\n", "tune.html": page(found)})
         tell(f"written: {folder / 'tune.json'}, {folder / 'tune.html'}")
+
+
+def valued(found: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """With what its sizes are worth, where the noise scale is known."""
+    return {**found, "goodput": worth(found, noise_of(run), run.lr.base_batch)}
+
+
+def keep(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files into the folder that tune.out names, or below it.
+
+    Raises:
+        RequestError: it cannot be written into.
+    """
+    try:
+        private_folder(folder)
+        for name, text in texts.items():
+            write_whole(folder / name, text)
+    except OSError as problem:
+        raise RequestError(f"tune.out={folder} cannot be written ({problem.strerror}): type another") from problem
 
 
 # --- a worker -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ RECIPES = '''
 import os, time
 from dataclasses import dataclass
 import torch
+from launcher.errors import RequestError
 from launcher.recipe import Loss
 from launcher.recipes.mlp import Mlp
 
@@ -75,6 +76,21 @@ class Slow:
 class SlowData(Mlp):
     def dataset(self, split):
         return Slow(super().dataset(split))
+
+
+@dataclass(frozen=True)
+class Pictures(Mlp):
+    """Digits that were blown up: what they take grows with image_size, and little else does."""
+
+    image_size: int = 8
+
+    def __post_init__(self):
+        if self.image_size < 1:
+            raise RequestError(f"recipe.image_size={self.image_size} is no size: type pixels")
+
+    def loss(self, model, batch):
+        large = torch.nn.functional.interpolate(batch[0], self.image_size)
+        return super().loss(model, (torch.nn.functional.adaptive_avg_pool2d(large, 8), batch[1]))
 '''
 
 
@@ -191,3 +207,21 @@ def test_a_search_ends_with_a_table_and_files_where_they_were_asked_for(here: Pa
     found = json.loads((out / "tune.json").read_text())
     assert found["memory_max"] == 6
     assert "<svg" in (out / "tune.html").read_text()
+
+
+def test_points_one_after_the_other_make_one_document(here: Path) -> None:
+    """Images of two sizes; a third point is wrong, which is shown and ends nothing."""
+    out = here / "tuned"
+    small = ("recipe=mlp", "launch.workers=1", "tune.sizes=[16,64]", "tune.budget_s=1", *own("Pictures"))
+    asked = [*small, "+recipe.image_size=8,0,512", "format=json", f"tune.out={out}"]
+    done = started(here, ["launcher", "tune", "-m", *asked])
+    assert done.returncode == 2, done.stderr
+    found = json.loads(done.stdout)
+    assert [one["overrides"]["recipe.image_size"] for one in found["points"]] == [8, 0, 512]
+    first, wrong, last = found["points"]
+    assert (wrong["found"], wrong["error"]) == (None, "recipe.image_size=0 is no size: type pixels")
+    assert all(list(by_size(one["found"])) == [16, 64] for one in (first, last))
+    assert found["memory"]["sizes"] == [[8, 8], [512, 512]]
+    assert 4 <= found["memory"]["pixel_bytes"]["value"] < 16, "a float each, and what it was made of"
+    assert json.loads((out / "tune.json").read_text()) == found
+    assert (out / "2" / "tune.html").exists()

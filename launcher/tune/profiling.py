@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from launcher.tune.probe import Exhausted, Stand, Trial, rehearse, run_through, 
 __all__ = ["profiled"]
 
 UPDATES = 3
+QUIET = "6"  # the profiler's library says on stderr when it starts and stops, unless it is asked for less than that
 MARK = "launcher: "  # before a phase's name
 ON_HOST = torch.autograd.DeviceType.CPU  # a kernel is on the device, and its time is also that of its operator
 #: Collectives, by torch's and the backends' names: what they take is waiting for other workers.
@@ -47,6 +49,7 @@ def _updates(stand: Stand, size: int, items: Any, stage: str) -> Profiled:
     if stand.topology.rank:
         run_through(trial, updates, stand.vote, 1 + UPDATES)
         return Profiled(size, {})
+    os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
     activities = _activities(trial.parts.device)
     with profile(activities=activities):
         run_through(trial, updates, stand.vote, 1)

@@ -1,7 +1,7 @@
 """A closer look at what was found: which operators make a size slower, and one batch divided differently.
 
-It has a budget of its own and ends with it, finished or not: the recommendation stands without it. What is foreseen
-to take longer is not begun.
+Each has a budget of its own and ends with it, finished or not: the recommendation stands without them. What is
+foreseen to take longer is not begun.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from launcher.tune.survey import Survey, Term
 
 __all__ = ["look_closer"]
 
-CLOSER = 0.2  # of the budget, on top of it
+OPERATORS, SPLITS = 0.15, 0.15  # of the budget, on top of it
 ROUNDS = 4  # in which each split is timed, at most
 LEAST_ROUNDS = 2  # there and back, so that a drift favours none
 UPDATES = 7  # that a visit takes at least: the rehearsal, two to warm up, four that count
@@ -24,11 +24,11 @@ UPDATES = 7  # that a visit takes at least: the rehearsal, two to warm up, four 
 def look_closer(survey: Survey, term: Term, accumulation: int) -> None:
     """Every rank calls it. `accumulation`: micro-batches of an update where it is not divided further."""
     survey.closing()
-    share = term.part(CLOSER)
-    _operators(survey, share)
+    _operators(survey, term.part(OPERATORS))
     advice = survey.ledger.advice()
     if advice is None:
         return
+    share = term.part(SPLITS)
     divisions, whole = ways(advice.recommended, accumulation), survey.ledger.at(advice.recommended)
     if whole is not None and _affordable(share, [whole] * len(divisions)):
         _splits(survey, share, divisions)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.advice import STAGE_WORDS
-from launcher.sinks.text import count, rate, size
+from launcher.sinks.text import count, figure, rate, size
 from launcher.throughput import Estimate, fit, fit_memory
 from launcher.tune.ledger import Ledger, Size, Visit, speed
 from launcher.tune.operators import stage_grown
@@ -237,7 +237,7 @@ def _slower(small: Mapping[str, Any], large: Mapping[str, Any], accumulation: in
     ratio = small["samples_per_s"] / large["samples_per_s"]
     return (
         f"{large['per_device']} is {ratio:.2f} times slower than {small['per_device']}: {STAGE_WORDS[stage]} takes "
-        f"{1e3 * grew:.3g} us more for each sample"
+        f"{figure(1e3 * grew)} us more for each sample"
     )
 
 

@@ -182,7 +182,7 @@ def test_a_data_loader_slowed_on_purpose_is_named(here: Path) -> None:
 
 
 def test_the_operator_that_makes_a_size_slower_is_named_and_the_better_one_is_divided(here: Path) -> None:
-    asked = ("recipe=mlp", "tune.sizes=[20,45]", "launch.workers=2", "tune.budget_s=10", *own("Uneven"))
+    asked = ("recipe=mlp", "tune.sizes=[20,45]", "launch.workers=2", "tune.budget_s=14", *own("Uneven"))
     found = tuned(here, *asked)
     assert by_size(found)[45]["label"] == "regressed"
     assert "the forward pass takes" in found["why"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from launcher.advice import STAGE_WORDS
-from launcher.sinks.text import count, rate, size
+from launcher.sinks.text import count, figure, rate, size
 from launcher.throughput import Estimate, fit, fit_memory
 from launcher.tune.ledger import Ledger, Size, Visit, speed
+from launcher.tune.operators import stage_grown
 
 __all__ = ["document"]
 
@@ -35,6 +37,8 @@ def document(ledger: Ledger, facts: Mapping[str, Any]) -> dict[str, Any]:
         "model": _model(ledger, facts["world"]),
         "memory": _memory(ledger),
         "synthetic": [_beside(visit, facts) for visit in ledger.synthetic],
+        "splits": _splits(ledger),
+        "operators": [asdict(one) for one in ledger.operators],
         "notes": list(ledger.notes),
     }
     if advice is None:
@@ -96,6 +100,23 @@ def _beside(visit: Visit, facts: Mapping[str, Any]) -> dict[str, Any]:
     value, low, high = speed(visit.speeds)
     named = {"per_device": visit.size, "samples_per_s": value, "low": low, "high": high}
     return {**named, **_times(visit.size, value, facts)}
+
+
+def _splits(ledger: Ledger) -> list[dict[str, Any]]:
+    """By micro-batch, largest first; one alone compares nothing."""
+    divisions = ledger.divisions()
+    return [_split(one) for one in divisions] if len(divisions) > 1 else []
+
+
+def _split(one: Size) -> dict[str, Any]:
+    named = {"per_device": one.size, "accumulation": one.visits[0].accumulation}
+    if not one.fits:
+        return named | dict.fromkeys(("samples_per_s", "low", "high", "memory_bytes", "sync_ms")) | {"where": one.where}
+    value, low, high = speed(one.speeds)
+    # what visits before it left behind on a CPU only adds to a peak: the least is nearest to what it takes
+    peak = min(visit.memory_bytes for visit in one.visits)
+    times = {"samples_per_s": value, "low": low, "high": high}
+    return {**named, **times, "memory_bytes": peak, "sync_ms": one.stages_ms["sync"]}
 
 
 def _model(ledger: Ledger, world: int) -> dict[str, Any] | None:
@@ -196,7 +217,8 @@ def _compared(found: Mapping[str, Any]) -> list[str]:
     slower = [point for point in points if point["label"] == "regressed"]
     if slower:
         smaller = [point for point in points if point["per_device"] < slower[0]["per_device"]]
-        return [_slower(max(smaller, key=lambda point: float(point["samples_per_s"])), slower[0])]
+        best = max(smaller, key=lambda point: float(point["samples_per_s"]))
+        return [_slower(best, slower[0], found["accumulation"])]
     if found["asked"] and len(points) > 1:
         a, b = points[0], points[-1]
         ratio = b["samples_per_s"] / a["samples_per_s"]
@@ -207,16 +229,15 @@ def _compared(found: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _slower(small: Mapping[str, Any], large: Mapping[str, Any]) -> str:
-    grown = {
-        stage: large["stages"][stage] / large["per_device"] - small["stages"][stage] / small["per_device"]
-        for stage in small["stages"]
-    }
-    stage = max(grown, key=grown.__getitem__)
+def _slower(small: Mapping[str, Any], large: Mapping[str, Any], accumulation: int) -> str:
+    before, after = (
+        {stage: ms / one["per_device"] / accumulation for stage, ms in one["stages"].items()} for one in (small, large)
+    )
+    stage, grew = stage_grown(before, after)
     ratio = small["samples_per_s"] / large["samples_per_s"]
     return (
         f"{large['per_device']} is {ratio:.2f} times slower than {small['per_device']}: {STAGE_WORDS[stage]} takes "
-        f"{1e3 * grown[stage]:.3g} us more for each sample"
+        f"{figure(1e3 * grew)} us more for each sample"
     )
 
 

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -284,12 +283,13 @@ def _earlier(topology: Topology, private: Path) -> Any:
 
 
 def after_loss(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a survey wrote down, with the size under way as one that memory ran out at."""
+    """What a survey wrote down, with the size under way, if one was, as one that memory ran out at."""
     from launcher.tune.ledger import Ledger, Visit
 
     ledger = Ledger.from_facts(facts["ledger"])
-    lost = Visit(facts["trying"], where="a collective")
-    return {"ledger": replace(ledger, visits=(*ledger.visits, lost)).to_facts(), "spent_s": facts["spent_s"]}
+    if facts["trying"] is not None:
+        ledger = ledger.plus(Visit(facts["trying"], where="a collective"))
+    return {"ledger": ledger.to_facts(), "spent_s": facts["spent_s"]}
 
 
 @contextmanager

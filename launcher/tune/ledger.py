@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.noise import student
 from launcher.throughput import Advice, Point, advise
+from launcher.tune.operators import Operator
 
 __all__ = ["Ledger", "Size", "Visit", "speed"]
 
@@ -23,7 +24,8 @@ class Visit:
     `stages_ms` are per update and of the critical rank; `memory_bytes` the most of any rank. `retries`: how often a
     rank's allocator had to start over. `pressed`: it works, but not within what memory may be filled to. `where`: the
     phase in which memory ran out; None where it did not. `predicted`: it would have, so it was not run. `timing`: it
-    was to be timed, not only tried for its memory.
+    was to be timed, not only tried for its memory. `accumulation`: micro-batches of an update, where they were not as
+    many as the run asks for.
     """
 
     size: int
@@ -35,6 +37,7 @@ class Visit:
     where: str | None = None
     predicted: bool = False
     timing: bool = True
+    accumulation: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -108,18 +111,28 @@ class Size:
         whole = sum(weight for _, weight in told)
         return {stage: sum(times[stage] * n for times, n in told) / whole for stage in (told[0][0] if told else ())}
 
+    @property
+    def ms_per_sample(self) -> Mapping[str, float]:
+        """Of each stage, by the samples of a micro-batch of one worker."""
+        return {stage: ms / self.size for stage, ms in self.stages_ms.items()}
+
 
 @dataclass(frozen=True)
 class Ledger:
     """Every visit so far, a value. `synthetic` has those on synthetic data, `notes` what a person should know.
 
-    `only`: the sizes that the user named; others that were tried on the way to them are not told.
+    `only`: the sizes that the user named; others that were tried on the way to them are not told. `splits` has visits
+    of one batch in fewer or more micro-batches, `operators` those that make a larger size slower. `closing`: all else
+    was found, and only these two were still looked for.
     """
 
     visits: tuple[Visit, ...] = ()
     only: tuple[int, ...] | None = None
     synthetic: tuple[Visit, ...] = ()
     notes: tuple[str, ...] = ()
+    splits: tuple[Visit, ...] = ()
+    operators: tuple[Operator, ...] = ()
+    closing: bool = False
 
     def plus(self, visit: Visit) -> Ledger:
         return replace(self, visits=(*self.visits, visit))
@@ -165,17 +178,32 @@ class Ledger:
         points = self.points()
         return advise(points, self.memory_max()) if any(point.samples_per_s for point in points) else None
 
+    def slower(self) -> tuple[Size, Size] | None:
+        """The smallest size that regressed, after the fastest below it."""
+        advice = self.advice()
+        labels: Mapping[int, str] = {} if advice is None else advice.labels
+        timed = [one for one in self.told() if one.fits and one.speeds]
+        large = next((one for one in timed if labels[one.size] == "regressed"), None)
+        if large is None:
+            return None
+        return max((one for one in timed if one.size < large.size), key=lambda one: speed(one.speeds)[0]), large
+
+    def divisions(self) -> list[Size]:
+        """What is known of one batch divided differently, by micro-batch, largest first."""
+        return list(_gathered(self.splits))[::-1]
+
     def to_facts(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Ledger:
-        visits, synthetic = (
+        visits, synthetic, splits = (
             tuple(Visit(**{**one, "speeds": tuple(one["speeds"])}) for one in facts[name])
-            for name in ("visits", "synthetic")
+            for name in ("visits", "synthetic", "splits")
         )
         only = None if facts["only"] is None else tuple(facts["only"])
-        return cls(visits, only, synthetic, tuple(facts["notes"]))
+        operators = tuple(Operator(**one) for one in facts["operators"])
+        return cls(visits, only, synthetic, tuple(facts["notes"]), splits, operators, facts["closing"])
 
 
 def _gathered(visits: tuple[Visit, ...]) -> Iterator[Size]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.charts import Mark, Series, legend, line_chart, safe, stack_chart
 from launcher.report_style import STYLE
 from launcher.sinks.text import count, figure, rate, size, took
 from launcher.stages import STAGES
+from launcher.tune.words import divided, name_of, slowed
 
 __all__ = ["page"]
 
 COLUMNS = ("per_device", "samples/s", "low", "high", "ms/update", "epoch", "memory", "label")
+SPLITS = ("one batch as", "samples/s", "low", "high", "sync ms", "memory")
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -24,7 +26,9 @@ def page(found: Mapping[str, Any]) -> str:
     title = f"{found['recipe']}: batch sizes"
     timed = [point for point in found["points"] if point["samples_per_s"]]
     charts = "".join(_charts(found, timed)) if timed else ""
-    notes = "".join(f"<p>{safe(note)}</p>" for note in found["notes"])
+    slow = slowed(found["operators"])
+    said = [*([f"{slow[:1].upper()}{slow[1:]}."] if slow else []), *found["notes"]]
+    notes = "".join(f"<p>{safe(note)}</p>" for note in said)
     workers = f"{found['world']} worker{'' if found['world'] == 1 else 's'}"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -34,7 +38,8 @@ def page(found: Mapping[str, Any]) -> str:
         f"<title>{safe(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{safe(title)}</h1><p>{safe(workers)} · {safe(found['device'])} · {safe(found['precision'])} · "
         f"{safe(found['measured'])}</p></header>\n<section><p>{safe(found['why'])}.</p>{notes}</section>\n"
-        f'<div class="charts">{charts}</div>\n{_table(found["points"])}\n</main>\n</body>\n</html>\n'
+        f'<div class="charts">{charts}</div>\n{_table(COLUMNS, map(_cells, found["points"]))}\n'
+        f"{_splits(found)}</main>\n</body>\n</html>\n"
     )
 
 
@@ -86,9 +91,25 @@ def _figure(title: str, drawn: str, series: Sequence[Series]) -> str:
     return f"<figure><figcaption>{safe(title)}</figcaption>{drawn}{keys}</figure>"
 
 
-def _table(points: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{safe(name)}</th>" for name in COLUMNS)
-    body = "".join(f"<tr>{''.join(f'<td>{safe(cell)}</td>' for cell in _cells(point))}</tr>" for point in points)
+def _splits(found: Mapping[str, Any]) -> str:
+    """One batch divided differently."""
+    said = divided(found)
+    if not said:
+        return ""
+    heading = f"<h2>One batch, divided differently</h2>\n<p>{safe(said[:1].upper() + said[1:])}.</p>\n"
+    return f"{heading}{_table(SPLITS, map(_split, found['splits']))}\n"
+
+
+def _split(one: Mapping[str, Any]) -> list[str]:
+    if one["samples_per_s"] is None:
+        return [name_of(one), "", "", "", "", f"out of memory ({one['where']})"]
+    speeds = [rate(one[name]) for name in ("samples_per_s", "low", "high")]
+    return [name_of(one), *speeds, figure(one["sync_ms"]), size(one["memory_bytes"])]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{safe(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{safe(cell)}</td>' for cell in cells)}</tr>" for cells in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

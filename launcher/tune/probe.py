@@ -33,7 +33,7 @@ from launcher.tune.ledger import Visit
 from launcher.tune.memory import HostPeak, out_of_memory
 from launcher.vote import Ballot, Vote
 
-__all__ = ["Exhausted", "Lost", "Pace", "Stand", "visit"]
+__all__ = ["Exhausted", "Lost", "Pace", "Stand", "Trial", "rehearse", "run_through", "survived", "visit"]
 
 ENDLESS = 1 << 60
 WARM_UP = 2
@@ -89,9 +89,10 @@ class Stand:
         vote = Vote(topology.world, study.run.launch.timeout_s)
         return cls(study, topology, parts, council, vote, Faults.of(topology.rank, topology.generation))
 
-    def trial(self, size: int, items: Any) -> Trial:
+    def trial(self, size: int, items: Any, accumulation: int | None = None) -> Trial:
+        """`accumulation`: micro-batches of an update, where it is not what the run asks for."""
         run = self.study.run
-        steps = None if run.batch.accumulation == "auto" else run.batch.accumulation
+        steps = accumulation or (None if run.batch.accumulation == "auto" else run.batch.accumulation)
         plan = plan_batch(BatchPolicy("scale", per_device=size, accumulation=steps), self.topology.world)
         stages = ((0, plan),)
         timeline = Timeline(self.study.sizes.train, ENDLESS, stages, "carry", strategies.even(run))
@@ -156,7 +157,14 @@ class Trial:
         return min(MOST_WARM_UP, WARM_UP + ahead)
 
 
-def visit(stand: Stand, size: int, items: Any, pace: Pace | None, allowed_bytes: float | None) -> Visit:
+def visit(
+    stand: Stand,
+    size: int,
+    items: Any,
+    pace: Pace | None,
+    allowed_bytes: float | None,
+    accumulation: int | None = None,
+) -> Visit:
     """Try one size: measured at `pace`, or for its memory alone. Every rank calls it.
 
     Raises:
@@ -164,27 +172,11 @@ def visit(stand: Stand, size: int, items: Any, pace: Pace | None, allowed_bytes:
     """
     gauge = gauge_of(stand.parts.device, allowed_bytes)
     gauge.clear()
-    speeds: tuple[float, ...] = ()
-    stages_ms = None
-    where = None
     try:
-        trial = stand.trial(size, items)
-        updates = trial.study.timeline.updates()
-        rehearse(trial, next(updates), stand)
-        if pace is None:
-            run_through(trial, updates, stand.vote, FOR_MEMORY)
-        else:
-            speeds, stages_ms = timed(trial, updates, stand, pace)
+        trial = survived(stand, size, partial(stand.trial, size, items, accumulation))
+        speeds, stages_ms = survived(stand, size, partial(tried, trial, stand, pace))
     except Exhausted as error:
-        where = error.where
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        if stand.topology.world > 1:
-            raise Lost(size, stand.topology.rank) from error
-        where = "a later update"
-    if where is not None:
-        return Visit(size, where=where)
+        return Visit(size, where=error.where, accumulation=accumulation)
     peaks = stand.council.gather(gauge.read())
     return Visit(
         size,
@@ -193,7 +185,40 @@ def visit(stand: Stand, size: int, items: Any, pace: Pace | None, allowed_bytes:
         memory_bytes=max(peak for peak, _, _ in peaks),
         retries=sum(retries for _, retries, _ in peaks),
         pressed=any(pressed for _, _, pressed in peaks),
+        accumulation=accumulation,
     )
+
+
+def survived(stand: Stand, size: int, act: Callable[[], Done]) -> Done:
+    """What `act` returns, if memory sufficed; no traceback keeps alive what took it.
+
+    Raises:
+        Exhausted: it did not, and all ranks know.
+        Lost: it did not on this rank, while others wait for it.
+    """
+    done: list[Done] = []
+    try:
+        done.append(act())
+    except Exhausted:
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if stand.topology.world > 1:
+            raise Lost(size, stand.topology.rank) from error
+    if not done:
+        raise Exhausted("a later update")
+    return done[0]
+
+
+def tried(trial: Trial, stand: Stand, pace: Pace | None) -> tuple[tuple[float, ...], dict[str, float] | None]:
+    """Samples/s of each block and the mean stage times; none where it is for memory alone."""
+    updates = trial.study.timeline.updates()
+    rehearse(trial, next(updates), stand)
+    if pace is None:
+        run_through(trial, updates, stand.vote, FOR_MEMORY)
+        return (), None
+    return timed(trial, updates, stand, pace)
 
 
 def rehearse(trial: Trial, update: Update, stand: Stand) -> None:

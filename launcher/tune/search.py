@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 
-__all__ = ["SMALL", "between", "first", "grown", "largest_next", "refined"]
+__all__ = ["LEAST", "SMALL", "between", "first", "grown", "largest_next", "refined"]
 
 SMALL = 8  # where the search begins
 GROWTH = math.sqrt(2)

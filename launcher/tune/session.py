@@ -26,6 +26,7 @@ from launcher.study import Sizes, study
 from launcher.threads import threads_of
 from launcher.topology import Topology
 from launcher.tune import cache
+from launcher.tune.closer import look_closer
 from launcher.tune.council import Council
 from launcher.tune.document import document
 from launcher.tune.ledger import Ledger
@@ -98,6 +99,8 @@ def measured(
 ) -> dict[str, Any]:
     """The document that `tune` prints, on every rank the same; with `look` the kept one, where there is one.
 
+    With `look` training waits for a number, and what explains it beside is not measured.
+
     Raises:
         RequestError: something is wrong with the request, found by any rank.
     """
@@ -112,7 +115,7 @@ def measured(
         council.adjourn()
         return {**looked["found"], "cached": True, "said": looked["said"]}
     rendezvous.join(store, topology, ready.device, run.launch.backend, run.launch.timeout_s)
-    found = surveyed(run, ready, council, topology, allowed, earlier, state)
+    found = surveyed(run, ready, council, topology, allowed, earlier, state, closer=not look)
     dist.destroy_process_group()
     said = [] if looked is None else looked["said"]
     agreed = council.of_first({**found, "cached": False, "said": [*said, *remembered(key, found, topology.rank)]})
@@ -151,17 +154,19 @@ def surveyed(
     allowed: float | None,
     earlier: Earlier,
     state: Path | None,
+    *,
+    closer: bool,
 ) -> dict[str, Any]:
     """Measure; every rank has its own document, which differ by their clocks."""
     plan = study(run, ready.sizes, topology.world)
     make = partial(Stand.of, plan, topology, ready.recipe, ready.device, ready.data, council)
     term = Term(budget_of(run), council, earlier.spent_s)
     survey = Survey(make, ready.data.train, largest(run, ready.sizes, plan.plan), allowed, term, earlier.ledger, state)
-    if run.tune.sizes is not None:
-        survey.these(run.tune.sizes)
-    else:
-        survey.search()
-    beside(survey, ready, run)
+    if not survey.ledger.closing:
+        walked(survey, run)
+        beside(survey, ready, run)
+        if closer:
+            look_closer(survey, term, plan_accumulation(run))
     facts = {
         "recipe": type(ready.recipe).__name__,
         "world": topology.world,
@@ -179,6 +184,13 @@ def surveyed(
         "asked": run.tune.sizes is not None,
     }
     return document(survey.ledger, facts)
+
+
+def walked(survey: Survey, run: Run) -> None:
+    if run.tune.sizes is not None:
+        survey.these(run.tune.sizes)
+    else:
+        survey.search()
 
 
 def made_ready(run: Run, topology: Topology) -> Ready:

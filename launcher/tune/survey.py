@@ -17,7 +17,9 @@ from launcher.throughput import label
 from launcher.tune.council import Council
 from launcher.tune.ledger import Ledger, Visit
 from launcher.tune.memory import foreseen_bytes
+from launcher.tune.operators import Operator, Profiled
 from launcher.tune.probe import Pace, Stand, visit
+from launcher.tune.profiling import profiled
 from launcher.tune.search import SMALL, between, first, grown, largest_next, refined
 
 __all__ = ["Survey", "Term"]
@@ -40,6 +42,10 @@ class Term:
 
     def used_s(self) -> float:
         return self.spent_s + self.clock() - self.began
+
+    def part(self, share: float) -> Term:
+        """So much of the budget, on top of it, from now on."""
+        return Term(share * self.budget_s, self.council, clock=self.clock, began=self.clock())
 
     def over(self, share: float = 1.0) -> bool:
         return bool(self.council.of_first(self.used_s() >= share * self.budget_s))
@@ -100,6 +106,30 @@ class Survey:
                 break
             stood_in = visit(self._ready(), size, synthetic, self._pace, self._allowed)
             self.ledger = replace(self.ledger, synthetic=(*self.ledger.synthetic, stood_in))
+
+    def closing(self) -> None:
+        """From here on nothing but a closer look: should a rank be lost in it, what was found until now is all."""
+        self.ledger = replace(self.ledger, closing=True)
+        self._write_state(None)
+
+    def split(self, size: int, accumulation: int) -> None:
+        """One batch in so many micro-batches of this size, unless memory ran out at it before."""
+        if any(one.size == size and not one.fits for one in self.ledger.splits):
+            return
+        found = visit(self._ready(), size, self._items, self._pace, self._allowed, accumulation)
+        if not found.fits:
+            self._throw_away()
+        self.ledger = replace(self.ledger, splits=(*self.ledger.splits, found))
+
+    def profile(self, size: int, stage: str) -> Profiled | None:
+        """The operators of one stage at a size; None where memory ran out."""
+        found = profiled(self._ready(), size, self._items, stage)
+        if found is None:
+            self._throw_away()
+        return found
+
+    def explained(self, operators: tuple[Operator, ...]) -> None:
+        self.ledger = replace(self.ledger, operators=operators)
 
     def _grow(self) -> None:
         size: int | None = first(self._largest)

@@ -6,13 +6,16 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launcher.advice import STAGE_WORDS
 from launcher.sinks.text import count, figure, rate, size, took
 
-__all__ = ["text"]
+__all__ = ["divided", "name_of", "slowed", "text"]
 
 WIDTH = 80
 BAR = 46
+ALIKE = 0.01  # of the memory; less is not told
 HEAD = f"{'per_device':>10} {'samples/s':>10} {'+-':>6} {'ms/update':>10} {'epoch':>8} {'memory':>8}  label"
+SPLITS = f"{'one batch as':>12} {'samples/s':>10} {'+-':>6} {'sync ms':>10} {'memory':>8}"
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -23,9 +26,67 @@ def text(found: Mapping[str, Any]) -> str:
     lines += _stages(found)
     lines += _beside(found["synthetic"])
     lines += _worth(found.get("goodput"))
-    wrapped = [found["why"], *(f"note: {note}" for note in found["notes"])]
-    lines += [line for one in wrapped for line in textwrap.wrap(one[:1].upper() + one[1:] + ".", WIDTH)]
+    lines += _splits(found)
+    wrapped = [found["why"], slowed(found["operators"]), *(f"note: {note}" for note in found["notes"])]
+    lines += [line for one in wrapped if one for line in _sentence(one)]
     return "\n".join(lines) + "\n"
+
+
+def divided(found: Mapping[str, Any]) -> str:
+    """One batch divided differently, in words; empty where that was not measured."""
+    splits = found["splits"]
+    timed = [one for one in splits if one["samples_per_s"]]
+    if not timed:
+        return ""
+    best = max(timed, key=lambda one: float(one["samples_per_s"]))
+    workers = "" if found["world"] == 1 else f"{found['world']} x "
+    whole = f"one batch of {workers}{count(best['per_device'] * best['accumulation'])}"
+    others = [_against(one, best) for one in splits if one is not best]
+    named = ", ".join(name_of(one) for one in splits)
+    return f"{whole} as {named}: {', '.join([f'{name_of(best)} is the fastest', *others])}"
+
+
+def name_of(split: Mapping[str, Any]) -> str:
+    """64 x 1: samples of a micro-batch, and micro-batches of an update."""
+    return f"{count(split['per_device'])} x {split['accumulation']}"
+
+
+def _against(split: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    if split["samples_per_s"] is None:
+        return f"{name_of(split)} runs out of memory"
+    more = split["memory_bytes"] / best["memory_bytes"] - 1
+    word = "more" if more > 0 else "less"
+    memory = "as much memory" if abs(more) < ALIKE else f"{100 * abs(more):.0f} % {word} memory"
+    longer = best["samples_per_s"] / split["samples_per_s"]
+    if best["low"] <= split["high"]:
+        time = "as much time within what was measured"
+    else:
+        time = f"{100 * (longer - 1):.0f} % more time" if longer < 2 else f"{_times(longer)} times the time"
+    return f"{name_of(split)} takes {memory} and {time}"
+
+
+def slowed(operators: Sequence[Mapping[str, Any]]) -> str:
+    """What makes a larger size slower, by operator; empty where nothing was found."""
+    if not operators:
+        return ""
+    first = operators[0]
+    where = f"{STAGE_WORDS[first['stage']]} of {first['per_device_after']} against {first['per_device_before']}"
+    return f"in {where}, {', '.join(_longer(one) for one in operators)}"
+
+
+def _longer(operator: Mapping[str, Any]) -> str:
+    before, after = operator["ms_per_sample_before"], operator["ms_per_sample_after"]
+    if not before:
+        return f"{operator['name']} is new with {figure(1e3 * after)} us per sample"
+    return f"{operator['name']} takes {_times(after / before)} times as long per sample"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 9.95 else count(ratio)
+
+
+def _sentence(text: str) -> list[str]:
+    return textwrap.wrap(text[:1].upper() + text[1:] + ".", WIDTH)
 
 
 def _headline(found: Mapping[str, Any]) -> str:
@@ -78,6 +139,25 @@ def _beside(synthetic: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     told = [f"{one['per_device']}: {rate(one['samples_per_s'])}" for one in synthetic if one["samples_per_s"]]
     if told:
         yield from textwrap.wrap(f"On synthetic data, samples/s at {', '.join(told)}.", WIDTH)
+
+
+def _splits(found: Mapping[str, Any]) -> Iterator[str]:
+    """One batch divided differently: a row for each way, and what that comes to."""
+    if not divided(found):
+        return
+    yield ""
+    yield SPLITS
+    for one in found["splits"]:
+        if one["samples_per_s"] is None:
+            yield f"{name_of(one):>12}  out of memory (in {one['where']})"
+            continue
+        spread = (one["high"] - one["low"]) / 2 / one["samples_per_s"]
+        yield (
+            f"{name_of(one):>12} {rate(one['samples_per_s']):>10} {f'{100 * spread:.0f} %':>6} "
+            f"{figure(one['sync_ms']):>10} {size(one['memory_bytes']):>8}"
+        )
+    yield from _sentence(divided(found))
+    yield ""
 
 
 def _worth(goodput: Mapping[str, Any] | None) -> Iterator[str]:

@@ -59,7 +59,9 @@ def test_a_torchrun_of_ones_own_measures_beside_its_workers_and_keeps_what_it_fo
     one = tmp_path / "runs" / "one"
     size = taken(one)
     profile = next((tmp_path / "runs" / ".profiles").iterdir())
-    assert json.loads(profile.read_text())["found"]["recommended"] == size
+    found = json.loads(profile.read_text())["found"]
+    assert found["recommended"] == size
+    assert found["splits"] == [], "training waits for a number, and not for what explains it"
     well(trained(tmp_path, two, *MLP, f"batch.per_device={size}", "run.name=typed"))
     assert furthest(one, tmp_path / "runs" / "typed") == 0.0
 

@@ -55,6 +55,17 @@ class Greedy(Mlp):
         return Loss(total, loss.count, loss.metrics)
 
 
+@dataclass(frozen=True)
+class Uneven(Mlp):
+    """More than 30 samples take a hundred times as many sines."""
+
+    def loss(self, model, batch):
+        wave = torch.ones(100_000)
+        for _ in range(100 if len(batch[1]) > 30 else 1):
+            torch.sin(wave)
+        return super().loss(model, batch)
+
+
 class Slow:
     deterministic = True
 
@@ -184,6 +195,22 @@ def test_a_data_loader_slowed_on_purpose_is_named(here: Path) -> None:
     assert found["bottleneck"] == "data"
     assert found["synthetic"][0]["samples_per_s"] > found["points"][0]["samples_per_s"]
     assert "would keep up" in found["why"]
+
+
+def test_the_operator_that_makes_a_size_slower_is_named_and_the_better_one_is_divided(here: Path) -> None:
+    asked = ("recipe=mlp", "tune.sizes=[20,45]", "launch.workers=2", "tune.budget_s=14", *own("Uneven"))
+    found = tuned(here, *asked)
+    assert by_size(found)[45]["label"] == "regressed"
+    assert "the forward pass takes" in found["why"]
+    sine = found["operators"][0]
+    assert (sine["name"], sine["stage"]) == ("aten::sin", "forward")
+    assert (sine["per_device_before"], sine["per_device_after"]) == (20, 45)
+    assert sine["ms_per_sample_after"] > 5 * sine["ms_per_sample_before"] > 0
+    assert [(one["per_device"], one["accumulation"]) for one in found["splits"]] == [(20, 1), (10, 2), (5, 4)]
+    for one in found["splits"]:
+        assert 0 < one["low"] <= one["samples_per_s"] <= one["high"]
+        assert one["memory_bytes"] > 10**8
+        assert one["sync_ms"] > 0
 
 
 def test_under_a_torchrun_of_ones_own_one_document_is_on_stdout(here: Path) -> None:

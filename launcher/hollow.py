@@ -13,7 +13,7 @@ from launcher.errors import RequestError
 from launcher.settings import Run
 from launcher.strategies import LARGE_BYTES
 
-__all__ = ["Memory", "hollow"]
+__all__ = ["fill", "hollow"]
 
 
 def hollow(recipe: Any, run: Run, rank: int) -> nn.Module | None:
@@ -57,24 +57,22 @@ def _is_meta(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_meta
 
 
-class Memory:
-    """Makes room, not yet numbers, for the tensors of a hollow model, part by part. A tied one stays one."""
+def fill(part: nn.Module) -> None:
+    """Make room, not yet numbers, for the tensors of a part of a hollow model. A tied one stays one."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in part.modules():
+        for group in (module._parameters, module._buffers):
+            for name, tensor in group.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if tensor not in made:
+                    made[tensor] = room_for(tensor)
+                group[name] = made[tensor]  # type: ignore[assignment]
 
-    def __init__(self) -> None:
-        self._made: dict[torch.Tensor, torch.Tensor] = {}  # holds the hollow ones too, so that each is itself
 
-    def fill(self, part: nn.Module) -> None:
-        for module in part.modules():
-            for group in (module._parameters, module._buffers):
-                for name, tensor in group.items():
-                    if tensor is not None and tensor.is_meta:
-                        group[name] = self._room(tensor)  # type: ignore[assignment]
-
-    def _room(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor not in self._made:
-            room = torch.empty_like(tensor, device="cpu")
-            if isinstance(tensor, nn.Parameter):
-                room = nn.Parameter(room, tensor.requires_grad)
-            vars(room).update(vars(tensor))  # what a recipe noted on it, for its groups of parameters
-            self._made[tensor] = room
-        return self._made[tensor]
+def room_for(tensor: torch.Tensor) -> torch.Tensor:
+    room = torch.empty_like(tensor, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        room = nn.Parameter(room, tensor.requires_grad)
+    vars(room).update(vars(tensor))  # what a recipe noted on it, for its groups of parameters
+    return room

@@ -10,6 +10,7 @@ from torch import nn
 
 from launcher.blocks import blocks_of, recompute
 from launcher.errors import RequestError
+from launcher.strategies.fsdp import check_ties
 
 
 class Counted(nn.Module):
@@ -68,3 +69,14 @@ def test_nothing_is_computed_twice_where_nothing_is_kept() -> None:
     with torch.no_grad():
         net(torch.randn(2, 8))
     assert net[0].times == 1
+
+
+def test_a_parameter_of_two_blocks_is_refused_under_fsdp_for_it_would_become_two() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    check_ties(model, list(model))
+    model[2].weight = model[0].weight
+    check_ties(model, [model[1]])  # both are of the rest
+    with pytest.raises(RequestError, match=r"0\.weight and 2\.weight are one parameter in two blocks"):
+        check_ties(model, list(model))
+    with pytest.raises(RequestError, match=r"0\.weight and 2\.weight are one parameter in two blocks"):
+        check_ties(model, [model[0]])

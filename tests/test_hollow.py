@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from launcher.errors import RequestError
-from launcher.hollow import Memory, hollow
+from launcher.hollow import fill, hollow
 from launcher.settings import Run, StrategySettings
 
 FSDP = Run(strategy=StrategySettings(name="fsdp", meta=True))
@@ -51,11 +51,10 @@ def test_a_large_one_is_not_built_by_any_other() -> None:
 def test_memory_is_made_for_each_part_and_tied_tensors_stay_tied() -> None:
     model = hollow(Recipe(tied), FSDP, 1)
     assert isinstance(model, nn.Sequential)
-    memory = Memory()
-    memory.fill(model[0])
-    assert not model[0].weight.is_meta
-    assert model[1].weight.is_meta, "it is not its turn"
-    memory.fill(model)
+    fill(model[1])
+    assert not model[1].weight.is_meta
+    assert model[0].weight.is_meta, "it is not its turn"
+    fill(model)
     assert model[2].weight is model[0].weight
     assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()} == {
         name: (p.shape, p.dtype, p.requires_grad) for name, p in tied().named_parameters()

@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from launcher.checkpoint import Stored
 from launcher.errors import RequestError
-from launcher.hollow import Memory
+from launcher.hollow import fill
 from launcher.optim import (
     Precision,
     apply_rate,
@@ -45,6 +45,7 @@ class FsdpReplica(Rank):
     def __init__(self, given: Given) -> None:
         model, run, precision = given.model, given.run, given.precision
         check_shapes(model)
+        check_ties(model, given.blocks)
         self._sharded = shard(model, run, given.world, precision, given.blocks)
         self.model = model
         super().__init__(model, given.world, precision)
@@ -185,9 +186,8 @@ def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: 
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None),
         "offload_policy": CPUOffloadPolicy() if run.strategy.offload and cuda else OffloadPolicy(),
     }
-    memory = Memory()
     for part in (*blocks, model):
-        memory.fill(part)
+        fill(part)
         agree(part, precision.device)
         fully_shard(part, **options)
     for module in model.modules():
@@ -218,6 +218,24 @@ def check_shapes(model: nn.Module) -> None:
             raise RequestError(
                 f"strategy=fsdp: {name} is a single number and cannot lie in rows: give it the shape (1,), "
                 "or type strategy=ddp"
+            )
+
+
+def check_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """
+    Raises:
+        RequestError: a parameter is shared by two blocks, or by a block and the rest: torch would divide it twice, and
+            train two parameters apart.
+    """
+    home = {module: number for number, block in enumerate(blocks) for module in block.modules()}
+    found: dict[nn.Parameter, tuple[int | None, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        here = home.get(model.get_submodule(name.rpartition(".")[0]))
+        there, first = found.setdefault(parameter, (here, name))
+        if there != here:
+            raise RequestError(
+                f"strategy=fsdp: {first} and {name} are one parameter in two blocks, which FSDP2 would train apart: "
+                "let the recipe's blocks(model) leave out the modules that hold it, or type strategy=ddp"
             )
 
 

@@ -123,12 +123,12 @@ def test_goodput_chooses_anew_where_workers_come_or_go_and_measures_nothing_agai
     asked = ["recipe=mlp", "sink=[]", "batch=goodput", "tune.sizes=[8,16,64]", "tune.budget_s=0.5", "run.name=one"]
     one = tmp_path / "runs" / "one"
     for workers, updates in ((2, 120), (1, 140), (3, 160)):
-        duration = f"train.duration={updates}ba"
+        duration = f"train.duration={updates}ba"  # of the base batch: fewer of larger ones
         said = well(trained(tmp_path, [sys.executable], *asked, f"launch.workers={workers}", duration))
         assert ("measured" in said) == (workers == 2), said
-    assert rows(one)[119]["noise/scale"] > 0, "it is known by then"
+        assert rows(one)[-1]["noise/scale"] > 0, "it is known by then"
     for resize, (before, now) in zip(events(one, "resize"), ((2, 1), (1, 3)), strict=True):
         assert (resize["from"]["world"], resize["to"]["world"]) == (before, now)
         assert resize["why"].startswith(f"{before} workers before, {now} now; goodput: at a noise scale of ")
         assert resize["to"]["lr"] == pytest.approx(resize["to"]["lr_base"] * resize["to"]["global"] / 64)
-    assert [row["update"] for row in rows(one)] == list(range(1, 161))
+    assert [row["update"] for row in rows(one)] == list(range(1, len(rows(one)) + 1))

@@ -26,7 +26,7 @@ from launcher.timeline import Position, Update
 from launcher.topology import Topology
 from launcher.validate import Validation
 
-__all__ = ["OpenData", "Parts", "assemble", "check_norms", "device_of", "open_data"]
+__all__ = ["OpenData", "Parts", "assemble", "built", "check_norms", "device_of", "open_data"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, da
         RequestError: the optimizer cannot be had as asked, or `model.init` does not fit.
     """
     precision = Precision.of(run.train.precision, device)
-    model = hollow(recipe, run, topology.rank) or built(recipe, run)
+    model = hollow(recipe, run, topology.rank)
+    if model is None:
+        model = built(recipe, run)
     if precision.name == "fp64":
         model = model.double()
     model.train()

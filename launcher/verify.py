@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from launcher import recipe as recipes
-from launcher.assembly import initialise
+from launcher.assembly import built
 from launcher.batch import BatchPlan, BatchPolicy, plan_batch
 from launcher.data import AddressedDataset, collate_of, dataset_of, seed_from, transfer
 from launcher.errors import RequestError
 from launcher.loop import seed_generators
 from launcher.order import Order
 from launcher.settings import Run
+from launcher.sinks.text import plural
 from launcher.study import study
 from launcher.timeline import MicroBatch, Timeline, Update
 
@@ -87,10 +88,8 @@ def verify(run: Run) -> Verdict:
     samples = min(planned if planned > 1 else MOST, MOST, sizes.train)
     if samples < 2:
         raise RequestError(f"the training data has {sizes.train} samples: verify needs 2 or more to split")
-    torch.manual_seed(seed_from(run.seed, -1))
-    model = recipe.model()
-    initialise(model, run)
-    trial = Trial(recipe, model.to(_CPU, torch.float64).train(), dataset_of(recipe, "train", run.data.source), run.seed)
+    model = built(recipe, run).to(_CPU, torch.float64).train()
+    trial = Trial(recipe, model, dataset_of(recipe, "train", run.data.source), run.seed)
     whole, plans = trial.update(BatchPlan(1, (samples,), samples, 1)), tuple(_plans(samples))
     expected = trial.gradient(whole)
     worst = largest = 0.0
@@ -243,7 +242,7 @@ def _plans(samples: int) -> Iterator[BatchPlan]:
 
 def _split(plan: BatchPlan) -> str:
     shares = ", ".join(map(str, plan.shares))
-    workers = f"{plan.world} worker{'' if plan.world == 1 else 's'}"
+    workers = plural(plan.world, "worker")
     return f"{workers}: {shares} samples in {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''}"
 
 

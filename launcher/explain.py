@@ -15,7 +15,7 @@ from launcher.errors import RequestError
 from launcher.history import History, Row
 from launcher.noise import student
 from launcher.reached import Reached, sooner, told
-from launcher.sinks.text import count, figure, one_line, rate
+from launcher.sinks.text import count, figure, one_line, plural, rate
 from launcher.stages import STAGES
 
 __all__ = ["Profile", "compared", "explained", "profile", "text"]
@@ -306,7 +306,7 @@ def _slower(document: Mapping[str, Any]) -> str:
 
 def _head(letter: str, run: Mapping[str, Any]) -> list[str]:
     label = f"{letter}  " if letter else ""
-    workers = f"{run['world']} worker{'' if run['world'] == 1 else 's'}"
+    workers = plural(run["world"], "worker")
     facts = f"{workers}, {rate(run['samples_per_s'])} samples/s over {count(run['updates'])} updates"
     left_out = f" ({count(run['left_out'])} at starts left out)" if run["left_out"] else ""
     return textwrap.wrap(f"{label}{one_line(run['run'])}: {facts}{left_out}", _WIDTH, subsequent_indent="   ")

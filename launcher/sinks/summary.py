@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.sinks.text import count, figure, one_line, shares
+from launcher.sinks.text import count, figure, one_line, plural, shares
 
 __all__ = ["Facts", "Row", "plan_rows", "plan_text", "rate_text", "replan_text", "resize_text", "start_rows", "title"]
 
@@ -17,7 +17,7 @@ def title(facts: Facts) -> str:
     """resnet on 2 workers; a later start says which one it is."""
     world, generation = facts.get("world", 1), facts.get("generation", 1)
     again = f" · start {generation}" if generation > 1 else ""
-    return f"{facts.get('recipe', 'training')} on {_plural(world, 'worker')}{again}"
+    return f"{facts.get('recipe', 'training')} on {plural(world, 'worker')}{again}"
 
 
 def start_rows(facts: Facts) -> list[Row]:
@@ -51,7 +51,7 @@ def plan_text(facts: Facts) -> str:
     """256 = 3 workers x (86, 85x2) in 2 micro-batches"""
     parts = facts.get("shares") or [facts["global"]]
     steps = facts.get("accumulation") or 1
-    text = f"{count(facts['global'])} = {_plural(facts.get('world', len(parts)), 'worker')} x {shares(parts)}"
+    text = f"{count(facts['global'])} = {plural(facts.get('world', len(parts)), 'worker')} x {shares(parts)}"
     return f"{text} in {steps} micro-batches" if steps > 1 else text
 
 
@@ -66,20 +66,16 @@ def rate_text(facts: Facts) -> str:
 def resize_text(facts: Facts) -> str:
     """3 -> 2 workers · batch 256 -> 256 · rate 0.1 -> 0.1"""
     before, after = facts.get("from") or {}, facts.get("to") or {}
-    parts = [f"{before.get('world', '?')} -> {_plural(after.get('world', '?'), 'worker')}"]
+    parts = [f"{before.get('world', '?')} -> {plural(after.get('world', '?'), 'worker')}"]
     for name, key in (("batch", "global"), ("rate", "lr")):
         if key in before and key in after:
             parts.append(f"{name} {figure(before[key])} -> {figure(after[key])}")
     return " · ".join(parts)
 
 
-def _plural(number: Any, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}" if isinstance(number, int) else f"{number} {thing}s"
-
-
 def _data(facts: Facts) -> str:
     data = facts.get("data") or {}
-    parts = [f"{_plural(data['train'], 'sample')} to train on"] if data.get("train") else []
+    parts = [f"{plural(data['train'], 'sample')} to train on"] if data.get("train") else []
     return ", ".join([*parts, *([f"{data['val']:,} to validate"] if data.get("val") else [])])
 
 
@@ -95,15 +91,15 @@ def _device(facts: Facts) -> str:
     nodes, threads = facts.get("nodes") or 1, facts.get("threads")
     parts = [str(facts[key]) for key in ("device", "device_name", "backend") if facts.get(key)]
     parts += [f"{nodes} nodes"] if nodes > 1 else []
-    parts += [f"{_plural(threads, 'thread')} per worker"] if threads else []
+    parts += [f"{plural(threads, 'thread')} per worker"] if threads else []
     return " · ".join(parts)
 
 
 def _length(facts: Facts) -> str:
     if not facts.get("duration_samples"):
         return ""
-    text = _plural(facts["duration_samples"], "sample")
-    text += f" = {_plural(facts['updates'], 'update')}" if facts.get("updates") else ""
+    text = plural(facts["duration_samples"], "sample")
+    text += f" = {plural(facts['updates'], 'update')}" if facts.get("updates") else ""
     per_epoch = facts.get("updates_per_epoch")
     return f"{text}, {per_epoch:,.4g} per epoch" if per_epoch else text
 

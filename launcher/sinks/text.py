@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import TextIO
+from typing import Any, TextIO
 
 __all__ = [
     "Paint",
@@ -17,6 +17,7 @@ __all__ = [
     "knows",
     "one_line",
     "plain",
+    "plural",
     "printable",
     "rate",
     "rows",
@@ -60,6 +61,11 @@ def plain(text: str, stream: TextIO) -> str:
 def printable(text: str, stream: TextIO) -> str:
     """The text as it is, or as the stream can show it."""
     return text if knows(stream, text) else plain(text, stream)
+
+
+def plural(number: Any, thing: str) -> str:
+    """1 worker, 3 workers; a number that is not known may be "?"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}" if isinstance(number, int) else f"{number} {thing}s"
 
 
 def count(number: float) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.errors import RequestError
 from launcher.goodput import Profile
 from launcher.settings import BatchSettings, Run
+from launcher.sinks.text import plural
 from launcher.strategies import even
 
 __all__ = ["PROFILE", "Settled", "Unmeasured", "answered", "before", "is_open", "looking", "question", "stood_in"]
@@ -90,7 +91,7 @@ def answered(run: Run, found: Mapping[str, Any], path: Path) -> Settled:
         )
     when = datetime.fromisoformat(found["measured"])
     source = f"kept from {when:%Y-%m-%d %H:%M} UTC" if found["cached"] else f"measured now in {found['spent_s']:g} s"
-    workers = "1 worker" if found["world"] == 1 else f"{found['world']} workers"
+    workers = plural(found["world"], "worker")
     if run.batch.policy == "goodput":
         return _informed(run, found, path, f"update times on {workers}, {source}")
     because = found["why"].partition(";")[0].partition(": ")[2]

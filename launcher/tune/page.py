@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.charts import Mark, Series, legend, line_chart, safe, stack_chart
 from launcher.report_style import STYLE
-from launcher.sinks.text import count, figure, rate, size, took
+from launcher.sinks.text import count, figure, plural, rate, size, took
 from launcher.stages import STAGES
 from launcher.tune.words import divided, name_of, slowed
 
@@ -29,7 +29,7 @@ def page(found: Mapping[str, Any]) -> str:
     slow = slowed(found["operators"])
     said = [*([f"{slow[:1].upper()}{slow[1:]}."] if slow else []), *found["notes"]]
     notes = "".join(f"<p>{safe(note)}</p>" for note in said)
-    workers = f"{found['world']} worker{'' if found['world'] == 1 else 's'}"
+    workers = plural(found["world"], "worker")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import EXIT_OK
 from launcher.redact import redact, redacted
-from launcher.sinks.text import count, rate, size, took
+from launcher.sinks.text import count, plural, rate, size, took
 from launcher.tally import aligned, swept_values
 from launcher.tune.images import ImageMemory, Peak
 
@@ -88,9 +88,7 @@ def _headline(points: Sequence[Measured]) -> Iterator[str]:
 
 
 def _condition(key: str, value: Any) -> str:
-    if key != "world":
-        return str(value)
-    return "1 worker" if value == 1 else f"{value} workers"
+    return plural(value, "worker") if key == "world" else str(value)
 
 
 def _cells(point: Measured) -> tuple[str, str, str, str, str]:

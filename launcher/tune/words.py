@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.advice import STAGE_WORDS
-from launcher.sinks.text import count, figure, rate, size, took
+from launcher.sinks.text import count, figure, plural, rate, size, took
 
 __all__ = ["divided", "name_of", "slowed", "text"]
 
@@ -90,9 +90,9 @@ def _sentence(text: str) -> list[str]:
 
 
 def _headline(found: Mapping[str, Any]) -> str:
-    workers = "1 worker" if found["world"] == 1 else f"{found['world']} workers"
     steps = "" if found["accumulation"] == 1 else f", {found['accumulation']} micro-batches"
-    return f"{found['recipe']} on {workers}, {found['device']}, {found['precision']}{steps}; {took(found['spent_s'])}"
+    here = f"{found['recipe']} on {plural(found['world'], 'worker')}, {found['device']}, {found['precision']}"
+    return f"{here}{steps}; {took(found['spent_s'])}"
 
 
 def _row(point: Mapping[str, Any]) -> str:
@@ -143,7 +143,8 @@ def _beside(synthetic: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _splits(found: Mapping[str, Any]) -> Iterator[str]:
     """One batch divided differently: a row for each way, and what that comes to."""
-    if not divided(found):
+    said = divided(found)
+    if not said:
         return
     yield ""
     yield SPLITS
@@ -156,7 +157,7 @@ def _splits(found: Mapping[str, Any]) -> Iterator[str]:
             f"{name_of(one):>12} {rate(one['samples_per_s']):>10} {f'{100 * spread:.0f} %':>6} "
             f"{figure(one['sync_ms']):>10} {size(one['memory_bytes']):>8}"
         )
-    yield from _sentence(divided(found))
+    yield from _sentence(said)
     yield ""
 
 

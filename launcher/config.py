@@ -102,13 +102,12 @@ def resolve(args: Sequence[str]) -> Composed:
 class Asked:
     """What -m asks for. `own`: the overrides but those that name the folder. `here`: Hydra's own launcher is to run it.
 
-    `settings`: a run of which only the parts `run` and `sweep` are filled. `plain`: Hydra's own sweeper is to list it.
+    `settings`: a run of which only the parts `run` and `sweep` are filled.
     """
 
     settings: Run
     own: tuple[str, ...]
     here: bool
-    plain: bool
     config: DictConfig
 
 
@@ -159,11 +158,7 @@ class Composer:
         own = [str(o.input_line) for o in parsed if o.key_or_group not in PLACES]
         place = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
         settings = from_mapping({"run": place, "sweep": OmegaConf.to_container(config.sweep, resolve=True)})
-        here, listed = (
-            config.hydra[part]._target_ == basic
-            for part, basic in (("launcher", BASIC_LAUNCHER), ("sweeper", BASIC_SWEEPER))
-        )
-        return Asked(settings, tuple(own), here, listed, config)
+        return Asked(settings, tuple(own), config.hydra.launcher._target_ == BASIC_LAUNCHER, config)
 
     def points(self, config: DictConfig) -> list[list[str]]:
         """The overrides of every point of a plain sweep; none where a sweeper of the user's choosing decides."""

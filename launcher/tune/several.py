@@ -24,6 +24,7 @@ __all__ = ["several"]
 
 #: One table and one folder for all points.
 OUTPUTS = ("format", "tune.out")
+ELSEWHERE = "hydra/{}= is for training: tune measures the points here that are named: leave it out"
 
 Measure = Callable[[Run], Mapping[str, Any]]
 
@@ -43,7 +44,7 @@ def several(args: Sequence[str], measure: Measure | None = None) -> int:
     asked = composer.asked(arguments.overrides)
     refuse(asked, arguments.share)
     points = composer.points(asked.config)
-    refuse_sweeps_of_outputs(points)
+    refuse_points(points)
     composed = [composer.composed(words) for words in points]
     first = composed[0].run
     if first.launch.dry:
@@ -65,12 +66,14 @@ def refuse(asked: Asked, share: tuple[int, int]) -> None:
             )
     if share[1] > 1:
         raise RequestError(f"--share={share[0]}/{share[1]} is for training: tune -m makes one table: leave it out")
-    if not asked.here or not asked.plain:
-        other = "hydra/launcher=" if asked.plain else "hydra/sweeper="
-        raise RequestError(f"{other} is for training: tune measures the points here that are named: leave it out")
+    if not asked.here:
+        raise RequestError(ELSEWHERE.format("launcher"))
 
 
-def refuse_sweeps_of_outputs(points: Sequence[Sequence[str]]) -> None:
+def refuse_points(points: Sequence[Sequence[str]]) -> None:
+    """Those that a sweeper of the user's choosing would list, and those that would have outputs of their own."""
+    if not points:
+        raise RequestError(ELSEWHERE.format("sweeper"))
     for key in OUTPUTS:
         if len({word for words in points for word in words if word.partition("=")[0] == key}) > 1:
             raise RequestError(f"{key} can't be swept over: all points come into one table: type one value")

@@ -45,8 +45,6 @@ from launcher.worker import Assignment
 
 __all__ = ["run"]
 
-#: Parameters beyond this are not gathered on rank 0; with AdamW's moments a checkpoint is three times as large.
-
 
 @dataclass(frozen=True)
 class Ready:

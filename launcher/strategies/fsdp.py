@@ -93,17 +93,11 @@ class FsdpReplica(Rank):
         dist.all_reduce(square)
         return square.sqrt()
 
-    def _in_rows(self) -> None:
-        """Blocks that a validation or `strategy.reshard=false` left whole are rows again, as the optimizer has them."""
-        for module in self.bare.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
     def tensors(self) -> State:
-        self._in_rows()
+        state = self.bare.state_dict(keep_vars=True)  # first: blocks that a validation left whole are rows from here on
         names = {id(p): name for name, p in self.bare.named_parameters()}
         model: dict[str, torch.Tensor] = {}
-        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+        for name, tensor in state.items():
             first = names.get(id(tensor), name)
             model[name] = model[first] if first in model else self._gathered(tensor)
         moments = optimizer_tensors(self.optimizer, self.bare)
@@ -113,7 +107,6 @@ class FsdpReplica(Rank):
         return {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}
 
     def shards(self) -> Shards:
-        self._in_rows()
         places: dict[str, Place] = {}
 
         def own(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

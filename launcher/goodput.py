@@ -13,12 +13,13 @@ from typing import Any
 
 from launcher.batch import PlanError
 from launcher.errors import RequestError
+from launcher.noise import NoiseScale
 from launcher.rules import far_of, rule_of
 from launcher.scaling import Choice, Measured, UpdateModel, Workload, choose, fit_updates
 from launcher.settings import Run
 from launcher.sinks.text import rate
 
-__all__ = ["Bounds", "Chooser", "Fixed", "Goodput", "Profile", "bounds_of", "chosen", "said"]
+__all__ = ["Bounds", "Chooser", "Fixed", "Goodput", "Known", "Profile", "bounds_of", "chosen", "said"]
 
 _ERRORS = 1.96  # standard errors that an interval of 95 % reaches
 
@@ -161,6 +162,27 @@ def bounds_of(run: Run, train: int, world: int) -> Bounds:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What a choice goes by: a noise scale in samples, with `least` a lower bound of it; None where nothing is known.
+
+    `source` says where one is from that was not measured in this training.
+    """
+
+    scale: float | None = None
+    least: bool = False
+    source: str = ""
+
+    @classmethod
+    def of(cls, acted: float | None, least: float | None, typed: float | None) -> Known:
+        """The scale that training has measured; else the typed one, unless it is known to be more than that."""
+        if acted is not None:
+            return cls(acted)
+        if typed is not None and typed >= (least or 0.0):
+            return cls(typed, source=" (plan.noise)")
+        return cls(least, least=least is not None)
+
+
+@dataclass(frozen=True)
 class Chooser:
     """The policy: what is known of the time of an update, and the choice that follows at a noise scale."""
 
@@ -168,13 +190,13 @@ class Chooser:
     run: Run
     train: int
 
-    def choice(self, world: int, nodes: int, noise: float | None) -> Choice:
+    def choice(self, world: int, nodes: int, known: Known) -> Choice:
         """The most progress per second; while the noise scale is unknown, the base batch in its fastest form.
 
         Raises:
             PlanError: the bounds leave no batch, or so many workers are beyond what was measured.
         """
-        bounds, model = self.bounds(world, noise), self.profile.model
+        bounds, model = self.bounds(world, known), self.profile.model
         try:
             model.predict(1, 1, world, nodes)
         except ValueError as problem:
@@ -182,7 +204,7 @@ class Chooser:
         return choose(
             model,
             world,
-            0.0 if noise is None else noise,
+            known.scale or 0.0,
             self.base,
             cap=self.profile.cap,
             min_global=bounds.low,
@@ -190,21 +212,30 @@ class Chooser:
             nodes=nodes,
         )
 
-    def bounds(self, world: int, noise: float | None) -> Bounds:
-        """Those of the request; while the noise scale is unknown, the base batch as near as they allow."""
+    def bounds(self, world: int, known: Known) -> Bounds:
+        """Those of the request; while the noise scale is unknown, the base batch as near as they allow.
+
+        Where it is only known to be at least so much, no less than the base batch: that the noise may be small is no
+        reason to take less.
+        """
         bounds = bounds_of(self.run, self.train, world)
-        if noise is not None:
-            return bounds
         usual = min(max(self.base, bounds.low), bounds.high)
-        return Bounds(usual, usual)
+        if known.scale is None:
+            return Bounds(usual, usual)
+        return Bounds(usual, bounds.high) if known.least else bounds
+
+    def known(self, acted: float | None, least: float | None) -> Known:
+        """From what training has measured so far; before that, from what was typed."""
+        typed = self.run.plan.noise
+        return Known.of(acted, least, None if isinstance(typed, str) else typed)
 
     @property
     def base(self) -> int:
         return self.run.lr.base_batch or 1
 
-    def settled(self, world: int, nodes: int, noise: float | None) -> Run:
+    def settled(self, world: int, nodes: int, known: Known) -> Run:
         """The run with the choice in place of what was asked."""
-        return chosen(self.run, self.choice(world, nodes, noise), self.bounds(world, noise))
+        return chosen(self.run, self.choice(world, nodes, known), self.bounds(world, known))
 
 
 class Goodput:
@@ -213,27 +244,28 @@ class Goodput:
     Every rank hears of the same scale, which comes from the votes alone, so all come to the same.
     """
 
-    def __init__(self, chooser: Chooser, world: int, nodes: int, noise: float | None) -> None:
+    def __init__(self, chooser: Chooser, world: int, nodes: int, known: Known) -> None:
         self.wants = False
         self.chooser = chooser
         self._where = (world, nodes)
-        self._noise = noise
-        self._choice = chooser.choice(world, nodes, noise)
+        self._known = known
+        self._choice = chooser.choice(world, nodes, known)
 
     @property
     def why(self) -> str:
-        return said(self._choice, self._noise)
+        return said(self._choice, self._known)
 
-    def heard(self, noise: float | None) -> None:
+    def heard(self, noise: NoiseScale) -> None:
         """The noise scale that was last worth acting on: the first that is known, or one that has moved by two."""
-        if noise != self._noise:
-            self._noise = noise
-            self.wants = batch_of(self.chooser.choice(*self._where, noise)) != batch_of(self._choice)
+        known = self.chooser.known(noise.acted, noise.least)
+        if known != self._known:
+            self._known = known
+            self.wants = batch_of(self.chooser.choice(*self._where, known)) != batch_of(self._choice)
 
     def settled(self) -> tuple[Goodput, Run]:
         """The watcher and the run from here on."""
-        after = Goodput(self.chooser, *self._where, self._noise)
-        return after, self.chooser.settled(*self._where, self._noise)
+        after = Goodput(self.chooser, *self._where, self._known)
+        return after, self.chooser.settled(*self._where, self._known)
 
 
 class Fixed:
@@ -242,7 +274,7 @@ class Fixed:
     wants = False
     why = ""
 
-    def heard(self, noise: float | None) -> None: ...
+    def heard(self, noise: NoiseScale) -> None: ...
 
 
 def batch_of(choice: Choice) -> tuple[int, int, int]:
@@ -261,12 +293,13 @@ def chosen(run: Run, choice: Choice, bounds: Bounds) -> Run:
     return replace(run, batch=batch)
 
 
-def said(choice: Choice, noise: float | None) -> str:
+def said(choice: Choice, known: Known) -> str:
     """The reason of a choice, in a line."""
     form = f"{choice.per_device} samples x {choice.accumulation}"
-    if noise is None:
+    if known.scale is None:
         return f"goodput: the noise scale is unknown, so the base batch, as {form} per worker"
+    least = "at least " if known.least else ""
     return (
-        f"goodput: at a noise scale of {noise:.3g} samples {form} per worker are worth most per second, "
-        f"{rate(choice.samples_per_s)} samples/s of {100 * choice.efficiency:.0f} % efficiency"
+        f"goodput: at a noise scale of {least}{known.scale:.3g} samples{known.source} {form} per worker are worth most "
+        f"per second, {rate(choice.samples_per_s)} samples/s of {least}{100 * choice.efficiency:.0f} % efficiency"
     )

@@ -138,7 +138,7 @@ def train(job: Job, standing: Standing) -> tuple[Standing, int]:
         known = (standing.noise, standing.schedule.base_batch)
         done = Finished(update, rate.lr, rate.scale, *spent, late, *known, saved, job.meter.values(), measured)
         job.recorder.finished(done)
-        job.goodput.heard(standing.noise.acted)
+        job.goodput.heard(standing.noise)
         if stop or job.balance.wants or job.goodput.wants:
             break
     if agreed is None:

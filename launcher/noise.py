@@ -61,7 +61,8 @@ class NoiseScale:
 
     Samples are drawn without replacement: with `population`, the size of the data set, what that does to small sets
     is taken out again. `acted` is the scale that was last worth acting on: it is known within a factor of two either
-    way, and has `moved` since the one before.
+    way, and has `moved` since the one before. `least` is what the scale is at least, the interval's low end, likewise
+    when it last moved; it is followed only until there is an `acted`.
     """
 
     half_life: float = 25.0
@@ -69,6 +70,7 @@ class NoiseScale:
     window: tuple[tuple[float, float], ...] = ()
     block: tuple[tuple[float, float], ...] = ()
     acted: float | None = None
+    least: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.half_life < math.inf:
@@ -102,7 +104,10 @@ class NoiseScale:
         kept = math.ceil(_HALF_LIVES * self.half_life / _BLOCK)
         window = (*self.window, (math.fsum(variances) / _BLOCK, math.fsum(squares) / _BLOCK))[-kept:]
         later = replace(self, window=window, block=())
-        return replace(later, acted=later.scale) if later._narrow and moved(self.acted, later.scale) else later
+        if later._narrow and moved(self.acted, later.scale):
+            return replace(later, acted=later.scale)
+        low = later.interval[0] if later.interval else 0.0
+        return replace(later, least=low) if self.acted is None and low > 0 and moved(self.least, low) else later
 
     @property
     def scale(self) -> float | None:
@@ -136,13 +141,14 @@ class NoiseScale:
             "window": [list(pair) for pair in self.window],
             "block": [list(pair) for pair in self.block],
             "acted": self.acted,
+            "least": self.least,
         }
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> NoiseScale:
         """The value of `to_facts`."""
         window, block = (tuple((s, g) for s, g in facts[name]) for name in ("window", "block"))
-        return cls(facts["half_life"], facts["population"], window, block, facts["acted"])
+        return cls(facts["half_life"], facts["population"], window, block, facts["acted"], facts.get("least"))
 
     @property
     def _narrow(self) -> bool:

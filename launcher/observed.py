@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import RequestError
@@ -14,7 +14,7 @@ from launcher.runfolder import RUNS
 from launcher.settings import Run
 from launcher.throughput import Estimate
 
-__all__ = ["Noise", "noise_of"]
+__all__ = ["Noise", "begun_with", "noise_of"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,8 @@ def noise_of(run: Run) -> Noise | None:
     Raises:
         RequestError: plan.noise is no noise scale, or the run that it names has measured none.
     """
-    asked = run.plan.noise
-    if isinstance(asked, str):
-        found = _measured(asked)
-        if found is None:
-            raise RequestError(f"plan.noise={asked}: that run has measured no noise scale: type a number of samples")
-        return found
-    if asked is not None:
-        if asked <= 0:
-            raise RequestError(f"plan.noise={asked:g} is no noise scale: type a number of samples above 0")
-        return Noise(asked, asked, asked, "plan.noise")
+    if run.plan.noise is not None:
+        return _asked(run.plan.noise, last=True)
     name = str(run.recipe["_target_"]).rpartition(".")[2]
     for folder in sorted(RUNS.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime, reverse=True):
         if _recipe(folder.parent) == name and (found := _measured(str(folder.parent))) is not None:
@@ -55,9 +47,33 @@ def noise_of(run: Run) -> Noise | None:
     return None
 
 
-def _measured(word: str) -> Noise | None:
+def begun_with(run: Run) -> Run:
+    """With plan.noise as a number, where training is to begin by it: of a run the first scale that it knew.
+
+    A run's folder may be gone at the next start. And noise grows as training goes on, so its last would be too much.
+
+    Raises:
+        RequestError: as `noise_of`.
+    """
+    if run.batch.policy != "goodput" or run.plan.noise is None:
+        return run
+    return replace(run, plan=replace(run.plan, noise=_asked(run.plan.noise, last=False).scale))
+
+
+def _asked(asked: float | str, *, last: bool) -> Noise:
+    if isinstance(asked, str):
+        found = _measured(asked, last=last)
+        if found is None:
+            raise RequestError(f"plan.noise={asked}: that run has measured no noise scale: type a number of samples")
+        return found
+    if asked <= 0:
+        raise RequestError(f"plan.noise={asked:g} is no noise scale: type a number of samples above 0")
+    return Noise(asked, asked, asked, "plan.noise")
+
+
+def _measured(word: str, *, last: bool = True) -> Noise | None:
     run = history(word)
-    row = next((row for row in reversed(run.rows) if "noise/scale" in row), None)
+    row = next((row for row in (reversed(run.rows) if last else run.rows) if "noise/scale" in row), None)
     if row is None:
         return None
     scale = row["noise/scale"]

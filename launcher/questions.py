@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.observed import begun_with
 from launcher.opening import kept, opened, path_of
 from launcher.redact import redact
 from launcher.settings import Run
@@ -26,6 +27,7 @@ def closed(
     """
     if not auto.is_open(run):
         return Settled(run)
+    run = begun_with(run)
     path = known or path_of(run, run_id, nodes)
     found = auto.before(kept(run, path), path, world, nodes)
     if found is not None:
@@ -42,7 +44,7 @@ def settled(run: Run, found: Mapping[str, Any], path: Path) -> Settled:
     """
     for line in found["said"]:
         say(f"note: {line}")
-    answer = auto.answered(run, found, path)
+    answer = auto.answered(begun_with(run), found, path)
     if "console" not in run.sink:
         say(f"note: {answer.why}")
     return answer

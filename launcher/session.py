@@ -289,8 +289,8 @@ def goodput_of(assignment: Assignment, ready: Ready, topology: Topology) -> tupl
     if assignment.profile is None:
         return Fixed(), assignment.run
     chooser = Chooser(Profile.from_facts(assignment.profile), assignment.run, ready.sizes.train)
-    noise = None if ready.found is None else ready.found.manifest.facts["standing"]["noise"]["acted"]
-    where = (topology.world, topology.nodes, noise)
+    noise = {} if ready.found is None else ready.found.manifest.facts["standing"]["noise"]
+    where = (topology.world, topology.nodes, chooser.known(noise.get("acted"), noise.get("least")))
     return Goodput(chooser, *where), chooser.settled(*where)
 
 

@@ -208,7 +208,9 @@ class LogSettings:
 class PlanSettings:
     worlds: tuple[int, ...] | None = key(None, "launcher plan: the world sizes to show; 1 to 64 by default")
     noise: float | str | None = key(
-        None, "launcher plan batch=goodput, tune: the noise scale in samples, or a run that measured it"
+        None,
+        "launcher plan batch=goodput, tune: the noise scale in samples, or a run that measured it; what training "
+        "with batch=goodput begins by",
     )
     memory: bool = key(False, "also what the model's state takes per worker under each strategy; imports torch")
 

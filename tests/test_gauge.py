@@ -79,18 +79,24 @@ def updated(
     tokens: float = 1.0,
     clip_norm: float | None = None,
     dtype: torch.dtype = torch.float64,
+    heard: bool = True,
 ) -> Step:
     """One update of micro-batches of these sizes, as the loop makes it; a loss counts `tokens` a sample."""
     for index, part in enumerate(cut(sizes)):
         place = places[index] if places else 0
         with replica.micro(last=index == len(sizes) - 1, pad=False, place=place):
-            replica.backward(total(replica.model, part, dtype), samples, tokens * sizes[index])
+            replica.backward(total(replica.model, part, dtype), samples, tokens * sizes[index] * heard)
     return replica.step(0.01, None, 1 / tokens, clip_norm)
 
 
 def ddp(world: int = 1, precision: str = "fp64", **keys: Any) -> DdpReplica:
     made = Precision.of(precision, CPU)
     return DdpReplica(Given(model(made.dtype), replace(RUN, **keys), world, made, StageClock(HostTimer())))
+
+
+def exact() -> ExactReplica:
+    run = replace(RUN, elastic=ElasticSettings(exact=True, shards=4))
+    return ExactReplica(Given(model(), run, 1, Precision.of("fp64", CPU), StageClock(HostTimer())))
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 4, 3), (7, 5), (1,) * 12])
@@ -128,10 +134,8 @@ def test_a_rank_without_samples_is_no_group() -> None:
 
 @pytest.mark.parametrize("places", [(0, 1, 2), (0, 0, 1)])
 def test_in_exact_mode_the_shards_are_the_groups(places: Sequence[int]) -> None:
-    run = replace(RUN, elastic=ElasticSettings(exact=True, shards=4))
-    replica = ExactReplica(Given(model(), run, 1, Precision.of("fp64", CPU), StageClock(HostTimer())))
     sizes = (5, 4, 3)
-    step = updated(replica, sizes, places=places)
+    step = updated(exact(), sizes, places=places)
     by_hand = 0.0
     for place in set(places):
         parts = [part for part, where in zip(cut(sizes), places, strict=True) if where == place]
@@ -161,10 +165,20 @@ def test_small_and_large_gradients_are_all_heard(monkeypatch: pytest.MonkeyPatch
     assert float(updated(ddp(), [6, 6]).spread) == pytest.approx(float(whole), rel=1e-12)
 
 
-def test_micro_batches_are_heard_often_at_first_and_ranks_always() -> None:
-    alone, among = ddp(), ddp(world=2)
-    assert [update for update in range(50) if not alone.measures(update)] == [41, 42, 43, 45, 46, 47, 49]
-    assert all(among.measures(update) for update in range(50))
+@pytest.mark.parametrize(("world", "first"), [(1, 40), (2, 200)])
+def test_every_update_is_heard_at_first_and_then_every_fourth(world: int, first: int) -> None:
+    """Micro-batches, of which each has to be heard by itself, for a shorter time than ranks."""
+    replica = ddp(world=world)
+    skipped = [update for update in range(first + 10) if not replica.measures(update)]
+    assert skipped == [first + later for later in (1, 2, 3, 5, 6, 7, 9)]
+
+
+def test_an_update_that_is_not_measured_has_no_groups() -> None:
+    """Alone, among ranks (of two this is one), and in exact mode."""
+    for replica, groups in ((ddp(), 2), (ddp(world=2), 1), (exact(), 2)):
+        assert updated(replica, [6, 6], places=[0, 1]).groups == groups
+        assert updated(replica, [6, 6], places=[0, 1], heard=False).groups == 0
+        assert updated(replica, [6, 6], places=[0, 1]).groups == groups
 
 
 def test_a_long_gradient_keeps_its_digits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 from launcher.batch import PlanError
 from launcher.config import compose
 from launcher.errors import RequestError
-from launcher.goodput import Bounds, Chooser, Profile, bounds_of, said
-from launcher.noise import efficiency
-from launcher.observed import Noise, noise_of
+from launcher.goodput import Bounds, Chooser, Goodput, Known, Profile, bounds_of, said
+from launcher.noise import NoiseScale, efficiency
+from launcher.observed import Noise, begun_with, noise_of
 from launcher.outlook import outlook, outlook_text
 from launcher.scaling import best_batch
 from launcher.settings import BatchSettings, LrSettings, PlanSettings, Run
@@ -92,7 +93,7 @@ def test_nothing_is_chosen_past_twice_the_most_workers_measured() -> None:
     assert chooser(1, 2).profile.reaches(4)
     assert not chooser(1, 2).profile.reaches(5)
     with pytest.raises(PlanError, match="5 workers are beyond twice the 2 measured"):
-        chooser(1, 2).choice(5, 1, 100.0)
+        chooser(1, 2).choice(5, 1, Known(100.0))
 
 
 def test_a_profile_is_the_same_after_json() -> None:
@@ -121,7 +122,7 @@ def test_what_regressed_is_neither_fitted_nor_chosen() -> None:
 
 def test_one_size_is_too_few() -> None:
     with pytest.raises(RequestError, match=r"^batch\.policy=goodput: updates of one micro-batch size"):
-        Chooser(Profile.of([tuned(1, (8,))]), RUN, SIZES.train).choice(1, 1, 10.0)
+        Chooser(Profile.of([tuned(1, (8,))]), RUN, SIZES.train).choice(1, 1, Known(10.0))
 
 
 # --- the choice ---------------------------------------------------------------------------------------------------
@@ -132,14 +133,14 @@ def test_one_size_is_too_few() -> None:
 def test_one_worker_takes_the_root_of_noise_times_constant_over_slope(noise: float) -> None:
     best = best_batch(noise, ALPHA_S, BETA_S)
     assert best == math.sqrt(noise * ALPHA_S / BETA_S)
-    assert chooser(1).choice(1, 1, noise).global_batch == pytest.approx(best, rel=0.06, abs=1)
+    assert chooser(1).choice(1, 1, Known(noise)).global_batch == pytest.approx(best, rel=0.06, abs=1)
 
 
 @settings(max_examples=20)
 @given(st.floats(1, 1e4), st.integers(1, 8))
 def test_no_batch_of_the_grid_is_worth_more(noise: float, world: int) -> None:
     policy = chooser()
-    choice, model = policy.choice(world, 1, noise), policy.profile.model
+    choice, model = policy.choice(world, 1, Known(noise)), policy.profile.model
     for size in (1, 2, 7, 16, 33, 64, 100, 128):
         for steps in (1, 2, 5):
             batch = world * size * steps
@@ -149,23 +150,60 @@ def test_no_batch_of_the_grid_is_worth_more(noise: float, world: int) -> None:
 
 
 def test_more_noise_takes_a_larger_batch() -> None:
-    batches = [chooser().choice(2, 1, noise).global_batch for noise in (1.0, 100.0, 10_000.0)]
+    batches = [chooser().choice(2, 1, Known(noise)).global_batch for noise in (1.0, 100.0, 10_000.0)]
     assert batches == sorted(set(batches))
 
 
 def test_an_unknown_noise_scale_takes_the_base_batch_in_its_fastest_form() -> None:
-    choice = chooser().choice(2, 1, None)
+    choice = chooser().choice(2, 1, Known())
     assert (choice.global_batch, choice.per_device, choice.accumulation) == (64, 32, 1)
-    assert "unknown" in said(choice, None)
-    assert chooser().choice(8, 1, None).global_batch == 64
+    assert "unknown" in said(choice, Known())
+    assert chooser().choice(8, 1, Known()).global_batch == 64
+
+
+def test_noise_that_is_at_least_so_much_takes_no_less_than_the_base_batch() -> None:
+    """That it may be small is no reason for a smaller batch; that it is at least so large is one for a larger."""
+    little, much = Known(2.0, least=True), Known(1000.0, least=True)
+    assert chooser().choice(2, 1, Known(2.0)).global_batch < 64
+    assert chooser().choice(2, 1, little).global_batch == 64
+    assert chooser().choice(2, 1, much) == chooser().choice(2, 1, Known(1000.0))
+    assert said(chooser().choice(2, 1, much), much).startswith("goodput: at a noise scale of at least 1e+03 samples ")
+
+
+def test_what_training_measures_comes_before_what_was_typed_and_a_bound_only_where_it_says_more() -> None:
+    assert Known.of(None, None, None) == Known()
+    assert Known.of(30.0, 500.0, 200.0) == Known(30.0)
+    assert Known.of(None, 100.0, 200.0) == Known(200.0, source=" (plan.noise)")
+    assert Known.of(None, 300.0, 200.0) == Known.of(None, 300.0, None) == Known(300.0, least=True)
+
+
+def test_a_batch_is_chosen_anew_as_more_becomes_known_of_the_noise() -> None:
+    policy = chooser()
+    watching = Goodput(policy, 2, 1, policy.known(None, None))
+    watching.heard(NoiseScale())
+    assert not watching.wants
+    for noise, said_of in ((NoiseScale(least=400.0), "at least 400"), (NoiseScale(acted=900.0), "900")):
+        watching.heard(noise)
+        assert watching.wants
+        watching, run = watching.settled()
+        assert f"at a noise scale of {said_of} samples" in watching.why
+        assert study(run, SIZES, 2).plan.global_batch > 64
+        assert not watching.wants
+
+
+def test_training_begins_by_the_noise_scale_that_was_typed() -> None:
+    policy = chooser(run=replace(RUN, plan=PlanSettings(noise=900.0)))
+    begun = Goodput(policy, 2, 1, policy.known(None, None))
+    assert begun.why.startswith("goodput: at a noise scale of 900 samples (plan.noise) ")
+    assert policy.choice(2, 1, policy.known(None, None)) == policy.choice(2, 1, Known(900.0))
 
 
 def test_the_cap_and_the_bounds_bind() -> None:
-    choice = chooser().choice(2, 1, 1e6)
+    choice = chooser().choice(2, 1, Known(1e6))
     assert choice.per_device <= 128
     assert choice.accumulation > 1
     narrow = replace(RUN, batch=replace(RUN.batch, min_global=100, max_global=128))
-    assert 100 <= chooser(run=narrow).choice(3, 1, 1e6).global_batch <= 128
+    assert 100 <= chooser(run=narrow).choice(3, 1, Known(1e6)).global_batch <= 128
     assert bounds_of(RUN, SIZES.train, 2) == Bounds(2, 32 * 64)
     with pytest.raises(PlanError, match="no batch of 200 workers lies between 200 and 128"):
         bounds_of(narrow, SIZES.train, 200)
@@ -175,8 +213,8 @@ def test_the_cap_and_the_bounds_bind() -> None:
 @given(st.integers(1, 8), st.one_of(st.none(), st.floats(1, 1e5)))
 def test_the_plan_that_is_trained_is_the_one_that_was_chosen(world: int, noise: float | None) -> None:
     policy = chooser()
-    choice = policy.choice(world, 1, noise)
-    planned = study(policy.settled(world, 1, noise), SIZES, world)
+    choice = policy.choice(world, 1, Known(noise))
+    planned = study(policy.settled(world, 1, Known(noise)), SIZES, world)
     assert planned.policy == "goodput"
     assert planned.plan.global_batch == choice.global_batch
     assert planned.plan.per_device == choice.per_device
@@ -266,10 +304,11 @@ def test_the_text_fits_a_terminal() -> None:
 # --- where the noise scale is from --------------------------------------------------------------------------------
 
 
-def written(folder: Path, recipe: str, **values: float) -> None:
+def written(folder: Path, recipe: str, *later: Mapping[str, float], **values: float) -> None:
     folder.mkdir(parents=True)
-    row = {"time": 1.0, "samples": 64, "update": 1, "epoch": 0, "world": 1, "generation": 1, **values}
-    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    first = {"time": 1.0, "samples": 64, "update": 1, "epoch": 0, "world": 1, "generation": 1, **values}
+    rows = (first, *({**first, "time": 2.0, "samples": 128, "update": 2, **row} for row in later))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": "start", "recipe": recipe}) + "\n")
 
 
@@ -292,6 +331,20 @@ def test_a_number_or_a_run_that_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         noise_of(asked("unknown"))
     with pytest.raises(RequestError, match=r"^plan\.noise=-1 is no noise scale"):
         noise_of(asked(-1.0))
+
+
+def test_training_begins_by_the_first_scale_that_a_run_knew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in run.yaml as a number: the other run may be removed. The outlook goes by what it knew at its end."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "runs" / "one", "Mlp", {"noise/scale": 300.0}, **{"noise/scale": 60.0})
+    assert noise_of(asked("one")) == Noise(300.0, 300.0, 300.0, "one")
+    assert begun_with(asked("one")).plan.noise == 60.0
+    assert begun_with(asked(500.0)).plan.noise == 500.0
+    assert begun_with(RUN) == RUN
+    fixed = replace(asked("one"), batch=replace(RUN.batch, policy="scale"))
+    assert begun_with(fixed) == fixed
+    with pytest.raises(RequestError, match=r"^plan\.noise=-1 is no noise scale"):
+        begun_with(asked(-1.0))
 
 
 def asked(noise: float | str) -> Run:

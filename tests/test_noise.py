@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Sequence
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 from hypothesis import given
@@ -224,6 +224,22 @@ def test_what_is_acted_on_stands_still_between_moves() -> None:
     assert len(acted) <= 3
     assert scale.acted is not None
     assert scale.acted / 2 < (scale.scale or 0) < scale.acted * 2
+
+
+def test_what_it_is_at_least_is_acted_on_until_it_is_known() -> None:
+    """Long before both ends are known: it says so in steps of two, and no more once the scale itself is acted on."""
+    scale, least = NoiseScale(), []
+    for norms, mean in seen(2, 100.0, (16, 16), 400):
+        scale = scale.update((16, 16), norms, mean)
+        if scale.acted is None and scale.least not in (None, *least[-1:]):
+            assert scale.interval is not None
+            assert scale.least == scale.interval[0]
+            least.append(scale.least)
+    assert scale.acted is not None
+    assert least
+    assert least[0] < 100
+    assert scale.least == least[-1]
+    assert all(moved(before, now) for before, now in pairwise(least))
 
 
 def test_it_goes_into_a_checkpoint_and_comes_back() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from launcher.blocks import unchanged
 from launcher.optim import Precision, reads_found_inf
 from launcher.parts import Place
-from launcher.strategies.gauge import Gauge, Listener
+from launcher.strategies.gauge import EVERY, FIRST, FIRST_HEARD, Gauge, Listener
 from launcher.telemetry import StageClock
 
 __all__ = ["Rank", "before_wait", "even_parts", "waited"]
@@ -81,7 +81,7 @@ class Rank:
         return self._gauge.take(scale)
 
     def measures(self, update: int) -> bool:
-        return self._listener is None or self._listener.hears(update)
+        return update < (FIRST if self._listener is None else FIRST_HEARD) or update % EVERY == 0
 
     def _listen(self, count: float) -> None:
         """To the backward pass of a micro-batch that counts so much; a single one has no other to differ from."""

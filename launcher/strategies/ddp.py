@@ -72,7 +72,8 @@ class DdpReplica(Rank):
         gradients = bucket.buffer()
         if self._pad:
             gradients.zero_()
-        self._own += norms([gradients])
+        if self._gauge.measuring:
+            self._own += norms([gradients])
         if bucket.is_last():
             self._clock.mark()
         work = dist.all_reduce(gradients, async_op=True)

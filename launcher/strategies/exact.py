@@ -79,7 +79,8 @@ class ExactReplica(DdpReplica):
         """The shard is complete: keep what it gave, and leave no trace of it for the next one."""
         packed = self._packed()
         self._tree.add(packed)
-        self._gauge.close(norms([packed[: self._learned]]))
+        if self._gauge.measuring:
+            self._gauge.close(norms([packed[: self._learned]]))
         if self._place == 0:
             self._counted = [counter.clone() for counter in self._counters]
         self.optimizer.zero_grad(set_to_none=True)

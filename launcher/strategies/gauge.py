@@ -16,7 +16,9 @@ __all__ = ["Gauge", "Listener", "norms"]
 
 CHUNK = 1 << 20
 PIECE = 1 << 16
-FIRST = 40
+#: Measuring every update would show: it is the first ones, so that something is known soon, and every fourth from then
+#: on. Hearing each micro-batch by itself costs more than what ranks and shards give to the sum.
+FIRST, FIRST_HEARD = 200, 40
 EVERY = 4
 
 
@@ -53,6 +55,11 @@ class Gauge:
         """One more micro-batch of the group under way. A group that counts nothing is none."""
         self._count += count
 
+    @property
+    def measuring(self) -> bool:
+        """Whether the group under way counts anything."""
+        return self._count > 0
+
     def close(self, norms: Sequence[torch.Tensor]) -> None:
         """The group is complete; `norms` are those of the pieces of its h."""
         if norms and self._count:
@@ -73,8 +80,7 @@ class Gauge:
 class Listener:
     """Takes the norm of each parameter's gradient as backward gives it, before it is added to what is there.
 
-    Small gradients are held until a million elements have come together: a kernel for each would show. So would hearing
-    every update: it hears the first ones, so that something is known soon, and every fourth from then on.
+    Small gradients are held until a million elements have come together: a kernel for each would show.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor] = ()) -> None:
@@ -84,10 +90,6 @@ class Listener:
         self._norms: list[torch.Tensor] = []
         for parameter in parameters:
             self.listen(parameter)
-
-    @staticmethod
-    def hears(update: int) -> bool:
-        return update < FIRST or update % EVERY == 0
 
     def listen(self, parameter: torch.Tensor) -> None:
         parameter.register_hook(self._heard)

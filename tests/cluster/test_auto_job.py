@@ -116,6 +116,11 @@ def test_goodput_begins_with_the_base_batch_and_chooses_once_the_noise_is_known(
     used = [row["batch/global"] for row in rows(one)]
     assert list(dict.fromkeys(used))[:2] == [64, later[0]["global"]]
     assert json.loads((one / "profile.json").read_text())["cap"] == 64
+    known = next(row["noise/scale"] for row in rows(one) if "noise/scale" in row)
+    well(trained(tmp_path, [sys.executable], *asked[:-1], "launch.workers=2", "plan.noise=one", "run.name=two"))
+    begun = events(tmp_path / "runs" / "two", "plan")[0]
+    assert f"at a noise scale of {known:.3g} samples (plan.noise) " in begun["why"]
+    assert begun["global"] > 64
 
 
 def test_goodput_chooses_anew_where_workers_come_or_go_and_measures_nothing_again(tmp_path: Path) -> None:

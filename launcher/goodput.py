@@ -239,38 +239,44 @@ class Chooser:
 
 
 class Goodput:
-    """Watches the noise scale of a run; `wants` holds what to choose anew by, once that is another batch.
+    """Watches the noise scale of a run; `after` is the watcher from here on once another batch is worth more.
 
     Every rank hears of the same scale, which comes from the votes alone, so all come to the same.
     """
 
     def __init__(self, chooser: Chooser, world: int, nodes: int, known: Known) -> None:
-        self.wants = False
+        self.after: Goodput | None = None
         self.chooser = chooser
         self._where = (world, nodes)
         self._known = known
         self._choice = chooser.choice(world, nodes, known)
 
     @property
+    def wants(self) -> bool:
+        return self.after is not None
+
+    @property
+    def run(self) -> Run:
+        """The run with the choice in place of what was asked."""
+        return chosen(self.chooser.run, self._choice, self.chooser.bounds(self._where[0], self._known))
+
+    @property
     def why(self) -> str:
         return said(self._choice, self._known)
 
     def heard(self, noise: NoiseScale) -> None:
-        """The noise scale that was last worth acting on: the first that is known, or one that has moved by two."""
+        """What was last worth acting on of the noise scale: the first that is known of it, or one that moved by two."""
         known = self.chooser.known(noise.acted, noise.least)
         if known != self._known:
             self._known = known
-            self.wants = batch_of(self.chooser.choice(*self._where, known)) != batch_of(self._choice)
-
-    def settled(self) -> tuple[Goodput, Run]:
-        """The watcher and the run from here on."""
-        after = Goodput(self.chooser, *self._where, self._known)
-        return after, self.chooser.settled(*self._where, self._known)
+            after = Goodput(self.chooser, *self._where, known)
+            self.after = after if batch_of(after._choice) != batch_of(self._choice) else None
 
 
 class Fixed:
     """The batch is the policy's, whatever the noise."""
 
+    after = None
     wants = False
     why = ""
 

@@ -290,8 +290,9 @@ def goodput_of(assignment: Assignment, ready: Ready, topology: Topology) -> tupl
         return Fixed(), assignment.run
     chooser = Chooser(Profile.from_facts(assignment.profile), assignment.run, ready.sizes.train)
     noise = {} if ready.found is None else ready.found.manifest.facts["standing"]["noise"]
-    where = (topology.world, topology.nodes, chooser.known(noise.get("acted"), noise.get("least")))
-    return Goodput(chooser, *where), chooser.settled(*where)
+    known = chooser.known(noise.get("acted"), noise.get("least"))
+    goodput = Goodput(chooser, topology.world, topology.nodes, known)
+    return goodput, goodput.run
 
 
 def replanned(job: Job, standing: Standing) -> tuple[Job, Standing]:
@@ -301,9 +302,9 @@ def replanned(job: Job, standing: Standing) -> tuple[Job, Standing]:
     follow the measured speeds.
     """
     goodput, run, why = job.goodput, job.study.run, "shares follow the measured speeds of the workers"
-    if isinstance(goodput, Goodput) and goodput.wants:
-        goodput, run = goodput.settled()
-        why = goodput.why
+    if goodput.after is not None:
+        goodput = goodput.after
+        run, why = goodput.run, goodput.why
     plan = study(run, job.study.sizes, job.study.world, job.balance.wants)
     samples, before = standing.position.samples, standing.schedule
     after = replace(standing, schedule=plan.resumed(before.to_facts(), samples).schedule)

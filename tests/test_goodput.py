@@ -184,10 +184,10 @@ def test_a_batch_is_chosen_anew_as_more_becomes_known_of_the_noise() -> None:
     assert not watching.wants
     for noise, said_of in ((NoiseScale(least=400.0), "at least 400"), (NoiseScale(acted=900.0), "900")):
         watching.heard(noise)
-        assert watching.wants
-        watching, run = watching.settled()
+        assert watching.after is not None
+        watching = watching.after
         assert f"at a noise scale of {said_of} samples" in watching.why
-        assert study(run, SIZES, 2).plan.global_batch > 64
+        assert study(watching.run, SIZES, 2).plan.global_batch > 64
         assert not watching.wants
 
 

@@ -117,7 +117,8 @@ def test_goodput_begins_with_the_base_batch_and_chooses_once_the_noise_is_known(
     assert list(dict.fromkeys(used))[:2] == [64, later[0]["global"]]
     assert json.loads((one / "profile.json").read_text())["cap"] == 64
     known = next(row["noise/scale"] for row in rows(one) if "noise/scale" in row)
-    well(trained(tmp_path, [sys.executable], *asked[:-1], "launch.workers=2", "plan.noise=one", "run.name=two"))
+    again = ["launch.workers=2", "train.duration=5ba", "plan.noise=one", "run.name=two"]
+    well(trained(tmp_path, [sys.executable], *asked[:-1], *again))
     begun = events(tmp_path / "runs" / "two", "plan")[0]
     assert f"at a noise scale of {known:.3g} samples (plan.noise) " in begun["why"]
     assert begun["global"] > 64

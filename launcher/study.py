@@ -318,6 +318,7 @@ def _advice(run: Run, rule: Rule, schedule: LrSchedule, stages: Sequence[tuple[i
     largest = max(plan.global_batch for _, plan in stages)
     lines = [
         _hold_advice(run),
+        _goodput_advice(run),
         *_exact_advice(run, stages[-1][1]),
         _noise_advice(rule, stages[-1][1]),
         far_advice(run, rule, largest / schedule.base_batch),
@@ -355,6 +356,16 @@ def _noise_advice(rule: Rule, plan: BatchPlan) -> str:
     if sum(share > 0 for share in plan.shares) < 2 and plan.accumulation < 2:
         return f"lr.rule=noise has nothing to compare in a batch of one part, {until}: type batch.accumulation=2"
     return f"lr.rule=noise: until the gradient's noise scale is known, in some twenty updates or more, {until}"
+
+
+def _goodput_advice(run: Run) -> str:
+    if run.batch.policy != "goodput" or run.train.stop_at_target:
+        return ""
+    return (
+        "batch.policy=goodput: train.duration counts samples, and those of a larger batch teach less each: type a "
+        "longer one, and to end in time train.target.metric=val/accuracy train.target.at_least=0.95 "
+        "train.stop_at_target=true"
+    )
 
 
 def _hold_advice(run: Run) -> str:

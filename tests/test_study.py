@@ -230,6 +230,14 @@ def test_advice_where_the_batch_is_far_from_the_base() -> None:
     assert line.startswith("the global batch is more than 8 x lr.base_batch=32")
 
 
+def test_advice_where_goodput_trains_to_a_number_of_samples() -> None:
+    """At 20 % efficiency ten epochs teach what two do at the base batch."""
+    (line,) = study(run({"batch.policy": "goodput"}), SIZES, 2).advice
+    assert "train.duration counts samples" in line
+    target = {"train.target.metric": "val/accuracy", "train.target.at_least": 0.95, "train.stop_at_target": True}
+    assert study(run({"batch.policy": "goodput", **target}), SIZES, 2).advice == ()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "warmup", "advised"),
     [

@@ -81,8 +81,9 @@ def raise_cause(words: Sequence[Word]) -> None:
     left = {rank: word.status for rank, word in enumerate(words) if word.status not in (None, EXIT_OK)}
     errors = sorted((word.failure for word in words if word.failure is not None), key=lambda one: one.time)
     real = next((one for one in errors if not failure.consequence(one.message)), None)
-    if -SIGKILL in left.values():
-        raise Unmeasured(failure.departed(left) + while_at(words[0].state))
+    killed = {rank: status for rank, status in left.items() if status == -SIGKILL}
+    if killed:
+        raise Unmeasured(failure.departed(killed) + while_at(words[0].state))
     if real is not None:
         raise why(real)
     if EXIT_LOST in left.values() and words[0].state is not None:

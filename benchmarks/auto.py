@@ -5,7 +5,8 @@
 
 A round trains the same few updates with the number typed, with auto that measures, and with auto that finds a kept
 profile. What auto adds to the wall time, less the seconds that it spent on measuring (as its document says), is what
-agreeing, starting the processes that measure and looking up cost.
+agreeing, starting the processes that measure and looking up cost. What looking up adds in CPU time, of all processes
+together, is said as well: other programs on the machine change it little.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,34 +31,41 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    print(f"{'workers':>7} {'started by':>10} {'typed':>8} {'beside measuring':>17} {'kept':>7}")
+    print(f"{'workers':>7} {'started by':>10} {'typed':>8} {'beside measuring':>17} {'kept':>7} {'kept, CPU':>10}")
     for workers in options.workers:
         for form in ("launcher", "torchrun"):
             rounds = [one(form, workers) for _ in range(options.rounds)]
-            typed, beside, kept = (statistics.median(column) for column in zip(*rounds, strict=True))
-            each = " ".join(f"{beside:.1f}" for _, beside, _ in rounds)
-            print(f"{workers:>7} {form:>10} {typed:>6.1f} s {beside:>+15.1f} s {kept:>+5.1f} s   ({each})", flush=True)
+            typed, beside, kept, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+            each = " ".join(f"{one[1]:.1f}" for one in rounds)
+            print(
+                f"{workers:>7} {form:>10} {typed:>6.1f} s {beside:>+15.1f} s {kept:>+5.1f} s {cpu:>+8.1f} s   ({each})",
+                flush=True,
+            )
 
 
-def one(form: str, workers: int) -> tuple[float, float, float]:
-    """Seconds with the number typed, and what auto adds: beside measuring, and where a profile is kept."""
+def one(form: str, workers: int) -> tuple[float, float, float, float]:
+    """Seconds with the number typed, and what auto adds: beside measuring, with a kept profile, that in CPU time."""
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        typed_s = took_s(form, workers, here, "batch.per_device=16")
-        measured_s = took_s(form, workers, here, "batch.per_device=auto")
+        typed_s, typed_cpu_s = took_s(form, workers, here, "batch.per_device=16")
+        measured_s, _ = took_s(form, workers, here, "batch.per_device=auto")
         profile = json.loads(next((here / "runs" / ".profiles").iterdir()).read_text())
-        kept_s = took_s(form, workers, here, "batch.per_device=auto")
-        return typed_s, measured_s - typed_s - profile["found"]["spent_s"], kept_s - typed_s
+        kept_s, kept_cpu_s = took_s(form, workers, here, "batch.per_device=auto")
+        beside_s = measured_s - typed_s - profile["found"]["spent_s"]
+        return typed_s, beside_s, kept_s - typed_s, kept_cpu_s - typed_cpu_s
 
 
-def took_s(form: str, workers: int, here: Path, *words: str) -> float:
-    start = time.monotonic()
+def took_s(form: str, workers: int, here: Path, *words: str) -> tuple[float, float]:
+    """Wall time, and CPU time of the command and all that it waited for."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     if form == "launcher":
         command = [sys.executable, "-m", "launcher", *WORDS, f"launch.workers={workers}", *words]
     else:
         command = [*TORCHRUN, f"--nproc-per-node={workers}", "-m", "launcher", *WORDS, *words]
     subprocess.run(command, cwd=here, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
-    return time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.monotonic() - start, cpu_s
 
 
 if __name__ == "__main__":

@@ -148,13 +148,15 @@ def tune_several(args: Sequence[str], topology: Topology | None) -> int:
 
 
 def probe(args: Sequence[str]) -> int:
-    """Internal: a worker of `tune` that the driver started."""
-    topology = Topology.of()
-    if topology is None or len(args) != 1:
-        raise RequestError("probe is started by the driver alone: type launcher tune")
-    from launcher.tune import drive as tuning
+    """Internal: the process that the driver has measure, with how many; or one beside a worker, which has a rank."""
+    from launcher.launch import WORKERS
+    from launcher.tune import errand, host
 
-    return tuning.main_handover(args[0], topology)
+    if Topology.of() is not None and len(args) == 1:
+        return errand.main(args[0])
+    if len(args) != 2 or not args[0].startswith(WORKERS):
+        raise RequestError("probe is started by the program alone: type launcher tune")
+    return host.main(args[1], int(args[0].removeprefix(WORKERS)))
 
 
 def verify(args: Sequence[str]) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,20 @@ from launcher.reading import Event
 from launcher.redact import redact
 from launcher.runfolder import write_whole
 
-__all__ = ["Failure", "cause", "consequence", "first", "hung", "record", "speaks", "tell_torchrun", "those", "written"]
+__all__ = [
+    "Failure",
+    "cause",
+    "consequence",
+    "departed",
+    "first",
+    "hung",
+    "left",
+    "record",
+    "speaks",
+    "tell_torchrun",
+    "those",
+    "written",
+]
 
 SPEAK_WITHIN_S = 0.4
 HANG = "Hang"
@@ -156,6 +170,19 @@ def speaks(logs: Path, own: Failure, within_s: float = SPEAK_WITHIN_S) -> bool:
 def consequence(message: str) -> bool:
     """Whether an error's message only tells that another rank has gone."""
     return any(word in message for word in CONSEQUENCES)
+
+
+def departed(codes: Mapping[int, int]) -> str:
+    """What can be said of ranks that left no word, given their exit codes; empty where there are none."""
+    told = sorted(codes.items(), key=lambda item: item[1] == -signal.SIGTERM)
+    return next((left(f"rank {rank}", code) for rank, code in told), "")
+
+
+def left(who: str, code: int) -> str:
+    """How a process ended: by its exit code, or below 0 by the signal of that number."""
+    if code == -signal.SIGKILL:
+        return f"{who} was killed by SIGKILL: out of memory?"
+    return f"{who} was ended by {signal.Signals(-code).name}" if code < 0 else f"{who} left with {code}"
 
 
 def tell_torchrun(error: BaseException) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from launcher import failure
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST
 from launcher.gpus import count_gpus
 from launcher.opening import Opened, begin, opened, path_of
-from launcher.process import catches, children, runs
+from launcher.process import catches, children, end
 from launcher.questions import closed, settled
 from launcher.redact import redact
 from launcher.runfolder import RUNS, RunFolder
@@ -32,10 +31,10 @@ from launcher.tune import auto
 from launcher.tune.auto import Settled, Unmeasured
 from launcher.worker import Assignment
 
-__all__ = ["Command", "command", "drive", "in_memory", "killed", "tell", "unmeasured", "workers_of"]
+__all__ = ["Command", "command", "drive", "in_memory", "killed", "probing", "tell", "unmeasured", "workers_of"]
 
 LOOK_EVERY_S = 0.05
-GONE_WITHIN_S = 3.0
+WORKERS = "--nproc-per-node="
 MANY = 1_000_000  # torchrun's own count of restarts is no limit: it knows nothing of checkpoints
 
 
@@ -51,7 +50,7 @@ class Command:
         return shlex.join([*(f"{name}={value}" for name, value in self.env.items()), *self.argv])
 
 
-def command(run: Run, workers: int, handover: Path, report: Path, verb: str = "worker") -> Command:
+def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
     """torchrun on this machine, on the loopback, with `workers` processes that read from `handover` what to do."""
     argv = (
         sys.executable,
@@ -59,23 +58,32 @@ def command(run: Run, workers: int, handover: Path, report: Path, verb: str = "w
         "launcher.agent",
         f"--failures={report}",
         "--nnodes=1",
-        f"--nproc-per-node={workers}",
+        f"{WORKERS}{workers}",
         f"--max-restarts={MANY}",
         "--local-addr=127.0.0.1",
         "--monitor-interval=0.1",
         "-m",
         "launcher",
-        verb,
+        "worker",
         str(handover),
     )
-    env = {
+    return Command(argv, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **alone(run, workers)})
+
+
+def probing(run: Run, workers: int, handover: Path) -> Command:
+    """One process that has `workers` others measure, forked from it, on the loopback too."""
+    argv = (sys.executable, "-m", "launcher", "probe", f"{WORKERS}{workers}", str(handover))
+    return Command(argv, alone(run, workers))
+
+
+def alone(run: Run, workers: int) -> Mapping[str, str]:
+    """What keeps `workers` to themselves on this machine: each its share of the cores, all on the loopback."""
+    return {
         "OMP_NUM_THREADS": str(threads_of(run, workers)),
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         **run.launch.env,
     }
-    return Command(argv, env)
 
 
 def workers_of(run: Run) -> int:
@@ -168,7 +176,7 @@ class Job:
             try:
                 return self._watch(agent)
             finally:
-                self._end(agent)
+                end(agent)
                 os.close(self._handover)
 
     def _watch(self, agent: subprocess.Popen[bytes]) -> int:
@@ -186,7 +194,7 @@ class Job:
             ended = self._written_down(generation - 1) if again else None
             hopeless = (found is not None and found.final) or generation - since > self._run.elastic.max_restarts
             if agent.returncode is not None or hopeless:
-                self._end(agent)
+                end(agent)
                 self._written_down(generation)
                 return self._failed(found)
             if again:
@@ -224,20 +232,6 @@ class Job:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGUSR1)
 
-    def _end(self, agent: subprocess.Popen[bytes]) -> None:
-        """Leave nothing behind: the workers die with their agent. Returns when they have."""
-        if agent.poll() is not None:
-            return  # the kernel has ended them with it
-        pids = children(agent.pid)
-        agent.kill()
-        agent.wait()
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        end_s = time.monotonic() + GONE_WITHIN_S
-        while any(map(runs, pids)) and time.monotonic() < end_s:
-            time.sleep(LOOK_EVERY_S)
-
     def _ended_well(self) -> int:
         if self._folder.read_done() is None:
             name, path = self._run.run.name, self._folder.path
@@ -270,11 +264,7 @@ def killed(report: Path) -> str:
         codes: dict[str, int] = json.loads(report.read_text())
     except (OSError, ValueError):
         return "torchrun ended without a word"
-    for rank, code in sorted(codes.items(), key=lambda item: item[1] == -signal.SIGTERM):
-        if code == -signal.SIGKILL:
-            return f"rank {rank} was killed by SIGKILL: out of memory?"
-        return f"rank {rank} was ended by {signal.Signals(-code).name}" if code < 0 else f"rank {rank} left with {code}"
-    return "torchrun failed"
+    return failure.departed({int(rank): code for rank, code in codes.items()}) or "torchrun failed"
 
 
 def tell(text: str, *, whole: bool = False) -> None:

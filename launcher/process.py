@@ -5,22 +5,78 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["catches", "children", "cpu_s", "die_with_parent", "runs", "siblings_state", "started_at"]
+__all__ = [
+    "as_if_started",
+    "catches",
+    "children",
+    "cpu_s",
+    "die_with_parent",
+    "end",
+    "holds",
+    "runs",
+    "siblings_state",
+    "started_at",
+]
 
 PR_SET_PDEATHSIG = 1
+LOOK_EVERY_S = 0.05
+GONE_WITHIN_S = 3.0
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends, however that ends.
 
-    The parent may have ended already, between its fork and this call: then there is nobody to wait for.
+    The parent may have ended already, between its fork and this call: then there is nobody to wait for. `parent` is its
+    pid where it is known, as to a process that was forked.
     """
-    before = os.getppid()
+    before = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != before:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def as_if_started(parent: int) -> None:
+    """Make a process that was forked from `parent` one that was started by it: its own signals, and none of its end.
+
+    Python's handlers are the parent's; what is ignored stays so, as it does for a program that is started.
+    """
+    die_with_parent(parent)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and those it started; returns when all are gone. Nothing where it has ended by itself.
+
+    For one whose children die with it: when it has gone, the kernel has ended them too.
+    """
+    if process.poll() is not None:
+        return
+    pids = children(process.pid)
+    process.kill()
+    process.wait()
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    end_s = time.monotonic() + GONE_WITHIN_S
+    while any(map(runs, pids)) and time.monotonic() < end_s:
+        time.sleep(LOOK_EVERY_S)
+
+
+def holds(device: Callable[[str], bool]) -> bool:
+    """Whether this process has a file open whose path `device` says yes to."""
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing itself is gone
+            if device(os.readlink(f"/proc/self/fd/{number}")):
+                return True
+    return False
 
 
 def children(pid: int) -> list[int]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["AS_GUEST", "Topology", "master_port", "slurm_job", "slurm_restarts"]
+__all__ = ["AS_GUEST", "Topology", "as_rank", "master_port", "slurm_job", "slurm_restarts"]
 
 #: What lets a process beside a worker use the job's store without serving it.
 AS_GUEST: Mapping[str, str] = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -57,6 +57,25 @@ class Topology:
 
     def started(self, generation: int) -> Topology:
         return replace(self, generation=generation)
+
+
+def as_rank(rank: int, world: int, port: int) -> Mapping[str, str]:
+    """What torchrun would tell one of `world` workers of this machine, whose store listens at `port`."""
+    facts = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "ROLE_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "ROLE_WORLD_SIZE": world,
+        "GROUP_RANK": 0,
+        "GROUP_WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+    }
+    return {**{name: str(value) for name, value in facts.items()}, **AS_GUEST}
 
 
 def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:

@@ -51,7 +51,7 @@ STDLIB_ONLY = [
     *("advice", "explain", "charts", "export", "report"),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm"),
     *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page", "tune.cache", "tune.auto", "tune.worth"),
-    *("tune.images", "tune.document", "tune.operators", "tune.splits"),
+    *("tune.images", "tune.document", "tune.operators", "tune.splits", "tune.rounds"),
 ]
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 

@@ -13,7 +13,7 @@ import pytest
 from launcher import failure
 from launcher.errors import RequestError
 from launcher.gpus import count_gpus
-from launcher.launch import command, killed, workers_of
+from launcher.launch import command, killed, probing, workers_of
 from launcher.settings import LaunchSettings, Run, TrainSettings
 from launcher.sinks.jsonl import add
 
@@ -34,6 +34,14 @@ def test_the_command_letter_by_letter() -> None:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "OWN": "1",
     }
+
+
+def test_what_measures_is_one_process_on_the_loopback() -> None:
+    made = probing(Run(launch=LaunchSettings(threads=2, env={"OWN": "1"})), 3, Path("HANDOVER.json"))
+    assert made.line() == (
+        "OMP_NUM_THREADS=2 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo OWN=1 "
+        f"{sys.executable} -m launcher probe --nproc-per-node=3 HANDOVER.json"
+    )
 
 
 def test_threads_are_the_cores_over_the_workers() -> None:

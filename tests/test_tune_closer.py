@@ -16,11 +16,11 @@ from launcher.telemetry import STAGES
 from launcher.tune.closer import look_closer
 from launcher.tune.council import Council
 from launcher.tune.document import document
-from launcher.tune.drive import after_loss
 from launcher.tune.ledger import Ledger, Visit
 from launcher.tune.operators import Operator, Profiled, grown, worth_profiling
 from launcher.tune.page import page
 from launcher.tune.profiling import MARK, by_operator
+from launcher.tune.rounds import after_loss
 from launcher.tune.splits import ways
 from launcher.tune.survey import Term
 from launcher.tune.words import divided, slowed, text

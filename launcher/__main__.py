@@ -160,7 +160,7 @@ def probe(args: Sequence[str]) -> int:
 
 
 def verify(args: Sequence[str]) -> int:
-    """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains it."""
+    """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains why."""
     if answered(Arguments.parse(args), args):
         return EXIT_OK
     run = resolved(args)
@@ -168,7 +168,7 @@ def verify(args: Sequence[str]) -> int:
 
     verdict = verifying.verify(run)
     print(json.dumps(verdict.document()) if run.format == "json" else verifying.text(verdict).rstrip())
-    return EXIT_OK if verdict.equal or verdict.breakers else EXIT_FAILED
+    return EXIT_OK if verdict.sound else EXIT_FAILED
 
 
 def explain(args: Sequence[str]) -> int:
@@ -240,7 +240,7 @@ def stop(args: Sequence[str]) -> int:
 def status(args: Sequence[str]) -> int:
     """Says where a run started elsewhere stands."""
     if len(args) != 1 or args[0].startswith("-"):
-        raise RequestError(f"status {' '.join(args)}: type launcher status RUN")
+        raise RequestError(f"status takes one run, not {len(args)}: type launcher status RUN")
     from launcher import control
 
     return control.status(args[0])

@@ -244,10 +244,14 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
-    """launch.env is empty and any name may be put there: no + is asked for."""
-    return [
-        f"++{override}" if override.startswith(("launch.env.", "launch.env=")) else override for override in overrides
-    ]
+    """No + is asked for where any name may be put: launch.env is empty, and one's own recipe has its class's fields.
+
+    Which those are is known when the recipe is made: its YAML lists none, as no YAML was written for it.
+    """
+    chosen = [override for override in overrides if override.startswith("recipe=")]
+    own = ("recipe.",) if chosen[-1:] == ["recipe=own"] else ()
+    free = ("launch.env.", "launch.env=", *own)
+    return [f"++{override}" if override.startswith(free) else override for override in overrides]
 
 
 def refuse_outside_sweeps(override: Override) -> None:

@@ -293,8 +293,9 @@ def _why(fast: Profile, slow: Profile, letter: str, ratio: float, grew: str, wit
 
 
 def _scaling(a: Profile, b: Profile) -> dict[str, float]:
-    """What of the smaller world's samples/s per worker the larger one keeps."""
-    if a.world == b.world:
+    """What of the smaller world's samples/s per worker the larger one keeps, at one batch, in all or per worker."""
+    alike = any(0.9 < one / other < 1.1 for one, other in ((a.batch, b.batch), (a.batch * b.world, b.batch * a.world)))
+    if a.world == b.world or not alike:
         return {}
     small, large = sorted((a, b), key=lambda run: run.world)
     return {"scaling_efficiency": large.samples_per_s / large.world / (small.samples_per_s / small.world)}

@@ -26,7 +26,7 @@ from launcher.runfolder import RUNS, RunFolder
 from launcher.settings import Run
 from launcher.signals import handled
 from launcher.sinks.jsonl import add
-from launcher.threads import threads_of
+from launcher.threads import asked_threads, threads_of
 from launcher.tune import auto
 from launcher.tune.auto import Settled, Unmeasured
 from launcher.worker import Assignment
@@ -78,8 +78,10 @@ def probing(run: Run, workers: int, handover: Path) -> Command:
 
 def alone(run: Run, workers: int) -> Mapping[str, str]:
     """What keeps `workers` to themselves on this machine: each its share of the cores, all on the loopback."""
+    asked = asked_threads(run)
     return {
-        "OMP_NUM_THREADS": str(threads_of(run, workers)),
+        "OMP_NUM_THREADS": str(threads_of(run, workers, asked)),
+        **asked,
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         **run.launch.env,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import RequestError
-from launcher.history import history
+from launcher.history import folders, history
 from launcher.noise import efficiency
 from launcher.runfolder import RUNS
 from launcher.settings import Run
@@ -39,8 +39,8 @@ def noise_of(run: Run) -> Noise | None:
         RequestError: plan.noise is no noise scale, or the run that it names has measured none.
     """
     if run.plan.noise is not None:
-        return _asked(run.plan.noise, last=True)
-    name = str(run.recipe["_target_"]).rpartition(".")[2]
+        return _asked(run, last=True)
+    name = _class_of(run)
     for folder in sorted(RUNS.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime, reverse=True):
         if _recipe(folder.parent) == name and (found := _measured(str(folder.parent))) is not None:
             return found
@@ -57,18 +57,39 @@ def begun_with(run: Run) -> Run:
     """
     if run.batch.policy != "goodput" or run.plan.noise is None:
         return run
-    return replace(run, plan=replace(run.plan, noise=_asked(run.plan.noise, last=False).scale))
+    return replace(run, plan=replace(run.plan, noise=_asked(run, last=False).scale))
 
 
-def _asked(asked: float | str, *, last: bool) -> Noise:
+def _asked(run: Run, *, last: bool) -> Noise:
+    asked = run.plan.noise
     if isinstance(asked, str):
-        found = _measured(asked, last=last)
+        found, other = _of_run(asked, last=last)
+        if other not in (None, _class_of(run)):
+            raise RequestError(
+                f"plan.noise={asked}: that run trained {other}, not {_class_of(run)}: type a run of this recipe, or a "
+                "number of samples"
+            )
         if found is None:
             raise RequestError(f"plan.noise={asked}: that run has measured no noise scale: type a number of samples")
         return found
-    if asked <= 0:
-        raise RequestError(f"plan.noise={asked:g} is no noise scale: type a number of samples above 0")
+    if asked is None or asked <= 0:
+        raise RequestError(f"plan.noise={asked} is no noise scale: type a number of samples above 0")
     return Noise(asked, asked, asked, "plan.noise")
+
+
+def _of_run(word: str, *, last: bool) -> tuple[Noise | None, str | None]:
+    """What the run knew, and the class of its recipe."""
+    try:
+        (folder,) = folders(word)
+    except RequestError as problem:
+        raise RequestError(f"plan.noise={problem}; or type a number of samples") from problem
+    except ValueError:
+        raise RequestError(f"plan.noise={word} are several runs: type one of them, or a number of samples") from None
+    return _measured(str(folder), last=last), _recipe(folder)
+
+
+def _class_of(run: Run) -> str:
+    return str(run.recipe["_target_"]).rpartition(".")[2]
 
 
 def _measured(word: str, *, last: bool = True) -> Noise | None:

@@ -177,7 +177,7 @@ class LaunchSettings:
     dry: bool = key(False, "print the command, or the sbatch text, instead of starting it")
     backend: Literal["auto", "gloo", "nccl"] = key("auto", "collectives: nccl on GPUs, gloo elsewhere")
     timeout_s: float = key(600.0, "a collective that takes longer has failed")
-    threads: int | None = key(None, "CPU threads per rank; cores / workers of the machine by default")
+    threads: int | None = key(None, "CPU threads per rank; OMP_NUM_THREADS that launcher finds, else cores / workers")
     env: Mapping[str, str] = key({}, "environment variables to pass to the workers")
 
 

@@ -14,11 +14,18 @@ from launcher.errors import RequestError
 from launcher.limits import check_data, check_request
 from launcher.rules import Rule, far_advice, optimizer_of, power_of, rule_of, warmup_advice
 from launcher.schedule import Decay, LrSchedule
-from launcher.settings import BatchSettings, Run
+from launcher.settings import BatchSettings, Run, StrategySettings
 from launcher.shards import ShardPlan, trainers
 from launcher.timeline import Timeline
 
 __all__ = ["Sizes", "Study", "policy_of", "study"]
+
+#: Keys of the part `strategy` that one strategy alone knows.
+STRATEGY_OF = {
+    "find_unused_parameters": "ddp",
+    **dict.fromkeys(("reshard", "gather", "meta"), "fsdp"),
+    **dict.fromkeys(("stage", "config"), "deepspeed"),
+}
 
 
 @dataclass(frozen=True)
@@ -319,6 +326,7 @@ def _advice(run: Run, rule: Rule, schedule: LrSchedule, stages: Sequence[tuple[i
     lines = [
         _hold_advice(run),
         _goodput_advice(run),
+        *_strategy_advice(run),
         *_exact_advice(run, stages[-1][1]),
         _noise_advice(rule, stages[-1][1]),
         far_advice(run, rule, largest / schedule.base_batch),
@@ -366,6 +374,16 @@ def _goodput_advice(run: Run) -> str:
         "longer one, and to end in time train.target.metric=val/accuracy train.target.at_least=0.95 "
         "train.stop_at_target=true"
     )
+
+
+def _strategy_advice(run: Run) -> Iterator[str]:
+    """Keys of another strategy's; a sweep over strategies has them for some of its points."""
+    for name, strategy in STRATEGY_OF.items():
+        value, usual = getattr(run.strategy, name), getattr(StrategySettings(), name)
+        if value != usual and run.strategy.name != strategy:
+            given = str(value).lower() if isinstance(value, bool) else value
+            here = f"strategy={run.strategy.name}"
+            yield f"strategy.{name}={given} does nothing under {here}: it is strategy={strategy}'s"
 
 
 def _hold_advice(run: Run) -> str:

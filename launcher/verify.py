@@ -64,6 +64,11 @@ class Verdict:
     def equal(self) -> bool:
         return self.relative <= TOLERANCE and not self.breakers
 
+    @property
+    def sound(self) -> bool:
+        """Equal, or where it is not layers explain it: a loss that depends on the cut trains something else."""
+        return self.equal or (bool(self.breakers) and LOSS not in self.breakers)
+
     def document(self) -> dict[str, Any]:
         return {
             "equal": self.equal,

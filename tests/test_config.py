@@ -144,6 +144,13 @@ def test_every_shipped_choice_composes(run: Any, nth: int) -> None:
     assert "lr" not in run(*choices).optimizer
 
 
+def test_fields_of_ones_own_recipe_are_named_without_a_plus() -> None:
+    """No YAML lists them: which there are is for the class to say."""
+    own = ["recipe=own", "recipe._target_=spirals.Spirals", "recipe.trust=[spirals]", "recipe.hidden=8"]
+    made = config.compose([*own, "lr.base=0.1", "lr.base_batch=64"])
+    assert made.recipe == {"_target_": "spirals.Spirals", "trust": ["spirals"], "hidden": 8}
+
+
 def test_the_environment_may_be_named_without_a_plus(run: Any) -> None:
     assert run("launch.env.NCCL_DEBUG=INFO", "launch.env.N=1").launch.env == {"NCCL_DEBUG": "INFO", "N": "1"}
     assert run("launch.env={A:1}").launch.env == {"A": "1"}

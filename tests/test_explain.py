@@ -189,6 +189,10 @@ def test_runs_at_two_world_sizes_have_a_scaling_efficiency(tmp_path: Path) -> No
     document = against(one, four)
     assert document["scaling_efficiency"] == pytest.approx(12 / 15, rel=0.01)
     assert "Scaling efficiency: 80 %" in text(document)
+    held = run(tmp_path / "held", {"forward": 1.0, "backward": 2.0, "sync": 1.0}, batch=32, world=4)
+    assert against(one, held)["scaling_efficiency"] == pytest.approx(3 / 4, rel=0.01)
+    other = run(tmp_path / "other", {"forward": 4.0, "backward": 8.0, "sync": 3.0}, batch=1000, world=4)
+    assert "scaling_efficiency" not in against(one, other), "it would be the batch's doing"
 
 
 # --- the verb -----------------------------------------------------------------------------------------------------

@@ -329,8 +329,13 @@ def test_a_number_or_a_run_that_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     written(tmp_path / "runs" / "unknown", "Mlp")
     with pytest.raises(RequestError, match=r"^plan\.noise=unknown: that run has measured no noise scale"):
         noise_of(asked("unknown"))
-    with pytest.raises(RequestError, match=r"^plan\.noise=-1 is no noise scale"):
+    with pytest.raises(RequestError, match=r"^plan\.noise=-1.0 is no noise scale"):
         noise_of(asked(-1.0))
+    with pytest.raises(RequestError, match=r"^plan\.noise=nosuch is no run: there are unknown; or type a number"):
+        noise_of(asked("nosuch"))
+    written(tmp_path / "runs" / "other", "Resnet", **{"noise/scale": 300.0})
+    with pytest.raises(RequestError, match=r"^plan\.noise=other: that run trained Resnet, not Mlp: type a run of"):
+        noise_of(asked("other"))
 
 
 def test_training_begins_by_the_first_scale_that_a_run_knew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +348,7 @@ def test_training_begins_by_the_first_scale_that_a_run_knew(tmp_path: Path, monk
     assert begun_with(RUN) == RUN
     fixed = replace(asked("one"), batch=replace(RUN.batch, policy="scale"))
     assert begun_with(fixed) == fixed
-    with pytest.raises(RequestError, match=r"^plan\.noise=-1 is no noise scale"):
+    with pytest.raises(RequestError, match=r"^plan\.noise=-1.0 is no noise scale"):
         begun_with(asked(-1.0))
 
 

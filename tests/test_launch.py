@@ -14,8 +14,9 @@ from launcher import failure
 from launcher.errors import RequestError
 from launcher.gpus import count_gpus
 from launcher.launch import command, killed, probing, workers_of
-from launcher.settings import LaunchSettings, Run, TrainSettings
+from launcher.settings import ElasticSettings, LaunchSettings, Run, TrainSettings
 from launcher.sinks.jsonl import add
+from launcher.threads import asked_threads, threads_of
 
 
 def test_the_command_letter_by_letter() -> None:
@@ -44,11 +45,27 @@ def test_what_measures_is_one_process_on_the_loopback() -> None:
     )
 
 
-def test_threads_are_the_cores_over_the_workers() -> None:
+def test_threads_are_the_cores_over_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
     for workers in (1, 2, 64):
         env = command(Run(), workers, Path("h"), Path("f")).env
         assert env["OMP_NUM_THREADS"] == str(max(1, cores // workers))
+
+
+def test_threads_are_those_of_the_users_own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers hear it from the driver: under a torchrun of one's own it is torchrun that sets OMP_NUM_THREADS."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "5,2")
+    handed = command(Run(), 1, Path("h"), Path("f")).env
+    assert handed["OMP_NUM_THREADS"] == "5"
+    assert threads_of(Run(), 1, handed) == 5
+    typed = Run(launch=LaunchSettings(threads=3))
+    assert command(typed, 1, Path("h"), Path("f")).env["OMP_NUM_THREADS"] == "3"
+    assert threads_of(typed, 1, handed) == 3
+    assert threads_of(replace(Run(), elastic=ElasticSettings(exact=True)), 1, handed) == 1
+    for senseless in ("", "0", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", senseless)
+        assert asked_threads(Run()) == {}
 
 
 def test_a_command_can_be_typed_again() -> None:

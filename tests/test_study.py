@@ -230,6 +230,14 @@ def test_advice_where_the_batch_is_far_from_the_base() -> None:
     assert line.startswith("the global batch is more than 8 x lr.base_batch=32")
 
 
+def test_advice_where_a_key_is_another_strategys() -> None:
+    (line,) = study(run({"strategy.stage": 3}), SIZES, 2).advice
+    assert line == "strategy.stage=3 does nothing under strategy=ddp: it is strategy=deepspeed's"
+    (line,) = study(run({"strategy.reshard": False}), SIZES, 2).advice
+    assert line == "strategy.reshard=false does nothing under strategy=ddp: it is strategy=fsdp's"
+    assert study(run({"strategy.name": "fsdp", "strategy.reshard": False}), SIZES, 2).advice == ()
+
+
 def test_advice_where_goodput_trains_to_a_number_of_samples() -> None:
     """At 20 % efficiency ten epochs teach what two do at the base batch."""
     (line,) = study(run({"batch.policy": "goodput"}), SIZES, 2).advice

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launcher.keys import flat, from_mapping, to_mapping
 from launcher.settings import BatchSettings, DataSettings, Run, StrategySettings, TrainSettings, TuneSettings
 from launcher.tune.cache import Place, Profile, configured, keep, kept, key_of, look
-from launcher.tune.session import shape_of
+from launcher.tune.session import doubts, shape_of
 
 RUN = Run(
     recipe={"_target_": "launcher.recipes.mlp.Mlp", "width": 64, "trust": ["mine"]},
@@ -126,6 +126,14 @@ def test_what_was_kept_is_found(tmp_path: Path) -> None:
     assert look(PROFILE.key, tmp_path).profile == PROFILE
     assert look(PROFILE.key, tmp_path).said == ()
     assert list(kept(tmp_path)) == [PROFILE]
+
+
+def test_a_speed_that_is_hardly_known_is_said() -> None:
+    """As where threads wait for cores that other programs use: a hundred times apart from one visit to the next."""
+    assert doubts(FOUND) == []
+    noisy = {**FOUND, "points": [{**FOUND["points"][0], "low": 0.664, "high": 66.1}]}
+    (line,) = doubts(noisy)
+    assert line.startswith("between 0.664 and 66.1 samples/s were measured at 24, too far apart to rely on: try ")
 
 
 def test_nothing_kept_is_nothing_to_say(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from launcher.data import dataset_of
 from launcher.errors import RequestError
 from launcher.greeting import greet
 from launcher.settings import Run
+from launcher.sinks.text import rate
 from launcher.study import Sizes, study
 from launcher.threads import threads_of
 from launcher.topology import Topology
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Earlier", "measured"]
 
+#: High over low of an interval that nothing can be relied on with.
+NOISY = 3.0
 BUDGET_S = 120.0
 
 
@@ -141,9 +144,22 @@ def remembered(key: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> l
     if rank or found["recommended"] is None:
         return []
     try:
-        return [f"kept for batch.per_device=auto: {cache.keep(cache.Profile(key, found['measured'], found))}"]
+        kept = f"kept for batch.per_device=auto: {cache.keep(cache.Profile(key, found['measured'], found))}"
     except OSError as problem:
-        return [f"{cache.FOLDER} cannot be written ({problem.strerror}): the next start measures anew"]
+        return [f"{cache.FOLDER} cannot be written ({problem.strerror}): the next start measures anew", *doubts(found)]
+    return [kept, *doubts(found)]
+
+
+def doubts(found: Mapping[str, Any]) -> list[str]:
+    """Where the recommended size's own speed is hardly known, what to do about it."""
+    point = next(one for one in found["points"] if one["per_device"] == found["recommended"])
+    if point["high"] <= NOISY * point["low"]:
+        return []
+    size, low, high = found["recommended"], rate(point["low"]), rate(point["high"])
+    return [
+        f"between {low} and {high} samples/s were measured at {size}, too far apart to rely on: try launch.threads=1, "
+        "a larger tune.budget_s, or with fewer programs beside it"
+    ]
 
 
 def surveyed(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from jobs import alive, descendants, environment, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ASKED = ["recipe._target_=watched.Watched", "recipe.trust=[watched]", "tune.sizes=[8,16]", "tune.budget_s=0.5"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_what_measures_is_one_process_on_the_loopback() -> None:
     made = probing(Run(launch=LaunchSettings(threads=2, env={"OWN": "1"})), 3, Path("HANDOVER.json"))
     assert made.line() == (
         "OMP_NUM_THREADS=2 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo OWN=1 "
-        f"{sys.executable} -m launcher probe --nproc-per-node=3 HANDOVER.json"
+        f"{shlex.quote(sys.executable)} -m launcher probe --nproc-per-node=3 HANDOVER.json"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import RequestError
-from launcher.history import folders, history
+from launcher.history import History, history
 from launcher.noise import efficiency
 from launcher.runfolder import RUNS
 from launcher.settings import Run
@@ -42,7 +42,7 @@ def noise_of(run: Run) -> Noise | None:
         return _asked(run, last=True)
     name = _class_of(run)
     for folder in sorted(RUNS.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime, reverse=True):
-        if _recipe(folder.parent) == name and (found := _measured(str(folder.parent))) is not None:
+        if _recipe(folder.parent) == name and (found := _measured(history(str(folder.parent)))) is not None:
             return found
     return None
 
@@ -80,20 +80,17 @@ def _asked(run: Run, *, last: bool) -> Noise:
 def _of_run(word: str, *, last: bool) -> tuple[Noise | None, str | None]:
     """What the run knew, and the class of its recipe."""
     try:
-        (folder,) = folders(word)
+        known = history(word)
     except RequestError as problem:
         raise RequestError(f"plan.noise={problem}; or type a number of samples") from problem
-    except ValueError:
-        raise RequestError(f"plan.noise={word} are several runs: type one of them, or a number of samples") from None
-    return _measured(str(folder), last=last), _recipe(folder)
+    return _measured(known, last=last), _recipe(known.folder)
 
 
 def _class_of(run: Run) -> str:
     return str(run.recipe["_target_"]).rpartition(".")[2]
 
 
-def _measured(word: str, *, last: bool = True) -> Noise | None:
-    run = history(word)
+def _measured(run: History, *, last: bool = True) -> Noise | None:
     row = next((row for row in (reversed(run.rows) if last else run.rows) if "noise/scale" in row), None)
     if row is None:
         return None

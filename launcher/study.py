@@ -17,6 +17,7 @@ from launcher.schedule import Decay, LrSchedule
 from launcher.settings import BatchSettings, Run, StrategySettings
 from launcher.shards import ShardPlan, trainers
 from launcher.timeline import Timeline
+from launcher.typed import shown
 
 __all__ = ["Sizes", "Study", "policy_of", "study"]
 
@@ -378,12 +379,11 @@ def _goodput_advice(run: Run) -> str:
 
 def _strategy_advice(run: Run) -> Iterator[str]:
     """Keys of another strategy's; a sweep over strategies has them for some of its points."""
+    usual, here = StrategySettings(), run.strategy.name
     for name, strategy in STRATEGY_OF.items():
-        value, usual = getattr(run.strategy, name), getattr(StrategySettings(), name)
-        if value != usual and run.strategy.name != strategy:
-            given = str(value).lower() if isinstance(value, bool) else value
-            here = f"strategy={run.strategy.name}"
-            yield f"strategy.{name}={given} does nothing under {here}: it is strategy={strategy}'s"
+        value = getattr(run.strategy, name)
+        if value != getattr(usual, name) and here != strategy:
+            yield f"strategy.{name}={shown(value)} does nothing under strategy={here}: it is strategy={strategy}'s"
 
 
 def _hold_advice(run: Run) -> str:

@@ -85,9 +85,7 @@ def ended(errands: Sequence[Errand], store: TCPStore) -> list[int | None]:
             ranks.append(sent(errand, as_rank(rank, len(errands), store.port)))
         while not over([one.poll() for one in ranks]):
             time.sleep(LOOK_EVERY_S)
-        return [
-            one.poll() for one in ranks
-        ]  # once more: who ended first is the cause, and may have been looked at first
+        return [one.poll() for one in ranks]  # once more: the cause may have been looked at before it ended
     finally:
         for one in ranks:
             one.kill()

@@ -140,17 +140,19 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
 
 def told(times: dict[bool, list[float]], batch: int) -> None:
     differences = [one - other for one, other in zip(times[True], times[False], strict=True)]
+    from launcher.strategies.gauge import EVERY
+
     without_ms, more_ms = statistics.median(times[False]) * 1e3, statistics.median(differences) * 1e3
     error_ms = 1.25 * statistics.stdev(differences) / len(differences) ** 0.5 * 1e3
-    host_ms = estimate_s(batch) * 1e3
-    print(
-        f"an update {without_ms:.2f} ms; measuring {more_ms:+.3f} +- {error_ms:.3f} ms; the estimate {host_ms:.3f} ms; "
-        f"together {(more_ms + host_ms) / without_ms:+.2%}"
-    )
+    print(f"an update {without_ms:.2f} ms; measuring {more_ms:+.3f} +- {error_ms:.3f} ms where it is heard")
+    for name, every in (("in every update", 1), (f"in every {EVERY}th", EVERY)):
+        host_ms = estimate_s(batch, every) * 1e3
+        share = (more_ms / every + host_ms) / without_ms
+        print(f"  {name}: with {host_ms:.3f} ms for the estimate {share:+.2%} of all updates")
 
 
-def estimate_s(batch: int, updates: int = 2000) -> float:
-    """Seconds per update for the estimate and the row's values, the window full."""
+def estimate_s(batch: int, every: int, updates: int = 2000) -> float:
+    """Seconds per update for the estimate and the row's values, the window full, where one of `every` is heard."""
     import random
 
     from launcher.noise import NoiseScale
@@ -160,7 +162,8 @@ def estimate_s(batch: int, updates: int = 2000) -> float:
     for index in range(updates + 500):
         if index == 500:
             start_s = time.thread_time()
-        noise = noise.update([batch / 2] * 2, [2 + draw.random()] * 2, 1 + draw.random(), batch)
+        shares = [] if index % every else [batch / 2] * 2
+        noise = noise.update(shares, [2 + draw.random()] * len(shares), 1 + draw.random(), batch)
         noise.values(batch, batch)
     return (time.thread_time() - start_s) / updates
 

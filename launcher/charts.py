@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from launcher.sinks.text import figure, one_line
 
@@ -225,14 +226,25 @@ def _strips(frame: Frame, told: Sequence[tuple[str, Sequence[tuple[float, float]
     """Invisible columns that tell what lies under the pointer."""
     xs = sorted({x for _, points in told for x, _ in points})
     xs = xs[:: max(1, -(-len(xs) // STRIPS))]
+    apart = max((after - before for before, after in pairwise(xs)), default=0.0)
     for place, x in enumerate(xs):
         start = frame.across(x if place == 0 else (xs[place - 1] + x) / 2)
         end = frame.across(x if place == len(xs) - 1 else (x + xs[place + 1]) / 2)
-        said = " · ".join(f"{label} {figure(_near(points, x))}" for label, points in told if points)
+        here = [(label, points) for label, points in told if _covers(points, x, apart)]
+        said = " · ".join(f"{label} {figure(_near(points, x))}" for label, points in here)
         yield (
             f'<rect class="strip" x="{start:.1f}" y="{TOP}" width="{max(1.0, end - start):.1f}" '
             f'height="{HEIGHT - TOP - BOTTOM}"><title>{safe(f"{x:,.0f} samples: {said}")}</title></rect>'
         )
+
+
+def _covers(points: Sequence[tuple[float, float]], x: float, apart: float) -> bool:
+    """Whether a curve has anything to say at x: not before its first point or past its last, but for half a step."""
+    if not points:
+        return False
+    xs = [x for x, _ in points]
+    first, last = (xs[1] - xs[0], xs[-1] - xs[-2]) if len(xs) > 1 else (apart, apart)
+    return xs[0] - first / 2 <= x <= xs[-1] + last / 2
 
 
 def _near(points: Sequence[tuple[float, float]], x: float) -> float:

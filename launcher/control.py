@@ -9,18 +9,22 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher import queue
 from launcher.errors import EXIT_OK, RequestError
+from launcher.failure import whole_lines
 from launcher.recovery import last_row
-from launcher.runfolder import RUNS, RunFolder
+from launcher.runfolder import RUNS, RunFolder, runs_with
 
 __all__ = ["Owner", "find", "owner", "status", "stop"]
 
 LOOK_EVERY_S = 0.1
 ASK_EVERY_S = 1.0
+ENDINGS = ("start", "preempt", "error", "done")
 OWNER = re.compile(r"process (\d+)(?: of torchrun (\d+))? on (\S+) since (.+)")
 
 
@@ -50,9 +54,7 @@ def find(run: str) -> RunFolder:
     for path in (Path(run), RUNS / run):
         if (path / "run.yaml").is_file() or (path / "slurm.json").is_file():
             return RunFolder(path)
-    known = sorted(path.parent.name for path in RUNS.glob("*/run.yaml"))
-    there = f"there are {', '.join(known[-5:])}" if known else f"there is none in {RUNS}/ here"
-    raise RequestError(f"{run} is no run: {there}")
+    raise RequestError(f"{run} is no run: {runs_with('run.yaml')}")
 
 
 def owner(folder: RunFolder) -> Owner | None:
@@ -95,7 +97,7 @@ def stop(run: str, *, now: bool, say: Callable[[str], None] = print) -> int:
     if now:
         end(held, folder)
     else:
-        folder.stop_file.touch(0o600)
+        folder.ask_to_stop("launcher stop")
         say(f"{folder.path}: asked {held} to save and stop")
     while owner(folder) is not None:
         time.sleep(LOOK_EVERY_S)
@@ -147,8 +149,24 @@ def standing(folder: RunFolder) -> str:
     done = folder.read_done()
     if done is not None:
         return f"complete, {done['samples']:,} samples in {done['updates']:,} updates"
-    row = last_row(folder.metrics)
+    row, why = last_row(folder.metrics), failed(folder)
     if row is None:
-        return "nothing was trained yet"
+        return f"nothing was trained yet{why}"
     kept = "" if any(folder.checkpoints.glob("*/manifest.json")) else ", nothing saved"
-    return f"at update {row['update']:,}, {row['samples']:,} samples{kept}"
+    return f"at update {row['update']:,}, {row['samples']:,} samples{kept}{why}"
+
+
+def failed(folder: RunFolder) -> str:
+    """What ended the run's last start, where that was an error."""
+    last: dict[str, Any] = next((line for line in reversed(events(folder)) if line.get("event") in ENDINGS), {})
+    if last.get("event") != "error":
+        return ""
+    at = f" in {last['where']}" if last.get("where") else ""
+    return f"; rank {last.get('rank')} failed{at}: {last.get('type')}: {last.get('message')}"
+
+
+def events(folder: RunFolder) -> list[dict[str, Any]]:
+    """Those that were written whole."""
+    with suppress(OSError):
+        return list(whole_lines(folder.events))
+    return []

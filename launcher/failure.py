@@ -29,6 +29,7 @@ __all__ = [
     "speaks",
     "tell_torchrun",
     "those",
+    "whole_lines",
     "written",
 ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import RequestError
-from launcher.runfolder import RUNS
+from launcher.runfolder import RUNS, runs_with
 
 __all__ = ["POSITION", "History", "Row", "folders", "history"]
 
@@ -73,9 +73,7 @@ def folders(word: str) -> list[Path]:
             return points
     if any(path.is_dir() for path in (Path(word), RUNS / word)):
         raise RequestError(f"{word} has no {METRICS}: nothing was trained there yet")
-    known = sorted(path.parent.name for path in RUNS.glob(f"*/{METRICS}"))
-    there = f"there are {', '.join(known[-5:])}" if known else f"there is none in {RUNS}/ here"
-    raise RequestError(f"{word} is no run: {there}")
+    raise RequestError(f"{word} is no run: {runs_with(METRICS)}")
 
 
 def _order(folder: Path) -> tuple[int, str]:

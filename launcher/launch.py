@@ -220,9 +220,10 @@ class Job:
         """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal ask the workers to save and stop; a second Ctrl-C ends all."""
         if not self._asked:
             self._asked = 1
-            self._folder.stop_file.touch(0o600)
+            name = signal.Signals(number).name
+            self._folder.ask_to_stop(name)
             more = " (once more ends at once)" if number == signal.SIGINT else ""
-            tell(f"{signal.Signals(number).name}: saving at the next update, then stopping{more}")
+            tell(f"{name}: saving at the next update, then stopping{more}")
         elif number == signal.SIGINT:
             self._asked = 2
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ class Story:
     @property
     def samples(self) -> float:
         return self.rows[-1]["samples"]
+
+    @cached_property
+    def told(self) -> Mapping[str, Any]:
+        """What `explain` says of it; nothing where it has no stage times."""
+        try:
+            return explained(profile(self.history))
+        except RequestError:
+            return {}
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         return [(row["samples"], row[key]) for row in self.rows if key in row]
@@ -121,12 +130,11 @@ def _one(run: Story) -> str:
 
 def _tiles(run: Story) -> str:
     last = run.rows[-1]
-    speeds = [speed for _, speed in run.curve("throughput/samples_per_s")]
     facts = [("samples", count(run.samples)), ("updates", count(last["update"]))]
     if "seconds" in run.done:
         facts.append(("time", took(run.done["seconds"])))
-    if speeds:
-        facts.append(("samples/s, median", rate(sorted(speeds)[len(speeds) // 2])))
+    if run.told:
+        facts.append(("samples/s", rate(run.told["samples_per_s"])))
     for key in ("train/loss", *run.metrics("val/")):
         curve = run.curve(key)
         if curve:
@@ -138,10 +146,8 @@ def _tiles(run: Story) -> str:
 
 
 def _verdict(run: Story) -> str:
-    """What `explain` says of it."""
-    try:
-        told = explained(profile(run.history))
-    except RequestError:
+    told = run.told
+    if not told:
         return ""
     why = f"{told['why'][:1].upper()}{told['why'][1:]}."
     advice = "".join(f"<li>{safe(line)}</li>" for line in told["advice"])
@@ -310,10 +316,7 @@ def _figures(run: Story, metrics: Sequence[str]) -> Iterator[str]:
     yield count(run.samples)
     yield count(run.rows[-1]["update"])
     yield took(run.done["seconds"]) if "seconds" in run.done else "not complete"
-    try:
-        told = explained(profile(run.history))
-    except RequestError:
-        told = {}
+    told = run.told
     yield rate(told["samples_per_s"]) if told else ""
     for key in metrics:
         values = [value for _, value in run.curve(key)]

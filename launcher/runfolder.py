@@ -21,10 +21,22 @@ from launcher.durable import private_folder, write_whole
 from launcher.errors import RequestError
 from launcher.process import started_at
 
-__all__ = ["RUNS", "Lock", "RunFolder", "free_name", "named_folder", "recall", "recipe_name", "remember", "write_whole"]
+__all__ = [
+    "RUNS",
+    "Lock",
+    "RunFolder",
+    "free_name",
+    "named_folder",
+    "recall",
+    "recipe_name",
+    "remember",
+    "runs_with",
+    "write_whole",
+]
 
 RUNS = Path("runs")
 AGENTS = RUNS / ".agents"
+MOST_TOLD = 5
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -170,8 +182,22 @@ class RunFolder:
     def clear_stop(self) -> None:
         self.stop_file.unlink(missing_ok=True)
 
+    def ask_to_stop(self, why: str = "") -> None:
+        """`why`: by what, where it is not the stop file itself. A full disk still has room for a name."""
+        try:
+            write_whole(self.stop_file, why)
+        except OSError:
+            self.stop_file.touch(0o600)
+
     def asks_to_stop(self) -> bool:
         return self.stop_file.exists()
+
+    def stop_reason(self) -> str:
+        """What the stop was asked for by; empty where the stop file does not say, or is none."""
+        try:
+            return self.stop_file.read_text(errors="replace").strip()
+        except OSError:
+            return ""
 
     def asks_to_join(self) -> bool:
         """Whether a node waits at the gate."""
@@ -311,6 +337,16 @@ def recipe_name(target: str) -> str:
     """`resnet` of `launcher.recipes.resnet.ResNet`; a class of the user's own by its own name."""
     module, _, name = target.rpartition(".")
     return (module.rpartition(".")[2] if module.startswith("launcher.recipes.") else name).lower()
+
+
+def runs_with(file: str) -> str:
+    """Which runs have such a file, the newest first, for one who typed a name that is none."""
+    found = [(path.stat().st_mtime, path.parent.name) for path in RUNS.glob(f"*/{file}") if path.is_file()]
+    names = [name for _, name in sorted(found, reverse=True)]
+    if not names:
+        return f"there is none in {RUNS}/ here"
+    more = f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
+    return f"there are {', '.join(names[:MOST_TOLD])}{more}"
 
 
 # --- what outlives a restart under a torchrun of the user's own ---------------------------------------------------

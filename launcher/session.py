@@ -36,6 +36,7 @@ from launcher.sinks.journal import Journal
 from launcher.standing import Standing
 from launcher.strategies import LARGE_BYTES
 from launcher.study import Sizes, Study, study
+from launcher.summed import Watched
 from launcher.telemetry import Meter
 from launcher.threads import threads_of
 from launcher.timeline import Position
@@ -255,7 +256,7 @@ def job_of(
     return Job(
         study=plan,
         topology=topology,
-        recipe=parts.recipe,
+        recipe=watched(parts, plan, saver.journal, standing),
         replica=parts.replica,
         precision=parts.precision,
         feed=feed,
@@ -271,6 +272,14 @@ def job_of(
         faults=faults,
         heart=heart,
     )
+
+
+def watched(parts: Parts, plan: Study, journal: Journal | Silent, standing: Standing) -> Any:
+    """The recipe; where training begins, and rank 0 can make a pass by itself, with an eye on its first loss."""
+    together = parts.replica.sharded or plan.run.train.compile
+    if isinstance(journal, Silent) or together or standing.position.samples:
+        return parts.recipe
+    return Watched(parts.recipe, parts.replica.bare, lambda why: journal.event("alarm", kind="loss", detail=why))
 
 
 def balancer_of(plan: Study) -> Balancer | Level:
@@ -363,7 +372,7 @@ def start_facts(job: Job, parts: Parts, standing: Standing) -> dict[str, Any]:
     plan, settings, position = job.study, job.study.run, standing.position
     device = job.precision.device
     return {
-        "recipe": type(job.recipe).__name__,
+        "recipe": type(parts.recipe).__name__,
         "data": {"train": plan.sizes.train, "val": plan.sizes.val},
         "parameters": parts.parameters,
         "trainable": parts.trainable,
@@ -419,7 +428,8 @@ def finish(job: Job, assignment: Assignment, found: Found | None, standing: Stan
     """The last word of rank 0: the final parameters and done.json, or that training was stopped."""
     position, event = standing.position, job.saver.journal.event
     if ending != GO_ON:
-        event("preempt", why=job.wishes.why or "another rank", samples=position.samples, update=position.update)
+        why = assignment.folder.stop_reason() or job.wishes.why or "another rank"
+        event("preempt", why=why, samples=position.samples, update=position.update)
         return
     folder = assignment.folder
     checkpoints = folder.checkpoints_in(job.study.run.checkpoint.dir)

@@ -15,6 +15,7 @@ WINDOW = 20
 SLOW = 1.5
 RECOVERED = 1.25
 LEAST_MS = 1.0  # below it a ratio is noise
+SEEN_MS = 500.0  # of training, at least: another program may hold a rank up for as long as twenty short updates
 OWN_WORK = (*BY_SAMPLE, "optimizer")
 OWN = tuple(STAGES.index(stage) for stage in OWN_WORK)
 
@@ -45,17 +46,23 @@ class Stragglers:
 
     rows: tuple[tuple[tuple[float, ...], ...], ...] = field(default=())
     named: frozenset[int] = frozenset()
+    seen_ms: float = 0.0
 
     def observed(
         self, stages_ms: Sequence[Sequence[float]], shares: Sequence[int] = ()
     ) -> tuple[Stragglers, Straggler | None]:
         """With one more update (milliseconds by rank and stage, samples by rank); every 20 updates, who is slow.
 
+        Where 20 updates take less than half a second it is after as many as do.
+
         A rank is named once, and again only after it has recovered. Where several are slow the slowest comes first.
         """
+        if len(stages_ms) < 2:
+            return self, None
         rows = (*self.rows, tuple(tuple(times[stage] for stage in OWN) for times in stages_ms))
-        if len(rows) < WINDOW or len(stages_ms) < 2:
-            return Stragglers(rows[-WINDOW:], self.named), None
+        seen_ms = self.seen_ms + max(map(sum, stages_ms))
+        if len(rows) < WINDOW or seen_ms < SEEN_MS:
+            return Stragglers(rows, self.named, seen_ms), None
         by_rank = [[median(times) for times in zip(*ranks, strict=True)] for ranks in zip(*rows, strict=True)]
         ratios = compared([sum(times) for times in by_rank], shares or [1] * len(by_rank))
         named = frozenset(rank for rank in self.named if ratios[rank] >= RECOVERED)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,12 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, monkeypatch: pyte
     write(tmp_path / "runs" / "mine", [row(1)])
     with pytest.raises(RequestError, match="nowhere is no run: there are mine"):
         history("nowhere")
+    for age, name in enumerate("abcdef"):
+        os.utime(write(tmp_path / "runs" / name, [row(1)]) / "metrics.jsonl", (1000 - age, 1000 - age))
+    with pytest.raises(RequestError, match="nowhere is no run: there are mine, a, b, c, d and 2 more"):
+        history("nowhere")
+    for name in "abcdef":
+        shutil.rmtree(tmp_path / "runs" / name)
     (tmp_path / "runs" / "young").mkdir()
     with pytest.raises(RequestError, match=r"young has no metrics\.jsonl: nothing was trained there yet"):
         history("young")

@@ -254,3 +254,23 @@ def test_bins_keep_the_mean_and_the_spread() -> None:
     assert {y for _, y in means} == {0.5}
     assert {(low, high) for _, low, high in band} == {(0.0, 1.0)}
     assert binned(points[:50], 100) == (points[:50], [])
+
+
+def told_at(chart: str) -> dict[float, str]:
+    """What hovering tells, by samples."""
+    strips = re.findall(r"<title>([\d,.]+) samples: ([^<]*)</title>", chart)
+    return {float(samples.replace(",", "")): said for samples, said in strips}
+
+
+def test_hovering_tells_of_a_curve_only_where_it_is() -> None:
+    """A run that ended early, and a validation that comes every fourth update."""
+    long = Series("long", 0, tuple((x, 1.0) for x in range(100, 1700, 100)))
+    short = Series("short", 1, tuple((x, 2.0) for x in range(100, 700, 100)))
+    sparse = Series("val/loss", 2, ((400, 3.0), (800, 4.0), (1200, 5.0)))
+    once = Series("once", 3, ((1000, 6.0),))
+    told = told_at(line_chart([long, short, sparse, once], 1600, "speed"))
+    assert told[100] == "long 1 · short 2"
+    assert told[600] == "long 1 · short 2 · val/loss 3"
+    assert told[700] == "long 1 · val/loss 4"
+    assert told[1000] == "long 1 · val/loss 4 · once 6"
+    assert told[1600] == "long 1"

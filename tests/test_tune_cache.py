@@ -134,6 +134,8 @@ def test_a_speed_that_is_hardly_known_is_said() -> None:
     noisy = {**FOUND, "points": [{**FOUND["points"][0], "low": 0.664, "high": 66.1}]}
     (line,) = doubts(noisy)
     assert line.startswith("between 0.664 and 66.1 samples/s were measured at 24, too far apart to rely on: try ")
+    untimed = {**FOUND, "points": [{**FOUND["points"][0], "per_device": 16}]}
+    assert doubts(untimed) == [], "the largest size that works may be known by its memory alone"
 
 
 def test_nothing_kept_is_nothing_to_say(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from launcher.tune.survey import Survey, Term
 
 __all__ = ["look_closer"]
 
-OPERATORS, SPLITS = 0.15, 0.15  # of the budget, on top of it
+OPERATORS, SPLITS = 0.15, 0.15  # of the seconds that searching has, on top of them
 ROUNDS = 4  # in which each split is timed, at most
 LEAST_ROUNDS = 2  # there and back, so that a drift favours none
 UPDATES = 7  # that a visit takes at least: the rehearsal, two to warm up, four that count

@@ -14,7 +14,7 @@ from launcher.throughput import Estimate, fit, fit_memory
 from launcher.tune.ledger import Ledger, Size, Visit, speed
 from launcher.tune.operators import stage_grown
 
-__all__ = ["document"]
+__all__ = ["document", "recommended"]
 
 MOSTLY = 0.5  # a constant with this share of a micro-batch's time is what limits
 FULL = 0.8  # of memory
@@ -49,6 +49,11 @@ def document(ledger: Ledger, facts: Mapping[str, Any]) -> dict[str, Any]:
     found["bottleneck"] = _bottleneck(chosen)
     found["why"] = _why(found, chosen)
     return found
+
+
+def recommended(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The point of the recommended size; None where none is, or where its memory alone is known."""
+    return next((point for point in found["points"] if point["per_device"] == found["recommended"]), None)
 
 
 def _timed(points: Sequence[Mapping[str, Any]], wanted: int) -> int:

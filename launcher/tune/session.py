@@ -29,7 +29,7 @@ from launcher.topology import Topology
 from launcher.tune import cache
 from launcher.tune.closer import look_closer
 from launcher.tune.council import Council
-from launcher.tune.document import document
+from launcher.tune.document import document, recommended
 from launcher.tune.ledger import Ledger
 from launcher.tune.memory import allowed_bytes, available_bytes
 from launcher.tune.probe import Stand
@@ -43,6 +43,7 @@ __all__ = ["Earlier", "measured"]
 #: High over low of an interval that nothing can be relied on with.
 NOISY = 3.0
 BUDGET_S = 120.0
+SEARCHING = 0.75  # of the budget, where the rest is for a closer look at what was found
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def looked_up(key: Mapping[str, Any], allowed: float | None) -> dict[str, Any]:
     if looked.profile is None:
         return {"found": None, "said": looked.said}
     found = looked.profile.found
-    needed = max((p["memory_bytes"] for p in found["points"] if p["per_device"] == found["recommended"]), default=0)
+    point = recommended(found)
+    needed = 0 if point is None else point["memory_bytes"]
     if allowed is not None and needed > allowed:
         short = f"{found['recommended']} samples need {needed / 1e9:.3g} GB of memory, {allowed / 1e9:.3g} GB are free"
         return {"found": None, "said": [f"the profile of {looked.profile.day} is not used: {short}"]}
@@ -152,8 +154,8 @@ def remembered(key: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> l
 
 def doubts(found: Mapping[str, Any]) -> list[str]:
     """Where the recommended size's own speed is hardly known, what to do about it."""
-    point = next(one for one in found["points"] if one["per_device"] == found["recommended"])
-    if point["high"] <= NOISY * point["low"]:
+    point = recommended(found)
+    if point is None or not point["samples_per_s"] or point["high"] <= NOISY * point["low"]:
         return []
     size, low, high = found["recommended"], rate(point["low"]), rate(point["high"])
     return [
@@ -176,12 +178,12 @@ def surveyed(
     """Measure; every rank has its own document, which differ by their clocks."""
     plan = study(run, ready.sizes, topology.world)
     make = partial(Stand.of, plan, topology, ready.recipe, ready.device, ready.data, council)
-    term = Term(budget_of(run), council, earlier.spent_s)
+    term = Term(budget_of(run) * (SEARCHING if closer else 1.0), council, earlier.spent_s)
     survey = Survey(make, ready.data.train, largest(run, ready.sizes, plan.plan), allowed, term, earlier.ledger, state)
     if not survey.ledger.closing:
         walked(survey, run)
-        beside(survey, ready, run)
         if closer:
+            beside(survey, ready, run)
             look_closer(survey, term, plan_accumulation(run))
     facts = {
         "recipe": type(ready.recipe).__name__,

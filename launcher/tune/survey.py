@@ -25,14 +25,14 @@ from launcher.tune.search import SMALL, between, first, grown, largest_next, ref
 __all__ = ["Survey", "Term"]
 
 MOST_ROUNDS = 10
-GROWING, LOOKING = 0.5, 0.75  # shares of the budget that are spent by then, at most
-BLOCKS_OF_BUDGET = 400  # no block takes more than this part of the budget
-BESIDE = 0.2  # of the budget, on top of it, for synthetic data beside the real
+GROWING, LOOKING = 0.5, 0.75  # shares of the seconds for searching that are spent by then, at most
+BLOCKS_OF_BUDGET = 400  # no block takes more than this part of them
+BESIDE = 0.2  # as many of them again, for synthetic data beside the real
 
 
 @dataclass(frozen=True)
 class Term:
-    """Seconds to spend, counted by rank 0; `spent_s` before this start of the workers."""
+    """Seconds to search, counted by rank 0; `spent_s` before this start of the workers."""
 
     budget_s: float
     council: Council
@@ -141,7 +141,7 @@ class Survey:
                 return
             if self._term.over(GROWING):
                 if size < self._largest:
-                    self._note(f"no size beyond {size} was timed: half of tune.budget_s was spent")
+                    self._note(f"no size beyond {size} was timed: its part of tune.budget_s was spent")
                 return
             size = grown(size, self._largest)
 
@@ -157,7 +157,7 @@ class Survey:
                 return
             if self._term.over(LOOKING):
                 works = self.ledger.works()
-                self._note(f"memory_max={works} is the largest size that was tried and works; tune.budget_s was spent")
+                self._note(f"memory_max={works} is the largest tried that works; its part of tune.budget_s was spent")
                 return
             self._try(size, None)
 

@@ -11,6 +11,7 @@ from launcher.errors import EXIT_OK
 from launcher.redact import redact, redacted
 from launcher.sinks.text import count, plural, rate, size, took
 from launcher.tally import aligned, swept_values
+from launcher.tune.document import recommended
 from launcher.tune.images import ImageMemory, Peak
 
 __all__ = ["Measured", "document", "image_memory", "table"]
@@ -98,7 +99,7 @@ def _cells(point: Measured) -> tuple[str, str, str, str, str]:
     found = point.found
     if found["recommended"] is None:
         return ("-", "-", "-", "-", "memory")
-    at = next((one for one in found["points"] if one["per_device"] == found["recommended"]), None)
+    at = recommended(found)
     if at is None or not at["samples_per_s"]:  # of the largest size that works the memory alone may be known
         speed, memory = "-", "-"
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.advice import STAGE_WORDS
 from launcher.sinks.text import count, figure, plural, rate, size, took
+from launcher.tune.document import recommended
 
 __all__ = ["divided", "name_of", "slowed", "text"]
 
@@ -99,12 +100,17 @@ def _row(point: Mapping[str, Any]) -> str:
     if point["samples_per_s"] is None:
         why = "foreseen, not run" if point["predicted"] else f"in {point['where']}"
         return f"{count(point['per_device']):>10} {'':>10} {'':>6} {'':>10} {'':>8} {'':>8}  oom ({why})"
-    spread = (point["high"] - point["low"]) / 2 / point["samples_per_s"]
     return (
-        f"{count(point['per_device']):>10} {rate(point['samples_per_s']):>10} {f'{100 * spread:.0f} %':>6} "
+        f"{count(point['per_device']):>10} {rate(point['samples_per_s']):>10} {_spread(point):>6} "
         f"{figure(point['ms_per_update']):>10} {took(point['epoch_s']):>8} {size(point['memory_bytes']):>8}  "
         f"{point['label']}"
     )
+
+
+def _spread(point: Mapping[str, Any]) -> str:
+    """Half the interval; it is one of the logarithm, and far from even where it is wide."""
+    share = (point["high"] - point["low"]) / 2 / point["samples_per_s"]
+    return f"{100 * share:.0f} %" if share < 1 else ">100 %"
 
 
 def _chart(points: Sequence[Mapping[str, Any]], recommended: int | None) -> Iterator[str]:
@@ -126,7 +132,7 @@ def _bars(points: Sequence[Mapping[str, Any]], marked: int | None, mark: str) ->
 
 def _stages(found: Mapping[str, Any]) -> Iterator[str]:
     """Where the time of the recommended size goes."""
-    point = next((one for one in found["points"] if one["per_device"] == found["recommended"]), None)
+    point = recommended(found)
     if point is None or not point["stages"]:
         return
     whole = sum(point["stages"].values()) or 1.0
@@ -152,9 +158,8 @@ def _splits(found: Mapping[str, Any]) -> Iterator[str]:
         if one["samples_per_s"] is None:
             yield f"{name_of(one):>12}  out of memory (in {one['where']})"
             continue
-        spread = (one["high"] - one["low"]) / 2 / one["samples_per_s"]
         yield (
-            f"{name_of(one):>12} {rate(one['samples_per_s']):>10} {f'{100 * spread:.0f} %':>6} "
+            f"{name_of(one):>12} {rate(one['samples_per_s']):>10} {_spread(one):>6} "
             f"{figure(one['sync_ms']):>10} {size(one['memory_bytes']):>8}"
         )
     yield from _sentence(said)

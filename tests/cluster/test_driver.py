@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jobs import alive, descendants, environment, rows, training, wait_for
+from jobs import alive, descendants, environment, events, rows, training, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
 
@@ -70,6 +70,7 @@ def test_a_signal_saves_and_stops_with_status_0(
     assert "run.name=x goes on from there" in stderr
     assert not (tmp_path / "runs/x/done.json").exists()
     assert not (tmp_path / "runs/x/stop").exists(), "the next start is not asked to stop"
+    assert [event["why"] for event in events(tmp_path / "runs/x", "preempt")] == [number.name]
     assert list((tmp_path / "runs/x/checkpoints").glob("*/manifest.json"))
     assert not [pid for pid in everyone if alive(pid)]
 
@@ -128,6 +129,7 @@ def test_stop_asks_a_run_started_elsewhere_to_save(
     assert f"is run by process {process.pid} on " in verb(tmp_path, "status", "x").stdout
     stopped = verb(tmp_path, "stop", "x")
     assert process.wait(timeout=20) == 0
+    assert [event["why"] for event in events(tmp_path / "runs/x", "preempt")] == ["launcher stop"]
     assert "runs/x stopped: at update " in stopped.stdout
     assert "nothing saved" not in stopped.stdout
     again = verb(tmp_path, "stop", "runs/x")
@@ -196,6 +198,9 @@ def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess
         "rank0-g1.log",
         "rank0-g2.log",
     ], "one restart and no more"
+    told = verb(tmp_path, "status", "x").stdout
+    assert "is not running: nothing was trained yet; rank " in told
+    assert "failed in own.py:7: ValueError: no such thing" in told
 
 
 def test_workers_that_are_killed_without_a_word_are_not_started_for_ever(

@@ -233,10 +233,6 @@ class Chooser:
     def base(self) -> int:
         return self.run.lr.base_batch or 1
 
-    def settled(self, world: int, nodes: int, known: Known) -> Run:
-        """The run with the choice in place of what was asked."""
-        return chosen(self.run, self.choice(world, nodes, known), self.bounds(world, known))
-
 
 class Goodput:
     """Watches the noise scale of a run; `after` is the watcher from here on once another batch is worth more.

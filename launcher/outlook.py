@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.batch import PlanError
-from launcher.goodput import Chooser, Known
+from launcher.goodput import Chooser, Goodput, Known
 from launcher.observed import Noise
 from launcher.planning import plan_row, worlds_text, wrapped
 from launcher.scaling import REACH
@@ -47,7 +47,7 @@ def outlook(chooser: Chooser, sizes: Sizes, noise: Noise | None, measured: str) 
 def _row(chooser: Chooser, sizes: Sizes, world: int, noise: Noise | None) -> dict[str, Any]:
     nodes = _nodes(chooser, world)
     try:
-        planned = study(chooser.settled(world, nodes, Known(noise.scale if noise else None)), sizes, world)
+        planned = study(Goodput(chooser, world, nodes, Known(noise.scale if noise else None)).run, sizes, world)
     except PlanError as problem:
         return {"world": world, "feasible": False, "why": str(problem)}
     return {**plan_row(planned), **_figures(chooser, planned, nodes, noise)}

@@ -256,7 +256,7 @@ def job_of(
     return Job(
         study=plan,
         topology=topology,
-        recipe=watched(parts, plan, saver.journal, standing),
+        recipe=watched(parts.recipe, saver.journal, standing),
         replica=parts.replica,
         precision=parts.precision,
         feed=feed,
@@ -274,12 +274,11 @@ def job_of(
     )
 
 
-def watched(parts: Parts, plan: Study, journal: Journal | Silent, standing: Standing) -> Any:
-    """The recipe; where training begins, and rank 0 can make a pass by itself, with an eye on its first loss."""
-    together = parts.replica.sharded or plan.run.train.compile
-    if isinstance(journal, Silent) or together or standing.position.samples:
-        return parts.recipe
-    return Watched(parts.recipe, parts.replica.bare, lambda why: journal.event("alarm", kind="loss", detail=why))
+def watched(recipe: Any, journal: Journal | Silent, standing: Standing) -> Any:
+    """The recipe; where training begins, on rank 0, with an eye on its first loss."""
+    if isinstance(journal, Silent) or standing.position.samples:
+        return recipe
+    return Watched(recipe, lambda why: journal.event("alarm", kind="loss", detail=why))
 
 
 def balancer_of(plan: Study) -> Balancer | Level:

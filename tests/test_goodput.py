@@ -214,7 +214,7 @@ def test_the_cap_and_the_bounds_bind() -> None:
 def test_the_plan_that_is_trained_is_the_one_that_was_chosen(world: int, noise: float | None) -> None:
     policy = chooser()
     choice = policy.choice(world, 1, Known(noise))
-    planned = study(policy.settled(world, 1, Known(noise)), SIZES, world)
+    planned = study(Goodput(policy, world, 1, Known(noise)).run, SIZES, world)
     assert planned.policy == "goodput"
     assert planned.plan.global_batch == choice.global_batch
     assert planned.plan.per_device == choice.per_device

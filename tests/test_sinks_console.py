@@ -164,6 +164,11 @@ def test_the_end_says_what_was_reached_where_the_time_went_and_what_to_type(tmp_
     assert f"wandbsync{folder}/wandb/offline-run-*" in joined
 
 
+def test_a_largest_part_that_is_small_is_not_called_as_it_should_be() -> None:
+    stages = [StageShare("forward", 4.0, 0.4), StageShare("other", 3.5, 0.35), StageShare("data", 2.5, 0.25)]
+    assert bottleneck(stages, {"device": "cpu"}) == "compute, 40%, the largest part. Faster: more workers or a GPU"
+
+
 def test_the_end_says_what_restarts_cost_in_the_whole_run() -> None:
     """Also those of earlier processes, of which this one saw no row."""
     cost = {"samples": 14370, "updates": 230, "restarts": 12, "recovery_s": 54.2, "lost_samples": 803}

@@ -14,6 +14,7 @@ __all__ = ["bottleneck", "closing_lines", "next_steps", "speed_text", "stage_tab
 CYAN, MAGENTA, YELLOW, BLUE, GREEN, GREY = 36, 35, 33, 34, 32, 90
 COLOURS = {"data": YELLOW, "transfer": YELLOW, "forward": CYAN, "backward": CYAN, "sync": MAGENTA, "optimizer": BLUE}
 BAR_COLUMNS = 36
+MOSTLY = 0.5
 FILES = ("model.safetensors", "best.safetensors", "checkpoints", "metrics.jsonl", "events.jsonl", "logs", "wandb")
 
 ADVICE = {
@@ -67,7 +68,8 @@ def bottleneck(stages: Sequence[StageShare], facts: Facts) -> str:
         grouped[name] = grouped.get(name, 0.0) + stage.share
     name, share = max(grouped.items(), key=lambda item: item[1])
     if name == "compute":
-        return f"compute, {share:.0%}, as it should be. Faster: {_faster(facts)}"
+        good = ", as it should be" if share >= MOSTLY else ", the largest part"
+        return f"compute, {share:.0%}{good}. Faster: {_faster(facts)}"
     return f"{name}, {share:.0%}: {ADVICE.get(name, 'this takes longest')}"
 
 

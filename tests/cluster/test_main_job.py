@@ -40,6 +40,7 @@ class Noisy:
 class Own:
     drop: float = 0.0
     tokens: bool = False
+    mean: bool = False
     fail_on: int = -1
     def model(self):
         return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Dropout(self.drop), nn.Linear(32, 4))
@@ -50,6 +51,8 @@ class Own:
         if int(__import__("os").environ["RANK"]) == self.fail_on:
             raise RuntimeError("boom")
         losses = cross_entropy(model(x), y, reduction="none")
+        if self.mean:
+            return Loss(losses.mean(), len(y))
         weights = 1 + y if self.tokens else torch.ones_like(y)
         return Loss((losses * weights).sum(), int(weights.sum()), {"right": (model(x).argmax(1) == y).sum()})
 '''
@@ -91,6 +94,17 @@ def test_one_two_and_three_workers_train_the_same_model(here: Path, extra: list[
     last = [rows(here / f"runs/w{world}")[-1] for world in (1, 2, 3)]
     assert len({row["update"] for row in last}) == 1
     assert max(row["val/loss"] for row in last) - min(row["val/loss"] for row in last) <= 1e-9
+
+
+@pytest.mark.parametrize("extra", [[], ["strategy=fsdp"]])
+def test_a_loss_that_is_a_mean_is_told_where_training_begins_and_not_again(here: Path, extra: list[str]) -> None:
+    job = [*HELD, *extra, "recipe.mean=true", "train.duration=1ep", "launch.workers=2", "run.name=mean"]
+    driven(here, *job)
+    (alarm,) = events(here / "runs/mean", "alarm")
+    assert alarm["kind"] == "loss"
+    assert alarm["detail"].startswith("loss() of Own returns a mean (MeanBackward0) and counts 9: return sums")
+    driven(here, *job, "train.duration=2ep")
+    assert len(events(here / "runs/mean", "alarm")) == 1, "a run that goes on was told"
 
 
 def test_a_tail_smaller_than_the_workers_leaves_some_without_samples(here: Path) -> None:

@@ -34,8 +34,8 @@ MEANS: dict[str, Callable[[], torch.Tensor]] = {
     "negated": lambda: -functional.cross_entropy(X, Y),
 }
 SUMS: dict[str, Callable[[], torch.Tensor]] = {
-    "cross entropy": lambda: functional.cross_entropy(X, Y, reduction="sum"),
-    "mean squares": lambda: functional.mse_loss(X, T, reduction="sum"),
+    "cross entropy": partial(functional.cross_entropy, X, Y, reduction="sum"),
+    "mean squares": partial(functional.mse_loss, X, T, reduction="sum"),
     "weighted": lambda: (functional.cross_entropy(X, Y, reduction="none") * (1 + Y)).sum(),
     "a mean within each sample": lambda: functional.mse_loss(X, T, reduction="none").mean(1).sum(),
     "a mean times the samples": lambda: functional.cross_entropy(X, Y) * N,

@@ -159,11 +159,15 @@ def probe(args: Sequence[str]) -> int:
     return host.main(args[1], int(args[0].removeprefix(WORKERS)))
 
 
+#: A gradient has no rate: nobody has to choose one for it.
+ANY_RATE = ("lr.base=1.0", "lr.base_batch=32")
+
+
 def verify(args: Sequence[str]) -> int:
     """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains why."""
     if answered(Arguments.parse(args), args):
         return EXIT_OK
-    run = resolved(args)
+    run = resolved((*ANY_RATE, *args))
     from launcher import verify as verifying
 
     verdict = verifying.verify(run)

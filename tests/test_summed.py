@@ -36,7 +36,7 @@ MEANS: dict[str, Callable[[], torch.Tensor]] = {
 SUMS: dict[str, Callable[[], torch.Tensor]] = {
     "cross entropy": partial(functional.cross_entropy, X, Y, reduction="sum"),
     "mean squares": partial(functional.mse_loss, X, T, reduction="sum"),
-    "weighted": lambda: (functional.cross_entropy(X, Y, reduction="none") * (1 + Y)).sum(),
+    "weighted": lambda: functional.cross_entropy(X, Y, reduction="none") @ (1.0 + Y),
     "a mean within each sample": lambda: functional.mse_loss(X, T, reduction="none").mean(1).sum(),
     "a mean times the samples": lambda: functional.cross_entropy(X, Y) * N,
     "over a temperature": lambda: functional.cross_entropy(X, Y, reduction="sum") / 0.5,

@@ -83,10 +83,10 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delitem(sys.modules, "verify_own", raising=False)
-    own = ["recipe=own", "recipe._target_=verify_own.Own", "recipe.trust=[verify_own]", "lr.base=0.1"]
+    own = ["recipe=own", "recipe._target_=verify_own.Own", "recipe.trust=[verify_own]"]
 
     def ask(*args: str) -> tuple[int, dict[str, Any]]:
-        status = main(["verify", *own, "lr.base_batch=32", *args, "format=json"])
+        status = main(["verify", *own, *args, "format=json"])
         assert list((tmp_path / "here").iterdir()) == []
         out = capsys.readouterr().out
         return status, json.loads(out) if out else {}

@@ -312,7 +312,8 @@ def test_torch_is_asked_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch.py", "torch/__init__.py"])
-def test_a_file_that_hides_torch_is_named(tmp_path: Path, name: str) -> None:
+def test_a_file_that_hides_torch_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
     failed(machine.ask_torch(tmp_path, "torch>=2.8"), "ImportError: libcudart.so.12", mend=f"rename {name}")  # type: ignore[arg-type]

@@ -85,10 +85,21 @@ def test_a_job_that_cannot_be_trained_is_told_by_its_error_line(here: Path) -> N
     assert list(here.iterdir()) == []
 
 
+def hearing() -> None:
+    """As from a terminal: a suite that runs in some script's background hands an ignored Ctrl-C on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ended_on_the_way_it_takes_its_job_with_it(here: Path, number: signal.Signals) -> None:
+    null = subprocess.DEVNULL
     process = subprocess.Popen(
-        DOCTOR, cwd=here, env=own(here), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+        DOCTOR,
+        cwd=here,
+        env=own(here),
+        stdout=null,
+        stderr=null,
+        preexec_fn=hearing,  # noqa: PLW1509 (single-threaded here)
     )
     try:
         wait_for(lambda: len(descendants(process.pid)) >= 4)  # the driver, its agent and two workers

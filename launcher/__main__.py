@@ -231,6 +231,17 @@ def report(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def doctor(args: Sequence[str]) -> int:
+    """Checks this machine, with a job of two processes at the end; 1 where something that is needed fails."""
+    if shown_help(Words(help=bool({"-h", "--help"} & set(args)))):
+        return EXIT_OK
+    if Topology.of() is not None:
+        raise RequestError("doctor starts a job of its own: type launcher doctor, without torchrun")
+    from launcher import doctor as examining
+
+    return examining.doctor(args)
+
+
 def stop(args: Sequence[str]) -> int:
     """Asks a run started elsewhere to save and stop, or with --now ends it without saving."""
     runs = [arg for arg in args if not arg.startswith("-")]
@@ -326,6 +337,7 @@ VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "explain": explain,
     "report": report,
     "export": export,
+    "doctor": doctor,
     "stop": stop,
     "status": status,
     "worker": worker,

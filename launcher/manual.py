@@ -33,6 +33,7 @@ Verbs, the first word
   explain RUN     what limits a run; RUN_A RUN_B why one is faster; format=json
   report RUN...   one page with curves and stages; -o FILE.html
   export RUN      its metrics as CSV; -o FILE.csv
+  doctor          is this machine fit? a job of two processes too; format=json
 
 Flags
   -m, --multirun          a sweep: one run per combination of values a,b,c

@@ -49,7 +49,7 @@ STDLIB_ONLY = [
         "history",
     ),
     *("advice", "explain", "charts", "export", "report"),
-    *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm"),
+    *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm", "machine", "doctor"),
     *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page", "tune.cache", "tune.auto", "tune.worth"),
     *("tune.images", "tune.document", "tune.operators", "tune.splits", "tune.rounds"),
 ]

@@ -32,7 +32,7 @@ class Console:
     def __init__(self, stream: TextIO | None = None, env: Mapping[str, str] = os.environ) -> None:
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty() and env.get("TERM") != "dumb"
-        self._paint = Paint(self._terminal and not env.get("NO_COLOR"))
+        self._paint = Paint.of(self._stream, env)
         self._unicode = knows(self._stream, "·━╸─█")
         self._tally = Tally()
         self._facts: Mapping[str, Any] = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TextIO
 
@@ -35,6 +36,11 @@ class Paint:
 
     def __init__(self, colours: bool) -> None:
         self._colours = colours
+
+    @classmethod
+    def of(cls, stream: TextIO, env: Mapping[str, str] = os.environ) -> Paint:
+        """As this stream takes it."""
+        return cls(stream.isatty() and env.get("TERM") != "dumb" and not env.get("NO_COLOR"))
 
     def __call__(self, text: str, *codes: int) -> str:
         return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self._colours and text else text

@@ -8,7 +8,6 @@ from __future__ import annotations
 import keyword
 import re
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -39,13 +38,13 @@ def new(name: str, here: Path) -> str:
     made = texts(name)
     write_all({here / path: text for path, text in made.items()})
     words = f"--config-dir {CONFIG} recipe={name}"
-    head = "It trains as it is. Train it, check that its batch can be split, choose the batch:"
+    head = "It trains as it is. To train it, to check its loss, to choose its batch:"
     commands = (
         f"launcher {words} launch.workers=2",
         f"launcher verify {words}",
         f"launcher tune {words} launch.workers=2",
     )
-    return "\n".join([*made, "", *textwrap.wrap(head, 80), "", *commands])
+    return "\n".join([*made, "", head, "", *commands])
 
 
 def texts(name: str) -> Mapping[str, str]:

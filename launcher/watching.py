@@ -49,7 +49,7 @@ def watch(run: str, stream: TextIO | None = None) -> int:
     try:
         follow(screen)
     except KeyboardInterrupt:
-        screen.say(f"{screen.folder.path} goes on: launcher stop {run} would save and stop it")
+        screen.say(f"{screen.folder.path} is watched no more: launcher stop {run} would save and stop it")
     return EXIT_OK
 
 

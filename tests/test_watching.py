@@ -415,7 +415,8 @@ def test_ctrl_c_ends_the_watching_alone(run: Elsewhere, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(watching, "follow", interrupted)
     assert watch(str(run.folder.path), stream := File()) == EXIT_OK
-    assert stream.getvalue() == f"{run.folder.path} goes on: launcher stop {run.folder.path} would save and stop it\n"
+    path = run.folder.path
+    assert stream.getvalue() == f"{path} is watched no more: launcher stop {path} would save and stop it\n"
     assert not run.folder.stop_file.exists()
 
 

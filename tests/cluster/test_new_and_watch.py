@@ -130,7 +130,7 @@ def test_a_run_is_watched_from_before_its_start_through_a_kill_to_its_stop(
     assert (after.returncode, after.stdout) == (0, end.splitlines()[-1] + "\n")
 
 
-def test_ctrl_c_ends_the_watching_and_the_run_goes_on_as_does_a_killed_driver_end_it(
+def test_ctrl_c_ends_the_watching_alone_and_a_killed_driver_ends_both(
     start: Callable[..., subprocess.Popen[str]], here: Path
 ) -> None:
     run = here / "runs/x"
@@ -140,9 +140,8 @@ def test_ctrl_c_ends_the_watching_and_the_run_goes_on_as_does_a_killed_driver_en
     wait_for(lambda: all("Mlp on 2 workers" in (here / f"{number}.txt").read_text() for number in range(3)))
     watchers[0].send_signal(signal.SIGINT)
     assert watchers[0].wait(timeout=20) == 0
-    assert (
-        (here / "0.txt").read_text().splitlines()[-1].endswith(f"goes on: launcher stop {run} would save and stop it")
-    )
+    told = (here / "0.txt").read_text().splitlines()[-1]
+    assert told == f"{run} is watched no more: launcher stop {run} would save and stop it"
     wait_for(training(run, len(rows(run)) + 20))
     assert driver.poll() is None
     assert not (run / "stop").exists()

@@ -261,6 +261,29 @@ def status(args: Sequence[str]) -> int:
     return control.status(args[0])
 
 
+def watch(args: Sequence[str]) -> int:
+    """Shows the figures of a run started elsewhere as they come."""
+    if asks_for_help(args):
+        return EXIT_OK
+    if len(args) != 1 or args[0].startswith("-"):
+        raise RequestError(f"watch takes one run, not {' '.join(args) or 'none'}: type launcher watch RUN")
+    from launcher import watching
+
+    return watching.watch(args[0])
+
+
+def new(args: Sequence[str]) -> int:
+    """Writes the skeleton of a recipe of one's own into the current folder."""
+    if asks_for_help(args):
+        return EXIT_OK
+    if len(args) != 1 or args[0].startswith("-"):
+        raise RequestError(f"new takes one name, not {' '.join(args) or 'none'}: type launcher new my_recipe")
+    from launcher import skeleton
+
+    print(skeleton.new(args[0], Path()))
+    return EXIT_OK
+
+
 def store(args: Sequence[str]) -> int:
     """Internal: for the script of a pool's task, serve the pool's rendezvous, or with one argument say where it is.
 
@@ -309,6 +332,10 @@ def shown_help(words: Words) -> bool:
     return words.help and answered(Arguments(help=True), ())
 
 
+def asks_for_help(args: Sequence[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(args) and answered(Arguments(help=True), ())
+
+
 def written(file: Path, text: str) -> None:
     """Whole or not at all, and named on stdout; a link, a pipe or a device is written into."""
     from launcher.durable import write_whole
@@ -340,6 +367,8 @@ VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
     "stop": stop,
     "status": status,
+    "watch": watch,
+    "new": new,
     "worker": worker,
     "folder": folder,
     "again": again,

@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from launcher.failure import whole_lines
 from launcher.recovery import last_row
 from launcher.runfolder import RUNS, RunFolder, runs_with
 
-__all__ = ["Owner", "find", "owner", "status", "stop"]
+__all__ = ["ENDINGS", "Owner", "failure_text", "find", "owner", "queued", "standing", "status", "stop", "told"]
 
 LOOK_EVERY_S = 0.1
 ASK_EVERY_S = 1.0
@@ -131,11 +131,14 @@ def status(run: str, say: Callable[[str], None] = print) -> int:
         RequestError: there is no such run.
     """
     folder = find(run)
-    who = queued(folder)
-    held = None if who else owner(folder)
-    by = f"is {who}" if who else f"is run by {held} since {held.since}" if held else "is not running"
-    say(f"{folder.path} {by}: {standing(folder)}")
+    say(told(folder, queued(folder) or owner(folder)))
     return EXIT_OK
+
+
+def told(folder: RunFolder, who: queue.Queued | Owner | None) -> str:
+    """Who runs it, and where it stands."""
+    held = f"is run by {who} since {who.since}" if isinstance(who, Owner) else f"is {who}"
+    return f"{folder.path} {'is not running' if who is None else held}: {standing(folder)}"
 
 
 def end(held: Owner, folder: RunFolder) -> None:
@@ -159,14 +162,17 @@ def standing(folder: RunFolder) -> str:
 def failed(folder: RunFolder) -> str:
     """What ended the run's last start, where that was an error."""
     last: dict[str, Any] = next((line for line in reversed(events(folder)) if line.get("event") in ENDINGS), {})
-    if last.get("event") != "error":
-        return ""
-    at = f" in {last['where']}" if last.get("where") else ""
-    return f"; rank {last.get('rank')} failed{at}: {last.get('type')}: {last.get('message')}"
+    return f"; {failure_text(last)}" if last.get("event") == "error" else ""
+
+
+def failure_text(facts: Mapping[str, Any]) -> str:
+    """The facts of an `error` event in words."""
+    at = f" in {facts['where']}" if facts.get("where") else ""
+    return f"rank {facts.get('rank')} failed{at}: {facts.get('type')}: {facts.get('message')}"
 
 
 def events(folder: RunFolder) -> list[dict[str, Any]]:
     """Those that were written whole."""
     with suppress(OSError):
-        return list(whole_lines(folder.events))
+        return [line for line in whole_lines(folder.events) if isinstance(line, dict)]
     return []

@@ -30,10 +30,12 @@ Verbs, the first word
   verify          does the split batch give the whole one's gradient? format=json
   stop RUN        save and stop a run started elsewhere; --now ends it unsaved
   status RUN      where a run started elsewhere stands
+  watch RUN       its figures as they come; Ctrl-C ends the watching alone
   explain RUN     what limits a run; RUN_A RUN_B why one is faster; format=json
   report RUN...   one page with curves and stages; -o FILE.html
   export RUN      its metrics as CSV; -o FILE.csv
   doctor          is this machine fit? a job of two processes too; format=json
+  new NAME        write NAME.py, a recipe of your own that trains as it is
 
 Flags
   -m, --multirun          a sweep: one run per combination of values a,b,c

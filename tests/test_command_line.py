@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import written
 
 import launcher.__main__ as command
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_REQUEST, RequestError
@@ -114,6 +115,16 @@ def assert_refused(result: Result, here: Path, said: str) -> None:
         (["plan", *MINE, "-m", "seed=1,2"], "-m starts several runs"),
         (["tune", *MINE, "-m", "seed=1,x"], "seed=x: expected a whole number"),
         (["-m", "tune", *MINE], "tune is no override: the verb stands first"),
+        (["new"], "new takes one name, not none: type launcher new my_recipe"),
+        (["new", "a", "b"], "new takes one name, not a b: type launcher new my_recipe"),
+        (["new", "--force"], "new takes one name, not --force"),
+        (["new", "my-net"], "my-net is no name of a recipe"),
+        (["new", "tiny"], "tiny is a module already"),
+        (["new", "resnet"], "type launcher new my_resnet"),
+        (["watch"], "watch takes one run, not none: type launcher watch RUN"),
+        (["watch", "a", "b"], "watch takes one run, not a b"),
+        (["watch", "--all"], "watch takes one run, not --all"),
+        (["watch", "nowhere"], "nowhere is no run: there is none in runs/ here"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_2(
@@ -155,7 +166,9 @@ def test_under_torchrun_rank_0_alone_tells(launcher: Callable[..., Result], here
 # --- what is only shown -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [["--help"], ["-h"], ["train", "--help"], ["plan", "-h"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["-h"], ["train", "--help"], ["plan", "-h"], ["new", "-h"], ["watch", "-h"]]
+)
 def test_help_is_on_stdout_and_fits_80_columns(launcher: Callable[..., Result], here: Path, args: list[str]) -> None:
     result = launcher(*args, env={"COLUMNS": "80"})
     assert (result.returncode, result.stderr) == (EXIT_OK, "")
@@ -210,6 +223,16 @@ def test_plan_prints_a_table_of_80_columns(launcher: Callable[..., Result], here
 
 def test_plan_needs_no_torch(launcher: Callable[..., Result]) -> None:
     assert imported(launcher, ["plan", *MINE]).isdisjoint({"torch", "wandb"})
+
+
+def test_new_and_watch_need_neither_torch_nor_hydra(launcher: Callable[..., Result], here: Path) -> None:
+    slow = {"torch", "wandb", "numpy", "hydra", "omegaconf"}
+    assert imported(launcher, ["new", "my_recipe"]).isdisjoint(slow)
+    facts = {"samples": 64, "updates": 1, "seconds": 1.0}
+    written.write(here / "runs" / "x", [written.row(1)], [{"time": 1001.0, "event": "done", **facts}])
+    (here / "runs" / "x" / "run.yaml").touch()
+    (here / "runs" / "x" / "done.json").write_text(json.dumps(facts))
+    assert imported(launcher, ["watch", "x"]).isdisjoint(slow)
 
 
 def imported(launcher: Callable[..., Result], args: list[str]) -> set[str]:

@@ -216,7 +216,9 @@ def test_a_name_with_one_address_that_fits_is_fine(monkeypatch: pytest.MonkeyPat
     fine(machine.address("host name", "node7"), "node7 is 127.0.0.1")
 
 
-def test_shared_memory_of_a_containers_default_is_little_for_loader_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_of_a_containers_default_is_little_for_loader_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No failure: data.workers is 0 unless it is typed."""
     enough = machine.shared_memory(tmp_path)
     fine(enough, str(tmp_path))

@@ -50,6 +50,7 @@ STDLIB_ONLY = [
     ),
     *("advice", "explain", "charts", "export", "report"),
     *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm", "machine", "doctor"),
+    *("watching", "skeleton"),
     *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page", "tune.cache", "tune.auto", "tune.worth"),
     *("tune.images", "tune.document", "tune.operators", "tune.splits", "tune.rounds"),
 ]

@@ -27,7 +27,12 @@ BOLD, RED, GREEN, YELLOW, CYAN = 1, 31, 32, 33, 36
 
 
 class Console:
-    """At most 80 columns, fewer on a narrower terminal; colours on a terminal only, and not with NO_COLOR."""
+    """At most 80 columns, fewer on a narrower terminal; colours on a terminal only, and not with NO_COLOR.
+
+    `live`: False while rows of the past are caught up with, of which only validations have a line, and none a bar.
+    """
+
+    live = True
 
     def __init__(self, stream: TextIO | None = None, env: Mapping[str, str] = os.environ) -> None:
         self._stream = stream or sys.stdout
@@ -67,7 +72,7 @@ class Console:
     def _reading(self, reading: Reading) -> None:
         self._tally.add(reading)
         validated = any(key.startswith("val/") for key in reading.values)
-        due = reading.time - self._drawn_s >= (REDRAW_S if self._terminal else PLAIN_S)
+        due = self.live and reading.time - self._drawn_s >= (REDRAW_S if self._terminal else PLAIN_S)
         if validated or (due and not self._terminal):
             self._line(self._progress.line(reading, self._width))
         if due or validated:
@@ -145,7 +150,7 @@ class Console:
 
     def _draw(self) -> None:
         """The bar, which the next one is drawn over: the cursor stays at its beginning."""
-        if self._terminal:
+        if self._terminal and self.live:
             self._put(f"\r{self._progress.bar(self._width - 1, self._paint)}\x1b[K\r")
             self._bar = True
 

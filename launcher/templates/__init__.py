@@ -1,0 +1,1 @@
+"""What `launcher new` writes: a recipe that trains as it is, and its YAML."""

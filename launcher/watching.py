@@ -1,0 +1,221 @@
+"""The verb `watch`: a run that was started elsewhere, on this screen.
+
+Its files are followed and what is added to them is handed to the console, which shows it as the run's own does. Nothing
+is written into the run folder. Whether anybody still runs it is asked rarely, and only while nothing is added: asking
+takes the folder's lock for a moment, which a start tries for longer than that, and a queue has more to do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from launcher import control
+from launcher.control import ENDINGS, Owner, failure_text, find, told
+from launcher.errors import EXIT_OK
+from launcher.history import POSITION
+from launcher.process import runs
+from launcher.queue import Queued
+from launcher.reading import Event, Reading
+from launcher.recovery import last_row
+from launcher.runfolder import RunFolder
+from launcher.sinks.console import Console
+from launcher.sinks.text import printable
+
+__all__ = ["Screen", "Tail", "follow", "runner", "watch"]
+
+LOOK_EVERY_S = 0.25
+#: Seconds without anything new before it is asked who runs it, and between two such questions.
+ASK_EVERY_S = 2.0
+ASK_QUEUE_EVERY_S = 10.0
+
+Who = Queued | Owner | None
+
+
+def watch(run: str, stream: TextIO | None = None) -> int:
+    """Show a run until it is over, or until Ctrl-C, which ends the watching alone.
+
+    Raises:
+        RequestError: there is no such run.
+    """
+    screen = Screen(find(run), stream or sys.stdout)
+    try:
+        follow(screen)
+    except KeyboardInterrupt:
+        screen.say(f"{screen.folder.path} is watched no more: launcher stop {run} would save and stop it")
+    return EXIT_OK
+
+
+def follow(
+    screen: Screen,
+    who_runs: Callable[[RunFolder, Who], Who] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    wait: Callable[[float], object] = time.sleep,
+) -> None:
+    """Until the run is done, or nobody runs it."""
+    folder, ask = screen.folder, who_runs or runner
+    who = ask(folder, None)
+    if who is None and folder.read_done() is None:
+        return screen.say(told(folder, who))
+    screen.look()
+    new_s = asked_s = clock()
+    goes_on = screen.ended == "done"  # it was done before, and yet somebody runs it: a start follows
+    while who is not None and (screen.ended != "done" or goes_on):
+        screen.waits(who)
+        wait(LOOK_EVERY_S)
+        if clock() - max(new_s, asked_s) >= (ASK_QUEUE_EVERY_S if isinstance(who, Queued) else ASK_EVERY_S):
+            who, asked_s = ask(folder, who), clock()
+        if screen.look():
+            new_s = clock()
+        goes_on = goes_on and screen.ended == "done"
+    return screen.close() if screen.ended == "done" else screen.say(told(folder, None))
+
+
+def runner(folder: RunFolder, before: Who) -> Who:
+    """Who runs it. Between two starts of its workers a torchrun of the user's own holds no lock, and is seen itself."""
+    who = control.queued(folder) or control.owner(folder)
+    if who is None and isinstance(before, Owner) and before.here and before.torchrun and runs(before.torchrun):
+        return before
+    return who
+
+
+class Screen:
+    """A run from its last start on: each start has a console of its own, as it has in the process that trains."""
+
+    def __init__(self, folder: RunFolder, stream: TextIO, env: Mapping[str, str] = os.environ) -> None:
+        self.folder = folder
+        self.ended: str | None = None
+        self._stream, self._env = stream, env
+        self._console = Console(stream, env)
+        self._rows, self._events = Tail(folder.metrics, POSITION), Tail(folder.events)
+        starts = [event for event in Tail(folder.events).added() if event.get("event") == "start"]
+        self._from = generation_of(starts[-1]) if starts else 0
+        self._generation = 0
+        self._now = place(last_row(folder.metrics) or {})
+        self._said = ""
+
+    def look(self) -> bool:
+        """Show what was added since the last look; whether there was anything.
+
+        Events first: the rows that were written before one of them are then there too.
+        """
+        events = deque(self._events.added())
+        something = bool(events)
+        for row in self._rows.added():
+            something = True
+            if generation_of(row) > self._generation:  # its start was written before it
+                events.extend(self._events.added())
+            while events and (events[0]["time"] <= row["time"] or generation_of(row) > self._generation):
+                self._event(events.popleft())
+            self._row(row)
+        for event in events:
+            self._event(event)
+        return something
+
+    def waits(self, who: Who) -> None:
+        """Say once for each reason why there is nothing to see yet."""
+        queued = isinstance(who, Queued) and who.waits
+        said = f"queued {who}" if queued else "" if self._generation else "starting"
+        if said and said != self._said:
+            self.say(f"{told(self.folder, who)}; waiting for it to begin")
+        self._said = said
+
+    def say(self, text: str) -> None:
+        self.close()
+        print(printable(text, self._stream), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        self._console.close()
+
+    def _event(self, facts: Mapping[str, Any]) -> None:
+        name = facts.get("event")
+        if name == "start" and generation_of(facts) >= self._from:
+            self._console.close()
+            self._console = Console(self._stream, self._env)
+            self._generation = generation_of(facts)
+            facts = {**facts, "run_dir": str(self.folder.path)}  # as it is seen from here
+        if self._generation < self._from or not isinstance(name, str):
+            return
+        if name in ENDINGS:
+            self.ended = None if name == "start" else name
+        self._console.write(event_of(facts))
+
+    def _row(self, row: Mapping[str, Any]) -> None:
+        if generation_of(row) < max(self._from, self._generation):
+            return  # of an earlier start: updates that were undone, or are no longer of interest
+        self._console.live = place(row) >= self._now
+        self._console.write(reading_of(row))
+
+
+class Tail:
+    """The lines that are added to a file, as the objects that they hold. A line counts once it has its newline.
+
+    A file that was cut short or replaced is read from its beginning; what was there before is not handed out again,
+    as far as its `time` tells.
+    """
+
+    def __init__(self, path: Path, numbers: Sequence[str] = ("time",)) -> None:
+        """`numbers`: what every object must have, to be one."""
+        self._path, self._numbers = path, numbers
+        self._at = self._inode = 0
+        self._last = self._known = -math.inf
+
+    def added(self) -> Iterator[dict[str, Any]]:
+        """What was added since; a file that is not there yet, or cannot be read just now, has nothing."""
+        try:
+            file = self._path.open("rb")
+        except OSError:
+            return
+        with file:
+            facts = os.fstat(file.fileno())
+            if facts.st_ino != self._inode or facts.st_size < self._at:
+                self._inode, self._at, self._known = facts.st_ino, 0, self._last
+            file.seek(self._at)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._at += len(line)
+                found = entry(line, self._numbers)
+                if found is not None and found["time"] > self._known:
+                    self._last = max(self._last, found["time"])
+                    yield found
+
+
+def entry(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:
+    """The object of a line, if it is one and has these numbers."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(found, dict) and all(type(found.get(name)) in (int, float) for name in numbers)
+    return found if whole else None
+
+
+def event_of(facts: Mapping[str, Any]) -> Event:
+    """As the console takes it. It leaves errors to the driver, whose screen is another: here they are told."""
+    name, rest = facts["event"], {key: value for key, value in facts.items() if key not in ("time", "event")}
+    if name == "error":
+        return Event(facts["time"], "alarm", {"kind": "error", "detail": failure_text(facts)})
+    return Event(facts["time"], name, rest)
+
+
+def reading_of(row: Mapping[str, Any]) -> Reading:
+    """As it was before it became JSON, which has no NaN."""
+    values = {key: math.nan if value is None else value for key, value in row.items() if key not in POSITION}
+    figures = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    return Reading(**{name: row[name] for name in POSITION}, values=figures)
+
+
+def generation_of(entry: Mapping[str, Any]) -> int:
+    return int(entry.get("generation") or 0)
+
+
+def place(row: Mapping[str, Any]) -> tuple[int, int]:
+    return generation_of(row), int(row.get("update") or 0)

@@ -1,0 +1,184 @@
+"""`launcher new`: which names a recipe may have, what is written, and that nothing is where it is refused."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher import skeleton
+from launcher.config import compose
+from launcher.errors import RequestError
+from launcher.recipe import METHODS, build, sizes
+from launcher.skeleton import class_name, free_name, new, refusal, texts
+from launcher.study import Sizes
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A current folder with a space in its path, importable as the command makes it."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(f"{folder}/"):
+            del sys.modules[name]
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_it_writes_two_files_and_says_what_to_type(here: Path) -> None:
+    told = new("a_name_of_24_characters_", here)
+    files = ["a_name_of_24_characters_.py", "mine/recipe/a_name_of_24_characters_.yaml"]
+    assert tree(here) == sorted(["mine", "mine/recipe", *files])
+    assert told.splitlines()[:2] == files
+    assert told.splitlines()[-3:] == [
+        "launcher --config-dir mine recipe=a_name_of_24_characters_ launch.workers=2",
+        "launcher verify --config-dir mine recipe=a_name_of_24_characters_",
+        "launcher tune --config-dir mine recipe=a_name_of_24_characters_ launch.workers=2",
+    ]
+    assert max(map(len, told.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "name", ["my_disc", "Disc", "a1", "x__y_", "loss", "none", "dataset", "any", "n", "on", "match_"]
+)
+def test_what_is_written_is_a_recipe_with_its_configuration(here: Path, name: str) -> None:
+    """Also where the class's name would be a word of the skeleton's or of Python's, or the name one of YAML's."""
+    new(name, here)
+    importlib.invalidate_caches()
+    run = compose(["--config-dir", "mine", f"recipe={name}"])
+    assert (run.lr.base, run.lr.base_batch, run.train.duration) == (0.1, 64, "10ep")
+    assert run.recipe["trust"] == [name] or run.recipe["trust"] == (name,)
+    recipe = build(run.recipe)
+    assert type(recipe).__name__ == class_name(name)
+    assert sizes(recipe) == Sizes(4000, 800, None)
+    assert {each.name for each in fields(recipe)} == run.recipe.keys() - {"_target_", "trust"}, "each field has a value"
+    model, data = recipe.model(), recipe.dataset("train")
+    loss = recipe.loss(model, (data[:8][0], data[:8][1]))
+    halves = [recipe.loss(model, (data[span][0], data[span][1])) for span in (slice(0, 4), slice(4, 8))]
+    assert loss.total.item() == pytest.approx(sum(half.total.item() for half in halves)), "a sum, no mean"
+    assert (loss.count, loss.metrics.keys()) == (8, {"accuracy"})
+
+
+def test_every_method_is_there_and_every_other_one_in_a_comment() -> None:
+    text = texts("my_disc")["my_disc.py"]
+    tree = ast.parse(text)
+    [kind] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert kind.name == "MyDisc"
+    assert [node.name for node in kind.body if isinstance(node, ast.FunctionDef)] == list(METHODS)
+    for optional in ("size", "tokens_per_sample", "count", "collate", "param_groups", "synthetic"):
+        assert re.search(rf"^    # (def )?{optional}\b.*  # .+", text, re.MULTILINE), optional
+
+
+def test_what_is_in_comments_is_code(here: Path) -> None:
+    """The # taken away, all of it compiles and does what the launcher asks of it."""
+    text = texts("full")["full.py"]
+    code = re.sub(r"^    # ((?:def |    return|tokens_per_sample =))", r"    \1", text, flags=re.MULTILINE)
+    assert code.count("\n    def ") == 8
+    (here / "full.py").write_text(code)
+    importlib.invalidate_caches()
+    recipe = importlib.import_module("full").Full()
+    assert sizes(recipe) == Sizes(4000, 800, 1024)
+    data, model = recipe.dataset("val"), recipe.model()
+    batch = recipe.collate([data[0], data[1]])
+    assert recipe.count(batch) == 2
+    assert recipe.loss(model, batch).count == 2
+    assert [len(group["params"]) for group in recipe.param_groups(model)] == [4]
+    assert len(recipe.synthetic("train")) == 4000
+
+
+def test_every_line_of_the_yaml_that_is_a_field_says_what_it_is() -> None:
+    text = texts("my_disc")["mine/recipe/my_disc.yaml"]
+    assert yaml.safe_load(text)["recipe"] == {
+        "_target_": "my_disc.MyDisc",
+        "trust": ["my_disc"],
+        "hidden": 64,
+        "samples": 4000,
+    }
+    assert re.search(r"^  hidden: 64 +# \S", text, re.MULTILINE)
+    assert re.search(r"^  samples: 4000 +# \S", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "instead"),
+    [
+        ("my-net", "is no name of a recipe", "my_net"),
+        ("3d", "is no name of a recipe", "my_3d"),
+        ("a b\nc", "is no name of a recipe", "a_b_c"),
+        ("../x", "is no name of a recipe", "x"),
+        ("größe", "is no name of a recipe", "gr_e"),
+        ("", "is no name of a recipe", "my_recipe"),
+        ("_", "is no name of a recipe", "my_recipe"),
+        ("__init__", "is no name of a recipe", "init"),
+        ("x" * 41, "is no name of a recipe", "x" * 30),
+        ("class", "is a word of Python's", "my_class"),
+        ("match", "is a word of Python's", "my_match"),
+        ("null", "is a word of Python's or of the command line's", "my_null"),
+        ("NaN", "is a word of Python's or of the command line's", "my_NaN"),
+        ("resnet", "is a recipe that is there already", "my_resnet"),
+        ("own", "is a recipe that is there already", "my_own"),
+        ("json", "is a module of Python's own", "my_json"),
+        ("torch", "is a module already", "my_torch"),
+        ("launcher", "is a module already", "my_launcher"),
+    ],
+)
+def test_a_name_that_cannot_be_had_is_refused_with_one_that_can(here: Path, name: str, why: str, instead: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        new(name, here)
+    said = str(refused.value)
+    assert why in said
+    assert "\n" not in said
+    assert said.endswith(f": type launcher new {instead}")
+    assert tree(here) == []
+    new(instead, here)
+
+
+@pytest.mark.parametrize("there", ["disc.py", "mine/recipe/disc.yaml", "link"])
+def test_what_is_there_is_never_overwritten(here: Path, there: str) -> None:
+    path = here / ("disc.py" if there == "link" else there)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if there == "link":
+        path.symlink_to(here / "nowhere")
+    else:
+        path.write_text("mine\n")
+    before = tree(here)
+    with pytest.raises(RequestError, match=r"disc is taken: \S+ is there already.*: type launcher new my_disc"):
+        new("disc", here)
+    assert tree(here) == before
+    assert path.is_symlink() or path.read_text() == "mine\n"
+
+
+def test_a_package_of_that_name_would_be_imported_instead(here: Path) -> None:
+    (here / "disc").mkdir()
+    assert refusal("disc", here) is None, "a folder with data is no package"
+    (here / "disc" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert "is a module already" in str(refusal("disc", here))
+    assert free_name("disc", here) == "my_disc"
+
+
+def test_where_the_second_file_cannot_be_written_the_first_is_gone(here: Path) -> None:
+    (here / "mine").write_text("a file where the folder should be\n")
+    with pytest.raises(RequestError, match=r"cannot be written \(.+\): go to a folder of your own") as refused:
+        new("disc", here)
+    assert "\n" not in str(refused.value)
+    assert tree(here) == ["mine"]
+
+
+def test_folders_that_were_made_are_removed_again(here: Path) -> None:
+    with pytest.raises(RequestError, match="cannot be written"):
+        skeleton.write_all({here / "a/b/c.txt": "c", here / "a/b/c.txt/d.txt": "d"})
+    assert tree(here) == []

@@ -81,7 +81,7 @@ def address(name: str, host: str) -> Check:
 
 
 def shared_memory(place: Path) -> Check:
-    """Loader processes hand batches over in it, and die of a Bus error where it is full. Without them none is needed."""
+    """Loader processes hand batches over in it, and die of a Bus error where it is full. Nobody else needs any."""
     free = shutil.disk_usage(place).free if place.is_dir() else 0
     few = "" if free >= LEAST_SHM else ", little for data.workers=1 or more: docker run --shm-size=2g"
     return Check("shm", True, f"{size(free)} free in {place}{few}")

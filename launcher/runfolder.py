@@ -195,7 +195,7 @@ class RunFolder:
     def stop_reason(self) -> str:
         """What the stop was asked for by; empty where the stop file does not say, or is none."""
         try:
-            return self.stop_file.read_text(errors="replace").strip()
+            return self.stop_file.read_text(errors="replace").strip() if self.stop_file.is_file() else ""
         except OSError:
             return ""
 

@@ -60,14 +60,17 @@ def mean_in(node: Any, count: float) -> str | None:
     """The name of the operation that takes the mean last, none where something else comes after it."""
     if node is None:
         return None
-    name = node.name()
-    if name.startswith("MeanBackward") or getattr(node, "_saved_reduction", None) == MEAN:
+    name, before = node.name(), [part for part, _ in node.next_functions if part is not None]
+    if name.startswith("MeanBackward"):  # over what is left where the samples are added up already, it makes no mean
+        return None if any(part.name().startswith("SumBackward") for part in before) else str(name)
+    if getattr(node, "_saved_reduction", None) == MEAN:
         return str(name)
     if name.startswith("DivBackward"):
         divisor = getattr(node, "_saved_other", None)
         alike = divisor is not None and divisor.numel() == 1 and float(divisor) == count
+        alike = alike and count > 2  # half the squares is no mean, though there be two of them
         return f"{name} by {count:g}" if alike else None
     if not name.startswith(PASSING):
         return None
-    parts = [mean_in(part, count) for part, _ in node.next_functions if part is not None]
+    parts = [mean_in(part, count) for part in before]
     return parts[0] if parts and all(parts) else None

@@ -38,6 +38,7 @@ SUMS: dict[str, Callable[[], torch.Tensor]] = {
     "mean squares": partial(functional.mse_loss, X, T, reduction="sum"),
     "weighted": lambda: functional.cross_entropy(X, Y, reduction="none") @ (1.0 + Y),
     "a mean within each sample": lambda: functional.mse_loss(X, T, reduction="none").mean(1).sum(),
+    "a mean over features of a sum over samples": lambda: (X - T).square().sum(0).mean(),
     "a mean times the samples": lambda: functional.cross_entropy(X, Y) * N,
     "over a temperature": lambda: functional.cross_entropy(X, Y, reduction="sum") / 0.5,
     "a sum and a mean beside it": lambda: functional.cross_entropy(X, Y, reduction="sum") + X.square().mean(),
@@ -61,6 +62,10 @@ def test_a_sum_is_left_in_peace(name: str) -> None:
 
 def test_of_a_single_sample_the_mean_is_the_sum() -> None:
     assert doubt(Loss(functional.cross_entropy(X[:1], Y[:1]), 1)) is None
+
+
+def test_half_the_squares_of_two_samples_are_no_mean() -> None:
+    assert doubt(Loss(functional.mse_loss(X[:2], T[:2], reduction="sum") / 2, 2)) is None
 
 
 def test_a_count_may_be_a_tensor() -> None:

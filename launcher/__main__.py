@@ -159,15 +159,11 @@ def probe(args: Sequence[str]) -> int:
     return host.main(args[1], int(args[0].removeprefix(WORKERS)))
 
 
-#: A gradient has no rate: nobody has to choose one for it.
-ANY_RATE = ("lr.base=1.0", "lr.base_batch=32")
-
-
 def verify(args: Sequence[str]) -> int:
     """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains why."""
     if answered(Arguments.parse(args), args):
         return EXIT_OK
-    run = resolved((*ANY_RATE, *args))
+    run = resolved(args)
     from launcher import verify as verifying
 
     verdict = verifying.verify(run)
@@ -233,7 +229,7 @@ def report(args: Sequence[str]) -> int:
 
 def doctor(args: Sequence[str]) -> int:
     """Checks this machine, with a job of two processes at the end; 1 where something that is needed fails."""
-    if shown_help(Words(help=bool({"-h", "--help"} & set(args)))):
+    if asks_for_help(args):
         return EXIT_OK
     if Topology.of() is not None:
         raise RequestError("doctor starts a job of its own: type launcher doctor, without torchrun")
@@ -244,6 +240,8 @@ def doctor(args: Sequence[str]) -> int:
 
 def stop(args: Sequence[str]) -> int:
     """Asks a run started elsewhere to save and stop, or with --now ends it without saving."""
+    if asks_for_help(args):
+        return EXIT_OK
     runs = [arg for arg in args if not arg.startswith("-")]
     if len(runs) != 1 or set(args) - {*runs, "--now"}:
         raise RequestError(f"stop {' '.join(args)}: type launcher stop RUN, or launcher stop RUN --now")
@@ -254,6 +252,8 @@ def stop(args: Sequence[str]) -> int:
 
 def status(args: Sequence[str]) -> int:
     """Says where a run started elsewhere stands."""
+    if asks_for_help(args):
+        return EXIT_OK
     if len(args) != 1 or args[0].startswith("-"):
         raise RequestError(f"status takes one run, not {len(args)}: type launcher status RUN")
     from launcher import control

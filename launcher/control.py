@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,11 +20,13 @@ from launcher.errors import EXIT_OK, RequestError
 from launcher.failure import whole_lines
 from launcher.recovery import last_row
 from launcher.runfolder import RUNS, RunFolder, runs_with
+from launcher.sinks.text import one_line, printable
 
 __all__ = ["ENDINGS", "Owner", "failure_text", "find", "owner", "queued", "standing", "status", "stop", "told"]
 
 LOOK_EVERY_S = 0.1
 ASK_EVERY_S = 1.0
+STOP = "launcher stop"  # why a run stopped, as it will say
 ENDINGS = ("start", "preempt", "error", "done")
 OWNER = re.compile(r"process (\d+)(?: of torchrun (\d+))? on (\S+) since (.+)")
 
@@ -81,7 +84,11 @@ def queued(folder: RunFolder) -> queue.Queued | None:
     return None if kept is None else queue.look(str(kept["job"]).partition("_")[0])
 
 
-def stop(run: str, *, now: bool, say: Callable[[str], None] = print) -> int:
+def on_screen(text: str) -> None:
+    print(printable(text, sys.stdout))
+
+
+def stop(run: str, *, now: bool, say: Callable[[str], None] = on_screen) -> int:
     """Ask a run to save and stop, and wait until it has; or, `now`, end it without saving.
 
     Raises:
@@ -97,7 +104,7 @@ def stop(run: str, *, now: bool, say: Callable[[str], None] = print) -> int:
     if now:
         end(held, folder)
     else:
-        folder.ask_to_stop("launcher stop")
+        folder.ask_to_stop(STOP)
         say(f"{folder.path}: asked {held} to save and stop")
     while owner(folder) is not None:
         time.sleep(LOOK_EVERY_S)
@@ -117,14 +124,14 @@ def stop_job(folder: RunFolder, job: queue.Queued, *, now: bool, say: Callable[[
         if not now and left.waits and not job.waits:
             queue.cancel(job.id)  # it was preempted while it was asked
         elif not now and not left.waits:
-            folder.stop_file.touch(0o600)  # once more each time: a run that has just begun takes an old one away
+            folder.ask_to_stop(STOP)  # once more each time: a run that has just begun takes an old one away
             queue.warn(job.id)
         time.sleep(ASK_EVERY_S)
     say(f"{folder.path} {'ended' if now else 'stopped'}: {standing(folder)}")
     return EXIT_OK
 
 
-def status(run: str, say: Callable[[str], None] = print) -> int:
+def status(run: str, say: Callable[[str], None] = on_screen) -> int:
     """Say where a run stands and who runs it.
 
     Raises:
@@ -168,7 +175,7 @@ def failed(folder: RunFolder) -> str:
 def failure_text(facts: Mapping[str, Any]) -> str:
     """The facts of an `error` event in words."""
     at = f" in {facts['where']}" if facts.get("where") else ""
-    return f"rank {facts.get('rank')} failed{at}: {facts.get('type')}: {facts.get('message')}"
+    return one_line(f"rank {facts.get('rank')} failed{at}: {facts.get('type')}: {facts.get('message')}")
 
 
 def events(folder: RunFolder) -> list[dict[str, Any]]:

@@ -25,17 +25,7 @@ from launcher.process import cpu_s, die_with_parent
 from launcher.settings import DataSettings
 from launcher.timeline import Position, Timeline
 
-__all__ = [
-    "Address",
-    "AddressedDataset",
-    "Feed",
-    "SampleOrder",
-    "dataset_of",
-    "loader",
-    "mapped",
-    "seed_from",
-    "transfer",
-]
+__all__ = ["Address", "AddressedDataset", "Feed", "SampleOrder", "dataset_of", "loader", "seed_from", "transfer"]
 
 Address = tuple[int, int]  # (epoch, sample)
 
@@ -173,24 +163,15 @@ def collate_ready(items: Any) -> Any:
 
 def transfer(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The batch on the device; floating tensors in the parameters' precision."""
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        wanted = dtype if tensor.dtype == torch.float32 else tensor.dtype
-        return tensor.to(device=device, dtype=wanted, non_blocking=True)
-
-    return mapped(moved, batch)
-
-
-def mapped(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
-    """The batch with `function` of each tensor in its place."""
     if isinstance(batch, torch.Tensor):
-        return function(batch)
+        wanted = dtype if batch.dtype == torch.float32 else batch.dtype
+        return batch.to(device=device, dtype=wanted, non_blocking=True)
     if isinstance(batch, Mapping):
-        return type(batch)({name: mapped(function, value) for name, value in batch.items()})  # type: ignore[call-arg]
+        return type(batch)({name: transfer(value, device, dtype) for name, value in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(mapped(function, value) for value in batch))
+        return type(batch)(*(transfer(value, device, dtype) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(mapped(function, value) for value in batch)
+        return type(batch)(transfer(value, device, dtype) for value in batch)
     return batch
 
 

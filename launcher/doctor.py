@@ -1,6 +1,7 @@
 """`launcher doctor`: is this machine fit to train? What goes wrong on a new one, looked at; then a small job for real.
 
-Nothing is kept and nothing goes over the network. What is optional and absent is told, and is no failure.
+Nothing is kept, and nothing but this machine's own name is looked up in the network. What is optional and absent is
+told, and is no failure.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from launcher.sinks.text import Paint, fold, one_line, plural, printable, took
 __all__ = ["doctor"]
 
 NAME = "elastic-batch-launcher"
-WORDS = ("format=json", "format=text", "debug=true")
+WORDS = ("format=json", "format=text", "debug=true")  # the last one as an error's line advises
 COLUMNS, RED, GREEN = 80, 31, 32
 
 JOB_S = 180.0

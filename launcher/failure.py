@@ -141,7 +141,7 @@ def written(events: Path, found: Failure) -> bool:
 
 
 def whole_lines(events: Path) -> Iterator[dict[str, Any]]:
-    for line in events.read_text().split("\n") if events.exists() else []:
+    for line in events.read_text(errors="replace").split("\n") if events.exists() else []:
         with suppress(ValueError):  # what a kill cut off
             yield json.loads(line)
 

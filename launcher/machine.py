@@ -1,4 +1,4 @@
-"""What of a machine gets in the way of training, looked at without side effects and without the network."""
+"""What of a machine gets in the way of training, looked at without side effects. Only its own name is looked up."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def address(name: str, host: str) -> Check:
                 return Check(name, True, f"{host} is {place[0]}" if host != place[0] else host)
             except OSError as problem:
                 why = f"{host} is {place[0]}, which is not this machine's ({problem.strerror})"
-    except OSError as problem:
-        why = f"{host} leads nowhere ({problem.strerror})"
+    except (OSError, UnicodeError) as problem:  # a name may be too long to be looked up
+        why = f"{host} leads nowhere ({getattr(problem, 'strerror', None) or problem})"
     mend = "ip link set lo up" if name == "loopback" else f"as root: echo '127.0.0.1 {host}' >> /etc/hosts"
     return Check(name, False, why, mend)
 
@@ -138,8 +138,8 @@ def wandb(env: Mapping[str, str]) -> Check:
     if (mode := env.get("WANDB_MODE", "online")) != "online":
         return Check("wandb", True, f"WANDB_MODE={mode}")
     file = Path(env.get("NETRC") or os.path.expanduser("~/.netrc"))
-    host = urlsplit(env.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     try:
+        host = urlsplit(env.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
         key = bool(env.get("WANDB_API_KEY") or netrc.netrc(str(file)).authenticators(host))
     except (OSError, ValueError, netrc.NetrcParseError):
         key = False
@@ -161,12 +161,15 @@ def ask_torch(here: Path, torch: str) -> Seen | Check:
     """
     argv = [sys.executable, "-B", "-m", "launcher.machine"]  # -B: what it imports from here leaves nothing here
     try:
-        said = subprocess.run(argv, cwd=here, capture_output=True, text=True, timeout=IMPORT_S, check=False)
+        said = subprocess.run(
+            argv, cwd=here, capture_output=True, text=True, errors="replace", timeout=IMPORT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return Check("torch", False, f"not imported within {took(IMPORT_S)}", "copy the environment to a local disk")
     if said.returncode == EXIT_OK:
         return Seen(**json.loads(said.stdout.splitlines()[-1]))
-    why = (said.stderr.splitlines() or [left("importing it", said.returncode)])[-1]
+    lines = [line for line in said.stderr.splitlines() if line.strip()] if said.returncode > 0 else []
+    why = lines[-1] if lines else left("importing it", said.returncode)
     mend = f"pip install --force-reinstall '{torch}'"
     for name in ("torch.py", "torch/__init__.py"):
         mend = f"rename {name} in this folder: it hides torch" if (here / name).exists() else mend

@@ -133,8 +133,9 @@ def _tiles(run: Story) -> str:
     facts = [("samples", count(run.samples)), ("updates", count(last["update"]))]
     if "seconds" in run.done:
         facts.append(("time", took(run.done["seconds"])))
-    if run.told:
-        facts.append(("samples/s", rate(run.told["samples_per_s"])))
+    speeds = sorted(speed for _, speed in run.curve("throughput/samples_per_s"))
+    if run.told or speeds:
+        facts.append(("samples/s", rate(run.told.get("samples_per_s") or speeds[len(speeds) // 2])))
     for key in ("train/loss", *run.metrics("val/")):
         curve = run.curve(key)
         if curve:

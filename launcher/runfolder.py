@@ -182,8 +182,8 @@ class RunFolder:
     def clear_stop(self) -> None:
         self.stop_file.unlink(missing_ok=True)
 
-    def ask_to_stop(self, why: str = "") -> None:
-        """`why`: by what, where it is not the stop file itself. A full disk still has room for a name."""
+    def ask_to_stop(self, why: str) -> None:
+        """`why`: by what. A full disk still has room for a name."""
         try:
             write_whole(self.stop_file, why)
         except OSError:

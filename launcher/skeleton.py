@@ -130,7 +130,9 @@ def write_all(files: Mapping[Path, str]) -> None:
     made: list[Path] = []
     try:
         for path, text in files.items():
-            made += make_folders(path.parent)
+            absent = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+            made += reversed(absent)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as file:
                 made.append(path)
                 file.write(text)
@@ -141,10 +143,3 @@ def write_all(files: Mapping[Path, str]) -> None:
         raise RequestError(
             f"{problem.filename or path} cannot be written ({problem.strerror}): go to a folder of your own"
         ) from problem
-
-
-def make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it; returns the ones that were not there, the uppermost first."""
-    absent = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    return absent

@@ -60,7 +60,7 @@ class Stragglers:
         if len(stages_ms) < 2:
             return self, None
         rows = (*self.rows, tuple(tuple(times[stage] for stage in OWN) for times in stages_ms))
-        seen_ms = self.seen_ms + max(map(sum, stages_ms))
+        seen_ms = self.seen_ms + min(SEEN_MS / WINDOW, max(map(sum, stages_ms)))  # a single long one shows nothing
         if len(rows) < WINDOW or seen_ms < SEEN_MS:
             return Stragglers(rows, self.named, seen_ms), None
         by_rank = [[median(times) for times in zip(*ranks, strict=True)] for ranks in zip(*rows, strict=True)]

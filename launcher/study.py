@@ -16,7 +16,6 @@ from launcher.rules import Rule, far_advice, optimizer_of, power_of, rule_of, wa
 from launcher.schedule import Decay, LrSchedule
 from launcher.settings import BatchSettings, Run, StrategySettings
 from launcher.shards import ShardPlan, trainers
-from launcher.sinks.text import plural
 from launcher.timeline import Timeline
 from launcher.typed import shown
 
@@ -211,8 +210,8 @@ def _check_plan(run: Run, sizes: Sizes, plan: BatchPlan) -> None:
     else:
         mend = f"start {sizes.train} workers or fewer, or lower batch.accumulation"
     raise PlanError(
-        f"batch.per_device={run.batch.per_device} makes a global batch of {plan.global_batch} at "
-        f"{plural(plan.world, 'worker')}, beyond the {sizes.train} training samples: {mend}"
+        f"batch.per_device={run.batch.per_device} makes a global batch of {plan.global_batch} at {plan.world} "
+        f"worker{'s' * (plan.world > 1)}, beyond the {sizes.train} training samples: {mend}"
     )
 
 

@@ -62,7 +62,7 @@ def mean_in(node: Any, count: float) -> str | None:
         return None
     name, before = node.name(), [part for part, _ in node.next_functions if part is not None]
     if name.startswith("MeanBackward"):  # over what is left where the samples are added up already, it makes no mean
-        return None if any(part.name().startswith("SumBackward") for part in before) else str(name)
+        return None if any(map(adds_samples, before)) else str(name)
     if getattr(node, "_saved_reduction", None) == MEAN:
         return str(name)
     if name.startswith("DivBackward"):
@@ -74,3 +74,8 @@ def mean_in(node: Any, count: float) -> str | None:
         return None
     parts = [mean_in(part, count) for part in before]
     return parts[0] if parts and all(parts) else None
+
+
+def adds_samples(node: Any) -> bool:
+    """Whether it is a sum over everything, or over the first dimension."""
+    return bool(node.name() == "SumBackward0" or 0 in getattr(node, "_saved_dim", ()))

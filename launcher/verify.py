@@ -11,7 +11,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def verify(run: Run) -> Verdict:
     Raises:
         RequestError: the recipe or the run is wrong, or there are fewer than 2 samples to split.
     """
-    recipe = recipes.build(run.recipe)
+    recipe, run = recipes.build(run.recipe), with_any_rate(run)
     sizes = recipes.sizes(recipe)
     planned = study(run, sizes, run.launch.workers or 1).plan.global_batch
     samples = min(planned if planned > 1 else MOST, MOST, sizes.train)
@@ -104,6 +104,14 @@ def verify(run: Run) -> Verdict:
         worst = max(worst, float(off.norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny)))
     breakers = tuple(trial.breakers(whole, trial.update(plans[0]))) if worst > TOLERANCE else ()
     return Verdict(largest, worst, samples, plans, breakers)
+
+
+def with_any_rate(run: Run) -> Run:
+    """A gradient has no rate: nobody has to choose one for it."""
+    base, batch = run.lr.base, run.lr.base_batch
+    return replace(
+        run, lr=replace(run.lr, base=1.0 if base is None else base, base_batch=32 if batch is None else batch)
+    )
 
 
 def text(verdict: Verdict) -> str:

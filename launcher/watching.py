@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,7 +51,7 @@ def watch(run: str, stream: TextIO | None = None) -> int:
     try:
         follow(screen)
     except KeyboardInterrupt:
-        screen.say(f"{screen.folder.path} is watched no more: launcher stop {run} would save and stop it")
+        screen.say(f"{screen.folder.path} is watched no more: launcher stop {shlex.quote(run)} would save and stop it")
     return EXIT_OK
 
 
@@ -66,12 +68,15 @@ def follow(
         return screen.say(told(folder, who))
     screen.look()
     new_s = asked_s = clock()
+    misses = 0
     goes_on = screen.ended == "done"  # it was done before, and yet somebody runs it: a start follows
     while who is not None and (screen.ended != "done" or goes_on):
         screen.waits(who)
         wait(LOOK_EVERY_S)
         if clock() - max(new_s, asked_s) >= (ASK_QUEUE_EVERY_S if isinstance(who, Queued) else ASK_EVERY_S):
-            who, asked_s = ask(folder, who), clock()
+            found, asked_s = ask(folder, who), clock()
+            misses = misses + 1 if found is None else 0
+            who = who if isinstance(who, Queued) and misses == 1 else found  # a busy queue may fail to answer once
         if screen.look():
             new_s = clock()
         goes_on = goes_on and screen.ended == "done"
@@ -145,13 +150,18 @@ class Screen:
             return
         if name in ENDINGS:
             self.ended = None if name == "start" else name
-        self._console.write(event_of(facts))
+        self._show(event_of(facts))
 
     def _row(self, row: Mapping[str, Any]) -> None:
         if generation_of(row) < max(self._from, self._generation):
             return  # of an earlier start: updates that were undone, or are no longer of interest
         self._console.live = place(row) >= self._now
-        self._console.write(reading_of(row))
+        self._show(reading_of(row))
+
+    def _show(self, entry: Event | Reading) -> None:
+        """What a file holds may have values that are none: that line is left out, as where the run itself shows it."""
+        with suppress(TypeError, ValueError, KeyError, AttributeError):
+            self._console.write(entry)
 
 
 class Tail:
@@ -194,8 +204,12 @@ def entry(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:
         found = json.loads(line)
     except ValueError:
         return None
-    whole = isinstance(found, dict) and all(type(found.get(name)) in (int, float) for name in numbers)
+    whole = isinstance(found, dict) and all(is_number(found.get(name)) for name in numbers)
     return found if whole else None
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def event_of(facts: Mapping[str, Any]) -> Event:
@@ -214,8 +228,14 @@ def reading_of(row: Mapping[str, Any]) -> Reading:
 
 
 def generation_of(entry: Mapping[str, Any]) -> int:
-    return int(entry.get("generation") or 0)
+    return whole_number(entry, "generation")
 
 
 def place(row: Mapping[str, Any]) -> tuple[int, int]:
-    return generation_of(row), int(row.get("update") or 0)
+    return generation_of(row), whole_number(row, "update")
+
+
+def whole_number(entry: Mapping[str, Any], name: str) -> int:
+    """0 where it is none."""
+    found = entry.get(name)
+    return int(found) if found is not None and is_number(found) else 0

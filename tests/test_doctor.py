@@ -202,6 +202,7 @@ def test_a_name_that_leads_nowhere_or_elsewhere_fails(monkeypatch: pytest.Monkey
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    failed(machine.address("host name", "n" * 64), "leads nowhere", mend="127.0.0.1 nnn")
     nowhere = machine.address("host name", "node7")
     failed(nowhere, "node7 leads nowhere (Name or service not known)", mend="'127.0.0.1 node7'")
     failed(machine.address("loopback", "127.0.0.1"), mend="ip link set lo up")
@@ -326,7 +327,8 @@ def test_a_file_that_hides_torch_is_named(tmp_path: Path, name: str, monkeypatch
 
 
 def test_a_torch_that_kills_its_process_is_no_end_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "torch.py").write_text(f"import os; os.kill(os.getpid(), {signal.SIGILL.value})")
+    warned = "import os, sys; sys.stderr.write('a warning\\n'); sys.stderr.flush(); "
+    (tmp_path / "torch.py").write_text(f"{warned}os.kill(os.getpid(), {signal.SIGILL.value})")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "here").mkdir()
     found = machine.ask_torch(tmp_path / "here", "torch>=2.8")
@@ -372,6 +374,7 @@ def test_a_job_that_trains_nothing_is_no_success(alone: Path) -> None:
 
 
 def test_a_job_that_takes_too_long_is_ended(alone: Path) -> None:
+    """The driver here; its workers die with it, which its own tests hold."""
     failed(doctor.smoke(doctor.JOB, 0.2), "not over after 0.2 s, and was ended", mend="'sink=[]'")
     assert list(alone.iterdir()) == []
     here = str(alone / "launcher-doctor-")

@@ -118,6 +118,13 @@ def test_a_run_with_nothing_but_a_loss_has_a_page(tmp_path: Path, out: str) -> N
     assert reported(str(write(tmp_path / "run", rows)), "-o", out).count("svg") == 1
 
 
+def test_a_speed_is_told_without_stage_times_too(tmp_path: Path, out: str) -> None:
+    key = "throughput/samples_per_s"
+    rows = [{"update": update, "samples": 8 * update, key: 100.0 * update} for update in range(1, 6)]
+    words = reported(str(write(tmp_path / "run", rows)), "-o", out).words
+    assert words[words.index("samples/s") + 1] == "300"
+
+
 def test_long_runs_stay_small(tmp_path: Path, out: str) -> None:
     reported(str(write(tmp_path / "run", [row(update) for update in range(1, 5001)])), "-o", out)
     assert Path(out).stat().st_size < 300_000

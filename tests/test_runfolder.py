@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -113,9 +114,30 @@ def test_a_generation_that_cannot_be_known_is_never_1_again(folder: RunFolder) -
 def test_a_stop_is_a_file_that_anybody_may_touch(folder: RunFolder) -> None:
     (folder.path / "stop").touch()
     assert folder.stop_file.exists()
+    assert folder.stop_reason() == ""
     folder.clear_stop()
     folder.clear_stop()
     assert not folder.stop_file.exists()
+
+
+def test_a_stop_may_say_what_it_was_asked_for_by(folder: RunFolder) -> None:
+    assert folder.stop_reason() == ""
+    folder.ask_to_stop("launcher stop")
+    assert (folder.asks_to_stop(), folder.stop_reason()) == (True, "launcher stop")
+    folder.ask_to_stop("SIGINT")
+    assert folder.stop_reason() == "SIGINT"
+    folder.clear_stop()
+    os.mkfifo(folder.stop_file)  # which nobody writes into
+    assert (folder.asks_to_stop(), folder.stop_reason()) == (True, "")
+
+
+def test_a_full_disk_hinders_no_stop(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("launcher.runfolder.write_whole", full)
+    folder.ask_to_stop("SIGTERM")
+    assert folder.asks_to_stop()
 
 
 def test_done_is_written_whole(folder: RunFolder) -> None:

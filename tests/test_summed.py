@@ -29,6 +29,7 @@ MEANS: dict[str, Callable[[], torch.Tensor]] = {
     "a sum over a tensor that says so": lambda: (
         functional.cross_entropy(X, Y, reduction="sum") / torch.tensor(float(N))
     ),
+    "a sum within each sample": lambda: (X - T).square().sum(1).mean(),
     "two of them": lambda: functional.cross_entropy(X, Y) + functional.mse_loss(X, T),
     "in double precision": lambda: functional.cross_entropy(X, Y).double(),
     "negated": lambda: -functional.cross_entropy(X, Y),

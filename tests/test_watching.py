@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -205,8 +206,11 @@ def test_lines_that_are_none_of_ours_do_no_harm(run: Elsewhere) -> None:
     run.start()
     with run.folder.metrics.open("a") as file:
         file.write('[]\nnull\n{"time": "x"}\nbroken\n\n{"time": 1, "samples": 1}\n\xff\n')
+        file.write(json.dumps({**written.row(7), "generation": math.nan}) + "\n")
     with run.folder.events.open("a") as file:
         file.write('7\n{"time": 1001.0}\n{"event": "start"}\n{"time": 1001.0, "event": 3}\n')
+        file.write('{"time": 1001.0, "event": "preempt", "update": null}\n{"time": NaN, "event": "alarm"}\n')
+        file.write('{"time": 1001.0, "event": "checkpoint", "seconds": null}\n{"time": 1001.0, "event": "plan"}\n')
     run.rows(1, 2, train__loss=None, val__loss=0.5, val__accuracy="high")
     run.done(1100.0)
     text = Watched(run).text
@@ -359,9 +363,23 @@ def test_who_runs_it_is_asked_rarely_and_not_while_rows_come(run: Elsewhere) -> 
 
 def test_a_quiet_run_is_asked_about_every_two_seconds_and_the_queue_every_ten(run: Elsewhere) -> None:
     run.start()
-    for who, least, most in ((DRIVER, 12, 14), (RUNS, 3, 4)):
+    for who, least, most in ((DRIVER, 12, 14), (RUNS, 4, 5)):  # the queue once more at the end, to be sure
         seen = Watched(run, *[lambda: None] * 100, who=who)
         assert least <= seen.asked <= most, (ASK_EVERY_S, seen.asked)
+
+
+def test_a_queue_that_fails_to_answer_once_ends_nothing(run: Elsewhere) -> None:
+    run.start()
+    answers: list[Any] = [RUNS, None, RUNS, None, None]
+    text, now_s = File(), [0.0]
+    follow(
+        Screen(run.folder, text, {}),
+        lambda *_: answers.pop(0),
+        lambda: now_s[0],
+        lambda seconds: now_s.__setitem__(0, now_s[0] + seconds),
+    )
+    assert answers == [], "it goes on after one, and ends after two in a row"
+    assert "is not running" in text.getvalue()
 
 
 def test_nothing_is_written_and_the_folder_can_be_locked(run: Elsewhere) -> None:

@@ -118,16 +118,18 @@ def _outcome(file: Path, status: int) -> dict[str, Any]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does: workers and folder are cleared away."""
+    """SIGTERM and a closed terminal end it as Ctrl-C does: workers and folder are cleared away."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def shown(found: Mapping[str, Any], run: Run) -> None:

@@ -43,7 +43,7 @@ __all__ = ["Earlier", "measured"]
 #: High over low of an interval that nothing can be relied on with.
 NOISY = 3.0
 BUDGET_S = 120.0
-SEARCHING = 0.75  # of the budget, where the rest is for a closer look at what was found
+SEARCHING = 2 / 3  # of the budget; the rest is as much as a closer look at what was found can take
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def remembered(key: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> l
 def doubts(found: Mapping[str, Any]) -> list[str]:
     """Where the recommended size's own speed is hardly known, what to do about it."""
     point = recommended(found)
-    if point is None or not point["samples_per_s"] or point["high"] <= NOISY * point["low"]:
+    if point is None or point["high"] <= NOISY * point["low"]:
         return []
     size, low, high = found["recommended"], rate(point["low"]), rate(point["high"])
     return [

@@ -141,7 +141,7 @@ def test_ctrl_c_ends_the_watching_alone_and_a_killed_driver_ends_both(
     watchers[0].send_signal(signal.SIGINT)
     assert watchers[0].wait(timeout=20) == 0
     told = (here / "0.txt").read_text().splitlines()[-1]
-    assert told == f"{run} is watched no more: launcher stop {run} would save and stop it"
+    assert told == f"{run} is watched no more: launcher stop {shlex.quote(str(run))} would save and stop it"
     wait_for(training(run, len(rows(run)) + 20))
     assert driver.poll() is None
     assert not (run / "stop").exists()
@@ -193,4 +193,5 @@ def test_a_slurm_job_is_watched_while_it_waits_and_over_a_requeue(slurm: Slurm, 
         watching.wait()
     text = out.read_text()
     assert len(events(run, "preempt")) == text.count("\nstopped at update") == 2
+    assert [event["why"] for event in events(run, "preempt")][-1] == "launcher stop"
     assert "runs/s is not running: at update" in text.splitlines()[-1]

@@ -244,14 +244,15 @@ class Job:
         return EXIT_OK
 
     def _failed(self, found: failure.Failure | None) -> int:
-        if found is not None:
-            tell(f"error: {found.line()}")
-            if self._run.debug:
-                tell(found.traceback, whole=True)
-            return EXIT_REQUEST if found.status == EXIT_REQUEST else EXIT_FAILED
-        why = killed(self._report) if self._report.exists() else "the workers were killed again and again"
-        tell(f"error: {why} (logs: {self._folder.logs})")
-        return EXIT_FAILED
+        """Where nobody has more to say than that another has gone, that one was killed without a word."""
+        line = f"logs: {self._folder.logs}" if found is None else found.line()
+        if found is None or (found.status != EXIT_REQUEST and failure.consequence(found.message)):
+            why = killed(self._report) if self._report.exists() else "the workers were killed again and again"
+            line = f"{why} ({line})"
+        tell(f"error: {line}")
+        if found is not None and self._run.debug:
+            tell(found.traceback, whole=True)
+        return EXIT_REQUEST if found is not None and found.status == EXIT_REQUEST else EXIT_FAILED
 
 
 def in_memory(text: str) -> int:

@@ -203,14 +203,28 @@ def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess
     assert "failed in own.py:7: ValueError: no such thing" in told
 
 
+LOST = "raise ConnectionResetError('Connection reset by peer')"  # as one says whose peer was killed before
+
+
+@pytest.mark.parametrize(
+    ("method", "word"),
+    [
+        ("def model(self): os.kill(os.getpid(), 9)", ""),
+        (
+            f"def model(self):\n        if os.environ['RANK'] == '1': {LOST}\n        os.kill(os.getpid(), 9)",
+            "rank 1 failed",
+        ),
+    ],
+)
 def test_workers_that_are_killed_without_a_word_are_not_started_for_ever(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, method: str, word: str
 ) -> None:
-    process = driver(*own_mlp(tmp_path, "def model(self): os.kill(os.getpid(), 9)"))
+    process = driver(*own_mlp(tmp_path, method))
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "restart 1: a worker was killed" in stderr
     assert stderr.splitlines()[-1].startswith("error: the workers were killed again and again")
+    assert word in stderr.splitlines()[-1]
 
 
 WRONG = [

@@ -242,9 +242,9 @@ def _covers(points: Sequence[tuple[float, float]], x: float, apart: float) -> bo
     """Whether a curve has anything to say at x: not before its first point or past its last, but for half a step."""
     if not points:
         return False
-    xs = [x for x, _ in points]
-    first, last = (xs[1] - xs[0], xs[-1] - xs[-2]) if len(xs) > 1 else (apart, apart)
-    return xs[0] - first / 2 <= x <= xs[-1] + last / 2
+    (begin, _), (end, _) = points[0], points[-1]
+    first, last = (points[1][0] - begin, end - points[-2][0]) if len(points) > 1 else (apart, apart)
+    return begin - first / 2 <= x <= end + last / 2
 
 
 def _near(points: Sequence[tuple[float, float]], x: float) -> float:

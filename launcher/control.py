@@ -22,7 +22,7 @@ from launcher.recovery import last_row
 from launcher.runfolder import RUNS, RunFolder, runs_with
 from launcher.sinks.text import one_line, printable
 
-__all__ = ["ENDINGS", "Owner", "failure_text", "find", "owner", "queued", "standing", "status", "stop", "told"]
+__all__ = ["ENDINGS", "Owner", "failure_text", "find", "owner", "queued", "status", "stop", "told"]
 
 LOOK_EVERY_S = 0.1
 ASK_EVERY_S = 1.0

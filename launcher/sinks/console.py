@@ -15,7 +15,7 @@ from launcher.sinks.closing import closing_lines, speed_text
 from launcher.sinks.progress import Progress
 from launcher.sinks.summary import plan_rows, replan_text, resize_text, start_rows, title
 from launcher.sinks.tally import Tally
-from launcher.sinks.text import Paint, count, figure, fold, knows, one_line, plain, rows, size, took
+from launcher.sinks.text import Paint, count, draws, figure, fold, knows, one_line, plain, rows, size, took
 
 __all__ = ["Console"]
 
@@ -36,7 +36,7 @@ class Console:
 
     def __init__(self, stream: TextIO | None = None, env: Mapping[str, str] = os.environ) -> None:
         self._stream = stream or sys.stdout
-        self._terminal = self._stream.isatty() and env.get("TERM") != "dumb"
+        self._terminal = draws(self._stream, env)
         self._paint = Paint.of(self._stream, env)
         self._unicode = knows(self._stream, "·━╸─█")
         self._tally = Tally()

@@ -13,6 +13,7 @@ __all__ = [
     "Paint",
     "clock",
     "count",
+    "draws",
     "figure",
     "fold",
     "knows",
@@ -31,6 +32,11 @@ __all__ = [
 ASCII = str.maketrans({"·": "-", "━": "=", "╸": "-", "─": ".", "█": "#", "▌": "#", "→": ">", "…": "~", "±": "~"})
 
 
+def draws(stream: TextIO, env: Mapping[str, str]) -> bool:
+    """Whether it is a terminal on which a line can be drawn over."""
+    return stream.isatty() and env.get("TERM") != "dumb"
+
+
 class Paint:
     """Colours, on terminals only, and not where NO_COLOR is set."""
 
@@ -40,7 +46,7 @@ class Paint:
     @classmethod
     def of(cls, stream: TextIO, env: Mapping[str, str] = os.environ) -> Paint:
         """As this stream takes it."""
-        return cls(stream.isatty() and env.get("TERM") != "dumb" and not env.get("NO_COLOR"))
+        return cls(draws(stream, env) and not env.get("NO_COLOR"))
 
     def __call__(self, text: str, *codes: int) -> str:
         return f"\x1b[{';'.join(map(str, codes))}m{text}\x1b[0m" if self._colours and text else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,19 @@ from typing import Any
 
 from launcher.process import children
 
-__all__ = ["ENV", "alive", "descendants", "environment", "events", "furthest", "rows", "training", "wait_for"]
+__all__ = [
+    "ENV",
+    "alive",
+    "descendants",
+    "environment",
+    "events",
+    "furthest",
+    "hearing",
+    "kill_all",
+    "rows",
+    "training",
+    "wait_for",
+]
 
 ENV = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
@@ -44,6 +57,19 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def kill_all(pid: int) -> None:
+    """A process and those below it, as far as they are left."""
+    for one in (*descendants(pid), pid):
+        if alive(one):
+            os.kill(one, signal.SIGKILL)
+
+
+def hearing() -> None:
+    """As from a terminal: a suite that runs in some script's background hands an ignored Ctrl-C on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_for(state: Callable[[], object], within_s: float = 60.0) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import alive, descendants, environment, wait_for
+from jobs import alive, descendants, environment, hearing, kill_all, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -85,11 +85,6 @@ def test_a_job_that_cannot_be_trained_is_told_by_its_error_line(here: Path) -> N
     assert list(here.iterdir()) == []
 
 
-def hearing() -> None:
-    """As from a terminal: a suite that runs in some script's background hands an ignored Ctrl-C on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ended_on_the_way_it_takes_its_job_with_it(here: Path, number: signal.Signals) -> None:
     null = subprocess.DEVNULL
@@ -110,7 +105,5 @@ def test_ended_on_the_way_it_takes_its_job_with_it(here: Path, number: signal.Si
         assert list((here.parent / "tmp").iterdir()) == []
         assert list(here.iterdir()) == []
     finally:
-        for pid in (*descendants(process.pid), process.pid):
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(process.pid)
         process.wait()

@@ -10,18 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jobs import alive, descendants, environment, events, rows, training, wait_for
+from jobs import alive, descendants, environment, events, hearing, kill_all, rows, training, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
 
 JOB = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
 LONG = [*JOB, "lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]
-
-
-def hearing() -> None:
-    """As from a terminal: a suite that runs in some script's background hands an ignored Ctrl-C on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -49,9 +43,7 @@ def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield start
     for process in started:
-        for pid in (*descendants(process.pid), process.pid):
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(process.pid)
         process.communicate()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jobs import alive, descendants, environment, wait_for
+from jobs import alive, descendants, environment, hearing, kill_all, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -45,11 +44,6 @@ class Watched(Mlp):
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-def hearing() -> None:
-    """As from a terminal: a suite that runs in some script's background hands an ignored Ctrl-C on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def seen(tmp_path: Path) -> Path:
     (tmp_path / "seen").mkdir()
@@ -79,9 +73,8 @@ def start(seen: Path) -> Iterator[Start]:
 
     yield begin
     for process in started:
-        for pid in (*descendants(process.pid), process.pid, *pids(seen)):
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        for pid in (process.pid, *pids(seen)):
+            kill_all(pid)
         process.communicate()
 
 

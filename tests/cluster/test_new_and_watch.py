@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from jobs import alive, descendants, environment, events, rows, training, wait_for
+from jobs import descendants, environment, events, hearing, kill_all, rows, training, wait_for
 
 from slurm import Slurm
 
@@ -23,11 +23,6 @@ LAUNCHER = [sys.executable, "-m", "launcher"]
 LONG = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
 LONG += ["lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]
 LONG += ["checkpoint.every=20ba"]
-
-
-def hearing() -> None:
-    """As from a terminal: a suite that runs in some script's background hands an ignored Ctrl-C on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -59,9 +54,7 @@ def start(here: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield start
     for process in started:
-        for pid in (*descendants(process.pid), process.pid):
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(process.pid)
         process.wait()
 
 

@@ -1,12 +1,12 @@
-"""What batch.per_device=auto costs beside measuring: from the command to training with and without it.
+"""Overhead of batch.per_device=auto besides the measuring itself: time from command to end, with and without it.
 
-    python benchmarks/auto.py                 # 2 and 3 workers, by the driver and under torchrun
+    python benchmarks/auto.py                 # 2 and 3 workers, with the driver and under torchrun
     python benchmarks/auto.py --workers 2 --rounds 5
 
-A round trains the same few updates with the number typed, with auto that measures, and with auto that finds a kept
-profile. What auto adds to the wall time, less the seconds that it spent on measuring (as its document says), is what
-agreeing, starting the processes that measure and looking up cost. What looking up adds in CPU time, of all processes
-together, is said as well: other programs on the machine change it little.
+Each round trains the same few updates with an explicit number, with auto that measures, and with auto that finds a
+cached profile. The wall time that auto adds, minus the seconds spent on measuring (`spent_s` in its document), is the
+cost of coordination, of starting the measuring processes and of the lookup. The CPU time that the lookup adds, over all
+processes, is printed as well, as other programs on the machine affect it little.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def one(form: str, workers: int) -> tuple[float, float, float, float]:
-    """Seconds with the number typed, and what auto adds: beside measuring, with a kept profile, that in CPU time."""
+    """Seconds with an explicit number, and what auto adds: besides measuring; with a cached profile (wall, CPU)."""
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         typed_s, typed_cpu_s = took_s(form, workers, here, "batch.per_device=16")
@@ -56,7 +56,7 @@ def one(form: str, workers: int) -> tuple[float, float, float, float]:
 
 
 def took_s(form: str, workers: int, here: Path, *words: str) -> tuple[float, float]:
-    """Wall time, and CPU time of the command and all that it waited for."""
+    """Wall time of the command, and CPU time of it and all processes that it waited for."""
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     if form == "launcher":
         command = [sys.executable, "-m", "launcher", *WORDS, f"launch.workers={workers}", *words]

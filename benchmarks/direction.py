@@ -1,10 +1,10 @@
-"""What a sweep cannot measure, on the digits: where a minibatch's gradient points, and accumulation done wrong.
+"""Measurements on the digits that a sweep cannot make: gradient direction by batch size, and faulty accumulation.
 
-    python benchmarks/direction.py direction      # cosine of the batch's and the whole set's gradient, by batch size
-    python benchmarks/direction.py accumulation   # forgetting to divide, letting the tail leak, and right
+    python benchmarks/direction.py direction      # cosine of batch gradient and full gradient, by batch size
+    python benchmarks/direction.py accumulation   # missing division, leaking tail, and correct
     python benchmarks/direction.py classes        # the noise scale by the number of classes
 
-The first compares with 1 / sqrt(1 + phi / B), which the noise scale phi promises (McCandlish 2018, appendix A.1).
+The first is compared with 1 / sqrt(1 + phi / B), predicted from the noise scale phi (McCandlish 2018, appendix A.1).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ACCUMULATION = 4
 
 
 def made(seed: int, recipe: Mlp) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A fresh model, and the training set: images and labels."""
+    """A new model, and the images and labels of the training set."""
     torch.manual_seed(seed)
     data = recipe.dataset("train")
     return recipe.model(), data.inputs, data.targets
 
 
 def gradient(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean gradient over the samples, flat."""
+    """The mean gradient over the samples, flattened."""
     model.zero_grad()
     nn.functional.cross_entropy(model(images), labels).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -48,7 +48,7 @@ def trained(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, update
 
 
 def noise(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The whole set's gradient and the noise scale, exact: every sample's gradient is looked at."""
+    """The full gradient and the exact noise scale, computed from every sample's gradient."""
     whole = gradient(model, images, labels)
     squares = [float(gradient(model, images[i : i + 1], labels[i : i + 1]).square().sum()) for i in range(len(images))]
     variance, square = estimates([1.0] * len(images), squares, float(whole.square().sum()))
@@ -73,7 +73,7 @@ def direction() -> None:
         print(f"after {updates} updates: phi = {phi:.0f} samples ({min(scales):.0f} to {max(scales):.0f})")
         for size in SIZES:
             promised = (1 + phi / size) ** -0.5
-            print(f"  batch {size:4}   cosine {statistics.fmean(cosines[size]):.3f}   promised {promised:.3f}")
+            print(f"  batch {size:4}   cosine {statistics.fmean(cosines[size]):.3f}   predicted {promised:.3f}")
 
 
 def classes() -> None:
@@ -99,10 +99,10 @@ def accumulation() -> None:
 
 
 def accumulated(seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], way: str, epochs: int = 10) -> float:
-    """Validation accuracy after some epochs of micro-batches of 16, four to an update, as loops written by hand do it.
+    """Validation accuracy after some epochs with micro-batches of 16, four per update, as in hand-written loops.
 
-    An epoch has 90 micro-batches, so two are left over. Where they leak, no update takes them: their gradients are
-    still there when the next epoch's first ones are added.
+    An epoch has 90 micro-batches, so two are left over. In the leaking variant no update applies them: their gradients
+    are still present when those of the next epoch's first micro-batches are added.
     """
     model, images, labels = made(seed, Mlp())
     held = Mlp().dataset("val")

@@ -1,15 +1,15 @@
-"""How fast a job comes back, and what elasticity costs while nothing happens.
+"""Recovery time of a job, and the cost of elasticity in normal operation.
 
-    python benchmarks/elastic.py            # all of it: about a quarter of an hour
+    python benchmarks/elastic.py            # everything: about 15 minutes
     python benchmarks/elastic.py recovery   # one part: recovery, joins, stop, survivors, save, vote
 
-recovery: kill -9 of a random worker, again and again, of the launcher's job and of a plain torchrun script in turns;
-from the kill to the end of the first update of the workers' next start. The plain script restores nothing.
-joins: a third torchrun agent joins two, is killed, joins again; what growth costs, and what the loss of a node costs.
-stop: polite stops of a job, each followed by going on; what was lost or run twice.
-survivors: kill -9 of the agent; until the last process of the job is gone.
-save: what a checkpoint costs the training loop, against the time it takes to write.
-vote: one exchange at 2 ranks and at 64 (forked, on whatever cores there are).
+recovery: kill -9 of a random worker, repeatedly, for the launcher and for a plain torchrun script; measures from the
+kill to the end of the first update after the restart. The plain script restores nothing.
+joins: a third torchrun agent joins two, is killed and joins again; the cost of growing and of losing a node.
+stop: graceful stops of a job, each followed by a resume; checks that no update is lost or run twice.
+survivors: kill -9 of the agent; the time until the last process of the job has ended.
+save: the time a checkpoint blocks the training loop, compared with the time to write it.
+vote: one all-gather of the ranks' statistics at 2 and at 64 ranks (forked, on the available cores).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def wait_for(state: Callable[[], object], within_s: float = 240.0, every_s: float = 0.05) -> None:
-    """Looking must cost nothing: two workers import torch on two cores meanwhile."""
+    """Poll cheaply: two workers import torch on two cores in the meantime."""
     end_s = time.monotonic() + within_s
     while not state():
         if time.monotonic() > end_s:
-            raise TimeoutError(f"it did not come to that in {within_s:g} s")
+            raise TimeoutError(f"the awaited state was not reached within {within_s:g} s")
         time.sleep(every_s)
 
 
@@ -65,7 +65,7 @@ def last(run_dir: Path) -> dict[str, Any]:
 
 
 def trains(run_dir: Path, generation: int) -> int:
-    """Wait until this start of the workers has trained; the update where it stands."""
+    """Wait until this generation of workers has trained; return its current update."""
     wait_for(lambda: last(run_dir)["generation"] == generation)
     return int(last(run_dir)["update"])
 
@@ -120,7 +120,7 @@ def recovery(folder: Path) -> None:
 
 
 def agent(folder: Path, port: int, *, first: bool) -> subprocess.Popen[bytes]:
-    """One node's torchrun, of a job of one to three."""
+    """Start the torchrun agent of one node, in a job of one to three nodes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", "--nproc-per-node=1"]
     where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--max-restarts=1000"]
     conf = f"--rdzv-conf=is_host={int(first)},last_call_timeout=2,keep_alive_interval=1"
@@ -132,9 +132,9 @@ def agent(folder: Path, port: int, *, first: bool) -> subprocess.Popen[bytes]:
 
 
 def resized(run_dir: Path, world: int, after: int) -> tuple[int, float, int]:
-    """Waits for a start of the workers later than `after` at this world size.
+    """Wait for a generation later than `after` at this world size.
 
-    Its generation, the seconds from the last update before it to its first, and the samples that were run again.
+    Returns its generation, the seconds from the last update before it to its first, and the samples trained on again.
     """
 
     def there() -> bool:
@@ -175,7 +175,7 @@ def joins(folder: Path) -> None:
     for name, found in costs.items():
         stood, lost = sorted(seconds for seconds, _ in found), sorted(samples for _, samples in found)
         print(
-            f"{name:23} {len(found)} of {JOINS}   samples run again: {statistics.median(lost):.0f}, most {lost[-1]}",
+            f"{name:23} {len(found)} of {JOINS}   samples repeated: {statistics.median(lost):.0f}, most {lost[-1]}",
             end="",
         )
         print(f"   no training for {statistics.median(stood):.1f} s (median), {stood[-1]:.1f} s at most")
@@ -193,7 +193,7 @@ def stop(folder: Path) -> None:
     updates = [row["update"] for row in rows(run_dir)]
     whole = updates == list(range(1, len(updates) + 1))
     found = "each once" if whole else "NOT each once"
-    print(f"polite stops            {STOPS} of {STOPS}   {len(updates)} updates, {found}")
+    print(f"graceful stops          {STOPS} of {STOPS}   {len(updates)} updates, {found}")
 
 
 def runs(pid: int) -> bool:
@@ -210,17 +210,17 @@ def survivors(folder: Path) -> None:
     start_s = time.monotonic()
     os.kill(agent, signal.SIGKILL)
     wait_for(lambda: not any(runs(pid) for pid in (*workers, agent)), every_s=0.01)
-    print(f"agent killed            nobody left after {time.monotonic() - start_s:.2f} s")
+    print(f"agent killed            no process left after {time.monotonic() - start_s:.2f} s")
     process.wait()
 
 
 def save(folder: Path) -> None:
-    """A model of 25 million parameters with Adam's moments: 300 MB a checkpoint."""
+    """Save a model of 25 million parameters with Adam's moments: 300 MB per checkpoint."""
     overrides = ["recipe=mlp", "recipe.hidden=3500", "recipe.depth=3", "optimizer=adamw", "lr.base=0.0001"]
     sizes = ["batch.per_device=16", "lr.base_batch=32", "train.duration=42ba", "checkpoint.every=10ba"]
     launched(folder, *overrides, *sizes, "run.name=c").wait()
     events = [json.loads(line) for line in (folder / "runs/c/events.jsonl").read_text().splitlines()]
-    saved = [event for event in events if event["event"] == "checkpoint"][1:]  # the first one makes the buffers
+    saved = [event for event in events if event["event"] == "checkpoint"][1:]  # the first one allocates the buffers
     stalls = [row["stage/checkpoint/ms"] / 1e3 for row in rows(folder / "runs/c") if row["stage/checkpoint/ms"] > 1][1:]
     stall_s, write_s = statistics.median(stalls), statistics.median(event["seconds"] for event in saved)
     size_mb = saved[0]["bytes"] / 1e6
@@ -265,7 +265,7 @@ def vote(folder: Path) -> None:
             os.waitpid(pid, 0)
         times = json.loads(out.read_text())
         median_ms = statistics.median(times) * 1e3
-        print(f"vote, {world:3} ranks          median {median_ms:.2f} ms, not hidden behind a backward pass")
+        print(f"all-gather, {world:3} ranks    median {median_ms:.2f} ms, not overlapped with a backward pass")
 
 
 PARTS = {"recovery": recovery, "joins": joins, "stop": stop, "survivors": survivors, "save": save, "vote": vote}

@@ -1,12 +1,12 @@
-"""batch=goodput against every fixed batch: seconds of training until a target, on the digits.
+"""Compare batch=goodput with fixed batches: seconds of training to a target accuracy, on the digits.
 
-    python benchmarks/goodput.py                       # the perceptron, two workers, three seeds
+    python benchmarks/goodput.py                       # MLP, two workers, three seeds
     python benchmarks/goodput.py --recipe resnet --batches 32 64 128 256
 
-All follow the linear rule from the same base batch and rate. What updates take is measured once, before, and an earlier
-run of the base batch knows the noise scale, by which one of the two forms of goodput begins (plan.noise=RUN). Seconds
-are those of training: starting Python is not in them, and validation, which comes as often per sample for every batch
-and takes much of so small a training, is taken out.
+All use the linear rule with the same base batch and learning rate. Update times are measured once beforehand, and an
+earlier run at the base batch provides the noise scale that one of the two goodput variants starts from
+(plan.noise=RUN). Seconds are training time only: they exclude the start of Python, and also validation, which runs
+equally often per sample for every batch and would take much of such a short training.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-epochs", type=int, default=60)
     parser.add_argument("--tune-max", type=int, default=256)
-    parser.add_argument("overrides", nargs="*", help="after --")
+    parser.add_argument("overrides", nargs="*", help="further overrides, after --")
     options = parser.parse_args()
     forms = {f"fixed {batch}": [f"batch.per_device={batch // WORKERS}"] for batch in options.batches}
     fixed = list(forms)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def seconds(folder: Path, options: argparse.Namespace, words: Sequence[str]) -> float:
-    """Until the target; infinity where it was not reached."""
+    """Seconds of training to the target; infinity if it was not reached."""
     run_dir = folder / f"run-{'-'.join(words).replace('=', '')}"
     target = [f"train.target.at_least={options.target}", "train.target.metric=val/accuracy"]
     more = [*target, "train.stop_at_target=true", f"train.duration={options.max_epochs}ep", f"run.dir={run_dir}"]

@@ -1,10 +1,10 @@
-"""What a model's state really takes per worker, beside what `launcher plan plan.memory=true` says.
+"""Measure the memory of a model's state per worker and compare it with `launcher plan plan.memory=true`.
 
     torchrun --standalone --nproc-per-node=2 benchmarks/memory.py strategy=fsdp
 
-Resident memory is read before the model is made, after an update (parameters and optimizer state) and after a backward
-pass (gradients as well); beside it the highest while the model is made, on the last rank. The batch is one short
-sample, so that activations are small beside them.
+Resident memory is read before the model is built, after an update (parameters and optimizer state) and after a backward
+pass (also gradients); the peak while the model is built is reported for the last rank. The batch is one short sample,
+so that activations are small in comparison.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def warm_up() -> None:
-    """What torch loads and keeps for itself at the first use does not count."""
+    """Load what torch allocates at first use, so that it is not counted."""
     layer = torch.nn.Linear(64, 64)
     layer(torch.randn(8, 64)).sum().backward()
     torch.optim.AdamW(layer.parameters()).step()

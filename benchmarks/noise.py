@@ -1,6 +1,6 @@
-"""The gradient noise scale in training: is it right where it is known, and what does measuring it cost?
+"""Accuracy of the measured gradient noise scale on a problem where it is known, and the cost of measuring it.
 
-python benchmarks/noise.py                 # real jobs on a quadratic whose noise scale is known
+python benchmarks/noise.py                 # real jobs on a quadratic with a known noise scale
 python benchmarks/noise.py cost            # updates with and without measuring, alternating in one process per rank
 python benchmarks/noise.py cost recipe=mlp batch.per_device=8 batch.accumulation=4 --workers 1
 """
@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 def known(noises: list[float], seeds: int) -> None:
-    """The estimate after 300 updates, and how often the interval of a row covers the truth."""
+    """Print the estimate after 300 updates, and how often the interval of a row covers the true value."""
     for layout, overrides in LAYOUTS.items():
         for noise in noises:
             found = [job(noise, seed, overrides) for seed in range(seeds)]
@@ -76,9 +76,9 @@ def cost(overrides: list[str], workers: int, pairs: int) -> None:
 
 
 def rank(overrides: list[str], pairs: int, warm_up: int = 10) -> None:
-    """Updates in pairs, one that measures and one that does not; which of them is first alternates.
+    """Run updates in pairs, one that measures and one that does not, in alternating order.
 
-    Times are those of the thread that trains, on the processor: others on this machine do not count.
+    Times are CPU times of the training thread, so other programs on the machine do not count.
     """
     import torch
     import torch.distributed as dist
@@ -110,7 +110,7 @@ def rank(overrides: list[str], pairs: int, warm_up: int = 10) -> None:
 
 
 def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
-    """One update on samples that stay the same; the processor's seconds that it takes."""
+    """A function that runs one update on fixed samples and returns its CPU seconds."""
     import torch.distributed as dist
     from torch.utils.data import default_collate
 
@@ -144,7 +144,7 @@ def told(times: dict[bool, list[float]], batch: int) -> None:
 
     without_ms, more_ms = statistics.median(times[False]) * 1e3, statistics.median(differences) * 1e3
     error_ms = 1.25 * statistics.stdev(differences) / len(differences) ** 0.5 * 1e3
-    print(f"an update {without_ms:.2f} ms; measuring {more_ms:+.3f} +- {error_ms:.3f} ms where it is heard")
+    print(f"an update {without_ms:.2f} ms; measuring {more_ms:+.3f} +- {error_ms:.3f} ms in an update that measures")
     for name, every in (("in every update", 1), (f"in every {EVERY}th", EVERY)):
         host_ms = estimate_s(batch, every) * 1e3
         share = (more_ms / every + host_ms) / without_ms
@@ -152,7 +152,7 @@ def told(times: dict[bool, list[float]], batch: int) -> None:
 
 
 def estimate_s(batch: int, every: int, updates: int = 2000) -> float:
-    """Seconds per update for the estimate and the row's values, the window full, where one of `every` is heard."""
+    """Seconds per update for the estimate and its row values, with a full window, measuring one of `every` updates."""
     import random
 
     from launcher.noise import NoiseScale

@@ -1,14 +1,14 @@
-"""The launcher against a plain hand-written script: steady throughput, and time to the first update.
+"""Compare the launcher with a plain hand-written script: steady throughput, and time to the first update.
 
-    python benchmarks/overhead.py                      # the digits resnet at two workers
+    python benchmarks/overhead.py                      # the resnet on digits with two workers
     python benchmarks/overhead.py --width 64 --updates 80   # updates of 50 ms and more
     python benchmarks/overhead.py --recipe gpt --strategy fsdp
-    python benchmarks/overhead.py --recipe gpt --strategy fsdp --cpu   # CPU time, on a machine that others use as well
+    python benchmarks/overhead.py --recipe gpt --strategy fsdp --cpu   # CPU time, for a shared machine
 
-Both train the same model on the same data with the same batch; the launcher with everything it does by default (vote,
-stage clock, JSONL, console, wandb offline). Runs alternate, so that drift of the machine favours neither; what is
-printed are medians of ratios within each pair. CPU time is that of all processes of a job, from a long run less that
-of a short one, so that starting is not in it.
+Both train the same model on the same data with the same batch; the launcher with its defaults (all-gather of rank
+statistics, stage clock, JSONL, console, wandb offline). Runs alternate, so that drift of the machine favours neither;
+the printed values are medians of the ratios within each pair. CPU time covers all processes of a job; the time of a
+short run is subtracted from that of a long one, so that startup is excluded.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def launched(options: argparse.Namespace, folder: Path, driver: bool) -> tuple[f
 
 
 def cpu_s(job: Callable[[], object]) -> float:
-    """The CPU time of the processes that `job` starts and waits for."""
+    """CPU time of the processes that `job` starts and waits for."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     job()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

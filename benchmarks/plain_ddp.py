@@ -1,9 +1,9 @@
-"""A plain script as a careful person writes it by hand: what the launcher is measured against.
+"""A carefully hand-written plain training script, the baseline for the launcher.
 
     torchrun --nproc-per-node=2 benchmarks/plain_ddp.py --recipe resnet --updates 300 --out plain.json
     torchrun --nproc-per-node=2 benchmarks/plain_ddp.py --recipe gpt --strategy fsdp
 
-It takes model and data from the same recipe, and does nothing but train: no telemetry, no checkpoint, no validation.
+It uses the model and data of the same recipe and only trains: no telemetry, checkpoints or validation.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def by_hand(model: torch.nn.Module, fused: bool | None):
 def zero(model: torch.nn.Module, stage: int = 2):
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, and is for inference
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needed for inference only, and would be compiled
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=300)
     parser.add_argument("--skip", type=int, default=20)
     parser.add_argument("--out", default="")
-    parser.add_argument("--starts", default="", help="a file to which each start adds when its first update ended")
+    parser.add_argument("--starts", default="", help="file to which each start appends when its first update ended")
     options = parser.parse_args()
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))

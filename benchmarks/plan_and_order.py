@@ -1,8 +1,8 @@
-"""What planning and ordering cost: medians over repeats, as a Markdown table.
+"""Cost of batch planning and of the sample order: medians over repeats, as a Markdown table.
 
     python benchmarks/plan_and_order.py [--repeats 9]
 
-Promised: 10,000 workers planned in under 50 ms, an order of 10^12 samples in under 1 MB, at least 10^5 indices per
+Targets: a plan for 10,000 workers in under 50 ms, an order of 10^12 samples in under 1 MB, at least 10^5 indices per
 second in plain Python.
 """
 
@@ -29,7 +29,7 @@ INDICES = 100_000
 
 
 def median_s(call: Callable[[], object], repeats: int) -> float:
-    """Median wall time of one call in seconds, after one that does not count."""
+    """Median wall time of one call in seconds, after one warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -46,11 +46,11 @@ def planning(repeats: int) -> list[tuple[str, str]]:
         "hold": lambda: plan_batch(HOLD, WORLD),
         f"scale {speeds}": lambda: plan_batch(SCALE, WORLD, SPEEDS),
         f"hold {speeds}": lambda: plan_batch(HOLD, WORLD, SPEEDS),
-        f"a tail of hold {speeds}": lambda: plan.part(777_777),
+        f"partial update of hold {speeds}": lambda: plan.part(777_777),
     }
     rows = [(f"plan of {WORLD:,} workers, {name}", ms(median_s(call, repeats))) for name, call in plans.items()]
     friendly = median_s(lambda: friendly_batch([8, 12, 16, 17], 10_000, 32, 1500), repeats)
-    return [*rows, ("friendly batch up to 10,000 for 32 to 1,500 workers", ms(friendly))]
+    return [*rows, ("most divisible batch up to 10,000 for 32 to 1,500 workers", ms(friendly))]
 
 
 def ordering(repeats: int) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""A recipe whose gradient noise scale is known: points about one at distance 1, half the squared distance as loss.
+"""A recipe with a known gradient noise scale: points around a centre at distance 1, loss half the squared distance.
 
-At the start, which a rate of almost nothing never leaves, a sample's gradient is minus its point: the mean has norm 1,
-and the points are spread so that their mean squared distance from it is exactly `noise`.
+With a learning rate near zero the parameters stay at the start, where a sample's gradient is minus its point: the mean
+has norm 1, and the points are scaled so that their mean squared distance from it is exactly `noise`.
 """
 
 from __future__ import annotations

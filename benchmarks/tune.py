@@ -1,11 +1,11 @@
-"""What `tune` recommends against measuring every size, at a part of the cost; and how alike its answers are.
+"""Compare the recommendation of `tune` with measuring every size, which costs more; and its repeatability.
 
-    python benchmarks/tune.py                       # three recipes: search against every size
+    python benchmarks/tune.py                       # three recipes: the search compared with every size
     python benchmarks/tune.py --repeats 10          # ten searches of one recipe instead
 
-Every size of a fine grid is measured by `tune.sizes`, several visits each; its knee is the smallest size with 90 % of
-the best samples/s. The search then has a fifth of the seconds which that took. Its recommendation is judged against the
-grid's knee by a third measurement of these two alone, in turn: in the grid neighbours differ by up to 7 %.
+Every size of a fine grid is measured several times by `tune.sizes`; the knee is the smallest size with 90 % of the best
+samples/s. The search then gets a fifth of the seconds that this took. Its recommendation is compared with the grid's
+knee in a third measurement of these two sizes only, alternating, because neighbours in the grid differ by up to 7 %.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Recipe and its grid; all on two workers of one thread.
+#: Recipes and their grids; all with two workers of one thread each.
 RECIPES: Mapping[str, tuple[Sequence[str], Sequence[int]]] = {
     "mlp": (["recipe=mlp"], range(8, 521, 16)),
     "resnet": (["recipe=resnet"], range(4, 165, 5)),
@@ -57,7 +57,7 @@ def against_grid(name: str, options: argparse.Namespace) -> None:
 
 
 def repeated(name: str, options: argparse.Namespace) -> None:
-    """Neighbours are a factor of about the root of two apart, as the sizes that a search grows through."""
+    """Repeat the search; a neighbour is a factor of sqrt(2) away, the growth factor of the search."""
     words, grid = RECIPES[name]
     budget = min(options.budget, 30.0)
     found = [tuned(words, f"tune.max={max(grid)}", f"tune.budget_s={budget}") for _ in range(options.repeats)]

@@ -17,13 +17,13 @@ __all__ = ["load"]
 
 
 def load(run: str | Path, trust: Sequence[str] = ()) -> nn.Module:
-    """The trained model of a finished run, in evaluation mode on the CPU.
+    """Load the trained model of a finished run, in evaluation mode on the CPU.
 
-    `trust` names the module or class of a recipe of your own: a run folder is data and cannot grant that itself.
+    `trust` lists the modules or classes of your own recipes: a run directory is data and cannot grant trust itself.
 
     Raises:
-        RequestError: the recipe is not trusted or fits no more.
-        FileNotFoundError: there is no such run, or it has not finished.
+        UsageError: the recipe is not trusted, or its fields no longer match the run.
+        FileNotFoundError: the run does not exist or has not finished.
     """
     import yaml
     from safetensors.torch import load_model

@@ -1,4 +1,4 @@
-"""The command line: a table from a verb to a function. Each verb imports what it needs: `plan` needs no torch."""
+"""The command line: a table from verbs to functions. Each verb imports only what it needs: `plan` needs no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["VERBS", "main"]
 
 
 def train(args: Sequence[str]) -> int:
-    """One run, or with -m several; under torchrun, this rank's part of it."""
+    """Train one run, or with -m several; under torchrun, act as this rank's worker."""
     asked, topology = Arguments.parse(args), Topology.of()
     if answered(asked, args):
         return EXIT_OK
@@ -34,21 +34,23 @@ def train(args: Sequence[str]) -> int:
         return drive(resolved(args), args)
     from launcher import multirun
 
-    importable = import_module("launcher.__main__")  # under `python -m` this module has a name that no job could import
+    importable = import_module(
+        "launcher.__main__"
+    )  # under `python -m` this module is __main__, which jobs cannot import
     return multirun.multirun(args, importable.drive)
 
 
 def work(args: Sequence[str], multirun: bool, topology: Topology) -> int:
     if multirun:
-        raise RequestError(f"-m under torchrun would mix the runs up: type launcher {' '.join(args)} without torchrun")
+        raise RequestError(f"-m does not work in torchrun: type launcher {' '.join(args)} without torchrun")
     from launcher import worker
 
     return int(worker.main(list(args), topology))
 
 
 def drive(run: Run, words: Sequence[str]) -> int:
-    """One run from the driver: starts torchrun and ends when it ends, or submits the job that `words` ask for."""
-    see_current_folder()  # this may be another process than the one that read the command line
+    """Drive one run: start torchrun and wait for it, or submit a Slurm job with the overrides `words`."""
+    see_current_folder()  # this may not be the process that parsed the command line
     if run.launch.kind == "slurm":
         from launcher import submit
 
@@ -59,7 +61,7 @@ def drive(run: Run, words: Sequence[str]) -> int:
 
 
 def folder(args: Sequence[str]) -> int:
-    """Internal: for the script of a Slurm job, where its run lives."""
+    """Internal, for a Slurm job script: print the run directory."""
     from launcher import submit
 
     print(submit.folder(resolved(args), slurm_job(), restarted=slurm_restarts() > 0))
@@ -67,24 +69,24 @@ def folder(args: Sequence[str]) -> int:
 
 
 def again(args: Sequence[str]) -> int:
-    """Internal: for the script of a Slurm job that failed, whether it should be queued again."""
+    """Internal, for the script of a failed Slurm job: whether it should be requeued."""
     from launcher import submit
 
     return int(submit.again(args[0], slurm_job()))
 
 
 def worker(args: Sequence[str]) -> int:
-    """Internal: a worker that the driver started, with the file that hands the run over."""
+    """Internal: run a worker started by the driver, configured by the given handover file."""
     topology = Topology.of()
     if topology is None or len(args) != 1:
-        raise RequestError("worker is started by the driver alone: type launcher, or torchrun -m launcher")
+        raise RequestError("worker is started by the driver only: type launcher, or torchrun -m launcher")
     from launcher import worker as workers
 
     return int(workers.main_handover(args[0], topology))
 
 
 def plan(args: Sequence[str]) -> int:
-    """Shows batch, rate and schedule at every world size; starts nothing."""
+    """Print the batch plan, learning rate and schedule at every world size, without starting a run."""
     if answered(Arguments.parse(args), args):
         return EXIT_OK
     run = resolved(args)
@@ -94,7 +96,7 @@ def plan(args: Sequence[str]) -> int:
     if run.batch.policy == "goodput":
         return foreseen(run, built)
     document = planning.plan_document(run, recipe.sizes(built), run.plan.worlds)
-    if run.plan.memory:  # it needs the model, and so torch
+    if run.plan.memory:  # this needs the model, and therefore torch
         from launcher.footprint import memory_document
         from launcher.weighing import weigh
 
@@ -104,7 +106,7 @@ def plan(args: Sequence[str]) -> int:
 
 
 def foreseen(run: Run, built: Any) -> int:
-    """`plan` under goodput: from what was measured here."""
+    """Run `plan` for batch.policy=goodput, using the update times measured on this machine."""
     from launcher import observed, outlook, recipe, strategies
     from launcher.goodput import Chooser, Profile
     from launcher.sinks.text import printable
@@ -115,8 +117,8 @@ def foreseen(run: Run, built: Any) -> int:
     if isinstance(found, cache.Looked):
         noted(found.said)
         raise RequestError(
-            "batch.policy=goodput needs measured update times: type launcher tune with the same words, at 2 workers or "
-            "more for what communication costs"
+            "batch.policy=goodput needs measured update times: type launcher tune with the same overrides, with 2 or "
+            "more workers to measure the cost of communication"
         )
     profile = Profile.of((one.found for one in found), every_micro=strategies.even(run))
     chooser = Chooser(profile, run, sizes.train)
@@ -127,7 +129,7 @@ def foreseen(run: Run, built: Any) -> int:
 
 
 def tune(args: Sequence[str]) -> int:
-    """Measures per-device batch sizes and recommends one, with -m at each point; under torchrun, this rank's part."""
+    """Measure per-device batch sizes and recommend one, with -m for each point; under torchrun, act as this rank."""
     asked, topology = Arguments.parse(args), Topology.of()
     if answered(asked, args):
         return EXIT_OK
@@ -141,26 +143,26 @@ def tune(args: Sequence[str]) -> int:
 def tune_several(args: Sequence[str], topology: Topology | None) -> int:
     if topology is not None:
         typed = ["tune", *args, f"launch.workers={topology.world}"]
-        raise RequestError(f"-m under torchrun would mix the points up: type launcher {' '.join(typed)}, no torchrun")
+        raise RequestError(f"-m does not work in torchrun: type launcher {' '.join(typed)} without torchrun")
     from launcher.tune import several
 
     return several.several(args)
 
 
 def probe(args: Sequence[str]) -> int:
-    """Internal: the process that the driver has measure, with how many; or one beside a worker, which has a rank."""
+    """Internal: run a measurement, either for the driver (with a worker count) or beside a worker (with a rank)."""
     from launcher.launch import WORKERS
     from launcher.tune import errand, host
 
     if Topology.of() is not None and len(args) == 1:
         return errand.main(args[0])
     if len(args) != 2 or not args[0].startswith(WORKERS):
-        raise RequestError("probe is started by the program alone: type launcher tune")
+        raise RequestError("probe is started by the launcher only: type launcher tune")
     return host.main(args[1], int(args[0].removeprefix(WORKERS)))
 
 
 def verify(args: Sequence[str]) -> int:
-    """Shows that splitting the batch gives the same gradient; 1 where it does not and no layer explains why."""
+    """Check that splitting the batch gives the same gradient; exit 1 if it does not and no layer explains it."""
     if answered(Arguments.parse(args), args):
         return EXIT_OK
     run = resolved(args)
@@ -172,7 +174,7 @@ def verify(args: Sequence[str]) -> int:
 
 
 def explain(args: Sequence[str]) -> int:
-    """Says what limits a run, or why one of two is faster, from their metrics alone."""
+    """Report what limits a run, or why one of two runs is faster, from their metrics."""
     words = Words.parse("explain", args, json=True)
     if shown_help(words):
         return EXIT_OK
@@ -192,7 +194,7 @@ def explain(args: Sequence[str]) -> int:
 
 
 def export(args: Sequence[str]) -> int:
-    """Writes a run's metrics as CSV."""
+    """Write the metrics of a run as CSV."""
     words = Words.parse("export", args, output=True)
     if shown_help(words):
         return EXIT_OK
@@ -213,7 +215,7 @@ def export(args: Sequence[str]) -> int:
 
 
 def report(args: Sequence[str]) -> int:
-    """Writes one self-contained HTML page about a run, or about several side by side."""
+    """Write a self-contained HTML report about one run, or comparing several."""
     words = Words.parse("report", args, output=True)
     if shown_help(words):
         return EXIT_OK
@@ -228,7 +230,7 @@ def report(args: Sequence[str]) -> int:
 
 
 def doctor(args: Sequence[str]) -> int:
-    """Checks this machine, with a job of two processes at the end; 1 where something that is needed fails."""
+    """Check this machine, ending with a two-process job; exit 1 if a required check fails."""
     if asks_for_help(args):
         return EXIT_OK
     if Topology.of() is not None:
@@ -239,7 +241,7 @@ def doctor(args: Sequence[str]) -> int:
 
 
 def stop(args: Sequence[str]) -> int:
-    """Asks a run started elsewhere to save and stop, or with --now ends it without saving."""
+    """Request that a run save and stop, or with --now kill it without saving."""
     if asks_for_help(args):
         return EXIT_OK
     runs = [arg for arg in args if not arg.startswith("-")]
@@ -251,7 +253,7 @@ def stop(args: Sequence[str]) -> int:
 
 
 def status(args: Sequence[str]) -> int:
-    """Says where a run started elsewhere stands."""
+    """Print the status of a run."""
     if asks_for_help(args):
         return EXIT_OK
     if len(args) != 1 or args[0].startswith("-"):
@@ -262,7 +264,7 @@ def status(args: Sequence[str]) -> int:
 
 
 def watch(args: Sequence[str]) -> int:
-    """Shows the figures of a run started elsewhere as they come."""
+    """Show the live metrics of a run."""
     if asks_for_help(args):
         return EXIT_OK
     if len(args) != 1 or args[0].startswith("-"):
@@ -273,7 +275,7 @@ def watch(args: Sequence[str]) -> int:
 
 
 def new(args: Sequence[str]) -> int:
-    """Writes the skeleton of a recipe of one's own into the current folder."""
+    """Write the skeleton of a custom recipe into the current folder."""
     if asks_for_help(args):
         return EXIT_OK
     if len(args) != 1 or args[0].startswith("-"):
@@ -285,9 +287,9 @@ def new(args: Sequence[str]) -> int:
 
 
 def store(args: Sequence[str]) -> int:
-    """Internal: for the script of a pool's task, serve the pool's rendezvous, or with one argument say where it is.
+    """Internal, for the script of a pool task: serve the pool's rendezvous, or with one argument print its endpoint.
 
-    A node that is told where may join.
+    A node that requests the endpoint is also registered as waiting to join.
     """
     from launcher import gate, pool
     from launcher.runfolder import RunFolder
@@ -302,7 +304,7 @@ def store(args: Sequence[str]) -> int:
 
 
 def resolved(args: Sequence[str]) -> Run:
-    """The run asked for; what was decided for the user is said on stderr."""
+    """Resolve the configuration; print decisions made for the user to stderr."""
     from launcher import config
 
     composed = config.resolve(args)
@@ -312,7 +314,7 @@ def resolved(args: Sequence[str]) -> Run:
 
 
 def answered(asked: Arguments, args: Sequence[str]) -> bool:
-    """Whether only something was to be shown; then it is on stdout."""
+    """Handle --help, --version, --cfg and --info: print to stdout, and return whether one of them was given."""
     if asked.help:
         from launcher.manual import help_text
 
@@ -337,7 +339,7 @@ def asks_for_help(args: Sequence[str]) -> bool:
 
 
 def written(file: Path, text: str) -> None:
-    """Whole or not at all, and named on stdout; a link, a pipe or a device is written into."""
+    """Write the file atomically and print its path; write directly into an existing link, pipe or device."""
     from launcher.durable import write_whole
 
     try:
@@ -379,14 +381,14 @@ INTERNAL = ("worker", "folder", "again", "store", "probe")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb, `train` where none is given, and returns the exit status."""
+    """Run the verb, `train` if none is given, and return the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         status = dispatch(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read has gone: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has closed the pipe: discard the rest
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -403,13 +405,13 @@ def dispatch(args: list[str]) -> int:
         known = [name for name in VERBS if name not in INTERNAL]
         meant = nearest(verb, known)
         raise RequestError(
-            f"{verb} is no verb: " + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")
+            f"{verb} is not a verb: " + (f"did you mean {meant}?" if meant else f"choose from {', '.join(known)}")
         )
     return VERBS[verb](rest)
 
 
 def see_current_folder() -> None:
-    """A recipe in the current folder can be imported, also by the console command."""
+    """Put the current folder on sys.path, so that the console command can import a recipe from it."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
@@ -419,10 +421,13 @@ def is_verb(word: str) -> bool:
 
 
 def refuse(error: Exception, args: Sequence[str], status: int) -> int:
-    """One line on stderr, by rank 0 alone where the request is wrong; the traceback with debug=true or in a worker."""
+    """Print the error as one line on stderr, with a traceback for debug=true or a failing worker; return `status`.
+
+    Usage errors are printed by rank 0 only.
+    """
     topology, request = Topology.of(), status == EXIT_REQUEST
     if request and topology is not None and (topology.rank > 0 or topology.restarts):
-        return status  # rank 0 of the first start has said it
+        return status  # rank 0 has reported it at the first start
     debug = any(arg.lower() == "debug=true" for arg in args)
     if debug or (topology is not None and not request):
         sys.stderr.write(redact("".join(traceback.format_exception(error))))

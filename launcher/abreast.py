@@ -1,4 +1,4 @@
-"""Points of a sweep side by side: each in a process of its own, in its lane of the machine, with a log of its own."""
+"""Run points of a sweep in parallel, each in its own process, on its slice of the machine, with its own log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Crew", "Job"]
 
 @dataclass(frozen=True)
 class Job:
-    """One point: its number, what runs it and returns its exit status, and where what it prints goes."""
+    """One point: its number, the function that runs it and returns the exit status, and its log file."""
 
     number: int
     run: Callable[[], int]
@@ -32,9 +32,9 @@ class Job:
 
 
 class Crew:
-    """Runs jobs, one in each lane at a time; a lane that is free takes the next one.
+    """Runs jobs in parallel, one per machine slice; a free slice takes the next job.
 
-    Ctrl-C and SIGTERM ask all of them to save and stop, and no other one is started; a second Ctrl-C ends them.
+    Ctrl-C and SIGTERM make all jobs save and stop, and no further job is started; a second Ctrl-C ends them at once.
     """
 
     def __init__(self, lanes: Sequence[Lane], tell: Callable[[str], None]) -> None:
@@ -49,7 +49,7 @@ class Crew:
         return bool(self._asked)
 
     def run(self, jobs: Iterator[Job], ended: Callable[[Job, int], None]) -> None:
-        """Until no job is left; the next one is taken from `jobs` only when a lane is free. `ended`: job and status."""
+        """Run all jobs, taking the next one only when a slice is free; call `ended` with each job and status."""
         with handled(self._ask):
             try:
                 while self._fill(jobs):
@@ -59,18 +59,18 @@ class Crew:
                     process.kill()  # its workers die with it
 
     def _fill(self, jobs: Iterator[Job]) -> bool:
-        """Whether anything is at work."""
+        """Start jobs on the free slices; return whether any job is running."""
         while self._free and not self._asked and (job := next(jobs, None)) is not None:
             self._start(job, self._free.pop(0))
         return bool(self._at_work)
 
     def _start(self, job: Job, lane: Lane) -> None:
         private_folder(job.log.parent)
-        # A fork: the point was composed and checked here, and holds values that belong on no command line.
+        # Fork: the point is already composed and checked, and holds secrets that must not appear on a command line.
         process = get_context("fork").Process(target=alone, args=(job, lane), name=f"point {job.number}")
         process.start()
         self._at_work[process] = (job, lane)
-        for number in self._asked:  # meanwhile, before it could be told
+        for number in self._asked:  # signals that arrived before the process was registered
             self._pass_on(number, process)
 
     def _wait(self, ended: Callable[[Job, int], None]) -> None:
@@ -84,10 +84,10 @@ class Crew:
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._owner:
-            raise SystemExit(EXIT_OK)  # a point that has not begun, or has ended: it holds nothing unsaved
+            raise SystemExit(EXIT_OK)  # a forked point before or after its training: nothing to save
         first = not self._asked
         if first:
-            more = " (once more ends at once)" if number == signal.SIGINT else ""
+            more = " (press Ctrl-C again to end at once)" if number == signal.SIGINT else ""
             self._tell(f"{signal.Signals(number).name}: all points save at the next update, then stop{more}")
         elif number != signal.SIGINT:
             return
@@ -101,7 +101,7 @@ class Crew:
 
 
 def alone(job: Job, lane: Lane) -> None:
-    """In the point's own process: away from the terminal, into its lane and its log."""
+    """Run a job in the forked process: detach from the terminal, redirect output to the log, enter the slice."""
     die_with_parent()
     os.setsid()
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)

@@ -1,4 +1,4 @@
-"""What to try, in words: every sentence stands on something that was measured in the run."""
+"""Tuning advice for one run, derived from its measured metrics."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGE_WORDS", "advice"]
 
-#: A stage with less of the wall time is not worth a word, unless it is the largest.
+#: A stage below this share of the wall time gets no advice unless it is the largest one.
 WORTH = 0.15
+#: The device counts as idle if its utilization is below this fraction of the share of forward and backward.
 BUSY = 0.7
-#: Shares of its time that loading computes: from here on decoding limits; down from here storage does.
+#: CPU utilization of data loading: from the first value up decoding is the limit, from the second down storage is.
 COMPUTES, WAITS = 0.7, 0.4
-#: Pages read from a disk per update: a machine with room reads none once it is warm.
+#: Major page faults per update from which memory counts as full; with enough memory there are none after warmup.
 THRASHES = 1.0
+#: Stragglers are reported if the slowest rank takes longer than the fastest by this share of the update.
 APART = 0.15
 
 STAGE_WORDS = {
@@ -34,7 +36,7 @@ STAGE_WORDS = {
 
 
 def advice(run: Profile) -> Iterator[str]:
-    """The largest stages first, then what was seen beside them."""
+    """Yield advice on the largest stages first, then on stragglers, memory, noise, restarts and scaling."""
     told = set()
     for stage in sorted(run.stages, key=run.stages.__getitem__, reverse=True):
         about = _ABOUT[stage]
@@ -49,7 +51,7 @@ def advice(run: Profile) -> Iterator[str]:
 
 
 def _without(run: Profile, stage: str) -> str:
-    """What the run could reach without a stage."""
+    """Samples/s the run could reach if the stage took no time."""
     return rate(run.samples_per_s * run.wall_ms / max(run.wall_ms - run.stages[stage], 1e-9))
 
 
@@ -59,31 +61,31 @@ def _percent(share: float) -> str:
 
 def _data(run: Profile) -> Iterator[str]:
     yield (
-        f"{figure(run.stages['data'])} ms of every update pass waiting for data; without them it would be up to "
-        f"{_without(run, 'data')} samples/s: {_loaders(run.loader_cpu)}, and see data.source=synthetic for what the "
-        f"rest can do"
+        f"each update waits {figure(run.stages['data'])} ms for data; without that wait throughput could reach "
+        f"{_without(run, 'data')} samples/s: {_loaders(run.loader_cpu)}; run with data.source=synthetic to measure "
+        f"training without data loading"
     )
 
 
 def _loaders(busy: float | None) -> str:
-    """What keeps the loaders: computing, or their storage."""
+    """Advice for slow loading, by whether it is limited by the CPU or by storage."""
     if busy is None or WAITS < busy < COMPUTES:
         return "raise data.workers"
     if busy >= COMPUTES:
         return (
-            f"loading computes for {_percent(busy)} of its time (decoding, augmenting), so raise data.workers, one per "
-            f"free core, or prepare the data beforehand"
+            f"loading uses the CPU for {_percent(busy)} of its time (decoding, augmentation), so raise data.workers up "
+            f"to one per free core, or preprocess the data"
         )
     return (
-        f"loading computes for {_percent(busy)} of its time and waits for its storage otherwise: a disk of the "
-        f"machine's own or fewer and larger files help, and more data.workers that wait at the same time"
+        f"loading uses the CPU for {_percent(busy)} of its time and waits for storage otherwise: use a local disk, "
+        f"fewer and larger files, or more data.workers to overlap the waits"
     )
 
 
 def _transfer(run: Profile) -> Iterator[str]:
     yield (
-        f"batches take {figure(run.stages['transfer'])} ms to reach the device: hand over smaller types (uint8 images, "
-        f"scaled on the device), and load with data.workers=1 or more, which pins their memory"
+        f"batches take {figure(run.stages['transfer'])} ms to reach the device: return smaller dtypes (uint8 images, "
+        f"scaled on the device), and set data.workers=1 or more, which uses pinned memory"
     )
 
 
@@ -92,40 +94,41 @@ def _compute(run: Profile) -> Iterator[str]:
     spent = f"forward and backward take {_percent(part)} of the time"
     if run.utilization is not None and run.utilization < BUSY * part:
         yield (
-            f"{spent}, but the device is busy for {_percent(run.utilization)} of it all: overhead per micro-batch, or "
-            f"other programs on the machine; larger micro-batches have less overhead (launcher tune measures how "
-            f"much), train.compile=true too"
+            f"{spent}, but the device is busy for only {_percent(run.utilization)} of the time: overhead per "
+            f"micro-batch, or other programs on the machine; larger micro-batches (measure them with launcher tune) "
+            f"or train.compile=true reduce the overhead"
         )
         return
-    limits = ": the computation is what limits" if run.bottleneck in ("forward", "backward") else ""
+    limits = ": compute is the bottleneck" if run.bottleneck in ("forward", "backward") else ""
     yield (
-        f"{spent}, {figure((run.stages['forward'] + run.stages['backward']) / run.samples * 1e3)} us a sample{limits}; "
-        f"less of it: train.compile=true, on a GPU train.precision=bf16, or more workers"
+        f"{spent}, {figure((run.stages['forward'] + run.stages['backward']) / run.samples * 1e3)} us per sample"
+        f"{limits}; to reduce it, set train.compile=true, on a GPU train.precision=bf16, or use more workers"
     )
 
 
 def _sync(run: Profile) -> Iterator[str]:
     yield (
-        f"{figure(run.stages['sync'])} ms of every update are waiting for other workers that the backward pass does "
-        f"not hide: batch.accumulation=2 halves how often it happens, at twice the batch"
+        f"each update waits {figure(run.stages['sync'])} ms for other workers, not overlapped with the backward pass: "
+        f"batch.accumulation=2 halves the number of all-reduces per sample, at twice the batch size"
     )
 
 
 def _optimizer(run: Profile) -> Iterator[str]:
     yield (
-        f"the optimizer's step takes {figure(run.stages['optimizer'])} ms whatever the batch of {count(run.batch)}: "
-        f"more samples per update (batch.per_device, batch.accumulation) spread it thinner"
+        f"the optimizer's step takes {figure(run.stages['optimizer'])} ms, independent of the batch size "
+        f"({count(run.batch)}): more samples per update (batch.per_device, batch.accumulation) reduce its cost "
+        f"per sample"
     )
 
 
 def _checkpoint(run: Profile) -> Iterator[str]:
-    yield f"saving takes {_percent(run.share('checkpoint'))} of the time: a longer checkpoint.every saves less often"
+    yield f"saving takes {_percent(run.share('checkpoint'))} of the time: raise checkpoint.every to save less often"
 
 
 def _other(run: Profile) -> Iterator[str]:
     yield (
         f"{_percent(run.share('other'))} of the time is spent outside the stages, mostly validation: "
-        f"a longer train.validate_every validates less often"
+        f"raise train.validate_every to validate less often"
     )
 
 
@@ -149,32 +152,32 @@ def _straggler(run: Profile) -> Iterator[str]:
     slow, quick = own[stage]
     if slow - quick > APART * run.wall_ms:
         yield (
-            f"the others wait for rank {run.slow_rank}: its {stage} takes {figure(slow)} ms, the quickest rank's "
-            f"{figure(quick)} ms; look at that machine, or let elastic.balance=true give it fewer samples"
+            f"the others wait for rank {run.slow_rank}: its {stage} takes {figure(slow)} ms, the fastest rank's "
+            f"{figure(quick)} ms; check that machine, or set elastic.balance=true to give it fewer samples"
         )
 
 
 def _memory(run: Profile) -> Iterator[str]:
     if run.alloc_retries > 0:
         yield (
-            f"the device's allocator ran short {count(run.alloc_retries)} times and had to start over: memory is full; "
-            f"lower batch.per_device, with batch.accumulation for the same batch"
+            f"the CUDA allocator ran out of memory and retried {count(run.alloc_retries)} times: lower "
+            f"batch.per_device, and raise batch.accumulation to keep the batch size"
         )
     if run.major_faults >= THRASHES:
         yield (
-            f"every update reads {count(run.major_faults)} pages from a disk: the machine's memory is full, or data is "
-            f"read through mmap; lower batch.per_device, or ask for more memory"
+            f"each update reads {count(run.major_faults)} pages from disk: the machine's memory is full, or data is "
+            f"read through mmap; lower batch.per_device, or request more memory"
         )
 
 
 def _noise(run: Profile) -> Iterator[str]:
     if run.noise is None:
         return
-    swing = f"; its loss swings by {figure(run.loss[1])} round {figure(run.loss[0])}" if run.loss else ""
+    swing = f"; the loss varies by {figure(run.loss[1])} around {figure(run.loss[0])}" if run.loss else ""
     if run.noise > 1:
         yield (
-            f"the gradient's noise scale is at least {run.noise:.3g} times the batch of {count(run.batch)}{swing}: an "
-            f"update is mostly noise, and a larger batch makes progress in fewer updates"
+            f"the gradient noise scale is at least {run.noise:.3g} times the batch size of {count(run.batch)}{swing}: "
+            f"gradients are mostly noise, so a larger batch needs fewer updates"
         )
 
 
@@ -182,17 +185,17 @@ def _restarts(run: Profile) -> Iterator[str]:
     if run.recovery_s or run.lost_samples:
         yield (
             f"restarts took {took(run.recovery_s)}, and {count(run.lost_samples)} samples were trained on again: "
-            f"a shorter checkpoint.every loses less"
+            f"lower checkpoint.every to lose less work"
         )
 
 
 def _worlds(run: Profile) -> Iterator[str]:
-    """Effect of the world size within one run."""
+    """Scaling efficiency between the smallest and the largest world size of one run."""
     if len(run.worlds) < 2:
         return
     (small, slow), (large, fast) = run.worlds[0], run.worlds[-1]
     kept = fast / large / (slow / small)
     yield (
-        f"from {small} to {large} workers samples/s went from {rate(slow)} to {rate(fast)}: {_percent(kept)} of what "
-        f"each worker did is kept, {figure(run.stages.get('sync', 0.0))} ms of an update are exposed waiting"
+        f"from {small} to {large} workers, samples/s went from {rate(slow)} to {rate(fast)}: scaling efficiency "
+        f"{_percent(kept)}, {figure(run.stages.get('sync', 0.0))} ms of waiting for other workers per update"
     )

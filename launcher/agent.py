@@ -1,7 +1,7 @@
-"""torchrun with what a job started by the driver needs round it: `python -m launcher.agent TORCHRUN-ARGUMENTS`.
+"""torchrun wrapper for jobs started by the driver: `python -m launcher.agent TORCHRUN-ARGUMENTS`.
 
-The store through which the workers find one another listens on the loopback alone (torch's own listens everywhere).
-The agent dies with its driver, and keeps its own report of a failure to itself: the driver shows the first real error.
+Its rendezvous store listens on the loopback interface only (torch's own listens on all interfaces). The agent dies with
+its driver and does not print its own failure report, because the driver prints the first root error.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FAILURES = "--failures="
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun with `argv`; `--failures=FILE` first, where to write which ranks failed and how."""
+    """Run torchrun with `argv`; a leading `--failures=FILE` names the file for the exit codes of failed ranks."""
     die_with_parent()
     argv = list(sys.argv[1:] if argv is None else argv)
     report = argv.pop(0).removeprefix(FAILURES) if argv and argv[0].startswith(FAILURES) else ""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the driver hears of these and speaks to the workers itself
+        signal.signal(number, signal.SIG_IGN)  # the driver receives these and signals the workers itself
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException

@@ -1,4 +1,4 @@
-"""The command line: a verb first, then flags and overrides in any order."""
+"""Parse the command line: a verb first, then flags and overrides in any order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.keys import nearest
 
 __all__ = ["Arguments", "Words"]
 
-#: Every flag's name, by the ways to write it.
+#: Spelling of each flag without a value -> attribute of Arguments.
 SWITCHES = {
     "-m": "multirun",
     "--multirun": "multirun",
@@ -38,16 +38,17 @@ INSTEAD = {
     "-cp": "--config-dir DIR",
     "--config-path": "--config-dir DIR",
     "--run": "launcher without it",
-    "-p": "--cfg job alone",
-    "--package": "--cfg job alone",
+    "-p": "only --cfg job",
+    "--package": "only --cfg job",
 }
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """`config_dirs` are searched before what is shipped, the first one first; `cfg` and `info` only show.
+    """The parsed flags and overrides.
 
-    `share`: (k, n) where of a sweep only every n-th point from k on is to be run.
+    `config_dirs` are searched before the shipped configuration, in the order given. `cfg` and `info` only print.
+    `shard`: (k, n) to run only every n-th point of a sweep, starting at point k.
     """
 
     overrides: tuple[str, ...] = ()
@@ -62,10 +63,10 @@ class Arguments:
 
     @classmethod
     def parse(cls, args: Sequence[str]) -> Arguments:
-        """The arguments after the verb.
+        """Parse the arguments after the verb.
 
         Raises:
-            RequestError: an unknown flag, or one without its value.
+            UsageError: a flag is unknown or lacks its value.
         """
         parsed = cls()
         rest = iter(args)
@@ -97,7 +98,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Words:
-    """What stands after a verb that reads runs: paths, even where they hold `=`, and two options."""
+    """The arguments of a verb that reads runs: paths, which may contain `=`, and two options."""
 
     paths: tuple[str, ...] = ()
     output: str | None = None
@@ -106,10 +107,10 @@ class Words:
 
     @classmethod
     def parse(cls, verb: str, args: Sequence[str], *, output: bool = False, json: bool = False) -> Words:
-        """The arguments of `verb`, which takes `-o` or `format=json` as told.
+        """Parse the arguments of `verb`; `output` and `json` tell whether it accepts `-o` and `format=json`.
 
         Raises:
-            RequestError: an option that it does not take.
+            UsageError: the verb does not accept an option.
         """
         parsed, rest = cls(), iter(args)
         for arg in rest:
@@ -121,31 +122,31 @@ class Words:
                     raise RequestError("-o has no value: type -o FILE")
             elif arg in ("format=json", "format=text"):
                 if arg == "format=json" and not json:
-                    raise RequestError(f"{arg} has no meaning for {verb}: leave it out")
+                    raise RequestError(f"{arg} has no effect for {verb}: leave it out")
                 parsed = replace(parsed, json=arg == "format=json")
             elif arg.startswith(("-", "format=")):
                 takes = [*(["-o FILE"] if output else []), *(["format=json"] if json else [])]
-                raise RequestError(f"{arg} is no option of {verb}: it takes {' and '.join(takes)}, and paths (./{arg})")
+                raise RequestError(
+                    f"{arg} is not an option of {verb}: it takes {' and '.join(takes)}, and paths (./{arg})"
+                )
             else:
                 parsed = replace(parsed, paths=(*parsed.paths, arg))
         return parsed
 
 
 def _share(value: str) -> tuple[int, int]:
-    """`1/4`: of a sweep's points every fourth one, from point 1 on."""
+    """Parse `1/4`: every fourth point of a sweep, starting at point 1."""
     first, _, of = value.partition("/")
     if not (first.isdigit() and of.isdigit() and int(of)):
-        raise RequestError(f"--share {value}: type which of how many, e.g. --share=0/4")
+        raise RequestError(f"--share {value}: type index/count, e.g. --share=0/4")
     return int(first), int(of)
 
 
 def _no_such_flag(flag: str) -> str:
     if flag in INSTEAD:
-        return f"{flag} is not taken here: type {INSTEAD[flag]}"
+        return f"{flag} is not supported: type {INSTEAD[flag]}"
     known = [*SWITCHES, *OPTIONS]
     meant = nearest(flag, known)
     if meant:
-        return f"{flag} is no flag: did you mean {meant}?"
-    return (
-        f"{flag} is no flag: overrides are typed without dashes, e.g. batch.per_device=32; launcher --help shows them"
-    )
+        return f"{flag} is not a flag: did you mean {meant}?"
+    return f"{flag} is not a flag: overrides are typed without dashes, e.g. batch.per_device=32; see launcher --help"

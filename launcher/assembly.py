@@ -1,4 +1,4 @@
-"""From a run and this rank's place to everything the loop works with: device, model, replica, data."""
+"""Build everything one rank's training loop needs: device, model, replica and data."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = ["OpenData", "Parts", "assemble", "built", "check_norms", "device_of",
 
 @dataclass(frozen=True)
 class Parts:
-    """One rank's model, data and clock; what only makes sense together is made together.
+    """One rank's model, data and stage clock.
 
-    `outline` is the recipe's `state_dict()` without its numbers, `parameters` and `trainable` are counts of elements:
-    all of the model before a strategy laid it out.
+    `meta_state_dict` is the recipe model's `state_dict()` on the meta device; `parameters` and `trainable` count
+    elements. All three describe the model before the strategy wrapped or sharded it.
     """
 
     recipe: Any
@@ -78,9 +78,10 @@ class Parts:
 
 
 def device_of(run: Run, topology: Topology) -> torch.device:
-    """
+    """Choose this rank's device and make it current.
+
     Raises:
-        RequestError: CUDA is asked for and there is none, or there are fewer GPUs than workers on this machine.
+        UsageError: CUDA is requested but unavailable, or there are fewer GPUs than workers on this machine.
     """
     wanted = run.train.device
     if wanted == "auto":
@@ -107,24 +108,25 @@ class OpenData:
 
 
 def open_data(recipe: Any, run: Run, sizes: Sizes) -> OpenData:
-    """
+    """Open the training and validation datasets.
+
     Raises:
-        RequestError: the data cannot be opened, or is of another size than the recipe says.
+        UsageError: a dataset cannot be opened, or its length differs from the recipe's size().
     """
     opened = OpenData(dataset_of(recipe, "train", run.data.source), dataset_of(recipe, "val", run.data.source))
     for split, items, expected in (("train", opened.train, sizes.train), ("val", opened.val, sizes.val)):
         if len(items) != expected:
             raise RequestError(
-                f"the recipe's {split} data has {len(items)} samples, not the {expected} of size({split!r})"
+                f"the recipe's {split} dataset has {len(items)} samples, but its size({split!r}) is {expected}"
             )
     return opened
 
 
 def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, data: OpenData) -> Parts:
-    """Build one rank's parts. Every rank calls it: the replica spreads rank 0's parameters.
+    """Build one rank's components. Every rank must call this: the replica broadcasts rank 0's parameters.
 
     Raises:
-        RequestError: the optimizer cannot be had as asked, or `model.init` does not fit.
+        UsageError: the optimizer cannot be built as configured, or `model.init` does not match the model.
     """
     precision = Precision.of(run.train.precision, device)
     model = hollow(recipe, run, topology.rank)
@@ -156,7 +158,7 @@ def assemble(recipe: Any, run: Run, topology: Topology, device: torch.device, da
 
 
 def built(recipe: Any, run: Run) -> nn.Module:
-    """The model with the parameters that training starts from."""
+    """Build the model with its initial parameters."""
     torch.manual_seed(seed_from(run.seed, -1))
     model: nn.Module = recipe.model()
     initialise(model, run)
@@ -164,10 +166,10 @@ def built(recipe: Any, run: Run) -> nn.Module:
 
 
 def initialise(model: nn.Module, run: Run) -> None:
-    """Parameters to start from (`model.init`); with `model.strict=false` what differs is said and left as it is.
+    """Load initial parameters from `model.init`; with `model.strict=false` mismatched names are logged and skipped.
 
     Raises:
-        RequestError: the file cannot be read, or is of another model.
+        UsageError: the file cannot be read, or does not match the model.
     """
     if run.model.init is None:
         return
@@ -180,18 +182,19 @@ def initialise(model: nn.Module, run: Run) -> None:
     except RuntimeError as problem:
         why = " ".join(str(problem).split())
         raise RequestError(
-            f"model.init={run.model.init} is of another model: {why[:300]}; type model.strict=false to take what fits"
+            f"model.init={run.model.init} does not match the model: {why[:300]}; "
+            f"type model.strict=false to load what fits"
         ) from problem
     if missing or unexpected:
         log = logging.getLogger("launcher")
-        log.warning("model.init has no %s; %s in it are not the model's", sorted(missing), sorted(unexpected))
+        log.warning("model.init: missing in the file: %s; not in the model: %s", sorted(missing), sorted(unexpected))
 
 
 def check_norms(parts: Parts, study: Study) -> None:
-    """Find a BatchNorm that will be asked for statistics of a single value, before training rather than in its tail.
+    """Detect, before training, a BatchNorm that would get a single value per channel in a micro-batch of one sample.
 
     Raises:
-        RequestError: names the layer and the mend.
+        UsageError: names the layer and the fix.
     """
     norms = {m: n for n, m in parts.replica.bare.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if not norms or smallest_micro_batch(study) > 1:
@@ -209,7 +212,7 @@ def check_norms(parts: Parts, study: Study) -> None:
             raise
         raise RequestError(
             f"a micro-batch of 1 sample gives BatchNorm layer {called[-1]} a single value per channel: change "
-            f"batch.per_device or train.duration so that no tail leaves one, type data.tail=carry, or use another norm"
+            f"batch.per_device or train.duration to avoid that, type data.tail=carry, or use another norm layer"
         ) from problem
     finally:
         for hook in hooks:
@@ -220,7 +223,7 @@ def check_norms(parts: Parts, study: Study) -> None:
 
 
 def smallest_micro_batch(study: Study) -> int:
-    """Over the run's updates; of a very long run over its first 100,000 and its last epoch."""
+    """The smallest micro-batch of the run; for very long runs, of the first 100,000 updates and the last epoch."""
     timeline = study.timeline
     updates: Iterable[Update] = islice(timeline.updates(), 100_000)
     if study.run.data.tail == "flush":

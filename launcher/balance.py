@@ -1,7 +1,7 @@
-"""Shares that follow measured speeds (`elastic.balance`): the fast workers take more of the same global batch.
+"""Shares of the global batch that follow measured speeds (`elastic.balance`): faster workers take more samples.
 
-Every rank sees the same stage times in the vote, so each works out the same shares and nobody has to be told. The
-gradient stays that of the whole batch, whatever the shares.
+Every rank receives the same stage times in the per-update all-gather, so each computes the same shares without further
+communication. The gradient is that of the whole batch, whatever the shares.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LEAST_GAIN = 1.05
 
 @dataclass(frozen=True)
 class Speeds:
-    """Milliseconds of own work per update and rank, over the last whole updates under one plan."""
+    """Milliseconds of own work per update and rank, over the last full updates under one plan."""
 
     plan: BatchPlan
     window: tuple[tuple[float, ...], ...] = field(default=())
 
     def observed(self, work_ms: Sequence[float]) -> Speeds:
-        """With one more update: each rank's own work in it."""
+        """Add one update: the milliseconds of own work of each rank."""
         return Speeds(self.plan, (*self.window, tuple(work_ms))[-WINDOW:])
 
     @property
     def samples_per_ms(self) -> tuple[float, ...] | None:
-        """Each rank's median; None until the window is full, or where a rank had no samples to measure."""
+        """Each rank's speed from its median time; None until the window is full, or if a rank has no samples."""
         if len(self.window) < WINDOW or 0 in self.plan.shares:
             return None
         work_ms = [median(times) for times in zip(*self.window, strict=True)]
@@ -43,28 +43,28 @@ class Speeds:
 
 
 def better(measured: Speeds, planned: Callable[[Sequence[float]], BatchPlan]) -> tuple[float, ...] | None:
-    """The speeds to plan by where that makes the slowest rank faster by more than 5 %; else None.
+    """Return the measured speeds if planning with them makes the slowest rank more than 5 % faster; else None.
 
-    Less is noise, and a change costs the data that loaders had prefetched.
+    A smaller gain is noise, and every change discards the data that the loaders have prefetched.
     """
     speeds = measured.samples_per_ms
     if speeds is None:
         return None
     try:
         plan = planned(speeds)
-    except PlanError:  # a rank so slow that it would get nothing
+    except PlanError:  # a rank is so slow that it would get no samples
         return None
     before, after = (slowest_ms(shares, speeds) for shares in (measured.plan.shares, plan.shares))
     return speeds if before > LEAST_GAIN * after else None
 
 
 def slowest_ms(shares: Sequence[int], speeds: Sequence[float]) -> float:
-    """Milliseconds per sample of the batch until the last rank is done."""
+    """Milliseconds per sample of the batch until the slowest rank has finished."""
     return max(share / speed for share, speed in zip(shares, speeds, strict=True)) / sum(shares)
 
 
 class Balancer:
-    """Watches the votes of a run; `wants` holds the speeds to plan by, once that is better than the plan in force."""
+    """Collects stage times during a run; sets `new_speeds` once a plan based on them beats the current plan."""
 
     def __init__(self, plan: BatchPlan, planned: Callable[[Sequence[float]], BatchPlan]) -> None:
         self.wants: tuple[float, ...] | None = None
@@ -74,11 +74,11 @@ class Balancer:
         self._before: Update | None = None
 
     def agreed(self, stages_ms: Sequence[Sequence[float]], update: Update) -> None:
-        """The vote in `update`; its stage times are those of the update before."""
+        """Record the statistics gathered in `update`; the stage times belong to the previous update."""
         before, self._before = self._before, update
         if before is None or before.tail:
             return
-        if before.nominal != self._speeds.plan:  # a stage of batch.ramp
+        if before.nominal != self._speeds.plan:  # batch.ramp has entered a new stage
             self._speeds = Speeds(before.nominal)
         own = [STAGES.index(stage) for stage in BY_SAMPLE]
         self._speeds = self._speeds.observed([sum(times[stage] for stage in own) for times in stages_ms])
@@ -88,7 +88,7 @@ class Balancer:
 
 
 class Level:
-    """Shares stay as they are planned."""
+    """Never changes the planned shares."""
 
     wants: tuple[float, ...] | None = None
 

@@ -1,4 +1,4 @@
-"""Who takes how many samples of an update: the batch as a pure function of the world size. Exact integer arithmetic."""
+"""Split an update's samples over the ranks: the batch plan, a pure function of the world size in exact integers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["BatchPlan", "BatchPolicy", "PlanError", "friendly_batch", "level", "
 
 
 class PlanError(RequestError):
-    """No plan meets the request at this world size. The message names the key, the value and the mend."""
+    """No plan meets the request at this world size. The message names the key, the value and the fix."""
 
 
 @dataclass(frozen=True)
 class BatchPolicy:
-    """How the batch follows the number of workers; checked by `plan_batch`.
+    """How the batch depends on the world size; validated by `plan_batch`.
 
-    scale: global = world x per_device x accumulation (None counts as 1).
-    hold: the global batch stays, per_device is a cap on the micro-batch; accumulation None is the smallest that fits.
-    bounded: global = clamp(world x per_device x accumulation, min_global, max_global), divided as under hold with the
-    smallest accumulation that fits; a bound of None does not bind.
-    idle: whether a plan may leave a worker without samples.
+    scale: global = world size x per_device x accumulation (None counts as 1).
+    hold: the global batch is fixed and per_device limits the micro-batch; accumulation=None is the smallest that fits.
+    bounded: global = clamp(world size x per_device x accumulation, min_global, max_global), split as under hold with
+    the smallest accumulation that fits; a bound of None is not applied.
+    `allow_idle`: whether a plan may leave a worker without samples.
     """
 
     kind: Literal["scale", "hold", "bounded"]
@@ -40,12 +40,12 @@ class BatchPolicy:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One update's samples over the workers.
+    """How the samples of one update are split over the ranks.
 
-    `shares` are samples per update by rank, `per_device` is the largest micro-batch of any rank, `accumulation` the
-    most micro-batches of any rank. Every rank makes `accumulation` micro-batches, or one per sample where its share is
-    smaller; with `fewest` each makes only as many as its share needs at `per_device`, so that a small share is not cut
-    into needlessly small pieces.
+    `shares` are the samples per update by rank, `per_device` is the largest micro-batch and `accumulation` the largest
+    number of micro-batches of any rank. Every rank makes `accumulation` micro-batches, or one per sample if its share
+    is smaller. With `minimal_micro_batches` each rank makes only as many as its share needs at `per_device`, so that
+    a small share is not cut into needlessly small pieces.
     """
 
     world: int
@@ -60,35 +60,39 @@ class BatchPlan:
         return sum(self.shares)
 
     def micro_batches(self, rank: int) -> tuple[int, ...]:
-        """Sizes of the rank's micro-batches in order: they differ by at most one, larger first; none for no share."""
+        """Sizes of the rank's micro-batches, larger first, which differ by at most one; empty without a share."""
         share = self.shares[rank]
         return level(share, _ceil(share, self.per_device) if self.fewest else min(self.accumulation, share))
 
     def addresses(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """(place, index) of each of the rank's micro-batches, to seed its generators by. The place is the rank."""
+        """(rank, index) of each of the rank's micro-batches, from which its random generators are seeded."""
         return tuple((rank, index) for index in range(len(self.micro_batches(rank))))
 
     def part(self, samples: int) -> BatchPlan:
-        """This plan for an update of fewer samples: an epoch's tail, the run's last update.
+        """This plan for an update of fewer samples: the partial batch at the end of an epoch or of the run.
 
-        Split in proportion to the shares, none above what it was; ranks may be left without samples, the last first
-        where shares are level. Micro-batches stay within `per_device`. ValueError unless 1 <= samples <= global_batch.
+        The samples are split in proportion to the shares and no share grows. Ranks may get no samples; with equal
+        shares the last ranks first. Micro-batches stay within `per_device`.
+
+        Raises:
+            ValueError: unless 1 <= samples <= global_batch.
         """
         if not 1 <= samples <= self.global_batch:
-            raise ValueError(f"{samples} samples are no part of a batch of {self.global_batch}")
+            raise ValueError(f"{samples} samples are not between 1 and the global batch of {self.global_batch}")
         if samples == self.global_batch:
             return self
         return _packed(_split(samples, self.shares), self.per_device)
 
 
 def plan_batch(policy: BatchPolicy, world: int, speeds: Sequence[float] | None = None) -> BatchPlan:
-    """The batch of one update at `world` workers; O(world log world).
+    """Plan the batch of one update for `world` ranks; O(world log world).
 
-    `speeds` are relative, one per rank: shares follow them, and what is left over goes one by one to the smallest
-    (share + 1) / speed, ties to the lower rank. Without speeds shares differ by at most one, larger ones first.
+    `speeds` are relative, one per rank. Shares are proportional to them, rounded down; each remaining sample goes to
+    the rank with the smallest (share + 1) / speed, ties to the lower rank. Without speeds the shares differ by at most
+    one, larger ones first.
 
     Raises:
-        PlanError: the policy cannot be met here, or is no policy at all.
+        PlanError: the policy is invalid or cannot be met at this world size.
     """
     _check(policy, world, speeds)
     total, source = _global_batch(policy, world)
@@ -108,9 +112,9 @@ _FINE = 10**12
 
 def _check(policy: BatchPolicy, world: int, speeds: Sequence[float] | None) -> None:
     if policy.kind not in ("scale", "hold", "bounded"):
-        raise PlanError(f"batch.policy={policy.kind} is no policy: type batch.policy=scale, hold or bounded")
+        raise PlanError(f"batch.policy={policy.kind} is not a policy: type batch.policy=scale, hold or bounded")
     if world < 1:
-        raise PlanError(f"a world of {world} workers trains nothing: start 1 worker or more")
+        raise PlanError(f"a world size of {world} is too small: start 1 worker or more")
     sizes = {
         "per_device": policy.per_device,
         "accumulation": policy.accumulation,
@@ -120,26 +124,26 @@ def _check(policy: BatchPolicy, world: int, speeds: Sequence[float] | None) -> N
     }
     for name, size in sizes.items():
         if size is not None and (not isinstance(size, int) or size < 1):
-            raise PlanError(f"batch.{name}={size} is no number of at least 1: type batch.{name}=1 or more")
+            raise PlanError(f"batch.{name}={size} is not a whole number >= 1: type batch.{name}=1 or more")
     _check_bounds(policy)
     if speeds is not None:
         _check_speeds(speeds, world)
 
 
 def _check_bounds(policy: BatchPolicy) -> None:
-    """Each policy has what it needs, and no key is given that it would not heed."""
+    """Check that the policy has the keys it needs and none that it would ignore."""
     if policy.kind == "hold" and policy.global_batch is None:
-        raise PlanError("batch.policy=hold needs the batch to hold: type batch.global=256 or another number")
+        raise PlanError("batch.policy=hold needs a global batch: type batch.global=256 or another number")
     if policy.kind != "hold" and policy.global_batch is not None:
         raise PlanError(
-            f"batch.global={policy.global_batch} has no meaning under batch.policy={policy.kind}: "
+            f"batch.global={policy.global_batch} has no effect under batch.policy={policy.kind}: "
             f"type batch.policy=hold, or batch.global=null"
         )
     low, high = policy.min_global, policy.max_global
     if policy.kind != "bounded" and (low is not None or high is not None):
         name, bound = ("min_global", low) if low is not None else ("max_global", high)
         raise PlanError(
-            f"batch.{name}={bound} has no meaning under batch.policy={policy.kind}: "
+            f"batch.{name}={bound} has no effect under batch.policy={policy.kind}: "
             f"type batch.policy=bounded, or batch.{name}=null"
         )
     if low is not None and high is not None and low > high:
@@ -151,11 +155,11 @@ def _check_speeds(speeds: Sequence[float], world: int) -> None:
         raise PlanError(f"{len(speeds)} speeds for {world} workers: give one speed per worker")
     for rank, speed in enumerate(speeds):
         if not (math.isfinite(speed) and speed > 0):
-            raise PlanError(f"the speed {speed} of rank {rank} is no number above 0: give relative speeds such as 1.0")
+            raise PlanError(f"the speed {speed} of rank {rank} is not a number above 0: give relative speeds, e.g. 1.0")
 
 
 def _global_batch(policy: BatchPolicy, world: int) -> tuple[int, str]:
-    """Samples per update, and the key that decided them."""
+    """Samples per update, and the key that determined them."""
     if policy.global_batch is not None:
         return policy.global_batch, "batch.global"
     total = world * policy.per_device * (policy.accumulation or 1)
@@ -167,12 +171,12 @@ def _global_batch(policy: BatchPolicy, world: int) -> tuple[int, str]:
 
 
 def _capped(shares: tuple[int, ...], policy: BatchPolicy, accumulation: int | None) -> BatchPlan:
-    """The plan whose ranks all make the same number of micro-batches, none above the cap."""
+    """The plan in which all ranks make the same number of micro-batches, none larger than the cap."""
     cap, largest = policy.per_device, max(shares)
     needed = _ceil(largest, cap)
     if accumulation is not None and accumulation < needed:
         raise PlanError(
-            f"batch.accumulation={accumulation} makes micro-batches of {_ceil(largest, accumulation)} "
+            f"batch.accumulation={accumulation} gives micro-batches of {_ceil(largest, accumulation)} "
             f"at world size {len(shares)}, above batch.per_device={cap}: "
             f"type batch.accumulation={needed} or more, or batch.accumulation=auto"
         )
@@ -181,7 +185,7 @@ def _capped(shares: tuple[int, ...], policy: BatchPolicy, accumulation: int | No
 
 
 def _packed(shares: tuple[int, ...], cap: int) -> BatchPlan:
-    """The plan whose ranks each make the fewest micro-batches that the cap allows."""
+    """The plan in which each rank makes the fewest micro-batches that the cap allows."""
     counts = [_ceil(share, cap) for share in shares]
     accumulation = max(counts)
     per_device = max(_ceil(share, count) for share, count in zip(shares, counts, strict=True) if count)
@@ -190,9 +194,10 @@ def _packed(shares: tuple[int, ...], cap: int) -> BatchPlan:
 
 
 def _starved(policy: BatchPolicy, source: str, shares: Sequence[int], speeds: Sequence[float]) -> PlanError:
-    """A rank is so slow that it gets nothing: how large the batch must be for it to get one sample.
+    """The error for a rank that is too slow to get a sample, with the batch size at which it would get one.
 
-    By then every rank has the whole part of its speed over the slowest, rounded up a little as quotients are floats.
+    At that size every rank has floor(its speed / the slowest speed) samples; the quotient is increased by 1e-12,
+    since the quotients compared in `_split` are floats.
     """
     weights = _exact(speeds)
     slowest = min(weights)
@@ -201,15 +206,15 @@ def _starved(policy: BatchPolicy, source: str, shares: Sequence[int], speeds: Se
         needed = _ceil(needed, len(shares) * (policy.accumulation or 1))
     value = policy.per_device if source == "batch.per_device" else sum(shares)
     return PlanError(
-        f"{source}={value} leaves rank {shares.index(0)} without samples, so slow is it: "
+        f"{source}={value}: rank {shares.index(0)} is too slow to get a sample: "
         f"type {source}={needed} or more, {_OR_IDLE}"
     )
 
 
 def _split(total: int, speeds: Sequence[float]) -> tuple[int, ...]:
-    """`total` by relative speeds: whole parts of the quotas, then each sample to the smallest (share + 1) / speed.
+    """Split `total` by relative speeds: quotas rounded down, then each sample to the smallest (share + 1) / speed.
 
-    Zero speeds get nothing. The quotas are exact; equal quotients of a share and a speed are equal as floats too.
+    A speed of zero gets nothing. The quotas are exact; mathematically equal quotients are equal as floats too.
     """
     weights = _exact(speeds)
     whole = sum(weights)
@@ -224,14 +229,14 @@ def _split(total: int, speeds: Sequence[float]) -> tuple[int, ...]:
 
 
 def _exact(speeds: Sequence[float]) -> list[int]:
-    """The speeds as integers in exactly their proportions; a float's denominator is a power of two."""
+    """The speeds as integers in exactly the same proportions; a float's denominator is a power of two."""
     ratios = [speed.as_integer_ratio() for speed in speeds]
     scale = max(denominator for _, denominator in ratios)
     return [numerator * (scale // denominator) for numerator, denominator in ratios]
 
 
 def level(total: int, parts: int) -> tuple[int, ...]:
-    """`total` in `parts` that differ by at most one, larger first."""
+    """Split `total` into `parts` integers that differ by at most one, larger first."""
     if not parts:
         return ()
     size, larger = divmod(total, parts)
@@ -245,20 +250,20 @@ def _ceil(amount: int, per: int) -> int:
 def friendly_batch(
     micro_batches: Iterable[int], max_batch: int, min_world: int, max_world: int
 ) -> tuple[int, tuple[int, ...]]:
-    """The batch that most world sizes divide, and those world sizes, ascending.
+    """The batch size of at most `max_batch` that fits the most world sizes, and those world sizes, ascending.
 
-    A world size counts where some micro-batch divides batch / world. Never above `max_batch`, ties to the larger batch.
-    The question is DeepSpeed's elastic training's (v0.1); here every batch is tried. Time grows as
+    A world size fits if some micro-batch divides batch / world size; ties go to the larger batch. This is the problem
+    of DeepSpeed's elastic training (v0.1); here every batch size is tried. Time grows as
     max_batch x log(max_world / min_world), memory as max_batch.
 
     Raises:
-        PlanError: no world size in the range fits, or the question is wrong.
+        PlanError: no world size in the range fits, or an argument is invalid.
     """
     micros = sorted(set(micro_batches))
     if not micros or micros[0] < 1 or not 1 <= min_world <= max_world:
         raise PlanError(
             f"micro-batches {micros} on {min_world} to {max_world} workers: "
-            "give micro-batches of 1 or more and an ascending range of workers from 1"
+            "give micro-batches >= 1 and an ascending range of workers from 1"
         )
     least = micros[0] * min_world
     if max_batch < least:
@@ -273,7 +278,7 @@ def friendly_batch(
 
 
 def _fitting_worlds(micros: Sequence[int], max_batch: int, worlds: range) -> list[int]:
-    """For each batch size the number of `worlds` that fit it: a sieve over the multiples of world x micro-batch."""
+    """For each batch size the number of world sizes that fit, by a sieve over the multiples of world x micro-batch."""
     prime = [micro for micro in micros if not any(micro % other == 0 for other in micros if other < micro)]
     counts = [0] * (max_batch + 1)
     latest = [0] * (max_batch + 1)

@@ -1,4 +1,4 @@
-"""The repeated parts of a model: what is gathered, and computed anew, as one."""
+"""The repeated blocks of a model: the units of FSDP sharding and of activation checkpointing."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from launcher.errors import RequestError
 
 __all__ = ["Blocks", "blocks_of", "recompute", "unchanged"]
 
-#: What a recipe may offer as `blocks(model)`.
+#: The type of a recipe's optional `blocks(model)`.
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 
 
 def blocks_of(model: nn.Module, blocks: Blocks | None = None) -> list[nn.Module]:
-    """What the recipe says, else the elements of the outermost lists and sequences that have parameters.
+    """The recipe's blocks, else the elements with parameters of the outermost ModuleList and Sequential modules.
 
     Raises:
-        RequestError: the recipe names what is no part of the model.
+        UsageError: the recipe's `blocks` returns something that is not a submodule of the model.
     """
     if blocks is None:
         return list(_listed(model))
     parts, found = set(model.modules()), list(blocks(model))
     if strange := [type(block).__name__ for block in found if block not in parts or block is model]:
-        raise RequestError(f"the recipe's blocks(model) has {strange[0]}, no part of the model: name its parts")
+        raise RequestError(
+            f"the recipe's blocks(model) has {strange[0]}, which is not a submodule of the model: "
+            "return submodules of the model only"
+        )
     return found
 
 
@@ -41,10 +44,10 @@ def _listed(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Let each block keep its input alone and compute its activations anew in the backward pass.
+    """Apply activation checkpointing: each block keeps only its input and recomputes in the backward pass.
 
-    The module stays what it is, so that names in its state do not change. Generators are as they were the first time;
-    running statistics are moved once.
+    Modules are not wrapped, so the names in the state_dict do not change. The recomputation sees the same random
+    generator state as the first pass, and running statistics are updated only once.
     """
     for block in blocks:
         block.forward = _Recomputed(block)  # type: ignore[method-assign, assignment]
@@ -66,7 +69,7 @@ class _Recomputed:
 
 @contextmanager
 def unchanged(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Whatever happens to the buffers within is undone."""
+    """Restore the buffers to their previous values after the block."""
     with torch.no_grad():
         before = [(buffer, buffer.clone()) for buffer in buffers]
     try:

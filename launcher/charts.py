@@ -1,4 +1,4 @@
-"""Charts as inline SVG: no script, no style of their own. The page's classes colour them, for light and for dark."""
+"""Charts as inline SVG without scripts or styles; the page's CSS classes set the colours for light and dark mode."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ WIDTH, HEIGHT = 640, 232
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 30
 BINS = 160
 STRIPS = 80
-LOG_FROM = 30.0  # a range of so many times is drawn on a logarithmic axis
+LOG_FROM = 30.0  # max/min ratio above which a logarithmic axis is used
 CLIP_QUANTILE, CLIP_ROOM = 0.98, 1.5
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: (x, y) ascending by x, and where it is the mean of many a band of (x, low, high) round it."""
+    """One line of (x, y) points, ascending by x; `band` has (x, low, high) for points that average several values."""
 
     label: str
     colour: int
@@ -36,7 +36,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at x; `kind` is a class of the page: restart or resize."""
+    """An event at x, drawn as a vertical line; `kind` is the CSS class: restart or resize."""
 
     x: float
     kind: str
@@ -45,13 +45,15 @@ class Mark:
 
 @dataclass(frozen=True)
 class Axis:
+    """Range of an axis; `log` if it is logarithmic."""
+
     low: float
     high: float
     log: bool = False
 
     @classmethod
     def of(cls, values: Sequence[float], *, zero: bool = False, log: bool = False) -> Axis:
-        """An axis round the values; `zero`: from 0 on; `log`: logarithmic where they span enough."""
+        """Make an axis that covers the values. `zero`: start at 0; `log`: allow a logarithmic axis for wide ranges."""
         low, high = min(values), max(values)
         if log and low > 0 and high > LOG_FROM * low:
             return cls(low, high, log=True)
@@ -60,14 +62,14 @@ class Axis:
         return cls(low if zero and low == 0 else low - room, high + room)
 
     def part(self, value: float) -> float:
-        """0 at the low end, 1 at the high one; what lies outside is drawn at the end."""
+        """Position on the axis from 0 (low end) to 1 (high end); values outside are clamped."""
         low, high, at = self.low, self.high, value
         if self.log:
             low, high, at = math.log(low), math.log(high), math.log(max(value, self.low))
         return min(1.0, max(0.0, (at - low) / (high - low))) if high > low else 0.5
 
     def ticks(self, about: int = 5) -> list[float]:
-        """Round numbers; on a logarithmic axis powers of ten, and some between where there are few."""
+        """Round numbers; on a logarithmic axis powers of ten, with 2 and 5 or 3 times them for short ranges."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             spans = math.log10(self.high / self.low)
@@ -82,7 +84,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where values lie on the drawing."""
+    """Maps values to pixel coordinates."""
 
     x: Axis
     y: Axis
@@ -98,14 +100,17 @@ class Frame:
 
 
 def safe(text: object) -> str:
-    """Anyone's text inside HTML: one line, nothing of it markup."""
+    """Untrusted text as one line of escaped HTML."""
     return escape(one_line(text), quote=True)
 
 
 def binned(
     points: Sequence[tuple[float, float]], bins: int = BINS
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
-    """Means of about equally many neighbours, and (x, least, largest) of each; a few points stay as they are."""
+    """Average neighbouring points into at most `bins` bins; returns the means and (x, min, max) of each bin.
+
+    With at most `bins` points they are returned as they are, with an empty band.
+    """
     size = max(1, -(-len(points) // bins))
     groups = [points[at : at + size] for at in range(0, len(points), size)]
     means = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
@@ -124,7 +129,7 @@ def line_chart(
     zero: bool = False,
     log: bool = False,
 ) -> str:
-    """Lines over samples. Values far above all others are drawn at the upper edge; hovering tells them."""
+    """Line chart over samples. Outliers are clipped at the upper edge; the tooltip shows their value."""
     values = [y for each in series for _, y in each.points] + [y for each in series for _, *ys in each.band for y in ys]
     frame = Frame(Axis(0.0, x_high or 1.0), Axis.of(_clipped(values), zero=zero, log=log))
     parts = [*_grid(frame), *_marks(frame, marks)]
@@ -140,7 +145,7 @@ def stack_chart(
     label: str,
     marks: Sequence[Mark] = (),
 ) -> str:
-    """Layers (label, colour, a value at each x) upon each other."""
+    """Stacked area chart; each layer is (label, colour, one value per x)."""
     totals = [sum(column) for column in zip(*(values for _, _, values in layers), strict=True)]
     frame = Frame(Axis(0.0, x_high or 1.0), Axis.of([0.0, *_clipped(totals)], zero=True))
     parts = list(_grid(frame))
@@ -160,7 +165,7 @@ def legend(entries: Sequence[tuple[str, int]]) -> str:
 
 
 def _clipped(values: Sequence[float]) -> list[float]:
-    """Without the few that would press all others flat: the first update takes a hundred times as long as the rest."""
+    """Clip outliers that would flatten the chart: the first update can take a hundred times as long as the rest."""
     ordered = sorted(values)
     limit = ordered[int(CLIP_QUANTILE * (len(ordered) - 1))] * CLIP_ROOM
     return [min(value, limit) for value in ordered] if limit > 0 and len(ordered) > 10 else ordered
@@ -212,7 +217,7 @@ def _line(frame: Frame, series: Series) -> Iterator[str]:
 
 
 def _stepped(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    """A value holds up to the next one. Only where it changes is there a corner."""
+    """Points of a step line: each value holds until the next one, with corners only where it changes."""
     before: float | None = None
     for place, (x, y) in enumerate(points):
         if before is not None and y != before:
@@ -223,7 +228,7 @@ def _stepped(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, flo
 
 
 def _strips(frame: Frame, told: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> Iterator[str]:
-    """Invisible columns that tell what lies under the pointer."""
+    """Invisible columns with tooltips for the values under the pointer."""
     xs = sorted({x for _, points in told for x, _ in points})
     xs = xs[:: max(1, -(-len(xs) // STRIPS))]
     apart = max((after - before for before, after in pairwise(xs)), default=0.0)
@@ -239,7 +244,7 @@ def _strips(frame: Frame, told: Sequence[tuple[str, Sequence[tuple[float, float]
 
 
 def _covers(points: Sequence[tuple[float, float]], x: float, apart: float) -> bool:
-    """Whether a curve has anything to say at x: not before its first point or past its last, but for half a step."""
+    """Whether x is within the curve's range, extended by half a step on both sides."""
     if not points:
         return False
     (begin, _), (end, _) = points[0], points[-1]

@@ -1,4 +1,4 @@
-"""Tensors in and out of a checkpoint: safetensors and JSON, one format for every strategy and world size, no pickle."""
+"""Save and load checkpoints as safetensors and JSON: one format for all strategies and world sizes, without pickle."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 Described = dict[str, dict[str, Any]]
-#: From the unfinished folder and what is in one's own files to what is in all files, and in all tensors.
+#: (unfinished folder, own file index, own tensor index) -> (index of all files, index of all tensors).
 Joined = Callable[[Path, Described, Described], tuple[Described, Described]]
 
-#: The numbers that safetensors knows, by its own names.
+#: The dtypes that safetensors supports, with its names for them.
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -63,12 +63,12 @@ DTYPES: Mapping[torch.dtype, str] = {
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the earlier ones are untouched."""
+    """A checkpoint could not be written; earlier checkpoints are untouched."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What to save: tensors by the names of the recipe's model, the optimizer's as `<parameter>/<slot>`, and JSON."""
+    """The state to save: model tensors by state_dict name, optimizer tensors as `<parameter>/<slot>`, and JSON."""
 
     model: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
@@ -80,7 +80,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Report:
-    """A checkpoint that was written: its size in bytes and the seconds it took."""
+    """A checkpoint that was written, with its size in bytes and the duration in seconds."""
 
     name: str
     path: Path
@@ -90,7 +90,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's tensors, read when they are asked for, and its manifest."""
+    """A checkpoint's lazily read tensors and its manifest."""
 
     model: Stored
     optimizer: Stored
@@ -113,13 +113,14 @@ def save(
     suffix: str = "",
     joined: Joined = lambda fresh, files, tensors: (files, tensors),
 ) -> Report:
-    """Write `saved` as `folder/name`, then let go of all but the newest `keep` and the protected.
+    """Write `saved` as `folder/name`, then delete all but the newest `keep` checkpoints and the protected ones.
 
-    Where others write into the same folder, `token` tells it, `suffix` tells our files, and `joined` adds theirs.
+    If several ranks write into one folder, `token` identifies the folder, `suffix` marks this rank's files, and
+    `joined` merges the files of the other ranks.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written; what was there before is still there.
-        RequestError: the model's state holds something that is no tensor of numbers.
+        CheckpointError: the disk is full or not writable; existing checkpoints are unchanged.
+        UsageError: the model's state holds something that is not a dense numeric tensor.
     """
     start = clock()
     with refused(f"checkpoint {name}", folder):
@@ -133,7 +134,7 @@ def save(
 def write_groups(
     fresh: Path, saved: Saved, fault: Callable[[str], None], suffix: str = ""
 ) -> tuple[Described, Described]:
-    """Write the model's tensors and the optimizer's, a file each; the files' and the tensors' descriptions."""
+    """Write the model and optimizer tensors to one file each; return the file index and the tensor index."""
     groups = {f"model{suffix}.safetensors": saved.model, f"optimizer{suffix}.safetensors": saved.optimizer}
     laid_out = {name: lay_out(group, name) for name, group in groups.items()}
     files: Described = {}
@@ -152,12 +153,12 @@ def write_manifest(fresh: Path, folder: Path, saved: Saved, files: Described, te
 
 
 def export(path: Path, model: Stored) -> None:
-    """The parameters as one file that `safetensors.torch.load_model` takes without this program.
+    """Write the model as one file that `safetensors.torch.load_model` loads without this package.
 
-    One tensor at a time, so that no process holds them all.
+    Tensors are written one at a time, so no process holds them all.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written; an older file is still there.
+        CheckpointError: the disk is full or not writable; an existing file is unchanged.
     """
     aliases = {alias: name for name, facts in model.described.items() for alias in facts["aliases"]}
     with refused(path.name, path.parent), whole(path) as file:
@@ -166,6 +167,7 @@ def export(path: Path, model: Stored) -> None:
 
 @contextmanager
 def refused(what: str, folder: Path) -> Iterator[None]:
+    """Raise an OSError inside the block as CheckpointError with the reason."""
     try:
         yield
     except OSError as problem:
@@ -174,7 +176,7 @@ def refused(what: str, folder: Path) -> Iterator[None]:
 
 
 def lay_out(group: Mapping[str, torch.Tensor], file: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """The tensors to write, tied ones once, and how the manifest describes them. `file` is where they will lie."""
+    """Return the tensors to write to `file`, tied ones once, and their manifest entries."""
     unique: dict[str, torch.Tensor] = {}
     owners: dict[tuple[Any, ...], str] = {}
     described: dict[str, dict[str, Any]] = {}
@@ -195,16 +197,16 @@ def lay_out(group: Mapping[str, torch.Tensor], file: str) -> tuple[dict[str, tor
 
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same elements in memory: tied ones."""
+    """A key that is equal for tensors that share the same memory, i.e. tied tensors."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def check_kind(name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise RequestError(f"{name} of the model's state is a {type(tensor).__name__}: make it a tensor in a buffer")
+        raise RequestError(f"{name} in the state_dict is a {type(tensor).__name__}: make it a tensor, e.g. a buffer")
     if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_meta:
         kind = f"{tensor.layout}, {tensor.dtype} on {tensor.device.type}"
-        raise RequestError(f"{name} of the model's state cannot be saved ({kind}): make it a dense tensor of numbers")
+        raise RequestError(f"{name} in the state_dict cannot be saved ({kind}): make it a dense numeric tensor")
 
 
 def write_tensors(
@@ -213,12 +215,12 @@ def write_tensors(
     read: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """safetensors' format: the header's length, the header as JSON, the tensors' bytes, widest elements first.
+    """Write a safetensors file: header length, JSON header, then the tensors' bytes, widest dtypes first.
 
-    `described` gives each tensor's dtype and shape, `read` the tensor itself.
+    `described` gives each tensor's dtype and shape, `read` returns the tensor itself.
 
     Written here, tensor by tensor, because the library's own writer either holds the whole file in memory or cannot be
-    hashed on the way. In this order, after a header of whole words, every tensor lies at a multiple of its width.
+    hashed while it writes. The header is padded to 8 bytes, so with this order every tensor is aligned to its dtype.
     Source: https://github.com/huggingface/safetensors#format
     """
     dtypes: dict[str, torch.dtype] = {name: getattr(torch, facts["dtype"]) for name, facts in described.items()}
@@ -237,7 +239,7 @@ def write_tensors(
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's elements in order as bytes; no copy where they lie so on the CPU."""
+    """A tensor's elements in row-major order as bytes; no copy if it is contiguous on the CPU."""
     here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return here.reshape(-1).view(torch.uint8).numpy().data
 
@@ -250,7 +252,7 @@ def versions() -> dict[str, str]:
 
 
 def load(found: Found) -> Loaded:
-    """The tensors of a checkpoint that was verified."""
+    """Open the tensors of a verified checkpoint."""
     read, tensors = Reader(found.path), found.manifest.tensors.items()
     model = {name: facts for name, facts in tensors if is_of_model(facts)}
     optimizer = {name: facts for name, facts in tensors if not is_of_model(facts)}
@@ -258,10 +260,10 @@ def load(found: Found) -> Loaded:
 
 
 class Stored(Mapping[str, torch.Tensor]):
-    """Tensors of a checkpoint under every name, put together from their pieces each time that one is asked for.
+    """Checkpoint tensors by name or alias, assembled from their pieces on each access.
 
-    They are copies: what maps the file would lose its pages when a process elsewhere prunes the checkpoint. Reading
-    raises DamagedError where the files are not what the manifest says of them.
+    Tensors are copies: a memory-mapped file would lose its pages if another process prunes the checkpoint. Reading
+    raises CorruptCheckpointError if the files do not match the manifest.
     """
 
     def __init__(self, read: Reader, described: Mapping[str, Mapping[str, Any]]) -> None:
@@ -283,7 +285,7 @@ class Stored(Mapping[str, torch.Tensor]):
         return tuple(self._facts[name]["shape"])
 
     def part(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flat tensor; nothing else is read."""
+        """Read only elements [start, stop) of the flattened tensor."""
         return self._read(self._facts[name], start, stop)
 
 
@@ -292,14 +294,14 @@ def is_of_model(facts: Mapping[str, Any]) -> bool:
 
 
 class Reader:
-    """Reads tensors, or ranges of their elements, by how the manifest describes them; opens each file once."""
+    """Reads tensors or element ranges as described by the manifest; opens each file once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, Any] = {}
 
     def __call__(self, facts: Mapping[str, Any], start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Elements [start, stop) of the flat tensor, in memory of their own; only the pieces they lie in are read."""
+        """Read elements [start, stop) of the flattened tensor as a copy; only the pieces that overlap are read."""
         stop = math.prod(facts["shape"]) if stop is None else stop
         parts = [
             self._piece(file, key, last - first, facts["dtype"])[max(start - first, 0) : stop - first]
@@ -316,15 +318,15 @@ class Reader:
         except (safetensors.SafetensorError, OSError) as problem:
             raise DamagedError(f"{key} in {file} cannot be read: {problem}") from problem
         if tensor.numel() != numel or str(tensor.dtype) != f"torch.{dtype}":
-            raise DamagedError(f"{key} in {file} is not what the manifest says of it")
+            raise DamagedError(f"{key} in {file} does not match the manifest: dtype or size differs")
         return tensor.reshape(-1)
 
 
 def check_names(manifest: Manifest, expected: Mapping[str, torch.Tensor]) -> None:
-    """Whether a checkpoint has exactly the names, shapes and numbers of the model's `state_dict()`.
+    """Check that a checkpoint has exactly the names, shapes and dtypes of the model's `state_dict()`.
 
     Raises:
-        RequestError: it is of another model; the first five differences are named.
+        UsageError: the checkpoint belongs to a different model; the first five differences are listed.
     """
     saved = {
         alias: described(facts["dtype"], facts["shape"])
@@ -336,8 +338,8 @@ def check_names(manifest: Manifest, expected: Mapping[str, torch.Tensor]) -> Non
     if differences := list(differing(saved, present)):
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise RequestError(
-            f"the checkpoint is of another model: {'; '.join(differences[:5])}{more}: "
-            f"give the recipe it was trained with, or start anew with run.name=... or resume=never"
+            f"the checkpoint belongs to a different model: {'; '.join(differences[:5])}{more}: "
+            f"use the recipe it was trained with, or start a new run with run.name=... or resume=never"
         )
 
 
@@ -348,7 +350,7 @@ def described(dtype: object, shape: Any) -> str:
 def differing(saved: Mapping[str, str], present: Mapping[str, str]) -> Iterator[str]:
     for name, kind in present.items():
         if name not in saved:
-            yield f"{name} is not in it"
+            yield f"{name} is not in the checkpoint"
         elif saved[name] != kind:
-            yield f"{name} is {saved[name]} in it, not {kind}"
-    yield from (f"{name} is in it alone" for name in saved if name not in present)
+            yield f"{name} is {saved[name]} in the checkpoint, not {kind}"
+    yield from (f"{name} is only in the checkpoint" for name in saved if name not in present)

@@ -1,4 +1,4 @@
-"""What a value must be beyond its type, checked before anything starts."""
+"""Check configuration values beyond their types, before anything starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["check"]
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SEEDS = 2**63
 
-#: The least that each key may hold; None is left to those who read it.
+#: The smallest allowed value of each key; None is handled where the key is used.
 LEAST: Mapping[str, float] = {
     "batch.per_device": 1,
     "batch.accumulation": 1,
@@ -46,7 +46,7 @@ LEAST: Mapping[str, float] = {
 }
 POSITIVE = ("launch.timeout_s", "train.clip_norm", "schedule.factor")
 
-#: The sinks, what each may be told and the type of it.
+#: Sink name -> its options and their types.
 SINKS: Mapping[str, Mapping[str, Any]] = {
     "console": {},
     "tensorboard": {},
@@ -61,10 +61,10 @@ SINKS: Mapping[str, Mapping[str, Any]] = {
 
 
 def check(run: Run) -> Run:
-    """`run` itself.
+    """Return the configuration unchanged if it is valid.
 
     Raises:
-        RequestError: the first value that can't be meant.
+        UsageError: names the first invalid value.
     """
     for problem in _problems(run):
         raise RequestError(problem)
@@ -89,14 +89,14 @@ def _bounds(values: Mapping[str, Any]) -> Iterator[str]:
     for key in POSITIVE:
         value = values[key]
         if value is not None and value <= 0:
-            yield f"{key}={shown(value)} is not above 0: type a number above 0"
+            yield f"{key}={shown(value)} must be > 0: type a number above 0"
     if values["seed"] >= SEEDS:
-        yield f"seed={values['seed']} does not fit: type a whole number below 2**63"
+        yield f"seed={values['seed']} is too large: type a whole number below 2**63"
     low, high = values["elastic.min_workers"], values["elastic.max_workers"]
     if high is not None and high < low:
         yield f"elastic.max_workers={high} is below elastic.min_workers={low}: type elastic.max_workers={low} or more"
     if any(world < 1 for world in values["plan.worlds"] or ()):
-        yield f"plan.worlds={shown(values['plan.worlds'])}: world sizes begin at 1, e.g. plan.worlds=[1,2,8]"
+        yield f"plan.worlds={shown(values['plan.worlds'])}: world sizes must be >= 1, e.g. plan.worlds=[1,2,8]"
 
 
 def _places(run: Run) -> Iterator[str]:
@@ -108,27 +108,27 @@ def _places(run: Run) -> Iterator[str]:
     if run.launch.kind == "slurm":
         check_launch(run.launch)
     elif run.launch.nodes != "1":
-        yield f"launch.nodes={run.launch.nodes}: launch=local is this machine alone: type launch=slurm"
+        yield f"launch.nodes={run.launch.nodes}: launch=local uses this machine only: type launch=slurm"
     else:
         yield from _without_slurm(run.launch)
     for variable in run.launch.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-            yield f"launch.env.{variable} is no name of an environment variable: type letters, digits and _"
+            yield f"launch.env.{variable} is not a valid environment variable name: use letters, digits and _"
 
 
 def _without_slurm(launch: LaunchSettings) -> Iterator[str]:
     for name in ("time", "partition", "account", "qos", "constraint", "extra"):
         if value := getattr(launch, name):
-            yield f"launch.{name}={shown(value)} has no effect under launch=local: type launch=slurm, or drop it"
+            yield f"launch.{name}={shown(value)} has no effect under launch=local: type launch=slurm, or remove it"
 
 
 def _targets(run: Run) -> Iterator[str]:
     target = run.train.target
     given = [bound for bound in (target.at_least, target.at_most) if bound is not None]
     if target.metric is None and given:
-        yield "train.target.metric is not given: type what to watch, e.g. train.target.metric=val/accuracy"
+        yield "train.target.metric is not set: type the metric to watch, e.g. train.target.metric=val/accuracy"
     if target.metric is not None and len(given) != 1:
-        yield f"train.target.metric={target.metric} needs train.target.at_least= or train.target.at_most=, one of them"
+        yield f"train.target.metric={target.metric} needs either train.target.at_least= or train.target.at_most="
     if run.train.stop_at_target and target.metric is None:
         yield "train.stop_at_target=true has no target: type train.target.metric=val/accuracy and a bound"
 
@@ -136,7 +136,7 @@ def _targets(run: Run) -> Iterator[str]:
 def _optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:
     if "lr" in optimizer:
         rate = shown(optimizer["lr"])
-        yield f"optimizer.lr={rate}: the rate is the schedule's: type lr.base={rate}"
+        yield f"optimizer.lr={rate}: the learning rate is set by lr.base and the schedule: type lr.base={rate}"
     if not isinstance(optimizer.get("_target_"), str):
         yield "optimizer._target_ names no class: type optimizer=sgd or optimizer._target_=torch.optim.RAdam"
     for name, value in optimizer.items():
@@ -146,7 +146,7 @@ def _optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:
 
 def _sink(name: str, options: Any) -> Iterator[str]:
     if name not in SINKS:
-        yield f"sink={name} is no sink: choose from {', '.join(sorted(SINKS))}"
+        yield f"sink={name} is not a sink: choose from {', '.join(sorted(SINKS))}"
     elif not isinstance(options, Mapping | NoneType):
         yield f"sink.{name}={shown(options)}: expected a mapping of options"
     else:
@@ -159,7 +159,7 @@ def _sink_option(name: str, option: str, value: Any) -> Iterator[str]:
     if option not in kinds:
         meant = nearest(option, kinds)
         hint = f"did you mean sink.{name}.{meant}?" if meant else f"{name} takes {', '.join(kinds) or 'none'}"
-        yield f"sink.{name}.{option} is no key: {hint}"
+        yield f"sink.{name}.{option} is not a key: {hint}"
         return
     try:
         fit(value, kinds[option])

@@ -1,7 +1,8 @@
-"""From the command line to the frozen `Run`. This module and `points` alone know Hydra.
+"""Compose the frozen `RunConfig` from the command line. Only this module and `points` depend on Hydra.
 
-Hydra composes the files of conf/ and of the user's own folder with the overrides. What it composed is then converted
-by the annotations of `launcher.settings`, so that a wrong key or value is answered in one line, by name.
+Hydra composes the files of conf/ and of the user's own folders with the overrides. The result is then converted
+according to the annotations of the configuration classes, so that a wrong key or value is reported in one line, by
+name.
 """
 
 from __future__ import annotations
@@ -62,47 +63,50 @@ __all__ = [
 
 PRIMARY = "launcher"
 SHIPPED = ("strategy", "batch", "optimizer", "schedule", "launch", "sink", "recipe", "experiment")
-#: What names the folder of a run, or of a whole sweep.
+#: The keys that set the folder of a run or of a whole sweep.
 PLACES = ("run.name", "run.dir")
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-#: The parts whose keys belong to others: fields of the recipe, arguments of the optimizer, options of a sink.
+#: Sections with free keys: the recipe's fields, the optimizer's arguments, a sink's options, environment variables.
 OPEN = ("recipe.", "optimizer.", "sink.", "launch.env.")
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A run, and what was decided for the user that they should be told, a line each."""
+    """A configuration, and one-line notes on what was decided for the user."""
 
     run: Run
     notes: tuple[str, ...] = ()
 
 
 def compose(args: Sequence[str]) -> Run:
-    """The run that overrides, `--config-dir DIR` among them, ask for; see `resolve` for the notes beside it."""
+    """The configuration for these overrides and flags (e.g. `--config-dir DIR`); `resolve` also returns the notes."""
     return resolve(args).run
 
 
 def resolve(args: Sequence[str]) -> Composed:
-    """The run that the arguments after the verb ask for, checked, with its notes.
+    """Compose and validate the configuration for the arguments after the verb, with its notes.
 
     Raises:
-        RequestError: unknown flag, key or choice, wrong type or value, a value that is missing.
+        UsageError: a flag, key or choice is unknown, a value is missing or has a wrong type or value.
     """
     arguments = Arguments.parse(args)
     for word in arguments.overrides:
         if word.startswith("sweep.") and not arguments.multirun:
             raise RequestError(f"{word} has no effect on a single run: add -m")
     if arguments.multirun:
-        raise RequestError("-m starts several runs: it goes with training and tune alone, launcher [tune] -m ...")
+        raise RequestError(
+            "-m starts several runs and works only for training and tune: type launcher -m ... or launcher tune -m ..."
+        )
     return Composer(arguments.config_dirs).composed(arguments.overrides)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What -m asks for. `own`: the overrides but those that name the folder. `here`: Hydra's own launcher is to run it.
+    """A sweep requested with -m.
 
-    `settings`: a run of which only the parts `run` and `sweep` are filled.
+    `settings`: a configuration of which only the sections `run` and `sweep` are filled. `own`: the overrides except
+    those that set the folder. `here`: whether Hydra's basic launcher is selected, i.e. the points run on this machine.
     """
 
     settings: Run
@@ -112,7 +116,7 @@ class Asked:
 
 
 class Composer:
-    """Composes runs from what is shipped and from the user's own folders, which are searched first."""
+    """Composes configurations from the shipped files and the user's own folders, which are searched first."""
 
     def __init__(self, config_dirs: Sequence[str] = ()) -> None:
         version.setbase("1.3")
@@ -122,7 +126,7 @@ class Composer:
         self._loader = ConfigLoaderImpl(self.search_path)
 
     def composed(self, overrides: Sequence[str]) -> Composed:
-        """One run of overrides without sweeps."""
+        """Compose the configuration of a single run; sweep overrides are refused."""
         parsed = self.parsed(overrides)
         for override in parsed:
             refuse_outside_sweeps(override)
@@ -130,7 +134,7 @@ class Composer:
         return replace(composed, notes=(*composed.notes, *self._rate_notes(composed.run, parsed)))
 
     def parsed(self, overrides: Sequence[str]) -> list[Override]:
-        """The overrides in Hydra's grammar, each key of them known."""
+        """Parse the overrides in Hydra's grammar and check that every key exists."""
         with one_line():
             parsed = parse(overrides)
             wider = [override for override in overrides if override.startswith("hydra.searchpath=")]
@@ -142,15 +146,15 @@ class Composer:
         return parsed
 
     def config(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-        """What Hydra composes, its own node included, before anything is resolved."""
+        """Hydra's composed configuration, including its own node, before interpolations are resolved."""
         with one_line():
             return self._loader.load_configuration(PRIMARY, opened(overrides), mode)
 
     def asked(self, overrides: Sequence[str]) -> Asked:
-        """A sweep that overrides ask for.
+        """Read the sweep that the overrides request.
 
         Raises:
-            RequestError: a key is unknown or wrong, or may not be swept over.
+            UsageError: a key is unknown or wrong, or may not be swept over.
         """
         parsed = self.parsed(overrides)
         config = self.config(overrides, RunMode.MULTIRUN)
@@ -161,7 +165,7 @@ class Composer:
         return Asked(settings, tuple(own), config.hydra.launcher._target_ == BASIC_LAUNCHER, config)
 
     def points(self, config: DictConfig) -> list[list[str]]:
-        """The overrides of every point of a plain sweep; none where a sweeper of the user's choosing decides."""
+        """The overrides of every point of a plain sweep; empty if the user chose another sweeper, which decides."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         if config.hydra.sweeper._target_ != BASIC_SWEEPER:
@@ -172,7 +176,7 @@ class Composer:
         return [[*searched(config), *point] for batch in batches for point in batch]
 
     def axes(self, config: DictConfig) -> tuple[list[str], list[Axis]]:
-        """The overrides that all points of a search share, and what it is free to choose."""
+        """The overrides that all points of a search share, and the axes to search over."""
         with one_line():
             parsed = self._asked_of_points(config)
         fixed = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()]
@@ -184,7 +188,7 @@ class Composer:
         return parser.parse_overrides([*params, *config.hydra.overrides.task])
 
     def _rate_notes(self, run: Run, parsed: Sequence[Override]) -> Iterator[str]:
-        """A rate belongs to the optimizer it was chosen for: said where the recipe's rate meets another optimizer."""
+        """Warn if the recipe's learning rate is used with another optimizer than the one it was chosen for."""
         names = {override.key_or_group for override in parsed}
         if names.isdisjoint({"optimizer", "optimizer._target_"}) or "lr.base" in names:
             return
@@ -192,19 +196,19 @@ class Composer:
         usual = plain(self.config(rest))["optimizer"].get("_target_")
         if run.lr.base is not None and usual != run.optimizer["_target_"]:
             chosen = run.optimizer["_target_"]
-            yield f"lr.base={run.lr.base:g} was chosen for {usual}, not for {chosen}: give lr.base= too"
+            yield f"lr.base={run.lr.base:g} was chosen for {usual}, not for {chosen}: set lr.base= too"
 
 
 def searched(config: DictConfig) -> list[str]:
-    """A search path that the user adds goes for every point."""
+    """The user's search path overrides, which apply to every point."""
     return [line for line in config.hydra.overrides.hydra if line.startswith("hydra.searchpath=")]
 
 
 def axis_of(override: Override) -> Axis:
-    """What `lr.base=interval(0.01,1)`, `tag(log,interval(…))`, `range(…)` or `a,b` leave to choose.
+    """The search axis of `lr.base=interval(0.01,1)`, `tag(log,interval(…))`, `range(…)` or `a,b`.
 
     Raises:
-        RequestError: the bounds cannot be meant.
+        UsageError: the bounds are not ascending, or not above 0 under tag(log,...).
     """
     key, value = override.get_key_element(), override.value()
     if isinstance(value, IntervalSweep):
@@ -216,20 +220,22 @@ def axis_of(override: Override) -> Axis:
 
 
 def search_path(config_dirs: Sequence[str]) -> ConfigSearchPath:
-    """The user's folders first, so that a file of theirs wins over a shipped one of the same name."""
+    """Hydra's search path with the user's folders first, so that their files win over shipped ones of the same name."""
     path = create_config_search_path("pkg://launcher.conf")
     for folder in reversed(config_dirs):
         if not Path(folder).is_dir():
             raise RequestError(
-                f"--config-dir {folder} is no folder: name the one that holds your recipe/ or experiment/"
+                f"--config-dir {folder} is not a folder: type the folder that contains your recipe/ or experiment/"
             )
         if (Path(folder) / f"{PRIMARY}.yaml").exists():
-            raise RequestError(f"--config-dir {folder} holds {PRIMARY}.yaml, the program's own name: rename that file")
+            raise RequestError(
+                f"--config-dir {folder} contains {PRIMARY}.yaml, a name reserved for the program: rename that file"
+            )
         path.prepend("command-line", f"file://{Path(folder).absolute()}")
     return path
 
 
-# --- what is asked ------------------------------------------------------------------------------------------------
+# --- overrides ----------------------------------------------------------------------------------------------------
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -238,15 +244,16 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         name, equals, _ = override.partition("=")
         if not name or not (equals or name.startswith("~")):
             raise RequestError(
-                f"{override or repr('')} is no override: the verb stands first, then what to change, e.g. seed=1"
+                f"{override or repr('')} is not an override: type the verb first, then KEY=VALUE, e.g. seed=1"
             )
     return list(parser.parse_overrides(list(overrides)))
 
 
 def opened(overrides: Sequence[str]) -> list[str]:
-    """No + is asked for where any name may be put: launch.env is empty, and one's own recipe has its class's fields.
+    """Prefix overrides of free-form keys with ++, so that the user need not type a +.
 
-    Which those are is known when the recipe is made: its YAML lists none, as no YAML was written for it.
+    These are launch.env, which is empty, and the fields of a custom recipe (recipe=own), which no YAML lists; they
+    are checked when the recipe is built.
     """
     chosen = [override for override in overrides if override.startswith("recipe=")]
     own = ("recipe.",) if chosen[-1:] == ["recipe=own"] else ()
@@ -258,20 +265,23 @@ def refuse_outside_sweeps(override: Override) -> None:
     line, name = str(override.input_line), override.key_or_group
     if override.is_sweep_override():
         values = line.partition("=")[2]
-        raise RequestError(f"{line} is a sweep: add -m for one run each, or type {name}=[{values}] for a list")
+        raise RequestError(f"{line} is a sweep: add -m for one run per value, or type {name}=[{values}] for a list")
     if override.is_hydra_override() and name != "hydra.searchpath":
-        raise RequestError(f"{line} has no effect on a single run: add -m, or name the run's folder by run.dir=")
+        raise RequestError(f"{line} has no effect on a single run: add -m, or set the run's folder with run.dir=")
 
 
 def check_key(override: Override, groups: Mapping[str, Sequence[str]]) -> None:
-    """Answers a wrong name here, where the nearest right one is known; values are checked once composed."""
+    """Refuse an unknown key with the closest known one as a hint; values are checked after composition."""
     name = override.key_or_group
     if override.input_line == "hydra/sweeper=optuna":
-        raise RequestError("hydra/sweeper=optuna: a key asks for Optuna here: type sweep.trials=20 instead")
+        raise RequestError("hydra/sweeper=optuna: Optuna is enabled by a key: type sweep.trials=20 instead")
     if name in groups:
         _check_choice(override, groups[name])
     elif name == "optimizer.lr":
-        raise RequestError(f"{override.input_line}: the rate is the schedule's: type lr.base={_typed(override)}")
+        raise RequestError(
+            f"{override.input_line}: the learning rate is set by lr.base and the schedule: "
+            f"type lr.base={_typed(override)}"
+        )
     elif "/" not in name and not override.is_hydra_override() and not name.startswith(OPEN):
         _check_settings_key(override)
 
@@ -279,7 +289,7 @@ def check_key(override: Override, groups: Mapping[str, Sequence[str]]) -> None:
 def _check_choice(override: Override, options: Sequence[str]) -> None:
     name, value = override.key_or_group, override.value()
     if override.is_add() and name in SHIPPED:
-        raise RequestError(f"{override.input_line}: {name} is there already: type it without +")
+        raise RequestError(f"{override.input_line}: {name} exists already: type it without +")
     if override.is_delete() or override.is_sweep_override() or isinstance(value, Mapping):
         return
     for choice in value if isinstance(value, list) else [value]:
@@ -294,19 +304,19 @@ def _check_settings_key(override: Override) -> None:
     if override.is_delete():
         raise RequestError(f"{override.input_line}: {name} can't be removed: type {keys()[name].example()}")
     if override.is_add() and not override.is_force_add():
-        raise RequestError(f"{override.input_line}: {name} is there already: type it without +")
+        raise RequestError(f"{override.input_line}: {name} exists already: type it without +")
 
 
 def _typed(override: Override) -> str:
-    """The value as it was typed."""
+    """The override's value as it was typed."""
     return str(override.input_line).partition("=")[2]
 
 
-# --- from what was composed to the run ----------------------------------------------------------------------------
+# --- from Hydra's result to the configuration ---------------------------------------------------------------------
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """What was composed as plain values, every ${...} filled in, without Hydra's own node."""
+    """The composed configuration as plain values, with every ${...} resolved and without Hydra's own node."""
     before = HydraConfig.instance().cfg
     try:
         if "hydra" in config:
@@ -323,12 +333,12 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
         job.pop("hydra", None)
     mapping = OmegaConf.to_container(job, resolve=True, throw_on_missing=True)
     if not isinstance(mapping, dict):
-        raise RequestError("the configuration is no mapping of keys: look at launcher --cfg job")
+        raise RequestError("the configuration is not a mapping of keys: look at launcher --cfg job")
     return {str(name): value for name, value in mapping.items()}
 
 
 def settled(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> Composed:
-    """The checked run of composed values; a global batch given without a policy selects hold."""
+    """Validate the composed values; a global batch given without a policy selects batch=hold."""
     run = from_mapping(mapping)
     if run.batch.policy == "goodput":
         return Composed(check(_left_to_choose(run, parsed)))
@@ -337,28 +347,28 @@ def settled(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> Composed:
     size = run.batch.global_batch
     if {"batch", "batch.policy"} & {override.key_or_group for override in parsed}:
         raise RequestError(
-            f"batch.global={size} does not go with batch=scale, whose global batch follows the workers: "
+            f"batch.global={size} does not work with batch=scale, whose global batch follows the number of workers: "
             f"type batch=hold batch.global={size}"
         )
     held = replace(run, batch=replace(run.batch, policy="hold"))
     return Composed(
-        check(held), (f"batch.global={size} selects batch=hold: the global batch stays at every world size",)
+        check(held), (f"batch.global={size} selects batch=hold: the global batch is the same at every world size",)
     )
 
 
 def _left_to_choose(run: Run, parsed: Sequence[Override]) -> Run:
-    """Under goodput the numbers that a recipe brings are no request; those on the command line would be."""
+    """Set the batch sizes to auto under goodput; values from a recipe are ignored, those the user typed are refused."""
     for override in parsed:
         name, value = override.key_or_group, _typed(override)
         if name in ("batch.per_device", "batch.accumulation") and value != "auto":
-            mend = f"type tune.max={value} to stay below" if name == "batch.per_device" else "drop it"
-            raise RequestError(f"{name}={value} does not go with batch=goodput, which chooses it: {mend}")
+            mend = f"type tune.max={value} to stay below" if name == "batch.per_device" else "remove it"
+            raise RequestError(f"{name}={value} does not work with batch=goodput, which chooses it: {mend}")
     return replace(run, batch=replace(run.batch, per_device="auto", accumulation="auto"))
 
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """What Hydra, OmegaConf and YAML refuse, as a `RequestError`."""
+    """Turn errors of Hydra, OmegaConf and YAML into a one-line `UsageError`."""
     try:
         yield
     except RequestError:
@@ -367,16 +377,16 @@ def one_line() -> Iterator[None]:
         raise RequestError(refusal(error)) from error
 
 
-# --- what is shown ------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def to_yaml(run: Run) -> str:
-    """The whole configuration as YAML under the names people type, secrets masked: what run.yaml holds."""
+    """The whole configuration as YAML with the names that users type and secrets masked: the content of run.yaml."""
     return _dumped(redacted(to_mapping(run)))
 
 
 def from_yaml(text: str) -> Run:
-    """The run that `to_yaml` wrote. Tags are refused, nothing in it is obeyed beyond its values."""
+    """Read a configuration written by `to_yaml`. YAML tags are refused; the file can only supply values."""
     with one_line():
         return from_mapping(yaml.safe_load(text) or {})
 
@@ -386,7 +396,7 @@ def _dumped(value: Any) -> str:
 
 
 def show_config(args: Sequence[str]) -> str:
-    """What `--cfg` and `--info` print: the configuration that would run, or what Hydra tells of it, secrets masked."""
+    """The text of `--cfg` and `--info`: the composed configuration or Hydra's information on it, secrets masked."""
     arguments = Arguments.parse(args)
     composer = Composer(arguments.config_dirs)
     composed = composer.composed(arguments.overrides)
@@ -416,14 +426,16 @@ def _told_by_hydra(info: str, composer: Composer, overrides: Sequence[str]) -> s
 
 
 def _refuse_own_keys(parsed: Sequence[Override], config: DictConfig) -> None:
-    """The folder and the name are the sweep's: its points are numbered in it."""
+    """Refuse sweeps over the folder or name, and Hydra's folder keys: points are numbered in the sweep's folder."""
     params = config.hydra.sweeper.get("params") or {}
     swept = [o.key_or_group for o in parsed if o.is_sweep_override()] + [str(name) for name in params]
     for name in swept:
         if name in PLACES:
-            raise RequestError(f"{name} can't be swept over: it names the sweep's folder, whose points are numbered")
+            raise RequestError(
+                f"{name} can't be swept over: it names the sweep's folder, in which the points are numbered"
+            )
         if name.startswith("sweep."):
-            raise RequestError(f"{name} can't be swept over: it says how to sweep: type one value")
+            raise RequestError(f"{name} can't be swept over, it configures the sweep itself: type one value")
     for override in parsed:
         if override.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode"):
-            raise RequestError(f"{override.input_line}: the sweep's folder is named by run.name= or run.dir=")
+            raise RequestError(f"{override.input_line}: the sweep's folder is set by run.name= or run.dir=")

@@ -1,4 +1,4 @@
-"""What one may ask of a run that was started elsewhere: where it stands, and to stop."""
+"""`launcher status` and `launcher stop`: query and stop a run that another process or Slurm job executes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = ["ENDINGS", "Owner", "failure_text", "find", "owner", "queued", "statu
 
 LOOK_EVERY_S = 0.1
 ASK_EVERY_S = 1.0
-STOP = "launcher stop"  # why a run stopped, as it will say
+STOP = "launcher stop"  # the stop reason that the run will report
 ENDINGS = ("start", "preempt", "error", "done")
 OWNER = re.compile(r"process (\d+)(?: of torchrun (\d+))? on (\S+) since (.+)")
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a run folder: the driver, or rank 0 of a torchrun of the user's own, and since when."""
+    """The process that holds the lock of a run directory: the driver, or rank 0 where the user ran torchrun."""
 
     pid: int
     host: str
@@ -49,19 +49,19 @@ class Owner:
 
 
 def find(run: str) -> RunFolder:
-    """The folder of a run given by its name in runs/ or by its path.
+    """Find the directory of a run given by its name in runs/ or by its path.
 
     Raises:
-        RequestError: there is none.
+        UsageError: there is no such run.
     """
     for path in (Path(run), RUNS / run):
         if (path / "run.yaml").is_file() or (path / "slurm.json").is_file():
             return RunFolder(path)
-    raise RequestError(f"{run} is no run: {runs_with('run.yaml')}")
+    raise RequestError(f"{run} is not a run: {runs_with('run.yaml')}")
 
 
 def owner(folder: RunFolder) -> Owner | None:
-    """Who holds the folder; None where nobody does. A dead process holds nothing: the kernel let go of its lock."""
+    """Return the process that holds the lock; None if it is free. The kernel releases the lock of a dead process."""
     try:
         with (folder.path / ".lock").open("r+") as file:
             try:
@@ -79,7 +79,7 @@ def owner_of(found: re.Match[str]) -> Owner:
 
 
 def queued(folder: RunFolder) -> queue.Queued | None:
-    """The Slurm job that has the folder, as long as Slurm has not done with it."""
+    """Return the Slurm job that owns the directory, while it is pending or running."""
     kept = queue.claimed(folder)
     return None if kept is None else queue.look(str(kept["job"]).partition("_")[0])
 
@@ -89,10 +89,10 @@ def on_screen(text: str) -> None:
 
 
 def stop(run: str, *, now: bool, say: Callable[[str], None] = on_screen) -> int:
-    """Ask a run to save and stop, and wait until it has; or, `now`, end it without saving.
+    """Request that a run save and stop, and wait for it; with `now`, kill it without saving.
 
     Raises:
-        RequestError: there is no such run, or `now` cannot reach it.
+        UsageError: there is no such run, or with `now` it runs on another machine.
     """
     folder = find(run)
     if (job := queued(folder)) is not None:
@@ -113,18 +113,18 @@ def stop(run: str, *, now: bool, say: Callable[[str], None] = on_screen) -> int:
 
 
 def stop_job(folder: RunFolder, job: queue.Queued, *, now: bool, say: Callable[[str], None]) -> int:
-    """The same for a Slurm job: one that waits is cancelled, it holds nothing unsaved; one that runs is asked."""
+    """Stop a Slurm job: cancel it if it is pending (nothing is unsaved), else request that it save and stop."""
     if now or job.waits:
         queue.cancel(job.id)
-        say(f"{folder.path}: Slurm job {job.id} is cancelled")
+        say(f"{folder.path}: cancelled Slurm job {job.id}")
     else:
-        queue.cancel(job.id, waiting=True)  # the tasks of a pool that have not come yet
+        queue.cancel(job.id, waiting=True)  # the pending tasks of a pool
         say(f"{folder.path}: asked Slurm job {job.id} to save and stop")
     while (left := queue.look(job.id)) is not None:
         if not now and left.waits and not job.waits:
-            queue.cancel(job.id)  # it was preempted while it was asked
+            queue.cancel(job.id)  # it was preempted and requeued after the request
         elif not now and not left.waits:
-            folder.ask_to_stop(STOP)  # once more each time: a run that has just begun takes an old one away
+            folder.ask_to_stop(STOP)  # repeated, because a starting run clears old requests
             queue.warn(job.id)
         time.sleep(ASK_EVERY_S)
     say(f"{folder.path} {'ended' if now else 'stopped'}: {standing(folder)}")
@@ -132,10 +132,10 @@ def stop_job(folder: RunFolder, job: queue.Queued, *, now: bool, say: Callable[[
 
 
 def status(run: str, say: Callable[[str], None] = on_screen) -> int:
-    """Say where a run stands and who runs it.
+    """Print the progress of a run and the process or job that runs it.
 
     Raises:
-        RequestError: there is no such run.
+        UsageError: there is no such run.
     """
     folder = find(run)
     say(told(folder, queued(folder) or owner(folder)))
@@ -143,15 +143,15 @@ def status(run: str, say: Callable[[str], None] = on_screen) -> int:
 
 
 def told(folder: RunFolder, who: queue.Queued | Owner | None) -> str:
-    """Who runs it, and where it stands."""
+    """Describe who runs the run, and its progress."""
     held = f"is run by {who} since {who.since}" if isinstance(who, Owner) else f"is {who}"
     return f"{folder.path} {'is not running' if who is None else held}: {standing(folder)}"
 
 
 def end(held: Owner, folder: RunFolder) -> None:
-    """Kill the driver, or the torchrun above rank 0, which would start it again; their workers die with them."""
+    """Kill the driver, or the torchrun that would restart rank 0; the workers are killed along with it."""
     if not held.here:
-        raise RequestError(f"stop --now: {folder.path} is run by {held}: type it there, or stop it without --now")
+        raise RequestError(f"stop --now: {folder.path} is run by {held}: type the command there, or omit --now")
     os.kill(held.torchrun or held.pid, signal.SIGKILL)
 
 
@@ -161,25 +161,25 @@ def standing(folder: RunFolder) -> str:
         return f"complete, {done['samples']:,} samples in {done['updates']:,} updates"
     row, why = last_row(folder.metrics), failed(folder)
     if row is None:
-        return f"nothing was trained yet{why}"
+        return f"no update finished yet{why}"
     kept = "" if any(folder.checkpoints.glob("*/manifest.json")) else ", nothing saved"
     return f"at update {row['update']:,}, {row['samples']:,} samples{kept}{why}"
 
 
 def failed(folder: RunFolder) -> str:
-    """What ended the run's last start, where that was an error."""
+    """Describe the error that ended the last start of the run; empty if it was not an error."""
     last: dict[str, Any] = next((line for line in reversed(events(folder)) if line.get("event") in ENDINGS), {})
     return f"; {failure_text(last)}" if last.get("event") == "error" else ""
 
 
 def failure_text(facts: Mapping[str, Any]) -> str:
-    """The facts of an `error` event in words."""
+    """Format the fields of an `error` event as one line."""
     at = f" in {facts['where']}" if facts.get("where") else ""
     return one_line(f"rank {facts.get('rank')} failed{at}: {facts.get('type')}: {facts.get('message')}")
 
 
 def events(folder: RunFolder) -> list[dict[str, Any]]:
-    """Those that were written whole."""
+    """Return the events that were written completely."""
     with suppress(OSError):
         return [line for line in whole_lines(folder.events) if isinstance(line, dict)]
     return []

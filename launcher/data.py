@@ -1,7 +1,7 @@
-"""From the timeline to this rank's micro-batches on its device.
+"""Load this rank's micro-batches in timeline order and move them to its device.
 
-One batch sampler serves the whole run: it walks the same timeline as the loop, so neither loader processes nor
-prefetching can change what is consumed, and a position is all that a restart needs.
+One batch sampler serves the whole run. It follows the same timeline as the training loop, so neither loader processes
+nor prefetching change which samples are consumed, and a restart needs only the position.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Address = tuple[int, int]  # (epoch, sample)
 
 
 def seed_from(*numbers: int) -> int:
-    """A seed that depends on every one of the numbers: randomness is addressed, never carried along."""
+    """Derive a seed from all the numbers: random state is a function of the position, never carried over."""
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_sample(seed: int, address: Address) -> None:
-    """Seed what a dataset's `__getitem__` may draw from: random, numpy (where it is in use) and torch."""
+    """Seed the generators a dataset's `__getitem__` may use: random, numpy (if imported) and torch."""
     number = seed_from(seed, *address)
     random.seed(number)
     torch.default_generator.manual_seed(number)
@@ -46,7 +46,7 @@ def seed_sample(seed: int, address: Address) -> None:
 
 
 class AddressedDataset(Dataset[Any]):
-    """A dataset asked by (epoch, sample), seeded by it: the same item whoever reads it, whenever, in any process."""
+    """A dataset indexed and seeded by (epoch, sample): the same item in any process, at any time."""
 
     def __init__(self, items: Any, seed: int) -> None:
         self._items = items
@@ -67,11 +67,11 @@ class AddressedDataset(Dataset[Any]):
             raise
         except Exception as problem:
             kind = type(problem).__name__
-            raise RequestError(f"sample {address[1]} cannot be read: {kind}: {problem}; mend or remove it") from problem
+            raise RequestError(f"sample {address[1]} cannot be read: {kind}: {problem}; fix or remove it") from problem
 
 
 class SampleOrder(Sampler[list[Address]]):
-    """This rank's micro-batches from a position to the end of the run, as lists of addresses."""
+    """Yields this rank's micro-batches from a position to the end of the run, as lists of (epoch, sample) keys."""
 
     def __init__(self, timeline: Timeline, seed: int, rank: int, position: Position) -> None:
         self._timeline = timeline
@@ -92,7 +92,7 @@ class SampleOrder(Sampler[list[Address]]):
 
 
 def prepare_loader_process(_: int) -> None:
-    """A loader process ends with its rank, and leaves signals meant for the job to the rank."""
+    """Make a loader process exit with its rank and ignore signals that the rank handles."""
     import signal
 
     die_with_parent()
@@ -103,7 +103,7 @@ def prepare_loader_process(_: int) -> None:
 def loader(
     items: Dataset[Any], batches: Sampler[list[Any]], data: DataSettings, collate: Callable[..., Any], pin: bool
 ) -> DataLoader[Any]:
-    """A DataLoader over ready-made batches, with the run's loader processes."""
+    """Create a DataLoader over predefined batches, with the configured loader processes."""
     return DataLoader(
         items,
         batch_sampler=batches,
@@ -117,10 +117,10 @@ def loader(
 
 
 def dataset_of(recipe: Any, split: str, source: str) -> Any:
-    """The recipe's data, or stand-ins of the same shapes that cost nothing to read (`data.source=synthetic`).
+    """The recipe's dataset, or synthetic data of the same shapes that costs nothing to read (`data.source=synthetic`).
 
     Raises:
-        RequestError: the data set is empty, or has no length.
+        UsageError: the dataset lacks `__len__` or `__getitem__`.
     """
     if source == "synthetic" and hasattr(recipe, "synthetic"):
         items = recipe.synthetic(split)
@@ -130,14 +130,14 @@ def dataset_of(recipe: Any, split: str, source: str) -> Any:
             items = Repeated(items[0], len(items))
     if not hasattr(items, "__getitem__") or not hasattr(items, "__len__"):
         raise RequestError(
-            f"the recipe's {split} data is no map-style data set (it lacks len() or [i]): an order that is the same "
-            f"at any number of workers needs both"
+            f"the recipe's {split} data is not a map-style dataset (it lacks len() or [i]): both are needed for "
+            f"a sample order that is the same at any number of workers"
         )
     return items
 
 
 class Repeated(Dataset[Any]):
-    """One item over and over."""
+    """A dataset that repeats one item."""
 
     deterministic = True
 
@@ -157,12 +157,12 @@ def collate_of(recipe: Any) -> Callable[..., Any]:
 
 
 def collate_ready(items: Any) -> Any:
-    """What torch's default_collate makes of a list of items; a data set may hand over a finished batch instead."""
+    """Apply torch's default_collate to a list of items; pass a batch that the dataset already collated through."""
     return default_collate(items) if isinstance(items, list) else items
 
 
 def transfer(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The batch on the device; floating tensors in the parameters' precision."""
+    """Move the batch to the device, casting float32 tensors to the parameters' dtype."""
     if isinstance(batch, torch.Tensor):
         wanted = dtype if batch.dtype == torch.float32 else batch.dtype
         return batch.to(device=device, dtype=wanted, non_blocking=True)
@@ -176,9 +176,9 @@ def transfer(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 class Loading:
-    """How busy loading keeps a processor: those of the loader processes, or this thread's while it loads itself.
+    """CPU utilisation of data loading, in the loader processes or (data.workers=0) in this thread.
 
-    A loader that computes (decodes, augments) has a share near 1, one that waits for its storage a share near 0.
+    A loader that computes (decodes, augments) has a share near 1, one that waits for storage a share near 0.
     """
 
     def __init__(self, processes: Sequence[int] = ()) -> None:
@@ -195,7 +195,7 @@ class Loading:
         self._cpu_s += time.thread_time()
 
     def share(self) -> float | None:
-        """CPU time over the time there was, since it was last asked; None where nothing was loaded or is known."""
+        """CPU time over elapsed time since the last call; None if nothing was loaded or CPU times are unavailable."""
         before, self._told = self._told, self._spent()
         if before is None or self._told is None or self._told[1] <= before[1]:
             return None
@@ -211,20 +211,21 @@ class Loading:
 
 @dataclass(frozen=True)
 class Feed:
-    """This rank's micro-batches in order: `next_batch` waits for data, nothing else."""
+    """This rank's micro-batches in order; `next_batch` waits only for data."""
 
     batches: Iterator[Any]
     loading: Loading = field(default_factory=Loading)
 
     def next_batch(self) -> Any:
-        """
+        """Return the next micro-batch, on the host.
+
         Raises:
-            RequestError: a sample cannot be read; it is named.
+            UsageError: a sample cannot be read; the message names it.
         """
         try:
             with self.loading:
                 return next(self.batches)
-        except RequestError as error:  # a loader process wraps it in its traceback; the reason is the last line
+        except RequestError as error:  # a loader process prepends its traceback; the last line is the message
             raise RequestError(str(error).strip().rpartition("RequestError: ")[2]) from error
 
     @classmethod

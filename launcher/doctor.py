@@ -1,7 +1,7 @@
-"""`launcher doctor`: is this machine fit to train? What goes wrong on a new one, looked at; then a small job for real.
+"""`launcher doctor`: check what commonly fails on a new machine, then run a small two-process training job.
 
-Nothing is kept, and nothing but this machine's own name is looked up in the network. What is optional and absent is
-told, and is no failure.
+Nothing is left behind, and the only network lookup is this machine's own name. Absent optional packages are reported
+but are not failures.
 """
 
 from __future__ import annotations
@@ -34,25 +34,27 @@ from launcher.sinks.text import Paint, fold, one_line, plural, printable, took
 __all__ = ["doctor"]
 
 NAME = "elastic-batch-launcher"
-WORDS = ("format=json", "format=text", "debug=true")  # the last one as an error's line advises
+WORDS = ("format=json", "format=text", "debug=true")  # debug=true because error messages advise it
 COLUMNS, RED, GREEN = 80, 31, 32
 
 JOB_S = 180.0
 UPDATES = 8
 JOB = ("recipe=mlp", "launch.workers=2", "sink=[]", f"train.duration={UPDATES}ba", "elastic.max_restarts=0")
-#: What an error's line says of logs, which are gone with the job's folder, and of what to type.
+#: The hint at the end of an error line; dropped, since the logs are deleted with the job's folder.
 HINT = re.compile(r" \((logs?: .*|debug=true shows where)\)$")
 
 
 def doctor(args: Sequence[str]) -> int:
-    """Look at everything and say it on stdout, with format=json as one document; returns the exit status.
+    """Run all checks and print them to stdout, with format=json as one document; return the exit status.
 
     Raises:
-        RequestError: a word that means nothing here.
+        UsageError: an argument is not known to doctor.
     """
     for word in args:
         if word not in WORDS:
-            raise RequestError(f"{word} means nothing to doctor: type launcher doctor, or launcher doctor format=json")
+            raise RequestError(
+                f"{word} is not an argument of doctor: type launcher doctor, or launcher doctor format=json"
+            )
     as_json = "format=json" in args
     stream, found = sys.stderr if as_json else sys.stdout, []
     paint = Paint.of(stream)
@@ -60,7 +62,7 @@ def doctor(args: Sequence[str]) -> int:
         found.append(check)
         print(printable(text(check, paint), stream), file=stream, flush=True)
     failed = sum(not check.ok for check in found)
-    told = f"{failed} of {plural(len(found), 'check')} failed" if failed else "all that is needed is fine"
+    told = f"{failed} of {plural(len(found), 'check')} failed" if failed else "all required checks passed"
     print(f"\n{paint(told, RED if failed else GREEN)}", file=stream, flush=True)
     if as_json:
         print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in found]}))
@@ -68,17 +70,17 @@ def doctor(args: Sequence[str]) -> int:
 
 
 def text(check: Check, paint: Paint) -> str:
-    """Lines of at most 80 columns; below a failed check what to type."""
+    """Format a check in lines of at most 80 columns; a failed one is followed by its fix."""
     mark = "ok" if check.ok else "FAIL"
     head = f"{mark:<4} {check.name:<11}  "
     first, *rest = fold(head + one_line(check.detail), COLUMNS, len(head))
     if check.mend:
-        rest += fold(f"{'':<5}{'mend:':<11}  {one_line(check.mend)}", COLUMNS, len(head))
+        rest += fold(f"{'':<5}{'fix:':<11}  {one_line(check.mend)}", COLUMNS, len(head))
     return "\n".join([first.replace(mark, paint(mark, GREEN if check.ok else RED), 1), *rest])
 
 
 def checks(here: Path) -> Iterator[Check]:
-    """All of them, in the order in which one would mend them; the job, which needs the rest, is the last."""
+    """Yield all checks in the order in which to fix them; the job, which depends on the others, comes last."""
     asked = wanted()
     seen = machine.ask_torch(here, "torch" + asked[""]["torch"])
     yield bounded("python", ".".join(map(str, sys.version_info[:3])), metadata(NAME)["Requires-Python"])
@@ -101,11 +103,11 @@ def checks(here: Path) -> Iterator[Check]:
     yield smoke(JOB if isinstance(seen, Seen) and seen.gpus > 1 else (*JOB, "train.device=cpu"), JOB_S)
 
 
-# --- what is installed --------------------------------------------------------------------------------------------
+# --- installed packages -------------------------------------------------------------------------------------------
 
 
 def wanted() -> Mapping[str, dict[str, str]]:
-    """The bounds of each package as pyproject.toml has them, by the extra that wants it; "" for what is required."""
+    """Return the version bounds of pyproject.toml by extra and package; the extra "" holds the required packages."""
     found: dict[str, dict[str, str]] = {}
     for line in requires(NAME) or ():
         need, _, marker = line.partition(";")
@@ -115,7 +117,7 @@ def wanted() -> Mapping[str, dict[str, str]]:
 
 
 def within(have: str, bounds: str) -> bool:
-    """Whether a version such as 2.13.0+cpu is within bounds such as `>=2.8,<3`."""
+    """Whether a version such as 2.13.0+cpu satisfies bounds such as `>=2.8,<3`."""
     holds = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
     return all(holds[sign](release(have), release(to)) for sign, to in re.findall(r"(>=|<|==)\s*([\d.]+)", bounds))
 
@@ -125,7 +127,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def installed(name: str) -> str:
-    """Its version, or nothing."""
+    """Return the version of an installed package, or an empty string."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -133,7 +135,9 @@ def installed(name: str) -> str:
 
 
 def bounded(name: str, have: str, bounds: str) -> Check:
-    mend = f"make env PYTHON=python3.12, or any {bounds}" if name == "python" else f"pip install '{name}{bounds}'"
+    mend = (
+        f"make env PYTHON=python3.12, or any version {bounds}" if name == "python" else f"pip install '{name}{bounds}'"
+    )
     return Check(name, True, have) if within(have, bounds) else Check(name, False, f"{have} is not {bounds}", mend)
 
 
@@ -141,11 +145,15 @@ def packages(needed: Mapping[str, str]) -> Check:
     wrong = [name for name, bounds in needed.items() if not within(installed(name) or "0", bounds)]
     told = ", ".join(f"{name} {installed(name) or 'is not installed'}" for name in wrong)
     mend = " ".join(["pip install", *(f"'{name}{needed[name]}'" for name in wrong)])
-    return Check("packages", False, told, mend) if wrong else Check("packages", True, f"{len(needed)} as required")
+    return (
+        Check("packages", False, told, mend)
+        if wrong
+        else Check("packages", True, f"{len(needed)} required packages installed")
+    )
 
 
 def extra(name: str, needs: Mapping[str, str]) -> Check:
-    """What is optional goes by the last package of its extra."""
+    """Check an optional extra; it is listed under the name of its last package."""
     *_, title = needs
     have, install = installed(title), f"pip install '{NAME}[{name}]'"
     if not all(map(installed, needs)):
@@ -153,11 +161,11 @@ def extra(name: str, needs: Mapping[str, str]) -> Check:
     return Check(title, True, have if within(have, needs[title]) else f"{have} is not {needs[title]}: {install}")
 
 
-# --- a job for real -----------------------------------------------------------------------------------------------
+# --- a real training job ------------------------------------------------------------------------------------------
 
 
 def smoke(job: Sequence[str], within_s: float) -> Check:
-    """Two processes train for a few updates, started by the driver as anyone's are; all of it is gone afterwards."""
+    """Train a few updates with two processes, started by the driver as usual; all files are removed afterwards."""
     began_s = time.monotonic()
     try:
         why = ran(job, within_s)
@@ -169,31 +177,33 @@ def smoke(job: Sequence[str], within_s: float) -> Check:
 
 
 def ran(job: Sequence[str], within_s: float) -> str:
-    """What went wrong with it; nothing where all is well."""
+    """Run the job and describe what went wrong; empty on success."""
     from launcher.process import end
     from launcher.tune.drive import interruptible
 
     argv = [sys.executable, "-m", "launcher", *job, "run.name=smoke"]
     folder = tempfile.TemporaryDirectory(prefix="launcher-doctor-", ignore_cleanup_errors=True)
     with interruptible(), folder as place, (Path(place) / "said").open("wb") as said:
-        env = os.environ | {"TMPDIR": place}  # what a driver that is killed leaves there
+        env = os.environ | {"TMPDIR": place}  # a killed driver leaves its temporary files there
         driver = subprocess.Popen(argv, cwd=place, env=env, stdout=said, stderr=said, start_new_session=True)
         try:
             driver.wait(within_s)
         except subprocess.TimeoutExpired:
-            return f"the job was not over after {took(within_s)}, and was ended"
+            return f"the job did not finish within {took(within_s)} and was killed"
         finally:
             end(driver)
         return amiss(Path(place), driver.returncode)
 
 
 def amiss(place: Path, status: int) -> str:
-    """What is wrong with a job that ended in `place`; nothing where both workers trained it to its end."""
+    """Describe what is wrong with a job that ended in `place`; empty if both workers trained it to the end."""
     if status != EXIT_OK:
         lines = (place / "said").read_text(errors="replace").splitlines()
         errors = [HINT.sub("", line.removeprefix("error: ")) for line in lines if line.startswith("error: ")]
         first, last = (errors[0], errors[-1]) if errors else ("", left("the driver", status))
-        return f"{last}: {first}" if first not in last else last  # of a worker that could write nothing down
+        return (
+            f"{last}: {first}" if first not in last else last
+        )  # the first error is from a worker without a failure record
     run = RunFolder(place / "runs" / "smoke")
     try:
         worlds = {row.get("world") for row in history(str(run.path)).rows}
@@ -201,5 +211,5 @@ def amiss(place: Path, status: int) -> str:
     except RequestError as error:
         return str(error)
     if worlds != {2} or done is None:
-        return f"its updates were made by {worlds} workers" if done else "it ended without done.json"
+        return f"the job trained with world sizes {worlds} instead of 2" if done else "the job ended without done.json"
     return ""

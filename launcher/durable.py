@@ -1,4 +1,4 @@
-"""Files that are whole or not there: private to the user, hashed while they are written, on the disk once done."""
+"""Atomic writes of private files, hashed while they are written and fsynced before they are renamed into place."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["HashedFile", "private_folder", "sync", "whole", "write_whole"]
 
 
 class HashedFile:
-    """A new private file, on the disk once its `with` block ends without an error; `facts` are then what it holds.
+    """A new file (mode 0600), fsynced when its `with` block ends without an error; then `size_and_hash` is final.
 
-    The hash is taken of what is given to be written, not of what is read back, so that it vouches for the disk too.
+    The hash covers the data passed to `write`, not what is read back, so a later check also detects disk errors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,13 +42,13 @@ class HashedFile:
                 self._file.flush()
                 os.fsync(self._file.fileno())
         finally:
-            with suppress(OSError):  # what it could not flush was raised above, or does not matter any more
+            with suppress(OSError):  # a flush error was already raised above, or another error is in flight
                 self._file.close()
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[HashedFile]:
-    """A file that takes its name once it is written; until then, and after an error, the old one stands."""
+    """Write to a temporary file, fsync it and rename it over `path`; after an error the old file remains."""
     fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     fresh.unlink(missing_ok=True)
     try:
@@ -62,23 +62,23 @@ def whole(path: Path) -> Iterator[HashedFile]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The whole new text or the old one, never half of it."""
+    """Replace the file's text atomically."""
     with whole(path) as file:
         file.write(text.encode())
 
 
 def private_folder(path: Path) -> None:
-    """Create a folder and what is missing above it, for this user alone; one that is there stays as it is."""
+    """Create a folder and its missing parents with mode 0700; an existing folder is left unchanged."""
     if path.is_dir():
         return
     private_folder(path.parent)
-    with suppress(FileExistsError):  # another process was faster; a file in its place is found by who writes into it
+    with suppress(FileExistsError):  # another process created it; if it is a file, the next write reports it
         path.mkdir(0o700)
         sync(path.parent)
 
 
 def sync(folder: Path) -> None:
-    """Put a folder's names on the disk."""
+    """Fsync a folder, so that renames and new entries in it are durable."""
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(number)

@@ -1,4 +1,4 @@
-"""Durations: a number and a unit, turned into samples once and counted in samples from then on."""
+"""Durations: a number and a unit, converted to samples once and counted in samples from then on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _UNITS = ("ep", "ba", "sp", "tok", "dur")
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf(?:inity)?|[+-]?nan"
 _TEXT = re.compile(rf"(?P<number>{_NUMBER}) ?(?P<unit>[a-z]*)", re.IGNORECASE)
-_LARGEST_EXPONENT = 18  # beyond it nothing is a count of samples, and exact fractions would take for ever
+_LARGEST_EXPONENT = 18  # larger numbers cannot be sample counts, and exact fractions would take too long
 
 
 @dataclass(frozen=True)
 class Units:
-    """What the units are worth: samples per epoch, the base batch (`ba`), tokens per sample, the run's samples.
+    """The size of each unit: samples per epoch, samples per base batch (`ba`), tokens per sample, samples of the run.
 
-    `tokens_per_sample` is None where the recipe does not say it, `duration` where it is train.duration that is read.
+    `tokens_per_sample` is None if the recipe does not define it; `duration` is None while train.duration is read.
     """
 
     epoch: int
@@ -43,12 +43,12 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str, key: str, seconds: bool = False) -> Duration:
-        """Read `10ep`, `500ba`, `50000sp`, `1e9tok`, `0.05dur`; with `seconds` also `10s`, `10min`, `2h`.
+        """Parse `10ep`, `500ba`, `50000sp`, `1e9tok`, `0.05dur`; with `seconds` also `10s`, `10min`, `2h`.
 
-        Raises RequestError naming `key` where the number is negative, infinite or NaN, or the unit missing or unknown.
+        Raises UsageError naming `key` if the number is negative, infinite or NaN, or the unit is missing or unknown.
         """
         forms = f"{_FORMS}, or a time such as 10min" if seconds else _FORMS
-        text = " ".join(str(text).split())  # a refusal is one line
+        text = " ".join(str(text).split())  # an error message is one line
         match = _TEXT.fullmatch(text)
         if match is None:
             raise RequestError(f"{key}={text} is not a number and a unit: type {forms}")
@@ -63,24 +63,24 @@ class Duration:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds where this is a time, else None."""
+        """The duration in seconds if its unit is a time, otherwise None."""
         return float(self.value) if self.unit == "s" else None
 
     def samples(self, units: Units) -> int:
-        """The whole samples this lasts, rounded up, in exact arithmetic.
+        """The duration in samples, rounded up, in exact arithmetic.
 
-        Raises RequestError for `tok` where the recipe states no tokens per sample, for `dur` inside train.duration
-        itself, and for a time, which is no number of samples.
+        Raises UsageError for `tok` if the recipe defines no tokens per sample, for `dur` in train.duration itself,
+        and for a time, which cannot be converted to samples.
         """
         return math.ceil(self.value * self._worth(units))
 
     def _worth(self, units: Units) -> Fraction:
         if self.unit == "s":
-            raise RequestError(f"{self} is a time where samples are counted: type {_FORMS}")
+            raise RequestError(f"{self} is a time, but this key is counted in samples: type {_FORMS}")
         if self.unit == "tok" and not units.tokens_per_sample:
             raise RequestError(f"{self} needs a recipe with tokens_per_sample: type epochs (10ep) or samples (50000sp)")
         if self.unit == "dur" and units.duration is None:
-            raise RequestError(f"{self} is a share of itself: type 10ep, 500ba, 50000sp or 1e9tok")
+            raise RequestError(f"{self} would be a share of itself: type 10ep, 500ba, 50000sp or 1e9tok")
         worth = {"ep": units.epoch, "ba": units.base_batch, "sp": 1, "dur": units.duration or 0}
         return Fraction(1, units.tokens_per_sample or 1) if self.unit == "tok" else Fraction(worth[self.unit])
 
@@ -91,7 +91,7 @@ class Duration:
 def _wrong_number(text: str) -> str:
     try:
         number = Decimal(text)
-    except InvalidOperation:  # an exponent beyond what even Decimal holds
+    except InvalidOperation:  # the exponent exceeds the range of Decimal
         return "is out of range"
     if not number.is_finite():
         return "is not finite"
@@ -106,7 +106,7 @@ def _wrong_unit(unit: str, seconds: bool) -> str:
     if not unit:
         return "has no unit"
     if unit in _SECONDS and not seconds:
-        return "is a time, which only checkpoint.every takes"
+        return "is a time, which only checkpoint.every accepts"
     if unit not in _UNITS and unit not in _SECONDS:
         return f"has the unknown unit {unit}"
     return ""

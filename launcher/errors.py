@@ -1,4 +1,4 @@
-"""The two ways a job ends badly: the request is wrong, or training failed."""
+"""Exit statuses, and the error for a wrong request."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ __all__ = ["EXIT_AGAIN", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_REQ
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_REQUEST = 2
-EXIT_AGAIN = 75  # EX_TEMPFAIL: a worker that saved and wants to be started again by its agent
+EXIT_AGAIN = 75  # EX_TEMPFAIL: the worker has saved and requests a restart by its agent
 EXIT_INTERRUPTED = 130
 
 
 class RequestError(ValueError):
     """The request is wrong: configuration, plan, recipe or data. Exit status 2.
 
-    The message is one line that names the key, the value, what is wrong and what to type instead.
+    The message is one line with the key, the value, what is wrong and what to type instead.
     """

@@ -1,4 +1,4 @@
-"""The verb `explain`: what limits a run, and why one run is faster than another, from metrics.jsonl alone."""
+"""The `explain` command: a run's bottleneck, and why one run is faster than another, from metrics.jsonl alone."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ _BLOCKS = 10
 
 @dataclass(frozen=True)
 class Profile:
-    """A run's usual update: means over all updates but the first few after each start of the workers.
+    """Averages over a run's updates, without the warmup updates after each start of the workers.
 
-    `stages` in ms per update; `samples` per update; `spread` is the half width of the 95 % interval of `samples_per_s`
-    as a part of it, infinite where it is unknown. `gaps`: stage to (ms of the slowest, of the quickest rank). `noise`
-    is the noise scale's lower bound over the global batch, the median of the later half; None without noise rows.
+    `stages` is in ms per update, `samples` per update. `spread` is the half-width of the 95 % confidence interval of
+    `samples_per_s` relative to it, infinite if unknown. `gaps` maps a stage to (ms on the slowest rank, ms on the
+    fastest rank). `noise` is the noise scale's lower bound divided by the global batch, as the median over the second
+    half of the run; None without noise rows.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Span:
-    """A row, the updates and samples that it stands for, and its stages in ms; none where nothing was measured."""
+    """A row, the number of updates and samples it averages, and its stages in ms (empty if not measured)."""
 
     row: Row
     updates: float
@@ -84,14 +85,14 @@ class Span:
 
 
 def profile(run: History) -> Profile:
-    """The run's usual update.
+    """Compute the profile of a run.
 
     Raises:
         RequestError: no row has stage times.
     """
     spans = [span for span in _spans(run.rows) if span.stages]
     if not spans:
-        raise RequestError(f"{run.folder}/metrics.jsonl has no stage times: let the run go on for a few updates")
+        raise RequestError(f"{run.folder}/metrics.jsonl has no stage times: train for a few more updates")
     timed = list(_warm(spans))
     updates, samples = sum(span.updates for span in timed), sum(span.samples for span in timed)
     stages = {stage: sum(span.updates * span.stages.get(stage, 0.0) for span in timed) / updates for stage in STAGES}
@@ -135,7 +136,7 @@ def explained(run: Profile) -> dict[str, Any]:
 
 
 def compared(a: Profile, b: Profile) -> dict[str, Any]:
-    """Two runs as a JSON document: that of the slower one, and what makes it slower. The first wins a tie."""
+    """Two runs as a JSON document: the slower run's document plus the comparison. On a tie A counts as the faster."""
     fast, slow, letter = (a, b, "A") if a.samples_per_s >= b.samples_per_s else (b, a, "B")
     ratio = fast.samples_per_s / slow.samples_per_s
     grown = {stage: slow.per_sample_ms(stage) - fast.per_sample_ms(stage) for stage in STAGES}
@@ -156,7 +157,7 @@ def compared(a: Profile, b: Profile) -> dict[str, Any]:
 
 
 def text(document: Mapping[str, Any]) -> str:
-    """Either document for a person at a terminal, at most 80 columns."""
+    """Format either document as text of at most 80 columns."""
     runs = document.get("runs", {"": document})
     lines = [line for letter, run in runs.items() for line in _head(letter, run)]
     lines += ["", *(_two_tables(runs["A"], runs["B"]) if "runs" in document else _table(document)), ""]
@@ -168,14 +169,14 @@ def text(document: Mapping[str, Any]) -> str:
     if "target" in document:
         lines += textwrap.wrap(told(document["target"]), _WIDTH, break_on_hyphens=False)
     if document["advice"]:
-        lines += ["", f"To try{' in ' + _slower(document) if 'runs' in document else ''}:"]
+        lines += ["", f"Suggestions{' for ' + _slower(document) if 'runs' in document else ''}:"]
     for line in document["advice"]:
         lines += textwrap.wrap(f"- {line}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 
 def _spans(rows: Sequence[Row]) -> Iterator[Span]:
-    """With log.every above 1 a row is the mean of several updates. What the first stands for is not known."""
+    """Weight each row by its updates: with log.every > 1 a row averages several. The first row counts as one update."""
     updates = samples = None
     for row in rows:
         if updates is None or samples is None:
@@ -186,7 +187,7 @@ def _spans(rows: Sequence[Row]) -> Iterator[Span]:
 
 
 def _warm(spans: Sequence[Span]) -> Iterator[Span]:
-    """Without the first rows after each start of the workers: there allocators and caches are filled, code compiled."""
+    """Drop the first rows after each start of the workers, where allocators and caches fill and code is compiled."""
     for _, started in groupby(spans, key=lambda span: span.row.get("generation")):
         part = list(started)
         yield from part[min(WARM_ROWS, -(-len(part) // 4)) if len(part) > 1 else 0 :]
@@ -198,14 +199,14 @@ def _stages(row: Row) -> dict[str, float]:
 
 
 def _speed(spans: Sequence[Span]) -> float | None:
-    """Samples over seconds of all rows that have a speed; an epoch's short last update has none."""
+    """Total samples divided by total seconds over rows with a throughput; an epoch's partial last update has none."""
     known = [(span.samples, span.row.get("throughput/samples_per_s", 0.0)) for span in spans]
     known = [(samples, speed) for samples, speed in known if speed > 0]
     return sum(samples for samples, _ in known) / sum(s / speed for s, speed in known) if known else None
 
 
 def _spread(spans: Sequence[Span]) -> float:
-    """From blocks of consecutive rows, since neighbours depend on each other."""
+    """Relative half-width of the 95 % interval; uses blocks of consecutive rows, since neighbours are correlated."""
     size = max(1, len(spans) // _BLOCKS)
     speeds = [_speed(spans[at : at + size]) for at in range(0, len(spans) - size + 1, size)]
     known = [speed for speed in speeds if speed]
@@ -215,7 +216,7 @@ def _spread(spans: Sequence[Span]) -> float:
 
 
 def _beside(run: History, rows: Sequence[Row]) -> dict[str, Any]:
-    """The facts beside the stages."""
+    """The profile's remaining fields: gaps, utilization, memory, noise, loss and recovery."""
     later = rows[len(rows) // 2 :]
     retries = [row["memory/alloc_retries"] for row in rows if "memory/alloc_retries" in row]
     busy = [row["device/utilization"] for row in rows if "device/utilization" in row]
@@ -236,7 +237,7 @@ def _beside(run: History, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _faults(rows: Sequence[Row]) -> float:
-    """Pages read from a disk per update; the count begins anew with each process."""
+    """Major page faults per update; the counter restarts with each process."""
     known = [row for row in rows if "memory/major_faults" in row]
     starts = [list(part) for _, part in groupby(known, key=lambda row: row.get("generation"))]
     pages = sum(part[-1]["memory/major_faults"] - part[0]["memory/major_faults"] for part in starts)
@@ -255,7 +256,7 @@ def _gaps(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 
 def _slow_rank(rows: Sequence[Row]) -> int | None:
-    """The rank that the others wait for in most updates; None where it is now this one, now that."""
+    """The rank that is critical in at least 75 % of the updates, or None."""
     ranks = Counter(int(row["stage/rank"]) for row in rows if row.get("world", 1) > 1 and "stage/rank" in row)
     if not ranks:
         return None
@@ -264,7 +265,7 @@ def _slow_rank(rows: Sequence[Row]) -> int | None:
 
 
 def _noise(rows: Sequence[Row]) -> float | None:
-    """A lower bound, else the scale itself, over the batch."""
+    """Median of the noise scale's lower bound (or the scale itself) divided by the batch."""
     known = [row for row in rows if "batch/global" in row and ("noise/scale_low" in row or "noise/scale" in row)]
     if not known:
         return None
@@ -272,7 +273,7 @@ def _noise(rows: Sequence[Row]) -> float | None:
 
 
 def _worlds(spans: Sequence[Span]) -> tuple[tuple[int, float], ...]:
-    """Samples/s at each world size, where there was more than one."""
+    """Samples/s at each world size; empty if there was only one."""
     sizes = sorted({int(span.row.get("world", 1)) for span in spans})
     speeds = [(size, _speed([span for span in spans if span.row.get("world", 1) == size])) for size in sizes]
     known = tuple((size, speed) for size, speed in speeds if speed)
@@ -281,19 +282,19 @@ def _worlds(spans: Sequence[Span]) -> tuple[tuple[int, float], ...]:
 
 def _why(fast: Profile, slow: Profile, letter: str, ratio: float, grew: str, within: bool) -> str:
     if within:
-        return f"A and B are equally fast: x{ratio:.2f} is within the spread of their updates"
+        return f"A and B are equally fast: x{ratio:.2f} is within the measurement noise of their updates"
     other = "B" if letter == "A" else "A"
     before, after = fast.per_sample_ms(grew), slow.per_sample_ms(grew)
     whole = slow.wall_ms / slow.samples - fast.wall_ms / fast.samples
     part = f", {_percent((after - before) / whole)} of the difference" if whole >= after - before else ""
     return (
         f"{letter} is x{ratio:.2f} as fast as {other}: in {other} {STAGE_WORDS[grew]} takes {figure(after * 1e3)} us "
-        f"a sample, in {letter} {figure(before * 1e3)} us{part}"
+        f"per sample, in {letter} {figure(before * 1e3)} us{part}"
     )
 
 
 def _scaling(a: Profile, b: Profile) -> dict[str, float]:
-    """What of the smaller world's samples/s per worker the larger one keeps, at one batch, in all or per worker."""
+    """Scaling efficiency from the smaller to the larger world size, if the global or per-worker batches are similar."""
     alike = any(0.9 < one / other < 1.1 for one, other in ((a.batch, b.batch), (a.batch * b.world, b.batch * a.world)))
     if a.world == b.world or not alike:
         return {}
@@ -309,7 +310,7 @@ def _head(letter: str, run: Mapping[str, Any]) -> list[str]:
     label = f"{letter}  " if letter else ""
     workers = plural(run["world"], "worker")
     facts = f"{workers}, {rate(run['samples_per_s'])} samples/s over {count(run['updates'])} updates"
-    left_out = f" ({count(run['left_out'])} at starts left out)" if run["left_out"] else ""
+    left_out = f" ({count(run['left_out'])} warmup excluded)" if run["left_out"] else ""
     return textwrap.wrap(f"{label}{one_line(run['run'])}: {facts}{left_out}", _WIDTH, subsequent_indent="   ")
 
 

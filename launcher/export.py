@@ -1,4 +1,4 @@
-"""The verb `export`: metrics as CSV, one line per update as it was last trained."""
+"""The `export` command: metrics as CSV, one line per update (the last one if an update was repeated)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.stages import STAGES
 
 __all__ = ["as_csv", "columns"]
 
-#: The documented keys in their documented order; those of the stages follow the throughput's.
+#: The documented keys in their documented order; the stage keys follow the throughput keys.
 BEFORE_STAGES = (
     "train/loss",
     "train/grad_norm",
@@ -48,12 +48,12 @@ ORDER = {key: place for place, key in enumerate((*POSITION, *BEFORE_STAGES, *STA
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
-    """Every key of any row: the documented ones in their order, then the recipe's own by name."""
+    """All keys of the rows: documented keys in their order, then the recipe's own keys sorted by name."""
     return sorted(set().union(*rows), key=lambda key: (ORDER.get(key, len(ORDER)), key))
 
 
 def as_csv(rows: Iterable[Row]) -> str:
-    """A header and a line per row; a value that was not measured is empty, numbers keep all their digits."""
+    """A header and one line per row; missing values are empty, numbers keep full precision."""
     rows = list(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
@@ -63,5 +63,5 @@ def as_csv(rows: Iterable[Row]) -> str:
 
 
 def _harmless(name: str) -> str:
-    """A name of anyone's that a spreadsheet would take for a formula, as text."""
+    """Prefix a quote to column names that a spreadsheet would evaluate as a formula."""
     return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name

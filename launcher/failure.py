@@ -1,4 +1,4 @@
-"""A rank's last words: written where it fails, shown last on the screen by the driver."""
+"""Failure records: a failing rank writes one, and the driver prints the decisive one last."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 SPEAK_WITHIN_S = 0.4
 HANG = "Hang"
-#: What a rank says whose peer has gone: a consequence, never the cause.
+#: Error texts of a rank that lost a peer: always a consequence of another failure, never the root cause.
 CONSEQUENCES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -48,7 +48,7 @@ CONSEQUENCES = (
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in one rank. `final`: it would go wrong again if the workers were started again."""
+    """The failure of one rank. `final`: restarting the workers would fail in the same way."""
 
     rank: int
     generation: int
@@ -63,7 +63,7 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, generation: int, error: BaseException, log: Path, *, final: bool = False) -> Failure:
-        """Secrets masked."""
+        """Build the record of `error`, with secrets masked in the message and the traceback."""
         request = isinstance(error, RequestError)
         return cls(
             rank=rank,
@@ -97,7 +97,7 @@ def record(logs: Path, rank: int, generation: int, error: BaseException, log: Pa
 
 
 def hung(logs: Path, rank: int, generation: int, where: str, why: str, log: Path) -> None:
-    """The last word of a rank that can't speak for itself, written by the one that found it."""
+    """Write the failure of a rank that hangs; called by the rank that detected the hang."""
     write(logs, Failure(rank, generation, HANG, why, where, time.time(), EXIT_FAILED, False, str(log), ""))
 
 
@@ -106,7 +106,7 @@ def write(logs: Path, failure: Failure) -> None:
 
 
 def where(error: BaseException) -> str:
-    """File and line of the innermost frame that is the user's own, else of the innermost one."""
+    """Return file:line of the innermost frame in the user's code, or of the innermost frame if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "site-packages" not in f.filename and f"{Path(__file__).parent}/" not in f.filename]
     chosen = (own or list(frames))[-1:]
@@ -121,19 +121,19 @@ def shortened(name: str) -> str:
 
 
 def first(logs: Path, since: int) -> Failure | None:
-    """The first real error from generation `since` on; a consequence of it only where there is no other."""
+    """Return the first root cause since generation `since`, or the first peer failure if that is all there is."""
     found = [failure for failure in those(logs) if failure.generation >= since]
     return min(found, key=lambda f: (consequence(f.message), f.generation, f.time), default=None)
 
 
 def cause(logs: Path, generation: int) -> Failure | None:
-    """The first real error in one start of the workers; None where none of them wrote one down."""
+    """Return the first root cause in one generation; None if no rank recorded one."""
     own = [failure for failure in those(logs, generation) if not consequence(failure.message)]
     return min(own, key=lambda failure: failure.time, default=None)
 
 
 def written(events: Path, found: Failure) -> bool:
-    """Whether the events tell of it already; of a hang the rank that found it has told."""
+    """Whether the failure is already in the event log; a hang is always logged by the rank that detected it."""
     return found.type == HANG or any(
         line.get("event") == "error" and (line.get("rank"), line.get("generation")) == (found.rank, found.generation)
         for line in whole_lines(events)
@@ -142,24 +142,24 @@ def written(events: Path, found: Failure) -> bool:
 
 def whole_lines(events: Path) -> Iterator[dict[str, Any]]:
     for line in events.read_text(errors="replace").split("\n") if events.exists() else []:
-        with suppress(ValueError):  # what a kill cut off
+        with suppress(ValueError):  # a line truncated by a kill
             yield json.loads(line)
 
 
 def those(logs: Path, generation: int | None = None) -> list[Failure]:
-    """What has been written down so far, in one generation or in all."""
+    """Return the failures recorded so far, in one generation or in all of them."""
     found = []
     for path in logs.glob(f"error-g{'*' if generation is None else generation}-r*.json"):
-        with suppress(OSError, ValueError, TypeError):  # it is being written
+        with suppress(OSError, ValueError, TypeError):  # the file is still being written
             found.append(Failure(**json.loads(path.read_text())))
     return found
 
 
 def speaks(logs: Path, own: Failure, within_s: float = SPEAK_WITHIN_S) -> bool:
-    """Whether this rank is the one to tell the user: the lowest of those that failed by themselves.
+    """Whether this rank should report to the user: the lowest rank whose failure is not a peer failure.
 
-    Rank 0's own error is told at once; the others first see what the ranks before them say. Who failed because of
-    another waits twice as long: once it has left, torchrun ends those that still wait.
+    Rank 0 reports its own error at once; the other ranks first wait for records of lower ranks. A rank with a peer
+    failure waits twice as long, because torchrun terminates the waiting ranks as soon as it exits.
     """
     if own.rank == 0 and not consequence(own.message):
         return True
@@ -169,25 +169,25 @@ def speaks(logs: Path, own: Failure, within_s: float = SPEAK_WITHIN_S) -> bool:
 
 
 def consequence(message: str) -> bool:
-    """Whether an error's message only tells that another rank has gone."""
+    """Whether an error message only reports the loss of another rank."""
     return any(word in message for word in CONSEQUENCES)
 
 
 def departed(codes: Mapping[int, int]) -> str:
-    """What can be said of ranks that left no word, given their exit codes; empty where there are none."""
+    """Describe the decisive exit code of ranks that wrote no failure record; empty if there are no codes."""
     told = sorted(codes.items(), key=lambda item: item[1] == -signal.SIGTERM)
     return next((left(f"rank {rank}", code) for rank, code in told), "")
 
 
 def left(who: str, code: int) -> str:
-    """How a process ended: by its exit code, or below 0 by the signal of that number."""
+    """Describe how a process ended; a negative `code` is the number of the signal that killed it."""
     if code == -signal.SIGKILL:
         return f"{who} was killed by SIGKILL: out of memory?"
-    return f"{who} was ended by {signal.Signals(-code).name}" if code < 0 else f"{who} left with {code}"
+    return f"{who} was killed by {signal.Signals(-code).name}" if code < 0 else f"{who} exited with code {code}"
 
 
 def tell_torchrun(error: BaseException) -> None:
-    """Have torchrun's own summary name the error instead of `error_file: <N/A>`."""
+    """Record the error so that torchrun's summary shows it instead of `error_file: <N/A>`."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()

@@ -1,7 +1,8 @@
-"""The only fault injection there is: what the program must survive is done to it on purpose, by its own tests.
+"""Fault injection for the project's own tests.
 
-`FAULT=kind@phase:rank:update[:generation]` acts only when `LAUNCHER_TEST_FAULTS=1` is set as well. Several are
-separated by commas. Kinds: kill, stop, hang, exit, exception, oom, nan, slow, enospc. Update counts from 1; 0 is any.
+`FAULT=kind@phase:rank:update[:generation]` takes effect only if `LAUNCHER_TEST_FAULTS=1` is set as well. Several
+faults are separated by commas. Kinds: kill, stop, hang, exit, exception, oom, nan, slow, enospc. Updates count from
+1; 0 matches any update. Generation 0 matches any generation; the default is 1.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class Fault:
         kind, _, where = text.partition("@")
         phase, rank, update, *generation = where.split(":")
         if phase not in PHASES:
-            raise ValueError(f"FAULT={text}: no phase {phase}, there are {', '.join(PHASES)}")
+            raise ValueError(f"FAULT={text}: {phase} is not a phase, choose from {', '.join(PHASES)}")
         return cls(kind, phase, int(rank), int(update), int(generation[0]) if generation else 1)
 
 
 @dataclass(frozen=True)
 class Faults:
-    """The faults of one rank in one generation; calling it at a phase does what is due there."""
+    """The faults of one rank in one generation; call it at each phase to inject those that match."""
 
     due: tuple[Fault, ...] = ()
 
@@ -61,12 +62,12 @@ class Faults:
                 strike(fault)
 
     def poisons(self, phase: str, update: int) -> bool:
-        """Whether a value of this phase is to become NaN."""
+        """Whether a value of this phase should become NaN."""
         return any(f.kind == "nan" and f.phase == phase and f.update in (0, update) for f in self.due)
 
 
 def strike(fault: Fault) -> None:
-    logging.getLogger(__name__).warning("a fault on purpose: %s", fault)  # so that a test sees that it came to it
+    logging.getLogger(__name__).warning("injected fault: %s", fault)  # tests look for this log line
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "stop":
@@ -76,11 +77,11 @@ def strike(fault: Fault) -> None:
     elif fault.kind == "exit":
         os._exit(3)
     elif fault.kind == "exception":
-        raise RuntimeError(f"a fault on purpose in {fault.phase}")
+        raise RuntimeError(f"injected fault in {fault.phase}")
     elif fault.kind == "oom":
         import torch
 
-        raise torch.OutOfMemoryError("CUDA out of memory: a fault on purpose")
+        raise torch.OutOfMemoryError("CUDA out of memory: injected fault")
     elif fault.kind == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif fault.kind == "slow":

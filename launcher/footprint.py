@@ -1,7 +1,7 @@
-"""What a model's state takes on each worker under each strategy: parameters, gradients, optimizer state, and the
-buffers that a strategy keeps as long as training lasts.
+"""Estimate the memory of a model's state per worker and strategy: parameters, gradients, optimizer state, buffers.
 
-Activations and FSDP's gathered blocks come and go on top; they depend on batch and model, and are not predicted.
+Buffers are those that a strategy keeps for the whole training. Activations and FSDP's gathered blocks are temporary,
+depend on batch and model, and are not included.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ __all__ = ["LAYOUTS", "Footprint", "Weights", "footprint", "memory_document", "m
 
 @dataclass(frozen=True)
 class Layout:
-    """What is divided among the workers, whether a second copy of the parameters is stepped on, and how many buffers
-    as long as all parameters there are."""
+    """What a strategy shards over the workers, and what it allocates in addition.
+
+    `copy`: the optimizer steps on a second copy of the parameters. `buffers`: number of buffers as large as all
+    parameters.
+    """
 
     parameters: bool = False
     gradients: bool = False
@@ -26,8 +29,8 @@ class Layout:
     buffers: int = 0
 
 
-#: As measured with DeepSpeed 0.19: stage 1 divides the gradients too, from then on there is a bucket for them, and
-#: stage 3 keeps gathered parameters.
+#: As measured with DeepSpeed 0.19: stage 1 shards the gradients too, stages 1 to 3 allocate a gradient bucket, and
+#: stage 3 also keeps a buffer of gathered parameters.
 LAYOUTS: Mapping[str, Layout] = {
     "ddp": Layout(),
     "fsdp": Layout(parameters=True, gradients=True, optimizer=True),
@@ -36,14 +39,13 @@ LAYOUTS: Mapping[str, Layout] = {
     "zero2": Layout(gradients=True, optimizer=True, copy=True, buffers=1),
     "zero3": Layout(parameters=True, gradients=True, optimizer=True, copy=True, buffers=2),
 }
-#: Elements that a bucket of DeepSpeed's has at most, by default.
+#: Largest number of elements in a DeepSpeed bucket, by default.
 LONGEST = 500_000_000
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model as the optimizer sees it: elements that are trained, elements that are frozen, bytes of an element, and
-    elements of optimizer state for each that is trained."""
+    """The size of a model: trainable and frozen elements, bytes per element, optimizer state per trainable element."""
 
     trainable: int
     frozen: int
@@ -53,7 +55,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one worker."""
+    """Bytes of state on one worker."""
 
     parameters: int
     gradients: int
@@ -66,9 +68,10 @@ class Footprint:
 
 
 def footprint(weights: Weights, layout: str, world: int) -> Footprint:
-    """ZeRO's formulas (Rajbhandari 2020, arXiv 1910.02054, section 5) for parameters that are as wide as the gradients.
+    """Estimate memory by ZeRO's formulas (Rajbhandari 2020, arXiv 1910.02054, section 5).
 
-    DeepSpeed's stages 1 to 3 step on a copy of each worker's part of the parameters, whatever their precision.
+    Parameters and gradients have the same number of bytes per element. DeepSpeed's stages 1 to 3 step on a copy of
+    each worker's part of the parameters, whatever their precision.
     """
     lies = LAYOUTS[layout]
 
@@ -85,7 +88,7 @@ def footprint(weights: Weights, layout: str, world: int) -> Footprint:
 
 
 def memory_document(weights: Weights, worlds: Sequence[int]) -> dict[str, Any]:
-    """Bytes per worker, for each strategy and world size."""
+    """Bytes per worker for each strategy and world size, as a JSON document."""
     return {
         "trainable": weights.trainable,
         "frozen": weights.frozen,
@@ -108,10 +111,10 @@ def _bytes(found: Footprint) -> dict[str, int]:
 
 
 def memory_lines(document: Mapping[str, Any]) -> Iterator[str]:
-    """The totals for a person, at most 80 columns."""
+    """The totals as a text table of at most 80 columns."""
     strategies = document["strategies"]
     yield f"Memory per worker for {document['trainable'] + document['frozen']:,} parameters, their gradients and"
-    yield "the optimizer's state; activations come on top"
+    yield "the optimizer's state; activations are not included"
     yield f"{'world':>7}" + "".join(f"{layout:>12}" for layout in strategies)
     for row in zip(*strategies.values(), strict=True):
         yield f"{row[0]['world']:>7}" + "".join(f"{_human(one['total_bytes']):>12}" for one in row)

@@ -1,6 +1,6 @@
-"""The gate in the run folder, where a node that would join waits until the workers have saved.
+"""Join requests in the run directory: a joining node waits there until the workers have saved a checkpoint.
 
-torchrun has workers leave when a node joins, and gives them 30 s: a save that takes longer would be lost.
+torchrun terminates the workers when a node joins and gives them 30 s: a save that takes longer would be lost.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["hold", "knock"]
 
 LOOK_EVERY_S = 0.1
-OPEN_S = 60.0  # for a node's torchrun to start and to come to the rendezvous
+OPEN_S = 60.0  # time for a node's torchrun to start and to reach the rendezvous
 
 
 def knock(folder: RunFolder, name: str) -> None:
-    """Wait until the workers that train in the folder have saved and stand still; no longer than somebody trains."""
+    """Wait until the workers that train in `folder` have saved and paused, or until no process trains there."""
     if owner(folder) is None:
         return
     private_folder(folder.gate)
@@ -37,9 +37,10 @@ def knock(folder: RunFolder, name: str) -> None:
 
 
 def hold(job: Job, standing: Standing) -> int:
-    """Let the nodes in that wait, after the save; the agents have the workers leave when they come. LEAVE then.
+    """Admit the waiting nodes after the save. Return RESTART once a node has joined and the agents end the workers.
 
-    JOIN where none came: training goes on. A save that failed was an alarm already, and is tried again when it is due.
+    Return ADMIT_NODES if no node joined in time: training continues. A failed save has already raised an alarm and is
+    retried when the next checkpoint is due.
     """
     with suppress(OSError):
         job.saver.settle()
@@ -50,6 +51,7 @@ def hold(job: Job, standing: Standing) -> int:
         time.sleep(LOOK_EVERY_S)
     if job.wishes.present == LEAVE:
         return LEAVE
-    job.saver.journal.event("alarm", kind="gate", detail=f"{names} asked to join and did not come in {OPEN_S:g} s")
+    detail = f"{names} asked to join but did not connect within {OPEN_S:g} s"
+    job.saver.journal.event("alarm", kind="gate", detail=detail)
     job.wishes.granted()
     return JOIN

@@ -1,6 +1,7 @@
-"""The batch that is worth most per second: fitted update times, and what a sample is worth at a noise scale.
+"""Choose the batch with the highest goodput, from fitted update times and the gradient noise scale.
 
-Goodput (Pollux, OSDI 2021) is samples per second times (phi + B0) / (phi + B), progress relative to the base batch B0.
+Goodput (Pollux, OSDI 2021) is samples/s times (phi + B0) / (phi + B): throughput times statistical efficiency relative
+to the base batch B0.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from launcher.sinks.text import rate
 
 __all__ = ["Bounds", "Chooser", "Fixed", "Goodput", "Known", "Profile", "bounds_of", "chosen", "said"]
 
-_ERRORS = 1.96  # standard errors that an interval of 95 % reaches
+_ERRORS = 1.96  # half-width of a 95 % interval in standard errors
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured at one world size; with several workers each update has a twin of one worker.
+    """Update times measured at one world size.
 
-    The twin is without the waiting for others: so a fit can tell computing from communicating.
+    With several workers, each update is listed a second time as a one-worker update without the time spent waiting for
+    the others, so that a fit can separate computation from communication.
     """
 
     world: int
@@ -37,13 +39,13 @@ class Table:
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Table:
-        """Of a document that `tune` printed."""
+        """Build from a JSON document printed by `tune`."""
         return cls(found["world"], found["nodes"], tuple(_updates(found)))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What updates take, by world size. `cap` is the largest micro-batch that was timed and did not regress."""
+    """Update times by world size. `cap` is the largest micro-batch that was timed and is not labelled regressed."""
 
     tables: tuple[Table, ...]
     work: Workload
@@ -51,7 +53,7 @@ class Profile:
 
     @classmethod
     def of(cls, documents: Iterable[Mapping[str, Any]], *, every_micro: bool = False) -> Profile:
-        """Of documents that `tune` printed, at whatever world sizes."""
+        """Build from JSON documents printed by `tune`, at any world sizes."""
         found = list(documents)
         points = [point for one in found for point in one["points"] if point["samples_per_s"]]
         stages = {stage: min(point["stages"][stage] for point in points) / 1e3 for stage in ("optimizer", "other")}
@@ -63,19 +65,20 @@ class Profile:
 
     @property
     def worlds(self) -> tuple[tuple[int, int], ...]:
-        """Those that were measured, each with its nodes."""
+        """The measured (world size, nodes) pairs, sorted."""
         return tuple(sorted({(table.world, table.nodes) for table in self.tables}))
 
     def plus(self, later: Profile) -> Profile:
-        """With measurements at another world size; those of the same one are replaced."""
+        """Merge in later measurements; they replace those at the same world size and node count."""
         old = tuple(one for one in self.tables if (one.world, one.nodes) not in later.worlds)
         return replace(later, tables=(*old, *later.tables))
 
     @cached_property
     def model(self) -> UpdateModel:
-        """
+        """The fitted update-time model.
+
         Raises:
-            RequestError: sizes of one kind only were measured.
+            UsageError: only one micro-batch size was measured.
         """
         try:
             updates = [each for table in self.tables for each in table.updates]
@@ -86,7 +89,7 @@ class Profile:
             ) from problem
 
     def reaches(self, world: int, nodes: int = 1) -> bool:
-        """Whether it tells anything of so many workers: not past twice the most that were measured."""
+        """Return whether predictions extend to this world size: at most twice the largest measured one."""
         model = self.model
         try:
             model.predict(1, 1, world, nodes)
@@ -95,12 +98,12 @@ class Profile:
         return True
 
     def to_facts(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return a JSON-serialisable dict."""
         return asdict(self)
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Profile:
-        """The value of `to_facts`. ValueError where it is none."""
+        """Inverse of `to_facts`; ValueError if the content is invalid."""
         try:
             tables = tuple(
                 Table(one["world"], one["nodes"], tuple(Measured(**each) for each in one["updates"]))
@@ -109,9 +112,9 @@ class Profile:
             found = cls(tables, Workload(**facts["work"]), facts["cap"])
             sound = all(each.seconds > 0 and each.per_device >= 1 for one in tables for each in one.updates)
         except (KeyError, TypeError) as problem:
-            raise ValueError(f"a part is missing or of another kind: {problem}") from problem
+            raise ValueError(f"a field is missing or has the wrong type: {problem}") from problem
         if not sound or not tables or found.cap < 1:
-            raise ValueError("a figure in it is none")
+            raise ValueError("a value is missing or out of range")
         return found
 
 
@@ -136,17 +139,17 @@ def _updates(found: Mapping[str, Any]) -> Iterator[Measured]:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of the global batch."""
+    """Lower and upper bound of the global batch."""
 
     low: int
     high: int
 
 
 def bounds_of(run: Run, train: int, world: int) -> Bounds:
-    """batch.min_global and batch.max_global; by default from a sample per worker to where the rate's rule ends.
+    """batch.min_global and batch.max_global; by default from one sample per worker to the limit of the lr rule.
 
     Raises:
-        PlanError: no batch of so many workers lies between them.
+        PlanError: no batch for this world size lies between them.
     """
     base, asked = run.lr.base_batch or 1, run.batch
     far = far_of(run, rule_of(run))
@@ -155,7 +158,7 @@ def bounds_of(run: Run, train: int, world: int) -> Bounds:
     high = min(max(high, world) if asked.max_global is None else high, train)
     if low > high:
         raise PlanError(
-            f"batch.policy=goodput: no batch of {world} workers lies between {low} and {high}: "
+            f"batch.policy=goodput: no global batch for {world} workers lies between {low} and {high}: "
             f"start {high} workers or fewer, or type batch.max_global={low} or more"
         )
     return Bounds(low, high)
@@ -163,9 +166,9 @@ def bounds_of(run: Run, train: int, world: int) -> Bounds:
 
 @dataclass(frozen=True)
 class Known:
-    """What a choice goes by: a noise scale in samples, with `least` a lower bound of it; None where nothing is known.
+    """The noise scale (in samples) that a choice is based on; `lower_bound` marks it as a lower bound, None is unknown.
 
-    `source` says where one is from that was not measured in this training.
+    `source` names the origin of a noise scale that was not measured in this training run.
     """
 
     scale: float | None = None
@@ -174,7 +177,7 @@ class Known:
 
     @classmethod
     def of(cls, acted: float | None, least: float | None, typed: float | None) -> Known:
-        """The scale that training has measured; else the typed one, unless it is known to be more than that."""
+        """The measured scale if there is one; else the configured one, unless the measured lower bound exceeds it."""
         if acted is not None:
             return cls(acted)
         if typed is not None and typed >= (least or 0.0):
@@ -184,17 +187,17 @@ class Known:
 
 @dataclass(frozen=True)
 class Chooser:
-    """The policy: what is known of the time of an update, and the choice that follows at a noise scale."""
+    """Choose a batch for a world size and noise scale from the measured update times."""
 
     profile: Profile
     run: Run
     train: int
 
     def choice(self, world: int, nodes: int, known: Known) -> Choice:
-        """The most progress per second; while the noise scale is unknown, the base batch in its fastest form.
+        """The batch with the highest goodput; while the noise scale is unknown, the fastest form of the base batch.
 
         Raises:
-            PlanError: the bounds leave no batch, or so many workers are beyond what was measured.
+            PlanError: the bounds leave no batch, or the world size is beyond the measured range.
         """
         bounds, model = self.bounds(world, known), self.profile.model
         try:
@@ -213,10 +216,10 @@ class Chooser:
         )
 
     def bounds(self, world: int, known: Known) -> Bounds:
-        """Those of the request; while the noise scale is unknown, the base batch as near as they allow.
+        """The configured bounds; while the noise scale is unknown, only the allowed batch closest to the base batch.
 
-        Where it is only known to be at least so much, no less than the base batch: that the noise may be small is no
-        reason to take less.
+        If only a lower bound of the noise scale is known, the batch is not reduced below the base batch: that
+        the noise may be small is not a reason for a smaller batch.
         """
         bounds = bounds_of(self.run, self.train, world)
         usual = min(max(self.base, bounds.low), bounds.high)
@@ -225,7 +228,7 @@ class Chooser:
         return Bounds(usual, bounds.high) if known.least else bounds
 
     def known(self, acted: float | None, least: float | None) -> Known:
-        """From what training has measured so far; before that, from what was typed."""
+        """Combine what training has measured so far with the configured plan.noise."""
         typed = self.run.plan.noise
         return Known.of(acted, least, None if isinstance(typed, str) else typed)
 
@@ -235,9 +238,9 @@ class Chooser:
 
 
 class Goodput:
-    """Watches the noise scale of a run; `after` is the watcher from here on once another batch is worth more.
+    """Follows the noise scale during training; `successor` is the replacement policy once another batch is better.
 
-    Every rank hears of the same scale, which comes from the votes alone, so all come to the same.
+    The noise scale is computed only from all-gathered statistics, so every rank makes the same choice.
     """
 
     def __init__(self, chooser: Chooser, world: int, nodes: int, known: Known) -> None:
@@ -253,7 +256,7 @@ class Goodput:
 
     @property
     def run(self) -> Run:
-        """The run with the choice in place of what was asked."""
+        """The configuration with the choice in place of the requested batch."""
         return chosen(self.chooser.run, self._choice, self.chooser.bounds(self._where[0], self._known))
 
     @property
@@ -261,7 +264,7 @@ class Goodput:
         return said(self._choice, self._known)
 
     def heard(self, noise: NoiseScale) -> None:
-        """What was last worth acting on of the noise scale: the first that is known of it, or one that moved by two."""
+        """Re-evaluate the choice when the noise scale is first known or has changed by a factor of two."""
         known = self.chooser.known(noise.acted, noise.least)
         if known != self._known:
             self._known = known
@@ -270,7 +273,7 @@ class Goodput:
 
 
 class Fixed:
-    """The batch is the policy's, whatever the noise."""
+    """No goodput policy: the batch does not depend on the noise scale."""
 
     after = None
     wants = False
@@ -284,7 +287,7 @@ def batch_of(choice: Choice) -> tuple[int, int, int]:
 
 
 def chosen(run: Run, choice: Choice, bounds: Bounds) -> Run:
-    """Under policy goodput a plan is that of bounded, at the size and accumulation that were chosen."""
+    """Apply the choice to the configuration; goodput plans are bounded plans with the chosen size and accumulation."""
     batch = replace(
         run.batch,
         per_device=choice.per_device,
@@ -296,12 +299,13 @@ def chosen(run: Run, choice: Choice, bounds: Bounds) -> Run:
 
 
 def said(choice: Choice, known: Known) -> str:
-    """The reason of a choice, in a line."""
+    """Explain a choice in one line."""
     form = f"{choice.per_device} samples x {choice.accumulation}"
     if known.scale is None:
-        return f"goodput: the noise scale is unknown, so the base batch, as {form} per worker"
+        return f"goodput: the noise scale is unknown; using the base batch as {form} per worker"
     least = "at least " if known.least else ""
     return (
-        f"goodput: at a noise scale of {least}{known.scale:.3g} samples{known.source} {form} per worker are worth most "
-        f"per second, {rate(choice.samples_per_s)} samples/s of {least}{100 * choice.efficiency:.0f} % efficiency"
+        f"goodput: at a noise scale of {least}{known.scale:.3g} samples{known.source}, {form} per worker has the "
+        f"highest goodput: {rate(choice.samples_per_s)} samples/s with an "
+        f"efficiency of {least}{100 * choice.efficiency:.0f} %"
     )

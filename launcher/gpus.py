@@ -1,4 +1,4 @@
-"""How many GPUs a job on this machine would see, without the seconds that importing torch takes."""
+"""Count the GPUs visible to a job on this machine without importing torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def count_gpus(env: Mapping[str, str] = os.environ, driver: Path = DRIVER) -> int:
-    """GPUs that NVIDIA's driver lists, as far as CUDA_VISIBLE_DEVICES shows them.
+    """Count the GPUs that NVIDIA's driver lists and CUDA_VISIBLE_DEVICES makes visible.
 
-    As CUDA reads it: a list of indices or UUIDs, up to the first one that is not there; empty shows none.
+    The variable is read as CUDA does: a list of indices or UUIDs that ends at the first invalid one; an empty value
+    hides all GPUs.
     """
     present = len(list(driver.iterdir())) if driver.is_dir() else 0
     visible = env.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""Before training the ranks compare what they have made ready: what fails or differs anywhere is refused everywhere."""
+"""Before training, the ranks compare their setups: an error or a difference on any rank is raised on all ranks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Ready = TypeVar("Ready")
 def greet(
     store: dist.Store, topology: Topology, make: Callable[[], Ready], facts: Callable[[Ready], Mapping[str, Any]]
 ) -> Ready:
-    """Make ready on this rank, and go on once all ranks have, with the same `facts`.
+    """Call `make` on this rank and return its result once all ranks have succeeded with equal `facts`.
 
     Raises:
-        RequestError: on every rank, with the first rank's reason or the first difference.
+        UsageError: on every rank, with the error of the first rank that failed, or the first difference.
     """
     word: dict[str, Any]
     try:
@@ -42,7 +42,7 @@ def greet(
 
 
 def verdict(words: Sequence[Mapping[str, Any]]) -> str:
-    """What to refuse, given every rank's word; empty where all is well."""
+    """The first error or difference in the ranks' reports; an empty string if there is none."""
     for rank, word in enumerate(words):
         if "error" in word:
             return str(word["error"]) if rank == 0 else f"{word['error']} (rank {rank})"

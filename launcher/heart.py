@@ -1,7 +1,7 @@
-"""A rank's heartbeat: where it stands, for the other ranks of its node to see, and a thread that looks at theirs.
+"""Hang detection: each rank publishes its phase and heartbeat to its node, and a thread checks the other ranks.
 
-The states lie in a small file that the ranks of a node map into memory: they are there to be read when their process
-has stopped. The file has a name only until all have opened it, so nothing of it can be left behind.
+The states are kept in a small file that the ranks of a node map into memory, so they can be read even when the process
+that wrote them has stopped. The file is unlinked as soon as all ranks have opened it, so that it is never left behind.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from launcher.topology import Topology
 __all__ = ["Heart", "Slots", "Still"]
 
 EVERY_S = 0.25
-SUSPECT_S = 1.0  # a beat this old: ask the kernel what has become of the process
-LATE_S = 2.0  # a look this late: the judge itself was held up
-DUMP_S = 0.2  # for a hung process to write down its stacks
+SUSPECT_S = 1.0  # for a heartbeat older than this, ask the kernel for the state of the process
+LATE_S = 2.0  # a check later than this means that the watchdog itself was held up
+DUMP_S = 0.2  # time for a hung process to write its stacks
 
 CODE = {phase: number for number, phase in enumerate(PHASES)}
-MARK = struct.Struct("=qqdd")  # phase, update, since when, how long it may take
-BEAT = struct.Struct("=qd")  # pid (0: not there yet, or finished), when
+MARK = struct.Struct("=qqdd")  # phase, update, start time, allowed seconds
+BEAT = struct.Struct("=qd")  # pid (0: not started yet, or finished), time of the heartbeat
 SLOT_BYTES = MARK.size + BEAT.size
 
 
 class Slots:
-    """The node's states, one slot per local rank."""
+    """The states of a node's ranks in shared memory, one slot per local rank."""
 
     def __init__(self, path: Path, count: int) -> None:
         """
         Raises:
-            OSError: the file cannot be had, or is not this user's own.
+            OSError: the file cannot be opened or created, or belongs to another user.
         """
         self._path = path
         self._count = count
@@ -59,7 +59,7 @@ class Slots:
         try:
             found = os.fstat(number)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
-                raise PermissionError(f"{path} is not a file of this user")
+                raise PermissionError(f"{path} is not a regular file of this user")
             os.ftruncate(number, SLOT_BYTES * count)
             self._map = mmap.mmap(number, SLOT_BYTES * count)
         finally:
@@ -72,7 +72,7 @@ class Slots:
         BEAT.pack_into(self._map, slot * SLOT_BYTES + MARK.size, pid, now)
 
     def states(self, first_rank: int) -> Iterator[State]:
-        """Of those that are there."""
+        """The states of the ranks that have started and not finished."""
         for slot in range(self._count):
             pid, beat = BEAT.unpack_from(self._map, slot * SLOT_BYTES + MARK.size)
             if pid:
@@ -80,21 +80,21 @@ class Slots:
                 yield State(first_rank + slot, pid, PHASES[code], update, since, allowed_s, beat)
 
     def hide(self) -> None:
-        """Take the file's name away; who has it mapped keeps it."""
+        """Unlink the file; existing memory maps stay valid."""
         self._path.unlink(missing_ok=True)
 
 
 def slots_of(folder: Path, topology: Topology) -> Slots:
-    """Those of one start of one run's workers on this node."""
+    """The shared heartbeats of this node's workers for one run and one generation."""
     key = f"{folder.resolve()}\0{topology.node}\0{topology.generation}".encode()
     name = f"launcher-beat-{hashlib.blake2b(key, digest_size=12).hexdigest()}"
     return Slots(Path(tempfile.gettempdir()) / name, topology.local_world)
 
 
 class Heart:
-    """Tells the node where this rank stands, and acts where another one has hung.
+    """Publishes this rank's phase to its node, and acts when another rank has hung.
 
-    `leave` ends this process without a word to torch: a collective that waits for a dead rank would not let it go.
+    `leave` ends this process without torch's cleanup, which a collective that waits for a dead rank would block.
     """
 
     def __init__(
@@ -127,15 +127,15 @@ class Heart:
     def start(
         cls, folder: RunFolder, topology: Topology, limits: Limits, *, compiles: bool, screen: TextIO | None
     ) -> Heart | Still:
-        """A beating heart; on a node without a usable temporary folder none, which is said in the log.
+        """Start the watchdog thread; on a node without a usable temp directory, log a warning and return a no-op.
 
-        `screen`: where to say who hung; None where the driver does, from what is found in the run folder.
+        `screen` is the stream on which a hang is reported; None if the driver reports it, from the run directory.
         """
         try:
             slots = slots_of(folder.path, topology)
             stacks = folder.log(*topology.place).open("a")
         except OSError as problem:
-            logging.getLogger(__name__).warning("hung workers will not be found: %s", problem)
+            logging.getLogger(__name__).warning("hung workers on this node will not be detected: %s", problem)
             return Still()
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True, chain=False)
         heart = cls(slots, folder, topology, Pace(limits, compiles=compiles), limits, screen)
@@ -146,16 +146,16 @@ class Heart:
         return heart
 
     def phase(self, phase: str, update: int = 0) -> None:
-        """A phase begins. Costs about two microseconds."""
+        """Enter `phase`. Costs about two microseconds."""
         self._update, now = update, self._clock()
         self._slots.mark(self._topology.local_rank, phase, update, now, self._pace.entered(phase, update, now))
 
     def waits(self) -> None:
-        """From here on this rank only waits for the others."""
+        """Mark that from here on this rank only waits for the others."""
         self.phase("sync", self._update)
 
     def stop(self, *, finished: bool = False) -> None:
-        """No more beats: this rank is about to leave. `finished`: as it should, so the others need not follow."""
+        """Stop the heartbeat before this rank exits. `finished`: it exits normally, so the others need not follow."""
         self._over.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
@@ -164,7 +164,7 @@ class Heart:
         self._slots.hide()
 
     def hide_when_complete(self) -> None:
-        """The last rank to come takes the file's name away."""
+        """Unlink the file if all ranks of the node have opened it."""
         if len(list(self._slots.states(0))) == self._topology.local_world:
             self._slots.hide()
 
@@ -172,7 +172,7 @@ class Heart:
         self._slots.beat(self._topology.local_rank, os.getpid(), self._clock())
 
     def look(self) -> None:
-        """Follow a rank that has died, and act on a verdict that was reached twice in a row."""
+        """Exit if another rank has died, and act on a hang that two checks in a row have confirmed."""
         now, states = self._clock(), self._states()
         if now - self._looked > LATE_S:
             self._awake = now
@@ -200,17 +200,21 @@ class Heart:
         return [state if now - state.beat < SUSPECT_S else known(state) for state in states]
 
     def _follow(self, gone: State, states: list[State], now: float) -> None:
-        """A rank has died. Most calls fail by themselves then; one that doesn't is left, but no half-written file."""
+        """Exit because a rank has died and this rank is blocked; never while it writes a checkpoint or final files.
+
+        Most calls that communicate fail by themselves when a peer dies; this handles those that do not.
+        """
         own = next((state for state in states if state.rank == self._topology.rank), None)
         if own is None or own.phase in ("checkpoint", "finish") or now - own.since < SUSPECT_S:
             return
-        logging.getLogger(__name__).warning("rank %d is gone, and %s has not noticed: leaving", gone.rank, own.phase)
+        message = "rank %d has died and this rank is blocked in %s: exiting"
+        logging.getLogger(__name__).warning(message, gone.rank, own.phase)
         self._end()
 
     def _act(self, verdict: Verdict, states: list[State]) -> None:
-        """Have the stacks written down, say what was found, and end who hangs: the agent starts the workers again."""
-        self._acted = True  # all will be started again: there is nothing more to find
-        stopped = [state for state in states if state.stopped]  # they could not even leave with the others
+        """Dump the stacks, report the hang, and kill the hung ranks: the agent then restarts the workers."""
+        self._acted = True  # all workers will be restarted: nothing more to detect
+        stopped = [state for state in states if state.stopped]  # a stopped process could not exit with the others
         ended = states if verdict.why == "all" else list({verdict.state, *stopped})
         for state in ended:
             if not state.stopped:
@@ -224,11 +228,11 @@ class Heart:
             self._end()
 
     def _say(self, verdict: Verdict) -> None:
-        """A failure for the driver, an alarm among the events, a line on the screen; a full disk hinders nothing."""
+        """Write a failure for the driver and an alarm event, print a line; a full disk must not prevent the kill."""
         state, generation = verdict.state, self._topology.generation
         log = self._folder.log(state.rank, generation)
         stacks = "" if verdict.why == "stopped" else f"; stacks in {log}"
-        detail = f"rank {state.rank} hung in {verdict.place}: {verdict.reason}; killed, so that the workers start again"
+        detail = f"rank {state.rank} hung in {verdict.place}: {verdict.reason}; killed so that the workers restart"
         facts = {"rank": state.rank, "phase": state.phase, "update": state.update, "seconds": verdict.seconds}
         alarm = Event(time.time(), "alarm", {"kind": "hang", "detail": detail + stacks, **facts})
         with suppress(OSError):
@@ -245,7 +249,7 @@ class Heart:
 
 
 class Still:
-    """No heart: nobody watches."""
+    """No-op watchdog for nodes without a usable temp directory."""
 
     def phase(self, phase: str, update: int = 0) -> None: ...
 
@@ -255,13 +259,13 @@ class Still:
 
 
 def known(state: State) -> State:
-    """With what the kernel knows of its process."""
+    """Add what the kernel reports about the process: stopped or gone."""
     letter = siblings_state(state.pid)
     return replace(state, stopped=letter in ("T", "t"), gone=letter in (None, "Z", "X"))
 
 
 def tell(state: State, number: int) -> None:
-    """A signal to a rank, if its pid is still that of a process of our own agent."""
+    """Send signal `number` to a rank if its pid still belongs to a process of our own agent."""
     if siblings_state(state.pid) is not None:
         with suppress(ProcessLookupError):
             os.kill(state.pid, number)

@@ -1,8 +1,8 @@
-"""Which of a node's ranks has hung, judged from what each says of itself: states and times in, a verdict out.
+"""Decide which rank of a node has hung, from the phases and heartbeats of its ranks. Pure: no I/O.
 
-A rank says in which phase it stands and since when; a thread of it says that the process still runs. Neither is enough
-alone: a thread goes on beating while a loader or a collective is stuck, and one that stands in `sync` for long waits
-for the others, which is no fault of its own.
+Each rank publishes its phase and when that began, and a thread publishes that the process still runs. Neither is enough
+alone: the thread's heartbeat continues while a loader or a collective is stuck, and a rank that is in `sync` for long
+is waiting for the others and is not the cause.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ PHASES = (
     "finish",
 )  # fmt: skip
 
-#: In this phase a rank only waits for the others.
+#: The phase in which a rank only waits for the others.
 WAITING = "sync"
-#: Their length has nothing to do with an update's: each is held to its own earlier ones.
+#: Phases whose duration is unrelated to an update's: each is compared with its own earlier occurrences.
 OCCASIONAL = frozenset(("start", "rendezvous", "restore", "validate", "checkpoint", "finish"))
 COMPILED = frozenset(("forward", "backward"))
 
-TIMES = 10  # a phase that takes this many times its usual length has hung
-ALL_TIMES = 4  # patience, in allowances, where all stand still and there is nobody to compare with
+TIMES = 10  # a phase that takes this many times its usual duration has hung
+ALL_TIMES = 4  # factor on the allowed time if no rank makes progress, so that there is none to compare with
 UPDATES = 20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`elastic.hang_s` and `elastic.first_s`: seconds without progress, usually and in a first occurrence."""
+    """`elastic.hang_timeout_s` and `elastic.first_timeout_s`: seconds without progress, normally and the first time."""
 
     hang_s: float
     first_s: float
 
     @property
     def silent_s(self) -> float:
-        """How long a stopped process is given: it can't be busy, but a tool may look at its stack."""
+        """Seconds before a stopped process counts as hung: it cannot be busy, but a tool may be reading its stack."""
         return self.hang_s / 3
 
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a rank. Times are the node's monotonic clock; `since` is when its phase began.
+    """The state of a rank. Times are of the node's monotonic clock; `since` is when its phase began.
 
-    `stopped` (by a signal, or a debugger) and `gone` come from the kernel, the rest from the rank itself.
+    `stopped` (by a signal or a debugger) and `gone` come from the kernel, the rest from the rank itself.
     """
 
     rank: int
@@ -64,14 +64,14 @@ class State:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`state` has hung for `seconds`. `all`: everybody stands still, and it is the one that has done so longest."""
+    """The rank of `state` has hung for `seconds`. `why="all"`: no rank makes progress, this one the longest."""
 
     state: State
     seconds: float
     why: Literal["stopped", "silent", "stuck", "all"]
 
     def confirms(self, earlier: Verdict | None) -> bool:
-        """Whether it says the same of the same phase; a single look may have caught a state half written."""
+        """Whether both name the same rank, phase and reason; a single check may have read a half-written state."""
         if earlier is None or earlier.why != self.why:
             return False
         then, now = earlier.state, self.state
@@ -84,8 +84,8 @@ class Verdict:
     @property
     def reason(self) -> str:
         words = {
-            "stopped": "its process is stopped, no sign of life",
-            "silent": "no sign of life",
+            "stopped": "its process is stopped, no heartbeat",
+            "silent": "no heartbeat",
             "stuck": "no progress while the others wait",
             "all": "no rank of this node makes progress",
         }
@@ -93,18 +93,18 @@ class Verdict:
 
 
 def judge(states: Sequence[State], now: float, limits: Limits, awake: float = -math.inf) -> Verdict | None:
-    """The rank that has hung, or None.
+    """Return the rank that has hung, or None.
 
-    `awake`: since when the judge has been looking without a break. What it slept through (a job that was suspended as
-    a whole) it cannot hold against the others.
+    `watching_since`: start of uninterrupted monitoring; time before it (e.g. while the whole job was suspended) is not
+    counted.
     """
     return _silent(states, now, limits, awake) or _stuck(states, now, awake) or _all(states, now, limits, awake)
 
 
 def _silent(states: Sequence[State], now: float, limits: Limits, awake: float) -> Verdict | None:
-    """No beat: a stopped process, or one that waits and so leaves its threads free to run, but doesn't.
+    """Find a rank without a heartbeat whose process is stopped or is in `sync`, where its threads are free to run.
 
-    Elsewhere silence proves nothing: a library may compute for long without letting other threads in.
+    In other phases a missing heartbeat proves nothing: a library may hold the GIL for a long computation.
     """
     for state in sorted(states, key=lambda state: state.beat):
         seconds = now - max(state.beat, awake)
@@ -116,7 +116,7 @@ def _silent(states: Sequence[State], now: float, limits: Limits, awake: float) -
 
 
 def _stuck(states: Sequence[State], now: float, awake: float) -> Verdict | None:
-    """Somebody works on one phase for longer than it may, others waiting all the while; of several the first."""
+    """Find a rank that exceeds the allowed time of its phase while others wait; of several, the first to enter it."""
     waiting = [state.since for state in states if state.phase == WAITING]
     if not waiting:
         return None
@@ -130,7 +130,7 @@ def _stuck(states: Sequence[State], now: float, awake: float) -> Verdict | None:
 
 
 def _all(states: Sequence[State], now: float, limits: Limits, awake: float) -> Verdict | None:
-    """A collective that never ends, or a rank that hangs alone."""
+    """Detect that no rank makes progress: a collective that never ends, or the only rank of a node hangs."""
     if not states:
         return None
     still_s = now - max(awake, *(state.since for state in states))
@@ -141,9 +141,9 @@ def _all(states: Sequence[State], now: float, limits: Limits, awake: float) -> V
 
 
 def finder(states: Sequence[State], verdict: Verdict, now: float, limits: Limits) -> int | None:
-    """The one rank that acts on a verdict: each watches the next one, and stands in for a watcher that is silent.
+    """Elect the one rank that acts on a verdict: each rank watches the next, and replaces a watcher without heartbeat.
 
-    Where all stand still it is the first whose thread still beats, which may be the named rank itself.
+    If no rank makes progress, it is the first one whose heartbeat continues, which may be the hung rank itself.
     """
     beating = [state.rank for state in states if now - state.beat <= limits.silent_s]
     if verdict.why == "all":
@@ -153,13 +153,13 @@ def finder(states: Sequence[State], verdict: Verdict, now: float, limits: Limits
 
 
 class Pace:
-    """How long this rank may stay in a phase, learned from how long it has stayed in them.
+    """How long this rank may stay in a phase, estimated from earlier durations.
 
-    A phase of an update: 10 times the median update, at least `hang_s`; `first_s` in the first update, which sets
-    up what the later ones use. Validation and saving: 10 times the longest so far and at least 4 `hang_s` (a short
-    save is one that nobody waited for; the next may have to), the first `first_s`; so is the wait after them, in which
-    ranks of another node may still be at it. With `compiles` any forward or backward pass may
-    meet a shape that has to be compiled.
+    A phase of an update: 10 times the median update and at least `hang_timeout_s`; `first_timeout_s` in the first
+    update, which includes setup. Validation and saving: 10 times the longest so far and at least 4 `hang_timeout_s` (a
+    short save may have been asynchronous, and the next one may block), the first one `first_timeout_s`. The same holds
+    for the wait that follows them, since ranks of another node may still be in that phase. With `compiles`, any forward
+    or backward pass may meet a new shape and compile, so it is allowed `first_timeout_s`.
     """
 
     def __init__(self, limits: Limits, *, compiles: bool = False) -> None:
@@ -174,7 +174,7 @@ class Pace:
         self._after = False
 
     def entered(self, phase: str, update: int, now: float) -> float:
-        """A phase begins: the seconds it may take."""
+        """Record that `phase` begins and return the seconds it may take."""
         if self._kind is not None:
             self._longest[self._kind] = max(self._longest.get(self._kind, 0.0), now - self._since)
         self._since, self._kind = now, self._kind_of(phase)
@@ -188,7 +188,7 @@ class Pace:
         return self._usual_s
 
     def _kind_of(self, phase: str) -> str | None:
-        """Whose earlier lengths this phase is held to; None for the update's."""
+        """The kind whose earlier durations limit this phase; None for phases limited by the update's duration."""
         if phase in OCCASIONAL:
             self._after = True
             return phase

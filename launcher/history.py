@@ -1,4 +1,4 @@
-"""What metrics.jsonl tells of a run afterwards: each update once, in order, as it was last trained."""
+"""Read metrics.jsonl: one row per update, in order, taken from the latest generation that trained it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ __all__ = ["POSITION", "History", "Row", "folders", "history"]
 Row = Mapping[str, float]
 
 METRICS = "metrics.jsonl"
-#: Where a row stands, before what was measured there.
+#: Columns that locate a row; the metrics follow them.
 POSITION = ("time", "samples", "update", "epoch", "world", "generation")
 NEEDED = ("samples", "update")
-NUMBERS = (int, float)  # and nothing that is one by inheritance: true is no figure
+NUMBERS = (int, float)  # exact types only: bool is excluded
 LARGEST = 1e300
 
 
 @dataclass(frozen=True)
 class History:
-    """`rows` are those that count, `all_rows` also those of updates that were run again; `unreadable` lines were not.
+    """Metrics of one run.
 
-    Every value is a finite number: what is none was not measured.
+    `rows` excludes superseded rows, `all_rows` includes them, and `unreadable` counts the skipped lines.
+    Every value is a finite number; other values are treated as not measured.
     """
 
     folder: Path
@@ -36,34 +37,34 @@ class History:
 
     @property
     def name(self) -> str:
-        """As its owner knows it; a sweep's point by the sweep as well."""
+        """Folder name of the run; for a point of a sweep, prefixed with the name of the sweep."""
         path = self.folder.resolve()
         return f"{path.parent.name}/{path.name}" if path.name.isdecimal() else path.name
 
     def note(self) -> str | None:
-        """What a reader must be told before any figure."""
+        """A warning to show before any metric; None if all lines were read."""
         if not self.unreadable:
             return None
-        return f"{self.folder / METRICS}: {self.unreadable} lines are no rows and were left out"
+        return f"{self.folder / METRICS}: {self.unreadable} unreadable lines were skipped"
 
 
 def history(word: str) -> History:
-    """The run in the folder `word`, or of that name in runs/.
+    """Read the run in the folder `word`, or the run of that name in runs/.
 
     Raises:
-        RequestError: there is no such run, or nothing was trained in it.
+        UsageError: there is no such run, or it has no metrics yet.
     """
     found = folders(word)
     if len(found) > 1 or not (found[0] / METRICS).is_file():
-        raise RequestError(f"{word} holds {len(found)} runs: name one, e.g. {found[0]}")
+        raise RequestError(f"{word} contains {len(found)} runs: name one of them, e.g. {found[0]}")
     return _read(found[0])
 
 
 def folders(word: str) -> list[Path]:
-    """The run folder that is meant, or those in a folder of runs (multirun), in their order.
+    """Find the run folder named `word`, or the run folders inside it (multirun), in order.
 
     Raises:
-        RequestError: there is neither.
+        UsageError: no run was found.
     """
     for path in (Path(word), RUNS / word):
         if (path / METRICS).is_file():
@@ -72,8 +73,8 @@ def folders(word: str) -> list[Path]:
         if points:
             return points
     if any(path.is_dir() for path in (Path(word), RUNS / word)):
-        raise RequestError(f"{word} has no {METRICS}: nothing was trained there yet")
-    raise RequestError(f"{word} is no run: {runs_with(METRICS)}")
+        raise RequestError(f"{word} has no {METRICS}: it has not trained yet")
+    raise RequestError(f"{word} is not a run: {runs_with(METRICS)}")
 
 
 def _order(folder: Path) -> tuple[int, str]:
@@ -86,10 +87,10 @@ def _read(folder: Path) -> History:
     except OSError as problem:
         raise RequestError(f"{folder / METRICS} cannot be read: {problem.strerror}") from problem
     rows = [_row(line) for line in lines[:-1] if line.strip()]
-    last = _row(lines[-1])  # without its newline it is being written, or a kill cut it off
+    last = _row(lines[-1])  # without a newline: still being written, or truncated by a kill
     whole = [row for row in (*rows, last) if row is not None]
     if not whole:
-        raise RequestError(f"{folder / METRICS} holds no row: nothing was trained there yet")
+        raise RequestError(f"{folder / METRICS} has no rows: the run has not trained yet")
     return History(folder, tuple(_counting(whole)), tuple(whole), rows.count(None))
 
 
@@ -105,7 +106,7 @@ def _row(line: bytes) -> Row | None:
 
 
 def _counting(rows: Iterable[Row]) -> Iterator[Row]:
-    """A later start of the workers goes on from a checkpoint: what had been trained beyond it is undone."""
+    """Drop rows that a later generation, which resumed from a checkpoint, has trained again or undone."""
     kept: list[Row] = []
     for row in sorted(rows, key=lambda row: row.get("generation", 0)):
         while kept and (kept[-1]["update"] >= row["update"] or kept[-1]["samples"] >= row["samples"]):

@@ -1,4 +1,4 @@
-"""A model without its numbers, for ranks that are handed rank 0's anyway: none but rank 0 ever holds all of them."""
+"""Build the model on the meta device on ranks that receive rank 0's values, so that only rank 0 holds all of them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ __all__ = ["fill", "hollow"]
 
 
 def hollow(recipe: Any, run: Run, rank: int) -> nn.Module | None:
-    """The recipe's model on torch's meta device; None where this rank builds it like any other.
+    """Build the recipe's model on torch's meta device; None if this rank must build the model normally.
 
-    `strategy.meta`: auto does so where the parameters are more than 4 GiB, and builds what cannot be had like that.
+    `strategy.meta_init=auto` uses the meta device if the parameters exceed 4 GiB, and falls back to a normal build if
+    the model cannot be built on it.
 
     Raises:
-        RequestError: `strategy.meta=true`, and the model cannot be had like that.
+        UsageError: `strategy.meta_init=true`, and the model cannot be built on the meta device.
     """
     if rank == 0 or run.strategy.name != "fsdp" or run.strategy.meta is False:
         return None
@@ -30,22 +31,22 @@ def hollow(recipe: Any, run: Run, rank: int) -> nn.Module | None:
         with torch.device("meta"):
             model: nn.Module = recipe.model()
         why = next(strays(model), None)
-    except Exception as error:  # whatever a recipe does with numbers that are not there
+    except Exception as error:  # a recipe may read values, which meta tensors do not have, and raise anything
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     asked = run.strategy.meta is True
     if why is None:
         return model if asked or sum(p.nbytes for p in model.parameters()) > LARGE_BYTES else None
     if asked:
         raise RequestError(
-            f"strategy.meta=true: the recipe's model cannot be made without its numbers ({why}): "
-            "type strategy.meta=false, which builds all of it on every worker"
+            f"strategy.meta=true: the recipe's model cannot be built on the meta device ({why}): "
+            "type strategy.meta=false, which builds the whole model on every worker"
         )
     logging.getLogger("launcher").info("every worker builds the whole model: %s", why)
     return None
 
 
 def strays(model: nn.Module) -> Iterator[str]:
-    """Tensors that modules keep as plain attributes: nobody would hand over their numbers."""
+    """Find meta tensors that modules keep as plain attributes: they would never receive rank 0's values."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
@@ -58,7 +59,7 @@ def _is_meta(value: object) -> bool:
 
 
 def fill(part: nn.Module) -> None:
-    """Make room, not yet numbers, for the tensors of a part of a hollow model. A tied one stays one."""
+    """Replace the meta tensors of `part` with uninitialised CPU tensors. Tied tensors stay tied."""
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in part.modules():
         for group in (module._parameters, module._buffers):
@@ -74,5 +75,5 @@ def room_for(tensor: torch.Tensor) -> torch.Tensor:
     room = torch.empty_like(tensor, device="cpu")
     if isinstance(tensor, nn.Parameter):
         room = nn.Parameter(room, tensor.requires_grad)
-    vars(room).update(vars(tensor))  # what a recipe noted on it, for its groups of parameters
+    vars(room).update(vars(tensor))  # attributes that the recipe set on it, e.g. to select its parameter group
     return room

@@ -1,6 +1,7 @@
-"""The keys of the configuration: their names, what they may hold, and the way to a `Run` and back to plain values.
+"""The configuration keys: their names and types, and conversion between plain values and a `RunConfig`.
 
-A key's name is dotted, as it is typed: `batch.global`. Its type, default and documentation are `launcher.settings`'.
+A key's name is dotted, as users type it: `batch.global`. Types, defaults and documentation come from the
+configuration classes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from launcher.typed import MisfitError, choices, fit, sample, shown, words
 
 __all__ = ["Key", "flat", "from_mapping", "keys", "nearest", "no_such_key", "to_mapping"]
 
-#: attribute -> name in the configuration
+#: Attribute -> name in the configuration.
 NAMES = {attribute: name for name, attribute in ALIASES.items()}
 
-#: Names that people bring from other programs, and the key that means it here.
+#: Names used by other frameworks -> the key with that meaning here.
 HABITS = {
     "batch_size": "batch.per_device",
     "bs": "batch.per_device",
@@ -65,7 +66,7 @@ EXAMPLES = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted name, its annotation, its default and its line of documentation."""
+    """One configuration key: its dotted name, type annotation, default and one line of documentation."""
 
     name: str
     kind: Any
@@ -85,7 +86,7 @@ class Key:
 
 @cache
 def keys() -> Mapping[str, Key]:
-    """Every key by its dotted name, in the order of `Run`."""
+    """Every key by its dotted name, in the order of `RunConfig`."""
     return {key.name: key for key in _walk(Run, "")}
 
 
@@ -113,28 +114,28 @@ def _default(field: Field[Any]) -> Any:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The word that was probably meant, or None."""
+    """The closest match to `word`, or None."""
     found = get_close_matches(word, list(words), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
 def no_such_key(name: str) -> RequestError:
-    """What to say to a key that doesn't exist: the nearest one, or where to find them all."""
+    """The error for an unknown key, with the closest known key or a pointer to the list of all keys."""
     last = name.rpartition(".")[2]
     if last in WORLD:
         return RequestError(
-            f"{name} is no key: the world size comes from the job: launch.workers=2, or torchrun --nproc-per-node=2"
+            f"{name} is not a key: the world size comes from the job: launch.workers=2, or torchrun --nproc-per-node=2"
         )
     within = [key for key in keys() if key.startswith(name + ".")]
     if within:
         return RequestError(
-            f"{name} is a part, not a key: type {HABITS.get(name, within[0])}= or one of its {len(within)} keys"
+            f"{name} is a section, not a key: type {HABITS.get(name, within[0])}= or one of its {len(within)} keys"
         )
     same_end = [key for key in keys() if key.rpartition(".")[2] == last]
     meant = HABITS.get(last) if "." not in name else None
     meant = meant or (same_end[0] if len(same_end) == 1 else nearest(name, keys()))
     return RequestError(
-        f"{name} is no key: " + (f"did you mean {meant}?" if meant else "launcher --help lists them all")
+        f"{name} is not a key: " + (f"did you mean {meant}?" if meant else "launcher --help lists them all")
     )
 
 
@@ -142,10 +143,10 @@ def no_such_key(name: str) -> RequestError:
 
 
 def from_mapping(mapping: Mapping[str, Any]) -> Run:
-    """The frozen `Run` of nested plain values under the configuration's names; what is left out has its default.
+    """Build the frozen `RunConfig` from nested plain values; missing keys take their defaults.
 
     Raises:
-        RequestError: a key that doesn't exist, or a value that its key may not hold.
+        UsageError: a key is unknown or a value does not fit its key.
     """
     run: Run = _build(Run, mapping, "")
     return run
@@ -190,7 +191,7 @@ def _expected(name: str, kind: Any, misfit: MisfitError) -> str:
 
 
 def to_mapping(run: Run) -> dict[str, Any]:
-    """The run as nested plain JSON values under the configuration's names: `from_mapping(to_mapping(run)) == run`."""
+    """The configuration as nested JSON values; `from_mapping(to_mapping(config)) == config`."""
     mapping: dict[str, Any] = _plain_of(run)
     return mapping
 
@@ -204,7 +205,7 @@ def _plain_of(value: Any) -> Any:
 
 
 def flat(run: Run) -> dict[str, Any]:
-    """Every value under its dotted name, `batch.global` or `optimizer.momentum`: what to compare two runs by."""
+    """Every value by its dotted name, e.g. `batch.global` or `optimizer.momentum`; used to compare two runs."""
     return dict(_leaves(to_mapping(run), ""))
 
 

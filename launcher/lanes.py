@@ -1,4 +1,4 @@
-"""How a machine is divided among the points of a sweep that train at the same time."""
+"""Divides the machine's cores and GPUs among the points of a parallel sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process may use: cores by number, GPUs by the names that CUDA_VISIBLE_DEVICES gives them."""
+    """Resources available to this process: core numbers, and GPUs by their names in CUDA_VISIBLE_DEVICES."""
 
     cores: tuple[int, ...]
     gpus: tuple[str, ...]
@@ -33,18 +33,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Lane:
-    """The part of the machine that one point has. What it does not see, it cannot take from the others."""
+    """The cores and GPUs of one point. CPU affinity and CUDA_VISIBLE_DEVICES hide the rest of the machine."""
 
     cores: tuple[int, ...]
     gpus: tuple[str, ...]
 
     def enter(self) -> None:
-        """This process and what it starts use this part alone; the number of workers and threads follows from it."""
+        """Restrict this process and its children to the slice; worker and thread counts derive from it."""
         os.sched_setaffinity(0, self.cores)
         os.environ[VISIBLE] = ",".join(self.gpus)
 
     def workers_of(self, run: Run) -> int:
-        """`launch.workers`, else one per GPU of the lane, else 1."""
+        """`launch.workers`, else one per GPU of the slice, else 1."""
         if run.launch.workers is not None:
             return run.launch.workers
         return 1 if run.train.device == "cpu" else max(1, len(self.gpus))
@@ -56,10 +56,10 @@ class Lane:
 
 
 def lanes(at_once: int, runs: Sequence[Run], machine: Machine) -> tuple[Lane, ...]:
-    """The machine in `at_once` parts, as even as whole cores and GPUs allow, the larger ones first.
+    """Divide the machine into `at_once` slices, as even as whole cores and GPUs allow, larger ones first.
 
     Raises:
-        RequestError: one of the runs needs more than the smallest part. The mend is as many as do fit.
+        RequestError: a point needs more than the smallest slice. The message names the largest sweep.at_once that fits.
     """
     parts = divided(at_once, machine)
     for run in runs:
@@ -70,16 +70,16 @@ def lanes(at_once: int, runs: Sequence[Run], machine: Machine) -> tuple[Lane, ..
 
 
 def lacking(run: Run, lane: Lane, machine: Machine) -> str | None:
-    """What a lane has too little of for a run; None where it fits. A process that computes or loads takes a core."""
+    """Describe the resource a slice lacks for a point, or None if it fits. Each thread and loader needs one core."""
     workers = lane.workers_of(run)
     threads = 1 if run.elastic.exact else run.launch.threads or 1
     cores = workers * (threads + run.data.workers)
     on_gpus = bool(machine.gpus) and run.train.device != "cpu"
     if on_gpus and workers > len(lane.gpus):
-        return f"a point takes {workers} of {len(machine.gpus)} GPUs, and would have {len(lane.gpus)}"
+        return f"each point needs {workers} GPUs but gets {len(lane.gpus)} of {len(machine.gpus)}"
     if cores > len(lane.cores):
         each = f"launch.workers={workers} x (launch.threads={threads} + data.workers={run.data.workers})"
-        return f"a point takes {cores} cores, {each}, and would have {len(lane.cores)} of {len(machine.cores)}"
+        return f"each point needs {cores} cores ({each}) but gets {len(lane.cores)} of {len(machine.cores)}"
     return None
 
 
@@ -91,7 +91,7 @@ def divided(count: int, machine: Machine) -> tuple[Lane, ...]:
 
 
 def split(length: int, count: int) -> list[tuple[int, int]]:
-    """`length` things in `count` contiguous parts, each (from, to)."""
+    """Split `length` items into `count` contiguous ranges (start, end)."""
     share, more = divmod(length, count)
     ends = [at * share + min(at, more) for at in range(count + 1)]
     return list(pairwise(ends))

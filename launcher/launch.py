@@ -1,4 +1,4 @@
-"""The driver: checks a run, starts torchrun for it, passes on what people ask, and ends when it ends. No torch."""
+"""The driver: checks a run, starts torchrun for it, forwards signals, and ends when it ends. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ __all__ = ["Command", "command", "drive", "in_memory", "killed", "probing", "tel
 
 LOOK_EVERY_S = 0.05
 WORKERS = "--nproc-per-node="
-MANY = 1_000_000  # torchrun's own count of restarts is no limit: it knows nothing of checkpoints
+MANY = 1_000_000  # the driver limits restarts itself: torchrun's count ignores checkpoints
 
 
 @dataclass(frozen=True)
 class Command:
-    """What is started: argument list, and what is added to the environment."""
+    """A command to start: its argument list and its additions to the environment."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
 
     def line(self) -> str:
-        """As one would type it."""
+        """The command as a shell line."""
         return shlex.join([*(f"{name}={value}" for name, value in self.env.items()), *self.argv])
 
 
 def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
-    """torchrun on this machine, on the loopback, with `workers` processes that read from `handover` what to do."""
+    """torchrun command for this machine, on the loopback; the `workers` processes read their job from `handover`."""
     argv = (
         sys.executable,
         "-m",
@@ -71,13 +71,13 @@ def command(run: Run, workers: int, handover: Path, report: Path) -> Command:
 
 
 def probing(run: Run, workers: int, handover: Path) -> Command:
-    """One process that has `workers` others measure, forked from it, on the loopback too."""
+    """Command for a process that forks `workers` measuring processes, also on the loopback."""
     argv = (sys.executable, "-m", "launcher", "probe", f"{WORKERS}{workers}", str(handover))
     return Command(argv, alone(run, workers))
 
 
 def alone(run: Run, workers: int) -> Mapping[str, str]:
-    """What keeps `workers` to themselves on this machine: each its share of the cores, all on the loopback."""
+    """Environment that gives each worker its share of the cores and keeps communication on the loopback."""
     asked = asked_threads(run)
     return {
         "OMP_NUM_THREADS": str(threads_of(run, workers, asked)),
@@ -96,10 +96,10 @@ def workers_of(run: Run) -> int:
 
 
 def drive(run: Run) -> int:
-    """One run from start to end; returns its exit status.
+    """Run one job from start to end; return its exit status.
 
     Raises:
-        RequestError: the request is wrong; nothing was created.
+        UsageError: the configuration is invalid; nothing was created.
     """
     workers = workers_of(run)
     try:
@@ -122,18 +122,18 @@ def drive(run: Run) -> int:
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
             status = Job(found, workers, Path(private), asked).run()
         if status == EXIT_REQUEST and made is not None:
-            found.folder.discard(made)  # a wrong request leaves nothing behind, also where only the workers could tell
+            found.folder.discard(made)  # remove what was created, also if only the workers found the error
         return status
     finally:
         lock.release()
 
 
 def without_questions(run: Run, workers: int) -> Settled:
-    """The run with answers to what it leaves open: its folder's, else those of a kept or a new measurement.
+    """Resolve open values of the configuration from its run folder, else from a cached or a new measurement.
 
     Raises:
-        RequestError: the request is wrong; nothing was measured.
-        Unmeasured: it could not be measured.
+        UsageError: the configuration is invalid; nothing was measured.
+        MeasurementError: the measurement failed.
     """
     found = closed(run, workers)
     if found is not None:
@@ -148,7 +148,7 @@ def without_questions(run: Run, workers: int) -> Settled:
 
 
 def unmeasured(error: Unmeasured, run: Run) -> int:
-    """Say why, and the exit status."""
+    """Print why the measurement failed; return the exit status."""
     tell(f"error: {error}")
     if run.debug and error.trace:
         tell(error.trace, whole=True)
@@ -156,7 +156,7 @@ def unmeasured(error: Unmeasured, run: Run) -> int:
 
 
 class Job:
-    """One torchrun under way: started, watched, asked to stop, reported on."""
+    """A torchrun process: starts it, watches it, forwards stop requests and reports how it ended."""
 
     def __init__(self, found: Opened, workers: int, private: Path, asked: Settled) -> None:
         self._folder: RunFolder = found.folder
@@ -182,7 +182,7 @@ class Job:
                 os.close(self._handover)
 
     def _watch(self, agent: subprocess.Popen[bytes]) -> int:
-        """Until the agent ends, or there is no point in letting it start the workers again."""
+        """Wait until the agent ends, or until restarting the workers is pointless; return the exit status."""
         while True:
             with suppress(subprocess.TimeoutExpired):
                 agent.wait(LOOK_EVERY_S)
@@ -200,35 +200,36 @@ class Job:
                 self._written_down(generation)
                 return self._failed(found)
             if again:
-                why = "a worker was killed or asked to leave" if ended is None else ended.line()
+                why = "a worker was killed or received SIGTERM" if ended is None else ended.line()
                 tell(f"restart {generation - self._first}: {why}")
             if self._asked:
                 self._pass_on(agent.pid)
 
     def _written_down(self, generation: int) -> failure.Failure | None:
-        """What ended a start of the workers; an event too, where rank 0, whose events these are, wrote none of it.
+        """Return the failure that ended a generation, and log it as an event if rank 0 did not.
 
-        Only while no worker writes: those of that start are dead, and the next rank 0 still has torch to import.
+        Called only while no worker writes events: the workers of that generation are dead, and the next rank 0 is still
+        importing torch.
         """
         found = failure.cause(self._folder.logs, generation) if generation >= self._first else None
         if found is not None and not failure.written(self._folder.events, found):
-            with suppress(OSError):  # a full disk: the line on the screen and the record in logs/ stay
+            with suppress(OSError):  # e.g. disk full: the message on screen and the record in logs/ remain
                 add(self._folder.events, found.event())
         return found
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal ask the workers to save and stop; a second Ctrl-C ends all."""
+        """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP request save and stop from the workers; a second Ctrl-C aborts."""
         if not self._asked:
             self._asked = 1
             name = signal.Signals(number).name
             self._folder.ask_to_stop(name)
-            more = " (once more ends at once)" if number == signal.SIGINT else ""
+            more = " (press Ctrl-C again to end at once)" if number == signal.SIGINT else ""
             tell(f"{name}: saving at the next update, then stopping{more}")
         elif number == signal.SIGINT:
             self._asked = 2
 
     def _pass_on(self, agent: int) -> None:
-        """SIGUSR1 to each worker once it can take it; before that the stop file speaks."""
+        """Send SIGUSR1 to each worker that has installed its handler; until then it polls the stop file."""
         for pid in children(agent):
             if pid not in self._told and catches(pid, signal.SIGUSR1):
                 self._told.add(pid)
@@ -239,15 +240,15 @@ class Job:
         if self._folder.read_done() is None:
             name, path = self._run.run.name, self._folder.path
             where = f"run.name={name}" if path == RUNS / str(name) else f"run.dir={path}"
-            tell(f"stopped after saving: the same command with {where} goes on from there")
+            tell(f"stopped after saving: the same command with {where} continues from there")
         self._folder.clear_stop()
         return EXIT_OK
 
     def _failed(self, found: failure.Failure | None) -> int:
-        """Where nobody has more to say than that another has gone, that one was killed without a word."""
+        """Print the error. If all ranks only report a lost peer, the peer was killed: describe its exit code."""
         line = f"logs: {self._folder.logs}" if found is None else found.line()
         if found is None or (found.status != EXIT_REQUEST and failure.consequence(found.message)):
-            why = killed(self._report) if self._report.exists() else "the workers were killed again and again"
+            why = killed(self._report) if self._report.exists() else "the workers were killed repeatedly"
             line = f"{why} ({line})"
         tell(f"error: {line}")
         if found is not None and self._run.debug:
@@ -256,18 +257,18 @@ class Job:
 
 
 def in_memory(text: str) -> int:
-    """A file that only this user's processes can read, on no disk, and gone with this process: it holds secrets."""
+    """Write `text` to a memfd: private to this user, never on disk, gone with this process, as it holds secrets."""
     number = os.memfd_create("handover")
     os.write(number, text.encode())
     return number
 
 
 def killed(report: Path) -> str:
-    """What the agent knows of workers that left no last word."""
+    """Describe workers that died without reporting an error, from the agent's exit codes."""
     try:
         codes: dict[str, int] = json.loads(report.read_text())
     except (OSError, ValueError):
-        return "torchrun ended without a word"
+        return "torchrun ended without reporting an error"
     return failure.departed({int(rank): code for rank, code in codes.items()}) or "torchrun failed"
 
 

@@ -1,4 +1,4 @@
-"""One log file per rank and generation. The screen is rank 0's; what the others print goes into their files."""
+"""Log files, one per rank and generation. Only rank 0 prints to the terminal; other ranks print to their files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["redirect"]
 
 
 def redirect(log: Path, rank: int, *, debug: bool) -> TextIO:
-    """Open this rank's log, and send warnings there; on ranks above 0 all output. Returns the screen's stderr.
+    """Send log records and warnings to this rank's log, on ranks above 0 also stdout and stderr.
 
-    With `debug` rank 0's warnings stay on the screen as well.
+    Returns the terminal's stderr. With `debug`, rank 0 also prints log records to the terminal.
     """
     screen = os.fdopen(os.dup(sys.stderr.fileno()), "w")
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

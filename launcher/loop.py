@@ -1,4 +1,4 @@
-"""The training loop. Read `train` aloud; every word leads to one module."""
+"""The training loop: `train` runs the updates, the functions below are its steps."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ REPLAN = -1
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on, and would fail again if it were started again."""
+    """Training cannot continue, and a restart would fail again."""
 
 
 class Bench(Protocol):
-    """What the passes over one update work with: a job's, or a probe's."""
+    """What the forward and backward passes of one update need; shared by training and by `tune` probes."""
 
     @property
     def study(self) -> Study: ...
@@ -67,7 +67,7 @@ class Bench(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """All that the loop works with, made by `launcher.worker`."""
+    """Everything the training loop uses; made by `launcher.session`."""
 
     study: Study
     topology: Topology
@@ -88,7 +88,7 @@ class Job:
     heart: Heart | Still = field(default_factory=Still)
 
     def at(self, phase: str, update: Update) -> None:
-        """A phase begins: the node may see it, and a fault on purpose may strike."""
+        """Enter a phase: publish it to the watchdog, and inject a fault if one is configured."""
         self.heart.phase(phase, update.index + 1)
         self.faults(phase, update.index + 1)
 
@@ -96,8 +96,8 @@ class Job:
 def train(job: Job, standing: Standing) -> tuple[Standing, int]:
     """Train to the end of the timeline, or until the ranks agree to stop.
 
-    Returns where training stands and what was agreed: to have finished (`GO_ON`), to stop, to leave, to let a node in,
-    or that it is to go on with other shares or another batch (`REPLAN`).
+    Returns the training state and the outcome: finished (`CONTINUE`), stop, restart, admit new nodes, or continue with
+    other shares or another batch (`REPLAN`).
 
     Raises:
         TrainingFailed: three updates in a row were not finite.
@@ -160,7 +160,7 @@ class Micro:
 
 
 def micro_batches(job: Bench, update: Update) -> Iterator[Micro]:
-    """This rank's micro-batches on the device, each with the generators seeded by its own address."""
+    """Yield this rank's micro-batches on the device, seeding the generators for each from its position."""
     parts = update.micro_batches(job.topology.rank)
     for index, part in enumerate(parts):
         job.at("data", update)
@@ -173,7 +173,7 @@ def micro_batches(job: Bench, update: Update) -> Iterator[Micro]:
 
 
 def seed_generators(number: int, device: torch.device) -> None:
-    """Those that a forward pass draws from; torch.manual_seed visits every kind of device, which costs."""
+    """Seed the generators a forward pass uses; torch.manual_seed is slower, as it seeds every kind of device."""
     random.seed(number)
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
@@ -191,13 +191,13 @@ def forward(job: Bench, micro: Micro, update: Update) -> Loss:
 
 
 def measured_count(job: Job, loss: Loss, update: Update) -> float:
-    """What the loss counts, where the noise of this update's gradient is measured."""
+    """The loss count if the gradient noise of this update is measured, else 0."""
     return float(loss.count) if job.replica.measures(update.index) else 0.0
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What this rank's real micro-batches of one update add up to: each place for itself, then these in a tree."""
+    """Loss sums of this rank's micro-batches without padding: first per shard, then as a tree sum over shards."""
 
     places: Mapping[int, tuple[Any, float]] = field(default_factory=dict)
 
@@ -222,13 +222,13 @@ def ballot(job: Job, sums: Sums, late: Late) -> Ballot:
 
 
 def told(late: Late) -> Ballot:
-    """What this rank has to say of the previous update."""
+    """This rank's statistics of the previous update, to be gathered."""
     loss, norm, spread, finite = late.read()
     return Ballot(loss=loss, loss_count=late.count, finite=finite, norm=norm, spread=spread, groups=late.groups)
 
 
 def rescale(update: Update, agreed: Agreed) -> float:
-    """From a mean over samples to a mean over what the losses count; NaN, and so a skipped update, for nothing."""
+    """Factor from a mean over samples to a mean over the loss count; NaN, and so a skipped update, for a count of 0."""
     if agreed.count == update.samples:
         return 1.0
     return update.samples / agreed.count if agreed.count else math.nan
@@ -242,14 +242,14 @@ class Rate:
 
 
 def rate_of(schedule: LrSchedule, update: Update) -> Rate:
-    """A tail keeps the rate of the plan in force."""
+    """Learning rate and momentum at `update`; a partial update keeps the learning rate of the full plan."""
     batch = update.nominal.global_batch
     lr = schedule.lr(update.start, batch)
     return Rate(lr, lr / schedule.base, schedule.momentum(update.start))
 
 
 def heed(job: Job, standing: Standing, agreed: Agreed, before: Update | None) -> Standing:
-    """What the ballots tell of the update before: whether it was skipped since it was not finite, and its noise."""
+    """Apply the gathered statistics of the previous update: count non-finite skips, update the noise scale."""
     if agreed.stop != GO_ON:
         job.wishes.heard()
     standing = learn(job, standing, standing.heard(agreed, before, job.study))
@@ -266,7 +266,7 @@ def heed(job: Job, standing: Standing, agreed: Agreed, before: Update | None) ->
 
 
 def learn(job: Job, before: Standing, after: Standing) -> Standing:
-    """Say where the rate follows a noise scale that has become known, or has moved."""
+    """Log a plan event if the learning rate follows a noise scale that is newly known or has changed."""
     known, was = after.schedule.noise, before.schedule.noise
     if known != was and known is not None:
         plan = job.study.plan_at(after.position.samples)
@@ -277,12 +277,12 @@ def learn(job: Job, before: Standing, after: Standing) -> Standing:
 
 
 def follow(job: Job, standing: Standing, before: Update | None, update: Update) -> Standing:
-    """Say where a stage of batch.ramp begins. Adam's second moment follows any change of batch, as the rate does."""
+    """Log the start of a batch.ramp stage, and rescale Adam's second moment after any change of batch."""
     plan = update.nominal
     if before is not None and before.nominal != plan:
         old, new = (plan_facts(job.study, standing.schedule, one) for one in (before.nominal, plan))
         moments = standing.moments_to(plan.global_batch)
-        why = f"batch.ramp from sample {update.start} on"
+        why = f"batch.ramp: new stage at sample {update.start}"
         job.saver.journal.event("plan", why=why, **new, **{"from": old}, moments=moments)
     standing, factor = standing.followed(update)
     if factor != 1.0:
@@ -291,7 +291,7 @@ def follow(job: Job, standing: Standing, before: Update | None, update: Update) 
 
 
 def validate(job: Job, standing: Standing, update: Update) -> tuple[Standing, Mapping[str, float]]:
-    """Where a validation is due, measure, and let the schedule and the target know."""
+    """Validate if due, and pass the metrics to the schedule, the best checkpoint and the target."""
     if job.validation is None or not due(update, job.study.validate_every, job.study.duration):
         return standing, {}
     job.at("validate", update)
@@ -318,10 +318,10 @@ def reach(job: Job, standing: Standing, measured: Mapping[str, float]) -> Standi
 
 
 def save(job: Job, standing: Standing, update: Update, late: Late, *, asked: bool) -> bool:
-    """Where a checkpoint is due or asked for; whether one was taken.
+    """Save a checkpoint if one is due or requested; return whether one was saved.
 
-    What is known of the noise goes into it as it will be after the next vote: the update's own gradients would be
-    missing after a restart. So they are told once more for the checkpoint.
+    The checkpoint's noise scale must include this update, whose gradient statistics are normally gathered with the next
+    update and would be missing after a restart. They are therefore gathered an additional time for the checkpoint.
     """
     best = standing.best_checkpoint == name_of(standing)
     if not (asked or best or due(update, job.study.checkpoint_every, job.study.duration)):
@@ -336,5 +336,5 @@ def save(job: Job, standing: Standing, update: Update, late: Late, *, asked: boo
 
 
 def due(update: Update, every: int | None, duration: int) -> bool:
-    """Whether a multiple of `every` samples was passed in this update; always at the end of the run."""
+    """Return whether this update passes a multiple of `every` samples, or ends the run."""
     return update.end >= duration or (every is not None and update.start // every < update.end // every)

@@ -1,4 +1,4 @@
-"""What of a machine gets in the way of training, looked at without side effects. Only its own name is looked up."""
+"""Checks of the machine for `launcher doctor`, without side effects. The only network lookup is its own name."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ __all__ = [
 ]
 
 SHM, CPU_MAX = Path("/dev/shm"), Path("/sys/fs/cgroup/cpu.max")
-LEAST_SHM = 256e6  # a batch of 256 x 3 x 224 x 224 floats has 154 MB; containers have 64 MB by default
-LEAST_FILES = 1024  # a tensor on its way from a loader's process is an open file
+LEAST_SHM = 256e6  # a batch of 256 x 3 x 224 x 224 floats takes 154 MB; the default of containers is 64 MB
+LEAST_FILES = 1024  # each tensor in transit from a loader process is an open file
 LEAST_DISK = 1e9
 IMPORT_S = 120.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was found under a name; where it is not fine, what to type instead."""
+    """The result of a check; if it failed, `mend` says what to type."""
 
     name: str
     ok: bool
@@ -54,7 +54,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Seen:
-    """What torch says of itself: `cuda` is what it was built for, `gpus` those it computes on, `why` not on more."""
+    """What torch reports: the CUDA version it was built for, the number of GPUs that compute, and why others fail."""
 
     version: str
     cuda: str | None
@@ -64,26 +64,29 @@ class Seen:
 
 
 def address(name: str, host: str) -> Check:
-    """Whether ranks could meet there: torchrun and gloo fail where the machine's own name leads elsewhere."""
+    """Whether ranks can connect there: torchrun and gloo fail if the host name resolves to another machine."""
     why = ""
     try:
         for family, _, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
             try:
                 with socket.socket(family, socket.SOCK_STREAM) as own:
                     own.bind(place)
-                return Check(name, True, f"{host} is {place[0]}" if host != place[0] else host)
+                return Check(name, True, f"{host} resolves to {place[0]}" if host != place[0] else host)
             except OSError as problem:
-                why = f"{host} is {place[0]}, which is not this machine's ({problem.strerror})"
-    except (OSError, UnicodeError) as problem:  # a name may be too long to be looked up
-        why = f"{host} leads nowhere ({getattr(problem, 'strerror', None) or problem})"
+                why = f"{host} resolves to {place[0]}, which is not an address of this machine ({problem.strerror})"
+    except (OSError, UnicodeError) as problem:  # UnicodeError: the name is too long to resolve
+        why = f"{host} does not resolve ({getattr(problem, 'strerror', None) or problem})"
     mend = "ip link set lo up" if name == "loopback" else f"as root: echo '127.0.0.1 {host}' >> /etc/hosts"
     return Check(name, False, why, mend)
 
 
 def shared_memory(place: Path) -> Check:
-    """Loader processes hand batches over in it, and die of a Bus error where it is full. Nobody else needs any."""
+    """Check shared memory: loader processes pass batches through it and die with a bus error when it is full.
+
+    Nothing else needs it, so this check never fails.
+    """
     free = shutil.disk_usage(place).free if place.is_dir() else 0
-    few = "" if free >= LEAST_SHM else ", little for data.workers=1 or more: docker run --shm-size=2g"
+    few = "" if free >= LEAST_SHM else ", too little for data.workers=1 or more: docker run --shm-size=2g"
     return Check("shm", True, f"{size(free)} free in {place}{few}")
 
 
@@ -96,27 +99,29 @@ def open_files(soft: int, hard: int) -> Check:
 
 
 def granted(cpu_max: Path) -> float | None:
-    """How many cores' time the control group gives, where it limits it."""
+    """Return the CPU limit of the control group in cores; None if it sets none."""
     try:
         quota, period = cpu_max.read_text().split()
         return int(quota) / int(period)
-    except (OSError, ValueError):  # there is none, or it says "max"
+    except (OSError, ValueError):  # the file does not exist or contains "max"
         return None
 
 
 def cores(own: int, given: float | None, env: Mapping[str, str]) -> Check:
-    """More threads than cores wait for one another at every step."""
+    """Check OMP_NUM_THREADS: with more threads than cores, the threads wait for each other at every step."""
     most = max(1, min(own, int(given or own)))
-    told = plural(own, "core") + ("" if most == own else f", of which the container gives the time of {given:g}")
+    told = plural(own, "core") + ("" if most == own else f", limited by the container to {given:g}")
     asked = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if not asked.isdecimal():
-        return Check("cores", True, told if most == own else f"{told}: launch.threads={most}, or less for more workers")
+        return Check(
+            "cores", True, told if most == own else f"{told}: use launch.threads={most}, or fewer for several workers"
+        )
     mend = "" if int(asked) <= most else f"unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={most}"
     return Check("cores", not mend, f"{told}, OMP_NUM_THREADS={asked}", mend)
 
 
 def folder(place: Path) -> Check:
-    """Whether runs/ could grow here. The file has no name, or loses it at once."""
+    """Check that runs/ can be written here, with a temporary file that leaves no name behind."""
     try:
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free
@@ -125,14 +130,14 @@ def folder(place: Path) -> Check:
             "folder",
             False,
             f"{place} cannot be written ({problem.strerror})",
-            "cd to a folder of yours",
+            "cd to a folder that you can write to",
         )
-    mend = "" if free >= LEAST_DISK else "cd to a larger disk, or type run.dir=/on/one/NAME"
+    mend = "" if free >= LEAST_DISK else "cd to a larger disk, or type run.dir=/path/on/it/NAME"
     return Check("folder", not mend, f"{size(free)} free in {place}", mend)
 
 
 def wandb(env: Mapping[str, str]) -> Check:
-    """Whether figures would go online, without asking wandb, which would log in. The key is not told."""
+    """Report whether metrics would go online, without calling wandb, which would log in. The key is never shown."""
     import netrc
 
     if (mode := env.get("WANDB_MODE", "online")) != "online":
@@ -148,36 +153,38 @@ def wandb(env: Mapping[str, str]) -> Check:
 
 def slurm() -> Check:
     there = [name for name in ("sbatch", "srun", "squeue", "scancel", "scontrol") if shutil.which(name)]
-    return Check("slurm", True, ", ".join(there) or "no sbatch here: launch=slurm needs it, nothing else does")
+    return Check("slurm", True, ", ".join(there) or "sbatch is not installed; only launch=slurm needs it")
 
 
 # --- torch and GPUs -----------------------------------------------------------------------------------------------
 
 
 def ask_torch(here: Path, torch: str) -> Seen | Check:
-    """What torch says, in a process of its own: one that is broken may take the process with it.
+    """Inspect torch in a subprocess, because importing a broken torch may crash the process.
 
-    `torch`: what pip would be asked for.
+    `torch`: the requirement to pass to pip.
     """
-    argv = [sys.executable, "-B", "-m", "launcher.machine"]  # -B: what it imports from here leaves nothing here
+    argv = [sys.executable, "-B", "-m", "launcher.machine"]  # -B: write no bytecode into this folder
     try:
         said = subprocess.run(
             argv, cwd=here, capture_output=True, text=True, errors="replace", timeout=IMPORT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return Check("torch", False, f"not imported within {took(IMPORT_S)}", "copy the environment to a local disk")
+        return Check(
+            "torch", False, f"the import took longer than {took(IMPORT_S)}", "copy the environment to a local disk"
+        )
     if said.returncode == EXIT_OK:
         return Seen(**json.loads(said.stdout.splitlines()[-1]))
     lines = [line for line in said.stderr.splitlines() if line.strip()] if said.returncode > 0 else []
     why = lines[-1] if lines else left("importing it", said.returncode)
     mend = f"pip install --force-reinstall '{torch}'"
     for name in ("torch.py", "torch/__init__.py"):
-        mend = f"rename {name} in this folder: it hides torch" if (here / name).exists() else mend
+        mend = f"rename {name} in this folder: it shadows torch" if (here / name).exists() else mend
     return Check("torch", False, why, mend)
 
 
 def own_words() -> Seen:
-    """What torch says, in this process. A GPU counts if it computes: torch may not be built for one that it sees."""
+    """Inspect torch in this process. A GPU counts if it computes: torch may see GPUs that it was not built for."""
     import warnings
 
     import torch
@@ -198,21 +205,22 @@ def own_words() -> Seen:
 
 
 def gpus(seen: Seen, listed: int) -> Check:
-    """`listed`: how many NVIDIA's driver has, for each of which a worker would be started."""
+    """Check that torch computes on all GPUs. `listed`: the number the NVIDIA driver has; each would get a worker."""
     if listed <= seen.gpus:
         return Check("gpus", True, plural(seen.gpus, "GPU") if seen.gpus else "none: training runs on the CPU")
-    told = f"{plural(listed, 'GPU')} here, torch computes on {seen.gpus}"
+    told = f"{plural(listed, 'GPU')} found, torch computes on {seen.gpus}"
     if seen.cuda is None:
         mend = "install torch built for CUDA; or export CUDA_VISIBLE_DEVICES= to train on the CPU"
-        return Check("gpus", False, f"{told}: it is built for the CPU alone", mend)
-    mend = f"nvidia-smi shows the driver's state; launch.workers={max(1, seen.gpus)} trains on what there is"
+        return Check("gpus", False, f"{told}: it is a CPU-only build", mend)
+    mend = f"check the driver with nvidia-smi; launch.workers={max(1, seen.gpus)} trains on the GPUs that work"
     return Check("gpus", False, " ".join([told + ",", f"built for {seen.cuda}", seen.why]).strip(), mend)
 
 
 def backends(seen: Seen) -> Check:
-    needed = ["gloo", *(["nccl"] if seen.gpus else [])]  # the vote goes over gloo, whatever the gradients go over
+    # per-update statistics always use gloo, whatever the gradients use
+    needed = ["gloo", *(["nccl"] if seen.gpus else [])]
     told = ", ".join(seen.backends) or "none"
-    mend = "install a build of torch that has " + " and ".join(needed)
+    mend = "install a build of torch with " + " and ".join(needed)
     return Check("backends", True, told) if {*needed} <= {*seen.backends} else Check("backends", False, told, mend)
 
 

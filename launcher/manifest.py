@@ -1,7 +1,8 @@
-"""A checkpoint as a folder: its manifest, its hashes, how it comes to be, and which one to trust.
+"""Checkpoint folders: manifest and hashes, atomic writing, pruning, and selecting a valid checkpoint.
 
-Written into a fresh folder beside the others, each file hashed while it is written and synced, the manifest last, then
-renamed: a checkpoint is whole or not there. Nothing is read that the manifest's hashes do not vouch for.
+A checkpoint is written to a temporary folder next to the others. Each file is hashed while it is written and then
+fsynced, the manifest last; then the folder is renamed. So a checkpoint is either complete or absent. Only data that
+matches the hashes in the manifest is read.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 20
-#: Names that stay inside a folder, and do not look like something unfinished.
+#: Names without path separators that do not start with `tmp`, the prefix of unfinished checkpoints.
 NAME = re.compile(r"(?!tmp)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class DamagedError(ValueError):
-    """A checkpoint that must not be used, and why."""
+    """A checkpoint must not be used; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
-    `files` maps a file to its size in bytes and its sha256; `tensors` a tensor to dtype, shape, aliases and its pieces:
-    file, key, and the flat range of elements [start, stop) that this key holds, so that any number of writers and
-    readers use one format. `sequence` counts the checkpoints of a folder in the order in which they were written.
+    `files` maps each file to its size in bytes and its sha256. `tensors` maps each tensor to dtype, shape, aliases and
+    pieces: file, key, and the flat element range [start, stop) stored under that key, so that any number of writers and
+    readers can share one format. `sequence` numbers the checkpoints of a folder in the order of writing.
     """
 
     files: Mapping[str, Mapping[str, Any]]
@@ -68,24 +69,25 @@ class Manifest:
     sequence: int = 0
 
     def to_json(self) -> str:
-        """With a hash of itself. Raises TypeError where something in it is no JSON."""
+        """Serialise, including a hash of the content. Raises TypeError if a value is not JSON-serialisable."""
         body = {"format": FORMAT, **{part.name: getattr(self, part.name) for part in fields(self)}}
-        body = json.loads(json.dumps(body))  # as it will be read: a key that is a number becomes text, a tuple a list
+        body = json.loads(json.dumps(body))  # as reading yields it: numeric keys become strings, tuples become lists
         return json.dumps(body | {"sha256": digest_of(body)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """
+        """Parse and check a manifest.
+
         Raises:
-            DamagedError: it is no manifest, was altered, or is of another format.
+            CorruptCheckpointError: the text is not a manifest, was altered, or has another format version.
         """
         try:
             body = json.loads(text)
             claimed = body.pop("sha256")
             if claimed != digest_of(body):
-                raise DamagedError("its manifest was altered: the hash of itself does not hold")
+                raise DamagedError("its manifest was altered: its hash of itself does not match")
             if body.pop("format") != FORMAT:
-                raise DamagedError("it was written by another version's format")
+                raise DamagedError("its manifest has the format of another version of the launcher")
             manifest = cls(**body)
             check_files(manifest)
             check_pieces(manifest)
@@ -103,26 +105,26 @@ def digest_of(body: Mapping[str, Any]) -> str:
 def check_files(manifest: Manifest) -> None:
     for name, facts in manifest.files.items():
         if not NAME.fullmatch(name) or name == MANIFEST:
-            raise DamagedError(f"its manifest names {name!r}, which is no file of a checkpoint")
+            raise DamagedError(f"its manifest lists {name!r}, which is not a valid file name in a checkpoint")
         if not isinstance(facts["size"], int) or not isinstance(facts["sha256"], str):
-            raise DamagedError(f"its manifest says neither size nor hash of {name}")
+            raise DamagedError(f"its manifest lacks a valid size or sha256 for {name}")
 
 
 def check_pieces(manifest: Manifest) -> None:
-    """Every tensor's pieces lie in listed files and make up the whole of it, in order."""
+    """Check that the pieces of every tensor are in listed files and cover the whole tensor, in order."""
     for name, facts in manifest.tensors.items():
         end = 0
         for file, _, start, stop in facts["pieces"]:
             if file not in manifest.files or start != end or stop < start:
-                raise DamagedError(f"its manifest has a wrong piece of {name}")
+                raise DamagedError(f"its manifest has an invalid piece of {name}")
             end = stop
         if not facts["pieces"] or end != math.prod(facts["shape"]):
-            raise DamagedError(f"its manifest has only a part of {name}")
+            raise DamagedError(f"its manifest covers only a part of {name}")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that holds, and the newer ones that were passed over, each with the reason."""
+    """A verified checkpoint, and the newer checkpoints that were skipped, each with the reason."""
 
     path: Path
     manifest: Manifest
@@ -134,13 +136,13 @@ class Found:
 
 @contextmanager
 def publish(folder: Path, name: str, fault: Callable[[str], None], token: str | None = None) -> Iterator[Path]:
-    """A fresh folder to write into; on leaving it takes its name, unless an error came up, then it is gone.
+    """Yield a temporary folder to write into; on exit rename it to `name`, on an error delete it.
 
-    `fault` is called before the rename, where tests do their worst. One writer at a time: the run's lock sees to it.
-    With a `token` others write into the same folder, and may have begun.
+    `fault` is called before the rename, for fault injection in tests. The run's lock ensures that only one job writes
+    at a time. With a `token`, other ranks write into the same folder, and it may already exist.
     """
     if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a checkpoint")
+        raise ValueError(f"{name!r} is not a valid checkpoint name")
     private_folder(folder)
     fresh = unfinished(folder, name, token or str(os.getpid()))
     sweep(folder, but=fresh if token else None)
@@ -156,7 +158,7 @@ def publish(folder: Path, name: str, fault: Callable[[str], None], token: str | 
 
 
 def take_name(fresh: Path, place: Path) -> None:
-    """Rename. Where the same update was saved before, that one goes only once the new one stands beside it."""
+    """Rename the folder. An existing checkpoint of this name is deleted only after the new one is next to it."""
     if not os.path.lexists(place):
         os.rename(fresh, place)
         sync(place.parent)
@@ -171,19 +173,19 @@ def take_name(fresh: Path, place: Path) -> None:
 
 
 def unfinished(folder: Path, name: str, token: str) -> Path:
-    """Where a checkpoint is before it takes its name."""
+    """The path of a checkpoint while it is being written."""
     return folder / f"tmp-{name}-{token}"
 
 
 def sweep(folder: Path, but: Path | None = None) -> None:
-    """Remove what a writer left behind that died."""
+    """Remove unfinished checkpoints of writers that died."""
     for entry in folder.glob("tmp-*"):
         if entry != but:
             remove(entry)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint; killed on the way it is gone as well, never half there."""
+    """Remove a checkpoint. It is renamed first, so an interrupted removal never leaves a partial checkpoint."""
     if os.path.lexists(path):
         doomed = path.with_name(f"tmp-old-{path.name}-{os.getpid()}")
         remove(doomed)
@@ -199,7 +201,7 @@ def remove(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int, protect: frozenset[str] = frozenset()) -> None:
-    """Keep the newest `keep` and the protected ones. What cannot be read does not count as kept."""
+    """Keep the newest `keep` checkpoints and the protected ones. Unreadable ones do not count towards `keep`."""
     kept = 0
     for path in by_age(folder):
         if kept >= keep and path.name not in protect:
@@ -215,7 +217,7 @@ def next_sequence(folder: Path) -> int:
 
 
 def finished(folder: Path) -> list[Path]:
-    """The checkpoints that took their name, by name."""
+    """The complete checkpoints, sorted by name."""
     return sorted(Path(entry) for entry in visible(folder) if entry.is_dir(follow_symlinks=False))
 
 
@@ -225,7 +227,7 @@ def visible(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def sequence_of(path: Path) -> int | None:
-    """When among the checkpoints of its folder it was written; None where its manifest cannot be read."""
+    """Position of a checkpoint in the order of writing; None if its manifest cannot be read."""
     try:
         return manifest_of(path).sequence
     except DamagedError:
@@ -233,10 +235,10 @@ def sequence_of(path: Path) -> int | None:
 
 
 def by_age(folder: Path) -> list[Path]:
-    """The finished checkpoints, newest first: the one written last, which need not be the one that trained longest.
+    """The complete checkpoints, last written first; the last written need not be the one that trained longest.
 
-    Who went back to an older checkpoint and trained on from there wants to go on from there, not from what was left.
-    One that cannot say when it was written stands behind those whose names come before its own.
+    After resuming from an older checkpoint, later restarts continue that branch, not the abandoned newer one.
+    A checkpoint with an unreadable manifest counts as newer than all checkpoints whose names sort before its own.
     """
     ages: dict[Path, float] = {}
     for path in finished(folder):
@@ -246,26 +248,26 @@ def by_age(folder: Path) -> list[Path]:
 
 
 def newest_in(folder: Path) -> Path | None:
-    """The checkpoint that was written last, whatever it is worth; None where there is none."""
+    """The checkpoint that was written last, without verifying it; None if there is none."""
     return next(iter(by_age(folder)), None) if folder.is_dir() else None
 
 
 def newest_of(folder: Path) -> str | None:
-    """Names the checkpoint that was written last, and when: one of the same name written anew is another."""
+    """Name and mtime of the last checkpoint, so that a rewritten checkpoint of the same name counts as different."""
     path = newest_in(folder)
     return None if path is None else f"{path.name} {path.stat().st_mtime_ns}"
 
 
 def newest(folder: Path) -> Found | None:
-    """The newest checkpoint whose manifest and hashes hold; None where there are none at all.
+    """The newest checkpoint whose manifest and hashes are valid; None if there are no checkpoints.
 
     Raises:
-        RequestError: there are checkpoints and all are damaged: training from scratch would hide the loss.
+        UsageError: there are checkpoints, but all are damaged: training from scratch would hide the loss.
     """
     if not os.path.lexists(folder):
         return None
     if not folder.is_dir():
-        raise RequestError(f"checkpoint.dir={folder} is no folder: name another one")
+        raise RequestError(f"checkpoint.dir={folder} is not a folder: choose another path")
     passed = [(entry.name, why) for entry in visible(folder) if (why := strange(entry, stat.S_IFDIR, stat.S_IFREG))]
     for path in by_age(folder):
         found, why = tried(path)
@@ -275,8 +277,8 @@ def newest(folder: Path) -> Found | None:
     if passed:
         name, why = passed[0]
         raise RequestError(
-            f"checkpoints in {folder} are all damaged ({name}: {why}): "
-            f"mend them, or type resume=never to start a new run beside this one"
+            f"all checkpoints in {folder} are damaged ({name}: {why}): "
+            f"repair them, or type resume=never to start a new run beside this one"
         )
     return None
 
@@ -289,10 +291,10 @@ def tried(path: Path) -> tuple[Manifest | None, str]:
 
 
 def named(path: Path | str) -> Path:
-    """The folder that `resume=PATH` names, which has the look of a checkpoint; whether it holds is not known yet.
+    """The checkpoint folder that `resume=PATH` names; it has a manifest but is not verified yet.
 
     Raises:
-        RequestError: it is none; where it is a run's folder, its newest checkpoint is named.
+        UsageError: the path is not a checkpoint; if it is a run folder, the message suggests its newest checkpoint.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -300,31 +302,31 @@ def named(path: Path | str) -> Path:
     around = [checkpoint for place in (path, path / "checkpoints") if place.is_dir() for checkpoint in by_age(place)]
     example = next((f", e.g. resume={checkpoint}" for checkpoint in around if (checkpoint / MANIFEST).is_file()), "")
     raise RequestError(
-        f"resume={path} is no checkpoint: type auto, never, must, or a folder that holds {MANIFEST}{example}"
+        f"resume={path} is not a checkpoint: type auto, never, must, or a folder that holds {MANIFEST}{example}"
     )
 
 
 def open_at(path: Path | str) -> Found:
-    """The checkpoint that the user names.
+    """Verify and return the checkpoint given by the user.
 
     Raises:
-        RequestError: it is none, or damaged.
+        UsageError: the path is not a checkpoint, or the checkpoint is damaged.
     """
     path = named(path)
     try:
         return Found(path, verified(path))
     except DamagedError as damage:
-        raise RequestError(f"resume={path} is damaged: {damage}; name another checkpoint") from damage
+        raise RequestError(f"resume={path} is damaged: {damage}; choose another checkpoint") from damage
 
 
-# --- trusting -----------------------------------------------------------------------------------------------------
+# --- verifying ----------------------------------------------------------------------------------------------------
 
 
 def verified(path: Path) -> Manifest:
-    """The manifest, once everything it vouches for was found as it says.
+    """Check all files of a checkpoint against its manifest; return the manifest.
 
     Raises:
-        DamagedError: names the file and what is wrong with it.
+        CorruptCheckpointError: with the file and what is wrong with it.
     """
     manifest = manifest_of(path)
     for name, facts in manifest.files.items():
@@ -333,10 +335,10 @@ def verified(path: Path) -> Manifest:
 
 
 def manifest_of(path: Path) -> Manifest:
-    """The manifest of a folder that holds nothing but files.
+    """Read the manifest of a folder, which must contain only regular files.
 
     Raises:
-        DamagedError: it cannot be read or was altered, or there is a link, a pipe, a device or a folder beside it.
+        CorruptCheckpointError: the manifest is unreadable or altered, or there is a link, pipe, device or folder.
     """
     try:
         with os.scandir(path) as entries:
@@ -345,16 +347,16 @@ def manifest_of(path: Path) -> Manifest:
                     raise DamagedError(f"{entry.name} {why}")
         text = (path / MANIFEST).read_text()
     except (OSError, UnicodeDecodeError) as problem:
-        reason = problem.strerror if isinstance(problem, OSError) else "it is no text"
+        reason = problem.strerror if isinstance(problem, OSError) else "it is not text"
         raise DamagedError(f"its {MANIFEST} cannot be read: {reason}") from problem
     return Manifest.from_json(text)
 
 
 def strange(entry: os.DirEntry[str], *wanted: int) -> str:
-    """What is wrong with an entry that is of none of the wanted kinds; links are not followed."""
+    """The reason to refuse an entry whose file type is not in `wanted`, else ""; links are not followed."""
     kind = stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
     names = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    return "" if kind in wanted else f"is {names.get(kind, 'a device')}, which is refused here"
+    return "" if kind in wanted else f"is {names.get(kind, 'a device')}, which is not allowed in a checkpoint folder"
 
 
 def check_file(path: Path, facts: Mapping[str, Any]) -> None:
@@ -368,4 +370,4 @@ def check_file(path: Path, facts: Mapping[str, Any]) -> None:
     except OSError as problem:
         raise DamagedError(f"{path.name} cannot be read: {problem.strerror}") from problem
     if digest.hexdigest() != facts["sha256"]:
-        raise DamagedError(f"{path.name} is not what was written: its sha256 differs")
+        raise DamagedError(f"{path.name} was changed after writing: its sha256 differs")

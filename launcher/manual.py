@@ -1,4 +1,4 @@
-"""What `launcher --help` says, made from the keys themselves and the files in conf/."""
+"""The text of `launcher --help`, generated from the configuration keys and the files in conf/."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ __all__ = ["help_text"]
 HEAD = """\
 launcher [VERB] [FLAGS] [OVERRIDES]
 
-Trains on any number of workers, with the batch, the rate and the samples right.
+Trains at any world size; keeps batch size, learning rate and sampling correct.
 
-  launcher recipe=resnet                          train, one process per GPU
+  launcher recipe=resnet                          train with one process per GPU
   launcher recipe=gpt launch.workers=2            train with two processes
-  torchrun --nproc-per-node=2 -m launcher         train as torchrun's workers
+  torchrun --nproc-per-node=2 -m launcher         train under torchrun
   launcher -m batch.per_device=8,16,32            a sweep, one job per point
-  launcher plan plan.worlds=[1,2,8]               show batch and rate, no start
+  launcher plan plan.worlds=[1,2,8]               show the plan; start nothing
 
-Verbs, the first word
-  train           the default
-  plan            batch, rate and shares at each world size; format=json
+Verbs (first argument)
+  train           train a run; the default verb
+  plan            batch, learning rate and shares per world size; format=json
   tune            measure batch sizes and recommend one; -m; format=json
-  verify          does the split batch give the whole one's gradient? format=json
-  stop RUN        save and stop a run started elsewhere; --now ends it unsaved
-  status RUN      where a run started elsewhere stands
-  watch RUN       its figures as they come; Ctrl-C ends the watching alone
-  explain RUN     what limits a run; RUN_A RUN_B why one is faster; format=json
-  report RUN...   one page with curves and stages; -o FILE.html
-  export RUN      its metrics as CSV; -o FILE.csv
-  doctor          is this machine fit? a job of two processes too; format=json
-  new NAME        write NAME.py, a recipe of your own that trains as it is
+  verify          check that splitting the batch keeps the gradient; format=json
+  stop RUN        save and stop a run; --now kills it without saving
+  status RUN      progress of a run, and who runs it
+  watch RUN       live metrics; Ctrl-C stops watching, the run continues
+  explain RUN     what limits a run, or why one of two is faster; format=json
+  report RUN...   HTML page with curves and stage times; -o FILE.html
+  export RUN      metrics as CSV; -o FILE.csv
+  doctor          check this machine and run a two-process job; format=json
+  new NAME        write NAME.py, a custom recipe that trains unchanged
 
 Flags
-  -m, --multirun          a sweep: one run per combination of values a,b,c
-  -cd, --config-dir DIR   your own recipe/NAME.yaml, experiment/NAME.yaml
-  -c, --cfg job           show the whole configuration that would run
-  -i, --info defaults     show the files it is composed of
-  -h, --help              this text
-  --version               the version
+  -m, --multirun          sweep: one run per combination of values a,b,c
+  -cd, --config-dir DIR   folder with your recipe/*.yaml, experiment/*.yaml
+  -c, --cfg job           show the resolved configuration
+  -i, --info defaults     show the files that it is composed of
+  -h, --help              show this text
+  --version               show the version
 
-Overrides are Hydra's: group=choice, key=value, +recipe.new=1, [1,2] for a list.
+Overrides (Hydra): group=choice, key=value, +recipe.new=1, [1,2] for a list.
 Durations are a number and a unit: 10ep, 500ba, 50000sp, 1e9tok, 0.05dur, 10min.
 """
 
 
 def help_text(width: int = 80) -> str:
-    """The whole manual in at most `width` columns: usage, groups and choices, every key with its default."""
+    """Return the help in at most `width` columns: usage, groups with choices, and all keys with defaults."""
     head = [textwrap.fill(line, width, subsequent_indent="    ") for line in HEAD.splitlines()]
     return "\n".join([*head, "", "Groups", *_groups(width), "", "Keys and their defaults", *_keys(width)]) + "\n"
 

@@ -1,4 +1,4 @@
-"""Sweeps: one after the other through Hydra, several at a time on this machine, or points that Optuna chooses."""
+"""Sweeps: sequential through Hydra, in parallel on this machine, or with points chosen by Optuna."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["multirun"]
 
 
 def multirun(args: Sequence[str], point: Point) -> int:
-    """Runs `point` once for each point of the sweep and prints the table; returns the worst status.
+    """Run `point` for each point of the sweep and print the results table; returns the highest exit status.
 
-    Every point of a plain sweep is composed and checked before the first begins. `point` is a function of a module,
-    since a launcher plugin may call it in another process; a point that fails does not end the sweep.
+    All points of a plain sweep are composed and checked before the first starts. `point` must be a module-level
+    function, since a Hydra launcher plugin may call it in another process. A failed point does not end the sweep.
 
     Raises:
-        RequestError: any point's configuration is wrong; nothing was created then.
+        RequestError: the configuration of a point is wrong; nothing was created.
     """
     arguments = Arguments.parse(args)
     composer = Composer(arguments.config_dirs)
@@ -55,27 +55,27 @@ def multirun(args: Sequence[str], point: Point) -> int:
 
 
 def refuse_elsewhere(settings: SweepSettings, asked: Asked, task: Task) -> None:
-    """What is divided, or waited for, is this machine."""
+    """Refuse parallel and Optuna sweeps elsewhere: they run on the local machine only."""
     given = f"sweep.trials={settings.trials}" if settings.trials else f"sweep.at_once={settings.at_once}"
     if settings.trials is None and settings.at_once == 1:
         return
     if not asked.here or asked.config.launch.kind == "slurm":
         other = "launch=slurm" if asked.here else "hydra/launcher="
-        raise RequestError(f"{given} is for points on this machine: leave it out, or {other}")
+        raise RequestError(f"{given} runs points on this machine only: leave it out, or {other}")
     if settings.trials is not None and task.share[1] > 1:
-        raise RequestError(f"{given}: what comes next depends on all points: leave --share out")
+        raise RequestError(f"{given}: each point depends on all earlier ones: leave --share out")
 
 
-# --- several at a time --------------------------------------------------------------------------------------------
+# --- parallel sweeps ----------------------------------------------------------------------------------------------
 
 
 def side_by_side(
     task: Task, folder: Path, points: Sequence[Sequence[str]], composed: Sequence[Composed], at_once: int
 ) -> list[sweep.Outcome]:
-    """Every point of ours in a process of its own, `at_once` of them at a time, each on its part of the machine."""
+    """Run this process's share of the points, `at_once` at a time, each in its own process and machine slice."""
     ours = [number for number in range(len(points)) if task.has(number)]
     parts = lanes(max(1, min(at_once, len(ours))), [composed[number].run for number in ours], Machine.here())
-    say(f"{len(parts)} points at a time, each on {parts[-1]}")
+    say(f"running {len(parts)} points in parallel, each on {parts[-1]}")
     crew, progress = Crew(parts, say), Progress(folder)
     jobs = (
         progress.job(task, number, points[number], functools.partial(composed.__getitem__, number)) for number in ours
@@ -86,7 +86,7 @@ def side_by_side(
 
 
 class Progress:
-    """What has become of the points so far, with a line for each as it ends."""
+    """Exit statuses of the points so far; prints a line as each point ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -114,28 +114,28 @@ class Progress:
         )
 
     def raise_interrupted(self) -> None:
-        """A second Ctrl-C has ended the points, and ends the sweep without a table, as it does one after the other."""
+        """After a second Ctrl-C end the sweep without a table, as in sequential sweeps."""
         if EXIT_INTERRUPTED in self._statuses.values():
             raise KeyboardInterrupt
 
 
 def point_in(folder: Path, task: Task, number: int, overrides: Sequence[str], compose: Callable[[], Composed]) -> int:
-    """One point from start to end, in its own process."""
+    """Run one point in its own process."""
     say(f"point {number}: {' '.join(of_a_point(overrides))}")
     return run_placed(task, folder, str(number), compose, overrides)[1]
 
 
 def last_error(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-    return lines[-1] if lines else "it was killed"
+    return lines[-1] if lines else "the process was killed"
 
 
-# --- points that Optuna chooses -----------------------------------------------------------------------------------
+# --- Optuna sweeps ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is searched for, and whether the most or the least of it."""
+    """Metric to optimise; `most`: maximise it, else minimise."""
 
     metric: str
     most: bool
@@ -144,13 +144,13 @@ class Goal:
     def of(cls, settings: SweepSettings, run: Run) -> Goal:
         metric = settings.metric or run.train.target.metric
         if metric is None:
-            raise RequestError(f"sweep.trials={settings.trials} for what? type sweep.metric=, e.g. val/accuracy")
+            raise RequestError(f"sweep.trials={settings.trials} needs a metric: type e.g. sweep.metric=val/accuracy")
         most = not tally.lower_is_better(metric) if settings.mode == "auto" else settings.mode == "max"
         return cls(metric, most)
 
 
 def searched(composer: Composer, task: Task, folder: Path, asked: Asked) -> list[sweep.Outcome]:
-    """Up to sweep.trials points, with those of earlier commands. One that failed counts, and teaches nothing."""
+    """Run up to sweep.trials points, including those of earlier commands. Failed points count as trials."""
     settings = asked.settings.sweep
     trials = settings.trials or 1
     if (lack := searching.missing(trials)) is not None:
@@ -176,9 +176,9 @@ def searched(composer: Composer, task: Task, folder: Path, asked: Asked) -> list
 
 
 def corners(axes: Sequence[Axis]) -> Iterator[list[str]]:
-    """Points of which one is wrong where a value of any axis is: each at its ends, the others at their first."""
+    """Points that cover both ends of each axis (the other axes at their first value), to check every value up front."""
     if not axes:
-        raise RequestError("sweep.trials: there is nothing to choose: type e.g. lr.base='tag(log,interval(0.01,1))'")
+        raise RequestError("sweep.trials: no key is searched over: type e.g. lr.base='tag(log,interval(0.01,1))'")
     first = [axis.extremes()[0] for axis in axes]
     for at, axis in enumerate(axes):
         for word in axis.extremes():
@@ -186,21 +186,21 @@ def corners(axes: Sequence[Axis]) -> Iterator[list[str]]:
 
 
 def question(fixed: Sequence[str], axes: Sequence[Axis], goal: Goal) -> dict[str, str]:
-    """What makes this search another one, where it changes."""
+    """Fingerprint of the search; a change means that it is a different search."""
     asked = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in of_a_point(fixed))}
     asked = {key: redact(value) for key, value in asked.items() if not is_free(key)}
     return {**asked, **{axis.name: repr(axis) for axis in axes}, "sweep.metric": goal.metric}
 
 
 def learn(progress: Progress, folder: Path, found: Search, goal: Goal, job: Job, status: int) -> None:
-    """Tell a point that has ended; one that was stopped is gone on with by the same command."""
+    """Report a finished point to Optuna; a stopped point is skipped, since the same command continues it."""
     progress.ended(job, status)
     point = folder / str(job.number)
     if status == EXIT_INTERRUPTED or (status == EXIT_OK and not (point / "done.json").exists()):
         return
     value = tally.value_of(point, goal.metric, goal.most)
     if value is None and status == EXIT_OK:
-        say(f"point {job.number} came to no {goal.metric}: nothing is learned from it")
+        say(f"point {job.number} reported no {goal.metric}; it is excluded from the search")
     found.tell(job.number, value)
 
 

@@ -1,4 +1,4 @@
-"""How many updates a target needs at each batch: fitted over the points of a sweep, and read for waste."""
+"""Critical batch size from a sweep: fits the number of updates to the target over the batch size."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LEAST_SIZES = 4
 class Needs:
     """updates = least · (1 + noise / batch): McCandlish et al. 2018, "An Empirical Model of Large-Batch Training".
 
-    `least`: updates that no batch goes below. `noise`, in samples: at this batch both the updates and the samples are
-    twice the least there are; past it a larger batch costs relatively more samples than it saves updates.
+    `least` is the number of updates at infinite batch size. `noise` is the critical batch size in samples: there both
+    updates and samples are twice their minimum, and above it the extra samples outweigh the saved updates.
     """
 
     least: float
@@ -26,10 +26,9 @@ class Needs:
 
 
 def fit(points: Sequence[tuple[int, float]]) -> Needs | None:
-    """Least squares of updates over 1/batch; each point is (batch, updates). None below four different batches.
+    """Least-squares fit of updates over 1/batch. Points are (batch, updates); None with fewer than four batch sizes.
 
-    A `least` or `noise` that is not above 0 is what the points say: updates that fall as fast as the batch grows, or
-    that do not fall at all.
+    `least` ≤ 0 means that updates fall at least as fast as the batch grows, `noise` ≤ 0 that they do not fall at all.
     """
     if len({batch for batch, _ in points}) < LEAST_SIZES:
         return None
@@ -42,7 +41,7 @@ def fit(points: Sequence[tuple[int, float]]) -> Needs | None:
 
 
 def told(points: Sequence[tuple[int, float]]) -> Iterator[str]:
-    """The fit in words, in lines of at most 80 columns; nothing where there is none."""
+    """Describe the fit in lines of at most 80 columns; no lines without a fit."""
     needs, sizes = fit(points), sorted({batch for batch, _ in points})
     if needs is None:
         return
@@ -51,7 +50,7 @@ def told(points: Sequence[tuple[int, float]]) -> Iterator[str]:
         yield "none of these batches wastes samples"
     elif needs.noise <= 0:
         yield f"updates to the target do not fall from a batch of {sizes[0]:,} to {sizes[-1]:,}:"
-        yield f"samples are wasted past {sizes[0]:,}"
+        yield f"batches above {sizes[0]:,} waste samples"
     else:
         model = f"{needs.least:,.0f} * (1 + {needs.noise:,.3g} / batch)"
         yield f"updates to the target: {model}, over {len(sizes)} batches:"
@@ -60,5 +59,5 @@ def told(points: Sequence[tuple[int, float]]) -> Iterator[str]:
 
 def wasted(noise: float, sizes: Sequence[int]) -> str:
     if noise >= sizes[-1]:
-        return f"none of these batches wastes samples, up to {noise:,.0f} they would not"
-    return f"samples are wasted past a batch of {noise:,.0f}: more are needed than updates saved"
+        return f"none of these batches wastes samples: critical batch size ~{noise:,.0f}"
+    return f"critical batch size ~{noise:,.0f}: above it, extra samples outweigh saved updates"

@@ -1,7 +1,8 @@
-"""The gradient noise scale: how many samples it takes until an update's gradient is as much signal as noise.
+"""The gradient noise scale: the batch size at which signal and noise in the gradient are equal.
 
-McCandlish 2018 (arXiv 1812.06162): phi = S / |G|^2, with S the variance of one sample's gradient and G the true one.
-Both are estimated from the gradients of parts of an update, which distributed training has anyway.
+McCandlish 2018 (arXiv 1812.06162): phi = S / |G|^2, with S the variance of a single sample's gradient and G the true
+gradient. Both are estimated from the gradients of groups (ranks or micro-batches) within an update, which distributed
+training computes anyway.
 """
 
 from __future__ import annotations
@@ -17,34 +18,35 @@ __all__ = ["CONFIDENCE", "NoiseScale", "efficiency", "estimates", "moved", "stud
 
 CONFIDENCE = 0.95
 MOVED = 2.0
-_HALF_LIVES = 8  # a window so long leaves out 1/256 of the weight
-_BLOCK = 5  # updates that may depend on each other: the estimate moves once in so many
+_HALF_LIVES = 8  # with this window length, 1/256 of the total weight is dropped
+_BLOCK = 5  # updates per block; neighbouring updates may be correlated, so the estimate moves once per block
 _LEAST_BLOCKS = 4
 
 
 def estimates(shares: Sequence[float], square_norms: Sequence[float], mean_square_norm: float) -> tuple[float, float]:
-    """(S, |G|^2) of one update, both unbiased: a sample's gradient variance and the true gradient's square.
+    """Unbiased (S, |G|^2) of one update: per-sample gradient variance and squared norm of the true gradient.
 
-    Group i has `shares[i]` samples and a mean gradient of squared norm `square_norms[i]`; `mean_square_norm` is that of
-    the whole update's mean gradient. S = (sum b_i |g_i|^2 - B |g|^2) / (n - 1), |G|^2 = |g|^2 - S / B. Groups without
-    samples are left out. |G|^2 may well be below zero. ValueError where fewer than two groups have samples.
+    Group i has `shares[i]` samples and a mean gradient of squared norm `square_norms[i]`; `mean_square_norm` is the
+    squared norm of the whole update's mean gradient. S = (sum b_i |g_i|^2 - B |g|^2) / (n - 1), and
+    |G|^2 = |g|^2 - S / B. Groups without samples are ignored. The estimate of |G|^2 can be negative. ValueError if
+    fewer than two groups have samples.
     """
     groups = [(share, norm) for share, norm in zip(shares, square_norms, strict=True) if share > 0]
     if len(groups) < 2:
-        raise ValueError(f"{len(groups)} groups with samples: the noise shows between two or more")
+        raise ValueError(f"{len(groups)} groups with samples: estimating the noise needs two or more")
     batch = sum(share for share, _ in groups)
     spread = math.fsum(share * norm for share, norm in groups) - batch * mean_square_norm
-    variance = max(0.0, spread / (len(groups) - 1))  # below zero by rounding alone
+    variance = max(0.0, spread / (len(groups) - 1))  # negative only through rounding
     return variance, mean_square_norm - variance / batch
 
 
 def efficiency(batch: float, base_batch: float, noise: float) -> float:
-    """Progress per sample at `batch` over that at the base batch: (noise + base) / (noise + batch), 1 at the base."""
+    """Progress per sample at `batch` relative to the base batch: (noise + base) / (noise + batch)."""
     return 1.0 if noise == math.inf else (noise + base_batch) / (noise + batch)
 
 
 def moved(before: float | None, now: float | None) -> bool:
-    """Whether a noise scale is worth acting on: the first that is known, and one moved by a factor of two."""
+    """Return whether to act on the noise scale `now`: it is the first known one, or has changed by a factor of two."""
     if now is None:
         return False
     return before is None or not before / MOVED < now < before * MOVED
@@ -52,17 +54,17 @@ def moved(before: float | None, now: float | None) -> bool:
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """An estimate of the noise scale in samples, and what it comes from; a frozen value.
+    """Immutable estimate of the noise scale in samples, with the statistics it is computed from.
 
-    `window` holds (S, |G|^2) of the last blocks of five updates each, `block` those of the block that is under way.
+    `window` holds (S, |G|^2) of the latest blocks of five updates each, `block` those of the current, unfinished block.
     The scale is the ratio of two averages over the window, whose weights halve every `half_life` updates; an average
-    of ratios would be useless, as single |G|^2 are often near zero. The interval is Fieller's for a ratio, from a
-    block jackknife of both averages. Where |G|^2 is not above zero within its own interval, `scale` is None: unknown.
+    of ratios would be useless, because single |G|^2 are often near zero. The interval is Fieller's interval for a
+    ratio, from a block jackknife of both averages. If the interval of |G|^2 includes zero, `scale` is None (unknown).
 
-    Samples are drawn without replacement: with `population`, the size of the data set, what that does to small sets
-    is taken out again. `acted` is the scale that was last worth acting on: it is known within a factor of two either
-    way, and has `moved` since the one before. `least` is what the scale is at least, the interval's low end, likewise
-    when it last moved; it is followed only until there is an `acted`.
+    Samples are drawn without replacement; given `dataset_size`, the bias this causes on small datasets is corrected.
+    `applied` is the scale last acted on: its interval was within a factor of two either way, and it had changed by a
+    factor of two since the one before (see `changed_by_factor`). `lower_bound` is the low end of the interval, updated
+    under the same factor-of-two rule, and only until there is an `applied` scale.
     """
 
     half_life: float = 25.0
@@ -74,9 +76,9 @@ class NoiseScale:
 
     def __post_init__(self) -> None:
         if not 0 < self.half_life < math.inf:
-            raise ValueError(f"a half-life of {self.half_life} updates: there must be more than 0")
+            raise ValueError(f"half_life={self.half_life} updates: must be more than 0")
         if self.population is not None and self.population < 2:
-            raise ValueError(f"a population of {self.population} samples: there must be at least 2")
+            raise ValueError(f"dataset_size={self.population} samples: must be at least 2")
 
     def update(
         self,
@@ -85,11 +87,11 @@ class NoiseScale:
         mean_square_norm: float,
         samples: float | None = None,
     ) -> NoiseScale:
-        """With one more update, told as in `estimates`; unchanged where it has fewer than two groups with samples.
+        """Return the estimate with one more update (arguments as in `estimates`).
 
-        Groups are the ranks, or one rank's micro-batches, never both. Gradients are those before clipping and after
-        unscaling. Where shares count tokens, `samples` are the update's samples: the scale is in samples always.
-        Norms that are not finite (an update that is skipped) change nothing.
+        It is unchanged if fewer than two groups have samples. Groups are the ranks or one rank's micro-batches, never
+        both. Gradients are taken after unscaling and before clipping. If shares count tokens, `samples` is the update's
+        number of samples: the scale is always in samples. Non-finite norms (a skipped update) change nothing.
         """
         if sum(share > 0 for share in shares) < 2 or not all(map(math.isfinite, (*square_norms, mean_square_norm))):
             return self
@@ -111,19 +113,19 @@ class NoiseScale:
 
     @property
     def scale(self) -> float | None:
-        """Samples; None where it is unknown."""
+        """The noise scale in samples; None if unknown."""
         return self._found[0]
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Low and high, in samples, with a confidence of 95 %; high is infinite where the scale is unknown.
+        """The 95 % confidence interval (low, high) in samples; high is infinite if the scale is unknown.
 
-        None where there is nothing to say yet.
+        None if there is no estimate yet.
         """
         return self._found[1]
 
     def values(self, batch: float, base_batch: float) -> dict[str, float]:
-        """The keys of metrics.jsonl, as far as they are known."""
+        """The `noise/` values for metrics.jsonl; unknown ones are left out."""
         values: dict[str, float] = {}
         scale, interval = self._found
         if scale is not None:
@@ -134,7 +136,7 @@ class NoiseScale:
         return values
 
     def to_facts(self) -> dict[str, Any]:
-        """As JSON, for a checkpoint."""
+        """Return a JSON-serialisable dict for a checkpoint."""
         return {
             "half_life": self.half_life,
             "population": self.population,
@@ -146,7 +148,7 @@ class NoiseScale:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> NoiseScale:
-        """The value of `to_facts`."""
+        """Inverse of `to_facts`."""
         window, block = (tuple((s, g) for s, g in facts[name]) for name in ("window", "block"))
         return cls(facts["half_life"], facts["population"], window, block, facts["acted"], facts.get("least"))
 
@@ -163,17 +165,17 @@ class NoiseScale:
         return known, (self._finite(interval[0]), self._finite(interval[1]))
 
     def _finite(self, scale: float) -> float:
-        """phi (N - 1) / (N + phi): drawing without replacement from N shrinks |G|^2 and leaves S a little large."""
+        """phi (N - 1) / (N + phi): drawing without replacement from N samples biases |G|^2 low and S slightly high."""
         if self.population is None:
             return scale
         return self.population - 1 if scale == math.inf else scale * (self.population - 1) / (self.population + scale)
 
 
-@lru_cache(maxsize=8)  # four updates of five have the window of the one before
+@lru_cache(maxsize=8)  # four of five updates have the same window as the previous one
 def _ratio(
     half_life: float, window: tuple[tuple[float, float], ...]
 ) -> tuple[float | None, tuple[float, float] | None]:
-    """The ratio of the two averages over the window, None where it is unknown, and its interval."""
+    """The ratio of the two averages over the window (None if unknown), and its interval."""
     if len(window) < _LEAST_BLOCKS:
         return None, None
     weights = _weights(half_life, len(window))
@@ -188,7 +190,7 @@ def _ratio(
 
 @lru_cache(maxsize=8)
 def _weights(half_life: float, length: int) -> tuple[float, ...]:
-    """Of so many blocks, oldest first; they add up to 1."""
+    """Weights of `length` blocks, oldest first; they sum to 1."""
     weights = [0.5 ** (age * _BLOCK / half_life) for age in range(length - 1, -1, -1)]
     whole = math.fsum(weights)
     return tuple(weight / whole for weight in weights)
@@ -197,11 +199,11 @@ def _weights(half_life: float, length: int) -> tuple[float, ...]:
 def _covariance(
     weights: Sequence[float], off_s: Sequence[float], off_g: Sequence[float]
 ) -> tuple[float, float, float, float]:
-    """Var(S), Cov(S, |G|^2), Var(|G|^2) of the means, and the degrees of freedom that they are known by.
+    """Var(S), Cov(S, |G|^2), Var(|G|^2) of the weighted means, and their degrees of freedom.
 
-    `off_s`, `off_g`: how far each block is from the mean, times its weight.
-    The jackknife that leaves out one block at a time: without block j of weight p a mean moves by p (its own - the
-    mean) / (1 - p). The denominators and the unequal weights come to one factor, right for blocks that vary alike.
+    `off_s`, `off_g`: each block's deviation from the mean, times its weight.
+    Leave-one-block-out jackknife: without block j of weight p, the mean changes by p (mean - block j) / (1 - p). The
+    denominators and the unequal weights reduce to one common factor, which is exact for blocks of equal variance.
     """
     two, three = (math.fsum(weight**power for weight in weights) for power in (2, 3))
     unbiased = two / (two * (1 + two) - 2 * three)
@@ -214,9 +216,9 @@ def _covariance(
 def _fieller(
     variance: float, square: float, var_s: float, cov: float, var_g: float, freedom: float
 ) -> tuple[float, float] | None:
-    """The interval of variance / square (Fieller 1954): all ratios r that S - r |G|^2 = 0 is not to be ruled out for.
+    """The interval of variance / square (Fieller 1954): all ratios r for which S - r |G|^2 = 0 is not rejected.
 
-    High is infinite where |G|^2 itself may be zero. None where no ratio above zero can be ruled out.
+    High is infinite if |G|^2 itself may be zero. None if no positive ratio can be rejected.
     """
     reach = student(freedom) ** 2
     a = square * square - reach * var_g
@@ -232,9 +234,9 @@ def _fieller(
 
 
 def student(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """How many standard errors the two-sided interval reaches, by Student's t.
+    """Half-width of the two-sided confidence interval in standard errors (Student's t quantile).
 
-    Cornish-Fisher's series in 1 / freedom (Abramowitz and Stegun 26.7.5), exact for one and two degrees of freedom.
+    Cornish-Fisher series in 1 / freedom (Abramowitz and Stegun 26.7.5), exact for one and two degrees of freedom.
     """
     p = (1 + confidence) / 2
     if freedom <= 1:

@@ -1,4 +1,4 @@
-"""The noise scale that earlier runs measured, or that a person types."""
+"""Find the noise scale: given in plan.noise, or measured by an earlier run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Noise", "begun_with", "noise_of"]
 
 @dataclass(frozen=True)
 class Noise:
-    """A noise scale in samples with its interval, as far as that is known, and where it is from."""
+    """A noise scale in samples with its interval (equal to the scale if unknown) and its source."""
 
     scale: float
     low: float
@@ -33,10 +33,10 @@ class Noise:
 
 
 def noise_of(run: Run) -> Noise | None:
-    """plan.noise as a number or a run; else the newest run of this recipe here that measured one. None: unknown.
+    """The noise scale from plan.noise (a number or a run), else from the newest run of this recipe; None if unknown.
 
     Raises:
-        RequestError: plan.noise is no noise scale, or the run that it names has measured none.
+        UsageError: plan.noise is not a noise scale, or the run that it names has not measured one.
     """
     if run.plan.noise is not None:
         return _asked(run, last=True)
@@ -48,12 +48,13 @@ def noise_of(run: Run) -> Noise | None:
 
 
 def begun_with(run: Run) -> Run:
-    """With plan.noise as a number, where training is to begin by it: of a run the first scale that it knew.
+    """Replace plan.noise by a number under batch=goodput; for a named run this is the first scale it measured.
 
-    A run's folder may be gone at the next start. And noise grows as training goes on, so its last would be too much.
+    The number is stored because the named run's directory may be gone at the next start. The first scale is used
+    because the noise scale grows during training: the last one would be too large at the beginning.
 
     Raises:
-        RequestError: as `noise_of`.
+        UsageError: as `find_noise_scale`.
     """
     if run.batch.policy != "goodput" or run.plan.noise is None:
         return run
@@ -73,12 +74,12 @@ def _asked(run: Run, *, last: bool) -> Noise:
             raise RequestError(f"plan.noise={asked}: that run has measured no noise scale: type a number of samples")
         return found
     if asked is None or asked <= 0:
-        raise RequestError(f"plan.noise={asked} is no noise scale: type a number of samples above 0")
+        raise RequestError(f"plan.noise={asked} is not a noise scale: type a number of samples above 0")
     return Noise(asked, asked, asked, "plan.noise")
 
 
 def _of_run(word: str, *, last: bool) -> tuple[Noise | None, str | None]:
-    """What the run knew, and the class of its recipe."""
+    """The noise scale measured by the named run, and the class of its recipe."""
     try:
         known = history(word)
     except RequestError as problem:
@@ -100,7 +101,7 @@ def _measured(run: History, *, last: bool = True) -> Noise | None:
 
 
 def _recipe(folder: Path) -> str | None:
-    """The class of the recipe, as the start event names it."""
+    """The recipe class named in the run's start event; None if it cannot be read."""
     with suppress(OSError, ValueError), (folder / "events.jsonl").open() as events:
         for line in events:
             event = json.loads(line)

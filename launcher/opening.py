@@ -1,4 +1,4 @@
-"""Before anything is created: which folder a run has, and what an existing one means for it."""
+"""Choose the run directory and decide whether to resume in it, before anything is created."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["Opened", "begin", "decided", "kept", "opened", "path_of"]
 
 @dataclass(frozen=True)
 class Opened:
-    """A run that may start: checked at its world size, its folder and name decided, nothing created yet.
+    """A validated run that is ready to start: directory and name are decided, nothing is created yet.
 
-    `done`: what done.json holds where the run is complete already. `knows`: an earlier start of the job began it.
+    `done`: content of done.json if the run is already complete. `knows`: an earlier start of the same job began it.
     """
 
     run: Run
@@ -44,21 +44,23 @@ class Opened:
         return self.done is not None
 
     def summary(self) -> str:
-        """What to say where nothing is left to do."""
+        """Message for a run that is already complete."""
         done = self.done or {}
         figures = "".join(f", {name} {value:.4g}" for name, value in sorted(done.get("metrics", {}).items()))
         return (
             f"{self.folder.path} is complete: {done['samples']} samples in {done['updates']} updates, "
             f"{done['seconds']:.1f} s{figures}\n"
-            f"a longer train.duration goes on from there; resume=never starts a new run beside it"
+            f"increase train.duration to continue, or type resume=never for a new run in another directory"
         )
 
 
 def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | None = None, nodes: int = 1) -> Opened:
-    """Check the run and decide on its folder. `known`: the folder of an earlier start of the same job.
+    """Validate the configuration and choose the run directory.
+
+    `known`: the run directory of an earlier start of the same job.
 
     Raises:
-        RequestError: the recipe, its data, the plan, what is installed or the folder do not allow it.
+        UsageError: the recipe, its data, the plan, the installed packages or the run directory do not allow the run.
     """
     lacking = missing(run)
     if lacking is not None:
@@ -78,10 +80,10 @@ def opened(run: Run, world: int, *, known: Path | None = None, run_id: str | Non
 
 
 def decided(run: Run, path: Path) -> tuple[Run, Path, Decision]:
-    """The run in its folder, which is another one beside `path` where that holds a run and a new one is asked for.
+    """Decide between resuming in `path` and a new run; a new run gets a sibling directory if `path` is taken.
 
     Raises:
-        RequestError: a key that alters what is learned was changed, or there is nothing to resume from.
+        UsageError: a key that affects training was changed, or there is nothing to resume from.
     """
     run = kept(placed(run, path), path)
     decision = decide(run.resume, path, configuration(path), flat(from_yaml(to_yaml(run))))
@@ -92,7 +94,7 @@ def decided(run: Run, path: Path) -> tuple[Run, Path, Decision]:
 
 
 def kept(run: Run, path: Path) -> Run:
-    """Where batch.per_device=auto was answered when the run in `path` began, with that number."""
+    """Replace batch.per_device=auto by the value that the run in `path` resolved it to, if there is one."""
     if run.batch.per_device != "auto" or run.resume == "never":
         return run
     size = (configuration(path) or {}).get("batch.per_device")
@@ -100,30 +102,30 @@ def kept(run: Run, path: Path) -> Run:
 
 
 def asked_for(resume: str) -> Path | None:
-    """The checkpoint that `resume` names, at a restart: nobody else may decide then."""
+    """Return the checkpoint that `resume` names, for a restarted job; None for auto, must and never."""
     return None if resume in ("auto", "must", "never") else named(resume)
 
 
 def is_enough(done: Mapping[str, Any], run: Run, plan: Study) -> bool:
-    """Whether what was done is all that is asked for: the duration, or the target where training stops at it."""
+    """Whether the finished training covers the request: its duration, or the target if training stops there."""
     return plan.duration <= done["samples"] or ("target" in done and run.train.stop_at_target)
 
 
 def begin(found: Opened, profile: Mapping[str, Any] | None = None) -> None:
-    """Write down in the folder, which is ours, what was asked for; a stop that an earlier job was asked for is over.
+    """Write run.yaml and clear the stop request and done.json of an earlier job. The caller holds the lock.
 
-    `profile`: what batch=goodput chooses by.
+    `profile`: the measured update times that batch=goodput uses.
     """
     write_whole(found.folder.run_yaml, to_yaml(found.run))
     if profile is not None:
         write_whole(found.folder.profile_json, json.dumps(profile) + "\n")
     if not found.knows:
         found.folder.clear_stop()
-        found.folder.done_json.unlink(missing_ok=True)  # more is asked for than was done: it is not complete
+        found.folder.done_json.unlink(missing_ok=True)  # more training is requested: not complete any more
 
 
 def path_of(run: Run, run_id: str | None, nodes: int, job: str | None = None) -> Path:
-    """The folder that is asked for; `job`: the Slurm job that it is for, where that is not this process's own."""
+    """Return the requested run directory. `job`: the Slurm job to name it after, default the current one."""
     if run.run.dir is not None:
         return Path(run.run.dir)
     if run.run.name is not None:
@@ -131,7 +133,7 @@ def path_of(run: Run, run_id: str | None, nodes: int, job: str | None = None) ->
     job = job or slurm_job()
     if job is None and nodes > 1:
         if run_id is None:
-            raise RequestError(f"run.name is not given and {nodes} nodes cannot agree on the time: type run.name=…")
+            raise RequestError(f"run.name is not set and {nodes} nodes cannot agree on a time: type run.name=…")
         job = run_id
     return RUNS / free_name(recipe_name(str(run.recipe["_target_"])), job, datetime.now())
 
@@ -141,7 +143,7 @@ def placed(run: Run, path: Path) -> Run:
 
 
 def configuration(path: Path) -> Mapping[str, Any] | None:
-    """The folder's own configuration, flat; None where it holds no run."""
+    """Read the flat configuration of the run in `path`; None if there is no run."""
     try:
         return flat(from_yaml((path / "run.yaml").read_text()))
     except FileNotFoundError:

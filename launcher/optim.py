@@ -1,4 +1,4 @@
-"""The optimizer a run asks for, its state by parameter names, and the precision it works in."""
+"""The configured optimizer, its state by parameter names, and the training precision."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ __all__ = [
     "reads_found_inf",
 ]
 
-#: In an optimizer's group: its rate over the run's.
+#: Key in an optimizer's parameter group: the group's learning rate relative to the schedule's.
 SHARE = "lr_share"
-#: torch's optimizers with one kernel for all parameters on the CPU and on CUDA alike.
+#: torch's optimizers with a fused kernel on both CPU and CUDA.
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
-#: What a recipe may offer as `param_groups(model)`.
+#: The type of a recipe's optional `param_groups(model)`.
 Groups = Callable[[nn.Module], Iterable[dict[str, Any]]]
 
 
 def make_optimizer(
     model: nn.Module, run: Run, groups: Groups | None = None, fused: tuple[type, ...] = FUSED
 ) -> torch.optim.Optimizer:
-    """The run's optimizer over the model's trainable parameters, at rate 0 until the schedule says otherwise.
+    """Build the configured optimizer for the trainable parameters, with learning rate 0 until the schedule sets it.
 
-    `groups` are the recipe's own, as torch takes them; a group's `lr` is what it would be at `lr.base`, and keeps that
-    proportion to the rate through warmup, decay and any batch. `fused`: those whose one kernel works on this model.
+    `groups` returns the recipe's parameter groups in torch's format. A group's `lr` is its learning rate at `lr.base`;
+    the ratio of the two is kept through warmup, decay and batch changes. `fused`: optimizer classes whose fused kernel
+    works on this model.
 
     Raises:
-        RequestError: the class is unknown or not trusted, or refuses one of its arguments.
+        UsageError: the class is unknown or not trusted, or refuses one of its arguments.
     """
     options = {name: value for name, value in run.optimizer.items() if name != "_target_"}
     kind = load_class(str(run.optimizer["_target_"]), tuple(run.recipe.get("trust", ())))
@@ -58,15 +59,17 @@ def make_optimizer(
     except (TypeError, ValueError) as problem:
         raise RequestError(f"optimizer={kind.__name__} does not take these arguments: {problem}") from problem
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise RequestError(f"optimizer._target_={run.optimizer['_target_']} is no torch.optim.Optimizer: name one")
+        raise RequestError(
+            f"optimizer._target_={run.optimizer['_target_']} is not a torch.optim.Optimizer: name a subclass of it"
+        )
     return optimizer
 
 
 def own_groups(model: nn.Module, run: Run, groups: Groups | None) -> list[dict[str, Any]]:
-    """The recipe's groups, each with its share of the rate; none where it has no say.
+    """The recipe's parameter groups, each with its learning rate multiplier; empty if the recipe defines none.
 
     Raises:
-        RequestError: a trainable parameter is in none of them, or one is in two.
+        UsageError: a trainable parameter is in none of the groups, or in more than one.
     """
     if groups is None:
         return []
@@ -79,12 +82,12 @@ def own_groups(model: nn.Module, run: Run, groups: Groups | None) -> list[dict[s
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and grouped[id(parameter)] != 1:
             times = "more than one" if grouped[id(parameter)] else "none"
-            raise RequestError(f"the recipe's param_groups(model) has {name} in {times} of its groups: name it in one")
+            raise RequestError(f"the recipe's param_groups(model) has {name} in {times} of its groups: put it in one")
     return found
 
 
 def parameter_groups(model: nn.Module, run: Run, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay: norms and biases (fewer than two dimensions) have none."""
+    """Two groups, with and without weight decay: parameters of fewer than two dimensions (norms, biases) get none."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not options.get("weight_decay") or run.train.decay_norms:
         return [{"params": trainable}]
@@ -96,7 +99,7 @@ def parameter_groups(model: nn.Module, run: Run, options: Mapping[str, Any]) -> 
 
 
 def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step itself obeys a flag on the device, so that nobody has to read it first."""
+    """Whether the optimizer's step reads `found_inf` on the device, so that the host does not need to synchronise."""
     return isinstance(optimizer, FUSED) and bool(optimizer.param_groups[0].get("fused"))
 
 
@@ -115,14 +118,14 @@ def names_by_group(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[l
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the optimizer's state under `<parameter>/<slot>`."""
+    """All tensors of the optimizer state as `<parameter>/<slot>`."""
     return {
         f"{name}/{slot}": value for name, slot, value in _slots(optimizer, model) if isinstance(value, torch.Tensor)
     }
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """What of the state is no tensor, and the parameters of each group by name. JSON."""
+    """The optimizer state that is not a tensor, and the parameter names of each group, as JSON values."""
     numbers = {
         f"{name}/{slot}": value
         for name, slot, value in _slots(optimizer, model)
@@ -140,10 +143,10 @@ def _slots(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple
 def load_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Give the optimizer a checkpoint's state. The groups' options stay those of the present configuration.
+    """Load a checkpoint's optimizer state. The groups' options stay those of the current configuration.
 
     Raises:
-        RequestError: the state was written by another kind of optimizer.
+        UsageError: the state was written by a different optimizer class.
     """
     check_kind(optimizer, facts)
     state: dict[str, dict[str, Any]] = {}
@@ -157,23 +160,24 @@ def load_optimizer(
 
 
 def check_kind(optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
-    """
+    """Check that the checkpoint's optimizer state fits this optimizer.
+
     Raises:
-        RequestError: the state was written by another kind of optimizer.
+        UsageError: the state was written by a different optimizer class.
     """
     if facts["kind"] != type(optimizer).__name__:
         raise RequestError(
-            f"optimizer={type(optimizer).__name__} cannot take over the checkpoint's state of {facts['kind']}: "
-            f"go on with that one, or start anew with run.name=… or resume=never"
+            f"optimizer={type(optimizer).__name__} cannot load the checkpoint's state of {facts['kind']}: "
+            f"continue with {facts['kind']}, or start a new run with run.name=… or resume=never"
         )
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The numbers of the forward and backward pass: what to autocast to, what the parameters are, how losses scale.
+    """Precision of the forward and backward pass: autocast dtype, parameter dtype and loss scaling.
 
-    fp32, bf16 and fp16 keep fp32 parameters and autocast; fp64 is double throughout. fp16 alone scales its losses,
-    since its smallest gradients would be lost otherwise.
+    fp32, bf16 and fp16 keep fp32 parameters; bf16 and fp16 autocast; fp64 is double throughout. Only fp16 scales its
+    losses, since its smallest gradients would underflow otherwise.
     """
 
     name: str
@@ -187,7 +191,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What parameters and floating inputs are."""
+        """The dtype of parameters and floating-point inputs."""
         return torch.float64 if self.name == "fp64" else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -202,20 +206,23 @@ class Precision:
             self.scaler.unscale_(optimizer)
 
     def stepped(self) -> None:
-        """Let the loss scale shrink after an overflow, and grow after many steps without one."""
+        """Update the loss scale: it shrinks after an overflow and grows after many steps without one."""
         if self.scaler is not None:
             self.scaler.update()
 
     def factor(self) -> torch.Tensor | float:
-        """What `scaled` multiplies by, without reading the device."""
+        """The loss scale that `scaled` multiplies by, without a device synchronisation."""
         return 1.0 if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
     def scale(self) -> float:
-        """What `scaled` multiplies by; reads the device."""
+        """The loss scale that `scaled` multiplies by; synchronises with the device."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def told(self, *, finite: bool) -> None:
-        """`unscale` and `stepped` for a strategy that finds out by itself: torch's scaler looks at gradients alone."""
+        """Update the loss scale for a strategy that detects overflow itself, in place of `unscale` and `update`.
+
+        torch's scaler only inspects gradients, so it is given a dummy one.
+        """
         if self.scaler is None:
             return
         probe = torch.zeros(1, device=self.device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The order in which an epoch visits its samples: a seeded permutation of any size in constant memory."""
+"""The sample order of an epoch: a seeded permutation of any size in constant memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import overload
 
 __all__ = ["Order"]
 
-_PAIRS = 3  # of rounds: six rounds are indistinguishable from a shuffle by pairs and places, if the halves are large
-_SMALL = 1024  # below this size the halves are too small for that, and it takes
+_PAIRS = 3  # pairs of Feistel rounds; with large halves, six rounds pass tests of pairs and positions as a shuffle does
+_SMALL = 1024  # below this size the halves are too small for that, and more rounds are needed
 _SMALL_PAIRS = 12
 _WORD = 0xFFFFFFFFFFFFFFFF
 _MIX = 0x9E3779B97F4A7C15  # odd multipliers of SplitMix64
@@ -22,14 +22,14 @@ _CHUNK = 4096
 
 @dataclass(frozen=True)
 class Order:
-    """A permutation of range(size) that depends on (size, seed, epoch) alone: the same on every machine, for ever.
+    """A permutation of range(size) that depends only on (size, seed, epoch) and is the same on every machine.
 
-    `order[i]` is the sample visited at place i, `order[a:b]` a list of them; IndexError outside 0 ... size, also for
-    negative places and for a slice that goes past the end (a slice that shrinks would lose samples unseen).
+    `order[i]` is the sample at position i, `order[a:b]` a list of samples. IndexError is raised outside 0 ... size,
+    also for negative positions and for a slice past the end (silently shortening it would lose samples).
 
-    A Feistel network on pairs (left, right) of mixed radix, left x right just above size, whose round keys are hashed;
-    an image outside the size is mapped again until it falls inside (cycle walking: Black and Rogaway 2002), which is
-    rare: about one in sqrt(size).
+    Implemented as a Feistel network on pairs (left, right) of mixed radix, with left x right just above size and
+    hashed round keys. An image outside the range is mapped again until it falls inside (cycle walking, Black and
+    Rogaway 2002), which is rare: about one in sqrt(size).
     """
 
     size: int
@@ -38,7 +38,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"an order of {self.size} samples: there must be at least 1")
+            raise ValueError(f"a permutation of {self.size} samples: at least 1 is needed")
 
     def __len__(self) -> int:
         return self.size
@@ -54,7 +54,7 @@ class Order:
             start, stop = self._bounds(place)
             return self._images(start, stop)
         if not 0 <= place < self.size:
-            raise IndexError(f"place {place} is outside an order of {self.size}")
+            raise IndexError(f"position {place} is outside a permutation of {self.size} samples")
         return self._images(place, place + 1)[0]
 
     def __iter__(self) -> Iterator[int]:
@@ -65,16 +65,16 @@ class Order:
         start = 0 if places.start is None else places.start
         stop = self.size if places.stop is None else places.stop
         if places.step not in (None, 1):
-            raise ValueError(f"an order has slices of step 1 only, not {places.step}")
+            raise ValueError(f"only slices of step 1 are supported, not {places.step}")
         if start < 0 or stop < 0 or max(start, stop) > self.size:
-            raise IndexError(f"places {start} to {stop} are outside an order of {self.size}")
+            raise IndexError(f"positions {start} to {stop} are outside a permutation of {self.size} samples")
         return start, stop
 
     @cached_property
     def _radix(self) -> tuple[int, int]:
-        """(left, right), about square, with size <= left x right < size + left.
+        """(left, right), about equal, with size <= left x right < size + left.
 
-        `left` is even: rounds on two odd radices make even permutations only.
+        `left` is even, since rounds on two odd radices produce only even permutations.
         """
         left = math.isqrt(self.size - 1) + 1
         left += left % 2
@@ -82,13 +82,16 @@ class Order:
 
     @cached_property
     def _keys(self) -> tuple[tuple[int, int], ...]:
-        """Two round keys of 64 bits for each pair of rounds."""
+        """Two 64-bit round keys for each pair of rounds."""
         pairs = _SMALL_PAIRS if self.size < _SMALL else _PAIRS
         names = [f"order/{self.size}/{self.seed}/{self.epoch}/{pair}".encode() for pair in range(pairs)]
         return tuple(_two_words(hashlib.blake2b(name, digest_size=16).digest()) for name in names)
 
     def _images(self, start: int, stop: int) -> list[int]:
-        """One round adds a hash of one half to the other, which can be undone: hence a permutation."""
+        """The samples at positions `start` to `stop` - 1.
+
+        Each round adds a hash of one half to the other, which is invertible, so the result is a permutation.
+        """
         (left_size, right_size), size, keys = self._radix, self.size, self._keys
         images = []
         for image in range(start, stop):

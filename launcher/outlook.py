@@ -1,4 +1,4 @@
-"""The verb `plan` under batch=goodput: what the policy would choose at each world size, and what that would bring."""
+"""`launcher plan batch=goodput`: the batch the policy would choose at each world size, with the predicted goodput."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from launcher.throughput import Estimate
 
 __all__ = ["measured_text", "outlook", "outlook_text"]
 
-PAYS = 0.9  # of the most goodput, as the knee of samples/s
+PAYS = 0.9  # share of the highest goodput; the same share as for the knee of samples/s
 
 
 def outlook(chooser: Chooser, sizes: Sizes, noise: Noise | None, measured: str) -> dict[str, Any]:
-    """The JSON document: a row for each world size, and `pays_to`, past which more workers bring little.
+    """The JSON document: one row per world size, and `pays_to`, the world size beyond which more workers gain little.
 
-    Times are those of as much progress as train.duration makes at lr.base_batch. `measured`: what the predictions are
-    from. Without a noise scale the base batch is taken, whose efficiency is 1 whatever that is.
+    Times are for as much progress as train.duration makes at lr.base_batch. `measured` describes the measurements that
+    the predictions are based on. Without a noise scale the base batch is used, whose efficiency is 1 at any noise.
     """
     reach = REACH * max(world for world, _ in chooser.profile.worlds)
     worlds = chooser.run.plan.worlds or range(1, reach + 1)
@@ -54,7 +54,7 @@ def _row(chooser: Chooser, sizes: Sizes, world: int, noise: Noise | None) -> dic
 
 
 def _nodes(chooser: Chooser, world: int) -> int:
-    """As many nodes as so many workers take, filled as those that were measured."""
+    """The number of nodes for this world size, with as many workers per node as measured at most."""
     filled = max(measured // nodes for measured, nodes in chooser.profile.worlds)
     spread = any(nodes > 1 for _, nodes in chooser.profile.worlds)
     return -(-world // filled) if spread else 1
@@ -67,7 +67,7 @@ def _figures(chooser: Chooser, planned: Study, nodes: int, noise: Noise | None) 
     figures: dict[str, Any] = {"samples_per_s": speed.value, "low": speed.low, "high": speed.high}
     worth = None if noise is None else noise.efficiency(plan.global_batch, base)
     if plan.global_batch == base:
-        worth = Estimate(1.0, 1.0, 1.0)  # whatever the noise
+        worth = Estimate(1.0, 1.0, 1.0)  # at any noise scale
     if worth is None:
         return figures | dict.fromkeys(("efficiency", "goodput", "seconds", "device_hours"))
     goodput = Estimate(*(a * b for a, b in zip(speed, worth, strict=True)))
@@ -92,25 +92,25 @@ def _over(amount: float, found: Estimate) -> Estimate:
 
 def _why(goodputs: Mapping[int, float], pays_to: int | None, reach: int) -> str:
     if pays_to is None:
-        return "the noise scale is unknown: type plan.noise=, or train for a while, which measures it"
+        return "the noise scale is unknown: set plan.noise, or train for a while to measure it"
     best = max(goodputs, key=goodputs.__getitem__)
-    limit = f"nothing is predicted past {reach} workers, twice the most that were measured"
+    limit = f"nothing is predicted past {reach} workers, twice the largest measured world size"
     if pays_to == max(goodputs):
-        return f"every worker up to {pays_to} pays; {limit}"
+        return f"every worker up to {pays_to} pays off; {limit}"
     share, workers = 100 * goodputs[pays_to] / goodputs[best], "worker" if pays_to == 1 else "workers"
-    return f"past {pays_to} {workers} more do not pay: {share:.0f} % of the goodput of {best} is reached there; {limit}"
+    return f"more than {pays_to} {workers} do not pay off: {share:.0f} % of the goodput of {best} is reached; {limit}"
 
 
-# --- for a person -------------------------------------------------------------------------------------------------
+# --- terminal text ------------------------------------------------------------------------------------------------
 
 HEAD = f"{'world':>5} {'micro':>6} {'accum':>5} {'global':>7} {'samples/s':>13} {'effic.':>6} {'goodput':>13} "
 HEAD += f"{'time':>11} {'dev. h':>6}"
 
 
 def outlook_text(document: Mapping[str, Any]) -> str:
-    """The document for a terminal, at most 80 columns."""
+    """Format the document for a terminal, at most 80 columns wide."""
     noise = document["noise"]
-    known = "noise scale unknown: the base batch is taken"
+    known = "noise scale unknown: the base batch is used"
     if noise is not None:
         known = f"noise scale {noise['scale']:.3g} samples ({noise['source']})"
         if noise["high"] > noise["low"]:
@@ -118,8 +118,8 @@ def outlook_text(document: Mapping[str, Any]) -> str:
     lines = [f"batch.policy=goodput, {known}", *wrapped("", f"measured: {document['measured']}"), "", HEAD]
     lines += [line for row in document["plans"] for line in _line(row)]
     base = document["lr_base_batch"]
-    explained = f"Time and device hours: to as much progress as train.duration makes at lr.base_batch={base}. "
-    explained += "Each further worker is taken to have a device of its own."
+    explained = f"Time and device hours: for as much progress as train.duration makes at lr.base_batch={base}. "
+    explained += "Each additional worker is assumed to have its own device."
     advised = document["why"][:1].upper() + document["why"][1:]
     lines += ["", *wrapped("", explained), *wrapped("", f"{advised}.")]
     return "\n".join(lines) + "\n"
@@ -141,12 +141,12 @@ def _line(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _spread(text: str, low: float, value: float, high: float) -> str:
-    """1,230 ±4%"""
+    """Format a value with its relative half-width, e.g. 1,230 ±4%."""
     return f"{text} ±{50 * (high - low) / value:.0f}%"
 
 
 def measured_text(profiles: Sequence[Any]) -> str:
-    """At which world sizes, on what and when."""
+    """Describe the measurements: world sizes, device and date."""
     worlds = worlds_text(sorted({one.key["world"] for one in profiles}))
     newest = max(profiles, key=lambda one: str(one.measured))
     return f"{worlds} workers on {newest.key['device']}, {newest.day}"

@@ -1,7 +1,7 @@
-"""A checkpoint that all ranks write together: each its own ranges, in files of its own, and rank 0 the manifest.
+"""Sharded checkpoints: each rank writes its own ranges to its own files, and rank 0 writes the manifest.
 
-The ranks talk through the unfinished folder alone, since they write beside training: a rank that has written its files
-leaves a note of what is in them, and rank 0 puts the notes together once all are there.
+Ranks write in the background during training, so they communicate only through the unfinished folder: after writing its
+files, a rank leaves a JSON note that describes them, and rank 0 merges the notes once all are there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOOK_EVERY_S = 0.02
 
 @dataclass(frozen=True)
 class Place:
-    """Where a flat range of a tensor begins, and the shape of the whole."""
+    """Start of a flat range within a tensor, and the shape of the whole tensor."""
 
     shape: tuple[int, ...]
     start: int
@@ -35,10 +35,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's part of a checkpoint.
+    """One rank's part of a sharded checkpoint.
 
-    `places` are those of the tensors that it holds a range of; others are whole. `token` is the same on all ranks and
-    new at each start of the workers. `patience` raises once the other ranks' notes will not come.
+    `places` has an entry for each tensor of which this rank holds only a range; other tensors are whole. `token` is the
+    same on all ranks and new at each start of the workers. `patience` raises once it is clear that the notes of the
+    other ranks will not arrive.
     """
 
     rank: int
@@ -53,10 +54,10 @@ class Part:
 
 
 def save_part(folder: Path, name: str, saved: Saved, part: Part, fault: Callable[[str], None]) -> None:
-    """What a rank other than 0 writes. An error is left in its note, for rank 0 to raise, and raised.
+    """Write the part of a rank other than 0. An error is written to the note, for rank 0 to raise, and raised here too.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written.
+        CheckpointError: the disk is full or not writable.
     """
     private_folder(folder)
     fresh = unfinished(folder, name, part.token)
@@ -81,17 +82,17 @@ def save_together(
     fault: Callable[[str], None] = lambda phase: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Report:
-    """What rank 0 does: its own part, the manifest of all, and the name; then as `checkpoint.save`.
+    """Write rank 0's own part and the manifest of all parts, then rename and prune as `checkpoint.save` does.
 
     Raises:
-        CheckpointError: a rank could not write, or left before it had.
+        CheckpointError: a rank could not write its part, or exited before it had.
     """
     joined = partial(with_others, part=part)
     return save(folder, name, saved, keep, protect, fault, clock, token=part.token, suffix=part.suffix, joined=joined)
 
 
 def with_others(fresh: Path, files: Described, tensors: Described, part: Part) -> tuple[Described, Described]:
-    """What all ranks have written, once all have."""
+    """Wait for the notes of all ranks and merge them."""
     notes: list[Mapping[str, Any]] = [{"files": files, "tensors": placed(tensors, part.places)}]
     notes += [awaited(fresh / note_of(rank), rank, part.patience) for rank in range(1, part.world)]
     together = {file: facts for note in notes for file, facts in note["files"].items()}
@@ -109,12 +110,12 @@ def awaited(path: Path, rank: int, patience: Callable[[], None]) -> Mapping[str,
     note = json.loads(path.read_text())
     path.unlink()
     if "error" in note:
-        raise CheckpointError(f"rank {rank} could not write its part: {note['error']}")
+        raise CheckpointError(f"rank {rank} could not write its checkpoint files: {note['error']}")
     return note
 
 
 def placed(tensors: Described, places: Mapping[str, Place]) -> Described:
-    """The description of a rank's files as that of ranges of the whole tensors."""
+    """Rewrite a rank's tensor entries as ranges of the whole tensors."""
     return {name: ranged(facts, places[name]) if name in places else facts for name, facts in tensors.items()}
 
 
@@ -124,10 +125,10 @@ def ranged(facts: dict[str, Any], place: Place) -> dict[str, Any]:
 
 
 def merged(notes: Iterable[Described]) -> Described:
-    """The ranks' descriptions as one, the pieces of each tensor in order.
+    """Merge the ranks' tensor entries, with the pieces of each tensor in order.
 
     Raises:
-        CheckpointError: the ranges of a tensor do not make up the whole of it.
+        CheckpointError: the ranges of a tensor do not cover it completely.
     """
     together: Described = {}
     for tensors in notes:
@@ -143,5 +144,5 @@ def in_order(name: str, facts: Mapping[str, Any]) -> list[list[Any]]:
     pieces = sorted((p for p in facts["pieces"] if p[2] < p[3]), key=lambda piece: int(piece[2])) or facts["pieces"][:1]
     ends = [0, *(piece[3] for piece in pieces)]
     if [piece[2] for piece in pieces] != ends[:-1] or ends[-1] != math.prod(facts["shape"]):
-        raise CheckpointError(f"the ranks' parts of {name} do not make up the whole of it: {[p[2:] for p in pieces]}")
+        raise CheckpointError(f"the ranks' parts of {name} do not cover the whole tensor: {[p[2:] for p in pieces]}")
     return pieces

@@ -1,4 +1,4 @@
-"""The verb `plan`: what a run would do at every world size, as a JSON document and as a table. Nothing is started."""
+"""The verb `plan`: the training plan at every world size, as a JSON document and as a table. Nothing is started."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ _GLOBAL_WIDTH, _RATE_WIDTH = 8, 9
 
 
 def plan_document(run: Run, sizes: Sizes, worlds: Sequence[int] | None = None) -> dict[str, Any]:
-    """The plan at each of `worlds`, else of plan.worlds, else at 1 to 64 workers, as a JSON document.
+    """The plans at the world sizes `worlds` (default: plan.worlds, then 1 to 64) as a JSON document.
 
-    `schedule` is the batch and the rate over time at the smallest feasible world size, which it names: warmup and
-    decay have the same shape at all of them. Raises RequestError where the request is wrong at every world size; a
-    world size that does not fit is `feasible: false` with the reason in `why`. `policies` has the same world sizes
-    under each batch policy, with numbers from lr.base_batch where the request has none for it.
+    `schedule` is the batch and the learning rate over time at the smallest feasible world size, which each entry
+    names; warmup and decay have the same shape at all world sizes. A world size that does not fit is
+    `feasible: false` with the reason in `why`. `policies` has the same world sizes under each batch policy, with
+    missing numbers derived from lr.base_batch.
+
+    Raises:
+        UsageError: the request is wrong at every world size.
     """
     asked = worlds or run.plan.worlds or _WORLDS
     studies = [_studied(run, sizes, world) for world in asked]
@@ -50,7 +53,7 @@ def plan_document(run: Run, sizes: Sizes, worlds: Sequence[int] | None = None) -
 
 
 def plan_table(document: Mapping[str, Any]) -> str:
-    """`plan_document` for a person at a terminal, at most 80 columns."""
+    """Format `plan_document` as text of at most 80 columns."""
     lines = [
         f"{document['data']['train']:,} training samples, batch.policy={document['policy']}, "
         f"lr.rule={document['lr_rule']}",
@@ -106,7 +109,7 @@ def _point(planned: Study, at: str, samples: int) -> dict[str, Any]:
 
 
 def _plan_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each feasible world; neighbours that are infeasible for the same reason share one."""
+    """One line per feasible world size; consecutive ones that are infeasible for the same reason share a line."""
     for _, rows in groupby(plans, key=_kind):
         group = list(rows)
         if group[0]["feasible"]:
@@ -150,11 +153,11 @@ def _advice_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             worlds.setdefault(line, []).append(row["world"])
     for line, where in worlds.items():
         yield ""
-        yield from wrapped("", f"Advice at world {worlds_text(where)}: {line}")
+        yield from wrapped("", f"Advice at world size {worlds_text(where)}: {line}")
 
 
 def _policy_lines(policies: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each world: the batch and the rate under every policy, and what changes under the one in force."""
+    """One line per world size: batch and learning rate under every policy, and the changes under the selected one."""
     asked = next(kind for kind, found in policies.items() if found["asked"])
     rows = list(zip(*(found["plans"] for found in policies.values()), strict=True))
     first = max(5, *(len(str(row[0]["world"])) for row in rows))
@@ -178,14 +181,15 @@ def _figures(row: Mapping[str, Any]) -> str:
 
 
 def _reading_lines(kind: str, found: Mapping[str, Any], said: Collection[str | None]) -> Iterator[str]:
-    """Under which numbers a policy that was not asked for is shown, and where and why it has no plan, if not `said`."""
+    """The numbers derived for a policy that was not selected, and why it has no plan; reasons in `said` are skipped."""
     if found["asked"]:
         return
     yield from wrapped("  ", f"{kind}: {found['derived']}")
     refused = (row for row in found["plans"] if not row["feasible"] and row["why"] not in said)
     for _, group in groupby(refused, key=_kind):
         rows = list(group)
-        yield from wrapped("    ", f"no plan at world {worlds_text([row['world'] for row in rows])}: {rows[0]['why']}")
+        where = worlds_text([row["world"] for row in rows])
+        yield from wrapped("    ", f"no plan at world size {where}: {rows[0]['why']}")
 
 
 def _columns(world: str, shares: str, micro: str, accum: str, size: str, rate: str, updates: str) -> str:
@@ -193,14 +197,14 @@ def _columns(world: str, shares: str, micro: str, accum: str, size: str, rate: s
 
 
 def _shares(shares: Iterable[int]) -> str:
-    """Equal neighbours together: 86, 85x2."""
+    """Format shares with equal neighbours grouped: 86, 85x2."""
     counted = [(share, len(list(same))) for share, same in groupby(shares)]
     text = ", ".join(f"{share}x{count}" if count > 1 else f"{share}" for share, count in counted)
     return text if len(text) <= _SHARES_WIDTH else textwrap.shorten(text, _SHARES_WIDTH, placeholder=" ...")
 
 
 def worlds_text(worlds: Sequence[int]) -> str:
-    """Neighbours together: 1-4, 8."""
+    """Format world sizes with consecutive ones grouped: 1-4, 8."""
     texts = []
     for _, numbered in groupby(enumerate(worlds), key=lambda pair: pair[1] - pair[0]):
         group = [world for _, world in numbered]
@@ -215,7 +219,7 @@ def wrapped(head: str, text: str) -> list[str]:
 
 
 def _count(value: float, width: int) -> str:
-    """`value` with commas, or in fewer digits where that would leave no room between the columns."""
+    """Format `value` with commas, or with fewer digits if it would not fit into the column."""
     text = f"{value:,}"
     return f"{text if len(text) < width else f'{value:.{max(1, width - 7)}g}':>{width}}"
 

@@ -1,4 +1,4 @@
-"""The points of a sweep, one after the other through Hydra's own sweeper and launcher."""
+"""Sequential sweeps through Hydra's sweeper and launcher, and running a single point."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from launcher.settings import Run
 
 __all__ = ["Point", "Task", "of_a_point", "quoted", "run_placed", "run_point", "say", "swept"]
 
-#: What runs one point of a sweep: the run, and the words that would ask for it on a command line.
+#: Runs one point of a sweep, given its configuration and the equivalent command-line arguments.
 Point = Callable[[Run, Sequence[str]], int]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is done with each point of a sweep. `flags` go before its words; `share` (k, n): every n-th point from k."""
+    """How to run each point. `flags` precede its overrides; `share` (k, n): run every n-th point starting at k."""
 
     point: Point
     flags: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class Task:
 
 
 def swept(composer: Composer, task: Task, folder: Path, overrides: Sequence[str]) -> list[sweep.Outcome]:
-    """Every point through Hydra's sweeper and launcher, or those of the user's choosing."""
+    """Run every point through Hydra's sweeper and launcher, or the plugins selected by the user."""
     from hydra._internal.hydra import Hydra
 
     here: list[sweep.Outcome] = []
@@ -57,16 +57,16 @@ def swept(composer: Composer, task: Task, folder: Path, overrides: Sequence[str]
 
 
 def _outcomes(returned: Any) -> list[sweep.Outcome]:
-    """What the jobs returned, also from other processes; a sweeper of the user's choosing may return nothing."""
+    """Outcomes returned by the jobs, also from other processes; custom sweepers may return nothing."""
     batches = returned if isinstance(returned, list) else []
     jobs = [job for batch in batches if isinstance(batch, list | tuple) for job in batch]
     return [job.return_value for job in jobs if isinstance(job.return_value, sweep.Outcome)]
 
 
 def run_point(task: Task, here: list[sweep.Outcome], config: DictConfig) -> sweep.Outcome:
-    """Hydra's task: one point from start to end. A failure is told and returned, so that the next one starts.
+    """Hydra's task function: run one point. A failure is printed and returned, so that the next point still runs.
 
-    After a point that was asked to stop no other one is started.
+    After a stopped point no further point is started.
     """
     hydra = HydraConfig.get()
     folder, number = Path(hydra.sweep.dir), str(hydra.sweep.subdir)
@@ -79,7 +79,7 @@ def run_point(task: Task, here: list[sweep.Outcome], config: DictConfig) -> swee
     say(f"point {number}: {' '.join(overrides)}")
     ended, status = run_placed(task, folder, number, lambda: settled(plain(config), parse(overrides)), overrides)
     if status == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt  # the sweep ends with it
+        raise KeyboardInterrupt  # ends the sweep
     here.append(sweep.Outcome(job, tuple(overrides), status, ended))
     return here[-1]
 
@@ -87,7 +87,7 @@ def run_point(task: Task, here: list[sweep.Outcome], config: DictConfig) -> swee
 def run_placed(
     task: Task, folder: Path, number: str, compose: Callable[[], Composed], overrides: Sequence[str]
 ) -> tuple[str, int]:
-    """One point in its own folder: in a word how it ended, and its status."""
+    """Run one point in its own run directory; returns the outcome word and the exit status."""
     try:
         composed = compose()
         for note in composed.notes:
@@ -105,18 +105,18 @@ def run_placed(
 
 
 def of_a_point(overrides: Sequence[str]) -> list[str]:
-    """What of a sweep's overrides a point is asked for by: its folder is its own, and it sweeps over nothing."""
+    """The overrides that apply to a point: without sweep.* and without the sweep's run directory."""
     return [word for word in overrides if not word.startswith("sweep.") and word.partition("=")[0] not in PLACES]
 
 
 def grouped(run: Run) -> list[str]:
-    """The word for the group in wandb, where there is one."""
+    """The override that sets the wandb group, if there is one."""
     group = (run.sink.get("wandb") or {}).get("group")
     return [f"++sink.wandb.group={quoted(group)}"] if group else []
 
 
 def quoted(value: object) -> str:
-    """A value in the grammar of overrides, whatever it holds: backslashes count as such only before a quote."""
+    """Quote any value for Hydra's override grammar, where backslashes are escapes only before a quote."""
     return "'{}'".format(re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value)))
 
 

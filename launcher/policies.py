@@ -1,4 +1,4 @@
-"""One request read under each batch policy, to compare what each would do. Nothing of it changes what a run does."""
+"""Compare the batch policies for one request, for display only; training is not affected."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ KINDS: tuple[Kind, ...] = ("scale", "hold", "bounded")
 
 @dataclass(frozen=True)
 class Reading:
-    """The request under one policy. `derived` names the numbers that it does not hold itself, and where they are from.
+    """The request under one policy. `derived` names the numbers missing in the request and where they come from.
 
-    It is empty for the policy that the request asks for.
+    It is empty for the policy that the request selects.
     """
 
     run: Run
@@ -29,10 +29,10 @@ class Reading:
 
 
 def compared(run: Run, sizes: Sizes, worlds: Sequence[int]) -> dict[str, Any]:
-    """By policy: whether it is the one `asked` for, the numbers `derived` for it, and `plans`, a row per world size.
+    """For each policy: whether it was `asked` for, the numbers `derived` for it, and `plans`, one row per world size.
 
-    A row's `changes` are those from the feasible one before it. A policy that cannot be met anywhere has the reason
-    in each row. The request itself must be right: it was studied before.
+    A row's `changes` are relative to the previous feasible row. A policy that cannot be met anywhere has the reason
+    in each row. The request itself must be valid: it was checked before.
     """
     return {kind: _compared(read(run, sizes, kind), sizes, worlds) for kind in KINDS}
 
@@ -50,28 +50,28 @@ def _compared(reading: Reading, sizes: Sizes, worlds: Sequence[int]) -> dict[str
 
 
 def read(run: Run, sizes: Sizes, kind: Kind) -> Reading:
-    """The request under another policy: per_device stays, what is missing follows from lr.base_batch."""
+    """The request under another policy: per_device is kept, missing numbers are derived from lr.base_batch."""
     if kind == policy_of(run):
         return Reading(run)
     asked, base = run.batch, run.lr.base_batch or 1
     batch = BatchSettings(policy=kind, per_device=asked.per_device, ramp=asked.ramp)
     if kind == "hold":
-        return _reading(run, replace(batch, global_batch=base), f"batch.global={base}, lr.base_batch")
+        return _reading(run, replace(batch, global_batch=base), f"batch.global={base} (lr.base_batch)")
     batch = replace(batch, accumulation=asked.accumulation)
     if kind == "scale":
         steps = "" if asked.accumulation == "auto" else f" x batch.accumulation={asked.accumulation}"
         return _reading(run, batch, f"workers x batch.per_device={asked.per_device}{steps}")
     high, why = _most(run, sizes, base)
-    derived = f"batch.min_global={base}, lr.base_batch, and batch.max_global={high}, {why}"
+    derived = f"batch.min_global={base} (lr.base_batch), batch.max_global={high} ({why})"
     return _reading(run, replace(batch, min_global=base, max_global=high), derived)
 
 
 def _most(run: Run, sizes: Sizes, base: int) -> tuple[int, str]:
-    """The largest batch for which lr.rule is good, or that there is."""
+    """The largest batch for which lr.rule is valid, limited by the training set, and how it was derived."""
     far = far_of(run, rule_of(run))
     if far is not None and far * base < sizes.train:
-        return far * base, f"{far} times that"
-    return sizes.train, "the training set"
+        return far * base, f"{far} x lr.base_batch"
+    return sizes.train, "training set size"
 
 
 def _reading(run: Run, batch: BatchSettings, derived: str) -> Reading:
@@ -81,7 +81,7 @@ def _reading(run: Run, batch: BatchSettings, derived: str) -> Reading:
 def _row(run: Run, sizes: Sizes, world: int) -> dict[str, Any]:
     try:
         planned = study(run, sizes, world)
-    except RequestError as error:  # wrong at every world size, too: the request was not made for this policy
+    except RequestError as error:  # also errors at every world size: the request was not written for this policy
         return {"world": world, "feasible": False, "why": str(error)}
     return {"world": world, "feasible": True, **_facts(planned)}
 
@@ -100,7 +100,7 @@ def _facts(planned: Study) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """What is other than at the world size before: batch x2, rate x2, accumulation 2 -> 1, shares uneven."""
+    """The changes from the previous world size: batch x2, rate x2, accumulation 2 -> 1, shares uneven."""
     found = [
         f"{name} x{row[key] / before[key]:.3g}"
         for name, key in (("batch", "global"), ("rate", "lr"))

@@ -1,7 +1,7 @@
-"""The rendezvous of agents that come and go: a store in a process of its own, beside one of them.
+"""Rendezvous store of a pool, whose nodes join and leave: a TCPStore in its own process.
 
-Each task of a pool starts one of these. One of them holds the lock in the run folder, serves, and writes down where;
-the others wait for the lock, so that the next one takes over when that task ends, however it ends.
+Each task of the pool starts such a process. The one that holds the lock in the run directory serves and writes its
+address there; the others wait for the lock, so that one of them takes over when that task ends for any reason.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ TIMEOUT = timedelta(seconds=600)
 
 
 def serve(run_dir: Path, host: str) -> None:
-    """Wait until nobody else serves, then serve on all interfaces of `host` until the parent ends."""
+    """Wait until no other process serves, then serve on all interfaces of `host` until the parent ends."""
     die_with_parent()
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     held = os.open(run_dir / ".store.lock", flags, 0o600)
     while not taken(held):
         time.sleep(LOOK_EVERY_S)
-    (run_dir / "rendezvous").unlink(missing_ok=True)  # where the one before us served
+    (run_dir / "rendezvous").unlink(missing_ok=True)  # address of the previous server
     from torch.distributed import TCPStore
 
     store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
@@ -38,7 +38,7 @@ def serve(run_dir: Path, host: str) -> None:
 
 
 def endpoint(run_dir: Path) -> str:
-    """`host:port` of the store that serves now; waits until there is one."""
+    """`host:port` of the serving store; waits until there is one."""
     while True:
         held = os.open(run_dir / ".store.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:

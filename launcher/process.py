@@ -1,4 +1,4 @@
-"""Processes of one machine: who dies with whom, and when one was started. Linux."""
+"""Process utilities for one Linux machine: killing children with their parent, start times, states."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ GONE_WITHIN_S = 3.0
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, however that ends.
+    """Have the kernel kill this process when its parent ends for any reason.
 
-    The parent may have ended already, between its fork and this call: then there is nobody to wait for. `parent` is its
-    pid where it is known, as to a process that was forked.
+    The parent may have ended between its fork and this call; then this process kills itself at once. Pass the
+    parent's pid as `parent` where it is known, e.g. in a forked process.
     """
     before = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -42,9 +42,9 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def as_if_started(parent: int) -> None:
-    """Make a process that was forked from `parent` one that was started by it: its own signals, and none of its end.
+    """Make a process forked from `parent` behave as if it had been exec'ed: default signal handlers, dies with it.
 
-    Python's handlers are the parent's; what is ignored stays so, as it does for a program that is started.
+    Python signal handlers inherited from the parent are reset; ignored signals stay ignored, as they do after exec.
     """
     die_with_parent(parent)
     for number in signal.valid_signals():
@@ -53,9 +53,9 @@ def as_if_started(parent: int) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and those it started; returns when all are gone. Nothing where it has ended by itself.
+    """Kill a process and its children and wait until all are gone; does nothing if the process has already ended.
 
-    For one whose children die with it: when it has gone, the kernel has ended them too.
+    Meant for a process whose children die with it (`die_with_parent`): once it has ended, the kernel kills them too.
     """
     if process.poll() is not None:
         return
@@ -71,16 +71,16 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def holds(device: Callable[[str], bool]) -> bool:
-    """Whether this process has a file open whose path `device` says yes to."""
+    """Whether this process has an open file whose path satisfies `device`."""
     for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # that of the listing itself is gone
+        with suppress(OSError):  # the listing's own descriptor is closed by now
             if device(os.readlink(f"/proc/self/fd/{number}")):
                 return True
     return False
 
 
 def children(pid: int) -> list[int]:
-    """The pids of a process's children; none where it is gone."""
+    """The pids of a process's children; empty if the process is gone."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -91,31 +91,31 @@ def children(pid: int) -> list[int]:
 
 
 def started_at(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot: with its pid it names a process for good."""
+    """Start time of a process in clock ticks since boot; with the pid it identifies a process uniquely."""
     known = stat(pid)
     return None if known is None else int(known[19])
 
 
 def cpu_s(pid: int) -> float | None:
-    """The CPU time that a process has taken so far, to 10 ms; None where it is gone."""
+    """CPU seconds that a process has used so far, with a resolution of 10 ms; None if it is gone."""
     known = stat(pid)
     return None if known is None else (int(known[11]) + int(known[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and has not ended: one that nobody waited for stays as a zombie."""
+    """Whether a process exists and has not ended; a zombie (not yet waited for) does not count."""
     known = stat(pid)
     return known is not None and known[0] not in ("Z", "X")
 
 
 def siblings_state(pid: int) -> str | None:
-    """The kernel's letter for the state of a child of our parent (T: stopped, Z: dead); None where it is gone."""
+    """The kernel's state letter (T: stopped, Z: zombie) of a child of our own parent; None if it is gone."""
     known = stat(pid)
     return None if known is None or int(known[1]) != os.getppid() else known[0]
 
 
 def stat(pid: int) -> list[str] | None:
-    """What the kernel tells of a process, from its state on (proc(5): stat from its field 3); None if it is gone."""
+    """The fields of /proc/<pid>/stat from the state on (field 3 in proc(5)); None if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -123,7 +123,7 @@ def stat(pid: int) -> list[str] | None:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler of its own for a signal, and would not just die of it."""
+    """Whether a process has installed a handler for a signal, so that the signal would not just kill it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

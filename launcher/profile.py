@@ -1,4 +1,4 @@
-"""torch.profiler round a few updates, into the run folder (`train.profile=10-13`)."""
+"""Run torch.profiler around a few updates and write the trace into the run directory (`train.profile=10-13`)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ __all__ = ["profiled"]
 
 
 def window(text: str) -> tuple[int, int]:
-    """First and last update, counted from 1 as in metrics.jsonl.
+    """Parse first and last update, counted from 1 as in metrics.jsonl.
 
     Raises:
-        RequestError: not of the form 10-13.
+        UsageError: not of the form 10-13.
     """
     first, _, last = text.partition("-")
     if not (first.isdigit() and (last or first).isdigit()) or not 1 <= int(first) <= int(last or first):
-        raise RequestError(f"train.profile={text} is no range of updates: type train.profile=10-13")
+        raise RequestError(f"train.profile={text} is not a range of updates: type train.profile=10-13")
     return int(first), int(last or first)
 
 
 def profiled(updates: Iterable[Update], which: str | None, folder: Path, rank: int) -> Iterator[Update]:
-    """The same updates; those of `which`, as far as the run comes, under the profiler, whose trace lands in `folder`.
+    """Yield the updates unchanged, with those in the range `which` profiled and the trace written to `folder`.
 
-    Rank 0 alone is profiled: the others do the same at the same time.
+    The trace is also written if the run ends within the range. Only rank 0 is profiled: the other ranks do the same
+    work at the same time.
     """
     if which is None or rank > 0:
         yield from updates

@@ -1,4 +1,4 @@
-"""What a run leaves open until it starts: batch.per_device=auto, and what batch=goodput has to know of update times."""
+"""Resolves values that are open until the start: batch.per_device=auto and the timing profile for batch=goodput."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["closed", "settled"]
 def closed(
     run: Run, world: int, *, known: Path | None = None, run_id: str | None = None, nodes: int = 1
 ) -> Settled | None:
-    """The run with all that its folder answers; None where something has to be looked up or measured.
+    """Resolve the configuration from its run folder; None if a cache lookup or a measurement is needed.
 
     Raises:
-        RequestError: the request is wrong, whatever would be measured.
+        UsageError: the configuration is invalid, whatever a measurement would yield.
     """
     if not auto.is_open(run):
         return Settled(run)
@@ -37,10 +37,10 @@ def closed(
 
 
 def settled(run: Run, found: Mapping[str, Any], path: Path) -> Settled:
-    """With what was found in place of the question, which is said in a line. `path`: the run's folder, if it has one.
+    """Resolve the configuration from a measurement, and print its notes. `path` is the run folder, if there is one.
 
     Raises:
-        RequestError: no size fits into memory.
+        UsageError: no batch size fits into memory.
     """
     for line in found["said"]:
         say(f"note: {line}")

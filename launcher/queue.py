@@ -1,4 +1,4 @@
-"""What Slurm knows of a job, and which job a run folder belongs to."""
+"""State of a Slurm job in the queue, and which job a run directory belongs to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ASK_S = 30.0
 
 @dataclass(frozen=True)
 class Queued:
-    """A job that Slurm has not done with: its state, where it runs, the time it has left, and why it waits."""
+    """A pending or running Slurm job: state, nodes, time left, and the reason why it is pending."""
 
     id: str
     state: str
@@ -42,7 +42,7 @@ class Queued:
 
 
 def look(job: str) -> Queued | None:
-    """What the queue shows of a job; None where it has ended, or nobody can be asked."""
+    """Query a job with squeue; None if it has ended or squeue is not available."""
     lines = asked(["squeue", "--noheader", f"--jobs={job}", "--format=%i|%T|%N|%L|%r"]).splitlines()
     found = [Queued(job, *line.split("|", 4)[1:]) for line in lines if line.count("|") >= 4]
     found = [one for one in found if one.state not in ENDED]
@@ -50,12 +50,12 @@ def look(job: str) -> Queued | None:
 
 
 def cancel(job: str, *, waiting: bool = False) -> None:
-    """The job, or only what of it `waiting` to start."""
+    """Cancel the job; `waiting`: only the parts of it that are pending."""
     asked(["scancel", *(["--state=PENDING"] if waiting else []), job])
 
 
 def warn(job: str) -> None:
-    """USR1 to the workers: save and stop."""
+    """Send SIGUSR1 to the workers, which makes them save and stop."""
     asked(["scancel", "--quiet", "--signal=USR1", job])
 
 
@@ -67,11 +67,11 @@ def asked(argv: Sequence[str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-# --- which job a folder belongs to --------------------------------------------------------------------------------
+# --- job of a run directory --------------------------------------------------------------------------------------
 
 
 def claimed(folder: RunFolder) -> dict[str, Any] | None:
-    """`job`, and `newest`: the checkpoint that was there before it. None where no job has the folder."""
+    """`job`, and `newest`: the newest checkpoint before the job. None if the directory belongs to no job."""
     try:
         kept = json.loads(folder.slurm_json.read_text())
     except (OSError, ValueError):
@@ -81,7 +81,7 @@ def claimed(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def claim(folder: RunFolder, job: str, newest: str | None) -> None:
-    """The folder is the job's from now on. At a later start of the same job `newest` stays what it was."""
+    """Assign the directory to the job. A later start of the same job keeps the recorded `newest`."""
     before = claimed(folder)
     if before is not None and before["job"] == job:
         newest = before.get("newest")

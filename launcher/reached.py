@@ -1,4 +1,4 @@
-"""What it took until `train.target` was met, and which of two runs took less."""
+"""Time, samples and updates until `train.target` was reached, and the comparison of two runs by them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Reached", "sooner", "told"]
 
 @dataclass(frozen=True)
 class Reached:
-    """What a run took until its target was met: seconds of training, samples, updates; `value` is the metric's then."""
+    """Seconds of training, samples and updates until the target was reached; `value` is the metric at that time."""
 
     metric: str
     value: float
@@ -27,7 +27,7 @@ class Reached:
 
     @classmethod
     def of(cls, folder: Path) -> Reached | None:
-        """As done.json tells it; a broken one is no obstacle to looking at the metrics."""
+        """Read it from done.json; None if the file is missing or invalid, since the metrics can still be analysed."""
         with suppress(RequestError, LookupError):
             found = (RunFolder(folder).read_done() or {})["target"]
             return cls(*(found[key] for key in ("metric", "value", "seconds", "samples", "update")))
@@ -35,7 +35,7 @@ class Reached:
 
 
 def sooner(a: Reached | None, b: Reached | None) -> dict[str, Any]:
-    """Which run met the target sooner: by its speed, by needing fewer samples, or both; the two ratios multiply."""
+    """Compare time to target; `ratio` is throughput_ratio · samples_ratio. Empty if the runs are not comparable."""
     if a is None or b is None or a.metric != b.metric:
         return {}
     letter, soon, late = ("A", a, b) if a.seconds <= b.seconds else ("B", b, a)
@@ -48,13 +48,13 @@ def sooner(a: Reached | None, b: Reached | None) -> dict[str, Any]:
 
 
 def told(found: Mapping[str, Any]) -> str:
-    """The same in words."""
+    """Describe the comparison in a sentence."""
     soon, late = ("A", "B") if found["sooner"] == "A" else ("B", "A")
     first = found[soon]
     return (
         f"{soon} reached {first['metric']} {figure(first['value'])} sooner: in {_effort(first)}; {late} took "
-        f"{_effort(found[late])}. That is x{found['ratio']:.2f}: x{found['throughput_ratio']:.2f} by samples/s, times "
-        f"x{found['samples_ratio']:.2f} by the samples it needed."
+        f"{_effort(found[late])}. Speedup x{found['ratio']:.2f} = x{found['throughput_ratio']:.2f} from samples/s "
+        f"times x{found['samples_ratio']:.2f} from needing fewer samples."
     )
 
 

@@ -1,4 +1,4 @@
-"""What training tells the world: rows of figures, and events."""
+"""The records that training logs: metric rows and events."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["Event", "Reading"]
 
 @dataclass(frozen=True)
 class Reading:
-    """One row of `metrics.jsonl`: where training stood at `time` (UNIX seconds) and what was measured there.
+    """One row of `metrics.jsonl`: the training position at `time` (UNIX seconds) and the values measured there.
 
-    `samples`, `update` and `epoch` count what was finished, `values` has the documented keys and their units.
+    `samples`, `update` and `epoch` count completed work; `values` holds the documented keys in their documented units.
     """
 
     time: float
@@ -27,7 +27,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Event:
-    """One row of `events.jsonl`: something that happened at `time` (UNIX seconds), and its facts."""
+    """One row of `events.jsonl`: the name of an event, its `time` (UNIX seconds) and its fields."""
 
     time: float
     event: str

@@ -1,4 +1,4 @@
-"""The recipe: what to train on what, written by a person in twenty lines. Which classes may be named is decided here.
+"""The recipe, the user's definition of model, data and loss; and the check of which classes may be imported.
 
     @dataclass(frozen=True)
     class MyRecipe:
@@ -26,7 +26,7 @@ from launcher.study import Sizes
 
 __all__ = ["Loss", "Recipe", "build", "load_class", "sizes"]
 
-#: Classes defined under these are trusted without being named.
+#: Classes defined under these modules are trusted without being listed in recipe.trust.
 TRUSTED = ("launcher.recipes", "torch")
 METHODS = ("model", "dataset", "loss")
 OWN = ("_target_", "trust")
@@ -34,10 +34,10 @@ OWN = ("_target_", "trust")
 
 @dataclass(frozen=True)
 class Loss:
-    """What a micro-batch's loss adds up to: sums, never means.
+    """The loss of a micro-batch as sums, never means.
 
-    `total` is a scalar tensor with a gradient, `count` what it is a sum over (samples, or tokens), `metrics` maps a
-    name to a sum that is divided by the count over the whole validation set to give `val/<name>`.
+    `total` is a scalar tensor with a gradient. `count` is the number of items it sums over (samples or tokens).
+    `metrics` maps a name to a sum, which is divided by the count over the whole validation set to give `val/<name>`.
     """
 
     total: Any
@@ -46,7 +46,7 @@ class Loss:
 
 
 class Recipe(Protocol):
-    """What a recipe must have; its dataclass fields are its configuration."""
+    """The methods a recipe must have; its dataclass fields are its configuration."""
 
     def model(self) -> Any: ...
 
@@ -56,10 +56,10 @@ class Recipe(Protocol):
 
 
 def build(spec: Mapping[str, Any]) -> Any:
-    """The recipe that `spec` describes: `_target_`, `trust`, and the fields of the class.
+    """Build the recipe that `spec` describes: `_target_`, `trust`, and the fields of the class.
 
     Raises:
-        RequestError: the target is missing, not trusted, does not import or is no recipe; or a field is wrong.
+        UsageError: the target is missing, not trusted, does not import or is not a recipe; or a field is wrong.
     """
     target = spec.get("_target_")
     if not isinstance(target, str) or target in ("", "???"):
@@ -72,18 +72,18 @@ def build(spec: Mapping[str, Any]) -> Any:
     kind = load_class(target, spec.get("trust") or ())
     lacking = [name for name in METHODS if not callable(getattr(kind, name, None))]
     if not is_dataclass(kind) or lacking:
-        why = f"it has no {' and no '.join(lacking)}" if lacking else "it is no dataclass"
+        why = f"it has no {' and no '.join(lacking)}" if lacking else "it is not a dataclass"
         raise RequestError(
-            f"recipe._target_={target} is no recipe: {why}; a recipe is a dataclass with {', '.join(METHODS)}"
+            f"recipe._target_={target} is not a recipe: {why}; a recipe is a dataclass with {', '.join(METHODS)}"
         )
     return kind(**_checked_fields(kind, values))
 
 
 def sizes(recipe: Any) -> Sizes:
-    """How much data a recipe has: from its `size(split)`, else by opening the data.
+    """The dataset sizes of a recipe, from its `size(split)`, else by opening the data.
 
     Raises:
-        RequestError: the data has no length, or there is nothing to train on.
+        UsageError: the data has no length, or the training data is empty.
     """
     found = Sizes(_size(recipe, "train"), _size(recipe, "val"), getattr(recipe, "tokens_per_sample", None))
     if found.train < 1:
@@ -93,7 +93,7 @@ def sizes(recipe: Any) -> Sizes:
 
 def _size(recipe: Any, split: str) -> int:
     try:
-        if callable(getattr(recipe, "size", None)):  # it may as well be a field
+        if callable(getattr(recipe, "size", None)):  # `size` may also be a field
             return int(recipe.size(split))
         data = recipe.dataset(split)
     except OSError as problem:
@@ -107,26 +107,26 @@ def _size(recipe: Any, split: str) -> int:
     return len(data)
 
 
-# Which classes may be named
+# Trusted classes
 
 
 def load_class(target: str, trust: Sequence[str]) -> type:
-    """The class of a dotted path, if it is trusted; nothing that is not is imported.
+    """Import the class at the dotted path `target` if it is trusted; a module that is not trusted is not imported.
 
     Raises:
-        RequestError: not trusted, does not import, or is no class.
+        UsageError: the target is not trusted, does not import, or is not a class.
     """
     module, _, name = target.rpartition(".")
     if not module:
         raise RequestError(f"_target_={target} has no module: type my_module.{target}")
-    if isinstance(trust, str):  # its letters would be the entries
-        raise RequestError(f"recipe.trust={trust} is no list: type recipe.trust=[{trust}]")
+    if isinstance(trust, str):  # iterating over it would give its characters
+        raise RequestError(f"recipe.trust={trust} is not a list: type recipe.trust=[{trust}]")
     named = any(_covers(entry, target) for entry in trust)
     if not named and not any(_covers(entry, target) for entry in TRUSTED):
         raise RequestError(f"_target_={target} is not trusted: add recipe.trust=[{module}] if the code is yours")
     found = getattr(_imported(target, module), name, None)
     if not inspect.isclass(found):
-        raise RequestError(f"_target_={target} is no class: {_nearest_class(module, name)}")
+        raise RequestError(f"_target_={target} is not a class: {_nearest_class(module, name)}")
     if not named and not any(_covers(entry, found.__module__) for entry in TRUSTED):
         home = f"{found.__module__}.{found.__name__}"
         raise RequestError(f"_target_={target} is only imported there: type _target_={home}")
@@ -134,7 +134,7 @@ def load_class(target: str, trust: Sequence[str]) -> type:
 
 
 def _covers(entry: str, path: str) -> bool:
-    """Dot by dot: `my` covers `my.recipe`, not `my_evil`."""
+    """Match whole path components: `my` covers `my.recipe`, not `my_evil`."""
     return path == entry or path.startswith(f"{entry}.")
 
 
@@ -155,7 +155,11 @@ def _nearest_class(module: str, name: str) -> str:
 
 
 def _refuse_targets(value: Any, key: str) -> None:
-    """A value inside a recipe names no class: only what the recipe's own code imports is run."""
+    """Refuse `_target_` inside a recipe's values, so that they cannot cause an import.
+
+    Raises:
+        UsageError: a value contains `_target_`.
+    """
     if isinstance(value, Mapping):
         if "_target_" in value:
             raise RequestError(f"{key}._target_={value['_target_']} is refused: build it in the recipe's own code")
@@ -170,7 +174,7 @@ def _one_line(problem: BaseException) -> str:
     return " ".join(str(problem).split())
 
 
-# The fields, as their annotations want them
+# Checking fields against their annotations
 
 
 def _checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +184,7 @@ def _checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
             near = get_close_matches(name, known, 1)
             mend = f"did you mean recipe.{near[0]}? " if near else ""
             has = f"its fields are {', '.join(known)}" if known else "it has no fields"
-            raise RequestError(f"recipe.{name} is no field of {kind.__name__}: {mend}{has}")
+            raise RequestError(f"recipe.{name} is not a field of {kind.__name__}: {mend}{has}")
     for name, each in known.items():
         if name not in values and each.default is MISSING and each.default_factory is MISSING:
             raise RequestError(
@@ -191,7 +195,7 @@ def _checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hints(kind: type) -> Mapping[str, Any]:
-    """The annotations; none where one of them names what is imported for type checkers only."""
+    """The annotations; empty if one of them refers to a name that is imported under TYPE_CHECKING only."""
     try:
         return get_type_hints(kind)
     except NameError:
@@ -210,19 +214,19 @@ NO_FIT = object()
 
 
 def _fitted(value: Any, hint: Any) -> Any:
-    """The value, an int where a float is asked for as that float, a list for a tuple as that tuple; else NO_FIT."""
+    """Return the value if it matches, converting int to float and list to tuple where annotated; else NO_FIT."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         fits = [fit for fit in (_fitted(value, arm) for arm in args) if fit is not NO_FIT]
         return next((fit for fit in fits if type(fit) is type(value)), fits[0] if fits else NO_FIT)
-    if origin is Literal:  # True == 1 and 18.0 == 18, but neither is what was listed
+    if origin is Literal:  # True == 1 and 18.0 == 18, but the type must match too
         return value if any(value == arm and type(value) is type(arm) for arm in args) else NO_FIT
     if (origin or hint) in (tuple, list):
         return _fitted_sequence(value, origin or hint, args)
     if hint is float and type(value) is int:
         return float(value)
     kind = origin or hint
-    if kind is Any or not isinstance(kind, type):  # nothing to hold the value against
+    if kind is Any or not isinstance(kind, type):  # an annotation that cannot be checked
         return value
     if isinstance(value, bool) and kind is int:
         return NO_FIT

@@ -1,4 +1,4 @@
-"""From what the ranks told each other to the rows of metrics.jsonl. Only rank 0 has one."""
+"""Build the rows of metrics.jsonl from the statistics gathered from all ranks; only rank 0 records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Finished", "Recorder", "Silent", "batch_values", "plan_facts", "stag
 
 @dataclass(frozen=True)
 class Finished:
-    """What rank 0 itself knows of an update when it ends. `wall_s` is everything since the last update's end."""
+    """Rank 0's own values at the end of an update; `wall_s` is the wall time since the previous update ended."""
 
     update: Update
     lr: float
@@ -51,7 +51,7 @@ def batch_values(plan: BatchPlan) -> dict[str, float]:
 
 
 def stage_values(stages_ms: tuple[tuple[float, ...], ...], samples: int) -> dict[str, float]:
-    """The critical rank's stages, and the spread over the ranks beside them."""
+    """Stage times of the critical rank, with the minimum and maximum over all ranks."""
     rank = critical_rank(stages_ms)
     wall_ms = sum(stages_ms[rank]) or math.nan
     values: dict[str, float] = {"stage/rank": rank}
@@ -68,7 +68,7 @@ def stage_values(stages_ms: tuple[tuple[float, ...], ...], samples: int) -> dict
 
 
 def plan_facts(study: Study, schedule: LrSchedule, plan: BatchPlan) -> dict[str, Any]:
-    """A plan as events and plan.json tell it; the rate is the one after warmup, before decay and ramps."""
+    """A plan as in events and plan.json; `lr` is the learning rate after warmup, before decay and ramps."""
     scale = schedule.target(plan.global_batch)
     return {
         "policy": study.policy,
@@ -89,10 +89,11 @@ def plan_facts(study: Study, schedule: LrSchedule, plan: BatchPlan) -> dict[str,
 
 
 class Recorder:
-    """Keeps an update until the next vote brings the other ranks' word on it, then writes its row.
+    """Holds an update until its statistics have been gathered from all ranks, then writes its row.
 
-    With `every` above 1 a row covers a window of updates; one that was validated or saved always has its row. `told`
-    is called when the row of a finished update has been handed over; `restart` is what the first row has to tell.
+    With `every` above 1 a row covers a window of updates; an update with validation or a checkpoint always ends its
+    window. `rows_written` is called once a finished update has been recorded; `restart` adds the cost of the restart to
+    the first row.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Recorder:
         self._waiting = update
 
     def agreed(self, agreed: Agreed) -> None:
-        """The vote that carries the losses and stage times of the update that is waiting."""
+        """Take the gathered losses and stage times of the pending update."""
         if self._waiting is None:
             return
         last, self._waiting = self._waiting, None
@@ -135,7 +136,7 @@ class Recorder:
             self._journal.event("alarm", kind="straggler", detail=slow.detail, **vars(slow))
 
     def last_word(self) -> None:
-        """Training broke off: the row of an update that nobody voted on any more has what this rank itself knows."""
+        """Training was interrupted: write the pending row with rank 0's values only."""
         if self._waiting is not None:
             nobody = Agreed((), ())
             self._window.append((self._waiting, nobody))
@@ -143,7 +144,7 @@ class Recorder:
         self.flush()
 
     def flush(self) -> None:
-        """The rest of a window, at the end of the run."""
+        """Write the row of an unfinished window, at the end of training."""
         if self._window:
             self._post()
 
@@ -179,7 +180,7 @@ class Recorder:
         )
 
     def _throughput(self) -> dict[str, float]:
-        """Over the wall time of the window, everything included; partial windows (tails) stay out."""
+        """Throughput over the total wall time of the window, without partial updates."""
         whole = [finished for finished, _ in self._window if not finished.update.tail]
         wall_s = sum(finished.wall_s for finished in whole)
         if wall_s <= 0:
@@ -192,13 +193,13 @@ class Recorder:
 
 
 def mean_loss(voted: Sequence[Agreed]) -> dict[str, float]:
-    """Over all samples (or tokens) of all ranks; NaN where there were none."""
+    """Mean loss over all samples (or tokens) of all ranks; NaN if there were none."""
     count = sum(agreed.loss_count for agreed in voted)
     return {"train/loss": sum(agreed.loss for agreed in voted) / count if count else math.nan}
 
 
 def mean_stages(voted: Sequence[Agreed], window: Sequence[tuple[Finished, Agreed]]) -> dict[str, float]:
-    """Each rank's mean over the updates."""
+    """Stage values from each rank's mean stage times over the window."""
     mean_ms = tuple(
         tuple(sum(times) / len(voted) for times in zip(*rows, strict=True))
         for rows in zip(*(agreed.stages_ms for agreed in voted), strict=True)
@@ -207,7 +208,7 @@ def mean_stages(voted: Sequence[Agreed], window: Sequence[tuple[Finished, Agreed
 
 
 class Silent:
-    """The journal and the recorder of every rank but 0."""
+    """No-op metrics logger and recorder for all ranks except 0."""
 
     def finished(self, update: Finished) -> None: ...
 

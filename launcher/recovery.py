@@ -1,4 +1,4 @@
-"""What a restart cost, as metrics.jsonl tells it: the time without training, and the samples that are run again."""
+"""Cost of a restart, computed from metrics.jsonl: time without training, and samples trained again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LOST, TIME = "elastic/lost_samples", "elastic/recovery_s"
 
 @dataclass(frozen=True)
 class Restart:
-    """What was before this start of the workers.
+    """Time and samples lost before this start of the workers.
 
-    `since` is when the last finished update ended (UNIX seconds), None where nobody restarted the workers but a person
-    began them anew; `lost` are the samples that had been trained on beyond the checkpoint.
+    `since` is the end of the last finished update (UNIX seconds), or None if the workers were started by a new command
+    rather than restarted. `lost` counts the samples trained after the checkpoint, which are trained again.
     """
 
     since: float | None = None
@@ -28,20 +28,23 @@ class Restart:
 
     @classmethod
     def after(cls, row: Mapping[str, Any] | None, samples: int, *, restarted: bool) -> Restart:
-        """`row`: the last one before; `samples`: where training goes on; `restarted`: within one job."""
+        """Compute the cost from the last row before the restart and the sample count that training resumes at.
+
+        `restarted`: the workers were restarted within one job.
+        """
         if row is None:
             return cls()
         return cls(row["time"] if restarted else None, max(0, row["samples"] - samples))
 
     def values(self, now: float) -> dict[str, float]:
-        """For the first row after it."""
+        """Return the metrics for the first row after the restart."""
         if self.since is None:
             return {LOST: self.lost} if self.lost else {}
         return {TIME: max(0.0, now - self.since), LOST: self.lost}
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:
-    """The last whole row; what a kill cut off is no row."""
+    """Return the last complete row; a line truncated by a kill is ignored."""
     try:
         with metrics.open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
@@ -60,9 +63,9 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
 
 
 def totals(metrics: Path) -> dict[str, float]:
-    """Over the whole run: seconds between the last update before a restart and the first after it, samples run again.
+    """Sum over the run: seconds from the last update before a restart to the first after it, and samples trained again.
 
-    What is in no row is not in it: a restart before the first update, and updates that rank 0 had no time to write.
+    Events without a row are not counted: a restart before the first update, and updates that rank 0 could not write.
     """
     recovery_s, lost = 0.0, 0
     with metrics.open("rb") as file:

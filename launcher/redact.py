@@ -1,4 +1,4 @@
-"""Masks passwords and tokens in all that is printed or written. What the recipe gets is never masked."""
+"""Mask passwords and tokens in everything that is printed or written; the recipe gets the unmasked values."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ __all__ = ["MASK", "redact", "redacted"]
 
 MASK = "***"
 
-#: A word that is, or ends in, the name of a secret: token, access_token, WANDB_API_KEY, X-Amz-Signature; not monkey.
+#: A name that is, or ends in, a secret's name: token, access_token, WANDB_API_KEY, X-Amz-Signature; not "monkey".
 SECRET = (
     r"(?:[\w.-]*[_.-])?"
     r"(?:(?:api|access|auth|private|secret)?(?:key|token)|secret|password|passwd|pwd|signature|credential|sig)"
 )
 NAME = re.compile(SECRET, re.IGNORECASE)
-#: What follows a scheme, up to a space or a quote.
+#: The part of a URL after the scheme, up to a space or a quote.
 ADDRESS = re.compile(r"(?<=://)[^\s\"'<>]+")
-#: A host's port, which is no password.
+#: A host's port, which is not a password.
 PORT = re.compile(r"\d*([/?#]|$)")
-#: A user's name is shorter: git servers take a token in its place.
+#: A token in place of the user name, as git servers accept it; user names are shorter.
 TOKEN = re.compile(r"[\w-]{20,}")
-#: name=value, in a URL, on a command line or in a message; %3D, %3F and %26 are an escaped =, ? and &.
+#: name=value in a URL, on a command line or in a message; %3D, %3F and %26 are an escaped =, ? and &.
 ASSIGNED = re.compile(
     rf"(?:(?<![\w.-])|(?<=%3F)|(?<=%26))({SECRET}(?:=|%3D))(\"[^\"]*\"|'[^']*'|[^\s&#\"'<>]+)", re.IGNORECASE
 )
@@ -31,7 +31,7 @@ QUOTED = re.compile(rf"((['\"]){SECRET}\2\s*:\s*)(\"[^\"]*\"|'[^']*')", re.IGNOR
 
 
 def redact(text: str) -> str:
-    """`text` with the passwords in its URLs and the values of token=, key=, secret=, password= masked."""
+    """Mask the passwords in URLs and the values of token=, key=, secret=, password= in `text`."""
     if "://" in text:
         text = ADDRESS.sub(lambda match: "://".join(map(_without_password, match[0].split("://"))), text)
     if "=" in text or "%3" in text:
@@ -42,7 +42,7 @@ def redact(text: str) -> str:
 
 
 def _without_password(address: str) -> str:
-    """`user:***@host/path` of `user:password@host/path`; a password may hold an unescaped @ or /."""
+    """Turn `user:password@host/path` into `user:***@host/path`; a password may contain an unescaped @ or /."""
     authority = re.split(r"[/?#]", address, maxsplit=1)[0]
     if "@" in authority:
         who, _, _ = authority.rpartition("@")
@@ -56,7 +56,7 @@ def _without_password(address: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """A copy of nested plain values with every text masked, and with it all text under the name of a secret."""
+    """Copy nested plain values with every text masked; text stored under a secret's name is masked entirely."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):

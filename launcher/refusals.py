@@ -1,4 +1,4 @@
-"""Hydra's, OmegaConf's and YAML's refusals in one line each: it reads what their errors carry and imports none."""
+"""One-line messages for errors of Hydra, OmegaConf and YAML, built from their attributes without importing them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from launcher.keys import nearest
 
 __all__ = ["joined", "no_such_choice", "refusal"]
 
-#: Words for tensor, pipeline, context and expert parallelism.
+#: Names for tensor, pipeline, context and expert parallelism.
 MODEL_PARALLEL = frozenset(
     {"context", "cp", "ep", "expert", "model", "pipeline", "pp", "sequence", "sp", "tensor", "tp"}
 )
 
 
 def refusal(error: Any) -> str:
-    """The reason and, where one is known, the mend. What OmegaConf found is the cause of what Hydra raised."""
+    """The reason for an error and, if known, the fix. OmegaConf's error is the `__cause__` of the one Hydra raises."""
     if hasattr(error, "missing_cfg_file"):
         return _missing_file(error)
     if hasattr(error, "override"):
@@ -28,12 +28,12 @@ def refusal(error: Any) -> str:
 
 
 def no_such_choice(group: str, choice: str, options: Sequence[str]) -> str:
-    """What to say to a choice that its group doesn't have."""
+    """The message for a choice that its configuration group doesn't have."""
     known = f"choose from {', '.join(sorted(options))}"
     if group == "batch" and choice.isdigit():
         return f"batch={choice}: {known}; for a number type batch.per_device={choice} or batch.global={choice}"
     if group == "strategy" and choice.lower().replace("_", "").removesuffix("parallel") in MODEL_PARALLEL:
-        return f"strategy={choice} divides one sample's work among workers, which is not done here: {known}"
+        return f"strategy={choice}: model parallelism within one sample is not supported: {known}"
     meant = nearest(choice, options)
     return f"{group}={choice}: " + (f"did you mean {meant}? " if meant else "") + known
 
@@ -64,11 +64,11 @@ def _at_key(error: Any, kind: str) -> str:
 
 
 def _no_such_field(name: str, parent: Any) -> str:
-    """A field that the chosen recipe, optimizer or sink doesn't list."""
+    """The message for a field that the chosen recipe, optimizer or sink doesn't have."""
     if "/" in name:
-        return f"{name} is no group: launcher --help lists them"
+        return f"{name} is not a configuration group: launcher --help lists them"
     prefix, _, field = name.rpartition(".")
     known = [str(key) for key in parent] if prefix and parent is not None else []
     meant = nearest(field, known)
-    hint = f"did you mean {prefix}.{meant}? " if meant else f"there are {', '.join(known)}; " if known else ""
-    return f"{name} is no key here: {hint}type +{name}= to pass a new one"
+    hint = f"did you mean {prefix}.{meant}? " if meant else f"known keys are {', '.join(known)}; " if known else ""
+    return f"{name} is not a key here: {hint}type +{name}= to add a new one"

@@ -1,4 +1,4 @@
-"""How the ranks of a job find one another, and what rank 0 tells the others before anything else."""
+"""Rendezvous: connect the ranks through a store, exchange their first messages, and form the process group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK_EVERY_S = 0.01
 
 
 def loopback_socket(port: int = 0) -> socket.socket:
-    """A listening socket that only this machine can reach."""
+    """Open a listening socket that only this machine can reach."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))
@@ -28,7 +28,7 @@ def loopback_socket(port: int = 0) -> socket.socket:
 
 
 def loopback_store(port: int, *, serve: bool, world: int | None = None, timeout_s: float = 600.0) -> dist.TCPStore:
-    """A store that listens on 127.0.0.1 alone, which torch's own never does. Port 0 takes a free one."""
+    """A TCPStore that listens on 127.0.0.1 only; torch's own listens on all interfaces. Port 0 picks a free port."""
     listening = loopback_socket(port) if serve else None
     if listening is not None:
         port = listening.getsockname()[1]
@@ -44,17 +44,17 @@ def loopback_store(port: int, *, serve: bool, world: int | None = None, timeout_
 
 
 def meet(topology: Topology, *, loopback: bool, timeout_s: float) -> dist.Store:
-    """The job's store: the one that torchrun's variables name, or one of our own on the loopback."""
+    """Connect to the job's store: torchrun's, as its environment variables name it, or our own on the loopback."""
     if not loopback:
         return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))[0]
     return loopback_store(master_port(), serve=topology.rank == 0, world=topology.world, timeout_s=timeout_s)
 
 
 def gathered(store: dist.Store, topology: Topology, says: str, timeout_s: float) -> tuple[list[str], dist.Store]:
-    """What every rank says, on rank 0, and a part of the store that nobody has written into before.
+    """Gather every rank's message `says` on rank 0; also return a section of the store that is still unused.
 
-    A torchrun that shares its store with the workers keeps what earlier starts of them wrote. So each rank says hello
-    with a number of its own, rank 0 answers with all numbers, and only an answer that holds one's own is of today.
+    A torchrun that shares its store with the workers keeps what earlier generations wrote. So each rank writes a hello
+    with a random token, rank 0 answers with all tokens, and a rank accepts only an answer that contains its own token.
     """
     own = os.urandom(8).hex()
     if topology.rank == 0:
@@ -71,7 +71,7 @@ def gathered(store: dist.Store, topology: Topology, says: str, timeout_s: float)
 
 
 def answer(store: dist.Store, world: int, token: str, timeout_s: float) -> list[str]:
-    """Answer every hello, those that change on the way too, until all the other ranks have said what they say."""
+    """Answer every hello, including those that change meanwhile, until all other ranks have sent their message."""
     keys = [f"{token}/{rank}" for rank in range(1, world)]
     last: dict[str, str] | None = None
     end_s = time.monotonic() + timeout_s
@@ -83,25 +83,25 @@ def answer(store: dist.Store, world: int, token: str, timeout_s: float) -> list[
             last = hello
         if time.monotonic() > end_s:
             missing = [rank for rank, key in enumerate(keys, start=1) if not store.check([key])]
-            raise TimeoutError(f"ranks {missing} did not come within launch.timeout_s={timeout_s:g}")
+            raise TimeoutError(f"ranks {missing} did not connect within launch.timeout_s={timeout_s:g}")
         time.sleep(LOOK_EVERY_S)
     return [store.get(key).decode() for key in keys]
 
 
 def handed(store: dist.Store, text: str | None) -> str:
-    """Rank 0's `text` on every rank; the others give None."""
+    """Broadcast rank 0's `text` through the store; the other ranks pass None."""
     if text is not None:
         store.set("text", text)
     return store.get("text").decode()
 
 
 def within(store: dist.Store, name: str) -> dist.Store:
-    """A part of the store."""
+    """The section `name` of the store."""
     return dist.PrefixStore(name, store)
 
 
 def join(store: dist.Store, topology: Topology, device: torch.device, backend: str, timeout_s: float) -> str:
-    """Form the process group; the name of the backend that was taken."""
+    """Initialise the process group and return the name of its backend."""
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""The verb `report`: one HTML page about a run, or about several side by side. No network, no script."""
+"""The `report` command: one self-contained HTML page about one or several runs, without network or scripts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["Story", "page", "place", "stories"]
 
 TITLES = ("oom", "alarm", "preempt", "resize", "resume", "target", "done", "error")
 STAGE_BINS = 120
-SPEED_BINS = 48  # single updates say little of a speed
+SPEED_BINS = 48  # fewer bins than other curves: the throughput of single updates is noisy
 DIFFERENCES = 5
 
 
 @dataclass(frozen=True)
 class Story:
-    """What is known of one run. `settings` is its run.yaml, key by key."""
+    """A run's data for the report. `settings` is its run.yaml, flattened to dotted keys."""
 
     history: History
     events: tuple[Mapping[str, Any], ...]
@@ -52,7 +52,7 @@ class Story:
 
     @cached_property
     def told(self) -> Mapping[str, Any]:
-        """What `explain` says of it; nothing where it has no stage times."""
+        """The JSON document of `explain`; empty without stage times."""
         try:
             return explained(profile(self.history))
         except RequestError:
@@ -66,10 +66,10 @@ class Story:
 
 
 def stories(words: Sequence[str]) -> Iterator[Story]:
-    """The runs that the words name; a folder of runs stands for all in it.
+    """Load the runs named on the command line; a folder of runs stands for all runs in it.
 
     Raises:
-        RequestError: one of them names none.
+        RequestError: a name does not match any run.
     """
     for word in words:
         for folder in folders(word):
@@ -77,18 +77,18 @@ def stories(words: Sequence[str]) -> Iterator[Story]:
 
 
 def place(words: Sequence[str]) -> Path:
-    """Where the page goes without -o: into the run's folder, or the folder that holds all the runs."""
+    """Default path of the page: in the run directory, or in the common parent directory of several runs."""
     found = [folder for word in words for folder in folders(word)]
     if len(found) == 1:
         return found[0] / "report.html"
     parents = {folder.parent for folder in found}
     if len(parents) > 1:
-        raise RequestError(f"report of {len(found)} runs that lie in different folders: type -o FILE.html")
+        raise RequestError(f"report: {len(found)} runs are in different folders: add -o FILE.html")
     return parents.pop() / "report.html"
 
 
 def page(runs: Sequence[Story]) -> str:
-    """The whole document."""
+    """The complete HTML document."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     body = [f"<header><h1>{safe(title)}</h1>{_subtitle(runs)}</header>"]
     if len(runs) > 1:
@@ -111,7 +111,7 @@ def page(runs: Sequence[Story]) -> str:
 
 def _subtitle(runs: Sequence[Story]) -> str:
     if len(runs) > 1:
-        return "<p>Curves over samples seen. Each run is below the tables.</p>"
+        return "<p>Curves over samples seen. Details of each run follow below the tables.</p>"
     start = next((event for event in runs[0].events if event.get("event") == "start"), {})
     facts = [start.get("recipe"), _plural(runs[0].rows[-1].get("world", 1), "worker"), start.get("device_name")]
     state = f"{'complete' if runs[0].done else 'not complete'} · curves over samples seen"
@@ -236,7 +236,7 @@ def _stage_stack(run: Story, marks: Sequence[Mark]) -> str:
 
 
 def _changes(run: Story) -> Iterator[Mark]:
-    """A restart where the generation grew, a resize where the number of workers changed with it."""
+    """Mark each new generation: as a resize if the number of workers changed, else as a restart."""
     for before, after in pairwise(run.rows):
         if after.get("generation", 0) > before.get("generation", 0):
             worlds = (before.get("world", 1), after.get("world", 1))
@@ -248,7 +248,7 @@ def _changes(run: Story) -> Iterator[Mark]:
 
 
 def _happenings(run: Story) -> str:
-    """The events worth a line, with the seconds since the start."""
+    """Table of the important events with the time since the start."""
     told = [event for event in run.events if event.get("event") in TITLES]
     if not told:
         return ""
@@ -261,7 +261,7 @@ def _happenings(run: Story) -> str:
     more = f"<p>and {len(told) - 200} more in events.jsonl</p>" if len(told) > 200 else ""
     head = "<tr><th>after</th><th>event</th><th></th></tr>"
     table = f'<div class="scroll"><table class="events">{head}{lines}</table></div>'
-    return f"<section><h2>What happened</h2>{table}{more}</section>"
+    return f"<section><h2>Events</h2>{table}{more}</section>"
 
 
 def _time(event: Mapping[str, Any]) -> float:
@@ -270,7 +270,7 @@ def _time(event: Mapping[str, Any]) -> float:
 
 
 def _told(event: Mapping[str, Any]) -> str:
-    """An event's facts in a line: its own words where it has some."""
+    """One line for an event: its `detail`, else its fields."""
     if isinstance(event.get("detail"), str):
         return str(event["detail"])
     facts = {key: value for key, value in event.items() if key not in ("time", "event")}
@@ -289,7 +289,7 @@ def _plain(value: Any) -> str:
 
 
 def _comparison(runs: Sequence[Story]) -> str:
-    """A line a run: what it changed, how far it came, how fast, how well."""
+    """Table with one line per run: changed keys, progress, throughput, best metrics and bottleneck."""
     changed = _changed(runs)
     metrics = sorted({key for run in runs for key in run.metrics("val/")})
     heads = [
@@ -327,7 +327,7 @@ def _figures(run: Story, metrics: Sequence[str]) -> Iterator[str]:
 
 
 def _changed(runs: Sequence[Story]) -> list[str]:
-    """The keys of the configuration that are not the same everywhere, at most a few."""
+    """The first few configuration keys whose values differ between the runs."""
     told = [run.settings for run in runs if run.settings]
     keys = sorted({key for settings in told for key in settings if not key.startswith(("run.", "launch."))})
     own = [key for key in keys if len({settings.get(key) for settings in told}) > 1]
@@ -357,7 +357,7 @@ def _overlays(runs: Sequence[Story]) -> Iterator[str]:
             charts.append(_figure(key, line_chart(series, far, key, zero=zero, log="loss" in key)))
     yield f'<section>{keys}<div class="charts">{"".join(charts)}</div></section>'
     if len(runs) > COLOURS:
-        yield f"<p>The curves are those of the first {COLOURS} of {len(runs)} runs.</p>"
+        yield f"<p>Only the first {COLOURS} of {len(runs)} runs are plotted.</p>"
 
 
 # --- files beside metrics.jsonl; any of them may be missing or broken --------------------------------------------

@@ -1,4 +1,4 @@
-"""How the report looks: one style sheet, light and dark by what the reader's system prefers."""
+"""The report's CSS, with light and dark mode by the system's preference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an existing run folder means for a new command: go on, be done already, or refuse."""
+"""Decide whether a command may resume an existing run: continue, start a new run, or refuse."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from launcher.typed import shown
 
 __all__ = ["Decision", "changed_keys", "decide", "is_free"]
 
-#: Keys that do not alter what is learned: whole parts, and single keys.
+#: Keys that do not affect the trained model and may change on resume: whole sections, and single keys.
 FREE_PARTS = ("launch", "log", "plan", "run", "sink", "strategy", "sweep", "tune")
 FREE_KEYS = frozenset(
     {
-        "checkpoint.every",  # not checkpoint.dir: elsewhere there is nothing to go on from
+        "checkpoint.every",  # not checkpoint.dir: another folder has nothing to resume from
         "checkpoint.keep",
         "checkpoint.sharded",
         "data.prefetch",
@@ -32,26 +32,27 @@ FREE_KEYS = frozenset(
         "elastic.max_workers",
         "elastic.min_workers",
         "format",
-        "recipe.trust",  # says what may be imported, is not passed to the recipe
+        "recipe.trust",  # names what may be imported; not passed to the recipe
         "resume",
-        "train.activation_checkpointing",  # changes not one bit
+        "train.activation_checkpointing",  # results are bitwise identical
         "train.device",
         "train.profile",
-        "train.stop_at_target",  # where training ends, as a longer train.duration does
+        "train.stop_at_target",  # only changes where training ends, like a longer train.duration
         "train.target.at_least",
         "train.target.at_most",
         "train.target.metric",
     }
 )
-#: What a policy works out anew at every world size: under hold the global batch stays, however it is cut up.
+#: Keys that the batch policy recomputes at every world size: hold keeps the global batch, however it is split.
 FREE_UNDER = dict.fromkeys(("hold", "goodput"), ("batch.per_device", "batch.accumulation"))
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`fresh`: a new run, in a new folder. `must`: there has to be a checkpoint. `checkpoint`: the one the user names.
+    """How to start the run.
 
-    `changed`: the keys that differ from the folder's configuration and may, with the old and the new value.
+    `fresh`: start a new run in a new directory. `must`: a checkpoint has to exist. `checkpoint`: the one named by the
+    user. `changed`: keys that differ from the configuration in the run directory and may differ, as (old, new).
     """
 
     fresh: bool = False
@@ -69,18 +70,18 @@ def decide(
     done: bool = False,
     samples_of: Callable[[str], int] | None = None,
 ) -> Decision:
-    """What `resume` asks for, given the folder's configuration (`old`, None where there is none yet), both flat.
+    """Decide what `resume` means, given the flat configurations in the directory (`old`, None if new) and requested.
 
-    Secrets are masked in what the folder holds, so they must be in `new`. `done`: the run is complete; then asking for
-    less than it did is no change. `samples_of` makes durations in different units comparable.
+    The directory stores masked secrets, so they must be masked in `new` too. `done`: the run is complete, so a shorter
+    duration is allowed. `samples_of` converts a duration to samples, to compare durations in different units.
 
     Raises:
-        RequestError: a key that alters what is learned was changed, or there is nothing to resume from.
+        UsageError: a key that affects training was changed, or there is nothing to resume from.
     """
     if resume == "never" or (resume == "auto" and old is None):
         return Decision(fresh=True)
     if resume == "must" and old is None:
-        raise RequestError(f"resume=must but {folder} holds no run: check run.name, or type resume=auto")
+        raise RequestError(f"resume=must but {folder} contains no run: check run.name, or type resume=auto")
     checkpoint = None if resume in ("auto", "must") else named(resume)
     changed = changed_keys(old, new) if old is not None else {}
     refuse(
@@ -90,7 +91,7 @@ def decide(
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with the old and the new one."""
+    """Return the dotted keys whose values differ, as (old, new)."""
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 
@@ -104,18 +105,18 @@ def may_change(
     if key == "train.duration":
         return done or not shorter(*values, samples_of)
     if key == "train.validate_every":
-        return new.get("schedule.decay") != "plateau"  # its rate falls by what validations find
+        return new.get("schedule.decay") != "plateau"  # plateau lowers the learning rate by validation results
     allowed = () if new.get("elastic.exact") else FREE_UNDER.get(str(new.get("batch.policy")), ())
     return is_free(key) or key in allowed
 
 
 def is_free(key: str) -> bool:
-    """Whether a key alters nothing of what is learned, under whatever policy."""
+    """Whether a key never affects the trained model, under any batch policy."""
     return key.partition(".")[0] in FREE_PARTS or key in FREE_KEYS
 
 
 def shorter(was: str, now: str, samples_of: Callable[[str], int] | None) -> bool:
-    """Whether `now` is less training than `was`; of two units only `samples_of` can tell."""
+    """Whether `now` is less training than `was`; durations in different units need `samples_of`."""
     if samples_of is not None:
         return samples_of(now) < samples_of(was)
     before, after = (Duration.parse(text, "train.duration") for text in (was, now))
@@ -126,5 +127,5 @@ def refuse(folder: Path, wrong: Mapping[str, tuple[Any, Any]]) -> None:
     if wrong:
         listed = ", ".join(f"{key} ({shown(was)} before, {shown(now)} now)" for key, (was, now) in wrong.items())
         raise RequestError(
-            f"{folder} was trained with another {listed}: type run.name=... for a new run, or resume=never"
+            f"{folder} was trained with other values of {listed}: type run.name=... for a new run, or resume=never"
         )

@@ -1,4 +1,4 @@
-"""How the best rate follows the batch, by optimizer, and where that is known to end."""
+"""Learning rate scaling rules by optimizer, and the batch size up to which they are known to hold."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["Rule", "far_advice", "far_of", "has_second_moment", "optimizer_of", 
 
 Rule = Literal["linear", "sqrt", "noise", "none"]
 
-#: How the best rate follows the batch, by optimizer. Those without: their step's length does not depend on the
-#: gradient's (sign methods, Rprop, Muon's orthogonal step), so a larger batch changes the direction only.
+#: How the best learning rate scales with the batch, by optimizer. Those with "none" take steps whose length does not
+#: depend on the gradient's (sign methods, Rprop, Muon's orthogonal step), so a larger batch only changes the direction.
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("sgd", "asgd", "lars"), "linear"),
     **dict.fromkeys(("adam", "adamw", "nadam", "radam", "adamax", "sparseadam", "lamb", "adafactor"), "sqrt"),
     **dict.fromkeys(("adagrad", "adadelta", "rmsprop"), "sqrt"),
     **dict.fromkeys(("rprop", "lion", "signsgd", "signum", "muon"), "none"),
 }
-_SQUARES = ("adam", "adamw", "nadam", "radam", "sparseadam", "lamb")  # Adamax keeps a maximum
-_SECOND_MOMENT = ("adam", "adamw", "nadam", "adamax", "sparseadam", "lamb")  # RAdam rectifies its own first updates
-_FAR = {"linear": 32, "sqrt": 8}  # times the base batch: beyond it no rule was seen to hold
+_SQUARES = ("adam", "adamw", "nadam", "radam", "sparseadam", "lamb")  # not Adamax, which keeps a maximum
+_SECOND_MOMENT = ("adam", "adamw", "nadam", "adamax", "sparseadam", "lamb")  # RAdam corrects its first updates itself
+_FAR = {"linear": 32, "sqrt": 8}  # multiples of the base batch beyond which no rule was observed to hold
 
 
 def rule_of(run: Run) -> Rule:
-    """lr.rule, under `auto` by the class of the optimizer. RequestError where that class is not known."""
+    """lr.rule; `auto` is resolved by the optimizer's class. Raises UsageError if that class is unknown."""
     if run.lr.rule != "auto":
         return run.lr.rule
     rule = _RULES.get(optimizer_of(run))
@@ -40,28 +40,28 @@ def rule_of(run: Run) -> Rule:
 
 
 def optimizer_of(run: Run) -> str:
-    """The optimizer's class, in small letters, without the words for where it is computed."""
+    """The optimizer's class name in lower case, without prefixes for its implementation (DeepSpeed, CPU, fused)."""
     name = str(run.optimizer.get("_target_", "")).rpartition(".")[2].lower()
     return re.sub(r"^(deepspeed)?(cpu|fused)?", "", name)
 
 
 def power_of(run: Run) -> float:
-    """The power of the batch's gain that the rate follows: one half for the Adam family, else one."""
+    """The exponent of the batch's gain in the learning rate: 0.5 for the Adam family, otherwise 1."""
     return 0.5 if _RULES.get(optimizer_of(run)) == "sqrt" else 1.0
 
 
 def has_second_moment(run: Run) -> bool:
-    """Whether the optimizer keeps an average of squared gradients, as Adam does."""
+    """Whether the optimizer keeps an average of squared gradients, as Adam does, that can be rescaled."""
     return optimizer_of(run) in _SQUARES
 
 
 def far_of(run: Run, rule: Rule) -> int | None:
-    """How many base batches the rule is good for; None where the rate does not follow the batch."""
+    """The multiple of the base batch up to which the rule holds; None if the learning rate does not scale."""
     return None if rule == "none" else _FAR.get(_RULES.get(optimizer_of(run), rule))
 
 
 def far_advice(run: Run, rule: Rule, kappa: float) -> str:
-    """One line where the batch is `kappa` base batches and that is too many, else nothing."""
+    """A one-line warning if a batch of `kappa` base batches is beyond the rule's validity, otherwise empty."""
     far = far_of(run, rule)
     if far is None or kappa <= far:
         return ""
@@ -72,7 +72,7 @@ def far_advice(run: Run, rule: Rule, kappa: float) -> str:
 
 
 def warmup_advice(run: Run, warmup: int, duration: int, batch: int) -> str:
-    """One line where an Adam warms up over fewer samples than its second moment needs, else nothing."""
+    """A one-line warning if Adam's warmup is shorter than its second moment needs, otherwise empty."""
     if optimizer_of(run) not in _SECOND_MOMENT:
         return ""
     beta2 = float(run.optimizer.get("betas", (0.9, 0.999))[1])
@@ -80,6 +80,6 @@ def warmup_advice(run: Run, warmup: int, duration: int, batch: int) -> str:
     if warmup >= min(updates * batch, duration / 10):
         return ""
     return (
-        f"schedule.warmup={run.schedule.warmup} is under the {updates:.0f} updates, 2/(1 - beta2), in which Adam's "
-        "second moment settles, and under 10 % of train.duration: consider schedule.warmup=0.1dur"
+        f"schedule.warmup={run.schedule.warmup} is shorter than the {updates:.0f} updates, 2/(1 - beta2), that Adam's "
+        "second moment needs to settle, and than 10 % of train.duration: consider schedule.warmup=0.1dur"
     )

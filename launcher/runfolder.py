@@ -1,4 +1,4 @@
-"""A run's folder: its files, its lock, its generations, and how it gets its name."""
+"""The run directory: its files, its lock, its generation counter, and its name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run, and the few files that are read and written whole. Everything is private to the user."""
+    """Paths in one run directory, and access to its small files. Everything is readable by the user only."""
 
     path: Path
 
@@ -56,7 +56,7 @@ class RunFolder:
 
     @property
     def profile_json(self) -> Path:
-        """Under batch=goodput, the measured update times."""
+        """The measured update times that batch=goodput uses."""
         return self.path / "profile.json"
 
     @property
@@ -81,7 +81,7 @@ class RunFolder:
 
     @property
     def gate(self) -> Path:
-        """What waits here would join the job once its workers have saved: a file per node, named by it."""
+        """Nodes waiting to join the job after its next checkpoint: one file per node, named after it."""
         return self.path / ".gate"
 
     @property
@@ -97,24 +97,24 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     def checkpoints_in(self, elsewhere: str | None) -> Path:
-        """This run's own folder in `checkpoint.dir`, where that is given: another run's checkpoints are not its own."""
+        """Return the checkpoint folder: a subfolder per run if `checkpoint.dir` is set, so that runs do not mix."""
         if not elsewhere:
             return self.checkpoints
         return Path(elsewhere) / (self.path.relative_to(RUNS) if self.path.is_relative_to(RUNS) else self.path.name)
 
     @property
     def slurm_json(self) -> Path:
-        """Which Slurm job has the folder; written by its script each time it is started."""
+        """The Slurm job that owns the directory; written by the job script at every start."""
         return self.path / "slurm.json"
 
     def log(self, rank: int, generation: int) -> Path:
         return self.logs / f"rank{rank}-g{generation}.log"
 
     def create(self) -> Path | None:
-        """Make the folder and what lies in it; what is there stays. Returns the uppermost folder that was made.
+        """Create the directory and its subfolders; existing files stay. Return the topmost folder that was created.
 
         Raises:
-            RequestError: it cannot be made, or a part of it is a link that leads elsewhere.
+            UsageError: it cannot be created, or a subfolder is a symbolic link.
         """
         absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
@@ -126,11 +126,11 @@ class RunFolder:
             ) from problem
         for folder in (self.logs, self.checkpoints):
             if folder.is_symlink() or not folder.is_dir():
-                raise RequestError(f"{folder} is no folder of its own: remove it, or type another run.name=")
+                raise RequestError(f"{folder} is a link or not a folder: remove it, or type another run.name=")
         return absent[-1] if absent else None
 
     def discard(self, made: Path) -> None:
-        """Remove a folder in which nothing was trained, and those above it up to `made`, as far as they are empty."""
+        """Remove the directory if nothing was trained in it, and its empty parents up to `made`."""
         if any(self.checkpoints.iterdir()) or (self.metrics.exists() and self.metrics.stat().st_size):
             return
         shutil.rmtree(self.path)
@@ -141,10 +141,10 @@ class RunFolder:
                 parent.rmdir()
 
     def generation(self) -> int:
-        """How often the workers of this run have been started; 0 before the first time.
+        """Return how often the workers of this run have been started; 0 before the first start.
 
         Raises:
-            RequestError: it cannot be known: rows of metrics.jsonl would supersede the wrong ones.
+            UsageError: the file is damaged; with a wrong number, rows of metrics.jsonl would supersede wrong rows.
         """
         kept = self.path / "generation"
         try:
@@ -152,7 +152,7 @@ class RunFolder:
         except FileNotFoundError:
             return 0
         except ValueError:
-            raise RequestError(f"{kept} holds no number: write the last generation of metrics.jsonl into it") from None
+            raise RequestError(f"{kept} has no number: write the last generation of metrics.jsonl into it") from None
 
     def next_generation(self) -> int:
         number = self.generation() + 1
@@ -160,7 +160,7 @@ class RunFolder:
         return number
 
     def restarts(self) -> int:
-        """How many of those starts replaced workers of a job under way, and were no new command."""
+        """Return how many of those starts were restarts within a job rather than new commands."""
         try:
             return int((self.path / "restarts").read_text())
         except (FileNotFoundError, ValueError):
@@ -170,7 +170,7 @@ class RunFolder:
         write_whole(self.path / "restarts", f"{self.restarts() + 1}\n")
 
     def saved_generation(self) -> int:
-        """The last start of the workers that saved a checkpoint; 0 before the first."""
+        """Return the last generation that saved a checkpoint; 0 before the first checkpoint."""
         try:
             return int((self.path / "saved").read_text())
         except (FileNotFoundError, ValueError):
@@ -183,7 +183,7 @@ class RunFolder:
         self.stop_file.unlink(missing_ok=True)
 
     def ask_to_stop(self, why: str) -> None:
-        """`why`: by what. A full disk still has room for a name."""
+        """Request a stop; `why` names its origin. On a full disk an empty file is created, which still works."""
         try:
             write_whole(self.stop_file, why)
         except OSError:
@@ -193,14 +193,14 @@ class RunFolder:
         return self.stop_file.exists()
 
     def stop_reason(self) -> str:
-        """What the stop was asked for by; empty where the stop file does not say, or is none."""
+        """Return the origin of the stop request; empty if the stop file is empty, unreadable or not a regular file."""
         try:
             return self.stop_file.read_text(errors="replace").strip() if self.stop_file.is_file() else ""
         except OSError:
             return ""
 
     def asks_to_join(self) -> bool:
-        """Whether a node waits at the gate."""
+        """Whether a node is waiting to join."""
         try:
             with os.scandir(self.gate) as waiting:
                 return next(waiting, None) is not None
@@ -208,17 +208,17 @@ class RunFolder:
             return False
 
     def let_in(self) -> list[str]:
-        """Open the gate: what waits there, which has to be saved for first, goes on and joins. Who was there."""
+        """Admit the waiting nodes and return their names. Call it only after a checkpoint has been saved."""
         waiting = sorted(self.gate.iterdir()) if self.gate.is_dir() else []
         for mark in waiting:
             mark.unlink(missing_ok=True)
         return [mark.name for mark in waiting]
 
     def read_done(self) -> dict[str, Any] | None:
-        """What done.json says; None where training is not complete.
+        """Return the content of done.json; None if training is not complete.
 
         Raises:
-            RequestError: it cannot be read.
+            UsageError: the file cannot be read.
         """
         try:
             done = json.loads(self.done_json.read_text())
@@ -227,11 +227,11 @@ class RunFolder:
         except (OSError, ValueError):
             done = None
         if not isinstance(done, dict) or not isinstance(done.get("samples"), int):
-            raise RequestError(f"{self.done_json} cannot be read: remove it, and the run goes on from its checkpoint")
+            raise RequestError(f"{self.done_json} cannot be read: remove it, and the run continues from its checkpoint")
         return done
 
     def read_plan(self) -> dict[str, Any] | None:
-        """The plan that was last in force; None before the first."""
+        """Return the plan last in force; None before the first."""
         try:
             plan = json.loads(self.plan_json.read_text())
         except (OSError, ValueError):
@@ -239,27 +239,27 @@ class RunFolder:
         return plan if isinstance(plan, dict) and "world" in plan else None
 
     def write_done(self, facts: Mapping[str, Any]) -> None:
-        """The last word of a run: everything else is on the disk before."""
+        """Mark the run as complete. Written last, when everything else is on disk."""
         write_whole(self.done_json, json.dumps(facts, indent=1) + "\n")
 
     def wandb_id(self) -> str:
-        """The same for every restart: made once, kept in the folder."""
+        """Return the W&B run id; created once and kept in the directory, so that restarts use the same id."""
         kept = self.path / "wandb-id"
         if not kept.exists():
             write_whole(kept, os.urandom(4).hex())
         return kept.read_text().strip()
 
     def lock(self, torchrun: int | None = None) -> Lock:
-        """Take the folder for this process, a worker of the user's own `torchrun` where that is given.
+        """Lock the directory for this process. `torchrun`: pid of the torchrun that the user started, if any.
 
         Raises:
-            RequestError: another living process has it; it is named.
+            UsageError: another live process holds the lock; the message names it.
         """
         return Lock(self.path, torchrun)
 
 
 class Lock:
-    """An flock: the kernel lets go of it when the process ends, however it ends."""
+    """An flock on the run directory; the kernel releases it when the process ends, for any reason."""
 
     def __init__(self, folder: Path, torchrun: int | None = None) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -276,7 +276,7 @@ class Lock:
             raise RequestError(
                 f"{folder} is in use by {owner}: wait for it, stop it, or type another run.name="
             ) from None
-        os.register_at_fork(after_in_child=self._file.close)  # a loader process must not keep it when its rank dies
+        os.register_at_fork(after_in_child=self._file.close)  # a loader process must not hold it after its rank died
         self._file.seek(0)
         self._file.truncate()
         since = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -289,10 +289,10 @@ class Lock:
 
 
 def take(file: IO[str]) -> None:
-    """Lock it, if need be at a second try: who asks whether a run is running has its lock for a moment, too.
+    """Lock the file, with a few retries, because `launcher status` and `watch` hold the lock for a moment.
 
     Raises:
-        OSError: somebody has it for longer, or there are no locks here.
+        OSError: another process keeps the lock, or the file system has no locks.
     """
     for _ in range(9):
         with suppress(BlockingIOError):
@@ -305,27 +305,27 @@ def take(file: IO[str]) -> None:
 
 
 def named_folder(name: str) -> Path:
-    """`runs/<name>`, which never lies anywhere else.
+    """Return `runs/<name>` and ensure that it lies inside runs/.
 
     Raises:
-        RequestError: the name is none, or a link of that name leads out of runs/.
+        UsageError: the name is invalid, or is a symbolic link that points outside runs/.
     """
     if not NAME.fullmatch(name):
-        given = " ".join(name.split())  # a refusal is one line
+        given = " ".join(name.split())  # error messages are one line
         raise RequestError(
             f"run.name={given}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
         )
     folder = RUNS / name
     if folder.is_symlink() and folder.resolve().parent != RUNS.resolve():
-        raise RequestError(f"run.name={name} is a link that leads out of {RUNS}/: type run.dir={folder.resolve()}")
+        raise RequestError(f"run.name={name} is a link that points outside {RUNS}/: type run.dir={folder.resolve()}")
     return folder
 
 
 def free_name(recipe: str, job: str | None, now: datetime) -> str:
-    """`<recipe>-<job>`, the same for a requeued job; else `<recipe>-<time>`, of a folder that is not there yet.
+    """Return `<recipe>-<job>`, stable across requeues; without a job `<recipe>-<time>`, made unique in runs/.
 
     Raises:
-        RequestError: the job's id, which the user may choose, makes no name.
+        UsageError: the job id, which the user may choose, is not valid in a name.
     """
     if job is not None:
         return named_folder(f"{recipe}-{job}").name
@@ -334,27 +334,27 @@ def free_name(recipe: str, job: str | None, now: datetime) -> str:
 
 
 def recipe_name(target: str) -> str:
-    """`resnet` of `launcher.recipes.resnet.ResNet`; a class of the user's own by its own name."""
+    """Return `resnet` for `launcher.recipes.resnet.ResNet`, and the lower-case class name for a custom recipe."""
     module, _, name = target.rpartition(".")
     return (module.rpartition(".")[2] if module.startswith("launcher.recipes.") else name).lower()
 
 
 def runs_with(file: str) -> str:
-    """Which runs have such a file, the newest first, for one who typed a name that is none."""
+    """List the runs that contain `file`, newest first, for error messages about an unknown run name."""
     found = [(path.stat().st_mtime, path.parent.name) for path in RUNS.glob(f"*/{file}") if path.is_file()]
     names = [name for _, name in sorted(found, reverse=True)]
     if not names:
-        return f"there is none in {RUNS}/ here"
+        return f"there are no runs in {RUNS}/"
     more = f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else ""
-    return f"there are {', '.join(names[:MOST_TOLD])}{more}"
+    return f"the most recent are {', '.join(names[:MOST_TOLD])}{more}"
 
 
-# --- what outlives a restart under a torchrun of the user's own ---------------------------------------------------
+# --- memory across worker restarts, where the user ran torchrun ---------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recalled:
-    """The folder that the first worker of an agent trained in, and which was the newest checkpoint before."""
+    """The run directory chosen at the first start under an agent, and the newest checkpoint at that time."""
 
     folder: Path
     newest: str | None = None
@@ -369,7 +369,7 @@ class Recalled:
 
 
 def recall() -> Recalled | None:
-    """What an earlier worker of the same agent knew; None where this is the agent's first start of its workers."""
+    """Load what an earlier worker of the same agent decided; None at the agent's first start of its workers."""
     try:
         return Recalled.from_json(memory().read_text())
     except FileNotFoundError:
@@ -377,7 +377,7 @@ def recall() -> Recalled | None:
 
 
 def remember(decided: Recalled) -> None:
-    """Keep the decision by host, the agent's pid and when that was started; what belongs to dead agents is removed."""
+    """Save the decision, keyed by host, agent pid and agent start time; remove the files of dead agents."""
     private_folder(AGENTS)
     for old in AGENTS.iterdir():
         host, _, agent = old.name.rpartition("@")

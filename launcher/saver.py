@@ -1,4 +1,4 @@
-"""When and what a run saves: its checkpoints, the best one among them, and what is left when it has finished."""
+"""Decide when to save checkpoints, and write them in a background thread."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["Saver", "name_of"]
 
 
 class Saver:
-    """Writes on rank 0, whose files serve every rank and every strategy; the others take part in gathering the state.
+    """Saves checkpoints on rank 0, readable by every rank and strategy; the other ranks help to gather the state.
 
-    Training waits for a copy of the state alone; a thread writes it, one at a time, and runs no collective. A
-    checkpoint takes its name only when the row of its update is in metrics.jsonl: neither may be there without the
-    other. A save that fails is an alarm, and an error where it was the last one. With `sharded` every rank writes what
-    it holds, in a thread of its own, and rank 0 puts it together.
-    `every_s` is `checkpoint.every` where that is a time: rank 0 then raises its wish in the vote.
+    Training waits only until the state is copied; a thread then writes it, one save at a time, without collectives. A
+    checkpoint is renamed to its final name only once the row of its update is in metrics.jsonl, so that neither exists
+    without the other. A failed save raises an alarm; if it was the last save, it is an error. With `sharded`, every
+    rank writes its own shard in a thread, and rank 0 merges them.
+    `every_s` is `checkpoint.every` if that is a time: rank 0 then requests the save in its gathered statistics.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class Saver:
         self._problem: Exception | None = None
 
     def wants(self) -> bool:
-        """Whether it is time to save, by the clock; rank 0 speaks for all."""
+        """Return whether a timed save is due; decided by rank 0 for all ranks."""
         return self._rank == 0 and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
 
     def save(self, replica: Replica, study: Study, standing: Standing, plan: BatchPlan) -> None:
-        """Copy the state and have it written; every rank calls it, since it may have to be gathered.
+        """Copy the state and start writing it; every rank must call this, since the state may have to be gathered.
 
         Raises:
-            RequestError: the state that was saved before cannot be saved at all.
+            UsageError: the previous state could not be serialised.
         """
         replica.settle_buffers()
         self._saved_at = self._clock()
@@ -106,7 +106,7 @@ class Saver:
         self._writing.start()
 
     def _state(self, replica: Replica) -> tuple[State, Part | None]:
-        """The whole state, or with `sharded` this rank's part."""
+        """The full state, or with `sharded` this rank's shard."""
         if not self._sharded:
             return replica.tensors(), None
         state, places = replica.shards()
@@ -114,26 +114,26 @@ class Saver:
 
         def patience() -> None:
             if self._closing.is_set() or self._clock() > until_s:
-                raise checkpoint.CheckpointError("the other ranks have not written their parts")
+                raise checkpoint.CheckpointError("the other ranks have not written their checkpoint shards")
 
         return state, Part(self._rank, self._world, str(self._generation), places, patience)
 
     def told(self) -> None:
-        """The rows of all finished updates have been handed over."""
+        """Signal that the rows of all finished updates have been recorded."""
         self._told.set()
 
     def settle(self) -> None:
         """Wait for the last save.
 
         Raises:
-            CheckpointError: it failed.
+            CheckpointError: the save failed.
         """
         self._join()
         if self._problem is not None:
             raise self._problem
 
     def close(self) -> None:
-        """Wait for what is being written, whatever comes of it."""
+        """Wait for the current save to end, whether or not it succeeds."""
         self._closing.set()
         self.told()
         self._join()
@@ -172,5 +172,5 @@ class Saver:
 
 
 def name_of(standing: Standing) -> str:
-    """A checkpoint's name: it counts updates, so that names sort by age."""
+    """The checkpoint's name, which contains the zero-padded update number so that names sort by age."""
     return f"update-{standing.position.update:08d}"

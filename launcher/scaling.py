@@ -1,6 +1,6 @@
-"""How long an update takes at any batch and world size, what it is worth, and the batch that is worth most per second.
+"""Update time as a function of batch and world size, and the choice of the batch with the highest goodput.
 
-The model is that of Pollux (OSDI 2021, arXiv 2008.12260), fitted to measured updates; its predictions have bands.
+The model is that of Pollux (OSDI 2021, arXiv 2008.12260), fitted to measured updates; predictions have error bands.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from launcher.throughput import Estimate
 __all__ = ["Choice", "Measured", "UpdateModel", "Workload", "best_batch", "choose", "fit_updates"]
 
 REACH = 2  # times the largest world size measured
-_GAMMA = 10.0  # there full overlap is reached to within 7 %
-#: Logarithms are taken to lie so near a guess that is made from the data: a factor of twenty; of two for gamma.
+_GAMMA = 10.0  # upper limit; at 10, overlap is complete to within 7 %
+#: Prior width in log space around a guess made from the data: a factor of twenty, and of two for gamma.
 _LOOSE, _GAMMA_LOOSE = 3.0, 0.7
 _FIRST_SPREAD, _LEAST_SPREAD = 0.05, 0.003
 _STEP = 1e-5
@@ -26,7 +26,7 @@ _ROUNDS, _PASSES = 60, 4
 
 @dataclass(frozen=True)
 class Measured:
-    """Updates that were timed: `per_device` is the largest micro-batch, `spread` the relative standard error."""
+    """A timed update: `per_device` is the largest micro-batch, `spread` the relative standard error of `seconds`."""
 
     per_device: int
     accumulation: int
@@ -38,7 +38,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is known beside: seconds of the optimizer's step, of the host, and of the loader for each sample of a rank.
+    """Known fixed costs: seconds of the optimizer step and of host work, and of data loading per sample of a rank.
 
     `every_micro`: the strategy communicates in every micro-batch, as FSDP2 and ZeRO-3 do.
     """
@@ -53,23 +53,24 @@ class Workload:
 class UpdateModel:
     """Update time = max((a - 1) C + (C^g + S^g)^(1/g) + optimizer, data) + host, C = alpha + beta m.
 
-    S = alpha_r + beta_r max(K - 2, 0) within a node, with other constants across nodes, 0 for one worker; g >= 1 says
-    how far communication hides behind computation. `logs` are the logarithms of (alpha, beta, alpha_r, beta_r of one
-    node, those across nodes, g), `covariance` theirs.
+    a: accumulation, m: micro-batch, K: world size. S = alpha_r + beta_r max(K - 2, 0) within a node, with separate
+    constants across nodes, and 0 for one worker; g >= 1 describes how far communication overlaps with computation.
+    `logs` are the logarithms of (alpha, beta, alpha_r and beta_r within a node, both again across nodes, g), and
+    `covariance` is their covariance matrix.
     """
 
     work: Workload
     logs: tuple[float, ...]
     covariance: tuple[tuple[float, ...], ...] = ()
     reach: float = math.inf
-    worlds: tuple[tuple[int, int], ...] = field(default=())  # (world, nodes) that were measured
+    worlds: tuple[tuple[int, int], ...] = field(default=())  # the measured (world size, nodes)
 
     @cached_property
     def _values(self) -> tuple[float, ...]:
         return tuple(map(math.exp, self.logs))
 
     def seconds(self, per_device: float, accumulation: int, world: int, nodes: int = 1) -> float:
-        """Of one update, wherever it is: `predict` says how well that is known."""
+        """Time of one update at any configuration, without range check or error band (see `predict`)."""
         alpha, beta, *sync, gamma = self._values
         compute = alpha + beta * per_device
         constant, each = sync[2:] if nodes > 1 else sync[:2]
@@ -79,10 +80,10 @@ class UpdateModel:
         return max(device, self.work.data_s * per_device * accumulation) + self.work.host_s
 
     def predict(self, per_device: int, accumulation: int, world: int, nodes: int = 1) -> Estimate:
-        """Seconds of one update with their band.
+        """Time of one update in seconds, with its error band.
 
         Raises:
-            ValueError: too far from what was measured; the message says how far it reaches.
+            ValueError: too far from what was measured; the message states the limit.
         """
         self._within(world, nodes)
         value = self.seconds(per_device, accumulation, world, nodes)
@@ -100,11 +101,11 @@ class UpdateModel:
             raise ValueError(f"no synchronisation {where} was measured: measure 2 workers or more {where}")
         if world > REACH * max(alike):
             raise ValueError(
-                f"{world} workers are beyond twice the {max(alike)} measured {where}: measure more of them"
+                f"{world} workers are beyond twice the {max(alike)} measured {where}: measure larger world sizes"
             )
 
     def _slopes(self, where: tuple[int, int, int, int]) -> list[float]:
-        """Of the time's logarithm, by each of `logs`."""
+        """Derivatives of the log time with respect to each of `logs`, by finite differences."""
         here = math.log(self.seconds(*where))
         return [
             (math.log(replace(self, logs=_moved(self.logs, at, _STEP)).seconds(*where)) - here) / _STEP
@@ -113,16 +114,18 @@ class UpdateModel:
 
 
 def fit_updates(measured: Sequence[Measured], work: Workload = Workload()) -> UpdateModel:
-    """The model by least squares in log time, every constant above 0 and gamma from 1 to 10.
+    """Fit the model by least squares in log time, with every constant above 0 and gamma from 1 to 10.
 
-    What the measurements do not determine stays near a guess, loosely, and its doubt is part of every band. Where they
-    are as many as the constants, or fewer, errors of 5 % are assumed, or the measured ones where those are larger.
+    Constants that the measurements do not determine stay near a guess (a loose prior), and their uncertainty widens
+    every band. With no more measurements than constants, errors of 5 % are assumed, or the measured ones if larger.
 
     Raises:
-        ValueError: fewer than two sizes of micro-batch.
+        ValueError: fewer than two micro-batch sizes.
     """
     if len({each.per_device for each in measured}) < 2:
-        raise ValueError("updates of one micro-batch size: measure two or more, or overhead and work cannot be told")
+        raise ValueError(
+            "only one micro-batch size was timed, measure two or more to separate fixed from per-sample time"
+        )
     guess = _guess(measured, work)
     model, known = UpdateModel(work, guess), math.sqrt(sum(each.spread**2 for each in measured) / len(measured))
     spread, freedom = max(_FIRST_SPREAD, known), 1.0
@@ -135,13 +138,13 @@ def fit_updates(measured: Sequence[Measured], work: Workload = Workload()) -> Up
 
 
 def best_batch(noise: float, constant_s: float, per_sample_s: float) -> float:
-    """The batch of most progress per second where an update takes constant + per_sample x batch: sqrt(phi c0 / c1)."""
+    """The batch with the highest goodput if an update takes constant + per_sample x batch: sqrt(phi c0 / c1)."""
     return math.sqrt(noise * constant_s / per_sample_s)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A batch and what it brings: samples/s, their worth relative to the base batch, and the product."""
+    """A batch with its samples/s, its efficiency relative to the base batch, and their product, the goodput."""
 
     per_device: int
     accumulation: int
@@ -162,7 +165,7 @@ def choose(
     max_global: int,
     nodes: int = 1,
 ) -> Choice:
-    """The (per_device, accumulation) of most progress per second, micro-batches up to `cap`; ties to the smaller batch.
+    """The (per_device, accumulation) with the highest goodput, per_device up to `cap`; ties go to the smaller batch.
 
     The global batch is world x per_device x accumulation, clamped to the bounds as under batch.policy=bounded.
 
@@ -185,9 +188,9 @@ def choose(
 def _best_of(
     model: UpdateModel, size: int, workers: tuple[int, int], worth: tuple[float, int], bounds: tuple[int, int]
 ) -> Iterator[Choice]:
-    """The best accumulation for one size of micro-batch, and both ends of its range, where the batch is clamped.
+    """Yield the best accumulation for one micro-batch size, and both ends of its range, where the batch is clamped.
 
-    Time is convex in the accumulation a, so time x (phi + B) / B is too, and halving finds its least.
+    Time is convex in the accumulation a, so time x (phi + B) / B is too, and bisection finds the minimum.
     """
     world, nodes = workers
     low, high = max(1, bounds[0] // (world * size)), max(1, -(-bounds[1] // (world * size)))
@@ -216,7 +219,10 @@ def _joined(compute: float, sync: float, gamma: float) -> float:
 
 
 def _guess(measured: Sequence[Measured], work: Workload) -> tuple[float, ...]:
-    """Of a micro-batch's time a third constant; synchronisation a tenth of it, and a fortieth per further worker."""
+    """Initial logs: a third of a micro-batch's time is constant, synchronisation a tenth plus a fortieth per worker.
+
+    Synchronisation across nodes is taken to cost twice as much.
+    """
     fixed = work.optimizer_s + work.host_s
     micros = sorted(max(each.seconds - fixed, each.seconds / 10) / each.accumulation for each in measured)
     sizes = sorted(each.per_device for each in measured)
@@ -228,9 +234,9 @@ def _guess(measured: Sequence[Measured], work: Workload) -> tuple[float, ...]:
 def _nearest(
     model: UpdateModel, guess: Sequence[float], measured: Sequence[Measured], spread: float
 ) -> tuple[UpdateModel, float, float]:
-    """The fit at this relative spread of the times: with the sum of its squared errors and the degrees of freedom.
+    """Fit at this relative spread of the times; return the model, sum of squared errors and degrees of freedom.
 
-    Levenberg and Marquardt's steps, on errors in log time over `spread` and on the distance from the guess.
+    Levenberg-Marquardt on the errors in log time over `spread` plus the distance from the guess.
     """
     loose = [_LOOSE] * (len(guess) - 1) + [_GAMMA_LOOSE]
     damping = 1e-3
@@ -252,7 +258,7 @@ def _nearest(
             damping *= 8
     normal, _ = _normal(model, guess, loose, measured, spread)
     covariance = _inverse(normal)
-    told = sum(1 - covariance[i][i] / loose[i] ** 2 for i in range(len(loose)))  # constants that the data determine
+    told = sum(1 - covariance[i][i] / loose[i] ** 2 for i in range(len(loose)))  # constants determined by the data
     off = sum(_off(model, each) ** 2 for each in measured)
     return replace(model, covariance=covariance), off, len(measured) - told
 
@@ -271,7 +277,7 @@ def _cost(
 def _normal(
     model: UpdateModel, guess: Sequence[float], loose: Sequence[float], measured: Sequence[Measured], spread: float
 ) -> tuple[list[list[float]], list[float]]:
-    """The normal equations' matrix and right-hand side at the model's constants."""
+    """Matrix and right-hand side of the normal equations at the model's constants."""
     size = len(guess)
     normal = [[(i == j) / loose[i] ** 2 for j in range(size)] for i in range(size)]
     pull = [(guess[i] - model.logs[i]) / loose[i] ** 2 for i in range(size)]
@@ -290,7 +296,7 @@ def _moved(logs: Sequence[float], at: int, by: float) -> tuple[float, ...]:
 
 
 def _bounded(logs: Sequence[float], step: Sequence[float]) -> tuple[float, ...]:
-    """At most a factor of e at a time; gamma from 1 to 10."""
+    """Apply a step of at most a factor of e per constant; keep gamma from 1 to 10."""
     *constants, gamma = (u + max(-1.0, min(1.0, move)) for u, move in zip(logs, step, strict=True))
     return (*constants, max(0.0, min(math.log(_GAMMA), gamma)))
 
@@ -300,7 +306,7 @@ def _solved(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[f
 
 
 def _inverse(matrix: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    """Of a positive definite matrix, by Gauss and Jordan without pivots."""
+    """Invert a positive definite matrix by Gauss-Jordan elimination without pivoting."""
     size = len(matrix)
     rows = [[*row, *(float(i == j) for j in range(size))] for i, row in enumerate(matrix)]
     for at, pivot in enumerate(rows):

@@ -1,7 +1,8 @@
-"""The learning rate as a pure function of the samples seen: rate = base x scale x decay, with a warmup.
+"""The learning rate as a pure function of the samples seen: base x scale x decay, with a warmup.
 
-Only the scale follows the batch. `base` and `base_batch` never change, so no number of resizes compounds. A schedule
-is a frozen value that carries its history (changes of batch, validations, noise); what adds to it returns a new one.
+Only the scale depends on the batch. `base` and `base_batch` never change, so repeated resizes do not compound. A
+schedule is a frozen value that contains its history (batch changes, validations, noise); methods that extend the
+history return a new one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 __all__ = ["Decay", "LrSchedule", "Ramp", "gain"]
 
-_RAMPED_GROWTH = 2.0  # growth of the scale from which on it is not taken at once
+_RAMPED_GROWTH = 2.0  # from this growth of the scale on, the change is ramped
 _RAMP_UPDATES = 100
 _RAMP_PART = 100  # a ramp takes at least 1/100 of the duration
 _ONECYCLE_RISE = 0.3
@@ -22,8 +23,8 @@ _ONECYCLE_RISE = 0.3
 def gain(batch: float, base_batch: float, noise: float | None) -> float:
     """Progress of one update at `batch` in updates at `base_batch`: (1 + noise/base_batch) / (1 + noise/batch).
 
-    `noise` is the gradient noise scale in samples. 1 at the base batch; batch/base_batch where the noise is infinite
-    or None (unknown, so that nothing speaks against linear scaling). ValueError for a noise below zero or NaN.
+    `noise` is the gradient noise scale in samples. The gain is 1 at the base batch, and batch/base_batch (linear
+    scaling) if the noise is infinite or None (unknown). Raises ValueError if the noise is negative or NaN.
     McCandlish 2018 (arXiv 1812.06162), AdaScale 2020 (arXiv 2007.05105), Pollux 2021.
     """
     if noise is None or noise == math.inf:
@@ -35,7 +36,7 @@ def gain(batch: float, base_batch: float, noise: float | None) -> float:
 
 @dataclass(frozen=True)
 class Ramp:
-    """From `at` on the batch is `batch`: its scale is reached from `start` on a line of `over` samples (0: at once)."""
+    """A change to `batch` at sample `at`; the scale moves linearly from `start` over `over` samples (0: at once)."""
 
     at: int
     over: int
@@ -45,13 +46,13 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Decay:
-    """The share of the peak rate after the warmup; every length in samples.
+    """The decay as a share of the peak learning rate after the warmup; lengths are in samples.
 
-    linear, cosine: from 1 to `end` over what the warmup leaves of the duration. step: times `factor` at each of
-    `milestones`, or each `every`. exponential: `factor` to the power samples/every, not below `floor`. plateau: times
-    `factor` after `patience` validations without improvement (`mode`), not below `floor`. onecycle: from `start` up to
-    the peak and down to `end`, both as a cosine; `momentum` (low, high) goes the other way. step and exponential count
-    from the first sample, not from the end of the warmup.
+    linear, cosine: from 1 to `end` over the duration that remains after the warmup. step: multiplied by `factor` at
+    each of `milestones`, or once per `every`. exponential: `factor` to the power samples/every, at least `floor`.
+    plateau: multiplied by `factor` after `patience` validations without improvement (`mode`), at least `floor`.
+    onecycle: from `start` up to the peak and down to `end`, both as a cosine, while `momentum` (low, high) moves in the
+    opposite direction. step and exponential count from the first sample, not from the end of the warmup.
     """
 
     kind: Literal["constant", "linear", "cosine", "step", "exponential", "plateau", "onecycle"] = "constant"
@@ -66,7 +67,7 @@ class Decay:
     patience: int = 3
 
     def share(self, samples: int, progress: float, results: Sequence[float | None]) -> float:
-        """The share at `samples`, `progress` (0 to 1) through what the warmup left, after these validations."""
+        """The share at `samples`; `progress` (0 to 1) counts from the end of the warmup, `results` are validations."""
         if self.kind == "linear":
             return (1 - progress) + self.end * progress
         if self.kind in ("cosine", "onecycle"):
@@ -93,14 +94,17 @@ class Decay:
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """The rate of a whole run. `duration`, `epoch`, `warmup` in samples; `base` is the rate at a batch of `base_batch`.
+    """The learning rate of a whole run; `base` is the learning rate at a global batch of `base_batch`.
 
-    rule: how the scale follows kappa = batch/base_batch: linear kappa, sqrt its root, none 1, noise gain**power once
-    `.observed` gave a noise scale and kappa**power until then (power 1 for SGD, 0.5 for the Adam family).
-    warmup_from: the rise starts at zero, at base (Goyal 2017), or at a share of the target rate.
-    per: with epoch the rate moves at epoch boundaries only: the warmup is taken at the epoch's end, so that the first
-    epoch is not trained at rate zero, the decay at its start. A ramp of the scale belongs to the batch and still moves
-    with every update. Past the duration every schedule stays at its last value.
+    `duration`, `epoch` and `warmup` are in samples.
+    rule: the scale as a function of kappa = batch/base_batch: kappa (linear), its square root (sqrt), 1 (none), or
+    noise_gain**power once `with_noise` set a noise scale and kappa**power until then (noise; power is 1 for SGD and
+    0.5 for the Adam family).
+    warmup_from: the warmup starts at zero, at `base` (Goyal 2017), or at a share of the target learning rate.
+    per: with epoch, the learning rate changes only at epoch boundaries. The warmup is evaluated at the epoch's end, so
+    that the first epoch does not train at learning rate zero, and the decay at its start. A ramp of the scale after a
+    batch change still advances with every update.
+    Past the duration every schedule keeps its last value.
     """
 
     base: float
@@ -119,29 +123,29 @@ class LrSchedule:
     validations: tuple[tuple[int, float | None], ...] = ()
 
     def lr(self, samples: int, batch: int) -> float:
-        """The rate of an update of `batch` samples that starts after `samples`."""
+        """The learning rate of an update of `batch` samples that starts after `samples`."""
         first, last = self._moves(samples)
         return self._risen(last, self.base * self.scale(samples, batch)) * self._share(first)
 
     def scale(self, samples: int, batch: int) -> float:
-        """The batch's part of the rate: 1 at the base batch, in between while a ramp to `batch` is under way."""
+        """The batch-dependent factor of the learning rate: 1 at the base batch, interpolated during a ramp."""
         samples = min(samples, self.duration)
         target, ramp = self.target(batch), self._ramp(samples, batch)
         return target if ramp is None else ramp.start + (target - ramp.start) * (samples - ramp.at) / ramp.over
 
     def progress(self, samples: int, batch: int) -> float:
-        """How much of the ramp to `batch` is over, 0 to 1; 1 where none is under way."""
+        """Completed part of the ramp to `batch`, 0 to 1; 1 if no ramp is active."""
         samples = min(samples, self.duration)
         ramp = self._ramp(samples, batch)
         return 1.0 if ramp is None else (samples - ramp.at) / ramp.over
 
     def _ramp(self, samples: int, batch: int) -> Ramp | None:
-        """The one to `batch` that is under way."""
+        """The active ramp to `batch`, if any."""
         ramp = next((ramp for ramp in reversed(self.ramps) if ramp.at <= samples and ramp.batch == batch), None)
         return None if ramp is None or samples >= ramp.at + ramp.over else ramp
 
     def target(self, batch: int) -> float:
-        """The scale of `batch` once every ramp to it is over."""
+        """The scale of `batch` once its ramp is complete."""
         kappa = batch / self.base_batch
         if self.rule == "linear":
             return kappa
@@ -152,7 +156,7 @@ class LrSchedule:
         return 1.0
 
     def momentum(self, samples: int) -> float | None:
-        """onecycle's momentum: high, down to low at the peak of the rate, and back. None unless it is set."""
+        """onecycle's momentum: from high down to low at the learning rate's peak, and back. None if it is not set."""
         if self.decay.kind != "onecycle" or self.decay.momentum is None:
             return None
         low, high = self.decay.momentum
@@ -162,33 +166,34 @@ class LrSchedule:
 
     @property
     def rise(self) -> int:
-        """Samples until the peak: the warmup, under onecycle 30 % of the duration where no warmup is given."""
+        """Samples until the peak: the warmup, or for onecycle without a warmup 30 % of the duration."""
         if self.decay.kind == "onecycle" and not self.warmup:
             return int(self.duration * _ONECYCLE_RISE)
         return self.warmup
 
     def resized(self, samples: int, old_batch: int, new_batch: int) -> LrSchedule:
-        """The schedule where the batch changes after `samples`; changes planned for later are dropped.
+        """The schedule with a batch change after `samples`; changes planned for later are dropped.
 
-        A scale that grows by 2 or more from the one in force, also in the middle of a ramp, gets there on a line over
-        the longer of 100 updates of the new batch and 1 % of the duration. Less growth, and any fall, act at once.
+        If the scale grows by a factor of 2 or more from its current value (also within a ramp), it is ramped linearly
+        over 100 updates of the new batch or 1 % of the duration, whichever is longer. Smaller growth and any decrease
+        take effect at once.
         """
         if old_batch == new_batch:
             return self
         return self._leading(samples, self.scale(samples, old_batch), new_batch)
 
     def _leading(self, samples: int, now: float, batch: int) -> LrSchedule:
-        """From the scale `now` that is in force after `samples` to that of `batch`."""
+        """Change from the scale `now`, in effect after `samples`, to that of `batch`."""
         ramped = self.target(batch) >= _RAMPED_GROWTH * now
         over = max(_RAMP_UPDATES * batch, -(-self.duration // _RAMP_PART)) if ramped else 0
         past = tuple(ramp for ramp in self.ramps if ramp.at <= samples)
         return replace(self, ramps=(*past, Ramp(samples, over, now, batch)))
 
     def planned(self, samples: int, stages: Sequence[tuple[int, int]]) -> LrSchedule:
-        """The schedule whose batch from `samples` on follows `stages`: (from which sample on, batch), ascending.
+        """The schedule whose batch from `samples` on follows `stages`: (start sample, batch), ascending.
 
-        What was trained before `samples` stays as it was. So the same stages change nothing, whenever a run goes on,
-        and those of another world size are a resize at `samples`.
+        The history before `samples` is kept. The same stages therefore change nothing when a run is resumed, and the
+        stages of another world size act as a resize at `samples`.
         """
         past = tuple(ramp for ramp in self.ramps if ramp.at < samples or (ramp.at == samples and self._stays(ramp)))
         schedule = replace(self, ramps=past)
@@ -202,36 +207,36 @@ class LrSchedule:
         return schedule
 
     def _stays(self, ramp: Ramp) -> bool:
-        """Whether a ramp is to the batch that was there before it: no change of plan, a noise scale became known."""
+        """Whether a ramp keeps the batch: then it is due to a new noise scale, not to a change of plan."""
         before = [other.batch for other in self.ramps[: self.ramps.index(ramp)]][-1:]
         return before == [ramp.batch]
 
     def validated(self, samples: int, value: float) -> LrSchedule:
-        """The schedule after a validation; only plateau listens. A value that is not finite is no improvement."""
+        """The schedule after a validation; only plateau uses it. A non-finite value counts as no improvement."""
         if self.decay.kind != "plateau":
             return self
         earlier = tuple((at, result) for at, result in self.validations if at < samples)
         return replace(self, validations=(*earlier, (samples, value if math.isfinite(value) else None)))
 
     def observed(self, noise: float | None) -> LrSchedule:
-        """The schedule with a gradient noise scale in samples, frozen until it has moved by a factor of two."""
-        if noise is None or noise == math.inf:  # unknown: no gradient was seen above the noise
+        """The schedule with this gradient noise scale in samples, ignored until it changed by a factor of two."""
+        if noise is None or noise == math.inf:  # unknown: no gradient was measurable above the noise
             return self
         if self.noise is not None and self.noise / 2 < noise < self.noise * 2:
             return self
-        gain(self.base_batch, self.base_batch, noise)  # refuses what is no noise scale
+        gain(self.base_batch, self.base_batch, noise)  # raises for an invalid noise scale
         return replace(self, noise=noise)
 
     def learned(self, samples: int, batch: int, noise: float | None) -> LrSchedule:
-        """`observed` in the middle of training, after `samples` and at `batch`; changes planned for later are dropped.
+        """As `with_noise`, during training after `samples` at `batch`; changes planned for later are dropped.
 
-        A scale that grows by 2 or more gets there on a line, as after a resize; else the new one acts at once.
+        A scale that grows by a factor of 2 or more is ramped as after a resize; otherwise it takes effect at once.
         """
         after = self.observed(noise)
         return self if after is self else after._leading(samples, self.scale(samples, batch), batch)
 
     def to_facts(self) -> dict[str, Any]:
-        """The history as JSON, for a checkpoint: what the configuration does not say."""
+        """The history as JSON for a checkpoint: the state that the configuration does not determine."""
         return {
             "ramps": [[ramp.at, ramp.over, ramp.start, ramp.batch] for ramp in self.ramps],
             "validations": [list(validation) for validation in self.validations],
@@ -239,7 +244,7 @@ class LrSchedule:
         }
 
     def from_facts(self, facts: Mapping[str, Any]) -> LrSchedule:
-        """This schedule with the history of `to_facts`."""
+        """This schedule with the history from `to_facts`."""
         return replace(
             self,
             ramps=tuple(Ramp(*ramp) for ramp in facts["ramps"]),
@@ -248,7 +253,7 @@ class LrSchedule:
         )
 
     def _moves(self, samples: int) -> tuple[int, int]:
-        """Where the decay and the warmup are read."""
+        """The sample counts at which the decay and the warmup are evaluated."""
         samples = min(samples, self.duration)
         if self.per == "update":
             return samples, samples
@@ -269,11 +274,11 @@ class LrSchedule:
         return self.decay.share(samples, self._progress(samples), results)
 
     def _progress(self, samples: int) -> float:
-        """How much of what the warmup leaves is over, 0 to 1; 0 where it leaves nothing."""
+        """Completed part of the duration after the warmup, 0 to 1; 0 if the warmup leaves nothing."""
         left = self.duration - self.rise
         return max(0, samples - self.rise) / left if left > 0 else 0.0
 
 
 def _cosine(progress: float) -> float:
-    """Half a cosine from 0 to 1."""
+    """Half a cosine wave, rising from 0 to 1."""
     return (1 - math.cos(math.pi * progress)) / 2

@@ -1,6 +1,6 @@
-"""A sweep whose points Optuna chooses, each by what the earlier ones came to. Nobody else knows Optuna.
+"""Optuna sweeps, where each point is chosen from the results of earlier ones. Only this module imports Optuna.
 
-What was asked and told is kept in the sweep's folder, so that the same command goes on with the search.
+The study is stored in the sweep's folder, so that the same command continues the search.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ JOURNAL = "search.journal"
 
 @dataclass(frozen=True)
 class Axis:
-    """One key that is searched over: among `choices`, as they are typed, or else between `low` and `high`, included."""
+    """One key to search over: either `choices` as typed, or a range from `low` to `high`, both included."""
 
     key: str
     choices: tuple[str, ...] = ()
@@ -38,15 +38,15 @@ class Axis:
 
     @property
     def name(self) -> str:
-        """The key without the + of one that is added."""
+        """The key without the + prefix of an added key."""
         return self.key.lstrip("+")
 
     def typed(self, value: Any) -> str:
-        """The override for a value of it; a number to six digits."""
+        """The override for a value; floats are rounded to six significant digits."""
         return f"{self.key}={value:.6g}" if isinstance(value, float) else f"{self.key}={value}"
 
     def extremes(self) -> list[str]:
-        """Overrides that are wrong if any of the axis is: every choice, or both ends."""
+        """Overrides to validate the axis with: every choice, or both ends of the range."""
         ends = (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
         return [self.typed(value) for value in self.choices or ends]
 
@@ -61,17 +61,17 @@ class Axis:
 
 
 def missing(trials: int) -> str | None:
-    """What to say where Optuna is not installed."""
+    """Error message if Optuna is not installed, else None."""
     if find_spec("optuna") is not None:
         return None
     return f"sweep.trials={trials}: Optuna is not installed: type pip install 'elastic-batch-launcher[optuna]'"
 
 
 class Search:
-    """The points so far and the next ones, by number. `asked`: what was asked for, in words that must not change.
+    """Optuna study of a sweep. `asked` is the fingerprint of the search, which must not change between commands.
 
     Raises:
-        RequestError: the folder holds another search.
+        RequestError: the folder holds a different search.
     """
 
     def __init__(self, folder: Path, axes: Sequence[Axis], asked: Mapping[str, str], *, most: bool, seed: int) -> None:
@@ -84,13 +84,13 @@ class Search:
         changed = [name for name in {**asked, **(before or {})} if before and before.get(name) != asked.get(name)]
         if changed:
             raise RequestError(
-                f"{folder} holds a search with another {', '.join(sorted(changed))}: type another run.name="
+                f"{folder} holds a search with a different {', '.join(sorted(changed))}: type another run.name="
             )
         self._study.set_user_attr("asked", dict(asked))
         self._study.sampler = TPESampler(seed=(seed + len(self._study.trials)) % 2**32)
 
     def points(self, count: int) -> Iterator[tuple[int, list[str]]]:
-        """Number and overrides: first the points that were begun and not told, then new ones up to `count` in all."""
+        """Yield number and overrides: unfinished points of earlier commands, then new ones up to `count` in total."""
         from optuna.trial import TrialState
 
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -100,13 +100,13 @@ class Search:
             yield fresh.number, self._overrides(fresh.params)
 
     def so_far(self) -> list[tuple[int, list[str], str]]:
-        """Number, overrides and how it ended, of every point of this and of earlier commands."""
+        """Number, overrides and outcome of every point, including those of earlier commands."""
         words = {"COMPLETE": FINISHED, "FAIL": "failed", "RUNNING": STOPPED}
         trials = self._study.get_trials(deepcopy=False)
         return [(trial.number, self._overrides(trial.params), words[trial.state.name]) for trial in trials]
 
     def tell(self, number: int, value: float | None) -> None:
-        """What a point came to; None for one that failed, or has no such value: it counts, and nothing is learned."""
+        """Report a point's value to Optuna; None or a non-finite value marks it as failed, but it counts as a trial."""
         from optuna.trial import TrialState
 
         if value is None or not math.isfinite(value):
@@ -115,7 +115,7 @@ class Search:
             self._study.tell(number, value)
 
     def best(self) -> tuple[int, float] | None:
-        """Number and value of the best point so far."""
+        """Number and value of the best point so far, or None."""
         from optuna.trial import TrialState
 
         if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):

@@ -1,4 +1,4 @@
-"""One rank's training, from the meeting of the ranks to its last word."""
+"""Runs training on one rank, from process-group setup to the final event."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ __all__ = ["run"]
 
 @dataclass(frozen=True)
 class Ready:
-    """What a rank makes ready before it meets the others, so that its errors hold nobody up."""
+    """What a rank prepares before it joins the others, so that its errors do not leave them waiting."""
 
     recipe: Any
     sizes: Sizes
@@ -59,7 +59,7 @@ class Ready:
     folder_generation: int
 
     def facts(self) -> Mapping[str, Any]:
-        """What must be the same on every rank."""
+        """The values that must be equal on all ranks."""
         return {
             "the launcher's version": version("elastic-batch-launcher"),
             "torch's version": torch.__version__,
@@ -72,10 +72,10 @@ class Ready:
 
 
 def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: Wishes, heart: Heart | Still) -> int:
-    """Build, restore, train, finish. Returns the exit status.
+    """Build, restore, train, finish; return the exit status.
 
     Raises:
-        RequestError: something is wrong with the request, found by any rank before training.
+        UsageError: any rank found a configuration error before training.
     """
     settings = assignment.run
     faults = Faults.of(topology.rank, topology.generation)
@@ -131,10 +131,10 @@ def run(assignment: Assignment, topology: Topology, store: dist.Store, wishes: W
 
 
 def tell_of(error: BaseException, assignment: Assignment, journal: Journal | Silent, topology: Topology) -> None:
-    """An error of our own, or that another rank has gone: then we follow, and it is for that one to say why."""
+    """Log an error; if another rank died, log only an alarm: that rank reports the cause."""
     found = failure.Failure.of(*topology.place, error, assignment.folder.log(*topology.place))
     if failure.consequence(found.message):
-        journal.event("alarm", kind="peer", detail="another worker has gone", message=found.message)
+        journal.event("alarm", kind="peer", detail="lost connection to another worker", message=found.message)
     else:
         journal.event("error", **found.event().facts)
 
@@ -154,23 +154,23 @@ def made_ready(assignment: Assignment, topology: Topology) -> Ready:
 
 
 def found_checkpoint(assignment: Assignment) -> Found | None:
-    """The checkpoint to go on from: the one the user named, at the first start of this job, else the folder's newest.
+    """The checkpoint to resume from: at the first start of the job the one the user named, else the newest in the run.
 
     Raises:
-        RequestError: there are checkpoints and all are damaged; or there is none, and `resume=must`.
+        UsageError: all checkpoints are corrupt, or there is none and `resume=must`.
     """
     if assignment.checkpoint is not None:
         return open_at(assignment.checkpoint)
     found = newest(assignment.folder.checkpoints_in(assignment.run.checkpoint.dir))
     if found is None and assignment.must:
-        raise RequestError(f"resume=must but {assignment.folder.path} holds no checkpoint: type resume=auto")
+        raise RequestError(f"resume=must: {assignment.folder.path} contains no checkpoint: type resume=auto")
     return found
 
 
 def restored(parts: Parts, plan: Study, found: Found | None, checkpoints: Path) -> Standing:
-    """Where training stands: at the beginning, or where the checkpoint left it.
+    """Restore the training state from the checkpoint, or create the initial one.
 
-    The best checkpoint so far counts only where it still lies in `checkpoints`.
+    The best checkpoint so far is kept only if it still exists in `checkpoints`.
     """
     if found is None:
         return Standing.fresh(plan)
@@ -196,7 +196,7 @@ def open_journal(assignment: Assignment) -> Journal:
 
 
 def restart_of(assignment: Assignment, standing: Standing) -> Restart:
-    """What the workers' restart cost so far; going back to a checkpoint that the user named loses nothing."""
+    """The cost of the restart; resuming from a checkpoint that the user named counts as losing nothing."""
     if assignment.generation == 1 or assignment.checkpoint is not None:
         return Restart()
     row = last_row(assignment.folder.metrics)
@@ -222,7 +222,7 @@ def saver_of(
 
 
 def in_parts(run: Run, parts: Parts, world: int) -> bool:
-    """Whether each rank writes what it holds: as asked, else where gathering it would ask much of rank 0."""
+    """Return whether each rank writes its own shard: as configured, else if gathering on rank 0 would be costly."""
     if run.checkpoint.sharded != "auto":
         return bool(run.checkpoint.sharded)
     size_bytes = sum(tensor.nbytes for tensor in parts.outline.values())
@@ -275,24 +275,24 @@ def job_of(
 
 
 def watched(recipe: Any, journal: Journal | Silent, standing: Standing) -> Any:
-    """The recipe; where training begins, on rank 0, with an eye on its first loss."""
+    """Wrap the recipe to check its first loss, on rank 0 at the start of training only."""
     if isinstance(journal, Silent) or standing.position.samples:
         return recipe
     return Watched(recipe, lambda why: journal.event("alarm", kind="loss", detail=why))
 
 
 def balancer_of(plan: Study) -> Balancer | Level:
-    """With elastic.balance and somebody to balance with."""
+    """The load balancer, if elastic.balance is set and there are several workers."""
     if not plan.run.elastic.balance or plan.world == 1:
         return Level()
     return Balancer(plan.plan, lambda speeds: study(plan.run, plan.sizes, plan.world, speeds).plan)
 
 
 def goodput_of(assignment: Assignment, ready: Ready, topology: Topology) -> tuple[Goodput | Fixed, Run]:
-    """Under batch=goodput the choice at the noise scale that the checkpoint knows, and the run with it.
+    """Under batch=goodput, the choice at the checkpoint's noise scale, and the configuration with it applied.
 
     Raises:
-        RequestError: so many workers are beyond what was measured, or the bounds leave no batch.
+        UsageError: the world size is beyond the measured range, or the bounds leave no batch.
     """
     if assignment.profile is None:
         return Fixed(), assignment.run
@@ -304,10 +304,10 @@ def goodput_of(assignment: Assignment, ready: Ready, topology: Topology) -> tupl
 
 
 def replanned(job: Job, standing: Standing) -> tuple[Job, Standing]:
-    """The job from here on under another plan, which every rank comes to, since all saw the same votes.
+    """Switch to another plan; all ranks compute the same one, as it depends only on gathered statistics.
 
-    Either the batch of most progress per second is another one, and the rate follows as in any resize; or shares
-    follow the measured speeds.
+    Either another batch now has the highest goodput, and the learning rate follows as in any resize; or the shares are
+    adapted to the measured speeds.
     """
     goodput, run, why = job.goodput, job.study.run, "shares follow the measured speeds of the workers"
     if goodput.after is not None:
@@ -326,7 +326,7 @@ def replanned(job: Job, standing: Standing) -> tuple[Job, Standing]:
 
 
 def going_on(job: Job, parts: Parts, standing: Standing) -> Job:
-    """The same job by its plan; the loader begins anew at the position."""
+    """Continue under the new plan, with a new loader that starts at the current position."""
     feed = parts.feed(job.study, job.topology, standing.position)
     return replace(
         job,
@@ -346,12 +346,12 @@ def announce(
     threads: int,
     restart: Restart,
 ) -> None:
-    """Say what is about to happen: the start, the plan in force, and where it goes on from."""
+    """Log the start events: start, the current plan, and resume or resize if they apply."""
     if job.topology.rank != 0:
         return
     event = job.saver.journal.event
     facts = plan_facts(job.study, standing.schedule, job.study.plan_at(standing.position.samples))
-    last = assignment.folder.read_plan()  # before the event, which writes it anew
+    last = assignment.folder.read_plan()  # read before the plan event, which overwrites it
     start = start_facts(job, parts, standing)
     event("start", run_dir=str(assignment.folder.path), backend=backend, threads=threads, **start)
     event("plan", why="; ".join(filter(None, (job.goodput.why, assignment.why))), **facts, **{"from": None})
@@ -367,7 +367,7 @@ def announce(
 
 
 def start_facts(job: Job, parts: Parts, standing: Standing) -> dict[str, Any]:
-    """What is trained, on what, and how much of it."""
+    """The fields of the start event."""
     plan, settings, position = job.study, job.study.run, standing.position
     device = job.precision.device
     return {
@@ -392,7 +392,7 @@ def start_facts(job: Job, parts: Parts, standing: Standing) -> dict[str, Any]:
 
 
 def resume_facts(found: Found, standing: Standing) -> dict[str, Any]:
-    """The checkpoint that training goes on from."""
+    """The fields of the resume event."""
     return {
         "checkpoint": found.path.name,
         "samples": standing.position.samples,
@@ -402,16 +402,16 @@ def resume_facts(found: Found, standing: Standing) -> dict[str, Any]:
 
 
 def doubts(found: Found, standing: Standing) -> Iterator[str]:
-    """What a person should know of the checkpoints: what is missing, what could not be used."""
+    """Yield warnings about checkpoints that are missing or were skipped."""
     lost = found.manifest.facts["standing"]["best_checkpoint"]
     if lost != standing.best_checkpoint:
-        yield f"the best checkpoint so far, {lost}, is not in this run's folder"
+        yield f"the best checkpoint so far, {lost}, is missing from this run's directory"
     for name, why in found.passed_over:
         yield f"{name} was passed over: {why}"
 
 
 def plan_before(found: Found | None, last: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The plan in force before this start: the checkpoint's, or the last one where the world has changed since."""
+    """The plan before this start: the checkpoint's, or the last logged one if the world size has changed since."""
     if found is None or (last is not None and last["world"] != found.manifest.plan["world"]):
         return last
     return dict(found.manifest.plan)
@@ -420,11 +420,11 @@ def plan_before(found: Found | None, last: Mapping[str, Any] | None) -> Mapping[
 def why_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if before["world"] != after["world"]:
         return f"{before['world']} workers before, {after['world']} now"
-    return "the plan of the same workers has changed"
+    return "the plan changed at the same number of workers"
 
 
 def finish(job: Job, assignment: Assignment, found: Found | None, standing: Standing, ending: int) -> None:
-    """The last word of rank 0: the final parameters and done.json, or that training was stopped."""
+    """On rank 0, write the final parameters and done.json, or log that training was stopped."""
     position, event = standing.position, job.saver.journal.event
     if ending != GO_ON:
         why = assignment.folder.stop_reason() or job.wishes.why or "another rank"
@@ -432,7 +432,7 @@ def finish(job: Job, assignment: Assignment, found: Found | None, standing: Stan
         return
     folder = assignment.folder
     checkpoints = folder.checkpoints_in(job.study.run.checkpoint.dir)
-    last = checkpoints / name_of(standing)  # where training had ended already, that may be the user's own checkpoint
+    last = checkpoints / name_of(standing)  # absent if training had already ended at a checkpoint that the user named
     ended = found if found is not None and not last.is_dir() else open_at(last)
     checkpoint.export(folder.model, checkpoint.load(ended).model)
     if standing.best_checkpoint is not None:

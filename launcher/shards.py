@@ -1,8 +1,8 @@
-"""The batch in virtual shards (`elastic.exact`): what is added to what, and in which order, at any world size.
+"""Virtual shards (`elastic.exact`): a summation order that is the same at every world size.
 
-Floating-point addition is not associative, so a sum over workers depends on how many there are. Here an update is cut
-into a fixed number of shards, whoever computes them, and what they give is added as ((0+1)+(2+3))+…: a tree whose
-subtrees lie whole on a rank wherever the number of ranks is a power of two.
+Floating-point addition is not associative, so a sum over workers depends on their number. Here an update is split
+into a fixed number of shards, regardless of which rank computes them, and their results are added as
+((0+1)+(2+3))+…: a tree in which each rank holds whole subtrees if the number of ranks is a power of two.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["ShardPlan", "Tree", "trainers", "tree_sum"]
 
 
 class Tree:
-    """Values added in a fixed binary tree as they come; of n values log2(n) sums are held, never all of them.
+    """Incremental sum in a fixed binary tree, which keeps only about log2(n) partial sums of n values.
 
-    A number of values that is no power of two gives what zeros in the missing places would.
+    If the number of values is not a power of two, the result is as if zeros were appended.
     """
 
     def __init__(self) -> None:
         self.size = 0
-        self._held: list[Any] = []  # sums of descending powers of two of values: the ones in the binary `size`
+        self._held: list[Any] = []  # one partial sum per 1 bit of `size`, largest first
 
     def add(self, value: Any) -> None:
         carried = self.size
@@ -36,7 +36,7 @@ class Tree:
         self.size += 1
 
     def total(self) -> Any:
-        """0.0 where nothing was added."""
+        """The sum of all values; 0.0 if there are none."""
         total = self._held[-1] if self._held else 0.0
         for value in reversed(self._held[:-1]):
             total = value + total
@@ -44,8 +44,11 @@ class Tree:
 
 
 def tree_sum(values: Iterable[Any]) -> Any:
-    """((0+1)+(2+3))+…: the same for the ranks' sums as for the values of all ranks one after the other, where the
-    ranks have equal powers of two of them."""
+    """Sum values as ((0+1)+(2+3))+….
+
+    The tree sum of the ranks' tree sums equals that of all values in rank order, if each rank has the same power of
+    two of values.
+    """
     tree = Tree()
     for value in values:
         tree.add(value)
@@ -53,22 +56,23 @@ def tree_sum(values: Iterable[Any]) -> Any:
 
 
 def trainers(world: int, shards: int) -> int:
-    """How many of `world` ranks train: the largest power of two that neither the ranks nor the shards fall short of."""
+    """How many of `world` ranks train: the largest power of two that exceeds neither `world` nor `shards`."""
     return 1 << (min(world, shards).bit_length() - 1)
 
 
 @dataclass(frozen=True)
 class ShardPlan(BatchPlan):
-    """A batch in shards, `shards` their sizes. The first ranks have equal numbers of consecutive ones, the rest none.
+    """A batch split into shards of the sizes `shards`.
 
-    A micro-batch never spans two shards, and its size depends on its shard alone: not on the world size.
+    The first ranks get equal numbers of consecutive shards, the others none. A micro-batch never spans two shards, and
+    its size depends only on its shard, not on the world size.
     """
 
     shards: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, samples: int, world: int, shards: int, cap: int) -> ShardPlan:
-        """`samples` in shards whose sizes differ by at most one, larger first; a small tail leaves some empty."""
+        """Split `samples` into shards that differ by at most one, larger first; few samples leave some shards empty."""
         sizes = level(samples, shards)
         own = shards // trainers(world, shards)
         largest = _cut(sizes[0], cap)[0]
@@ -84,7 +88,7 @@ class ShardPlan(BatchPlan):
 
     @cached_property
     def own(self) -> int:
-        """Shards of each rank that trains."""
+        """Number of shards of each rank that trains."""
         return len(self.shards) // trainers(self.world, len(self.shards))
 
     def micro_batches(self, rank: int) -> tuple[int, ...]:
@@ -96,9 +100,9 @@ class ShardPlan(BatchPlan):
         return tuple((shard, index) for shard, sizes in cuts for index in range(len(sizes)))
 
     def part(self, samples: int) -> BatchPlan:
-        """The same number of shards of fewer samples. ValueError unless 1 <= samples <= global_batch."""
+        """The same number of shards with fewer samples. ValueError unless 1 <= samples <= global_batch."""
         if not 1 <= samples <= self.global_batch:
-            raise ValueError(f"{samples} samples are no part of a batch of {self.global_batch}")
+            raise ValueError(f"{samples} samples are not between 1 and the global batch of {self.global_batch}")
         return ShardPlan.of(samples, self.world, len(self.shards), self.per_device)
 
     def _of(self, rank: int) -> range:

@@ -1,7 +1,7 @@
-"""What the outside asks of a worker: to save and stop, to save and be started again, to save and let a node in.
+"""Requests to a worker from outside: save and stop, save and restart, or save and admit a node.
 
-A signal only raises a flag; the ranks agree on it in the next vote. Rank 0 also looks into the run folder: for the
-`stop` file, and for nodes that wait at the gate.
+A signal only sets a flag; the ranks agree on it in the next all-gather of their statistics. Rank 0 also polls the run
+directory for the `stop` file and for nodes that wait to join.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from launcher.errors import EXIT_AGAIN, EXIT_INTERRUPTED
 
 __all__ = ["GO_ON", "JOIN", "LEAVE", "STOP", "Folder", "Wishes", "handled"]
 
-GO_ON, JOIN, STOP, LEAVE = 0, 1, 2, 3  # LEAVE: save and be started again by the agent; the larger outweighs
+GO_ON, JOIN, STOP, LEAVE = 0, 1, 2, 3  # LEAVE: save, exit, and let the agent restart; the largest value wins
 
 LOOK_EVERY_S = 0.2
 LEAVE_S = 5.0
 
 
 class Folder(Protocol):
-    """What a run folder may ask."""
+    """A source of stop and join requests: the run directory."""
 
     def asks_to_stop(self) -> bool: ...
     def asks_to_join(self) -> bool: ...
 
 
 class Wishes:
-    """The flags raised so far. `install` it before anything slow, so that no wish to stop ends the process by default.
+    """The requests received so far. Call `install` before anything slow: a signal's default action ends the process.
 
-    SIGTERM keeps its default until `guard`: before training there is nothing to save, and a rank that waits for the
-    others in torch's code would only hear of it later, while its agent waits 30 s for it. A rank that was told to
-    leave and gets no agreement within `leave_s` leaves unsaved: the others are gone, or stuck.
+    SIGTERM keeps its default action until `handle_sigterm`: before training there is nothing to save, and a rank that
+    waits for the others inside torch would react late, while its agent waits 30 s for it. A rank that receives SIGTERM
+    and reaches no agreement with the others within `leave_s` exits without saving: the other ranks are gone or stuck.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, leave_s: float = LEAVE_S) -> None:
@@ -53,19 +53,19 @@ class Wishes:
         signal.signal(signal.SIGINT, self._interrupted)
 
     def guard(self) -> None:
-        """Training begins: from now on SIGTERM means to save first."""
+        """Call when training begins: from now on SIGTERM means save first, then exit."""
         signal.signal(signal.SIGTERM, self._asked_to_leave)
 
     def heard(self) -> None:
-        """The ranks have agreed to stop or to leave: from now on saving takes as long as it takes."""
+        """Record that the ranks have agreed to stop or restart: saving may now take as long as it needs."""
         self._heard.set()
 
     def done(self) -> None:
-        """Nothing is left to be asked: a late SIGUSR1 must not end the interpreter while it tidies up."""
+        """Ignore SIGUSR1 from now on: a late one must not end the interpreter during its cleanup."""
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def read(self, folder: Folder | None) -> int:
-        """The present wish. `folder` is given on rank 0 alone and looked into a few times a second."""
+        """Return the current request level. `folder` is passed on rank 0 only and is polled a few times per second."""
         now = self._clock()
         if folder is not None and self._wish == GO_ON and now - self._looked >= LOOK_EVERY_S:
             self._looked = now
@@ -77,11 +77,11 @@ class Wishes:
 
     @property
     def present(self) -> int:
-        """The present wish, as far as signals tell."""
+        """The current request level, without polling the run directory."""
         return self._wish
 
     def granted(self) -> None:
-        """The gate was open long enough: the wish to let a node in is over."""
+        """Clear a request to admit nodes after the time to join has passed."""
         self._heard.clear()
         if self._wish == JOIN:
             self._wish = GO_ON
@@ -109,9 +109,9 @@ class Wishes:
 
 @contextmanager
 def handled(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """The driver's signals go to `ask`, and to whom they went before once this is over.
+    """Route the driver's signals to `ask` within the block; restore the previous handlers afterwards.
 
-    A terminal's signal that is ignored stays so: under nohup, or in a script's background, they are not for us.
+    SIGINT and SIGHUP stay ignored if they were: under nohup or in a script's background they are not meant for us.
     """
     terminals = (signal.SIGINT, signal.SIGHUP)
     heard = [number for number in terminals if signal.getsignal(number) != signal.SIG_IGN]

@@ -1,6 +1,6 @@
-"""The verb `new`: a recipe of one's own and its YAML, which train as they are, in the current folder.
+"""`launcher new`: write a custom recipe and its YAML, which train unchanged, into the current folder.
 
-The texts are files of `launcher.templates`, in which two names are replaced.
+The texts are the files of `launcher.templates`, with the module and class names replaced.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from launcher.errors import RequestError
 
 __all__ = ["class_name", "new", "texts"]
 
-#: The folder that --config-dir is given, in the documentation too.
+#: The folder to pass to --config-dir; the documentation uses it too.
 CONFIG = "mine"
 MODULE, CLASS = "my_recipe", "MyRecipe"
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")  # it names a run, too
-#: What stands for a value in an override: recipe=null names no file.
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")  # also used in run names
+#: Words that Hydra parses as values in an override: recipe=null names no file.
 VALUES = frozenset({"null", "true", "false", "nan", "inf"})
 
 
 def new(name: str, here: Path) -> str:
-    """Write NAME.py and its YAML into the folder `here`; returns what to tell: the files, and what to type next.
+    """Write NAME.py and its YAML into the folder `here`; return the message with the files and the next commands.
 
     Raises:
-        RequestError: the name cannot be had, or a file is there already; nothing was written.
+        UsageError: the name cannot be used, or a file already exists; nothing was written.
     """
     why = refusal(name, here)
     if why is not None:
@@ -38,7 +38,7 @@ def new(name: str, here: Path) -> str:
     made = texts(name)
     write_all({here / path: text for path, text in made.items()})
     words = f"--config-dir {CONFIG} recipe={name}"
-    head = "It trains as it is. To train it, to check its loss, to choose its batch:"
+    head = "The recipe trains unchanged. To train it, check its loss, or choose its batch:"
     commands = (
         f"launcher {words} launch.workers=2",
         f"launcher verify {words}",
@@ -48,7 +48,7 @@ def new(name: str, here: Path) -> str:
 
 
 def texts(name: str) -> Mapping[str, str]:
-    """The files by their paths."""
+    """Return the text of each file by path."""
     return {
         f"{name}.py": _filled("recipe.py", name),
         f"{CONFIG}/recipe/{name}.yaml": _filled("recipe.yaml", name),
@@ -56,41 +56,41 @@ def texts(name: str) -> Mapping[str, str]:
 
 
 def class_name(name: str) -> str:
-    """my_net -> MyNet; with Recipe at its end where the skeleton has that word already, or Python."""
+    """Convert my_net to MyNet; append Recipe if the name is a Python keyword or occurs in the template."""
     made = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     used = keyword.iskeyword(made) or made in re.findall(r"\w+", _template("recipe.py"))
     return f"{made}Recipe" if used and made != CLASS else made
 
 
 def refusal(name: str, here: Path) -> str | None:
-    """Why a recipe cannot have this name; None where it can."""
+    """Explain why a recipe cannot have this name; None if it can."""
     if not NAME.fullmatch(name):
-        return "is no name of a recipe: a letter first, then letters, digits and _, 40 at most"
+        return "is not a valid recipe name: use a letter, then letters, digits and _, at most 40"
     if keyword.iskeyword(name) or keyword.issoftkeyword(name) or name.lower() in VALUES:
-        return "is a word of Python's or of the command line's"
+        return "is a reserved word of Python or of the command line"
     if name in shipped():
-        return "is a recipe that is there already"
+        return "is the name of a built-in recipe"
     for path in texts(name):
         if (here / path).exists() or (here / path).is_symlink():
-            return f"is taken: {path} is there already, and nothing is overwritten"
+            return f"is taken: {path} already exists and is not overwritten"
     return hidden(name, here)
 
 
 def hidden(name: str, here: Path) -> str | None:
-    """What NAME.py would hide from every other program's import in this folder, or what would hide it."""
+    """Explain which module NAME.py would shadow for imports in this folder, or which would shadow it."""
     if name in sys.stdlib_module_names:
-        return "is a module of Python's own, which a file of that name would hide"
+        return "is a module of the Python standard library, which a file of that name would shadow"
     spec = find_spec(name)
     if spec is None:
         return None
     places = [Path(place) for place in spec.submodule_search_locations or ()]
     if spec.origin is None and places == [here.resolve() / name]:
-        return None  # a plain folder, no package: the file goes before it
-    return f"is a module already ({spec.origin or places[0]}), which a file of that name would hide"
+        return None  # a plain folder without __init__.py: the file takes precedence
+    return f"is an installed module ({spec.origin or places[0]}), which a file of that name would shadow"
 
 
 def free_name(name: str, here: Path) -> str:
-    """A name that is free and as close to this one as can be."""
+    """Return a valid, unused name that is close to `name`."""
     return next(found for found in _candidates(name) if refusal(found, here) is None)
 
 
@@ -118,14 +118,14 @@ def _template(name: str) -> str:
     return (folder / name).read_text(encoding="utf-8")
 
 
-# --- all or nothing -----------------------------------------------------------------------------------------------
+# --- atomic writing -----------------------------------------------------------------------------------------------
 
 
 def write_all(files: Mapping[Path, str]) -> None:
-    """Every file, none of which is there yet; where one cannot be written, none is left, and no folder made for it.
+    """Write new files; if one cannot be written, remove all files and folders created so far.
 
     Raises:
-        RequestError: one cannot be written.
+        UsageError: a file cannot be written.
     """
     made: list[Path] = []
     try:
@@ -141,5 +141,5 @@ def write_all(files: Mapping[Path, str]) -> None:
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
         raise RequestError(
-            f"{problem.filename or path} cannot be written ({problem.strerror}): go to a folder of your own"
+            f"{problem.filename or path} cannot be written ({problem.strerror}): cd to a folder that you can write to"
         ) from problem

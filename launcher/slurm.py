@@ -1,7 +1,7 @@
-"""The text of a Slurm job: from a run and the words that ask for it to what sbatch is given. Nothing is started here.
+"""Text of a Slurm job script from a configuration and its command-line arguments. Nothing is submitted here.
 
-What stands in `#SBATCH` lines is checked to need no quotes, all else is quoted for the shell. `BODY` is also the end of
-the scripts in slurm/, which people copy.
+Values in `#SBATCH` lines are checked not to need quotes, everything else is quoted for the shell. `BODY` is also the
+second part of the scripts in slurm/.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["BODY", "OUTPUT", "check_launch", "minutes", "node_range", "render"]
 
 OUTPUT = "runs/.slurm/%j.out"
 
-#: What the parts of an #SBATCH line may hold: nothing that Slurm's reader of options or a shell would take apart.
+#: Values allowed in an #SBATCH line: nothing that Slurm's option parser or a shell would split or expand.
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]*(,[A-Za-z0-9][A-Za-z0-9_.@+-]*)*")
 CONSTRAINT = re.compile(r"[A-Za-z0-9_.,&|*()\[\]:=!+-]+")
 EXTRA = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9_.,:;/@%+=*&|()\[\]!{}^~-]+)?")
@@ -28,7 +28,7 @@ NODES = re.compile(r"([1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
 UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|min|h|d)")
 SLURM_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
-#: Options that have keys of their own, or that the job could not do without.
+#: Options that have their own configuration key; FIXED are options that the script depends on.
 TAKEN = {
     "--account": "launch.account",
     "--constraint": "launch.constraint",
@@ -41,55 +41,55 @@ TAKEN = {
 FIXED = ("--array", "--no-requeue", "--ntasks", "--ntasks-per-node", "--parsable", "--signal", "--test-only", "--wrap")
 
 BODY = r"""
-# --- what follows is the same in train.sbatch, elastic.sbatch and what launch=slurm submits ---------------------------
+# --- identical from here on in train.sbatch, elastic.sbatch and the script that launch=slurm submits ------------------
 
-run=$(python -m launcher folder "$@") || exit # where the run lives; a wrong request ends here, with one line
+run=$(python -m launcher folder "$@") || exit # the run directory; on wrong arguments one error line and exit
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$run/done.json" ]; then exit 0; fi
 
-# The first node holds the rendezvous, through which the nodes find one another.
+# The first node hosts the rendezvous.
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 export HEAD PORT NODES WORKERS
 
-# Runs on every node, so everything in it expands there. torchrun ignores USR1; its workers hear it, save and leave.
+# Runs on every node; single quotes, so that variables expand there. torchrun ignores USR1; the workers save and exit.
 # shellcheck disable=SC2016
 agent='trap "" USR1
 exec python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="${WORKERS:-${SLURM_GPUS_ON_NODE:-1}}" \
   --max-restarts=2 --rdzv-backend=c10d --rdzv-endpoint="$HEAD:$PORT" --rdzv-id="$SLURM_JOB_ID" \
   --rdzv-conf="is_host=$((SLURM_NODEID == 0)),last_call_timeout=5,keep_alive_interval=2" \
   --local-addr="$SLURMD_NODENAME" -m launcher "$@"'
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # surer when workers are started again in place
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarting workers in place is more reliable without it
 
-# Before Slurm takes the nodes (time limit, preemption) it sends USR1 here: the workers are told, and save.
+# Slurm sends USR1 before the time limit or preemption; forward it to the workers, which save and exit.
 warned=
-trap 'warned=yes; echo "warned by Slurm: saving at the next update, then queued again"
+trap 'warned=yes; echo "signal from Slurm: saving at the next update, then requeueing"
   scancel --quiet --signal=USR1 "$SLURM_JOB_ID"' USR1
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${survive[@]}" "${container[@]}" \
   bash -c "$agent" bash "$@" "run.dir='$run'" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
-  # Once more every five seconds: a worker that is still starting does not hear it.
+  # Repeat every five seconds, since a worker that is still starting misses the signal.
   if [ -n "$warned" ] && [ $((SECONDS % 5)) = 0 ]; then scancel --quiet --signal=USR1 "$SLURM_JOB_ID"; fi
   sleep 1
 done
 wait "$step"
 status=$?
 
-# What counts is what stands in the run folder: a node that was lost leaves a bad status behind, too.
+# The files in the run directory decide: losing a node also gives a non-zero status.
 if [ "$run/done.json" -nt "$run/slurm.json" ]; then exit 0; fi
 if [ "$run/stop" -nt "$run/slurm.json" ]; then exit 0; fi # launcher stop
 if [ -z "$warned" ] && [ "$status" = 0 ]; then exit 0; fi
 if [ -z "$warned" ]; then python -m launcher again "$run" || exit "$status"; fi
-scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script now; the next one goes on in the same folder
+scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script here; the next start resumes
 exit 1
 """
 
 
 def render(run: Run, words: Sequence[str], python: str) -> str:
-    """The text for sbatch. `words`: what was typed after the verb; `python`: the interpreter that the nodes have too.
+    """Render the sbatch script. `words`: the arguments after the command; `python`: the interpreter on the nodes.
 
     Raises:
-        RequestError: a launch key holds what Slurm cannot be told.
+        RequestError: a launch key has a value that cannot be passed to Slurm.
     """
     check_launch(run.launch)
     low, high = node_range(run.launch.nodes)
@@ -131,14 +131,14 @@ def job_name(run: Run) -> str:
     return name if PLAIN.fullmatch(name) else "launcher"
 
 
-# --- what the keys may hold ---------------------------------------------------------------------------------------
+# --- validation of the keys ---------------------------------------------------------------------------------------
 
 
 def check_launch(launch: LaunchSettings) -> None:
-    """Raise RequestError for the first launch key that cannot stand in an #SBATCH line."""
+    """Raise RequestError for the first launch key whose value is not valid in an #SBATCH line."""
     node_range(launch.nodes)
     if launch.time is None:
-        raise RequestError("launch.time is not given: type how long the job may run, e.g. launch.time=4h")
+        raise RequestError("launch.time is missing: type how long the job may run, e.g. launch.time=4h")
     minutes(launch.time)
     for name in ("partition", "account", "qos"):
         value = getattr(launch, name)
@@ -156,21 +156,21 @@ def check_extra(option: str) -> None:
         raise RequestError(f"{given}: type options as --name=value without spaces or quotes, e.g. --gpus-per-node=4")
     name = option.partition("=")[0]
     if name in TAKEN:
-        raise RequestError(f"{given}: {name} has a key of its own: type {TAKEN[name]}=")
+        raise RequestError(f"{given}: {name} has its own key: type {TAKEN[name]}=")
     if name in FIXED:
-        raise RequestError(f"{given}: {name} is not for you to choose here: copy slurm/train.sbatch and change that")
+        raise RequestError(f"{given}: {name} cannot be changed here: copy slurm/train.sbatch and edit the copy")
 
 
 def node_range(text: str) -> tuple[int, int]:
-    """`2` and `2-4` as (least, most) nodes."""
+    """Parse `2` or `2-4` into (minimum, maximum) nodes."""
     found = NODES.fullmatch(text)
     if found is None or int(found[1]) > int(found[2] or found[1]):
-        raise RequestError(f"launch.nodes={one_line(text)}: type how many, e.g. launch.nodes=2, or a range: 2-4")
+        raise RequestError(f"launch.nodes={one_line(text)}: type a number or a range, e.g. launch.nodes=2 or 2-4")
     return int(found[1]), int(found[2] or found[1])
 
 
 def minutes(text: str) -> str:
-    """Slurm's form of a time: `4h`, `30min`, `2d` as minutes, rounded up; Slurm's own forms as they are."""
+    """Convert a time to Slurm's format: `4h`, `30min`, `2d` to minutes, rounded up; Slurm's own formats unchanged."""
     if found := SPAN.fullmatch(text):
         whole = math.ceil(float(found[1]) * UNITS_S[found[2]] / 60)
         if whole:

@@ -1,4 +1,4 @@
-"""A copy of a state, taken between two updates, that can be written while training goes on."""
+"""Copies of the state, staged between two updates, that can be written while training continues."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["Snapshot"]
 
 
 class Snapshot:
-    """Buffers on the CPU that every copy reuses; on a GPU they are pinned and filled without waiting for the device.
+    """CPU buffers reused by every copy. For CUDA tensors they are pinned and filled asynchronously.
 
-    The copies are ordered on the stream before the next optimizer step, which therefore cannot touch what they read.
+    The copies are queued on the stream before the next optimizer step, so the step cannot change what they read.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, group: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies under the same names; tied tensors stay tied. What is no tensor is passed on for others to refuse."""
+        """Copy tensors under the same names; tied tensors stay tied. Other values are passed through for validation."""
         copies: dict[str, torch.Tensor] = {}
         seen: dict[tuple[Any, ...], torch.Tensor] = {}
         for name, tensor in tensors.items():
@@ -41,7 +41,7 @@ class Snapshot:
         return copies
 
     def wait(self) -> None:
-        """Until the copies are there; called by who reads them, never by the training loop."""
+        """Wait until the copies are complete; called by the reader of the copies, never by the training loop."""
         if self._filled is not None:
             self._filled.synchronize()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["BY_SAMPLE", "STAGES"]
 
-#: In the order in which a rank's stage times travel in the vote.
+#: In the order in which stage times are packed in RankStats.
 STAGES = ("data", "transfer", "forward", "backward", "sync", "optimizer", "checkpoint", "other")
-#: A rank's own work that grows with its share of the batch. In the others it waits for other ranks, steps once per
-#: update whatever its share, or does what only rank 0 has to do.
+#: Stages that are a rank's own work and grow with its share of the batch. In the other stages a rank waits for other
+#: ranks, does a fixed amount per update, or does work that only rank 0 has.
 BY_SAMPLE = ("data", "transfer", "forward", "backward")

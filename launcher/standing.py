@@ -1,4 +1,4 @@
-"""Where training stands between two updates: what a checkpoint must bring back besides tensors."""
+"""The training state between two updates: everything a checkpoint restores besides tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ __all__ = ["Standing", "Target", "heard", "measured_value"]
 
 
 def measured_value(measured: Mapping[str, float], metric: str, key: str) -> float:
-    """
+    """The value of a metric; `key` is the configuration key to name in the error.
+
     Raises:
-        RequestError: the recipe measures no such metric.
+        UsageError: the recipe does not measure this metric.
     """
     if metric not in measured:
         raise RequestError(f"{key}={metric} is not measured here: choose from {', '.join(sorted(measured))}")
@@ -33,7 +34,7 @@ def measured_value(measured: Mapping[str, float], metric: str, key: str) -> floa
 
 @dataclass(frozen=True)
 class Target:
-    """A value of a metric that training should reach."""
+    """The metric value that training should reach."""
 
     metric: str
     at_least: float | None = None
@@ -44,9 +45,10 @@ class Target:
         return None if wanted.metric is None else cls(wanted.metric, wanted.at_least, wanted.at_most)
 
     def met(self, measured: Mapping[str, float]) -> bool:
-        """
+        """Return whether the measured metrics meet the target.
+
         Raises:
-            RequestError: the recipe measures no such metric.
+            UsageError: the recipe does not measure this metric.
         """
         value = measured_value(measured, self.metric, "train.target.metric")
         return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
@@ -54,10 +56,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Standing:
-    """The clock is samples seen. `skips` counts updates in a row that were not finite, `seconds` the time trained.
+    """Training progress, in samples seen.
 
-    `noise` is what is known of the gradient's noise scale: the same on every rank, as it comes from the votes alone.
-    `moments` is what batch Adam's second moment stands for, None for other optimizers.
+    `skips` counts consecutive non-finite updates, `seconds` the time trained. `noise` is the gradient noise scale,
+    equal on every rank, since it is computed only from all-gathered statistics. `moments` tracks the batch size that
+    Adam's second moment corresponds to, None for other optimizers.
     """
 
     position: Position
@@ -81,7 +84,7 @@ class Standing:
         return replace(self, position=update.after)
 
     def heard(self, agreed: Agreed, update: Update | None, study: Study) -> Standing:
-        """After a vote that tells what the gradients of `update` were. Under lr.rule=noise the rate follows."""
+        """Apply the gathered gradient statistics of `update`; under lr.rule=noise the learning rate follows."""
         noise = heard(self.noise, agreed, update)
         if noise is self.noise:
             return self
@@ -91,7 +94,7 @@ class Standing:
         return replace(self, noise=noise, schedule=schedule)
 
     def followed(self, update: Update) -> tuple[Standing, float]:
-        """Where a change of batch is under way: the second moment at `update`, and what it is to be multiplied by."""
+        """During a change of batch: the state at `update`, and the factor to multiply Adam's second moment by."""
         if self.moments is None:
             return self, 1.0
         batch = update.nominal.global_batch
@@ -100,7 +103,7 @@ class Standing:
         return replace(self, moments=after), self.moments.factor(after)
 
     def moments_to(self, batch: int) -> float | str:
-        """For events: what the second moment will be multiplied by in all where the batch changes to this."""
+        """For events: the total factor on Adam's second moment if the batch changes to `batch`, or "kept"."""
         way = self.moments and self.moments.toward(batch, self.noise.acted)
         if way is None or way == self.moments or way.noise is None:
             return "kept"
@@ -110,14 +113,14 @@ class Standing:
         return self if skips == self.skips else replace(self, skips=skips)
 
     def validated(self, measured: Mapping[str, float], samples: int, watched: str) -> Standing:
-        """The schedule hears of the metric it watches (plateau); the others need none."""
+        """Store the metrics and, for schedule.decay=plateau, pass the watched metric to the schedule."""
         schedule = self.schedule
         if schedule.decay.kind == "plateau":
             schedule = schedule.validated(samples, measured_value(measured, watched, "schedule.metric"))
         return replace(self, schedule=schedule, metrics=dict(measured))
 
     def improved(self, measured: Mapping[str, float], best: str | None, mode: str, name: str) -> Standing:
-        """With `checkpoint.best`: `name` as the best checkpoint where the metric is better than ever."""
+        """With `checkpoint.best`: record `name` as the best checkpoint if the metric has improved."""
         if best is None or not measured:
             return self
         value = measured_value(measured, best, "checkpoint.best")
@@ -129,7 +132,7 @@ class Standing:
         return self.reached is not None and study.run.train.stop_at_target
 
     def facts(self) -> dict[str, Any]:
-        """As JSON, for a checkpoint."""
+        """Return a JSON-serialisable dict for a checkpoint."""
         return {
             "schedule": self.schedule.to_facts(),
             "noise": self.noise.to_facts(),
@@ -159,14 +162,14 @@ class Standing:
 
 
 def population(study: Study) -> int | None:
-    """What the noise scale's correction for drawing without replacement needs; one sample alone has no noise."""
+    """Dataset size for the noise scale's correction for sampling without replacement; None for a single sample."""
     return study.sizes.train if study.sizes.train > 1 else None
 
 
 def heard(noise: NoiseScale, agreed: Agreed, update: Update | None) -> NoiseScale:
-    """With what the ranks told of the gradients of `update`; a tail, and one that was skipped, change nothing.
+    """Noise scale updated with the gathered gradient statistics of `update`; partial and skipped updates are ignored.
 
-    An estimate asks of n groups only for their number, what they count together, and the mean of their |g|².
+    For n groups the estimate needs only their number, their total count, and the mean of their |g|².
     """
     groups, count = agreed.groups, agreed.loss_count
     if update is None or update.tail or groups < 2 or not count or not agreed.finite:

@@ -1,4 +1,4 @@
-"""The rank that holds the others up, named from the stage times that the ranks exchange anyway."""
+"""Find the rank that slows down the others, from the stage times that the ranks exchange in every update."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["WINDOW", "Straggler", "Stragglers"]
 WINDOW = 20
 SLOW = 1.5
 RECOVERED = 1.25
-LEAST_MS = 1.0  # below it a ratio is noise
-SEEN_MS = 500.0  # of training, at least: another program may hold a rank up for as long as twenty short updates
+LEAST_MS = 1.0  # for a smaller difference, the ratio is noise
+SEEN_MS = 500.0  # minimum training time per check: another program may delay a rank for 20 short updates
 OWN_WORK = (*BY_SAMPLE, "optimizer")
 OWN = tuple(STAGES.index(stage) for stage in OWN_WORK)
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank whose own work takes `ratio` times that of the others, for its share of the batch; medians in ms."""
+    """A rank whose own work takes `ratio` times as long as the others', relative to its share; medians in ms."""
 
     rank: int
     ratio: float
@@ -36,13 +36,14 @@ class Straggler:
     def detail(self) -> str:
         return (
             f"rank {self.rank} is slow, {self.ratio:.1f} times the others: {self.own_ms:.1f} ms of work per update, "
-            f"theirs {self.others_ms:.1f} ms; in {self.stage} {self.stage_ms:.1f} and {self.stage_others_ms:.1f} ms"
+            f"the others {self.others_ms:.1f} ms; the largest difference is in {self.stage}: {self.stage_ms:.1f} ms, "
+            f"the others {self.stage_others_ms:.1f} ms"
         )
 
 
 @dataclass(frozen=True)
 class Stragglers:
-    """What was seen since the last look, and who has been named and has not recovered since."""
+    """The updates since the last check, and the ranks that were reported and have not recovered since."""
 
     rows: tuple[tuple[tuple[float, ...], ...], ...] = field(default=())
     named: frozenset[int] = frozenset()
@@ -51,16 +52,17 @@ class Stragglers:
     def observed(
         self, stages_ms: Sequence[Sequence[float]], shares: Sequence[int] = ()
     ) -> tuple[Stragglers, Straggler | None]:
-        """With one more update (milliseconds by rank and stage, samples by rank); every 20 updates, who is slow.
+        """Add one update (milliseconds by rank and stage, samples by rank); every 20 updates, also return a straggler.
 
-        Where 20 updates take less than half a second it is after as many as do.
+        If 20 updates take less than half a second, the check waits until half a second of training has passed.
 
-        A rank is named once, and again only after it has recovered. Where several are slow the slowest comes first.
+        A rank is reported once, and again only after it has recovered. If several are slow, the slowest is reported.
         """
         if len(stages_ms) < 2:
             return self, None
         rows = (*self.rows, tuple(tuple(times[stage] for stage in OWN) for times in stages_ms))
-        seen_ms = self.seen_ms + min(SEEN_MS / WINDOW, max(map(sum, stages_ms)))  # a single long one shows nothing
+        # Each update's time is capped: a single long update proves nothing.
+        seen_ms = self.seen_ms + min(SEEN_MS / WINDOW, max(map(sum, stages_ms)))
         if len(rows) < WINDOW or seen_ms < SEEN_MS:
             return Stragglers(rows, self.named, seen_ms), None
         by_rank = [[median(times) for times in zip(*ranks, strict=True)] for ranks in zip(*rows, strict=True)]
@@ -75,14 +77,14 @@ class Stragglers:
 
 
 def compared(work_ms: Sequence[float], shares: Sequence[int]) -> list[float]:
-    """Each rank's work over the median of the others'; more samples than theirs excuse more time."""
+    """Ratio of each rank's work to the median of the others; a rank with more samples is allowed more time."""
     usual_ms, usual_share = others_medians(work_ms), others_medians(shares)
     excused = [max(1.0, share / (usual or 1.0)) for share, usual in zip(shares, usual_share, strict=True)]
     return [ms / excuse / usual if usual else 1.0 for ms, excuse, usual in zip(work_ms, excused, usual_ms, strict=True)]
 
 
 def others_medians(values: Sequence[float]) -> list[float]:
-    """For each value the median of all but itself: sorted once, its place skipped."""
+    """For each value, the median of all other values; sorts once and skips the value's own position."""
     ordered, rest = sorted(values), len(values) - 1
     middles = {(rest - 1) // 2, rest // 2}
     places = (bisect_left(ordered, value) for value in values)

@@ -1,4 +1,4 @@
-"""The study: from configuration, data and world size to what the run will do, counted in samples."""
+"""The training plan: everything a run will do, derived from configuration, data sizes and world size, in samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.typed import shown
 
 __all__ = ["Sizes", "Study", "policy_of", "study"]
 
-#: Keys of the part `strategy` that one strategy alone knows.
+#: Keys of the section `strategy` that only one strategy uses -> that strategy.
 STRATEGY_OF = {
     "find_unused_parameters": "ddp",
     **dict.fromkeys(("reshard", "gather", "meta"), "fsdp"),
@@ -31,7 +31,7 @@ STRATEGY_OF = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a recipe says of its data: samples to train and to validate on, tokens per sample where it has tokens."""
+    """The sizes of a recipe's data: training and validation samples, and tokens per sample if it has tokens."""
 
     train: int
     val: int
@@ -40,11 +40,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Study:
-    """What a run will do at one world size. Every length is in samples, `checkpoint_every_s` in seconds.
+    """What a run will do at one world size. Lengths are in samples, `checkpoint_every_s` is in seconds.
 
-    `plan` is the whole batch, `stages` what is in force from which sample on (the shares of batch.ramp, else `plan`
-    alone). `warmup` is how long the rate rises. None for `validate_every` and both of `checkpoint_every`: only at the
-    end. `advice` are one-line warnings.
+    `plan` is the full batch; `stages` are (start sample, plan), one per entry of batch.ramp, otherwise `plan` alone.
+    `warmup` is the length of the warmup. If `validate_every` is None, or both `checkpoint_every` and
+    `checkpoint_every_s` are, it happens only at the end. `advice` contains one-line warnings.
     """
 
     run: Run
@@ -64,30 +64,30 @@ class Study:
     advice: tuple[str, ...]
 
     def plan_at(self, samples: int) -> BatchPlan:
-        """The plan in force after `samples`."""
+        """The batch plan in effect after `samples`."""
         return [plan for begin, plan in self.stages if begin <= samples][-1]
 
     def batch_at(self, samples: int) -> int:
-        """The global batch in force after `samples`."""
+        """The global batch in effect after `samples`."""
         return self.plan_at(samples).global_batch
 
     def resumed(self, facts: Mapping[str, Any], samples: int) -> Study:
-        """This study with the rate's history from a checkpoint at `samples`.
+        """This plan with the learning rate history from a checkpoint at `samples`.
 
-        Where that was at another batch it is a resize at `samples`; where nothing changed the history stays as it was.
+        If the checkpoint had another batch, this is a resize at `samples`; otherwise the history is unchanged.
         """
         return replace(self, schedule=self.schedule.from_facts(facts).planned(samples, _batches(self.stages)))
 
     def learned(self, schedule: LrSchedule, samples: int, noise: float | None) -> LrSchedule:
-        """`schedule`, this study's with its history, where `noise` became known after `samples`."""
+        """Update `schedule`, which carries this plan's history, with a noise scale measured after `samples`."""
         after = schedule.learned(samples, self.batch_at(samples), noise)
         return schedule if after is schedule else after.planned(samples + 1, _batches(self.stages))
 
 
 def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = None) -> Study:
-    """Work out what `run` does on `sizes` at `world` workers, with shares by `speeds` where these are given.
+    """Make the training plan for data of `sizes` at world size `world`, with shares by the ranks' `speeds` if given.
 
-    Raises RequestError where the request is wrong, PlanError (which is one) where only this world size is.
+    Raises UsageError if the request is wrong, or its subclass PlanError if it only does not fit this world size.
     """
     check_request(run)
     check_data(run, sizes.train, sizes.val)
@@ -97,7 +97,7 @@ def study(run: Run, sizes: Sizes, world: int, speeds: Sequence[float] | None = N
     validate_every = _every(run.train.validate_every, "train.validate_every", units)
     every, every_s = _checkpoint_every(run, units)
     ramp = _ramp(run, units)
-    # From here on a refusal may be that of this world size alone.
+    # From here on an error may concern only this world size.
     _check_world(run, world)
     policy = _policy(run, sizes)
     plan = _in_shards(run, plan_batch(policy, world, speeds))
@@ -127,7 +127,7 @@ def _units(run: Run, sizes: Sizes) -> Units:
     units = Units(sizes.train, run.lr.base_batch or 1, sizes.tokens_per_sample)
     duration = Duration.parse(run.train.duration, "train.duration").samples(units)
     if duration < 1:
-        raise RequestError(f"train.duration={run.train.duration} trains on nothing: type train.duration=10ep")
+        raise RequestError(f"train.duration={run.train.duration} is zero samples: type train.duration=10ep")
     return replace(units, duration=duration)
 
 
@@ -138,7 +138,7 @@ def _samples(text: str, key: str, units: Units) -> int:
 def _interval(text: str, key: str, seconds: bool = False) -> Duration:
     interval = Duration.parse(text, key, seconds)
     if not interval.value:
-        raise RequestError(f"{key}={text} is no interval: type {key}=1ep, or {key}=null for only at the end")
+        raise RequestError(f"{key}={text} is not an interval: type {key}=1ep, or {key}=null for only at the end")
     return interval
 
 
@@ -147,7 +147,7 @@ def _every(text: str | None, key: str, units: Units) -> int | None:
 
 
 def _checkpoint_every(run: Run, units: Units) -> tuple[int | None, float | None]:
-    """checkpoint.every in samples or in seconds, whichever was typed."""
+    """checkpoint.every as (samples, seconds), of which the one that was not typed is None."""
     if run.checkpoint.every is None:
         return None, None
     interval = _interval(run.checkpoint.every, "checkpoint.every", seconds=True)
@@ -155,14 +155,14 @@ def _checkpoint_every(run: Run, units: Units) -> tuple[int | None, float | None]
 
 
 def policy_of(run: Run) -> Literal["scale", "hold", "bounded", "goodput"]:
-    """batch.policy; a batch.global without one selects hold."""
+    """batch.policy; batch.global without a policy selects hold."""
     batch = run.batch
     return "hold" if batch.policy == "scale" and batch.global_batch is not None else batch.policy
 
 
 def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
     batch, kind = run.batch, policy_of(run)
-    if kind == "goodput" and batch.accumulation == "auto":  # nothing is chosen yet: the base batch
+    if kind == "goodput" and batch.accumulation == "auto":  # nothing is chosen yet: start with the base batch
         usual = min(max(run.lr.base_batch or 1, batch.min_global or 1), batch.max_global or sizes.train, sizes.train)
         batch = replace(batch, per_device=usual, min_global=usual, max_global=usual)
     return BatchPolicy(
@@ -179,7 +179,7 @@ def _policy(run: Run, sizes: Sizes) -> BatchPolicy:
 def _per_device(batch: BatchSettings) -> int:
     if batch.per_device == "auto":
         raise RequestError(
-            "batch.per_device=auto has a number only once training starts: type batch.per_device=32, or what "
+            "batch.per_device=auto is only resolved when training starts: type batch.per_device=32, or the value that "
             "launcher tune recommends"
         )
     return batch.per_device
@@ -211,18 +211,18 @@ def _check_plan(run: Run, sizes: Sizes, plan: BatchPlan) -> None:
         mend = f"start {sizes.train} workers or fewer, or lower batch.accumulation"
     raise PlanError(
         f"batch.per_device={run.batch.per_device} makes a global batch of {plan.global_batch} at {plan.world} "
-        f"worker{'s' * (plan.world > 1)}, beyond the {sizes.train} training samples: {mend}"
+        f"worker{'s' * (plan.world > 1)}, more than the {sizes.train} training samples: {mend}"
     )
 
 
 def _in_shards(run: Run, plan: BatchPlan) -> BatchPlan:
-    """Under elastic.exact the same batch in shards, whatever the speeds; else the plan as it is."""
+    """Under elastic.exact the same batch in shards, which ignore speeds; otherwise the plan unchanged."""
     shards = run.elastic.shards
     if not run.elastic.exact:
         return plan
     if plan.global_batch < shards:
         raise RequestError(
-            f"elastic.shards={shards} are more than the {plan.global_batch} samples of a batch: "
+            f"elastic.shards={shards} exceeds the {plan.global_batch} samples of a batch: "
             f"type elastic.shards={trainers(plan.global_batch, shards)}"
         )
     return ShardPlan.of(plan.global_batch, plan.world, shards, _per_device(run.batch))
@@ -231,15 +231,15 @@ def _in_shards(run: Run, plan: BatchPlan) -> BatchPlan:
 def _stage(
     share: Fraction, sizes: Sizes, policy: BatchPolicy, plan: BatchPlan, speeds: Sequence[float] | None
 ) -> BatchPlan:
-    """The plan of a share of `plan`, under its cap."""
+    """The plan for a share of `plan`'s global batch, with the same limit on the micro-batch."""
     size = int(share * plan.global_batch + Fraction(1, 2))
     if size == plan.global_batch:
         return plan
     least = 1 if policy.idle else plan.world
     if not least <= size <= sizes.train:
-        bound = f"below {least} workers" if size < least else f"beyond the {sizes.train} training samples"
+        bound = f"below {least} workers" if size < least else f"above the {sizes.train} training samples"
         raise PlanError(
-            f"batch.ramp: its share {float(share):g} of {plan.global_batch} is a batch of {size}, {bound}: "
+            f"batch.ramp: the share {float(share):g} of {plan.global_batch} is a batch of {size}, {bound}: "
             f"type a {'larger' if size < least else 'smaller'} share"
         )
     held = BatchPolicy(kind="hold", per_device=policy.per_device, global_batch=size, idle=policy.idle)
@@ -251,7 +251,7 @@ def _batches(stages: Sequence[tuple[int, BatchPlan]]) -> list[tuple[int, int]]:
 
 
 def _ramp(run: Run, units: Units) -> list[tuple[int, Fraction]]:
-    """batch.ramp as (from which sample on, share), ascending from 0; without one the whole batch from 0 on."""
+    """batch.ramp as (start sample, share), ascending from 0; if it is not set, the full batch from 0 on."""
     if run.batch.ramp is None:
         return [(0, Fraction(1))]
     mend = "type batch.ramp=[[0dur,0.25],[0.1dur,0.5],[0.2dur,1]]"
@@ -261,7 +261,7 @@ def _ramp(run: Run, units: Units) -> list[tuple[int, Fraction]]:
             raise RequestError(f"batch.ramp: {entry} is not a time and a share: {mend}")
         begin, share = _samples(entry[0], "batch.ramp", units), _share(entry[1], mend)
         if begin <= ramp[-1][0] if ramp else begin != 0:
-            raise RequestError(f"batch.ramp: {entry[0]} is out of order, times ascend from 0: {mend}")
+            raise RequestError(f"batch.ramp: {entry[0]} is out of order, times must ascend from 0: {mend}")
         ramp.append((begin, share))
     if not ramp:
         raise RequestError(f"batch.ramp=[] has no stage: {mend}, or batch.ramp=null")
@@ -274,7 +274,7 @@ def _share(value: Any, mend: str) -> Fraction:
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if share <= 0:
-        raise RequestError(f"batch.ramp: {value} is no share above 0 of the global batch: {mend}")
+        raise RequestError(f"batch.ramp: {value} is not a share above 0 of the global batch: {mend}")
     return share
 
 
@@ -283,7 +283,7 @@ def _check_rprop(run: Run, sizes: Sizes, stages: Sequence[tuple[int, BatchPlan]]
     if optimizer_of(run) == "rprop" and least < sizes.train:
         raise RequestError(
             f"optimizer=rprop with a batch of {least} of {sizes.train} samples: its step sizes follow the sign of "
-            "successive gradients, which the noise of minibatches flips; type batch.global=full or another optimizer"
+            "successive gradients, which minibatch noise flips: type batch.global=full or another optimizer"
         )
 
 
@@ -334,59 +334,59 @@ def _advice(run: Run, rule: Rule, schedule: LrSchedule, stages: Sequence[tuple[i
         warmup_advice(run, schedule.rise, schedule.duration, largest),
     ]
     if schedule.warmup > schedule.duration:
-        lines.append("schedule.warmup is longer than train.duration: the rate never reaches its target")
+        lines.append("schedule.warmup is longer than train.duration: the learning rate never reaches its target")
     if stages[-1][0] >= schedule.duration:
-        lines.append("batch.ramp has stages past train.duration: they are never reached")
+        lines.append("batch.ramp has stages after train.duration: they are never reached")
     return tuple(line for line in lines if line)
 
 
 def _exact_advice(run: Run, plan: BatchPlan) -> Iterator[str]:
-    """What elastic.exact costs, and who has nothing to do."""
+    """Warn about the cost of elastic.exact, and about ranks that do not train."""
     if not run.elastic.exact:
         return
     shards, world = run.elastic.shards, plan.world
     yield (
-        f"elastic.exact=true costs speed: an update is {shards} backward passes or more, of "
-        f"{plan.per_device} samples at most, one thread per worker, and no computing while gradients travel"
+        f"elastic.exact=true is slower: an update is {shards} backward passes or more of at most "
+        f"{plan.per_device} samples, with one thread per worker and no overlap of communication and computation"
     )
     active = trainers(world, shards)
     if active < world:
         yield (
             f"elastic.exact=true trains on {active} of {world} workers, a power of two up to elastic.shards={shards}; "
-            f"{world - active} only follow"
+            f"{world - active} get no samples"
         )
 
 
 def _noise_advice(rule: Rule, plan: BatchPlan) -> str:
-    """What lr.rule=noise does until there is something to go by, and where there never will be."""
+    """Explain what lr.rule=noise does until the noise scale is known, and warn if it never will be."""
     if rule != "noise":
         return ""
-    until = "the rate follows the batch as if noise were all there is"
+    until = "until then the learning rate scales as for infinite noise"
     if sum(share > 0 for share in plan.shares) < 2 and plan.accumulation < 2:
-        return f"lr.rule=noise has nothing to compare in a batch of one part, {until}: type batch.accumulation=2"
-    return f"lr.rule=noise: until the gradient's noise scale is known, in some twenty updates or more, {until}"
+        return f"lr.rule=noise needs at least 2 workers or micro-batches; {until}: type batch.accumulation=2"
+    return f"lr.rule=noise: the gradient noise scale is known after about twenty updates or more; {until}"
 
 
 def _goodput_advice(run: Run) -> str:
     if run.batch.policy != "goodput" or run.train.stop_at_target:
         return ""
     return (
-        "batch.policy=goodput: train.duration counts samples, and those of a larger batch teach less each: type a "
-        "longer one, and to end in time train.target.metric=val/accuracy train.target.at_least=0.95 "
-        "train.stop_at_target=true"
+        "batch.policy=goodput: train.duration counts samples, and each sample of a larger batch contributes less: set "
+        "a longer train.duration, and to stop at a target train.target.metric=val/accuracy "
+        "train.target.at_least=0.95 train.stop_at_target=true"
     )
 
 
 def _strategy_advice(run: Run) -> Iterator[str]:
-    """Keys of another strategy's; a sweep over strategies has them for some of its points."""
+    """Warn about keys of another strategy; an error would break sweeps over strategies, where some points have them."""
     usual, here = StrategySettings(), run.strategy.name
     for name, strategy in STRATEGY_OF.items():
         value = getattr(run.strategy, name)
         if value != getattr(usual, name) and here != strategy:
-            yield f"strategy.{name}={shown(value)} does nothing under strategy={here}: it is strategy={strategy}'s"
+            yield f"strategy.{name}={shown(value)} has no effect under strategy={here}: it is for strategy={strategy}"
 
 
 def _hold_advice(run: Run) -> str:
     if run.batch.policy == "scale" and run.batch.global_batch is not None:
-        return f"batch.global={run.batch.global_batch} is given, so batch.policy=hold: the global batch stays"
+        return f"batch.global={run.batch.global_batch} selects batch.policy=hold: the global batch is fixed"
     return ""

@@ -1,4 +1,4 @@
-"""Runs as Slurm jobs: the driver's part, which submits and ends, and what a job's script asks of us on its nodes."""
+"""Runs as Slurm jobs: the driver's submission, and the commands that a job script calls on its nodes."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from launcher.tune.auto import stood_in
 
 __all__ = ["again", "drive", "folder"]
 
-TIMES = 3  # as often may a job fail at the same place
+TIMES = 3  # failures since the same checkpoint after which a job is not requeued
 
 
-# --- the driver's part --------------------------------------------------------------------------------------------
+# --- driver -------------------------------------------------------------------------------------------------------
 
 
 def drive(run: Run, words: Sequence[str]) -> int:
-    """Submit the run that `words` ask for as a job; with launch.dry=true print the text alone.
+    """Submit the run as a Slurm job; with launch.dry=true only print the script.
 
     Raises:
-        RequestError: the request is wrong, or Slurm does not take it; nothing was submitted.
+        RequestError: the request is wrong, or sbatch rejects it; nothing was submitted.
     """
     text = render(run, [word for word in words if not word.startswith("launch.dry=")], sys.executable)
     examine(run, run.launch.workers and run.launch.workers * node_range(run.launch.nodes)[0])
@@ -46,7 +46,7 @@ def drive(run: Run, words: Sequence[str]) -> int:
     job = submitted(text)
     path = path_of(run, job, 1, job=job)
     found = RunFolder(path)
-    if not (run.resume == "never" and found.run_yaml.exists()):  # the job will take one beside it
+    if not (run.resume == "never" and found.run_yaml.exists()):  # the job will create a new directory beside it
         found.create()
         claim(found, job, newest_of(found.checkpoints_in(run.checkpoint.dir)))
     print(f"Slurm job {job}, in {path}")
@@ -57,19 +57,19 @@ def drive(run: Run, words: Sequence[str]) -> int:
 
 
 def submitted(text: str) -> str:
-    """Give the text to sbatch; the job's id."""
+    """Submit the script with sbatch; returns the job id."""
     private_folder(Path(OUTPUT).parent)
     try:
         done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise RequestError("launch=slurm: there is no sbatch here: type it where Slurm is, or launch=local") from None
+        raise RequestError("launch=slurm: sbatch is not on this machine: use a login node, or launch=local") from None
     if done.returncode != 0:
         raise RequestError(f"launch=slurm: {' '.join(done.stderr.split())}")
     return done.stdout.strip().partition(";")[0]
 
 
 def examine(run: Run, world: int | None) -> None:
-    """Refuse what is wrong with the recipe, its data or the plan; where the world size is not known yet, at any."""
+    """Check the recipe, its data and the plan; without a known `world` size a PlanError is ignored."""
     sizes = recipes.sizes(recipes.build(run.recipe))
     with suppress(*() if world else (PlanError,)):
         study(stood_in(run), sizes, world or 1)
@@ -79,16 +79,16 @@ def examine(run: Run, world: int | None) -> None:
 
 
 def folder(run: Run, job: str | None, *, restarted: bool) -> Path:
-    """Where the job's run lives: made, and marked as the job's. A restarted job finds what it had before.
+    """Create the job's run directory and mark it as the job's; a restarted job gets its previous directory.
 
     Raises:
         RequestError: the request is wrong.
     """
     if job is None:
-        raise RequestError("folder is for the script of a Slurm job: type sbatch slurm/train.sbatch ...")
+        raise RequestError("the folder command is for Slurm job scripts only: type sbatch slurm/train.sbatch ...")
     asked = path_of(run, job, 1, job=job)
     path = next((one for one in mine(asked, job) if restarted), None)
-    if path is None:  # else all this was checked before, and the recipe may take seconds to import
+    if path is None:  # otherwise it was checked before; importing the recipe may take seconds
         examine(run, None)
         path = decided(run, asked)[1]
     check_path(path)
@@ -99,22 +99,23 @@ def folder(run: Run, job: str | None, *, restarted: bool) -> Path:
 
 
 def check_path(path: Path) -> None:
-    """The scripts hand the path over between single quotes."""
+    """Refuse paths with quotes or backslashes, since the scripts pass the path in single quotes."""
     if set("'\\\n") & set(str(path)):
         raise RequestError(f"run.dir={' '.join(str(path).split())} holds a quote or a backslash: type another run.dir=")
 
 
 def mine(asked: Path, job: str) -> list[Path]:
-    """The folders, of those that `asked` may have become, that belong to the job."""
+    """Directories that belong to the job: `asked`, or numbered variants of it."""
     near = [asked, *asked.parent.glob(f"{asked.name}-*")]
     return [path for path in near if (kept := claimed(RunFolder(path))) is not None and kept["job"] == job]
 
 
 def again(run_dir: str, job: str | None) -> int:
-    """Whether a job that failed should be queued again: status 0; 1 where it would only fail once more, which is said.
+    """Return 0 if a failed job should be requeued, 1 (with an error message) if it would only fail again.
 
-    Three starts of the workers without a save, or the same job three times, are three failures at the same place. The
-    tasks of a pool count for themselves: when the one that holds the rendezvous goes, all the others fail once.
+    A job is not requeued after three worker starts without a new checkpoint, or three failures of the same job since
+    the same checkpoint. Pool tasks are counted separately: when the task with the rendezvous ends, all others fail
+    once.
     """
     found = RunFolder(Path(run_dir))
     saved = found.saved_generation()
@@ -125,12 +126,12 @@ def again(run_dir: str, job: str | None) -> int:
     jobs = failures.read_text().splitlines().count(place)
     starts = found.generation() - saved
     if max(jobs, starts) < TIMES:
-        say(f"failed: queued again, attempt {jobs + 1} of {TIMES} from the same checkpoint")
+        say(f"failed: requeued, attempt {jobs + 1} of {TIMES} from the same checkpoint")
         return EXIT_OK
     errors = [one for one in those(found.logs) if one.generation > saved and not consequence(one.message)]
     first = min(errors, key=lambda one: (one.generation, one.time), default=None)
-    why = first.line() if first else "the workers were killed, or never came together"
-    say(f"error: failed {TIMES} times at the same place, not queued again: {why}")
+    why = first.line() if first else "the workers were killed, or could not connect to each other"
+    say(f"error: failed {TIMES} times since the same checkpoint, not requeued: {why}")
     return EXIT_FAILED
 
 

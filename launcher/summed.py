@@ -1,7 +1,7 @@
-"""Whether a recipe's loss is a sum, as it has to be: seen once, in what autograd recorded of the first one.
+"""Check once, from the autograd graph of the first loss, that a recipe's loss is a sum, as required.
 
-A mean is divided by the number of samples once more, and trains at a rate that many times too small without a word.
-Nothing is computed for this, and loss() is not called again. `launcher verify` finds also what this does not see.
+A mean would be divided by the number of samples a second time: training would continue silently with gradients that are
+too small by that factor. The check computes nothing and does not call loss() again. `launcher verify` is more thorough.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from launcher.recipe import Loss
 
 __all__ = ["Watched", "doubt"]
 
-#: What may lie between a mean and the loss without making a sum of it.
+#: Operations that leave a mean a mean: they may lie between it and the loss.
 PASSING = ("AddBackward", "ToCopyBackward", "AliasBackward", "ViewBackward", "SqueezeBackward", "NegBackward")
-MEAN = 1  # as torch's losses number their reductions: none, mean, sum
+MEAN = 1  # torch numbers the reductions of its losses: none 0, mean 1, sum 2
 
 
 class Watched:
-    """A recipe whose first loss in training is looked at; all that it gives is the recipe's own.
+    """Wraps a recipe and checks its first training loss; everything else is passed through unchanged.
 
-    `tell` is called with what is wrong with it, if anything is.
+    `tell` is called with the problem, if there is one.
     """
 
     def __init__(self, recipe: Any, tell: Callable[[str], None]) -> None:
@@ -42,9 +42,9 @@ class Watched:
 
 
 def doubt(loss: Loss) -> str | None:
-    """What makes a mean of it, as the end of a sentence; None where nothing does, or it counts a single sample.
+    """Describe why the loss is a mean, to complete a sentence; None if it is a sum, or counts a single sample.
 
-    A mean times the number of samples is a sum. So is one over what belongs to a sample, summed over samples.
+    A mean times the number of samples is a sum, and so is a sum over samples of means within each sample.
     """
     count = float(loss.count)
     by = mean_in(getattr(loss.total, "grad_fn", None), count) if count > 1 else None
@@ -52,23 +52,23 @@ def doubt(loss: Loss) -> str | None:
         return None
     return (
         f"returns a mean ({by}) and counts {count:g}: return sums, not means (reduction='sum'), or the gradient is "
-        "too small by that count; launcher verify shows it"
+        "too small by that factor; launcher verify shows it"
     )
 
 
 def mean_in(node: Any, count: float) -> str | None:
-    """The name of the operation that takes the mean last, none where something else comes after it."""
+    """The name of the operation that takes the final mean; None if there is none, or other operations follow it."""
     if node is None:
         return None
     name, before = node.name(), [part for part, _ in node.next_functions if part is not None]
-    if name.startswith("MeanBackward"):  # over what is left where the samples are added up already, it makes no mean
+    if name.startswith("MeanBackward"):  # a mean over the rest after summing over samples is not a mean over samples
         return None if any(map(adds_samples, before)) else str(name)
     if getattr(node, "_saved_reduction", None) == MEAN:
         return str(name)
     if name.startswith("DivBackward"):
         divisor = getattr(node, "_saved_other", None)
         alike = divisor is not None and divisor.numel() == 1 and float(divisor) == count
-        alike = alike and count > 2  # half the squares is no mean, though there be two of them
+        alike = alike and count > 2  # half the squared error of two samples is a common sum, not a mean
         return f"{name} by {count:g}" if alike else None
     if not name.startswith(PASSING):
         return None
@@ -77,5 +77,5 @@ def mean_in(node: Any, count: float) -> str | None:
 
 
 def adds_samples(node: Any) -> bool:
-    """Whether it is a sum over everything, or over the first dimension."""
+    """Return whether the operation sums over all elements or over the first dimension."""
     return bool(node.name() == "SumBackward0" or 0 in getattr(node, "_saved_dim", ()))

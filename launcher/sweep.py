@@ -1,4 +1,4 @@
-"""A sweep's folder, its points and how they ended. What runs them is `launcher.multirun`'s."""
+"""A sweep's folder, its points and their outcomes; `launcher.multirun` runs them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FINISHED, STOPPED, NOT_OURS = "finished", "stopped", "not run"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one point ended: its number, what it changed, its exit status, and in a word what that means."""
+    """Outcome of one point: number, overrides, exit status, and that status in a word."""
 
     number: int
     overrides: tuple[str, ...]
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def folder_of(run: RunSettings, now: float | None = None) -> Path:
-    """The sweep's folder: run.dir, runs/<run.name>, or a new one named by the time (seconds since 1970)."""
+    """The sweep's folder: run.dir, runs/<run.name>, or a new one named after the time `now` (UNIX seconds)."""
     if run.dir is not None:
         return Path(run.dir)
     if run.name is not None:
@@ -49,7 +49,7 @@ def folder_of(run: RunSettings, now: float | None = None) -> Path:
 
 
 def placed(run: Run, folder: Path, number: int | str) -> Run:
-    """The point `number` of a sweep: a whole run folder of its own inside the sweep's, and one group in wandb."""
+    """Configure point `number`: a run directory `<folder>/<number>`, and the wandb group shared by the sweep."""
     name = f"{folder.name}-{number}"
     if "wandb" in run.sink:
         options = run.sink["wandb"] or {}
@@ -59,7 +59,7 @@ def placed(run: Run, folder: Path, number: int | str) -> Run:
 
 
 def seal(file: Path) -> None:
-    """Masks the secrets in the file that Hydra wrote about the sweep, and keeps it to the user."""
+    """Mask the secrets in the file written by Hydra, and make it readable by the user only."""
     if not file.is_file() or file.is_symlink():
         return
     masked = yaml.safe_dump(redacted(yaml.safe_load(file.read_text(encoding="utf-8"))), sort_keys=False)
@@ -74,7 +74,7 @@ def worst(outcomes: Sequence[Outcome]) -> int:
 
 
 def ended(run: Run, status: int) -> str:
-    """In a word, what a status means once the point has been run, or given to Slurm."""
+    """Outcome word for the exit status of a point that has run or was submitted to Slurm."""
     if status != EXIT_OK:
         return f"failed ({status})"
     if run.launch.kind == "slurm":

@@ -1,4 +1,4 @@
-"""The table at a sweep's end: a line a point, averages over seeds, the best points, and what the batches need."""
+"""The results table of a sweep: one line per point, averages over seeds, the best points, critical batch size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEED = "seed"
 
 
 def table(folder: Path, outcomes: Sequence[Outcome]) -> str:
-    """What each point came to, and which were best. Lines of at most 80 columns, as far as what was swept allows."""
+    """Results of all points and the best ones, in lines of at most 80 columns unless swept keys are too long."""
     figures = {outcome.number: point_figures(folder / str(outcome.number)) for outcome in outcomes}
     swept = swept_values([outcome.overrides for outcome in outcomes])
     target = any(found.target for found in figures.values())
@@ -46,7 +46,7 @@ def heads(target: bool) -> tuple[str, ...]:
 
 
 def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Of each point the keys and values that not all points have."""
+    """For each point, the overrides that are not common to all points."""
     common = set.intersection(*(set(each) for each in overrides)) if len(overrides) > 1 else set()
     return [
         {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in each if word not in common)}
@@ -55,7 +55,7 @@ def swept_values(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], swept: Sequence[Mapping[str, str]]) -> list[str]:
-    """Cells to the right; what was swept stands beside them, or below where it would not fit."""
+    """Right-aligned table; swept values are extra columns, or on a line below each row if too wide."""
     keys = list(dict.fromkeys(key for values in swept for key in values))
     beside = [[*row, *(values.get(key, "-") for key in keys)] for row, values in zip(rows, swept, strict=True)]
     wide = [[*head, *(short(key, keys) for key in keys)], *beside]
@@ -72,7 +72,7 @@ def laid(rows: Sequence[Sequence[str]], gap: str) -> list[str]:
 
 
 def short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a key, where no other ends so."""
+    """The last part of a key if it is unique among `keys`, else the whole key."""
     last = key.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
 
@@ -86,13 +86,13 @@ def indented(values: Mapping[str, str]) -> str:
     return f"      {words(values)}" if values else ""
 
 
-# --- what stands below --------------------------------------------------------------------------------------------
+# --- below the table ----------------------------------------------------------------------------------------------
 
 Group = tuple[tuple[str, str], ...]
 
 
 def by_seed(swept: Mapping[int, Mapping[str, str]], done: Mapping[int, Figures]) -> dict[Group, list[Figures]]:
-    """Finished points that differ in their seed alone; none where the seed is not swept over."""
+    """Group finished points that differ only in their seed; empty if the seed is not swept over."""
     groups: dict[Group, list[Figures]] = {}
     for number, found in done.items():
         if SEED in swept[number]:
@@ -118,7 +118,7 @@ def spread_cells(group: Sequence[Figures], target: bool) -> Iterator[str]:
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
-    """Mean and standard deviation; of those that got there, where some did not."""
+    """Mean and standard deviation of the known values, with their count if some are missing."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -128,7 +128,7 @@ def spread(values: Sequence[float | None], form: str) -> str:
 
 
 def mean(group: Sequence[Figures]) -> Figures:
-    """The average point; a target that not all of the points reached was not reached."""
+    """Average over a group; the target counts as reached only if all points reached it."""
 
     def of(name: str) -> Any:
         values = [getattr(found, name) for found in group]
@@ -140,13 +140,13 @@ def mean(group: Sequence[Figures]) -> Figures:
 
 
 def winners(points: Mapping[str, Figures]) -> Iterator[str]:
-    """The fastest and the most accurate of the points that finished, which need not be the same."""
+    """Lines that name the fastest and the most accurate finished point."""
     if len(points) < 2:
         return
     reached = {name: found.target_s for name, found in points.items() if found.target_s is not None}
     times = reached or {name: found.seconds or 0.0 for name, found in points.items()}
     fastest = min(times, key=lambda name: times[name])
-    yield f"time-optimal: {fastest}, {times[fastest]:.1f} s {'to the target' if reached else 'in all'}"
+    yield f"time-optimal: {fastest}, {times[fastest]:.1f} s {'to the target' if reached else 'in total'}"
     metrics = {found.metric for found in points.values()}
     if len(metrics) == 1 and (metric := metrics.pop()) is not None:
         sign = 1 if lower_is_better(metric) else -1
@@ -155,7 +155,7 @@ def winners(points: Mapping[str, Figures]) -> Iterator[str]:
 
 
 def needed(swept: Sequence[Mapping[str, str]], figures: Sequence[Figures]) -> Iterator[str]:
-    """Updates to the target over the batch, for points that differ in nothing else but their seed."""
+    """Critical batch size for each group of points that differ only in batch keys and seed."""
     groups: dict[Group, list[tuple[int, float]]] = {}
     for values, found in zip(swept, figures, strict=True):
         if found.batch is not None and found.updates is not None:
@@ -167,14 +167,14 @@ def needed(swept: Sequence[Mapping[str, str]], figures: Sequence[Figures]) -> It
         yield from lines
 
 
-# --- what a point came to -----------------------------------------------------------------------------------------
+# --- metrics of a point --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the table shows of a point; None where it is not known, as for one that has not finished.
+    """A point's values in the table; None if unknown, e.g. because it has not finished.
 
-    `target_s`, `epochs` and `updates` are those to the target.
+    `target_s`, `epochs` and `updates` count until the target was reached.
     """
 
     batch: int | None = None
@@ -196,7 +196,7 @@ class Figures:
         return self.target_s is not None
 
     def cells(self, ended: str, *, target: bool) -> tuple[str, ...]:
-        """How it ended stands in the place of its speed, where it did not finish."""
+        """Table cells; the outcome replaces the throughput of an unfinished point."""
         speed = shown(self.samples_per_s, ",.0f") if ended == FINISHED else ended
         took = (
             (shown(self.target_s, ".1f"), shown(self.epochs, ".1f"), shown(self.updates, ","))
@@ -211,7 +211,7 @@ def shown(value: float | None, form: str) -> str:
 
 
 def point_figures(path: Path) -> Figures:
-    """Read from the point's run folder: the plan that was last in force, done.json, and the best validation."""
+    """Read a point's run directory: the last plan, done.json and the best validation value."""
     folder = RunFolder(path)
     plan, done = folder.read_plan() or {}, folder.read_done() or {}
     seconds, target = done.get("seconds"), done.get("target", {})
@@ -231,7 +231,7 @@ def point_figures(path: Path) -> Figures:
 
 
 def best_validation(metrics: Path, wanted: str | None) -> tuple[str | None, float | None]:
-    """The best value of the target's metric, else of val/accuracy, else of val/loss, over the whole run."""
+    """Best value over the run of the target's metric, else of val/accuracy, else of val/loss."""
     rows = rows_with(metrics, "val/")
     metric = next(
         (one for one in (wanted, "val/accuracy", "val/loss") if one and any(one in row for row in rows)), None
@@ -245,7 +245,7 @@ def best_of(rows: Sequence[Mapping[str, Any]], metric: str, least: bool) -> floa
 
 
 def rows_with(metrics: Path, start: str) -> list[dict[str, Any]]:
-    """The rows in which a key begins so."""
+    """The rows with a key that begins with `start`."""
     if not metrics.is_file():
         return []
     with metrics.open() as file:
@@ -253,9 +253,9 @@ def rows_with(metrics: Path, start: str) -> list[dict[str, Any]]:
 
 
 def value_of(path: Path, metric: str, most: bool) -> float | None:
-    """What a finished point came to: the best value of a metric over the run, or a figure of its done.json.
+    """A finished point's objective: the best value of a metric over the run, or a value of its done.json.
 
-    `seconds`, `samples` and `updates` are those of the whole run, `target/seconds` … those to the target.
+    `seconds`, `samples` and `updates` refer to the whole run; `target/seconds` etc. count until the target was reached.
     """
     done = RunFolder(path).read_done()
     if done is None:

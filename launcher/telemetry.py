@@ -1,8 +1,9 @@
-"""Where the time of an update goes.
+"""Stage timing, deferred device scalars and resource metrics of an update.
 
-A `StageClock` is lapped through the loop: each lap gives the time since the last one to a stage, so that the stages
-add up to the wall time by construction. On a GPU the laps are events on the stream, read one update late; nothing in
-the loop waits for the device. There, time in which the device waits for the host shows in the stage it waited for.
+The training loop calls `lap` on a `StageClock`: each lap assigns the time since the previous lap to a stage, so the
+stages add up to the wall time by construction. On a GPU the laps are CUDA events on the stream, read one update later,
+so the loop never waits for the device. There, time in which the device waits for the host counts towards the stage that
+it waited for.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Timer(Protocol):
 
 
 class HostTimer:
-    """The host's monotonic clock: right where the host does the work, or waits for it."""
+    """The host's monotonic clock; correct if the host does the work or waits for it."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.stamp = clock
@@ -48,7 +49,7 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Events on the current stream. `elapsed_ms` waits for the later event alone, never for the whole device."""
+    """CUDA events on the current stream. `elapsed_ms` waits for the later event only, never for the device."""
 
     def stamp(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -61,7 +62,7 @@ class CudaTimer:
 
 
 class StageClock:
-    """Laps of the update under way, and the finished update's stage times."""
+    """Records the laps of the current update and the stage times of the last finished update."""
 
     def __init__(self, timer: Timer) -> None:
         self._timer = timer
@@ -72,24 +73,24 @@ class StageClock:
         self._finished: tuple[Any, list[tuple[str, Any]]] | None = None
 
     def listen(self, waits: Callable[[], None]) -> None:
-        """`waits` is called at each mark."""
+        """Register `waits`, which is called at each mark."""
         self._waits = waits
 
     def start(self) -> None:
-        """Training begins now: what came before belongs to no update."""
+        """Start timing now; earlier time is not attributed to any update."""
         self._last = self._timer.stamp()
 
     def lap(self, stage: str) -> None:
-        """The time since the last lap belongs to `stage`."""
+        """Assign the time since the last lap to `stage`."""
         self._laps.append((stage, self._timer.stamp()))
 
     def mark(self) -> None:
-        """Called from the last bucket's communication hook: from here on the backward pass only waits."""
+        """Mark the start of waiting: called from the communication hook of the last gradient bucket."""
         self._mark = self._timer.stamp()
         self._waits()
 
     def lap_backward(self) -> None:
-        """The backward pass up to the mark; what came after it is exposed synchronisation."""
+        """Assign the time up to the mark to `backward` and the rest, exposed communication, to `sync`."""
         if self._mark is not None:
             self._laps.append(("backward", self._mark))
             self._mark = None
@@ -98,7 +99,7 @@ class StageClock:
             self.lap("backward")
 
     def end_update(self) -> None:
-        """Close the update; its times can be read from now on by `times_ms`, until the next one ends."""
+        """End the update; `times_ms` returns its times until the next update ends."""
         self.lap("other")
         self._finished = (self._last, self._laps)
         self._last, self._laps = self._laps[-1][1], []
@@ -115,11 +116,12 @@ class StageClock:
 
 
 class Late:
-    """What one update found out: device scalars (loss, norm, spread, whether it was applied), and what the host knows.
+    """The results of one update: device scalars (loss, grad norm, spread, finite) and what the host knows about it.
 
-    `count` is what its loss counts, `groups` how many the spread is over, `update` None before the first. The scalars
-    are copied off the device without waiting; `read` waits for that copy alone, when the next update is under way.
-    Without any: a sum of nothing, applied. The last scalar is a tensor and says which device it is.
+    `count` is the loss count, `groups` the number of gradient groups that the spread covers, `update` is None before
+    the first update. The scalars are copied to the host asynchronously; `read` waits only for that copy and is called
+    during the next update. Without scalars, the values default to zero loss and finite=1. The last scalar must be a
+    tensor: its device is used for the copy.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class Late:
 
 
 class Meter:
-    """Wall time, memory and utilisation of this rank. The last two are sampled twice a second, not per update."""
+    """Wall time, memory and utilisation of this rank; memory and utilisation are sampled at most twice a second."""
 
     SAMPLE_EVERY_S = 0.5
 
@@ -171,16 +173,16 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Training begins now."""
+        """Reset the clocks at the start of training."""
         self._start = self._last = self._sampled = self._clock()
         self._busy_s = time.process_time()
 
     def seconds(self) -> float:
-        """Time trained so far, earlier generations included."""
+        """Training time so far in seconds, including earlier generations."""
         return self._before_s + self._clock() - self._start
 
     def wall_s(self) -> float:
-        """Time since it was last asked: one update's, when asked once per update."""
+        """Seconds since the previous call: the time of one update if called once per update."""
         now = self._clock()
         wall_s, self._last = now - self._last, now
         return wall_s
@@ -197,8 +199,7 @@ class Meter:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Peak on the device and how often its allocator had to retry; on a CPU the most that the process had resident,
-    and how often it had to read a page from a disk."""
+    """Memory metrics: on a GPU peak allocated bytes and allocator retries; on a CPU peak RSS and major page faults."""
     if device.type != "cuda":
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return {"memory/peak_bytes": usage.ru_maxrss * 1024, "memory/major_faults": usage.ru_majflt}
@@ -210,16 +211,16 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def utilization(device: torch.device, busy_s: float, wall_s: float, threads: int) -> float | None:
-    """Share of the time the device was busy: NVML's figure on a GPU, process time over wall time on the CPU."""
+    """Share of time the device was busy: from NVML on a GPU, process time over wall time x threads on a CPU."""
     if device.type == "cuda":
         try:
             return torch.cuda.utilization(device) / 100
-        except Exception:  # NVML's own errors are of no common kind: absent rather than guessed
+        except Exception:  # NVML errors share no base class: omit the value rather than guess
             return None
     return min(1.0, busy_s / (wall_s * threads)) if wall_s > 0 else None
 
 
 def critical_rank(stages_ms: Sequence[Sequence[float]]) -> int:
-    """The rank the others waited for: the one with the least `sync`, the lower rank where they are equal."""
+    """The rank that the others waited for: the one with the least `sync` time; ties go to the lower rank."""
     sync = STAGES.index("sync")
     return min(range(len(stages_ms)), key=lambda rank: stages_ms[rank][sync])

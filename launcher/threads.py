@@ -1,4 +1,4 @@
-"""How many CPU threads a rank computes with."""
+"""The number of CPU threads per rank."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from launcher.settings import Run
 
 __all__ = ["asked_threads", "threads_of"]
 
-#: The driver's word to the workers that it starts. Their OMP_NUM_THREADS says nothing: torchrun sets one by itself.
+#: Passes the user's own OMP_NUM_THREADS from the driver to its workers: torchrun sets OMP_NUM_THREADS by itself.
 ASKED = "LAUNCHER_THREADS"
 
 
 def asked_threads(run: Run, env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """For the workers' environment: the user's own OMP_NUM_THREADS, where launch.threads leaves it open."""
+    """Environment for the workers with the user's own OMP_NUM_THREADS; empty if launch.threads is set."""
     value = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     open_to_it = run.launch.threads is None and not run.elastic.exact
     return {ASKED: value} if open_to_it and value.isdecimal() and int(value) > 0 else {}
 
 
 def threads_of(run: Run, workers: int, env: Mapping[str, str] = os.environ) -> int:
-    """CPU threads of each of `workers` on this machine: what was asked for, else its cores divided among them.
+    """CPU threads for each of `workers` on this machine: as requested, else the cores divided by the workers.
 
-    One under elastic.exact: how a sum is divided among threads decides its last bits.
+    One thread under elastic.exact: how a sum is split among threads changes its last bits.
     """
     if run.elastic.exact:
         return 1

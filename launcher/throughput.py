@@ -1,4 +1,4 @@
-"""What measured micro-batch sizes say: which is the knee, which went back, and what sizes not measured would do."""
+"""Analyse measured micro-batch sizes: find the knee and regressions, and predict unmeasured sizes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = [
 KNEE = 0.9
 MEMORY_SHARE = 0.92
 _LEAST_PROBES = 3
-_ERRORS = 1.96  # standard errors that an interval of 95 % reaches
+_ERRORS = 1.96  # half-width of a 95 % interval in standard errors
 
 
 class Point(NamedTuple):
-    """A size that was measured: samples/s with its interval; None where it did not fit into memory."""
+    """A measured size: samples/s with its interval; None if the size did not fit into memory."""
 
     size: int
     samples_per_s: float | None
@@ -41,7 +41,7 @@ class Point(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A value and its interval of 95 %; infinite where there is none."""
+    """A value and its 95 % interval, which is infinite if unknown."""
 
     value: float
     low: float
@@ -52,17 +52,17 @@ Points = Sequence[tuple[int, float | None, float, float]]
 
 
 def knee(points: Points, share: float = KNEE) -> int:
-    """The smallest size with at least `share` of the best samples/s. ValueError where no size works."""
+    """The smallest size with at least `share` of the best samples/s. ValueError if no size works."""
     working = _working(points)
     best = max(speed for _, speed, _, _ in working)
     return min(size for size, speed, _, _ in working if speed >= share * best)
 
 
 def label(points: Points) -> dict[int, str]:
-    """A word for each size, ascending.
+    """Label each size, in ascending order.
 
-    rising: below the knee; knee; regressed: beyond it, and its high is under the low of the best smaller size;
-    saturated: every other size beyond it; oom: did not fit.
+    rising: below the knee; knee; regressed: beyond the knee, with an interval entirely below the interval of the
+    fastest smaller size; saturated: any other size beyond the knee; oom: did not fit into memory.
     """
     turning = knee(points)
     speeds = {size: (speed, low, high) for size, speed, low, high in _working(points)}
@@ -80,7 +80,7 @@ def label(points: Points) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Advice:
-    """Sizes that have a name, as `tune` prints them; `labels` by size."""
+    """The sizes that `tune` reports by name; `labels` maps each size to its label."""
 
     labels: Mapping[int, str]
     fastest: int
@@ -90,9 +90,9 @@ class Advice:
 
 
 def advise(points: Points, memory_max: int | None = None) -> Advice:
-    """The knee is recommended, or the largest size that works where that is smaller.
+    """Recommend the knee, or the largest working size if that is smaller.
 
-    `memory_max`: the largest size that works, where it is known from more than these points.
+    `memory_max`: the largest working size, if it is known from more than these points.
     """
     working, turning = _working(points), knee(points)
     largest = max(size for size, *_ in working) if memory_max is None else memory_max
@@ -102,8 +102,10 @@ def advise(points: Points, memory_max: int | None = None) -> Advice:
 
 @dataclass(frozen=True)
 class Line:
-    """y = intercept + slope x, both at least 0. `covariance` is that of (intercept, both, slope); `reach` the standard
-    errors that an interval takes.
+    """y = intercept + slope x, both at least 0.
+
+    `covariance` holds (variance of the intercept, covariance, variance of the slope); `t_quantile` is the half-width of
+    an interval in standard errors.
     """
 
     intercept: float
@@ -129,10 +131,11 @@ class Line:
 
 
 def fit_line(xs: Sequence[float], ys: Sequence[float], errors: Sequence[float]) -> Line:
-    """The line through these values by weighted least squares, with neither constant nor slope below 0.
+    """Fit a line by weighted least squares, with intercept and slope at least 0.
 
-    `errors` are the values' standard errors; 0 for unknown, then all are taken to be off by the same part of
-    themselves. An error that the scatter about the line belies is taken for larger. ValueError below two x.
+    `errors` are the standard errors of the values. If one is unknown (0), all values are taken to have the same
+    relative error. Errors are scaled up if the scatter around the line is larger than they allow. ValueError for fewer
+    than two different x.
     """
     if len(set(xs)) < 2:
         raise ValueError(f"{len(set(xs))} different sizes: a line needs two or more")
@@ -160,18 +163,18 @@ def fit_line(xs: Sequence[float], ys: Sequence[float], errors: Sequence[float]) 
 
 @dataclass(frozen=True)
 class ThroughputModel:
-    """Seconds of a micro-batch of m samples: alpha + beta m. Speeds are those of all workers together."""
+    """Seconds of a micro-batch of m samples: alpha + beta m. Throughputs are totals over all workers."""
 
     line: Line
 
     @property
     def alpha_s(self) -> Estimate:
-        """What a micro-batch takes whatever its size."""
+        """Fixed time of a micro-batch, independent of its size."""
         return self.line.intercepts
 
     @property
     def beta_s(self) -> Estimate:
-        """What each sample takes beside."""
+        """Additional time per sample."""
         return self.line.slopes
 
     def time_s(self, size: float) -> Estimate:
@@ -182,18 +185,18 @@ class ThroughputModel:
         return Estimate(size / value, size / high, size / low if low else math.inf)
 
     def overhead(self, size: float) -> float:
-        """The constant's share of the time."""
+        """Share of the fixed cost in the time of a micro-batch."""
         return self.line.intercept / self.time_s(size).value
 
     def knee(self, share: float = KNEE) -> float:
-        """The size that has `share` of the samples/s of an endless one; infinite where a sample takes no time."""
+        """The size that reaches `share` of the asymptotic samples/s; infinite if the time per sample is 0."""
         return share / (1 - share) * self.line.intercept / self.line.slope if self.line.slope else math.inf
 
 
 def fit(points: Points) -> ThroughputModel:
-    """T = alpha + beta m through the sizes that work; those that regressed are beyond what a line describes.
+    """Fit T = alpha + beta m to the working sizes, without regressed ones, which a line does not describe.
 
-    ValueError below two of them.
+    ValueError for fewer than two sizes.
     """
     labels = label(points)
     kept = [point for point in _working(points) if labels[point[0]] != "regressed"]
@@ -205,7 +208,7 @@ def fit(points: Points) -> ThroughputModel:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes at a size: fixed + c size. The size is in samples, or in samples x height x width of images."""
+    """Bytes at a size: fixed + c x size. The size is in samples, or in samples x height x width for images."""
 
     line: Line
 
@@ -213,9 +216,9 @@ class MemoryModel:
         return self.line.at(size)
 
     def largest(self, limit_bytes: float, share: float = MEMORY_SHARE) -> int | None:
-        """The largest size expected within `share` of the limit, 0 for none, None where memory does not grow.
+        """The largest size expected to fit within `share` of the limit; 0 if none does, None if memory does not grow.
 
-        It is where to probe next, never an answer.
+        It only says which size to probe next; it is never a result.
         """
         if not self.line.slope:
             return None
@@ -223,24 +226,25 @@ class MemoryModel:
 
 
 def fit_memory(probes: Sequence[tuple[float, float]]) -> MemoryModel:
-    """M = M0 + c size from (size, bytes) of at least three probes; ValueError below."""
+    """Fit M = M0 + c x size to (size, bytes) of at least three sizes; ValueError for fewer."""
     if len({size for size, _ in probes}) < _LEAST_PROBES:
-        raise ValueError(f"{len(probes)} probes of memory: there must be {_LEAST_PROBES} sizes or more")
+        raise ValueError(f"{len(probes)} memory probes: {_LEAST_PROBES} sizes or more are needed")
     sizes, memory = zip(*probes, strict=True)
     return MemoryModel(fit_line(sizes, memory, [0.0] * len(probes)))
 
 
 def _working(points: Points) -> list[tuple[int, float, float, float]]:
-    """
+    """The points that fit into memory.
+
     Raises:
-        ValueError: a size was measured twice, no size works, or a speed is none.
+        ValueError: a size was measured twice, no size works, or a samples/s value is invalid.
     """
     if len({size for size, *_ in points}) < len(points):
         raise ValueError("a size was measured twice: give one point for each")
     working = [(size, speed, low, high) for size, speed, low, high in points if speed is not None]
     for size, speed, low, high in working:
         if not (0 < low <= speed <= high < math.inf):
-            raise ValueError(f"size {size}: {speed} samples/s between {low} and {high} is no measurement")
+            raise ValueError(f"size {size}: {speed} samples/s between {low} and {high} is not a valid measurement")
     if not working:
         raise ValueError("no size works: there is nothing to choose from")
     return working

@@ -1,8 +1,8 @@
-"""Every update of a run, from its first sample to its last, as a pure function of the position.
+"""The sequence of all updates of a run, as a pure function of the position.
 
-Loader and loop walk the same timeline, so they agree without talking, and a position is all that a restart needs.
-Places are counted over the whole run: place p is place p % size of epoch p // size. What sample stands there is the
-order's affair.
+The data loader and the training loop iterate over the same timeline, so they agree without communication, and a
+restart needs only the position. Sample positions are counted over the whole run: p is position p % size of epoch
+p // size. `SamplePermutation` maps it to a sample.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from launcher.batch import BatchPlan
 
 __all__ = ["MicroBatch", "Position", "Span", "Timeline", "Update"]
 
-Span = tuple[int, int, int]  # (epoch, start, stop): places start ... stop - 1 of the epoch's order
+Span = tuple[int, int, int]  # (epoch, start, stop): positions start ... stop - 1 of the epoch's permutation
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: samples seen, and finished updates. Never what is merely prefetched."""
+    """Training progress: samples seen and updates finished, without samples that are only prefetched."""
 
     samples: int = 0
     update: int = 0
@@ -31,10 +31,10 @@ class Position:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes, as spans of places in the epochs' orders.
+    """The samples of one forward pass, as spans of positions in the epochs' permutations.
 
-    A `pad` stands for a rank without samples: one sample of the update, that counts for nothing. `place` (the rank, or
-    the shard) and `index` are its address within the update, which its generators are seeded by.
+    If `is_padding`, it repeats one sample of the update with weight zero, for a rank without samples. `shard` (the
+    rank, or under elastic.exact the shard) and `index` identify it within the update and seed its random generators.
     """
 
     spans: tuple[Span, ...]
@@ -50,11 +50,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Update:
-    """One update: places `start` ... `end` - 1 of the run.
+    """One update: sample positions `start` ... `end` - 1 of the run.
 
-    `index` counts the updates before it. `nominal` is the plan in force, `plan` what this update takes: the same, or a
-    part of it where the epoch or the run ends. `size` is that of the data set. `even`: every rank makes as many
-    micro-batches as the one that makes the most.
+    `index` is the number of earlier updates. `full_plan` is the plan in effect; `plan` is that of this update, which is
+    smaller if the epoch or the run ends. `size` is the size of the data set. `even`: every rank makes as many
+    micro-batches as the rank with the most, using padding.
     """
 
     index: int
@@ -74,23 +74,23 @@ class Update:
 
     @property
     def tail(self) -> bool:
-        """Whether it is cut: no change of batch, and no figure of speed or noise should count it."""
+        """Whether the update is a partial batch; it is not a batch change, and speed and noise estimates ignore it."""
         return self.samples < self.nominal.global_batch
 
     @property
     def epoch(self) -> int:
-        """The epoch of its first sample, from 0."""
+        """The epoch of the first sample, counted from 0."""
         return self.start // self.size
 
     @property
     def after(self) -> Position:
-        """Where training stands once it is finished."""
+        """The position after this update."""
         return Position(self.end, self.index + 1)
 
     def micro_batches(self, rank: int) -> tuple[MicroBatch, ...]:
-        """The rank's micro-batches in order, then its pads: one for a rank without samples, more where all are even.
+        """The rank's micro-batches in order, followed by padding: one for a rank without samples, more if `even`.
 
-        The ranks' slices of the window follow one another by rank, so their concatenation is the window.
+        The update's positions are divided into consecutive slices by rank.
         """
         first = self.start + sum(self.plan.shares[:rank])
         sizes = self.plan.micro_batches(rank)
@@ -116,12 +116,12 @@ class Update:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The updates of a run of `duration` samples over a data set of `size`.
+    """The updates of a run of `duration` samples over a data set of `size` samples.
 
-    `stages` are (from this sample on, plan), the first from 0, ascending; usually one, several for a batch ramp. A
-    stage takes effect at the first update that starts there or later. Under `tail="flush"` an epoch's last update is
-    cut to what is left of the epoch, under "carry" it goes on into the next. The run's last is cut to the duration.
-    `even` is handed to each update.
+    `stages` are (start sample, plan), ascending from 0; usually one, several for a batch ramp. A stage takes effect at
+    the first update that starts there or later. With `tail="flush"` an epoch's last update is limited to the rest of
+    the epoch, with "carry" it continues into the next epoch. The run's last update is limited by the duration. `even`
+    is passed to each update.
     """
 
     size: int
@@ -133,14 +133,14 @@ class Timeline:
     def __post_init__(self) -> None:
         begins = [begin for begin, _ in self.stages]
         if self.size < 1 or self.duration < 0:
-            raise ValueError(f"no timeline of {self.duration} samples over a data set of {self.size}")
+            raise ValueError(f"invalid timeline: {self.duration} samples over a data set of {self.size}")
         if begins[:1] != [0] or any(later <= begin for begin, later in pairwise(begins)):
-            raise ValueError(f"stages must ascend from 0, not begin at {begins}")
+            raise ValueError(f"stages must ascend from 0, but begin at {begins}")
         if self.tail not in ("flush", "carry"):
-            raise ValueError(f"a tail of {self.tail!r} is neither flush nor carry")
+            raise ValueError(f"tail={self.tail!r} is neither flush nor carry")
 
     def updates(self, position: Position = Position()) -> Iterator[Update]:
-        """Every update from `position` to the end of the run, none where that is reached."""
+        """Every update from `position` to the end of the run; none if the run is complete."""
         begins = [begin for begin, _ in self.stages]
         start, index = position.samples, position.update
         while start < self.duration:
@@ -150,12 +150,12 @@ class Timeline:
             start, index = start + samples, index + 1
 
     def _room(self, start: int) -> int:
-        """The most samples that an update from `start` on may take."""
+        """The largest number of samples that an update starting at `start` may take."""
         left = self.duration - start
         return min(left, self.size - start % self.size) if self.tail == "flush" else left
 
     def count(self, position: Position = Position()) -> int:
-        """How many updates `updates(position)` has; in time proportional to the number of stages."""
+        """The number of updates in `updates(position)`, computed in time proportional to the number of stages."""
         start, total = position.samples, 0
         for begin, end, batch in self._stretches():
             if begin <= start < end:
@@ -170,7 +170,7 @@ class Timeline:
             yield begin, min(end, self.duration), plan.global_batch
 
     def _run_through(self, start: int, end: int, batch: int) -> tuple[int, int]:
-        """How many updates of `batch` start in start ... end - 1, and where the next one starts."""
+        """The number of updates of `batch` that start in start ... end - 1, and the start of the next one."""
         if self.tail == "carry":
             updates = -(-(end - start) // batch)
             return updates, start + updates * batch
@@ -180,7 +180,7 @@ class Timeline:
         return first + epochs * -(-self.size // batch) + last, after
 
     def _within_epoch(self, start: int, end: int, batch: int) -> tuple[int, int]:
-        """The same up to the end of the epoch of `start`."""
+        """As `_run_through`, limited to the epoch that contains `start`."""
         epoch_end = start + self.size - start % self.size
         updates = max(0, -(-(min(end, epoch_end) - start) // batch))
         return updates, min(start + updates * batch, epoch_end)

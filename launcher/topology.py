@@ -1,4 +1,4 @@
-"""Who this process is in the job. The only module that reads what torchrun and Slurm put in the environment."""
+"""This process's place in the job. The only module that reads the environment variables of torchrun and Slurm."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 __all__ = ["AS_GUEST", "Topology", "as_rank", "master_port", "slurm_job", "slurm_restarts"]
 
-#: What lets a process beside a worker use the job's store without serving it.
+#: Environment with which a process beside a worker uses the job's store without serving it.
 AS_GUEST: Mapping[str, str] = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 @dataclass(frozen=True)
 class Topology:
-    """One worker's place. `generation` counts the starts of the workers of one run, from 1; 0 is not yet known."""
+    """One worker's place in the job. `generation` counts the starts of a run's workers from 1; 0 is not known yet."""
 
     rank: int = 0
     world: int = 1
@@ -31,7 +31,7 @@ class Topology:
 
     @classmethod
     def of(cls, env: Mapping[str, str] = os.environ) -> Topology | None:
-        """The worker's place from torchrun's variables, or None outside a job (the driver)."""
+        """Read the topology from torchrun's variables; None outside a job, as in the driver."""
         if "RANK" not in env:
             return None
         run_id = env.get("TORCHELASTIC_RUN_ID")
@@ -52,7 +52,7 @@ class Topology:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Rank and generation: what names a log."""
+        """Rank and generation, which together name a log file."""
         return self.rank, self.generation
 
     def started(self, generation: int) -> Topology:
@@ -60,7 +60,7 @@ class Topology:
 
 
 def as_rank(rank: int, world: int, port: int) -> Mapping[str, str]:
-    """What torchrun would tell one of `world` workers of this machine, whose store listens at `port`."""
+    """The variables that torchrun sets for one of `world` workers on this machine with a store at `port`."""
     facts = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -79,24 +79,24 @@ def as_rank(rank: int, world: int, port: int) -> Mapping[str, str]:
 
 
 def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:
-    """Slurm's job, `123` or `120_4` for a task of an array, so that a requeued job finds its folder; else None."""
+    """Slurm's job id (`123`, or `120_4` for an array task), by which a requeued job finds its run directory."""
     if array := env.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
     return env.get("SLURM_JOB_ID")
 
 
 def slurm_restarts(env: Mapping[str, str] = os.environ) -> int:
-    """How often Slurm has queued this job again."""
+    """How often Slurm has requeued this job."""
     return int(env.get("SLURM_RESTART_COUNT", "0"))
 
 
 def nodes_of(env: Mapping[str, str]) -> int:
-    """torchrun's count of its agents, which may have different numbers of workers; else what the workers' tell."""
+    """torchrun's number of agents, which may have unequal numbers of workers; else world size / local world size."""
     if count := env.get("GROUP_WORLD_SIZE"):
         return int(count)
     return max(1, int(env.get("WORLD_SIZE", "1")) // max(1, int(env.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def master_port(env: Mapping[str, str] = os.environ) -> int:
-    """The port that torchrun chose for rank 0's store."""
+    """The port of rank 0's store, as chosen by torchrun."""
     return int(env["MASTER_PORT"])

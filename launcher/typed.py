@@ -1,4 +1,4 @@
-"""Plain values as the types that annotations name, without any conversion that could lose something."""
+"""Convert plain values to annotated types, without any lossy conversion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["MisfitError", "choices", "fit", "sample", "shown", "words"]
 
 
 class MisfitError(Exception):
-    """`value` is not what the annotation says; `where` is the path to it inside the key."""
+    """`value` does not match the annotation; `where` is its path inside the key."""
 
     def __init__(self, value: Any, expected: str | None = None, where: str = "") -> None:
         super().__init__(value)
@@ -20,7 +20,7 @@ class MisfitError(Exception):
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, without a conversion that could lose anything."""
+    """Convert `value` to `kind` losslessly; raises if that is not possible."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _fit_any(value, inner)
@@ -79,12 +79,12 @@ def _number(value: Any) -> float:
 
 
 def _text(value: Any) -> str:
-    """Text; a whole number is text as it was typed (run.name=2024), a fraction or a truth value may not be."""
+    """Accept text and integers, which print as they were typed (run.name=2024); floats and booleans may not."""
     return str(_check(value, isinstance(value, str | int) and not isinstance(value, bool)))
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold, for the keys that are torch's, the recipe's and the sinks'. Lists stay lists."""
+    """Any JSON value, for keys that belong to torch, the recipe or a sink. Lists stay lists."""
     if isinstance(value, Mapping):
         return _fit_mapping(value, Any)
     if isinstance(value, list | tuple):
@@ -117,7 +117,7 @@ SAMPLES = {Any: "1", bool: "true", int: "4", float: "0.5", str: "text", type(Non
 
 
 def words(kind: Any) -> str:
-    """An annotation in words: `a whole number or full or null`."""
+    """Describe an annotation in words: `a whole number or full or null`."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(words(part) for part in inner)
@@ -145,7 +145,7 @@ def choices(kind: Any) -> tuple[Any, ...]:
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed on the command line, cut where it is long."""
+    """Format a value as it is typed on the command line; long text is truncated."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Validation over all ranks: every sample once, whatever the number of workers or the remainder."""
+"""Validation over all ranks: every sample is counted exactly once, at any world size and remainder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["Validation"]
 class Slice(Sampler[list[Address]]):
     """This rank's contiguous chunks of the validation set in batches, none of which spans two chunks.
 
-    `chunks` says of each batch which chunk it is of, None of a pad of one sample, which is not counted: one for a rank
-    without samples, and with `even` as many as it takes for all ranks to have the same number of batches.
+    `chunks` holds the chunk of each batch, None for a padding batch of one sample, which is not counted. A rank without
+    samples has one padding batch; with `even`, ranks are padded to the same number of batches.
     """
 
     def __init__(self, size: int, rank: int, world: int, chunks: int, batch: int, *, even: bool = False) -> None:
@@ -36,17 +36,17 @@ class Slice(Sampler[list[Address]]):
 
 
 def cuts_of(size: int, rank: int, world: int, chunks: int, batch: int) -> list[tuple[int, int, int]]:
-    """(chunk, start, stop) of each batch of a rank."""
+    """Return (chunk, start, stop) of each batch of a rank."""
     own = range(chunks)[chunks * rank // world : chunks * (rank + 1) // world]
     ends = [(chunk, size * chunk // chunks, size * (chunk + 1) // chunks) for chunk in own]
     return [(chunk, at, min(at + batch, stop)) for chunk, start, stop in ends for at in range(start, stop, batch)]
 
 
 class Validation:
-    """`measure` gives `val/loss` and one `val/<name>` per metric of the recipe: sums over ranks, divided once.
+    """Computes `val/loss` and one `val/<name>` per metric of the recipe: sums over ranks, divided once by the count.
 
-    Each of the set's `chunks` is summed by itself in double precision, then all of them in order: the world size
-    decides who sums a chunk, but where their number is fixed, nothing of the result.
+    Each of the dataset's `chunks` is summed separately in double precision, then all chunks in order. The world size
+    only decides which rank sums a chunk: with a fixed number of chunks the result does not depend on it.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class Validation:
         names = sorted(sums)
         table = torch.stack([sums[name] for name in names])
         if self._world > 1:
-            dist.all_reduce(table)  # each chunk's sums and the other ranks' zeros: exact in any order
+            dist.all_reduce(table)  # each chunk is nonzero on one rank only: exact in any order
         found = {name: sum(row) for name, row in zip(names, table.tolist(), strict=True)}
         count = found.pop("count")
         return {f"val/{name}": value / count for name, value in found.items()}
 
     def _sums(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """For each name the sums of all chunks, zeros for those of other ranks."""
+        """The per-chunk sums of each value, with zeros for the chunks of other ranks."""
         sums: dict[str, torch.Tensor] = {}
         for chunk, batch in zip(self._slice.chunks, self._batches, strict=True):
             batch = transfer(batch, self._precision.device, self._precision.dtype)

@@ -1,7 +1,7 @@
-"""The verb `verify`: whether accumulation and splitting over workers give the gradient of the one big batch.
+"""`launcher verify`: check that accumulation and splitting over workers give the gradient of the whole batch.
 
-Shown on the user's own recipe and data, in fp64 and in one process: the ranks' micro-batches are those of real plans,
-and run one after the other. Their order of summation is all that differs from a real job.
+It runs the user's own recipe and data in fp64 in one process: the ranks' micro-batches come from real plans and run one
+after the other. Only the order of summation differs from a real job.
 """
 
 from __future__ import annotations
@@ -31,27 +31,28 @@ from launcher.timeline import MicroBatch, Timeline, Update
 
 __all__ = ["MOST", "Verdict", "text", "verify"]
 
-MOST = 64  # samples of the batch that is split: enough to be uneven in every way, few enough for any memory
+MOST = 64  # largest batch to split: enough samples for uneven splits, few enough to fit into any memory
 TOLERANCE = 1e-12
 LOSS = "loss"
-#: (workers, micro-batches each): accumulation alone, workers alone, both, and shares that differ.
+#: (workers, micro-batches each): accumulation only, workers only, both, and unequal shares.
 SPLITS = ((1, 2), (1, 4), (2, 1), (2, 3), (3, 1), (3, 2), (5, 1))
 _CPU = torch.device("cpu")
 
 MENDS = {
-    "BatchNorm": "statistics are taken over a micro-batch: use GroupNorm or LayerNorm, or torch.nn.SyncBatchNorm "
-    "between workers; elastic.exact=true fixes over which parts",
-    "Dropout": "draws another mask for each micro-batch, as it should; the gradient is right on average",
-    LOSS: "loss() is no sum over samples: return sums, not means, and let no sample's loss depend on another",
+    "BatchNorm": "statistics are computed per micro-batch: use GroupNorm or LayerNorm, or torch.nn.SyncBatchNorm "
+    "across workers; elastic.exact=true computes them over fixed shards",
+    "Dropout": "draws a new mask for each micro-batch, as intended; the gradient is correct on average",
+    LOSS: "loss() is not a sum over samples: return sums, not means; no sample's loss may depend on another",
 }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`relative` is the norm of the largest difference over the gradient's; `splits` are the plans that were compared.
+    """The result of a comparison.
 
-    `breakers` are layers that gave other outputs for the same inputs when the batch was split, as `name (Class)`, and
-    `loss` where the loss did.
+    `relative` is the norm of the largest difference divided by the gradient's norm; `splits` are the compared plans.
+    `offending_layers` lists layers, as `name (Class)`, whose outputs for the same inputs changed when the batch was
+    split, and `loss` if the loss did.
     """
 
     max_abs_diff: float
@@ -66,7 +67,7 @@ class Verdict:
 
     @property
     def sound(self) -> bool:
-        """Equal, or where it is not layers explain it: a loss that depends on the cut trains something else."""
+        """Equal, or any difference is explained by layers; a loss that depends on the split is not acceptable."""
         return self.equal or (bool(self.breakers) and LOSS not in self.breakers)
 
     def document(self) -> dict[str, Any]:
@@ -82,10 +83,10 @@ class Verdict:
 
 
 def verify(run: Run) -> Verdict:
-    """Compare the gradients of one batch whole, and split by several plans.
+    """Compare the gradient of one whole batch with the gradients of the batch split by several plans.
 
     Raises:
-        RequestError: the recipe or the run is wrong, or there are fewer than 2 samples to split.
+        UsageError: the recipe or configuration is invalid, or there are fewer than 2 samples to split.
     """
     recipe, run = recipes.build(run.recipe), with_any_rate(run)
     sizes = recipes.sizes(recipe)
@@ -107,7 +108,7 @@ def verify(run: Run) -> Verdict:
 
 
 def with_any_rate(run: Run) -> Run:
-    """A gradient has no rate: nobody has to choose one for it."""
+    """Fill in a learning rate if none is set: computing a gradient does not need one."""
     base, batch = run.lr.base, run.lr.base_batch
     return replace(
         run, lr=replace(run.lr, base=1.0 if base is None else base, base_batch=32 if batch is None else batch)
@@ -115,26 +116,26 @@ def with_any_rate(run: Run) -> Run:
 
 
 def text(verdict: Verdict) -> str:
-    """The verdict for a person at a terminal."""
+    """Format the result for a terminal."""
     lines = [f"One batch of {verdict.samples} samples whole, and split in {len(verdict.splits)} ways, in float64:"]
     lines += [f"- {_split(plan)}" for plan in verdict.splits]
-    same = "the same gradient" if verdict.relative <= TOLERANCE else "other gradients"
+    same = "the same gradient" if verdict.relative <= TOLERANCE else "different gradients"
     lines.append(f"{same}: they differ by {verdict.relative:.1e} of its norm, by {verdict.max_abs_diff:.1e} at most.")
     kinds: dict[str, list[str]] = {}
     for breaker in verdict.breakers:
         kinds.setdefault(_kind(breaker), []).append(breaker)
     for kind, layers in kinds.items():
         more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-        lines.append(f"{', '.join(layers[:3])}{more}: {MENDS.get(kind, 'it mixes samples, or draws at random')}")
+        lines.append(f"{', '.join(layers[:3])}{more}: {MENDS.get(kind, 'it mixes samples or is random')}")
     if not verdict.breakers and verdict.relative > TOLERANCE:
-        lines.append("no layer explains it")
+        lines.append("no layer explains the difference")
     wrapped = (textwrap.wrap(f"{line[:1].upper()}{line[1:]}", 80, subsequent_indent="  ") for line in lines)
     return "\n".join(line for part in wrapped for line in part) + "\n"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A recipe with its model as it starts; nothing that is tried changes either."""
+    """A recipe and its initial model; trials leave both unchanged."""
 
     recipe: Any
     model: nn.Module
@@ -142,11 +143,11 @@ class Trial:
     seed: int
 
     def update(self, plan: BatchPlan) -> Update:
-        """The run's first update under this plan: the same samples under every plan of the same batch."""
+        """The run's first update under this plan; all plans with the same global batch use the same samples."""
         return next(Timeline(len(self.items), plan.global_batch, ((0, plan),)).updates())
 
     def gradient(self, update: Update) -> torch.Tensor:
-        """All parameters' gradients in a row: d(total)/samples summed over ranks, then made a mean over the count."""
+        """All gradients as a flat vector: d(total)/samples summed over ranks, rescaled to a mean over the count."""
         model, count = copy.deepcopy(self.model), 0.0
         for micro in _micro_batches(update):
             loss = self.recipe.loss(model, self._batch(update, micro))
@@ -156,7 +157,7 @@ class Trial:
         return torch.cat([part.reshape(-1) for part in parts]) * (update.samples / count)
 
     def breakers(self, whole: Update, split: Update) -> Iterator[str]:
-        """Layers whose outputs for the same inputs depend on how the batch is cut; last the loss, if it does."""
+        """Yield layers whose outputs for the same inputs depend on how the batch is split, then the loss if it does."""
         one, parts = copy.deepcopy(self.model), copy.deepcopy(self.model)
         reference = Outputs()
         with torch.no_grad(), _heard(one, reference.keep):
@@ -172,7 +173,7 @@ class Trial:
             yield LOSS
 
     def _batch(self, update: Update, micro: MicroBatch) -> Any:
-        """As the run's own loader and loop make it: each sample, and each micro-batch, with its own random state."""
+        """Build the micro-batch as the loader and training loop do, seeding each sample and each micro-batch."""
         orders = [(epoch, Order(update.size, self.seed, epoch)[start:stop]) for epoch, start, stop in micro.spans]
         addresses = [(epoch, sample) for epoch, samples in orders for sample in samples]
         items = AddressedDataset(self.items, self.seed).__getitems__(addresses)
@@ -185,7 +186,7 @@ Heard = Callable[[str, nn.Module, Any], Any]
 
 
 class Outputs:
-    """What each call of each layer put out, by the layer's name and the number of the call."""
+    """Records the output of each call of each layer, by layer name and call number."""
 
     def __init__(self) -> None:
         self.outputs: dict[tuple[str, int], Any] = {}
@@ -197,9 +198,9 @@ class Outputs:
 
 
 class Comparison:
-    """Heard at every layer of the split batch: it is compared with the whole one, and goes on with its outputs.
+    """Forward hook for the split batch: compares each layer's output with the whole batch and returns the latter.
 
-    So each layer sees what it saw then, and one that differs does not make those behind it differ too.
+    Every layer thus receives the same inputs as in the whole batch, so a layer that differs does not affect later ones.
     """
 
     def __init__(self, reference: Outputs) -> None:
@@ -218,7 +219,7 @@ class Comparison:
         if not (isinstance(output, torch.Tensor) and isinstance(whole, torch.Tensor) and output.dim() and whole.dim()):
             return output
         before = whole[self._start : self._stop]
-        if before.shape != output.shape or len(output) != self._stop - self._start:  # no row for each sample
+        if before.shape != output.shape or len(output) != self._stop - self._start:  # not a row per sample
             return output
         told = f"{name} ({type(layer).__name__})" if name else type(layer).__name__
         if not torch.allclose(before, output, rtol=1e-9, atol=1e-11) and told not in self.broken:
@@ -240,13 +241,13 @@ def _heard(model: nn.Module, heard: Heard) -> Iterator[None]:
 
 
 def _micro_batches(update: Update) -> Iterator[MicroBatch]:
-    """All ranks', in order of rank; a rank without samples contributes nothing."""
+    """Yield all ranks' micro-batches in order of rank; a rank without samples contributes none."""
     for rank in range(update.plan.world):
         yield from (micro for micro in update.micro_batches(rank) if not micro.pad)
 
 
 def _plans(samples: int) -> Iterator[BatchPlan]:
-    """Those splits that leave every micro-batch two samples, for BatchNorm refuses one; else whatever there is."""
+    """The splits with at least two samples per micro-batch, since BatchNorm rejects one; else 1 worker x 2."""
     fitting = [(world, steps) for world, steps in SPLITS if samples // (world * steps) >= 2] or [(1, 2)]
     for world, steps in fitting:
         cap = -(-samples // (world * steps))

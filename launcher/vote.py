@@ -1,8 +1,8 @@
-"""What the ranks tell each other, once per update.
+"""The all-gather of per-rank statistics, once per update.
 
-One small float64 vector per rank goes round by an all-gather on a gloo group of its own. It is started after the
-last micro-batch's forward pass and awaited before the optimizer's step, so that its time hides behind the backward
-pass. Nothing else in the loop agrees on anything.
+One small float64 vector per rank is all-gathered on a separate gloo group. It is started after the last micro-batch's
+forward pass and awaited before the optimizer step, so that it overlaps with the backward pass. It is the only
+agreement between ranks in the training loop.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ __all__ = ["Agreed", "Ballot", "Vote"]
 
 @dataclass(frozen=True)
 class Ballot:
-    """One rank's word. What a device computed belongs to the previous update: it is read one update late.
+    """One rank's statistics.
 
-    `count` is what the losses of *this* update count (samples, or tokens); the fields from `loss` on and the stages
-    (milliseconds) belong to the previous one. `norm`, `spread` and `groups` are those of its `strategies.Step`.
+    Values computed on the device belong to the previous update: they are read one update late. `count` is the loss
+    count (samples or tokens) of *this* update; the fields from `loss` on and the stage times (milliseconds) belong to
+    the previous one. `norm`, `spread` and `groups` come from its `strategies.Step`.
     """
 
     count: float = 0.0
@@ -47,7 +48,7 @@ WORDS = len(fields(Ballot))
 
 @dataclass(frozen=True)
 class Agreed:
-    """All ranks' ballots and stage times, in rank order: the same on every rank."""
+    """The statistics and stage times of all ranks, in rank order; identical on every rank."""
 
     ballots: tuple[Ballot, ...]
     stages_ms: tuple[tuple[float, ...], ...]
@@ -66,17 +67,17 @@ class Agreed:
 
     @property
     def loss(self) -> float:
-        """The losses of the previous update, over all ranks."""
+        """Summed loss of the previous update, over all ranks."""
         return float(tree_sum(ballot.loss for ballot in self.ballots))
 
     @property
     def loss_count(self) -> float:
-        """What the losses of the previous update count."""
+        """Loss count (samples or tokens) of the previous update, over all ranks."""
         return float(tree_sum(ballot.loss_count for ballot in self.ballots))
 
     @property
     def norm(self) -> float:
-        """Of the previous update's mean gradient; rank 0's word, so that all ranks go by the same bits."""
+        """Norm of the previous update's mean gradient; rank 0's value, so that all ranks use the same bits."""
         return self.ballots[0].norm
 
     @property
@@ -86,7 +87,7 @@ class Agreed:
 
     @property
     def groups(self) -> int:
-        """How many parts of the previous update's batch had their gradients seen by themselves."""
+        """Number of groups of the previous update's batch whose gradient norms were measured separately."""
         return int(sum(ballot.groups for ballot in self.ballots))
 
     @property
@@ -109,7 +110,7 @@ class Pending(Protocol):
 
 
 class Vote:
-    """Casts ballots. With one worker there is nobody to ask and no group is made."""
+    """Exchanges the statistics. With one worker no process group is created and nothing is sent."""
 
     def __init__(self, world: int, timeout_s: float) -> None:
         self._world = world
@@ -118,7 +119,7 @@ class Vote:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world > 1 else None
 
     def cast(self, ballot: Ballot, stages_ms: Sequence[float]) -> Pending:
-        """Start the exchange; one ballot at a time is under way, the buffers are reused."""
+        """Start the exchange. Only one may be in flight: the buffers are reused."""
         self._words[:] = torch.tensor((*astuple(ballot), *stages_ms), dtype=torch.float64)
         if self._group is None:
             self._all[:] = self._words

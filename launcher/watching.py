@@ -1,8 +1,9 @@
-"""The verb `watch`: a run that was started elsewhere, on this screen.
+"""`launcher watch`: show a run that another process executes.
 
-Its files are followed and what is added to them is handed to the console, which shows it as the run's own does. Nothing
-is written into the run folder. Whether anybody still runs it is asked rarely, and only while nothing is added: asking
-takes the folder's lock for a moment, which a start tries for longer than that, and a queue has more to do.
+New lines of the run's files are passed to the console sink, which shows them as in the run itself. Nothing is written
+into the run directory. Whether the run is still alive is checked rarely, and only while no lines arrive: the check
+holds the lock of the directory for a moment (a starting run retries for longer than that), and the Slurm queue is
+expensive to query.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from launcher.sinks.text import printable
 __all__ = ["Screen", "Tail", "follow", "runner", "watch"]
 
 LOOK_EVERY_S = 0.25
-#: Seconds without anything new before it is asked who runs it, and between two such questions.
+#: Seconds without new lines before checking who runs it, and between two such checks.
 ASK_EVERY_S = 2.0
 ASK_QUEUE_EVERY_S = 10.0
 
@@ -42,16 +43,18 @@ Who = Queued | Owner | None
 
 
 def watch(run: str, stream: TextIO | None = None) -> int:
-    """Show a run until it is over, or until Ctrl-C, which ends the watching alone.
+    """Show a run until it ends, or until Ctrl-C, which stops watching but not the run.
 
     Raises:
-        RequestError: there is no such run.
+        UsageError: there is no such run.
     """
     screen = Screen(find(run), stream or sys.stdout)
     try:
         follow(screen)
     except KeyboardInterrupt:
-        screen.say(f"{screen.folder.path} is watched no more: launcher stop {shlex.quote(run)} would save and stop it")
+        screen.say(
+            f"stopped watching {screen.folder.path}: type launcher stop {shlex.quote(run)} to save and stop the run"
+        )
     return EXIT_OK
 
 
@@ -61,7 +64,7 @@ def follow(
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], object] = time.sleep,
 ) -> None:
-    """Until the run is done, or nobody runs it."""
+    """Show updates until the run is done, or no process runs it any more."""
     folder, ask = screen.folder, who_runs or runner
     who = ask(folder, None)
     if who is None and folder.read_done() is None:
@@ -69,7 +72,7 @@ def follow(
     screen.look()
     new_s = asked_s = clock()
     misses = 0
-    goes_on = screen.ended == "done"  # it was done before, and yet somebody runs it: a start follows
+    goes_on = screen.ended == "done"  # done before, yet a process holds it: a new start follows
     while who is not None and (screen.ended != "done" or goes_on):
         screen.waits(who)
         wait(LOOK_EVERY_S)
@@ -84,7 +87,7 @@ def follow(
 
 
 def runner(folder: RunFolder, before: Who) -> Who:
-    """Who runs it. Between two starts of its workers a torchrun of the user's own holds no lock, and is seen itself."""
+    """Find who runs it. Between worker restarts the user's torchrun holds no lock, so its process is checked."""
     who = control.queued(folder) or control.owner(folder)
     if who is None and isinstance(before, Owner) and before.here and before.torchrun and runs(before.torchrun):
         return before
@@ -92,7 +95,7 @@ def runner(folder: RunFolder, before: Who) -> Who:
 
 
 class Screen:
-    """A run from its last start on: each start has a console of its own, as it has in the process that trains."""
+    """Shows a run from its latest start on, with a new console per start, as in the training process."""
 
     def __init__(self, folder: RunFolder, stream: TextIO, env: Mapping[str, str] = os.environ) -> None:
         self.folder = folder
@@ -107,15 +110,15 @@ class Screen:
         self._said = ""
 
     def look(self) -> bool:
-        """Show what was added since the last look; whether there was anything.
+        """Show the lines added since the last call; return whether there were any.
 
-        Events first: the rows that were written before one of them are then there too.
+        Events are read first, so that the rows written before an event are already available.
         """
         events = deque(self._events.added())
         something = bool(events)
         for row in self._rows.added():
             something = True
-            if generation_of(row) > self._generation:  # its start was written before it
+            if generation_of(row) > self._generation:  # the start event was written before this row
                 events.extend(self._events.added())
             while events and (events[0]["time"] <= row["time"] or generation_of(row) > self._generation):
                 self._event(events.popleft())
@@ -125,11 +128,11 @@ class Screen:
         return something
 
     def waits(self, who: Who) -> None:
-        """Say once for each reason why there is nothing to see yet."""
+        """Print, once per reason, why there is nothing to show yet."""
         queued = isinstance(who, Queued) and who.waits
         said = f"queued {who}" if queued else "" if self._generation else "starting"
         if said and said != self._said:
-            self.say(f"{told(self.folder, who)}; waiting for it to begin")
+            self.say(f"{told(self.folder, who)}; waiting for it to start")
         self._said = said
 
     def say(self, text: str) -> None:
@@ -145,7 +148,7 @@ class Screen:
             self._console.close()
             self._console = Console(self._stream, self._env)
             self._generation = generation_of(facts)
-            facts = {**facts, "run_dir": str(self.folder.path)}  # as it is seen from here
+            facts = {**facts, "run_dir": str(self.folder.path)}  # the path as seen from this process
         if self._generation < self._from or not isinstance(name, str):
             return
         if name in ENDINGS:
@@ -154,31 +157,30 @@ class Screen:
 
     def _row(self, row: Mapping[str, Any]) -> None:
         if generation_of(row) < max(self._from, self._generation):
-            return  # of an earlier start: updates that were undone, or are no longer of interest
+            return  # a row of an earlier start
         self._console.live = place(row) >= self._now
         self._show(reading_of(row))
 
     def _show(self, entry: Event | Reading) -> None:
-        """What a file holds may have values that are none: that line is left out, as where the run itself shows it."""
+        """Show an entry; one with malformed values is skipped, as in the run itself."""
         with suppress(TypeError, ValueError, KeyError, AttributeError):
             self._console.write(entry)
 
 
 class Tail:
-    """The lines that are added to a file, as the objects that they hold. A line counts once it has its newline.
+    """Follows a JSONL file and yields the objects of new lines. A line is read once it ends in a newline.
 
-    A file that was cut short or replaced is read from its beginning; what was there before is not handed out again,
-    as far as its `time` tells.
+    A truncated or replaced file is read from its beginning; objects that were yielded before are skipped by `time`.
     """
 
     def __init__(self, path: Path, numbers: Sequence[str] = ("time",)) -> None:
-        """`numbers`: what every object must have, to be one."""
+        """`numbers`: the numeric fields that every object must have."""
         self._path, self._numbers = path, numbers
         self._at = self._inode = 0
         self._last = self._known = -math.inf
 
     def added(self) -> Iterator[dict[str, Any]]:
-        """What was added since; a file that is not there yet, or cannot be read just now, has nothing."""
+        """Yield the objects added since the last call; nothing if the file does not exist or cannot be read now."""
         try:
             file = self._path.open("rb")
         except OSError:
@@ -199,7 +201,7 @@ class Tail:
 
 
 def entry(line: bytes, numbers: Sequence[str]) -> dict[str, Any] | None:
-    """The object of a line, if it is one and has these numbers."""
+    """Parse a line; None if it is not an object with these numeric fields."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -213,7 +215,7 @@ def is_number(value: Any) -> bool:
 
 
 def event_of(facts: Mapping[str, Any]) -> Event:
-    """As the console takes it. It leaves errors to the driver, whose screen is another: here they are told."""
+    """Convert to a console event. The console leaves errors to the driver, so an error is shown as an alarm here."""
     name, rest = facts["event"], {key: value for key, value in facts.items() if key not in ("time", "event")}
     if name == "error":
         return Event(facts["time"], "alarm", {"kind": "error", "detail": failure_text(facts)})
@@ -221,7 +223,7 @@ def event_of(facts: Mapping[str, Any]) -> Event:
 
 
 def reading_of(row: Mapping[str, Any]) -> Reading:
-    """As it was before it became JSON, which has no NaN."""
+    """Convert a row back to a MetricsRow; null becomes NaN, which JSON cannot represent."""
     values = {key: math.nan if value is None else value for key, value in row.items() if key not in POSITION}
     figures = {key: value for key, value in values.items() if isinstance(value, int | float)}
     return Reading(**{name: row[name] for name in POSITION}, values=figures)
@@ -236,6 +238,6 @@ def place(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def whole_number(entry: Mapping[str, Any], name: str) -> int:
-    """0 where it is none."""
+    """Return the field as an integer; 0 if it is missing or not a number."""
     found = entry.get(name)
     return int(found) if found is not None and is_number(found) else 0

@@ -1,4 +1,4 @@
-"""How large a recipe's model is and what its optimizer keeps, without making either: on torch's meta device."""
+"""Measure the size of a recipe's model and of its optimizer state on the meta device, without allocating either."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["weigh"]
 
 
 def weigh(recipe: Any, run: Run) -> Weights:
-    """
+    """Count the parameters of the recipe's model and the optimizer state per parameter.
+
     Raises:
-        RequestError: the optimizer cannot be had as asked.
+        UsageError: the optimizer cannot be built as configured.
     """
     with torch.device("meta"):
         model = recipe.model()
@@ -31,7 +32,7 @@ def weigh(recipe: Any, run: Run) -> Weights:
 
 
 def slots(run: Run) -> int:
-    """Elements of optimizer state for each element that is trained; found out by a step on a small one."""
+    """Elements of optimizer state per trainable element, determined by a step on a small layer."""
     small = nn.Linear(7, 3, bias=False)
     optimizer = make_optimizer(small, run)
     small.weight.grad = torch.ones_like(small.weight)

@@ -1,7 +1,8 @@
-"""One rank from start to end: find out what is to be done, meet the others, train, leave with the right word.
+"""One rank from start to end: resolve the job, connect to the other ranks, train, exit with the right status.
 
-Rank 0 alone composes and opens the run folder, then hands the resolved run to the others through the store, so that
-they cannot disagree. It does so before it imports torch: a wrong request is answered at once.
+Only rank 0 composes the configuration and opens the run folder; it then sends the resolved configuration to the other
+ranks through the store, so that they cannot disagree. It does so before importing torch, so that an invalid
+configuration is reported immediately.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ __all__ = ["Assignment", "main", "main_handover"]
 
 @dataclass(frozen=True)
 class Assignment:
-    """What is to be done: the resolved run and its folder.
+    """The job of the ranks: the resolved configuration and the run folder.
 
-    `checkpoint` is one that the user named, `must` says that there has to be one: both hold until this job has saved
-    one of its own, so that the folder's newest is another than `before`. `changed`, which keys differ from the
-    folder's, concerns the job's first start, generation `first` (None: this one). `restarted`: the workers were started
-    before in this job.
-    `loopback`: the job lives on one machine and its store is ours. `summary`: nothing is left to do but to say this.
-    `why`: what was chosen for the user at this command, and by what. `profile`: what batch=goodput chooses by.
+    `checkpoint` was given by the user, and `must` requires that a checkpoint exists; both apply until this job has
+    saved a checkpoint of its own, i.e. until the newest one in the folder differs from `before`. `changed` (the keys
+    that differ from the folder's configuration) applies only to the first start of the job, generation `first` (None:
+    this one). `restarted`: this job has started its workers before. `loopback`: the job runs on one machine with our
+    own store. `summary`: the run is already complete, and only this text is printed. `why`: values that were chosen
+    automatically for this command, and the reason. `profile`: the timing profile that batch=goodput uses.
     """
 
     run: Run
@@ -96,7 +97,7 @@ class Assignment:
         return cls(**{**facts, **typed})
 
     def started(self) -> Assignment:
-        """For one more start of the workers: once this job has saved, it goes on from there and nowhere else."""
+        """The job for another start of the workers; once this job has saved, it always continues from there."""
         generation = self.folder.next_generation()
         if not self.restarted and generation == (self.first or generation):
             return replace(self, generation=generation)
@@ -108,21 +109,21 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Claim:
-    """Rank 0's hold on the run folder: its lock where no driver has it, and the uppermost folder that was made."""
+    """Rank 0's claim on the run folder: the lock, unless the driver holds it, and the topmost created folder."""
 
     assignment: Assignment
     lock: Lock | None = None
     made: Path | None = None
 
     def refused(self) -> None:
-        """The request was wrong: where nothing was there before, nothing is left."""
+        """Remove the folders that were created, because the configuration is invalid."""
         if self.made is not None:
             self.assignment.folder.discard(self.made)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What has to be measured, by every rank, before rank 0 can open the run. `token` is nobody else's."""
+    """A measurement by all ranks that rank 0 needs before it can open the run. `token` is unique."""
 
     run: Run
     token: str
@@ -131,29 +132,29 @@ class Question:
         return json.dumps({"question": to_mapping(self.run), "token": self.token})
 
 
-#: Rank 0's part, given what earlier starts decided and what was measured.
+#: Makes rank 0's decision from what earlier starts decided and from the measurement, if any.
 Assign = Callable[[Recalled | None, Mapping[str, Any] | None], Claim | Question]
 
 
 def main(args: Sequence[str], topology: Topology) -> int:
-    """A rank under a torchrun of the user's own: rank 0 composes from the command line."""
+    """Entry point under the user's own torchrun: rank 0 composes the configuration from the command line."""
     return serve(topology, lambda known, found: composed(args, topology, known, found), loopback=False)
 
 
 def main_handover(path: str, topology: Topology) -> int:
-    """A rank under the driver's agent, which composed already and left the run in a private file."""
+    """Entry point under the driver's agent: the driver has written the composed job to a private file."""
     return serve(topology, lambda *_: Claim(Assignment.from_json(Path(path).read_text()).started()), loopback=True)
 
 
 def composed(
     args: Sequence[str], topology: Topology, recalled: Recalled | None, measured: Mapping[str, Any] | None = None
 ) -> Claim | Question:
-    """Rank 0's part under a torchrun of the user's own; a restart goes on in the folder that is `recalled`.
+    """Compose the job on rank 0 under the user's own torchrun; a restart continues in the `recalled` folder.
 
-    Where batch.per_device=auto asks for a number that is not `measured` yet, the question.
+    Returns a MeasurementRequest if an open value, e.g. batch.per_device=auto, has not been `measured` yet.
 
     Raises:
-        RequestError: the request is wrong; nothing was created.
+        UsageError: the configuration is invalid; nothing was created.
     """
     from launcher.config import resolve
     from launcher.opening import begin, opened
@@ -183,10 +184,10 @@ def composed(
 def without_questions(
     run: Run, topology: Topology, folder: Path | None, measured: Mapping[str, Any] | None
 ) -> Settled | Question:
-    """The run with answers to what it leaves open: its folder's, or as `measured` says; else the question.
+    """Resolve open values from the run folder or from `measured`; else return the MeasurementRequest.
 
     Raises:
-        RequestError: the request is wrong, whatever the answer.
+        UsageError: the configuration is invalid, whatever a measurement would yield.
     """
     from launcher.opening import path_of
     from launcher.questions import closed, settled
@@ -201,7 +202,7 @@ def without_questions(
 
 
 def queued_again(run: Run, topology: Topology) -> Recalled | None:
-    """What an earlier start of the same Slurm job decided; its script names the folder."""
+    """The decision of an earlier start of the same Slurm job, whose script sets run.dir; None if there is none."""
     if not topology.requeued or run.run.dir is None:
         return None
     folder = RunFolder(Path(run.run.dir))
@@ -213,18 +214,18 @@ def queued_again(run: Run, topology: Topology) -> Recalled | None:
 
 def restart_notes(run: Run, topology: Topology) -> Iterator[str]:
     if topology.restarts_left <= 0:
-        again = f"run.name={run.run.name} goes on from its newest checkpoint"
-        yield f"torchrun's restarts are at 0: a dead worker ends the job; {again}"
+        again = f"run.name={run.run.name} continues from its newest checkpoint"
+        yield f"torchrun has no restarts left (--max-restarts): a dead worker ends the job; {again}"
 
 
 def serve(topology: Topology, assign: Assign, *, loopback: bool) -> int:
-    """Everything a rank does; returns its exit status.
+    """Run a rank from start to end; return its exit status.
 
-    Rank 0 decides before it meets the others, so that a wrong request is answered at once; but where its node may have
-    joined a job that the others know, it asks them first.
+    Rank 0 decides before it connects to the other ranks, so that an invalid configuration is reported immediately. If
+    its node may have joined a job that other nodes already know, it first asks them.
 
     Raises:
-        RequestError: on rank 0 alone, the request is wrong.
+        UsageError: on rank 0 only, the configuration is invalid.
     """
     die_with_parent()
     wishes = early_wishes()
@@ -233,7 +234,7 @@ def serve(topology: Topology, assign: Assign, *, loopback: bool) -> int:
     except Unmeasured as error:
         return say_unmeasured(error, topology)
     if not text:
-        return EXIT_REQUEST  # rank 0 says why
+        return EXIT_REQUEST  # rank 0 reports the error
     from launcher import session
 
     assignment = claim.assignment if claim else Assignment.from_json(text)
@@ -259,11 +260,11 @@ def serve(topology: Topology, assign: Assign, *, loopback: bool) -> int:
 
 
 def agreed(topology: Topology, assign: Assign, loopback: bool) -> tuple[Claim | None, str, Store]:
-    """What rank 0 decides, on rank 0 itself as its claim, and handed to all; and a part of the store for what follows.
+    """Agree on the job: return rank 0's claim (None elsewhere), the job as JSON, and a sub-store for later use.
 
     Raises:
-        RequestError: on rank 0 alone, the request is wrong; the others are handed nothing.
-        Unmeasured: on every rank.
+        UsageError: on rank 0 only, the configuration is invalid; the other ranks receive empty text.
+        MeasurementError: on every rank, the measurement failed.
     """
     own = None if loopback else recall()
     knows = own is not None or loopback or topology.nodes == 1
@@ -286,7 +287,7 @@ def agreed(topology: Topology, assign: Assign, loopback: bool) -> tuple[Claim | 
         text = rendezvous.handed(store, told(word))
     if text and not loopback and known is None and topology.rank and topology.local_rank == 0:
         recalled = Assignment.from_json(text)
-        remember(Recalled(recalled.folder.path, recalled.before))  # rank 0 may be another's next time
+        remember(Recalled(recalled.folder.path, recalled.before))  # rank 0 may be on another node at the next start
     return word if isinstance(word, Claim) else None, text, store
 
 
@@ -295,15 +296,15 @@ def settings_of(word: Claim | Question) -> Run:
 
 
 def told(word: Claim | Question | None) -> str | None:
-    """What rank 0 hands to the others."""
+    """The text that rank 0 sends to the other ranks."""
     return None if word is None else word.to_json() if isinstance(word, Question) else word.assignment.to_json()
 
 
 def decided(assign: Assign, known: Recalled | None, found: Mapping[str, Any] | None, store: Store) -> Claim | Question:
-    """Rank 0's decision where the others wait for it. They go where the request is wrong.
+    """Make rank 0's decision while the other ranks wait for it; on an error, let them exit.
 
     Raises:
-        RequestError: it is.
+        UsageError: the configuration is invalid.
     """
     from launcher import rendezvous
 
@@ -315,7 +316,7 @@ def decided(assign: Assign, known: Recalled | None, found: Mapping[str, Any] | N
 
 
 def leave(status: int) -> NoReturn:
-    """At once: the agent waits for this process before it starts the next, and tearing torch down takes a second."""
+    """Exit without tearing torch down, which takes a second: the agent waits for this process before a restart."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -353,7 +354,7 @@ def say_complete(summary: str, topology: Topology) -> int:
 
 
 def fail(assignment: Assignment, topology: Topology, error: Exception, screen: TextIO) -> int:
-    """Write down what went wrong, for the driver to show; under the user's own torchrun one rank says it here."""
+    """Record the failure for the driver to report; under the user's own torchrun, one rank prints it here."""
     from launcher.loop import TrainingFailed
 
     final = isinstance(error, TrainingFailed)
@@ -371,7 +372,7 @@ def fail(assignment: Assignment, topology: Topology, error: Exception, screen: T
 
 
 def write_down(folder: RunFolder, found: failure.Failure) -> None:
-    """As an event, where rank 0, whose events these are, had none of it to write."""
+    """Log the failure as an event if rank 0, which writes the events, did not."""
     from launcher.sinks.jsonl import add_beside
 
     with suppress(OSError):

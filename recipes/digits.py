@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 real images of 8 x 8, in a file of its package. Nothing is downloaded."""
+"""scikit-learn's digits: 1,797 images of 8 x 8 pixels, read from its package. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ PIXEL_MEAN, PIXEL_STD = 4.884, 6.017
 
 @lru_cache(maxsize=1)
 def table() -> Any:
-    """All rows: 64 pixels from 0 to 16, and the label. Read without importing the library, which takes 1.5 s."""
+    """All rows: 64 pixels from 0 to 16, and the label. Read without importing scikit-learn, which would take 1.5 s."""
     import numpy
 
     found = find_spec("sklearn")
     folders = list(found.submodule_search_locations or ()) if found else []
     path = Path(folders[0]) / "datasets" / "data" / "digits.csv.gz" if folders else None
     if path is None or not path.exists():
-        raise RequestError("the digits come with scikit-learn, which is missing: pip install scikit-learn")
+        raise RequestError("the digits data set needs scikit-learn: pip install scikit-learn")
     with gzip.open(path, "rt") as file:
         return numpy.loadtxt(file, delimiter=",", dtype=numpy.float32)
 
 
 class Batches:
-    """Samples in memory, handed over as whole batches: no collating, and no seeding since nothing is random."""
+    """In-memory samples returned as whole batches: no collating, and no seeding since nothing is random."""
 
     deterministic = True
 
@@ -53,13 +53,13 @@ class Batches:
         return self.inputs[index], self.targets[index]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A finished batch, which the loader hands on as it is."""
+        """A complete batch, which the loader passes on without collating."""
         return self.inputs[list(indices)], self.targets[list(indices)]
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Which of the digits: the first `classes` of them, the share held out by `split_seed`, `subset` to train on."""
+    """Selection of the digits: the first `classes` of them, split by `split_seed`, the first `subset` for training."""
 
     validation_split: float = 0.2
     split_seed: int = 0
@@ -68,14 +68,14 @@ class Digits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_split < 1:
-            raise RequestError(f"recipe.validation_split={self.validation_split} is no share: type 0.2")
+            raise RequestError(f"recipe.validation_split={self.validation_split} is not a share below 1: type e.g. 0.2")
         if not 2 <= self.classes <= 10:
             raise RequestError(f"recipe.classes={self.classes}: the digits have 10: type recipe.classes=10, or 2 to 9")
         if self.subset is not None and self.subset < 1:
-            raise RequestError(f"recipe.subset={self.subset} leaves nothing to train on: type 1 or more, or null")
+            raise RequestError(f"recipe.subset={self.subset} leaves no training samples: type 1 or more, or null")
 
     def rows(self, split: str) -> list[int]:
-        """The rows of `train` or `val`; the same on every machine."""
+        """Row numbers of `train` or `val`; the same on every machine."""
         labels = table()[:, 64]
         shuffled = [row for row in Order(IMAGES, self.split_seed, 0)[:] if labels[row] < self.classes]
         held_out = self._held_out(len(shuffled))
@@ -83,7 +83,7 @@ class Digits:
         return shuffled[train:] if split == "val" else shuffled[:train][: self.subset]
 
     def size(self, split: str) -> int:
-        if self.classes == 10:  # then the labels need not be read
+        if self.classes == 10:  # the labels need not be read
             held_out = self._held_out(IMAGES)
             return (
                 held_out if split == "val" else min(IMAGES - held_out, IMAGES if self.subset is None else self.subset)

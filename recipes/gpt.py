@@ -1,4 +1,4 @@
-"""A GPT-2-shaped language model on bytes: Python's own library sources, or your text (`recipe.data=PATH`)."""
+"""A byte-level GPT-2 language model on Python's standard library sources, or on your text (`recipe.data=PATH`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Gpt"]
 
 @dataclass(frozen=True)
 class Gpt:
-    """Radford 2019; `layers=12 heads=12 width=768 block=1024` is GPT-2 small. A sample is a block of text."""
+    """GPT-2 (Radford 2019); `layers=12 heads=12 width=768 block=1024` is GPT-2 small. A sample is a block of text."""
 
     layers: int = 2
     heads: int = 4
@@ -32,13 +32,13 @@ class Gpt:
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:
-            raise RequestError(f"recipe.width={self.width} is no multiple of recipe.heads={self.heads}: type one")
+            raise RequestError(f"recipe.width={self.width} is not a multiple of recipe.heads={self.heads}: type one")
         if self.vocabulary < 256:
             raise RequestError(f"recipe.vocabulary={self.vocabulary} is too small for bytes: type 256 or more")
         if self.block < 1:
-            raise RequestError(f"recipe.block={self.block} holds no token: type recipe.block=64")
+            raise RequestError(f"recipe.block={self.block} is below 1: type recipe.block=64")
         if not 0 <= self.validation_split < 1:
-            raise RequestError(f"recipe.validation_split={self.validation_split} is no share: type 0.1")
+            raise RequestError(f"recipe.validation_split={self.validation_split} is not a share below 1: type e.g. 0.1")
 
     @property
     def tokens_per_sample(self) -> int:

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford 2019): pre-norm blocks, learned positions, GELU, the head tied to the embedding."""
+"""GPT-2 (Radford 2019): pre-norm blocks, learned positions, GELU, output head tied to the embedding."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class GptModel(nn.Module):
         self.head.weight = self.tokens.weight
         self.apply(initialise)
         for name, parameter in self.named_parameters():
-            if name.endswith(("attention.out.weight", "mlp.2.weight")):  # the residual path grows with the depth
+            if name.endswith(("attention.out.weight", "mlp.2.weight")):  # the residual sum grows with the depth
                 nn.init.normal_(parameter, std=INIT_STD / (2 * layers) ** 0.5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A folder of images: one subfolder per class, below `train` and `val` or split by a hash of each file's path."""
+"""A folder of images with one subfolder per class, in `train` and `val` or split by a hash of each file's path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Where the images lie. A file's side of the split follows from its path alone, so adding files moves none."""
+    """Folder of images. The split of a file depends on its path alone, so adding files does not move others."""
 
     path: str
     validation_split: float = 0.2
@@ -32,22 +32,22 @@ class ImageFolder:
         """The names of the class folders.
 
         Raises:
-            RequestError: there is no such folder, or no class in it.
+            RequestError: the folder does not exist or has no class folders.
         """
         root = Path(self.path)
         if not root.is_dir():
-            raise RequestError(f"recipe.data={self.path} is no folder: name one with a subfolder per class")
+            raise RequestError(f"recipe.data={self.path} is not a folder: type a folder with one subfolder per class")
         base = root / "train" if self._parted() else root
         names = class_folders(base)
         if not names:
-            raise RequestError(f"recipe.data={self.path} has no class folders in {base}: make a subfolder per class")
+            raise RequestError(f"recipe.data={self.path} has no class folders in {base}: add one subfolder per class")
         return names
 
     def files(self, split: str) -> list[tuple[str, int]]:
         """(file, class) of `train` or `val`, sorted.
 
         Raises:
-            RequestError: a class has no images, or something among them is no regular file.
+            RequestError: a class has no images, or an image is not a regular file.
         """
         names = self.classes()
         self._refuse_unknown(names)
@@ -56,7 +56,7 @@ class ImageFolder:
             mine = self._images(split, name)
             if not mine and split == "train":
                 raise RequestError(
-                    f"recipe.data={self.path}: class {name} has no images to train on: add some or remove it"
+                    f"recipe.data={self.path}: class {name} has no training images: add some or remove it"
                 )
             found += [(file, label) for file in mine]
         return found
@@ -75,7 +75,7 @@ class ImageFolder:
         return (Path(self.path) / "train").is_dir()
 
     def _refuse_unknown(self, names: tuple[str, ...]) -> None:
-        """A class only `val` has could never be learned."""
+        """Refuse classes that exist only in `val`, which could not be learned."""
         held_out = Path(self.path) / "val"
         strange = sorted(set(class_folders(held_out)) - set(names)) if self._parted() and held_out.is_dir() else []
         if strange:
@@ -88,7 +88,7 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 
 @cache
 def images(folder: str) -> tuple[str, ...]:
-    """The images below a class folder, sorted. Walked once: model, sizes and data all ask."""
+    """The images below a class folder, sorted. Cached, since the model, sizes and data sets all need them."""
     return tuple(sorted(walk(folder))) if os.path.isdir(folder) else ()
 
 
@@ -97,14 +97,14 @@ def walk(folder: str) -> Iterator[str]:
         for entry in entries:
             if entry.name.lower().endswith(SUFFIXES):
                 if not entry.is_file():
-                    raise RequestError(f"{entry.path} is no regular file: put the image itself there, or remove it")
+                    raise RequestError(f"{entry.path} is not a regular file: replace it with the image, or remove it")
                 yield entry.path
-            elif entry.is_dir(follow_symlinks=False):  # a link could lead round in a circle
+            elif entry.is_dir(follow_symlinks=False):  # links could form a cycle
                 yield from walk(entry.path)
 
 
 class Images:
-    """The images of one split, decoded when asked for: float32 of shape (3, height, width) and the class."""
+    """The images of one split, decoded on access: float32 of shape (3, height, width) and the class."""
 
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -118,7 +118,8 @@ class Images:
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """
+        """Decode one image.
+
         Raises:
             RequestError: the file cannot be read as an image.
         """
@@ -132,7 +133,7 @@ class Images:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-            raise RequestError(f"{path} cannot be read as an image ({problem}): mend or remove it") from problem
+            raise RequestError(f"{path} cannot be read as an image ({problem}): fix or remove it") from problem
         box = crop(*image.size) if self._augment else None
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
         pixels = torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255).permute(2, 0, 1)
@@ -143,7 +144,7 @@ class Images:
 
 
 def crop(width: int, height: int) -> tuple[float, float, float, float]:
-    """A box of 35 to 100 % of the area and a ratio of 3/4 to 4/3, somewhere in the image."""
+    """A random crop box with 35 to 100 % of the area and an aspect ratio of 3/4 to 4/3."""
     import torch
 
     share, ratio, across, down = torch.rand(4).tolist()

@@ -1,4 +1,4 @@
-"""A small perceptron on scikit-learn's digits: quick enough for full batches, batches of 1, and sweeps."""
+"""A small MLP on scikit-learn's digits, fast enough for full-batch training, batch size 1 and sweeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Mlp"]
 
 @dataclass(frozen=True)
 class Mlp:
-    """`depth` hidden layers of `hidden` units, no norm: what full batch with Rprop is shown on."""
+    """`depth` hidden layers of `hidden` units, without normalisation; used to show full-batch training with Rprop."""
 
     hidden: int = 64
     depth: int = 2
@@ -27,7 +27,7 @@ class Mlp:
     subset: int | None = None
 
     def __post_init__(self) -> None:
-        self._digits()  # refuses what cannot be meant, before anything starts
+        self._digits()  # validates the fields before anything starts
 
     def model(self) -> nn.Module:
         from torch import nn

@@ -1,4 +1,4 @@
-"""A ResNet on scikit-learn's digits, or on a folder of images of your own (`recipe.data=PATH`)."""
+"""A ResNet on scikit-learn's digits, or on your own folder of images (`recipe.data=PATH`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ResNet"]
 
 @dataclass(frozen=True)
 class ResNet:
-    """ResNet-18, 34 or 50 (He 2015) for images of any size; its fields are the keys below `recipe.`"""
+    """ResNet-18, 34 or 50 (He 2015) for images of any size; its fields are the `recipe.` keys."""
 
     depth: Literal[18, 34, 50] = 18
     width: int = 16
@@ -34,11 +34,11 @@ class ResNet:
     subset: int | None = None
 
     def __post_init__(self) -> None:
-        self._digits()  # refuses what cannot be meant, before anything starts
+        self._digits()  # validates the fields before anything starts
         if min(self._size()) < 1:
-            raise RequestError(f"recipe.image_size={self.image_size} is no size: type pixels, or [height,width]")
+            raise RequestError(f"recipe.image_size={self.image_size} is not a size: type pixels, or [height,width]")
         if self.width < 1 or (self.norm == "group" and self.width % 8):
-            raise RequestError(f"recipe.width={self.width} does not fit: type 16, or another multiple of 8")
+            raise RequestError(f"recipe.width={self.width} is out of range: type 16, or another multiple of 8")
 
     def model(self) -> nn.Module:
         from launcher.recipes.resnet_model import resnet
@@ -64,7 +64,7 @@ class ResNet:
         return Loss(cross_entropy(logits, labels, reduction="sum"), len(labels), {"accuracy": correct})
 
     def synthetic(self, split: str) -> Batches:
-        """The same shapes, one image over and over: nothing is read."""
+        """Data of the same shapes that repeats one random image; no files are read."""
         import torch
 
         channels = 1 if self.data is None else 3

@@ -1,4 +1,4 @@
-"""ResNet-18, 34 and 50 (He et al. 2015, arXiv 1512.03385), with a stem for small images as well."""
+"""ResNet-18, 34 and 50 (He et al. 2015, arXiv 1512.03385), with an additional stem for small images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def norm_of(kind: str, channels: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 (`deep`), and a shortcut round them."""
+    """Two 3 x 3 convolutions, or 1 x 1, 3 x 3, 1 x 1 (`deep`), with a shortcut around them."""
 
     def __init__(self, inputs: int, width: int, stride: int, norm: str, deep: bool) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.shortcut = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), norm_of(norm, outputs))
-        nn.init.zeros_(self.norms[-1].weight)  # each block starts as its shortcut (Goyal 2017, 5.1)
+        nn.init.zeros_(self.norms[-1].weight)  # each block starts as the identity (Goyal 2017, 5.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 def resnet(depth: int, width: int, channels: int, classes: int, norm: str, *, large: bool) -> nn.Sequential:
-    """Images (n, channels, height, width) to logits (n, classes). `large`: the paper's stem of 7 x 7 and a pool."""
+    """Images (n, channels, height, width) to logits (n, classes). `large`: the paper's stem, 7 x 7 and max pooling."""
     deep = depth == 50
     stem: list[nn.Module] = (
         [conv(channels, width, 7, 2), norm_of(norm, width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]

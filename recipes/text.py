@@ -1,4 +1,4 @@
-"""Text as bytes: the sources of Python's own library, or a file or folder of yours. Nothing is downloaded."""
+"""Text as bytes: Python's standard library sources, or your own file or folder. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Text:
     validation_split: float = 0.1
 
     def size(self, split: str) -> int:
-        """Blocks of `train` or `val`, from the sizes of the files alone.
+        """Number of blocks of `train` or `val`, computed from the file sizes.
 
         Raises:
-            RequestError: there is no such text, or too little for a block to train on and one held out.
+            RequestError: the text does not exist, or is too short for a training and a validation block.
         """
         there = min(self.limit, sum(file.stat().st_size for file in self.files()))
         blocks = there // (self.block + 1)
@@ -39,7 +39,7 @@ class Text:
         if blocks <= held_out:
             raise RequestError(
                 f"recipe.data={self.root()} gives {there} bytes of text, too few for blocks of {self.block + 1}: "
-                f"name more text, or type a smaller recipe.block"
+                f"add more text, or type a smaller recipe.block"
             )
         return held_out if split == "val" else blocks - held_out
 
@@ -63,24 +63,24 @@ class Text:
         return Path(sysconfig.get_paths()["stdlib"] if self.path is None else self.path)
 
     def files(self) -> list[Path]:
-        """The text files, in the order of their paths: of a folder those that lie in it, not below."""
+        """The text files sorted by path; of a folder only its direct files, not those in subfolders."""
         root = self.root()
         if not root.is_file() and not root.is_dir():
-            raise RequestError(f"recipe.data={self.path} is not there: name a text file or a folder of them")
+            raise RequestError(f"recipe.data={self.path} does not exist: type a text file or a folder of text files")
         return [root] if root.is_file() else sorted(self._found(root))
 
     def _found(self, folder: Path) -> Iterator[Path]:
         for entry in folder.iterdir():
             if entry.suffix in (SUFFIXES if self.path is not None else (".py",)):
                 if not entry.is_file():
-                    raise RequestError(f"{entry} is no regular file: put the text itself there, or remove it")
+                    raise RequestError(f"{entry} is not a regular file: replace it with the text, or remove it")
                 yield entry
 
 
 class Blocks:
-    """Blocks of bytes in memory: (tokens, the token after each), both of shape (n, block)."""
+    """In-memory blocks of bytes: (tokens, next tokens), both of shape (n, block)."""
 
-    deterministic = True  # nothing is drawn when a block is read
+    deterministic = True  # reading a block uses no random numbers
 
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
@@ -93,6 +93,6 @@ class Blocks:
         return row[:-1], row[1:]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A finished batch, which the loader hands on as it is."""
+        """A complete batch, which the loader passes on without collating."""
         rows = self.rows[list(indices)]
         return rows[:, :-1], rows[:, 1:]

@@ -1,4 +1,4 @@
-"""Property tests neither race a clock nor draw other examples in every run: a busy machine fails nothing."""
+"""Make property tests deterministic and without deadlines, so that a busy machine fails nothing."""
 
 from hypothesis import HealthCheck, settings
 

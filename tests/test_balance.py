@@ -1,4 +1,4 @@
-"""Shares by measured speeds: only for a gain above 5 %, never on a guess, the global batch untouched."""
+"""Shares from measured speeds: changed only for a gain above 5 %, with the global batch unchanged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_rank_so_slow_that_it_would_get_nothing_keeps_its_share() -> None:
 
 
 def test_after_a_change_it_is_measured_anew_and_settles() -> None:
-    """Speeds per sample stay what they are, so the next measurement finds nothing to gain."""
+    """Speeds per sample stay the same, so the next measurement finds nothing to gain."""
     speeds = better(measured(EVEN, 10.0, 10.0, 20.0), planned)
     assert speeds is not None
     plan = planned(speeds)

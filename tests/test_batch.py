@@ -1,4 +1,4 @@
-"""Who takes how many samples: the numbers of the documentation, what holds for every plan, and what is refused."""
+"""Batch plans: the documented numbers, invariants of every plan, and refused requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEEDS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=24)
 
 @st.composite
 def plans(draw: st.DrawFn) -> BatchPlan:
-    """Plans of every policy, with speeds and without."""
+    """Generate plans of every policy, with and without speeds."""
     kind = draw(st.sampled_from(["scale", "hold", "bounded"]))
     world = draw(st.integers(1, 24))
     speeds = draw(st.none() | st.lists(st.floats(0.05, 20), min_size=world, max_size=world))
@@ -43,7 +43,7 @@ def all_micro_batches(plan: BatchPlan) -> list[tuple[int, ...]]:
     return [plan.micro_batches(rank) for rank in range(plan.world)]
 
 
-# The numbers
+# Documented numbers
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 64), (3, 192), (4, 256), (5, 320), (8, 512)])
@@ -132,7 +132,7 @@ def test_an_idle_worker_has_no_micro_batch() -> None:
     assert all_micro_batches(plan) == [(1,), (1,), (), ()]
 
 
-# What holds for every plan
+# Invariants of every plan
 
 
 @given(plans())
@@ -161,7 +161,7 @@ def test_hold_takes_the_smallest_accumulation_that_fits(batch: int, cap: int, wo
 
 
 def one_by_one(total: int, speeds: Sequence[float]) -> list[int]:
-    """The definition: each sample in turn to the smallest (share + 1) / speed, ties to the lower rank."""
+    """Reference implementation: each sample goes to the smallest (share + 1) / speed, ties to the lower rank."""
     exact = [Fraction(speed) for speed in speeds]
     shares = [0] * len(exact)
     for _ in range(total):
@@ -188,7 +188,7 @@ def test_speeds_far_apart_are_no_trouble() -> None:
     assert plan_batch(replace(HOLD, idle=True), 3, [5e-324, 1e308, 1e308]).shares == (0, 128, 128)
 
 
-# Parts: tails and the run's last update
+# Partial updates: tails and the last update of the run
 
 
 def test_a_part_is_split_by_the_plans_proportions() -> None:
@@ -228,11 +228,11 @@ def test_the_whole_is_its_own_part(plan: BatchPlan) -> None:
 
 @pytest.mark.parametrize("samples", [-1, 0, 257])
 def test_a_part_is_neither_empty_nor_more_than_the_whole(samples: int) -> None:
-    with pytest.raises(ValueError, match=f"{samples} samples are no part of a batch of 256"):
+    with pytest.raises(ValueError, match=f"{samples} samples are not between 1 and the global batch of 256"):
         plan_batch(HOLD, 3).part(samples)
 
 
-# What is refused, and the mend
+# Refused requests and their fixes
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_part_is_neither_empty_nor_more_than_the_whole(samples: int) -> None:
             replace(HOLD, accumulation=2),
             1,
             None,
-            "batch.accumulation=2 makes micro-batches of 128 at world size 1, above batch.per_device=48: "
+            "batch.accumulation=2 gives micro-batches of 128 at world size 1, above batch.per_device=48: "
             "type batch.accumulation=6 or more, or batch.accumulation=auto",
         ),
         (
@@ -267,41 +267,40 @@ def test_a_part_is_neither_empty_nor_more_than_the_whole(samples: int) -> None:
             BatchPolicy("hold", 48),
             2,
             None,
-            "batch.policy=hold needs the batch to hold: type batch.global=256 or another number",
+            "batch.policy=hold needs a global batch: type batch.global=256 or another number",
         ),
         (
             replace(SCALE, global_batch=256),
             2,
             None,
-            "batch.global=256 has no meaning under batch.policy=scale: type batch.policy=hold, or batch.global=null",
+            "batch.global=256 has no effect under batch.policy=scale: type batch.policy=hold, or batch.global=null",
         ),
         (
             replace(HOLD, max_global=512),
             2,
             None,
-            "batch.max_global=512 has no meaning under batch.policy=hold: "
+            "batch.max_global=512 has no effect under batch.policy=hold: "
             "type batch.policy=bounded, or batch.max_global=null",
         ),
         (
             BatchPolicy("swing", 8),  # type: ignore[arg-type]
             2,
             None,
-            "batch.policy=swing is no policy: type batch.policy=scale, hold or bounded",
+            "batch.policy=swing is not a policy: type batch.policy=scale, hold or bounded",
         ),
-        (SCALE, 0, None, "a world of 0 workers trains nothing: start 1 worker or more"),
+        (SCALE, 0, None, "a world size of 0 is too small: start 1 worker or more"),
         (SCALE, 3, [1, 1], "2 speeds for 3 workers: give one speed per worker"),
         (
             replace(HOLD, global_batch=4),
             3,
             [1, 1, 0.1],
-            "batch.global=4 leaves rank 2 without samples, so slow is it: "
-            "type batch.global=21 or more, or elastic.idle=true",
+            "batch.global=4: rank 2 is too slow to get a sample: type batch.global=21 or more, or elastic.idle=true",
         ),
         (
             BatchPolicy("scale", 2, accumulation=2),
             3,
             [1, 1, 0.1],
-            "batch.per_device=2 leaves rank 2 without samples, so slow is it: "
+            "batch.per_device=2: rank 2 is too slow to get a sample: "
             "type batch.per_device=4 or more, or elastic.idle=true",
         ),
     ],
@@ -319,13 +318,13 @@ def test_what_cannot_be_planned_is_one_line_with_the_mend(
 @pytest.mark.parametrize("size", [0, -8, 2.5])
 def test_sizes_are_whole_and_at_least_one(name: str, size: float) -> None:
     key = f"batch.{name.removesuffix('_batch')}"
-    with pytest.raises(PlanError, match=rf"^{key}={size} is no number of at least 1: type {key}=1 or more$"):
+    with pytest.raises(PlanError, match=rf"^{key}={size} is not a whole number >= 1: type {key}=1 or more$"):
         plan_batch(replace(HOLD, **{name: size}), 2)
 
 
 @pytest.mark.parametrize("speed", [0, -1.0, math.nan, math.inf])
 def test_speeds_are_finite_and_positive(speed: float) -> None:
-    with pytest.raises(PlanError, match=f"the speed {speed} of rank 1 is no number above 0"):
+    with pytest.raises(PlanError, match=f"the speed {speed} of rank 1 is not a number above 0"):
         plan_batch(SCALE, 2, [1.0, speed])
 
 
@@ -347,7 +346,7 @@ def test_ten_thousand_workers_are_planned(policy: BatchPolicy, speeds: list[floa
     assert min(plan.shares) >= 1
 
 
-# The batch that most world sizes divide
+# The batch divisible by the most world sizes
 
 
 def test_the_friendly_batch_of_the_documentation() -> None:
@@ -384,5 +383,5 @@ def test_no_friendly_batch_says_how_large_it_must_be() -> None:
 
 @pytest.mark.parametrize(("micros", "low", "high"), [([], 1, 2), ([0], 1, 2), ([8], 0, 2), ([8], 3, 2)])
 def test_a_friendly_batch_needs_a_sound_question(micros: list[int], low: int, high: int) -> None:
-    with pytest.raises(PlanError, match="give micro-batches of 1 or more and an ascending range"):
+    with pytest.raises(PlanError, match="give micro-batches >= 1 and an ascending range"):
         friendly_batch(micros, 100, low, high)

@@ -1,4 +1,4 @@
-"""The repeated parts of a model: found without being named, and computed anew without a trace."""
+"""Repeated blocks of a model: found automatically, and recomputed without a difference in results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.strategies.fsdp import check_ties
 
 
 class Counted(nn.Module):
-    """A norm, dropout and a layer; counts how often it is computed."""
+    """A norm, dropout and a linear layer; counts its forward calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def test_blocks_are_the_elements_of_the_outermost_lists_that_have_parameters() -
 def test_a_recipe_may_name_them() -> None:
     net = model()
     assert blocks_of(net, lambda model: [model[2]]) == [net[2]]
-    with pytest.raises(RequestError, match=r"blocks\(model\) has Linear, no part of the model"):
+    with pytest.raises(RequestError, match=r"blocks\(model\) has Linear, which is not a submodule of the model"):
         blocks_of(net, lambda model: [nn.Linear(1, 1)])
 
 
@@ -75,7 +75,7 @@ def test_a_parameter_of_two_blocks_is_refused_under_fsdp_for_it_would_become_two
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     check_ties(model, list(model))
     model[2].weight = model[0].weight
-    check_ties(model, [model[1]])  # both are of the rest
+    check_ties(model, [model[1]])  # both tied layers are outside the blocks
     with pytest.raises(RequestError, match=r"0\.weight and 2\.weight are one parameter in two blocks"):
         check_ties(model, list(model))
     with pytest.raises(RequestError, match=r"0\.weight and 2\.weight are one parameter in two blocks"):

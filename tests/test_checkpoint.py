@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, nothing of it is used that its hashes don't vouch for, and none is lost."""
+"""A checkpoint is complete or absent, only data that matches its hashes is used, and none is lost."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def raising(error: BaseException) -> Callable[[], None]:
     return act
 
 
-# --- what is in it ------------------------------------------------------------------------------------------------
+# --- content ------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_it_is_private(tmp_path: Path) -> None:
     ids=lambda t: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}",
 )
 def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path: Path, tensor: torch.Tensor) -> None:
-    odd = torch.tensor([1, 2, 3], dtype=torch.uint8)  # its width must not shift the others out of line
+    odd = torch.tensor([1, 2, 3], dtype=torch.uint8)  # its width must not misalign the other columns
     save(tmp_path, "one", state(model={"a": odd, "tensor": tensor, "z": odd}), keep=1)
     loaded = load(open_at(tmp_path / "one")).model["tensor"]
     assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
@@ -185,9 +185,9 @@ def test_tied_tensors_are_there_once_with_their_aliases(tmp_path: Path) -> None:
 
 
 def test_what_is_no_dense_tensor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"^_extra_state of the model's state is a dict: make it a tensor in a buf"):
+    with pytest.raises(RequestError, match=r"^_extra_state in the state_dict is a dict: make it a tensor, e.g. a buf"):
         save(tmp_path, "one", state(model={"_extra_state": {"a": 1}}), keep=1)  # type: ignore[dict-item]
-    with pytest.raises(RequestError, match=r"^w of the model's state cannot be saved \(torch.sparse_coo"):
+    with pytest.raises(RequestError, match=r"^w in the state_dict cannot be saved \(torch.sparse_coo"):
         save(tmp_path, "one", state(model={"w": torch.eye(2).to_sparse()}), keep=1)
     with pytest.raises(RequestError, match=r"torch.complex128 on cpu"):
         save(tmp_path, "one", state(model={"w": torch.zeros(1, dtype=torch.complex128)}), keep=1)
@@ -205,7 +205,7 @@ def test_facts_are_any_json(tmp_path: Path) -> None:
 
 
 def sharded(folder: Path) -> Path:
-    """A checkpoint as two ranks would write it: rows 0-2 and 3-4 of a 5 x 2 matrix, each in a file of its own."""
+    """A checkpoint as two ranks write it: rows 0-2 and 3-4 of a 5 x 2 matrix, each in its own file."""
     rows = torch.arange(10.0).reshape(5, 2)
     folder.mkdir(mode=0o700)
     safetensors.torch.save_file({"w": rows[:3].reshape(-1)}, folder / "model-0.safetensors")
@@ -240,7 +240,7 @@ def test_a_reader_opens_only_the_files_it_needs(tmp_path: Path) -> None:
         load(found).model["w"]
 
 
-# --- damage -------------------------------------------------------------------------------------------------------
+# --- corrupt checkpoints ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -254,7 +254,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> Non
         path.write_bytes(flipped)
         found = newest(tmp_path)
         assert found is not None
-        if found.path.name == "update-00000002":  # a space of the manifest's layout: what it says is the same
+        if found.path.name == "update-00000002":  # a space in the manifest's layout: its content is the same
             assert name == "manifest.json"
             assert json.loads(flipped) == json.loads(whole)
         else:
@@ -295,8 +295,8 @@ def test_only_files_are_trusted_inside_a_checkpoint(tmp_path: Path, kind: str) -
         (path / "model.safetensors").symlink_to(tmp_path / "elsewhere")
     found = newest(tmp_path)
     assert found is not None
-    assert "refused" in found.passed_over[0][1]
-    with pytest.raises(RequestError, match=r"is damaged: .* refused here"):
+    assert "not allowed in a checkpoint folder" in found.passed_over[0][1]
+    with pytest.raises(RequestError, match=r"is damaged: .* not allowed in a checkpoint folder"):
         open_at(path)
     assert chosen(tmp_path) == 1
 
@@ -306,21 +306,21 @@ def test_a_link_or_a_pipe_among_the_checkpoints_is_refused(tmp_path: Path) -> No
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "update-00000009").symlink_to(tmp_path / "elsewhere" / "update-00000009")
-    with pytest.raises(RequestError, match="update-00000009: is a link, which is refused here"):
-        newest(folder)  # not None, which would mean to begin from scratch
+    with pytest.raises(RequestError, match="update-00000009: is a link, which is not allowed in a checkpoint folder"):
+        newest(folder)  # not None, which would mean to start from scratch
     os.mkfifo(folder / "update-00000010")
     put(folder, 1)
     found = newest(folder)
     assert found is not None
     assert dict(found.passed_over) == {
-        "update-00000009": "is a link, which is refused here",
-        "update-00000010": "is a pipe, which is refused here",
+        "update-00000009": "is a link, which is not allowed in a checkpoint folder",
+        "update-00000010": "is a pipe, which is not allowed in a checkpoint folder",
     }
     assert chosen(folder) == 1
 
 
 def forged(path: Path, **changes: Any) -> None:
-    """Change a manifest and make its hash hold again."""
+    """Change a manifest and recompute its hash."""
     body = json.loads((path / "manifest.json").read_text())
     body = {name: value for name, value in {**body, **changes}.items() if name != "sha256" and value is not None}
     (path / "manifest.json").write_text(json.dumps(body | {"sha256": digest_of(body)}))
@@ -359,7 +359,7 @@ def test_a_manifest_that_says_nonsense_is_damage_never_obeyed(tmp_path: Path, ch
     forged(path)
     assert chosen(tmp_path) == 1
     forged(path, **changes)
-    with pytest.raises(RequestError, match="are all damaged"):
+    with pytest.raises(RequestError, match=r"^all checkpoints in .* are damaged"):
         newest(tmp_path)
 
 
@@ -367,7 +367,7 @@ def test_a_manifest_that_says_nonsense_is_damage_never_obeyed(tmp_path: Path, ch
 def test_a_manifest_that_is_none_is_damage(tmp_path: Path, text: str) -> None:
     path = put(tmp_path, 1).path
     (path / "manifest.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(RequestError, match="are all damaged"):
+    with pytest.raises(RequestError, match=r"^all checkpoints in .* are damaged"):
         newest(tmp_path)
 
 
@@ -376,7 +376,7 @@ def test_a_file_that_is_not_what_the_manifest_says_is_not_used(tmp_path: Path) -
     body = json.loads((path / "manifest.json").read_text())
     body["tensors"]["conv.bias"]["dtype"] = "int32"
     forged(path, tensors=body["tensors"])
-    with pytest.raises(DamagedError, match=r"conv\.bias in model\.safetensors is not what the manifest says"):
+    with pytest.raises(DamagedError, match=r"conv\.bias in model\.safetensors does not match the manifest"):
         load(open_at(path)).model["conv.bias"]
 
 
@@ -387,7 +387,7 @@ def test_all_damaged_is_an_error_never_a_start_from_scratch(tmp_path: Path) -> N
         newest(tmp_path)
     line = str(error.value)
     assert "\n" not in line
-    assert f"checkpoints in {tmp_path} are all damaged (update-00000002: model.safetensors has 5 bytes" in line
+    assert f"all checkpoints in {tmp_path} are damaged (update-00000002: model.safetensors has 5 bytes" in line
     assert line.endswith("type resume=never to start a new run beside this one")
 
 
@@ -402,11 +402,11 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(RequestError, match=r"checkpoint\.dir=.* is no folder"):
+    with pytest.raises(RequestError, match=r"checkpoint\.dir=.* is not a folder"):
         newest(tmp_path / "checkpoints")
 
 
-# --- a path of the user's -----------------------------------------------------------------------------------------
+# --- resume=PATH --------------------------------------------------------------------------------------------------
 
 
 def test_the_checkpoint_that_the_user_names_is_opened(tmp_path: Path) -> None:
@@ -417,13 +417,13 @@ def test_the_checkpoint_that_the_user_names_is_opened(tmp_path: Path) -> None:
 
 def test_what_is_no_checkpoint_is_refused_with_the_mend(tmp_path: Path) -> None:
     newest_path = put(tmp_path / "checkpoints", 3).path
-    with pytest.raises(RequestError, match=r"^resume=alway is no checkpoint: type auto, never, must, or a folder that"):
+    with pytest.raises(RequestError, match=r"^resume=alway is not a checkpoint: type auto, never, must, or a folder"):
         open_at("alway")
     for around in (tmp_path, tmp_path / "checkpoints"):
         with pytest.raises(RequestError, match=re.escape(f"e.g. resume={newest_path}")):
             open_at(around)
     os.truncate(newest_path / "model.safetensors", 3)
-    with pytest.raises(RequestError, match=r"is damaged: model\.safetensors has 3 bytes .*; name another checkpoint"):
+    with pytest.raises(RequestError, match=r"is damaged: model\.safetensors has 3 bytes .*; choose another checkpoint"):
         open_at(newest_path)
 
 
@@ -433,17 +433,17 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
     wrong = {"conv.weight": torch.ones(4, 4), "conv.bias": torch.ones(3).double(), "fc.weight": torch.ones(1)}
     with pytest.raises(RequestError) as error:
         check_names(manifest, wrong)
-    assert "conv.weight is float32[4, 3] in it, not float32[4, 4]" in str(error.value)
-    assert "conv.bias is float32[3] in it, not float64[3]" in str(error.value)
-    assert "fc.weight is not in it" in str(error.value)
-    with pytest.raises(RequestError, match=r"conv\.bias is in it alone"):
+    assert "conv.weight is float32[4, 3] in the checkpoint, not float32[4, 4]" in str(error.value)
+    assert "conv.bias is float32[3] in the checkpoint, not float64[3]" in str(error.value)
+    assert "fc.weight is not in the checkpoint" in str(error.value)
+    with pytest.raises(RequestError, match=r"conv\.bias is only in the checkpoint"):
         check_names(manifest, {"conv.weight": torch.ones(4, 3)})
     many = {**tensors(), **{f"more{i}": torch.ones(1) for i in range(9)}}
-    with pytest.raises(RequestError, match=r"more4 is not in it and 4 more: give the recipe"):
+    with pytest.raises(RequestError, match=r"more4 is not in the checkpoint and 4 more: use the recipe"):
         check_names(manifest, many)
 
 
-# --- which are kept, and which is the newest ----------------------------------------------------------------------
+# --- pruning, and the newest checkpoint ---------------------------------------------------------------------------
 
 
 def test_the_newest_are_kept_and_the_protected(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_the_newest_are_kept_and_the_protected(tmp_path: Path) -> None:
 
 
 def test_who_went_back_goes_on_from_there(tmp_path: Path) -> None:
-    """resume=PATH to update 10 where 20 exists: after a restart it goes on from 11, not from the abandoned 20."""
+    """resume=PATH to update 10 when 20 exists: a restart continues from 11, not from the abandoned 20."""
     for update in (10, 20, 11):
         put(tmp_path, update, keep=2)
     assert chosen(tmp_path) == 11
@@ -495,12 +495,12 @@ def test_a_copied_checkpoint_loads_where_it_is(tmp_path: Path) -> None:
 
 def test_a_name_does_not_leave_the_folder(tmp_path: Path) -> None:
     for name in ("../out", "tmp-1", ".hidden", "", "a/b", "a\n"):
-        with pytest.raises(ValueError, match="no name of a checkpoint"):
+        with pytest.raises(ValueError, match="not a valid checkpoint name"):
             save(tmp_path / "in", name, state(), keep=1)
     assert not (tmp_path / "in").exists()
 
 
-# --- killed, full, failed -----------------------------------------------------------------------------------------
+# --- kills, full disks, failures ----------------------------------------------------------------------------------
 
 WRITER = """
 import os, sys, torch
@@ -555,9 +555,9 @@ def test_killed_while_saving_the_newest_complete_one_loads(tmp_path: Path, phase
 @pytest.mark.parametrize(("step", "count"), [("rename", 1), ("rename", 2), ("rename", 3), ("rmtree", 1)])
 @pytest.mark.parametrize("update", [1, 2])
 def test_killed_between_any_two_steps_of_publishing(tmp_path: Path, update: int, step: str, count: int) -> None:
-    """One checkpoint is kept: the same update saved again, or the next one saved and the old one pruned."""
+    """One checkpoint is kept: the same update is saved again, or the next one is saved and the old one pruned."""
     put(tmp_path, 1)
-    dies = (update, step, count) != (2, "rename", 3)  # another update takes two renames, the same one three
+    dies = (update, step, count) != (2, "rename", 3)  # another update takes two renames, the same update three
     assert status_of(PUBLISHER, tmp_path, update, step, count) == (-signal.SIGKILL if dies else 0)
     found = newest(tmp_path)
     assert found is not None
@@ -644,14 +644,14 @@ def test_time_is_taken_from_the_clock_given(tmp_path: Path) -> None:
 
 
 def stored(folder: Path, model: Mapping[str, torch.Tensor]) -> Stored:
-    """A model's tensors as they lie in a checkpoint."""
+    """Return the tensors of a model as stored in a checkpoint."""
     saved = Saved(model, {}, {"samples": 1, "update": 1}, {}, 1, {})
     return load(open_at(save(folder, "update-1", saved, 1).path)).model
 
 
 def test_the_final_model_loads_without_this_program(tmp_path: Path) -> None:
     model, other = Tied(), Tied()
-    del model.part, other.part  # load_model itself knows no views
+    del model.part, other.part  # load_model itself does not support views
     export(tmp_path / "model.safetensors", stored(tmp_path / "from", model.state_dict()))
     missing, unexpected = safetensors.torch.load_model(other, tmp_path / "model.safetensors")
     assert (list(missing), list(unexpected)) == ([], [])
@@ -671,7 +671,7 @@ def test_it_holds_what_the_librarys_own_file_holds(tmp_path: Path) -> None:
 
 
 def test_every_tensor_lies_at_a_multiple_of_its_width(tmp_path: Path) -> None:
-    """So that a reader may map the file and use it in place, whatever the names' lengths make of the header."""
+    """Data is aligned, so that a reader can map the file in place, for any length of the header."""
     for length in range(1, 9):
         model = {"a" * length: torch.ones(3, dtype=torch.uint8), "b": torch.ones(1).double(), "c": torch.ones(1)}
         export(tmp_path / "model.safetensors", stored(tmp_path / str(length), model))

@@ -1,4 +1,4 @@
-"""The command line as a user sees it: exit statuses, one line for what is wrong, nothing left behind."""
+"""The command line as a user sees it: exit statuses, one-line errors, and no files left behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ lr: {base: 0.1, base_batch: 64}
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """An empty current folder, beside one with the user's recipe and its YAML."""
+    """An empty current folder, next to a folder with the user's recipe and its YAML."""
     (tmp_path / "mine" / "recipe").mkdir(parents=True)
     (tmp_path / "mine" / "recipe" / "tiny.yaml").write_text(TINY_YAML)
     (tmp_path / "code").mkdir()
@@ -55,7 +55,7 @@ def here(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def launcher(here: Path) -> Callable[..., Result]:
-    """Starts the real command in the empty folder, outside any job."""
+    """Run the real command in the empty folder, outside any job."""
 
     def start(*args: str, env: dict[str, str] | None = None, python: Sequence[str] = ("-m", "launcher")) -> Result:
         clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -77,7 +77,7 @@ MINE = ("--config-dir", "../mine", "recipe=tiny")
 
 
 def assert_refused(result: Result, here: Path, said: str) -> None:
-    """Exit status 2, one line on stderr, nothing on stdout, nothing created."""
+    """Assert exit status 2, one line on stderr, nothing on stdout, and nothing created."""
     assert result.returncode == EXIT_REQUEST, result.stderr
     assert result.stdout == ""
     [line] = result.stderr.splitlines()
@@ -86,20 +86,20 @@ def assert_refused(result: Result, here: Path, said: str) -> None:
     assert list(here.iterdir()) == []
 
 
-# --- what is wrong is told in one line ----------------------------------------------------------------------------
+# --- errors are one line ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["tran"], "tran is no verb: did you mean train?"),
-        (["frobnicate"], "frobnicate is no verb: there are train, plan"),
-        (["worker"], "worker is started by the driver alone"),
-        (["--confg-dir", "x"], "--confg-dir is no flag: did you mean --config-dir?"),
+        (["tran"], "tran is not a verb: did you mean train?"),
+        (["frobnicate"], "frobnicate is not a verb: choose from train, plan"),
+        (["worker"], "worker is started by the driver only"),
+        (["--confg-dir", "x"], "--confg-dir is not a flag: did you mean --config-dir?"),
         (["--config-dir"], "--config-dir has no value"),
-        (["--config-dir", "nowhere"], "--config-dir nowhere is no folder"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere is not a folder"),
         (["--cfg", "jobs"], "--cfg jobs: choose from job, hydra, all"),
-        (["batch.per_devic=8"], "batch.per_devic is no key: did you mean batch.per_device?"),
+        (["batch.per_devic=8"], "batch.per_devic is not a key: did you mean batch.per_device?"),
         ([*MINE, "batch.per_device=many"], "batch.per_device=many: expected a whole number"),
         (["recipe=resnt"], "recipe=resnt: "),
         (["world=4"], "the world size comes from the job"),
@@ -109,22 +109,22 @@ def assert_refused(result: Result, here: Path, said: str) -> None:
         ([*MINE, "recipe.data=???"], "recipe.data"),
         (["recipe.data=[1"], "recipe.data=[1 cannot be read"),
         ([*MINE, "run.name=../x"], "run.name=../x: type up to 64 letters"),
-        ([*MINE, "batch=scale", "batch.global=256"], "batch.global=256 does not go with batch=scale"),
+        ([*MINE, "batch=scale", "batch.global=256"], "batch.global=256 does not work with batch=scale"),
         (["optimizer.lr=0.1"], "type lr.base=0.1"),
-        (["plan", "train"], "train is no override: the verb stands first"),
+        (["plan", "train"], "train is not an override: type the verb first"),
         (["plan", *MINE, "-m", "seed=1,2"], "-m starts several runs"),
         (["tune", *MINE, "-m", "seed=1,x"], "seed=x: expected a whole number"),
-        (["-m", "tune", *MINE], "tune is no override: the verb stands first"),
+        (["-m", "tune", *MINE], "tune is not an override: type the verb first"),
         (["new"], "new takes one name, not none: type launcher new my_recipe"),
         (["new", "a", "b"], "new takes one name, not a b: type launcher new my_recipe"),
         (["new", "--force"], "new takes one name, not --force"),
-        (["new", "my-net"], "my-net is no name of a recipe"),
-        (["new", "tiny"], "tiny is a module already"),
+        (["new", "my-net"], "my-net is not a valid recipe name"),
+        (["new", "tiny"], "tiny is an installed module"),
         (["new", "resnet"], "type launcher new my_resnet"),
         (["watch"], "watch takes one run, not none: type launcher watch RUN"),
         (["watch", "a", "b"], "watch takes one run, not a b"),
         (["watch", "--all"], "watch takes one run, not --all"),
-        (["watch", "nowhere"], "nowhere is no run: there is none in runs/ here"),
+        (["watch", "nowhere"], "nowhere is not a run: there are no runs in runs/"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_2(
@@ -152,18 +152,18 @@ def test_under_torchrun_rank_0_alone_tells(launcher: Callable[..., Result], here
     assert_refused(
         launcher("-m", "seed=1,2", env={**job, "RANK": "0", "LOCAL_RANK": "0"}),
         here,
-        "-m under torchrun would mix the runs up: type launcher -m seed=1,2 without torchrun",
+        "-m does not work in torchrun: type launcher -m seed=1,2 without torchrun",
     )
     assert_refused(
         launcher("tune", "-m", "seed=1,2", env={**job, "RANK": "0", "LOCAL_RANK": "0"}),
         here,
-        "-m under torchrun would mix the points up: type launcher tune -m seed=1,2 launch.workers=2, no torchrun",
+        "-m does not work in torchrun: type launcher tune -m seed=1,2 launch.workers=2 without torchrun",
     )
     silent = launcher("-m", "seed=1,2", env={**job, "RANK": "1", "LOCAL_RANK": "1"})
     assert (silent.returncode, silent.stdout, silent.stderr) == (EXIT_REQUEST, "", "")
 
 
-# --- what is only shown -------------------------------------------------------------------------------------------
+# --- help, version, configuration ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_new_and_watch_need_neither_torch_nor_hydra(launcher: Callable[..., Resu
 
 
 def imported(launcher: Callable[..., Result], args: list[str]) -> set[str]:
-    """The modules that a command imports."""
+    """Return the modules that a command imports."""
     code = "import sys; from launcher.__main__ import main; main(sys.argv[1:]); print('modules', *sys.modules)"
     result = launcher(*args, python=("-c", code))
     assert "error:" not in result.stderr
@@ -248,7 +248,7 @@ def imported(launcher: Callable[..., Result], args: list[str]) -> set[str]:
 
 @pytest.fixture
 def ends_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """main() where training ends as given: by a status or by an exception."""
+    """Run main() with a training function that returns a status or raises an exception."""
 
     def run(ending: object, *args: str) -> int:
         def train(_: Sequence[str]) -> int:

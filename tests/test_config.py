@@ -1,4 +1,4 @@
-"""From the command line to the frozen `Run`: what is composed, converted, refused and shown."""
+"""From the command line to the frozen `RunConfig`: composition, conversion, refusals and display."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ train:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's --config-dir with a recipe of their own, beside an empty current folder."""
+    """A user's --config-dir with a custom recipe, next to an empty current folder."""
     mine = tmp_path / "mine"
     (mine / "recipe").mkdir(parents=True)
     (mine / "recipe" / "tiny.yaml").write_text(RECIPE)
@@ -111,12 +111,12 @@ def test_hydras_own_search_path_is_searched_too(folder: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_never_ignored(refusal: Any) -> None:
-    assert "--config-dir nowhere is no folder" in refusal("--config-dir", "nowhere")
+    assert "--config-dir nowhere is not a folder" in refusal("--config-dir", "nowhere")
 
 
 def test_the_programs_own_configuration_cannot_be_replaced(folder: Path, refusal: Any) -> None:
     (folder / "launcher.yaml").write_text("seed: 1\n")
-    assert "holds launcher.yaml, the program's own name" in refusal()
+    assert "contains launcher.yaml, a name reserved for the program" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_sinks_are_a_list_of_choices(run: Any, choice: str | None, sinks: list[s
 
 @pytest.mark.parametrize("nth", range(7))
 def test_every_shipped_choice_composes(run: Any, nth: int) -> None:
-    """The nth choice of each group together; a group with fewer choices begins again."""
+    """Combine the nth choice of each group; a group with fewer choices wraps around."""
     shipped = Path(config.__file__).parent.parent / "conf"
     choices = []
     for group in ("strategy", "batch", "optimizer", "schedule", "launch", "sink"):
@@ -145,7 +145,7 @@ def test_every_shipped_choice_composes(run: Any, nth: int) -> None:
 
 
 def test_fields_of_ones_own_recipe_are_named_without_a_plus() -> None:
-    """No YAML lists them: which there are is for the class to say."""
+    """The YAML does not list the arguments; the class defines them."""
     own = ["recipe=own", "recipe._target_=spirals.Spirals", "recipe.trust=[spirals]", "recipe.hidden=8"]
     made = config.compose([*own, "lr.base=0.1", "lr.base_batch=64"])
     assert made.recipe == {"_target_": "spirals.Spirals", "trust": ["spirals"], "hidden": 8}
@@ -163,13 +163,13 @@ def test_composing_writes_nothing(run: Any) -> None:
 
 @pytest.fixture(scope="module")
 def base() -> dict[str, Any]:
-    """A composed run as plain values, to put one typed value into."""
+    """A composed configuration as plain values, to insert one typed value into."""
     return to_mapping(Run(optimizer={"_target_": "torch.optim.SGD"}, sink={"wandb": {"mode": None}}))
 
 
 @pytest.fixture
 def valued(base: dict[str, Any]) -> Any:
-    """The run where one override's value, read by Hydra's grammar, was put in its place."""
+    """Return the configuration with the value of one override, parsed by Hydra's grammar, inserted."""
 
     def put(override: str) -> Run:
         [parsed] = config.parse([override])
@@ -230,13 +230,13 @@ def test_a_value_gets_the_type_of_its_key(valued: Any, override: str, value: Any
         ("run.name=.hidden", "run.name=.hidden: type up to 64 letters"),
         ("batch.ramp=[[0dur,x]]", "expected a list of [text, a number] or null, e.g. batch.ramp=[[0dur,0.25]"),
         ("launch.workers=0", "launch.workers=0 is below 1: type launch.workers=1 or more"),
-        ("launch.nodes=2", "launch.nodes=2: launch=local is this machine alone"),
+        ("launch.nodes=2", "launch.nodes=2: launch=local uses this machine only"),
         ("seed=-1", "seed=-1 is below 0"),
-        ("seed=9223372036854775808", "does not fit"),
+        ("seed=9223372036854775808", "seed=9223372036854775808 is too large"),
         ("checkpoint.keep=0", "checkpoint.keep=0 is below 1"),
-        ("train.clip_norm=0", "train.clip_norm=0.0 is not above 0"),
+        ("train.clip_norm=0", "train.clip_norm=0.0 must be > 0"),
         ("optimizer.momentum=nan", "optimizer.momentum=nan: type a finite number"),
-        ("train.target.metric=val/accuracy", "needs train.target.at_least= or train.target.at_most="),
+        ("train.target.metric=val/accuracy", "needs either train.target.at_least= or train.target.at_most="),
         ("train.stop_at_target=true", "train.stop_at_target=true has no target"),
         ("sink.wandb.mode=onlin", "sink.wandb.mode=onlin: expected one of online, offline, disabled or null"),
         ("sink.wandb.tags=abc", "sink.wandb.tags=abc: expected a list of text"),
@@ -268,15 +268,15 @@ def test_a_wrong_value_is_found_when_composing(refusal: Any, override: str, said
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("batch.per_devic=8", "batch.per_devic is no key: did you mean batch.per_device?"),
+        ("batch.per_devic=8", "batch.per_devic is not a key: did you mean batch.per_device?"),
         ("per_device=8", "did you mean batch.per_device?"),
-        ("epochs=3", "epochs is no key: did you mean train.duration?"),
-        ("lr=0.1", "lr is a part, not a key: type lr.base="),
-        ("qqqqqq=1", "qqqqqq is no key: launcher --help lists them all"),
-        ("world=4", "world is no key: the world size comes from the job: launch.workers=2"),
+        ("epochs=3", "epochs is not a key: did you mean train.duration?"),
+        ("lr=0.1", "lr is a section, not a key: type lr.base="),
+        ("qqqqqq=1", "qqqqqq is not a key: launcher --help lists them all"),
+        ("world=4", "world is not a key: the world size comes from the job: launch.workers=2"),
         ("world_size=4", "the world size comes from the job"),
         ("+batch.per_devic=8", "did you mean batch.per_device?"),
-        ("+seed=1", "+seed=1: seed is there already: type it without +"),
+        ("+seed=1", "+seed=1: seed exists already: type it without +"),
         ("~seed", "~seed: seed can't be removed: type seed=0"),
         ("recipe=tinny", "recipe=tinny: did you mean tiny? choose from "),
         ("recipe=[a", "recipe=[a cannot be read"),
@@ -284,23 +284,26 @@ def test_a_wrong_value_is_found_when_composing(refusal: Any, override: str, said
         ("batch=64", "for a number type batch.per_device=64 or batch.global=64"),
         (
             "strategy=tensor_parallel",
-            "strategy=tensor_parallel divides one sample's work among workers, which is not done",
+            "strategy=tensor_parallel: model parallelism within one sample is not supported",
         ),
         ("batch=null", "batch=null: choose from bounded, goodput, hold, scale"),
-        ("+batch=hold", "+batch=hold: batch is there already: type it without +"),
+        ("+batch=hold", "+batch=hold: batch exists already: type it without +"),
         ("sink=[console,wadnb]", "sink=wadnb: did you mean wandb? choose from console, tensorboard, wandb"),
-        ("recipe.widht=3", "recipe.widht is no key here: did you mean recipe.width?"),
-        ("recipe.layers=3", "there are _target_, trust, width, data; type +recipe.layers="),
-        ("optimizer.lr=0.1", "optimizer.lr=0.1: the rate is the schedule's: type lr.base=0.1"),
+        ("recipe.widht=3", "recipe.widht is not a key here: did you mean recipe.width?"),
+        ("recipe.layers=3", "known keys are _target_, trust, width, data; type +recipe.layers="),
+        (
+            "optimizer.lr=0.1",
+            "optimizer.lr=0.1: the learning rate is set by lr.base and the schedule: type lr.base=0.1",
+        ),
         ("+optimizer.lr=0.1", "type lr.base=0.1"),
-        ("seed=1,2", "seed=1,2 is a sweep: add -m for one run each, or type seed=[1,2] for a list"),
+        ("seed=1,2", "seed=1,2 is a sweep: add -m for one run per value, or type seed=[1,2] for a list"),
         ("recipe.data=/a b(c", """quote the value, e.g. "recipe.data='/a b(c'\""""),
         ("hydra.run.dir=x", "hydra.run.dir=x has no effect on a single run"),
         ("hydra.job.env_set.A=1", "has no effect on a single run"),
-        ("stray", "stray is no override"),
-        ("", "'' is no override"),
+        ("stray", "stray is not an override"),
+        ("", "'' is not an override"),
         ("-m", "-m starts several runs"),
-        ("--mulirun", "--mulirun is no flag: did you mean --multirun?"),
+        ("--mulirun", "--mulirun is not a flag: did you mean --multirun?"),
         ("--config-name=x", "type experiment=NAME"),
     ],
 )
@@ -310,7 +313,7 @@ def test_a_wrong_name_is_answered_with_the_nearest_right_one(refusal: Any, overr
 
 def test_a_key_that_a_file_misspells_is_refused_too(folder: Path, refusal: Any) -> None:
     (folder / "recipe" / "tiny.yaml").write_text(RECIPE + "batch:\n  per_devic: 8\n")
-    assert "batch.per_devic is no key: did you mean batch.per_device?" in refusal()
+    assert "batch.per_devic is not a key: did you mean batch.per_device?" in refusal()
 
 
 def test_new_fields_are_passed_to_the_recipe_and_the_optimizer_with_a_plus(run: Any) -> None:
@@ -335,7 +338,7 @@ def test_yaml_tags_are_never_obeyed(folder: Path, tmp_path: Path, refusal: Any) 
 def test_a_global_batch_without_a_policy_selects_hold_and_says_so(composed: Any) -> None:
     made = composed("batch.global=256")
     assert (made.run.batch.policy, made.run.batch.global_batch) == ("hold", 256)
-    assert made.notes == ("batch.global=256 selects batch=hold: the global batch stays at every world size",)
+    assert made.notes == ("batch.global=256 selects batch=hold: the global batch is the same at every world size",)
 
 
 @pytest.mark.parametrize("choice", ["batch=hold", "batch.policy=hold"])
@@ -346,17 +349,17 @@ def test_a_chosen_policy_needs_no_note(composed: Any, choice: str) -> None:
 
 @pytest.mark.parametrize("choice", ["batch=scale", "batch.policy=scale"])
 def test_scale_with_a_global_batch_is_a_contradiction(refusal: Any, choice: str) -> None:
-    assert "batch.global=256 does not go with batch=scale" in refusal(choice, "batch.global=256")
+    assert "batch.global=256 does not work with batch=scale" in refusal(choice, "batch.global=256")
 
 
 def test_a_rate_that_meets_another_optimizer_is_said(composed: Any) -> None:
-    said = "lr.base=0.1 was chosen for torch.optim.SGD, not for torch.optim.AdamW: give lr.base= too"
+    said = "lr.base=0.1 was chosen for torch.optim.SGD, not for torch.optim.AdamW: set lr.base= too"
     assert composed("optimizer=adamw").notes == (said,)
     assert composed("optimizer=sgd").notes == ()
     assert composed("optimizer=adamw", "lr.base=0.001").notes == ()
 
 
-# --- to and from plain values -------------------------------------------------------------------------------------
+# --- conversion to and from plain values --------------------------------------------------------------------------
 
 
 def test_a_run_survives_plain_values_and_yaml(run: Any) -> None:
@@ -405,7 +408,7 @@ def test_a_run_is_frozen(run: Any) -> None:
         run().seed = 3
 
 
-# --- showing ------------------------------------------------------------------------------------------------------
+# --- display ------------------------------------------------------------------------------------------------------
 
 
 def test_the_shown_configuration_is_the_whole_that_would_run(folder: Path) -> None:
@@ -532,7 +535,7 @@ def test_a_share_of_a_sweep_runs_its_own_points_alone(swept: Any) -> None:
 
 
 def test_the_words_of_a_point_ask_for_its_run(swept: Any) -> None:
-    """A job that is started elsewhere by these words trains the same run in the same folder."""
+    """A job started elsewhere with these overrides trains the same run in the same folder."""
     words: list[Sequence[str]] = []
 
     def keep(run: Run, asked: Sequence[str]) -> int:
@@ -600,13 +603,13 @@ def test_a_point_can_be_sent_to_another_process() -> None:
         (["run.name=a,b"], "run.name can't be swept over"),
         (["run.dir=a,b"], "run.dir can't be swept over"),
         (["run.name=../a", "seed=1,2"], "run.name=../a: type up to 64 letters"),
-        (["hydra.sweep.dir=a", "seed=1,2"], "the sweep's folder is named by run.name= or run.dir="),
+        (["hydra.sweep.dir=a", "seed=1,2"], "the sweep's folder is set by run.name= or run.dir="),
         (["hydra/launcher=nowhere", "seed=1,2"], "hydra/launcher=nowhere: choose from basic"),
         (["seed=interval(1,2)"], "does not support sweep type"),
         (["sweep.at_once=1,2"], "sweep.at_once can't be swept over"),
         (["sweep.at_once=0", "seed=1,2"], "sweep.at_once=0 is below 1: type sweep.at_once=1 or more"),
-        (["sweep.at_once=2", "seed=1,2", "launch=slurm"], "is for points on this machine: leave it out, or launch=s"),
-        (["sweep.at_once=2", "seed=1,2", "launch.workers=999"], "a point takes 999 cores"),
+        (["sweep.at_once=2", "seed=1,2", "launch=slurm"], "points on this machine only: leave it out, or launch=s"),
+        (["sweep.at_once=2", "seed=1,2", "launch.workers=999"], "each point needs 999 cores"),
         (["hydra/sweeper=optuna", "seed=1,2"], "type sweep.trials=20 instead"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Durations: what may be typed, what it is worth in samples, and what is refused."""
+"""Durations: accepted syntax, conversion to samples, and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNITS = Units(epoch=1000, base_batch=256, tokens_per_sample=128, duration=50_000
         ("50000sp", 50_000),
         ("1e6tok", 7813),  # 7812.5 is rounded up to a whole sample
         ("0.05dur", 2500),
-        ("0.1ep", 100),  # in floating point 0.1 is a little more than a tenth, and this would be 101
+        ("0.1ep", 100),  # in floating point 0.1 is slightly more than a tenth, which would give 101
         ("0.7ep", 700),
         ("1.5 ep", 1500),
         ("1EP", 1000),
@@ -83,7 +83,7 @@ def test_tokens_need_a_recipe_that_states_them() -> None:
 
 
 def test_the_duration_is_no_share_of_itself() -> None:
-    with pytest.raises(RequestError, match=r"train\.duration=0\.5dur is a share of itself"):
+    with pytest.raises(RequestError, match=r"train\.duration=0\.5dur would be a share of itself"):
         Duration.parse("0.5dur", "train.duration").samples(Units(epoch=1000, base_batch=256))
 
 

@@ -1,4 +1,4 @@
-"""explain: what limits a run, what makes one slower than another, and what to try, each from a measured fact."""
+"""`launcher explain`: what limits a run, why one run is slower than another, and what to try."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def against(one: Path, other: Path) -> dict[str, Any]:
 
 
 def run(folder: Path, stages_ms: Mapping[str, float] = USUAL_MS, updates: int = 60, **values: Any) -> Path:
-    """Updates that vary a little, as real ones do."""
+    """Updates that vary a little, like real ones."""
     draw, rows = random.Random(folder.name), []
     for update in range(1, updates + 1):
         jitter = draw.gauss(1, 0.01)
@@ -40,7 +40,7 @@ def run(folder: Path, stages_ms: Mapping[str, float] = USUAL_MS, updates: int = 
 
 
 def about(document: Mapping[str, Any], words: str) -> str:
-    """The one advice that holds these words."""
+    """Return the only advice that contains these words."""
     [line] = [line for line in document["advice"] if words in line]
     return str(line)
 
@@ -61,9 +61,7 @@ def test_advice_states_what_was_measured(tmp_path: Path) -> None:
     document = asked(run(tmp_path / "run", SLOW_DATA))
     assert document["samples_per_s"] == pytest.approx(64 / 55 * 1e3, rel=0.02)
     line = about(document, "data.workers")
-    assert re.match(
-        r"(39|40)\S* ms of every update pass waiting for data; without them it would be up to 4,2\d\d", line
-    )
+    assert re.match(r"each update waits (39|40)\S* ms for data; without that wait throughput could reach 4,2\d\d", line)
 
 
 def test_small_stages_are_not_worth_a_word(tmp_path: Path) -> None:
@@ -72,7 +70,7 @@ def test_small_stages_are_not_worth_a_word(tmp_path: Path) -> None:
 
 
 def test_the_first_updates_after_each_start_are_left_out(tmp_path: Path) -> None:
-    """Compiling takes seconds, and says nothing of the run."""
+    """The first updates include compilation and are excluded."""
     compiling = {**USUAL_MS, "forward": 20_000.0}
     rows = [row(update, compiling if update in (1, 2, 31) else USUAL_MS) for update in range(1, 31)]
     rows += [row(update, compiling if update == 31 else USUAL_MS, generation=2) for update in range(31, 61)]
@@ -97,11 +95,11 @@ def test_a_run_of_few_rows_is_explained_as_far_as_it_goes(tmp_path: Path, update
 
 
 def test_a_row_that_stands_for_ten_updates_weighs_ten(tmp_path: Path) -> None:
-    """log.every=10, and a row of one update where a validation came early."""
+    """log.every=10, plus a row for a single update before a validation."""
     rows = [row(update) for update in range(10, 210, 10)]
     rows += [row(201, {"other": 160.0}), row(210)]
     stages = asked(write(tmp_path / "run", rows))["stages"]
-    assert stages["other"]["ms"] == pytest.approx(160 / 150)  # 15 of 21 tens of updates are kept
+    assert stages["other"]["ms"] == pytest.approx(160 / 150)  # 15 of 21 groups of ten updates are kept
 
 
 def test_without_stage_times_there_is_nothing_to_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,14 +110,15 @@ def test_without_stage_times_there_is_nothing_to_explain(tmp_path: Path, capsys:
 
 def test_low_utilisation_is_overhead_and_high_is_work(tmp_path: Path) -> None:
     idle = asked(run(tmp_path / "idle", device__utilization=0.2))
-    assert "the device is busy for 20 % of it all: overhead per micro-batch" in about(idle, "forward and backward")
+    line = about(idle, "forward and backward")
+    assert "the device is busy for only 20 % of the time: overhead per micro-batch" in line
     busy = asked(run(tmp_path / "busy", device__utilization=0.95))
-    assert "the computation is what limits" in about(busy, "forward and backward")
+    assert "compute is the bottleneck" in about(busy, "forward and backward")
 
 
 def test_the_rank_that_others_wait_for_is_named(tmp_path: Path) -> None:
     ranks = {"stage__rank": 1, "stage__data__ms_max": 40.0, "stage__data__ms_min": 0.5}
-    assert "wait for rank 1: its data takes 40 ms, the quickest rank's 0.5 ms" in about(
+    assert "wait for rank 1: its data takes 40 ms, the fastest rank's 0.5 ms" in about(
         asked(run(tmp_path / "run", SLOW_DATA, **ranks)), "the others"
     )
     alternating = [row(update, SLOW_DATA, **{**ranks, "stage__rank": update % 2}) for update in range(1, 50)]
@@ -128,14 +127,14 @@ def test_the_rank_that_others_wait_for_is_named(tmp_path: Path) -> None:
 
 def test_memory_pressure_is_seen_in_the_allocators_retries(tmp_path: Path) -> None:
     rows = [row(update, memory__alloc_retries=update // 10) for update in range(1, 61)]
-    assert "ran short 5 times" in about(asked(write(tmp_path / "run", rows)), "allocator")
+    assert "ran out of memory and retried 5 times" in about(asked(write(tmp_path / "run", rows)), "allocator")
 
 
 def test_noise_is_spoken_of_only_where_it_was_measured(tmp_path: Path) -> None:
     assert "noise_dominated" not in asked(run(tmp_path / "unknown"))
     noisy = asked(run(tmp_path / "noisy", noise__scale_low=640.0))
     assert noisy["noise_dominated"] is True
-    assert "at least 10 times the batch of 64; its loss swings by" in about(noisy, "noise scale")
+    assert "at least 10 times the batch size of 64; the loss varies by" in about(noisy, "noise scale")
     calm = asked(run(tmp_path / "calm", noise__scale=80.0, noise__scale_low=40.0))
     assert calm["noise_dominated"] is False
     assert not [line for line in calm["advice"] if "noise" in line]
@@ -150,7 +149,9 @@ def test_restarts_and_a_change_of_workers_are_told_with_their_price(tmp_path: Pa
     ]
     document = asked(write(tmp_path / "run", rows))
     assert "restarts took 8.5 s, and 96 samples" in about(document, "restarts")
-    assert "from 1 to 2 workers samples/s went from 2,000 to 4,000: 100 %" in about(document, "workers samples/s")
+    assert "from 1 to 2 workers, samples/s went from 2,000 to 4,000: scaling efficiency 100 %" in about(
+        document, "workers, s"
+    )
 
 
 # --- two runs -----------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def test_the_faster_run_the_ratio_and_the_stage_that_grew(tmp_path: Path) -> Non
 
 
 def test_time_per_sample_decides_where_batches_differ(tmp_path: Path) -> None:
-    """45 against 20: each update is longer, and only the backward pass takes longer for each sample."""
+    """Batch 45 against 20: each update is longer, but only the backward pass takes longer per sample."""
     small = run(tmp_path / "20", {"forward": 4.0, "backward": 8.0, "data": 2.0}, batch=20)
     large = run(tmp_path / "45", {"forward": 9.0, "backward": 40.0, "data": 3.0}, batch=45)
     document = against(large, small)
@@ -199,7 +200,7 @@ def test_runs_at_two_world_sizes_have_a_scaling_efficiency(tmp_path: Path) -> No
 
 
 def test_json_is_one_document_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Words are paths even where they hold `=`."""
+    """Arguments are paths even if they contain `=`."""
     folder = run(tmp_path / "lr=0.1", SLOW_DATA)
     assert main(["explain", str(folder), "format=json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -223,9 +224,9 @@ def test_text_stays_within_80_columns_and_hostile_names_on_one_line(
     ("args", "said"),
     [
         ([], "type launcher explain RUN"),
-        (["nowhere"], "nowhere is no run"),
-        (["nowhere", "format=xml"], "format=xml is no option of explain: it takes format=json"),
-        (["nowhere", "-o", "x"], "-o is no option of explain"),
+        (["nowhere"], "nowhere is not a run"),
+        (["nowhere", "format=xml"], "format=xml is not an option of explain: it takes format=json"),
+        (["nowhere", "-o", "x"], "-o is not an option of explain"),
         (["a", "b", "c"], "type launcher explain RUN"),
     ],
 )
@@ -252,7 +253,7 @@ def test_broken_lines_are_said_beside_the_answer(tmp_path: Path, capsys: pytest.
     assert main(["explain", str(folder), "format=json"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["bottleneck"] == "backward"
-    assert "1 lines are no rows" in told.err
+    assert "1 unreadable lines were skipped" in told.err
 
 
 def test_explaining_needs_no_torch(tmp_path: Path) -> None:
@@ -262,28 +263,28 @@ def test_explaining_needs_no_torch(tmp_path: Path) -> None:
     assert not {"torch", "hydra", "numpy", "yaml"} & set(done.stdout.split())
 
 
-# --- what loading waits for, memory, and targets --------------------------------------------------------------------
+# --- data loading, memory, and targets ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("busy", "words"), [(0.9, "computes for 90 %"), (0.1, "waits for its storage"), (0.55, "raise data.workers, and")]
+    ("busy", "words"), [(0.9, "uses the CPU for 90 %"), (0.1, "waits for storage"), (0.55, "raise data.workers; run")]
 )
 def test_a_run_that_waits_for_data_hears_whether_decoding_or_storage_limits(
     tmp_path: Path, busy: float, words: str
 ) -> None:
     document = asked(run(tmp_path / "run", SLOW_DATA, data__loader_cpu=busy))
-    assert words in about(document, "waiting for data")
+    assert words in about(document, "ms for data")
 
 
 def test_pages_read_from_a_disk_in_every_update_mean_that_memory_is_full(tmp_path: Path) -> None:
     rows = [row(update, memory__major_faults=7 * update) for update in range(1, 61)]
-    assert "reads 7 pages" in about(asked(write(tmp_path / "thrashes", rows)), "from a disk")
+    assert "reads 7 pages" in about(asked(write(tmp_path / "thrashes", rows)), "from disk")
     rows = [row(update, memory__major_faults=900) for update in range(1, 61)]
     assert not [line for line in asked(write(tmp_path / "warm", rows))["advice"] if "disk" in line]
 
 
 def test_the_run_that_met_the_target_sooner_is_named_and_why(tmp_path: Path) -> None:
-    """B has twice the samples/s and needs three times the samples: A is there in two thirds of the time."""
+    """B has twice the samples/s but needs three times the samples: A gets there in two thirds of the time."""
     for name, seconds, samples in (("a", 20.0, 10_000), ("b", 30.0, 30_000)):
         run(tmp_path / name)
         target = {"metric": "val/accuracy", "value": 0.95, "samples": samples, "update": samples // 50}

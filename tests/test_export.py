@@ -1,4 +1,4 @@
-"""export: metrics as CSV that any tool reads, with each update once."""
+"""`launcher export`: metrics as standard CSV, with each update once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_numbers_keep_their_digits_and_what_is_absent_is_empty(
 
 
 def test_a_file_is_written_whole_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Words are paths even where they hold `=`."""
+    """Arguments are paths even if they contain `=`."""
     folder, file = write(tmp_path / "lr=0.1", [row(1)]), tmp_path / "out.csv"
     file.write_text("old")
     assert main(["export", str(folder), "-o", str(file)]) == 0
@@ -75,11 +75,11 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         ([], "type launcher export RUN"),
         (["a", "b"], "type launcher export RUN"),
-        (["nowhere"], "nowhere is no run"),
+        (["nowhere"], "nowhere is not a run"),
         (["run", "-o"], "-o has no value"),
         (["run", "-o", "no/such/folder/x.csv"], "-o no/such/folder/x.csv cannot be written"),
         (["run", "-o", "run"], "-o run cannot be written"),
-        (["run", "format=json"], "format=json has no meaning for export"),
+        (["run", "format=json"], "format=json has no effect for export"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_writes_nothing(

@@ -1,4 +1,4 @@
-"""What a model's state takes per worker: ZeRO's arithmetic, in bytes."""
+"""Memory of the model state per worker: ZeRO's arithmetic, in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a replica tells of its gradients: the sums that the noise scale needs, against autograd by hand."""
+"""Gradient statistics of a replica: the sums that the noise scale needs, compared with autograd."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAMPLES = 12
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
-    """A process group of one: DDP's hooks run as among many."""
+    """A process group of one rank: DDP's hooks run as with many."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -40,7 +40,7 @@ def alone() -> Iterator[None]:
 
 
 def model(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """With a tied weight, whose gradient comes from two places."""
+    """A model with a tied weight, whose gradient has two contributions."""
     torch.manual_seed(0)
     first, second = nn.Linear(5, 5), nn.Linear(5, 5)
     second.weight = first.weight
@@ -81,7 +81,7 @@ def updated(
     dtype: torch.dtype = torch.float64,
     heard: bool = True,
 ) -> Step:
-    """One update of micro-batches of these sizes, as the loop makes it; a loss counts `tokens` a sample."""
+    """Run one update with these micro-batch sizes, as the loop does; a loss counts `tokens` per sample."""
     for index, part in enumerate(cut(sizes)):
         place = places[index] if places else 0
         with replica.micro(last=index == len(sizes) - 1, pad=False, place=place):
@@ -118,7 +118,7 @@ def test_every_update_begins_anew() -> None:
 
 
 def test_among_ranks_each_gives_what_it_adds_before_the_sum() -> None:
-    """This rank has 7 of 12 samples in two micro-batches; nobody else's arrive in a group of one."""
+    """This rank has 7 of 12 samples in two micro-batches; a group of one receives no other gradients."""
     step = updated(ddp(world=2), [4, 3], samples=SAMPLES)
     assert step.groups == 1
     assert float(step.spread) * SAMPLES**2 == pytest.approx(7 * square_norm([slice(0, 7)], 7), rel=1e-12)
@@ -151,7 +151,7 @@ def test_clipping_comes_after() -> None:
 
 
 def test_a_loss_scale_is_taken_out() -> None:
-    """fp16 multiplies its losses by 65536."""
+    """fp16 scales its losses by 65536."""
     plain, scaled = (updated(ddp(precision=name), [7, 5], dtype=torch.float32) for name in ("fp32", "fp16"))
     assert float(scaled.spread) == pytest.approx(float(plain.spread), rel=1e-5)
     assert float(scaled.norm) == pytest.approx(float(plain.norm), rel=1e-5)
@@ -167,14 +167,14 @@ def test_small_and_large_gradients_are_all_heard(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("world", "first"), [(1, 40), (2, 200)])
 def test_every_update_is_heard_at_first_and_then_every_fourth(world: int, first: int) -> None:
-    """Micro-batches, of which each has to be heard by itself, for a shorter time than ranks."""
+    """One worker needs statistics of each micro-batch, and gathers every update for a shorter time."""
     replica = ddp(world=world)
     skipped = [update for update in range(first + 10) if not replica.measures(update)]
     assert skipped == [first + later for later in (1, 2, 3, 5, 6, 7, 9)]
 
 
 def test_an_update_that_is_not_measured_has_no_groups() -> None:
-    """Alone, among ranks (of two this is one), and in exact mode."""
+    """A single worker, several ranks (of two, this is one), and exact mode."""
     for replica, groups in ((ddp(), 2), (ddp(world=2), 1), (exact(), 2)):
         assert updated(replica, [6, 6], places=[0, 1]).groups == groups
         assert updated(replica, [6, 6], places=[0, 1], heard=False).groups == 0
@@ -182,14 +182,14 @@ def test_an_update_that_is_not_measured_has_no_groups() -> None:
 
 
 def test_a_long_gradient_keeps_its_digits() -> None:
-    """In one sum in fp32 it would be 1e-4 too short: enough to drown the noise of a batch far above its scale."""
+    """A single fp32 sum would be 1e-4 too small: enough to hide the noise of a batch far above its scale."""
     torch.manual_seed(0)
     long = torch.randn(1_000, 3_000)
     found = torch.stack(norms([long, long.t(), long.flatten()])).double().square().sum()
     assert float(found) == pytest.approx(3 * float(long.double().square().sum()), rel=1e-6)
 
 
-# --- from the votes to the estimate ---------------------------------------------------------------------------------
+# --- from the gathered statistics to the estimate -------------------------------------------------------------------
 
 
 def told(steps: Sequence[Step], counts: Sequence[float], finite: float = 1.0) -> Agreed:
@@ -213,7 +213,7 @@ def estimate_by_hand(sizes: Sequence[int]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("tokens", [1.0, 50.0])
 def test_the_estimate_is_the_formulas(tokens: float) -> None:
-    """S and |G|² of one update, in samples whatever the losses count."""
+    """Return S and |G|² of one update, in samples, whatever the losses count."""
     sizes = (5, 4, 3)
     step = updated(ddp(), sizes, tokens=tokens)
     learned = heard(NoiseScale(), told([step], [tokens * SAMPLES]), update_of())
@@ -222,7 +222,7 @@ def test_the_estimate_is_the_formulas(tokens: float) -> None:
 
 
 def test_ranks_and_micro_batches_of_the_same_samples_tell_the_same() -> None:
-    """Two ranks of 7 and 5 samples, or one worker with micro-batches of 7 and 5."""
+    """Two ranks with 7 and 5 samples, or one worker with micro-batches of 7 and 5."""
     step = updated(ddp(), [7, 5])
     mine, other = ([updated(ddp(world=2), sizes)] for sizes in ([7], [5]))
     theirs = replace_spread(other[0], 5 * square_norm([slice(7, 12)], 5) / SAMPLES**2)
@@ -237,7 +237,7 @@ def replace_spread(step: Step, spread: float) -> Step:
 
 
 def replace_norm(step: Step, other: Step) -> Step:
-    """Nobody else's gradients arrive in a group of one."""
+    """A group of one receives no other gradients."""
     return replace(step, norm=other.norm)
 
 

@@ -1,4 +1,4 @@
-"""The goodput policy and its outlook: the arithmetic of math.md on update times that are known."""
+"""The goodput policy and its `plan` output: the arithmetic of math.md on known update times."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ RUN = Run(
 
 
 def update_s(per_device: int, world: int, accumulation: int = 1) -> float:
-    """Alpha and beta of a micro-batch, and exposed communication: gamma is 1."""
+    """Alpha and beta of a micro-batch, and exposed communication; gamma is 1."""
     sync_s = SYNC_S + EACH_S * max(world - 2, 0) if world > 1 else 0.0
     return accumulation * (ALPHA_S + BETA_S * per_device) + sync_s
 
 
 def tuned(world: int, sizes: tuple[int, ...] = (8, 16, 32, 64, 128)) -> dict[str, Any]:
-    """A document of `tune` on a machine without noise."""
+    """A result of `tune` on a machine without timing noise."""
     points = []
     for size in sizes:
         seconds = update_s(size, world)
@@ -72,7 +72,7 @@ def chooser(*worlds: int, run: Run = RUN) -> Chooser:
     return Chooser(profile_of(*worlds), run, SIZES.train)
 
 
-# --- what was measured --------------------------------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------------------------------
 
 
 def test_the_fit_gives_back_what_was_measured() -> None:
@@ -83,7 +83,7 @@ def test_the_fit_gives_back_what_was_measured() -> None:
 
 
 def test_two_workers_alone_tell_computing_from_communicating() -> None:
-    """Each measurement has a twin without the waiting."""
+    """Each measurement has a counterpart without waiting."""
     model = chooser(2).profile.model
     assert model.predict(64, 1, 1).value == pytest.approx(update_s(64, 1), rel=0.03)
     assert model.predict(64, 3, 2).value == pytest.approx(update_s(64, 2, 3), rel=0.06)
@@ -100,7 +100,7 @@ def test_a_profile_is_the_same_after_json() -> None:
     profile = chooser().profile
     assert Profile.from_facts(json.loads(json.dumps(profile.to_facts()))) == profile
     for broken in ({}, {**profile.to_facts(), "tables": [{"world": 1}]}, {**profile.to_facts(), "cap": 0}):
-        with pytest.raises(ValueError, match=r"a part is missing|a figure in it"):
+        with pytest.raises(ValueError, match=r"a field is missing|a value is missing or out of range"):
             Profile.from_facts(broken)
 
 
@@ -121,7 +121,7 @@ def test_what_regressed_is_neither_fitted_nor_chosen() -> None:
 
 
 def test_one_size_is_too_few() -> None:
-    with pytest.raises(RequestError, match=r"^batch\.policy=goodput: updates of one micro-batch size"):
+    with pytest.raises(RequestError, match=r"^batch\.policy=goodput: only one micro-batch size was timed"):
         Chooser(Profile.of([tuned(1, (8,))]), RUN, SIZES.train).choice(1, 1, Known(10.0))
 
 
@@ -162,12 +162,12 @@ def test_an_unknown_noise_scale_takes_the_base_batch_in_its_fastest_form() -> No
 
 
 def test_noise_that_is_at_least_so_much_takes_no_less_than_the_base_batch() -> None:
-    """That it may be small is no reason for a smaller batch; that it is at least so large is one for a larger."""
+    """A possibly small noise scale is not a reason for a smaller batch; a large lower bound is one for a larger."""
     little, much = Known(2.0, least=True), Known(1000.0, least=True)
     assert chooser().choice(2, 1, Known(2.0)).global_batch < 64
     assert chooser().choice(2, 1, little).global_batch == 64
     assert chooser().choice(2, 1, much) == chooser().choice(2, 1, Known(1000.0))
-    assert said(chooser().choice(2, 1, much), much).startswith("goodput: at a noise scale of at least 1e+03 samples ")
+    assert said(chooser().choice(2, 1, much), much).startswith("goodput: at a noise scale of at least 1e+03 samples, ")
 
 
 def test_what_training_measures_comes_before_what_was_typed_and_a_bound_only_where_it_says_more() -> None:
@@ -194,7 +194,7 @@ def test_a_batch_is_chosen_anew_as_more_becomes_known_of_the_noise() -> None:
 def test_training_begins_by_the_noise_scale_that_was_typed() -> None:
     policy = chooser(run=replace(RUN, plan=PlanSettings(noise=900.0)))
     begun = Goodput(policy, 2, 1, policy.known(None, None))
-    assert begun.why.startswith("goodput: at a noise scale of 900 samples (plan.noise) ")
+    assert begun.why.startswith("goodput: at a noise scale of 900 samples (plan.noise), ")
     assert policy.choice(2, 1, policy.known(None, None)) == policy.choice(2, 1, Known(900.0))
 
 
@@ -205,7 +205,7 @@ def test_the_cap_and_the_bounds_bind() -> None:
     narrow = replace(RUN, batch=replace(RUN.batch, min_global=100, max_global=128))
     assert 100 <= chooser(run=narrow).choice(3, 1, Known(1e6)).global_batch <= 128
     assert bounds_of(RUN, SIZES.train, 2) == Bounds(2, 32 * 64)
-    with pytest.raises(PlanError, match="no batch of 200 workers lies between 200 and 128"):
+    with pytest.raises(PlanError, match="no global batch for 200 workers lies between 200 and 128"):
         bounds_of(narrow, SIZES.train, 200)
 
 
@@ -224,26 +224,26 @@ def test_the_plan_that_is_trained_is_the_one_that_was_chosen(world: int, noise: 
 @pytest.mark.parametrize(
     ("batch", "mend"),
     [
-        (BatchSettings(policy="goodput", global_batch=64), "type batch=hold, or drop it"),
-        (BatchSettings(policy="goodput", ramp=(("0dur", 0.5),)), "type batch=bounded, or drop it"),
+        (BatchSettings(policy="goodput", global_batch=64), "type batch=hold, or remove it"),
+        (BatchSettings(policy="goodput", ramp=(("0dur", 0.5),)), "type batch=bounded, or remove it"),
     ],
     ids=["global", "ramp"],
 )
 def test_what_decides_against_the_policy_is_refused(batch: BatchSettings, mend: str) -> None:
-    with pytest.raises(RequestError, match=f"does not go with batch.policy=goodput: {mend}"):
+    with pytest.raises(RequestError, match=f"does not work with batch.policy=goodput: {mend}"):
         study(replace(RUN, batch=replace(batch, per_device=8)), SIZES, 1)
 
 
 @pytest.mark.parametrize(
-    ("word", "mend"), [("batch.per_device=16", "tune.max=16"), ("batch.accumulation=2", "drop it")]
+    ("word", "mend"), [("batch.per_device=16", "tune.max=16"), ("batch.accumulation=2", "remove it")]
 )
 def test_a_number_on_the_command_line_is_refused_and_a_recipes_own_is_no_request(word: str, mend: str) -> None:
     assert compose(["recipe=mlp", "batch=goodput"]).batch == BatchSettings(policy="goodput", per_device="auto")
-    with pytest.raises(RequestError, match=f"^{word} does not go with batch=goodput, which chooses it: .*{mend}"):
+    with pytest.raises(RequestError, match=f"^{word} does not work with batch=goodput, which chooses it: .*{mend}"):
         compose(["recipe=mlp", "batch=goodput", word])
 
 
-# --- the outlook --------------------------------------------------------------------------------------------------
+# --- the goodput plan ---------------------------------------------------------------------------------------------
 
 KNOWN = Noise(500.0, 400.0, 650.0, "a run")
 
@@ -275,16 +275,16 @@ def test_it_ends_at_twice_the_most_workers_and_says_so() -> None:
 
 
 def test_it_names_the_world_size_past_which_more_do_not_pay() -> None:
-    """With little noise a large batch is worth nothing, and more workers only wait for each other."""
+    """With a small noise scale a large batch gains nothing, and more workers only wait for each other."""
     few = outlook(chooser(), SIZES, Noise(5.0, 5.0, 5.0, "plan.noise"), "")
     assert few["pays_to"] < 8
-    assert f"past {few['pays_to']} workers more do not pay" in few["why"].replace("worker m", "workers m")
+    assert f"more than {few['pays_to']} workers do not pay off" in few["why"].replace("worker d", "workers d")
     goodputs = [row["goodput"] for row in few["plans"]]
     assert goodputs[few["pays_to"] - 1] >= 0.9 * max(goodputs)
     assert all(one < 0.9 * max(goodputs) for one in goodputs[: few["pays_to"] - 1])
     many = outlook(chooser(), SIZES, Noise(1e6, 1e6, 1e6, "plan.noise"), "")
     assert many["pays_to"] == 8
-    assert many["why"].startswith("every worker up to 8 pays")
+    assert many["why"].startswith("every worker up to 8 pays off")
 
 
 def test_an_unknown_noise_scale_is_said_and_the_base_batch_is_worth_what_it_does() -> None:
@@ -301,7 +301,7 @@ def test_the_text_fits_a_terminal() -> None:
         json.dumps(outlook(chooser(), SIZES, noise, ""))
 
 
-# --- where the noise scale is from --------------------------------------------------------------------------------
+# --- source of the noise scale ------------------------------------------------------------------------------------
 
 
 def written(folder: Path, recipe: str, *later: Mapping[str, float], **values: float) -> None:
@@ -329,9 +329,11 @@ def test_a_number_or_a_run_that_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     written(tmp_path / "runs" / "unknown", "Mlp")
     with pytest.raises(RequestError, match=r"^plan\.noise=unknown: that run has measured no noise scale"):
         noise_of(asked("unknown"))
-    with pytest.raises(RequestError, match=r"^plan\.noise=-1.0 is no noise scale"):
+    with pytest.raises(RequestError, match=r"^plan\.noise=-1.0 is not a noise scale"):
         noise_of(asked(-1.0))
-    with pytest.raises(RequestError, match=r"^plan\.noise=nosuch is no run: there are unknown; or type a number"):
+    with pytest.raises(
+        RequestError, match=r"^plan\.noise=nosuch is not a run: the most recent are unknown; or type a number"
+    ):
         noise_of(asked("nosuch"))
     written(tmp_path / "runs" / "other", "Resnet", **{"noise/scale": 300.0})
     with pytest.raises(RequestError, match=r"^plan\.noise=other: that run trained Resnet, not Mlp: type a run of"):
@@ -339,7 +341,7 @@ def test_a_number_or_a_run_that_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_training_begins_by_the_first_scale_that_a_run_knew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is in run.yaml as a number: the other run may be removed. The outlook goes by what it knew at its end."""
+    """run.yaml stores the number, so the other run may be deleted. `plan` uses that run's final value."""
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "runs" / "one", "Mlp", {"noise/scale": 300.0}, **{"noise/scale": 60.0})
     assert noise_of(asked("one")) == Noise(300.0, 300.0, 300.0, "one")
@@ -348,7 +350,7 @@ def test_training_begins_by_the_first_scale_that_a_run_knew(tmp_path: Path, monk
     assert begun_with(RUN) == RUN
     fixed = replace(asked("one"), batch=replace(RUN.batch, policy="scale"))
     assert begun_with(fixed) == fixed
-    with pytest.raises(RequestError, match=r"^plan\.noise=-1.0 is no noise scale"):
+    with pytest.raises(RequestError, match=r"^plan\.noise=-1.0 is not a noise scale"):
         begun_with(asked(-1.0))
 
 

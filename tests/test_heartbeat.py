@@ -1,4 +1,4 @@
-"""Who has hung: tables of what the ranks of a node say of themselves, and the verdict on them."""
+"""Hang detection: tables of heartbeats of the ranks of a node, and the expected verdict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOW = 1000.0
 
 
 def rank(number: int, phase: str, for_s: float, *, silent_s: float = 0.1, allowed_s: float = 8.0, **more: Any) -> State:
-    """A rank that has been in a phase for so long, its last beat `silent_s` ago."""
+    """A rank that has been in a phase for some time, with its last heartbeat `silent_s` ago."""
     return State(number, 100 + number, phase, 7, NOW - for_s, allowed_s, NOW - silent_s, **more)
 
 
@@ -64,7 +64,7 @@ def test_the_verdict(states: list[State], expected: tuple[int, str] | None) -> N
 
 
 def test_what_the_judge_slept_through_is_held_against_nobody() -> None:
-    """A suspended job: all were stopped, and the first to wake sees the others as they were."""
+    """A suspended job: all ranks were stopped, and the first to wake sees outdated heartbeats of the others."""
     states = [rank(0, "sync", 3600), rank(1, "forward", 3600, silent_s=3600, stopped=True)]
     assert judge(states, NOW, LIMITS, awake=NOW - 1) is None
     found = judge(states, NOW, LIMITS, awake=NOW - 5)
@@ -145,11 +145,11 @@ def test_a_compiled_pass_may_have_to_be_compiled_again() -> None:
     assert pace.entered("optimizer", 6, now) == 8
 
 
-# --- the file, the thread's work, and what it does ----------------------------------------------------------------
+# --- the heartbeat file, the thread, and its actions --------------------------------------------------------------
 
 
 class Node:
-    """Two ranks of one node whose processes exist in the table alone."""
+    """Two ranks of one node whose processes exist only in the table."""
 
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = NOW

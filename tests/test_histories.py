@@ -1,4 +1,4 @@
-"""Random histories of a run: whatever happens on the way, every sample of every epoch counts exactly once, in order."""
+"""Random histories of a run: in any case every sample of every epoch counts exactly once, in order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def timeline(policy: str, world: int, tail: str = "flush") -> Timeline:
 
 
 def taken(update: Update, world: int) -> list[tuple[int, int]]:
-    """(epoch, sample) of an update over all ranks, rank by rank; pads count for nothing."""
+    """Return (epoch, sample) of an update over all ranks, rank by rank; padding is ignored."""
     return [
         (epoch, ORDERS[epoch][place])
         for rank in range(world)
@@ -40,7 +40,7 @@ def taken(update: Update, world: int) -> list[tuple[int, int]]:
 
 
 def lived(policy: str, tail: str, seed: int) -> list[tuple[int, int]]:
-    """What counts at the end of one random history of stops, kills, growth and shrinking."""
+    """Return the samples that count after a random history of stops, kills, growth and shrinking."""
     dice = random.Random(seed)
     position, saved, counted, kept = Position(), Position(), 0, 0
     samples: list[tuple[int, int]] = []
@@ -52,9 +52,9 @@ def lived(policy: str, tail: str, seed: int) -> list[tuple[int, int]]:
             fate = dice.random()
             if fate < 0.2:  # a checkpoint
                 saved, kept = position, counted
-            if fate < 0.05:  # a polite stop, or a node joins: it was saved
+            if fate < 0.05:  # a stop request, or a joining node: a checkpoint was saved
                 break
-            if fate > 0.93:  # a kill: back to the checkpoint, what came after it counts for nothing
+            if fate > 0.93:  # a kill: back to the checkpoint; what came after it does not count
                 position, counted = saved, kept
                 del samples[counted:]
                 break
@@ -72,7 +72,7 @@ def test_fifty_histories_of_resizes_and_kills_take_every_sample_once(policy: str
 
 
 def test_the_order_is_one_at_any_number_of_workers() -> None:
-    """Held, the very updates are the same; a hash over all of them in turn says so for 1 to 8 workers."""
+    """Under hold the updates are identical; a hash over all of them is the same for 1 to 8 workers."""
     hashes = set()
     for world in range(1, 9):
         digest = hashlib.sha256()

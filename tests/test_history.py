@@ -1,4 +1,4 @@
-"""A run read afterwards: each update once, as it was last trained; what is no row or no number is not there."""
+"""Reading the metrics of a run: each update once, as last trained; invalid rows and values are ignored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_later_start_supersedes_what_it_trained_again(tmp_path: Path) -> None:
 
 
 def test_a_start_at_another_batch_undoes_what_lay_beyond_its_checkpoint(tmp_path: Path) -> None:
-    """Update 51 of 128 samples goes on from update 50 of 64: updates 51 to 100 of 64 are undone, not only some."""
+    """Update 51 of 128 samples continues from update 50 of 64: all of updates 51 to 100 of 64 are undone."""
     first = [row(update) for update in range(1, 101)]
     again = [row(50 + step, batch=128, samples=3200 + 128 * step, generation=2) for step in range(1, 21)]
     run = history(str(write(tmp_path / "run", first + again)))
@@ -45,7 +45,7 @@ def test_a_line_that_is_being_written_is_not_there_yet_and_one_that_is_broken_is
     run = history(str(folder))
     assert [each["update"] for each in run.rows] == [1, 2, 3]
     assert run.unreadable == 4
-    assert "4 lines are no rows" in (run.note() or "")
+    assert "4 unreadable lines were skipped" in (run.note() or "")
 
 
 def test_only_finite_numbers_are_values(tmp_path: Path) -> None:
@@ -71,22 +71,22 @@ def test_a_sweep_is_its_points_in_order(tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match="nowhere is no run: there is none in runs/ here"):
+    with pytest.raises(RequestError, match="nowhere is not a run: there are no runs in runs/"):
         history("nowhere")
     write(tmp_path / "runs" / "mine", [row(1)])
-    with pytest.raises(RequestError, match="nowhere is no run: there are mine"):
+    with pytest.raises(RequestError, match="nowhere is not a run: the most recent are mine"):
         history("nowhere")
     for age, name in enumerate("abcdef"):
         os.utime(write(tmp_path / "runs" / name, [row(1)]) / "metrics.jsonl", (1000 - age, 1000 - age))
-    with pytest.raises(RequestError, match="nowhere is no run: there are mine, a, b, c, d and 2 more"):
+    with pytest.raises(RequestError, match="nowhere is not a run: the most recent are mine, a, b, c, d and 2 more"):
         history("nowhere")
     for name in "abcdef":
         shutil.rmtree(tmp_path / "runs" / name)
     (tmp_path / "runs" / "young").mkdir()
-    with pytest.raises(RequestError, match=r"young has no metrics\.jsonl: nothing was trained there yet"):
+    with pytest.raises(RequestError, match=r"young has no metrics\.jsonl: it has not trained yet"):
         history("young")
     write(tmp_path / "runs" / "empty", [])
-    with pytest.raises(RequestError, match="holds no row"):
+    with pytest.raises(RequestError, match="has no rows"):
         history("empty")
-    with pytest.raises(RequestError, match=r"runs holds 2 runs: name one, e\.g\. runs/empty"):
+    with pytest.raises(RequestError, match=r"runs contains 2 runs: name one of them, e\.g\. runs/empty"):
         history("runs")

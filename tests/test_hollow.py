@@ -1,4 +1,4 @@
-"""A model without its numbers: who gets one, and that what is made of it later is the same model."""
+"""Models on the meta device: which models are eligible, and that materialising gives the same model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_small_model_is_built_by_all_unless_asked_otherwise() -> None:
 
 
 def test_a_large_one_is_not_built_by_any_other() -> None:
-    """5 GB, of which none is ever taken here."""
+    """5 GB of parameters that are never allocated here."""
     large = Recipe(lambda: nn.Linear(50_000, 25_000))
     assert hollow(large, replace(FSDP, strategy=StrategySettings(name="fsdp")), 1) is not None
 

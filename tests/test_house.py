@@ -1,4 +1,4 @@
-"""The house: each room knows only the rooms before it. These tests walk the imports."""
+"""Architecture tests: each module imports only from the layers below it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_",
 
 
 def imports(path: Path, *, lazy: bool) -> Iterator[str]:
-    """Modules a file imports: those at its top, or with `lazy` anywhere but under TYPE_CHECKING."""
+    """Return the modules that a file imports at its top, or with `lazy` anywhere except under TYPE_CHECKING."""
     pending: list[ast.AST] = list(ast.parse(path.read_text()).body)
     while pending:
         node = pending.pop()
@@ -75,7 +75,7 @@ def imports(path: Path, *, lazy: bool) -> Iterator[str]:
 
 
 def reached(module: str) -> set[str]:
-    """Everything that importing a module of ours imports, ours walked through."""
+    """Return everything that importing a module of this package imports, transitively."""
     seen: set[str] = set()
     pending = [module]
     while pending:

@@ -1,4 +1,4 @@
-"""How a machine is divided among points that train at the same time: nothing is given twice, nothing left over."""
+"""Division of a machine among parallel sweep points: no resource is assigned twice or left unused."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_what_is_accepted_never_takes_more_cores_than_there_are(
         (
             run(2),
             4,
-            "2 cores, launch.workers=2 x (launch.threads=1 + data.workers=0), and would have 1 of 4: type sw",
+            "2 cores (launch.workers=2 x (launch.threads=1 + data.workers=0)) but gets 1 of 4: type sw",
         ),
-        (run(1, 2, 1), 2, "a point takes 3 cores, launch.workers=1 x (launch.threads=2 + data.workers=1), and would"),
+        (run(1, 2, 1), 2, "each point needs 3 cores (launch.workers=1 x (launch.threads=2 + data.workers=1)) but"),
     ],
 )
 def test_too_many_at_a_time_are_refused_with_how_many_fit(asked: Run, count: int, said: str) -> None:
@@ -73,7 +73,7 @@ def test_gpus_are_divided_and_workers_follow() -> None:
     assert [part.gpus for part in parts] == [("0", "1", "2", "3"), ("4", "5", "6", "7")]
     assert [part.workers_of(run()) for part in parts] == [4, 4]
     assert str(parts[0]) == "8 cores and 4 GPUs"
-    with pytest.raises(RequestError, match=r"takes 5 of 8 GPUs, and would have 4: type sweep.at_once=1"):
+    with pytest.raises(RequestError, match=r"needs 5 GPUs but gets 4 of 8: type sweep.at_once=1"):
         lanes(2, [run(5)], machine(16, 8))
     assert len(lanes(4, [run(device="cpu")], machine(16, 2))) == 4, "points on the CPU need none"
 

@@ -1,4 +1,4 @@
-"""What the driver starts: the argument list, letter by letter, and how it reads what came of it."""
+"""The driver: the exact torchrun argument list, and how results are interpreted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_threads_are_the_cores_over_the_workers(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_threads_are_those_of_the_users_own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workers hear it from the driver: under a torchrun of one's own it is torchrun that sets OMP_NUM_THREADS."""
+    """The driver sets OMP_NUM_THREADS for its workers; under the user's torchrun, torchrun sets it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "5,2")
     handed = command(Run(), 1, Path("h"), Path("f")).env
     assert handed["OMP_NUM_THREADS"] == "5"
@@ -99,7 +99,7 @@ def test_workers_are_what_is_asked_for_else_one_per_gpu_else_one() -> None:
     assert workers_of(Run(train=TrainSettings(device="cpu"))) == 1
 
 
-# --- last words ---------------------------------------------------------------------------------------------------
+# --- failure messages ---------------------------------------------------------------------------------------------
 
 
 def failed(logs: Path, rank: int, message: str, generation: int = 1) -> failure.Failure:
@@ -107,7 +107,7 @@ def failed(logs: Path, rank: int, message: str, generation: int = 1) -> failure.
 
 
 def test_the_first_real_error_is_shown_not_its_consequences(tmp_path: Path) -> None:
-    """The peer of a rank that died writes first, since it need not unwind: that is no cause."""
+    """The peer of a dead rank may record its error first, because it needs no unwinding; it is not the cause."""
     failed(tmp_path, 0, "[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:21936")
     failed(tmp_path, 1, "boom")
     failed(tmp_path, 1, "another", generation=2)
@@ -175,9 +175,9 @@ def test_secrets_are_masked_in_last_words(tmp_path: Path) -> None:
     ("codes", "said"),
     [
         ({"1": -9, "0": -15}, "rank 1 was killed by SIGKILL: out of memory?"),
-        ({"0": -11}, "rank 0 was ended by SIGSEGV"),
-        ({"3": 7}, "rank 3 left with 7"),
-        (None, "torchrun ended without a word"),
+        ({"0": -11}, "rank 0 was killed by SIGSEGV"),
+        ({"3": 7}, "rank 3 exited with code 7"),
+        (None, "torchrun ended without reporting an error"),
     ],
 )
 def test_a_worker_that_left_no_word_is_named_by_its_exit(tmp_path: Path, codes: object, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Adam's second moment goes with the batch: by a noise scale that is known, in step with the rate, and never twice."""
+"""Adam's second moment is rescaled with the batch: by a known noise scale, in step with the lr, only once."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_it_goes_into_a_checkpoint_and_comes_back() -> None:
     assert Moments.from_facts(json.loads(json.dumps(half.to_facts()))) == half
 
 
-# --- where training stands ----------------------------------------------------------------------------------------
+# --- training state -----------------------------------------------------------------------------------------------
 
 
 def studied(world: int, optimizer: str = "AdamW", **keys: Any) -> Study:
@@ -85,7 +85,7 @@ def update_at(start: int, batch: int) -> Update:
 
 
 def resized(world: int, noise: float | None, optimizer: str = "AdamW") -> Standing:
-    """After 8,000 samples at a batch of 8, on `world` workers."""
+    """The state after 8,000 samples at a batch of 8, on `world` workers."""
     before = replace(Standing.fresh(studied(1, optimizer)), noise=NoiseScale(acted=noise))
     facts = json.loads(json.dumps(before.facts()))
     return Standing.restored(studied(world, optimizer), Position(8000, 1000), facts)
@@ -100,7 +100,7 @@ def test_a_resize_that_acts_at_once_rescales_at_the_first_update() -> None:
 
 
 def test_a_resize_that_ramps_rescales_in_step_with_the_rate() -> None:
-    """Eight times the batch: the scale goes from 1 to the root of 8 in 10,000 samples, 1 % of the run."""
+    """Eight times the batch: the scale moves from 1 to sqrt(8) in 10,000 samples, 1 % of the run."""
     standing, product, factors = resized(8, PHI), 1.0, []
     for start in range(8000, 19_000, 64):
         standing, factor = standing.followed(update_at(start, 64))
@@ -114,7 +114,7 @@ def test_a_resize_that_ramps_rescales_in_step_with_the_rate() -> None:
 
 @pytest.mark.parametrize(("noise", "optimizer", "batch"), [(None, "AdamW", 64), (PHI, "SGD", 64), (PHI, "AdamW", 8)])
 def test_where_it_is_kept_the_event_says_so(noise: float | None, optimizer: str, batch: int) -> None:
-    """Unknown noise; no second moment; the same batch."""
+    """Unknown noise scale, no second moment, or the same batch."""
     standing = resized(batch // 8, noise, optimizer)
     assert standing.moments_to(batch) == "kept"
     assert standing.followed(update_at(8000, batch))[1] == 1.0

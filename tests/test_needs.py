@@ -1,4 +1,4 @@
-"""How many updates a target needs, fitted over batch sizes."""
+"""Updates needed to reach a target, fitted over batch sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_exact_updates_give_their_own_law_back(law: Needs, batches: list[int]) -
 
 @given(sizes, st.data())
 def test_no_other_line_is_nearer(batches: list[int], data: st.DataObject) -> None:
-    """Least squares: moving either parameter makes the sum of squares no smaller."""
+    """Least squares: moving either parameter never reduces the sum of squares."""
     points = [(batch, data.draw(st.floats(1, 1e4))) for batch in batches]
     found = fit(points)
     assert found is not None
@@ -55,10 +55,10 @@ def law(least: float, noise: float) -> list[tuple[int, float]]:
 @pytest.mark.parametrize(
     ("points", "said"),
     [
-        (law(100, 50), ["updates to the target: 100 * (1 + 50 / batch), over 4 batches:", "past a batch of 50:"]),
-        (law(100, 500), ["updates to the target: 100 * (1 + 500 / batch)", "none of these batches wastes samples"]),
+        (law(100, 50), ["updates to the target: 100 * (1 + 50 / batch), over 4 batches:", "critical batch size ~50:"]),
+        (law(100, 500), ["updates to the target: 100 * (1 + 500 / batch)", "none of these batches wastes samples:"]),
         ([(b, 1000 / b - 1) for b in (16, 32, 64, 128)], ["fall as fast as the batch grows from 16 to 128", "none of"]),
-        ([(b, 100.0 + b) for b in (16, 32, 64, 128)], ["do not fall from a batch of 16 to 128", "are wasted past 16"]),
+        ([(b, 100.0 + b) for b in (16, 32, 64, 128)], ["do not fall from a batch of 16 to 128", "above 16 waste"]),
     ],
 )
 def test_the_batch_past_which_samples_are_wasted_is_named(points: list[tuple[int, float]], said: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`launcher new`: which names a recipe may have, what is written, and that nothing is where it is refused."""
+"""`launcher new`: valid recipe names, what is written, and that a refusal leaves no files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from launcher.study import Sizes
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A current folder with a space in its path, importable as the command makes it."""
+    """A current folder with a space in its path, importable as under the command."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -55,7 +55,7 @@ def test_it_writes_two_files_and_says_what_to_type(here: Path) -> None:
     "name", ["my_disc", "Disc", "a1", "x__y_", "loss", "none", "dataset", "any", "n", "on", "match_"]
 )
 def test_what_is_written_is_a_recipe_with_its_configuration(here: Path, name: str) -> None:
-    """Also where the class's name would be a word of the skeleton's or of Python's, or the name one of YAML's."""
+    """Includes class names that are words of the template or Python keywords, and names that YAML would parse."""
     new(name, here)
     importlib.invalidate_caches()
     run = compose(["--config-dir", "mine", f"recipe={name}"])
@@ -83,7 +83,7 @@ def test_every_method_is_there_and_every_other_one_in_a_comment() -> None:
 
 
 def test_what_is_in_comments_is_code(here: Path) -> None:
-    """The # taken away, all of it compiles and does what the launcher asks of it."""
+    """Uncommented, all of it compiles and meets the recipe interface."""
     text = texts("full")["full.py"]
     code = re.sub(r"^    # ((?:def |    return|tokens_per_sample =))", r"    \1", text, flags=re.MULTILINE)
     assert code.count("\n    def ") == 8
@@ -115,24 +115,24 @@ def test_every_line_of_the_yaml_that_is_a_field_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("name", "why", "instead"),
     [
-        ("my-net", "is no name of a recipe", "my_net"),
-        ("3d", "is no name of a recipe", "my_3d"),
-        ("a b\nc", "is no name of a recipe", "a_b_c"),
-        ("../x", "is no name of a recipe", "x"),
-        ("größe", "is no name of a recipe", "gr_e"),
-        ("", "is no name of a recipe", "my_recipe"),
-        ("_", "is no name of a recipe", "my_recipe"),
-        ("__init__", "is no name of a recipe", "init"),
-        ("x" * 41, "is no name of a recipe", "x" * 30),
-        ("class", "is a word of Python's", "my_class"),
-        ("match", "is a word of Python's", "my_match"),
-        ("null", "is a word of Python's or of the command line's", "my_null"),
-        ("NaN", "is a word of Python's or of the command line's", "my_NaN"),
-        ("resnet", "is a recipe that is there already", "my_resnet"),
-        ("own", "is a recipe that is there already", "my_own"),
-        ("json", "is a module of Python's own", "my_json"),
-        ("torch", "is a module already", "my_torch"),
-        ("launcher", "is a module already", "my_launcher"),
+        ("my-net", "is not a valid recipe name", "my_net"),
+        ("3d", "is not a valid recipe name", "my_3d"),
+        ("a b\nc", "is not a valid recipe name", "a_b_c"),
+        ("../x", "is not a valid recipe name", "x"),
+        ("größe", "is not a valid recipe name", "gr_e"),
+        ("", "is not a valid recipe name", "my_recipe"),
+        ("_", "is not a valid recipe name", "my_recipe"),
+        ("__init__", "is not a valid recipe name", "init"),
+        ("x" * 41, "is not a valid recipe name", "x" * 30),
+        ("class", "is a reserved word of Python", "my_class"),
+        ("match", "is a reserved word of Python", "my_match"),
+        ("null", "is a reserved word of Python or of the command line", "my_null"),
+        ("NaN", "is a reserved word of Python or of the command line", "my_NaN"),
+        ("resnet", "is the name of a built-in recipe", "my_resnet"),
+        ("own", "is the name of a built-in recipe", "my_own"),
+        ("json", "is a module of the Python standard library", "my_json"),
+        ("torch", "is an installed module", "my_torch"),
+        ("launcher", "is an installed module", "my_launcher"),
     ],
 )
 def test_a_name_that_cannot_be_had_is_refused_with_one_that_can(here: Path, name: str, why: str, instead: str) -> None:
@@ -155,7 +155,7 @@ def test_what_is_there_is_never_overwritten(here: Path, there: str) -> None:
     else:
         path.write_text("mine\n")
     before = tree(here)
-    with pytest.raises(RequestError, match=r"disc is taken: \S+ is there already.*: type launcher new my_disc"):
+    with pytest.raises(RequestError, match=r"disc is taken: \S+ already exists.*: type launcher new my_disc"):
         new("disc", here)
     assert tree(here) == before
     assert path.is_symlink() or path.read_text() == "mine\n"
@@ -166,13 +166,15 @@ def test_a_package_of_that_name_would_be_imported_instead(here: Path) -> None:
     assert refusal("disc", here) is None, "a folder with data is no package"
     (here / "disc" / "__init__.py").touch()
     importlib.invalidate_caches()
-    assert "is a module already" in str(refusal("disc", here))
+    assert "is an installed module" in str(refusal("disc", here))
     assert free_name("disc", here) == "my_disc"
 
 
 def test_where_the_second_file_cannot_be_written_the_first_is_gone(here: Path) -> None:
     (here / "mine").write_text("a file where the folder should be\n")
-    with pytest.raises(RequestError, match=r"cannot be written \(.+\): go to a folder of your own") as refused:
+    with pytest.raises(
+        RequestError, match=r"cannot be written \(.+\): cd to a folder that you can write to"
+    ) as refused:
         new("disc", here)
     assert "\n" not in str(refused.value)
     assert tree(here) == ["mine"]

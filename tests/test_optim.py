@@ -1,4 +1,4 @@
-"""The optimizer a run asks for: who has weight decay, and at which rate."""
+"""Building the optimizer: parameter groups with weight decay and learning rates."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_rate_is_zero_until_the_schedule_says_otherwise() -> None:
 
 
 def heads(net: nn.Module) -> list[dict[str, Any]]:
-    """The last layer at a tenth of lr.base, as one writes it for torch."""
+    """The last layer at a tenth of lr.base, as in plain torch."""
     return [{"params": [*net[0].parameters(), *net[1].parameters()]}, {"params": net[2].parameters(), "lr": 0.01}]
 
 

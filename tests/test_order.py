@@ -1,4 +1,4 @@
-"""The order of samples: a true permutation, never another one tomorrow, and as good as a shuffle."""
+"""The order of samples: a true permutation, stable over time, and as random as a shuffle."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_slice_holds_what_its_places_hold(size: int, data: st.DataObject) -> N
     assert order[:stop:1] == order[0:stop]
 
 
-# Always the same one
+# Reproducible
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_orders_of_the_same_three_numbers_are_equal() -> None:
     assert Order(10, 1, 2) == Order(10, 1, 2) != Order(10, 1, 3)
 
 
-# In constant memory
+# Constant memory
 
 
 def test_a_huge_order_takes_no_memory() -> None:
@@ -134,35 +134,35 @@ def test_iterating_over_a_huge_order_starts_at_once() -> None:
     assert list(itertools.islice(Order(HUGE, 0, 0), 3)) == Order(HUGE, 0, 0)[:3]
 
 
-# Its ends
+# Edge cases
 
 
 @pytest.mark.parametrize("place", [-1, 10, 10**9, sys.maxsize + 1])
 def test_there_is_no_place_outside(place: int) -> None:
-    with pytest.raises(IndexError, match=f"place {place} is outside an order of 10"):
+    with pytest.raises(IndexError, match=f"position {place} is outside a permutation of 10 samples"):
         Order(10, 0, 0)[place]
 
 
 @pytest.mark.parametrize("places", [slice(-1, 5), slice(0, 11), slice(11, 11), slice(0, -1)])
 def test_there_is_no_slice_outside(places: slice) -> None:
-    with pytest.raises(IndexError, match="are outside an order of 10"):
+    with pytest.raises(IndexError, match="are outside a permutation of 10 samples"):
         Order(10, 0, 0)[places]
 
 
 @pytest.mark.parametrize("step", [2, -1, 0])
 def test_slices_have_no_step(step: int) -> None:
-    with pytest.raises(ValueError, match="slices of step 1 only"):
+    with pytest.raises(ValueError, match="only slices of step 1 are supported"):
         Order(10, 0, 0)[::step]
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_there_is_no_order_of_nothing(size: int) -> None:
-    with pytest.raises(ValueError, match="there must be at least 1"):
+    with pytest.raises(ValueError, match="at least 1 is needed"):
         Order(size, 0, 0)
 
 
-# As good as random.shuffle: every statistic within what chance allows, and the shuffle held to the same bound.
-# The seeds are fixed, so a test passes always or never. Bounds are in standard deviations.
+# As random as random.shuffle: every statistic is within chance, and the shuffle has the same bound.
+# The seeds are fixed, so the result is deterministic. Bounds are in standard deviations.
 
 Orders = Callable[[int, int], Iterator[Sequence[int]]]
 BOUND = 4.0
@@ -181,7 +181,7 @@ BOTH = pytest.mark.parametrize("orders", [ours, shuffled])
 
 
 def excess(counts: Counter[int], cells: int) -> float:
-    """Chi-square against a uniform distribution over the cells, in standard deviations above its mean."""
+    """Chi-square against a uniform distribution over cells, in standard deviations above its mean."""
     expected = counts.total() / cells
     square = sum((count - expected) ** 2 for count in counts.values()) / expected + (cells - len(counts)) * expected
     return (square - (cells - 1)) / math.sqrt(2 * (cells - 1))
@@ -199,7 +199,7 @@ def test_every_permutation_of_a_tiny_size_is_as_likely(orders: Orders, size: int
 @pytest.mark.parametrize("lag", [1, 2, 38])
 @pytest.mark.parametrize(("size", "epochs"), [(10, 2000), (64, 300), (1437, 20), (10_000, 4)])
 def test_neighbours_are_no_neighbours(orders: Orders, size: int, epochs: int, lag: int) -> None:
-    """The distance between the samples of two places `lag` apart is any of 1 ... size - 1."""
+    """The distance between the samples of two positions `lag` apart is any of 1 ... size - 1."""
     lag %= size
     counts = Counter((b - a) % size for order in orders(size, epochs) for a, b in zip(order, order[lag:], strict=False))
     assert counts[0] == 0
@@ -209,7 +209,7 @@ def test_neighbours_are_no_neighbours(orders: Orders, size: int, epochs: int, la
 @BOTH
 @pytest.mark.parametrize(("size", "epochs"), [(10, 1000), (100, 200), (1437, 30), (10_000, 5)])
 def test_a_sample_is_as_far_from_home_as_chance_has_it(orders: Orders, size: int, epochs: int) -> None:
-    """The mean of |place - sample| is (size² - 1) / 3 size; its variance over permutations is of the order size."""
+    """The mean of |position - sample| is (size² - 1) / 3 size; its variance over permutations is of order size."""
     means = [sum(abs(place - sample) for place, sample in enumerate(order)) / size for order in orders(size, epochs)]
     expected = (size * size - 1) / (3 * size)
     deviation = math.sqrt((size + 1) * (2 * size * size + 7) / 45) / size  # of Spearman's footrule (Diaconis 1977)
@@ -231,7 +231,7 @@ def test_every_part_of_the_data_goes_to_every_part_of_the_epoch(orders: Orders, 
 @BOTH
 @pytest.mark.parametrize("sort", ["sorted", "striped"])
 def test_classes_are_balanced_in_every_batch_as_chance_has_it(orders: Orders, sort: str) -> None:
-    """Ten classes, data sorted by class or class by turns: the counts in a batch vary as drawn without replacement."""
+    """Ten classes, data sorted or interleaved by class: batch counts vary as when drawn without replacement."""
     size, batch, epochs = 1430, 32, 30
     label = {"sorted": lambda sample: sample * 10 // size, "striped": lambda sample: sample % 10}[sort]
     batches = [order[at : at + batch] for order in orders(size, epochs) for at in range(0, size - batch + 1, batch)]

@@ -1,4 +1,4 @@
-"""The verb `plan`: one answer for every world size, as JSON and as a table."""
+"""`launcher plan`: one plan for every world size, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_infeasible_world_size_has_its_reason_and_the_others_their_plan() -> 
 
 
 def test_only_a_request_that_is_wrong_everywhere_fails() -> None:
-    with pytest.raises(RequestError, match=r"batch\.global=5000 is beyond the 1437"):
+    with pytest.raises(RequestError, match=r"batch\.global=5000 exceeds the 1437"):
         plan_document(replace(HELD, batch=BatchSettings(policy="hold", global_batch=5000)), SIZES)
 
 
@@ -83,7 +83,7 @@ def test_the_schedule_shows_batch_and_rate_over_time_at_the_smallest_feasible_wo
     assert [point["samples"] for point in points] == [0, 100_000, 250_000, 500_000, 750_000, 1_000_000]
     assert [point["global"] for point in points] == [32, 64, 128, 128, 128, 128]
     rates = [point["lr"] for point in points]
-    assert rates == [0, pytest.approx(0.0125), *rates[2:5], 0]  # the ramp to twice the scale begins as the warmup ends
+    assert rates == [0, pytest.approx(0.0125), *rates[2:5], 0]  # the ramp to twice the scale starts as the warmup ends
     assert rates[2] > rates[3] > rates[4] > 0
 
 
@@ -128,18 +128,18 @@ world   scale     rate    hold     rate bounded     rate changes under hold
     4       -        -       -        -       -        -
     5       -        -       -        -       -        -
   scale: workers x batch.per_device=48
-  bounded: batch.min_global=256, lr.base_batch, and batch.max_global=1437, the
-  training set
+  bounded: batch.min_global=256 (lr.base_batch), batch.max_global=1437 (training
+  set size)
 """
 
 
 def figures(found: dict[str, Any]) -> list[tuple[int, int, int, int]]:
-    """World, batch, and accumulation and largest share of each plan under one policy."""
+    """World size, batch, accumulation and largest share of each plan under one policy."""
     return [(one["world"], one["global"], one["accumulation"], one["share_max"]) for one in found["plans"]]
 
 
 def test_the_same_request_is_shown_under_every_policy() -> None:
-    """256 at 4 workers of 64: under scale the batch follows, under hold it stays, under bounded it never falls."""
+    """256 at 4 workers of 64: scale changes the batch, hold keeps it, and bounded never goes below it."""
     policies = plan_document(SCALED, SIZES, [1, 3, 4, 6, 8, 64])["policies"]
     assert {kind: found["asked"] for kind, found in policies.items()} == {
         "scale": True,
@@ -185,8 +185,8 @@ def test_numbers_that_the_request_does_not_hold_are_said_with_their_source() -> 
     policies = plan_document(few, SIZES, [1])["policies"]
     assert {kind: found["derived"] for kind, found in policies.items()} == {
         "scale": "",
-        "hold": "batch.global=32, lr.base_batch",
-        "bounded": "batch.min_global=32, lr.base_batch, and batch.max_global=1024, 32 times that",
+        "hold": "batch.global=32 (lr.base_batch)",
+        "bounded": "batch.min_global=32 (lr.base_batch), batch.max_global=1024 (32 x lr.base_batch)",
     }
     asked = BatchSettings(policy="bounded", per_device=64, accumulation=2, min_global=128, max_global=512)
     policies = plan_document(replace(SCALED, batch=asked), SIZES, [1, 8])["policies"]
@@ -200,7 +200,7 @@ def test_a_policy_that_the_request_excludes_has_the_reason() -> None:
     policies = plan_document(exact, SIZES, [1, 2])["policies"]
     assert [one["feasible"] for one in policies["hold"]["plans"]] == [True, True]
     assert all("batch.policy" in one["why"] for one in policies["scale"]["plans"])
-    assert "no plan at world 1-2: batch.policy=scale" in plan_table(plan_document(exact, SIZES, [1, 2]))
+    assert "no plan at world size 1-2: batch.policy=scale" in plan_table(plan_document(exact, SIZES, [1, 2]))
 
 
 WIDE: list[tuple[dict[str, Any], Sizes, list[int]]] = [
@@ -221,7 +221,7 @@ def test_advice_is_given_once_with_the_world_sizes_it_is_for() -> None:
     far = replace(SCALED, lr=LrSettings(base=0.1, base_batch=16))
     table = plan_table(plan_document(far, SIZES, [8, 9, 10]))
     assert table.count("Advice") == 1
-    assert "Advice at world 9-10: the global batch is more than 32 x lr.base_batch=16" in table
+    assert "Advice at world size 9-10: the global batch is more than 32 x lr.base_batch=16" in table
 
 
 def test_sixty_four_world_sizes_are_planned_at_once() -> None:

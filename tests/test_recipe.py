@@ -1,4 +1,4 @@
-"""Which classes a configuration may name, and what the fields of a recipe accept."""
+"""Which classes a configuration may name, and which values recipe fields accept."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SPEC = {"_target_": "my_own.Mine", "trust": ["my_own"]}
 
 @pytest.fixture(autouse=True)
 def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """my_own and its neighbours, importable during one test only."""
+    """my_own and similar modules, importable during one test only."""
     (tmp_path / "my_own.py").write_text(OWN)
     (tmp_path / "my_own_evil.py").write_text("raise SystemError('imported although not trusted')")
     (tmp_path / "my_broken.py").write_text("import not_installed_anywhere")
@@ -106,7 +106,7 @@ class TestTrust:
 
     @pytest.mark.parametrize("target", ["torch.load", "launcher.recipes.digits.table", "launcher.recipes.images.os"])
     def test_functions_and_modules_are_no_classes(self, target):
-        assert "is no class" in refusal(load_class, target, ())
+        assert "is not a class" in refusal(load_class, target, ())
 
     def test_a_single_word_of_trust_is_no_list(self):
         assert "type recipe.trust=[my_own]" in refusal(load_class, "my_own.Mine", "my_own")
@@ -139,7 +139,7 @@ class TestTarget:
         assert "it has no loss" in refusal(build, SPEC | {"_target_": "my_own.NoLoss"})
 
     def test_a_class_that_is_no_dataclass(self):
-        assert "it is no dataclass" in refusal(build, SPEC | {"_target_": "my_own.Plain"})
+        assert "it is not a dataclass" in refusal(build, SPEC | {"_target_": "my_own.Plain"})
 
     @pytest.mark.parametrize(
         "extra", [{"_target_": "os.system"}, {"deep": {"_target_": "my_own.Plain"}}, [{"_target_": "my_own.Plain"}]]
@@ -201,7 +201,7 @@ class TestFields:
 
     def test_an_unknown_field_is_answered_with_the_nearest_and_the_list(self):
         message = refusal(build, SPEC | {"widht": 3})
-        assert "recipe.widht is no field of Mine: did you mean recipe.width?" in message
+        assert "recipe.widht is not a field of Mine: did you mean recipe.width?" in message
         assert "stages" in message
 
     def test_a_missing_field(self):

@@ -1,4 +1,4 @@
-"""The shipped recipes: real data, stable splits, models of the stated shapes, losses that are sums."""
+"""The built-in recipes: real data, stable splits, models of the stated shapes, summed losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from launcher.study import Sizes
 
 
 def first(recipe, count: int):
-    """A batch of the first `count` training samples, as the run's loader makes it."""
+    """Return a batch of the first `count` training samples, as the data loader makes it."""
     return next(iter(DataLoader(recipe.dataset("train"), count, collate_fn=collate_ready)))
 
 
@@ -34,7 +34,7 @@ def parameters(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# What all of them keep
+# Common to all recipes
 
 
 def test_sizes_are_known_without_torch():
@@ -230,7 +230,7 @@ def test_augmentation_follows_torchs_seed(folder: Path):
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path):
-    with pytest.raises(RequestError, match="is no folder"):
+    with pytest.raises(RequestError, match="is not a folder"):
         ResNet(data=str(tmp_path / "nowhere")).size("train")
 
 
@@ -241,7 +241,7 @@ def test_a_folder_without_classes(tmp_path: Path):
 
 def test_a_class_without_images(folder: Path):
     (folder / "empty").mkdir()
-    with pytest.raises(RequestError, match="class empty has no images"):
+    with pytest.raises(RequestError, match="class empty has no training images"):
         ResNet(data=str(folder)).size("train")
 
 
@@ -263,7 +263,7 @@ def test_a_cut_off_image_is_named(folder: Path):
 
 def test_a_pipe_among_the_images_is_refused_not_waited_for(folder: Path):
     os.mkfifo(folder / "cat" / "pipe.png")
-    with pytest.raises(RequestError, match=r"pipe\.png is no regular file"):
+    with pytest.raises(RequestError, match=r"pipe\.png is not a regular file"):
         ResNet(data=str(folder)).size("train")
 
 
@@ -326,7 +326,7 @@ def test_the_default_text_is_pythons_library():
 
 
 def test_text_that_is_not_there_or_too_short(tmp_path: Path):
-    with pytest.raises(RequestError, match="is not there"):
+    with pytest.raises(RequestError, match="does not exist"):
         Gpt(data=str(tmp_path / "nowhere")).size("train")
     with pytest.raises(RequestError, match="gives 0 bytes of text"):
         Gpt(data=str(tmp_path)).size("train")
@@ -334,7 +334,7 @@ def test_text_that_is_not_there_or_too_short(tmp_path: Path):
 
 def test_a_pipe_among_the_texts_is_refused_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(RequestError, match=r"pipe\.txt is no regular file"):
+    with pytest.raises(RequestError, match=r"pipe\.txt is not a regular file"):
         Gpt(data=str(tmp_path)).size("train")
 
 

@@ -1,4 +1,4 @@
-"""What a restart cost, and the copies that make saving cheap."""
+"""The cost of a restart, and the staging buffers of asynchronous saving."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_totals_are_those_of_all_restarts_also_of_superseded_rows(tmp_path: 
     assert totals(tmp_path / "m") == {"recovery_s": 5.0, "lost_samples": 12}
 
 
-# --- snapshots ------------------------------------------------------------------------------------------------------
+# --- staging buffers ------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_does_not_follow_what_training_does_next() -> None:

@@ -1,4 +1,4 @@
-"""Secrets reach no screen and no file; ordinary text is left alone."""
+"""Secrets never reach the screen or a file; other text is unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECRET = "hunter2hunter2"
 
 
 def secrets(signs: str) -> st.SearchStrategy[str]:
-    """SECRET with anything a password may have before and after it."""
+    """SECRET surrounded by any characters that a password may contain."""
     around = st.text(alphabet=LETTERS + signs, max_size=8)
     return st.builds(lambda before, after: before + SECRET + after, around, around)
 

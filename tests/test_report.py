@@ -1,4 +1,4 @@
-"""report: one page that needs nothing but itself, whatever the run is called and whatever its files hold."""
+"""`launcher report`: a self-contained page, for any run name and any file content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVENTS = (
 
 
 class Page(HTMLParser):
-    """The elements of a page, as a browser would see them: that they are closed in order is checked on the way."""
+    """Parse the elements of a page as a browser does, and check that they are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def out(tmp_path: Path) -> str:
     return str(tmp_path / "page.html")
 
 
-# --- what is on the page ------------------------------------------------------------------------------------------
+# --- page content -------------------------------------------------------------------------------------------------
 
 
 def test_curves_stages_and_what_happened(tmp_path: Path, out: str) -> None:
@@ -81,7 +81,7 @@ def test_curves_stages_and_what_happened(tmp_path: Path, out: str) -> None:
     for words in ("loss", "learning rate", "global batch", "samples/s", "stages, ms per update", "noise scale"):
         assert words in text
     assert "The backward pass takes 50 % of an update" in text
-    assert page.count("polygon", "layer") == 5  # stages that took any time
+    assert page.count("polygon", "layer") == 5  # stages with a non-zero time
     assert "rank 1 is slow" in text
     assert "world 3" in text
 
@@ -95,7 +95,7 @@ def test_restarts_and_resizes_are_marked_in_every_chart(tmp_path: Path, out: str
 
 
 def test_a_folder_of_runs_is_compared(tmp_path: Path) -> None:
-    """The table names what the points changed, and the page lies beside them."""
+    """The table lists what differs between the points, and the page is written next to them."""
     for point, rule in enumerate(("none", "sqrt", "linear")):
         folder = write(tmp_path / "sweep" / str(point), [row(u, val__accuracy=0.5 + point / 10) for u in (1, 2, 3)])
         (folder / "run.yaml").write_text(f"lr: {{rule: {rule}}}\nseed: 0\nrun: {{name: {point}}}\n")
@@ -130,7 +130,7 @@ def test_long_runs_stay_small(tmp_path: Path, out: str) -> None:
     assert Path(out).stat().st_size < 300_000
 
 
-# --- what it needs, and what it lets through ----------------------------------------------------------------------
+# --- self-containment and escaping --------------------------------------------------------------------------------
 
 
 def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path, out: str) -> None:
@@ -165,7 +165,7 @@ def test_hostile_names_labels_and_events_are_text(tmp_path: Path, out: str) -> N
     page = reported(str(one), str(other), "-o", out)
     assert "script" not in {tag for tag, _ in page.tags}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert HOSTILE in page.words  # shown as it is
+    assert HOSTILE in page.words  # shown unchanged
 
 
 def test_passwords_are_masked(tmp_path: Path, out: str) -> None:
@@ -183,7 +183,7 @@ def test_broken_files_beside_the_metrics_leave_the_page_whole(tmp_path: Path, ou
     assert reported(str(folder), "-o", out).count("svg") > 0
 
 
-# --- where it goes ------------------------------------------------------------------------------------------------
+# --- output path --------------------------------------------------------------------------------------------------
 
 
 def test_one_runs_page_lies_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,10 +204,10 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     ("args", "said"),
     [
         ([], "type launcher report RUN..."),
-        (["nowhere"], "nowhere is no run"),
-        (["a/run", "b/run"], "report of 2 runs that lie in different folders: type -o FILE.html"),
-        (["a/run", "format=json"], "format=json has no meaning for report"),
-        (["a/run", "--open"], "--open is no option of report: it takes -o FILE"),
+        (["nowhere"], "nowhere is not a run"),
+        (["a/run", "b/run"], "report: 2 runs are in different folders: add -o FILE.html"),
+        (["a/run", "format=json"], "format=json has no effect for report"),
+        (["a/run", "--open"], "--open is not an option of report: it takes -o FILE"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_writes_nothing(
@@ -244,7 +244,7 @@ def test_ticks_are_round_numbers(axis: Axis, ticks: list[float]) -> None:
 
 
 def test_one_slow_update_does_not_press_the_others_flat() -> None:
-    """The first update takes a hundred times as long: it is drawn at the edge, and the pointer tells it."""
+    """The first update takes a hundred times as long: it is clipped in the plot, and the tooltip shows its value."""
     points = tuple((float(x), 1000.0 if x == 0 else 10.0 + x % 3) for x in range(100))
     drawn = line_chart([Series("ms", 0, points)], 100, "ms", zero=True)
     heights = [
@@ -264,13 +264,13 @@ def test_bins_keep_the_mean_and_the_spread() -> None:
 
 
 def told_at(chart: str) -> dict[float, str]:
-    """What hovering tells, by samples."""
+    """Return the tooltip texts by samples."""
     strips = re.findall(r"<title>([\d,.]+) samples: ([^<]*)</title>", chart)
     return {float(samples.replace(",", "")): said for samples, said in strips}
 
 
 def test_hovering_tells_of_a_curve_only_where_it_is() -> None:
-    """A run that ended early, and a validation that comes every fourth update."""
+    """A run that ended early, with a validation every fourth update."""
     long = Series("long", 0, tuple((x, 1.0) for x in range(100, 1700, 100)))
     short = Series("short", 1, tuple((x, 2.0) for x in range(100, 700, 100)))
     sparse = Series("val/loss", 2, ((400, 3.0), (800, 4.0), (1200, 5.0)))

@@ -1,4 +1,4 @@
-"""What an existing run folder means for a new command. Keys that alter what is learned are held fast by name."""
+"""What an existing run folder means for a new command. Keys that affect the training are listed by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ USUAL = flat(
 
 
 def asked(**changes: Any) -> dict[str, Any]:
-    """The usual configuration with other values; `batch__per_device` is batch.per_device."""
+    """The default configuration with other values; `batch__per_device` is batch.per_device."""
     return {**USUAL, **{name.replace("__", "."): value for name, value in changes.items()}}
 
 
@@ -31,7 +31,7 @@ def decided(old: Mapping[str, Any] | None, new: Mapping[str, Any], resume: str =
     return decide(resume, FOLDER, old, new, **options)
 
 
-# --- the four words -----------------------------------------------------------------------------------------------
+# --- values of resume ---------------------------------------------------------------------------------------------
 
 
 def test_auto_begins_where_there_is_nothing_and_goes_on_where_there_is() -> None:
@@ -47,7 +47,7 @@ def test_never_is_a_new_run_whatever_is_there() -> None:
 def test_must_needs_something_to_go_on_from() -> None:
     assert decided(USUAL, USUAL, "must") == Decision(must=True)
     with pytest.raises(
-        RequestError, match=r"^resume=must but runs/one holds no run: check run\.name, or type resume=a"
+        RequestError, match=r"^resume=must but runs/one contains no run: check run\.name, or type resume=a"
     ):
         decided(None, USUAL, "must")
 
@@ -58,21 +58,21 @@ def test_a_path_is_a_checkpoint(tmp_path: Path) -> None:
     (checkpoint / "manifest.json").write_text(Manifest({}, {}, {}, {}, 1, {}).to_json())
     assert decided(None, USUAL, str(checkpoint)) == Decision(checkpoint=checkpoint)
     assert decided(USUAL, USUAL, str(checkpoint)) == Decision(checkpoint=checkpoint)
-    with pytest.raises(RequestError, match=r"another seed \(0 before, 5 now\)"):
+    with pytest.raises(RequestError, match=r"other values of seed \(0 before, 5 now\)"):
         decided(USUAL, asked(seed=5), str(checkpoint))
 
 
 @pytest.mark.parametrize("word", ["alway", "", "true", "runs/gone/checkpoints/update-00000001"])
 def test_a_word_that_is_none_of_them_is_refused_before_anything_starts(word: str) -> None:
     with pytest.raises(
-        RequestError, match=rf"^resume={re.escape(word or '.')} is no checkpoint: type auto, never, must"
+        RequestError, match=rf"^resume={re.escape(word or '.')} is not a checkpoint: type auto, never, must"
     ):
         decided(None, USUAL, word)
 
 
-# --- what may change ----------------------------------------------------------------------------------------------
+# --- keys that may change -----------------------------------------------------------------------------------------
 
-#: Every key of the configuration is in one of these; a new one has to be put somewhere on purpose.
+#: Every key of the configuration is in one of these; a new key has to be classified deliberately.
 MAY = {
     "checkpoint.every", "checkpoint.keep", "checkpoint.sharded", "data.prefetch", "data.workers", "debug",
     "elastic.balance", "elastic.first_s", "elastic.hang_s", "elastic.idle", "elastic.max_restarts",
@@ -115,14 +115,14 @@ def test_what_alters_it_is_refused_with_both_values_and_the_mend(key: str) -> No
     with pytest.raises(RequestError) as error:
         decided({**USUAL, key: "before"}, {**USUAL, key: "now"})
     assert str(error.value) == (
-        f"runs/one was trained with another {key} (before before, now now): "
+        f"runs/one was trained with other values of {key} (before before, now now): "
         f"type run.name=... for a new run, or resume=never"
     )
 
 
 def test_all_wrong_keys_are_named_at_once() -> None:
     with pytest.raises(
-        RequestError, match=r"another lr\.base \(null before, 0\.1 now\), seed \(0 before, 5 now\): type"
+        RequestError, match=r"other values of lr\.base \(null before, 0\.1 now\), seed \(0 before, 5 now\): type"
     ):
         decided(USUAL, asked(seed=5, lr__base=0.1, log__every=10))
 
@@ -170,7 +170,7 @@ def test_what_changed_can_be_an_event() -> None:
     assert changed_keys({"a": 1}, {"b": 2}) == {"a": (1, None), "b": (None, 2)}
 
 
-# --- how long -----------------------------------------------------------------------------------------------------
+# --- duration -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("was", "now"), [("10ep", "20ep"), ("10ep", "10.0ep"), ("1e3sp", "2000sp"), ("500ba", "10ep")])
@@ -185,7 +185,7 @@ def test_a_shorter_one_is_another_run_unless_all_is_done(was: str, now: str) -> 
     with pytest.raises(RequestError, match=rf"train\.duration \({was} before, {now} now\)"):
         decided(old, new)
     assert decided(old, new, done=True).changed == {"train.duration": (was, now)}
-    with pytest.raises(RequestError, match="another seed"):
+    with pytest.raises(RequestError, match="other values of seed"):
         decided(old, {**new, "seed": 1}, done=True)
 
 

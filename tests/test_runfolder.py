@@ -1,4 +1,4 @@
-"""A run's folder: private, one job at a time, and a name that is decided once."""
+"""The run directory: private, locked by one job at a time, with a name that is decided once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-# --- what lies in it ----------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------------
 
 
 def test_its_files_have_the_names_that_people_rely_on(folder: RunFolder) -> None:
@@ -92,7 +92,7 @@ def test_its_parts_are_no_links_out_of_it(tmp_path: Path) -> None:
     folder.path.mkdir()
     (tmp_path / "elsewhere").mkdir()
     folder.checkpoints.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RequestError, match="checkpoints is no folder of its own"):
+    with pytest.raises(RequestError, match="checkpoints is a link or not a folder"):
         folder.create()
 
 
@@ -107,7 +107,7 @@ def test_each_start_of_the_workers_is_a_generation(folder: RunFolder) -> None:
 
 def test_a_generation_that_cannot_be_known_is_never_1_again(folder: RunFolder) -> None:
     (folder.path / "generation").write_text("")
-    with pytest.raises(RequestError, match=r"generation holds no number: write the last generation of metrics\.jsonl"):
+    with pytest.raises(RequestError, match=r"generation has no number: write the last generation of metrics\.jsonl"):
         folder.next_generation()
 
 
@@ -127,7 +127,7 @@ def test_a_stop_may_say_what_it_was_asked_for_by(folder: RunFolder) -> None:
     folder.ask_to_stop("SIGINT")
     assert folder.stop_reason() == "SIGINT"
     folder.clear_stop()
-    os.mkfifo(folder.stop_file)  # which nobody writes into
+    os.mkfifo(folder.stop_file)  # a pipe without a writer
     assert (folder.asks_to_stop(), folder.stop_reason()) == (True, "")
 
 
@@ -150,7 +150,9 @@ def test_done_is_written_whole(folder: RunFolder) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"samples": "many"}'])
 def test_done_that_cannot_be_read_is_not_taken_for_either(folder: RunFolder, text: str) -> None:
     folder.done_json.write_text(text)
-    with pytest.raises(RequestError, match=r"done\.json cannot be read: remove it, and the run goes on from its check"):
+    with pytest.raises(
+        RequestError, match=r"done\.json cannot be read: remove it, and the run continues from its check"
+    ):
         folder.read_done()
 
 
@@ -159,7 +161,7 @@ def test_wandbs_id_is_made_once(folder: RunFolder) -> None:
     assert re.fullmatch("[0-9a-f]{8}", folder.wandb_id())
 
 
-# --- whole files --------------------------------------------------------------------------------------------------
+# --- atomic writes ------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +241,7 @@ def test_a_second_job_is_refused_naming_the_first(folder: RunFolder) -> None:
         end(first)
     owner = rf"process {first.pid} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\dT[\d:]+\+?[\d:-]*"
     assert re.fullmatch(rf"{re.escape(str(folder.path))} is in use by {owner}: wait .*run\.name=", str(error.value))
-    folder.lock().release()  # killed, it left no lock
+    folder.lock().release()  # a killed process leaves no lock
 
 
 def test_a_lock_in_this_process_counts_as_well(folder: RunFolder) -> None:
@@ -251,7 +253,7 @@ def test_a_lock_in_this_process_counts_as_well(folder: RunFolder) -> None:
 
 
 def test_a_forked_child_does_not_keep_its_dead_parents_lock(folder: RunFolder) -> None:
-    """A loader process outlives its rank by seconds; the rank that is started again must not wait for it."""
+    """A loader process outlives its rank by seconds; the restarted rank must not wait for it."""
     first = holder(folder, "forks")
     lines = dict(line(first).split() for _ in range(2))
     child = int(lines["forked"])
@@ -303,7 +305,7 @@ def test_a_name_does_not_lead_out_of_runs_by_a_link(here: Path) -> None:
     Path("runs").mkdir()
     Path("runs/out").symlink_to(here / "elsewhere")
     with pytest.raises(
-        RequestError, match=r"run\.name=out is a link that leads out of runs/: type run\.dir=.*elsewhere"
+        RequestError, match=r"run\.name=out is a link that points outside runs/: type run\.dir=.*elsewhere"
     ):
         named_folder("out")
     (Path("runs") / "one").mkdir()
@@ -318,7 +320,7 @@ def test_runs_itself_may_lie_elsewhere(here: Path) -> None:
     assert named_folder("one") == Path("runs/one")
 
 
-# --- what outlives a restart under a torchrun of the user's own ---------------------------------------------------
+# --- memory across worker restarts, where the user ran torchrun ---------------------------------------------------
 
 
 def test_the_name_is_kept_for_the_restarts_of_the_same_agent(here: Path) -> None:

@@ -1,4 +1,4 @@
-"""The learning rate: the numbers of the papers, and what holds for every schedule."""
+"""The learning rate: numbers from the papers, and invariants of every schedule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def decayed(kind: str, **changes: Any) -> LrSchedule:
     return schedule(decay=Decay(kind=kind, **changes))  # type: ignore[arg-type]
 
 
-# The batch's part
+# Scaling with the batch
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_per_epoch_the_rate_moves_at_epoch_boundaries_only() -> None:
     stepping = schedule(warmup=2 * EPOCH, per="epoch", decay=Decay(kind="linear"))
     rates = [stepping.lr(samples, 100) for samples in range(0, DURATION, 100)]
     assert rates[:10] == [pytest.approx(0.05)] * 10  # half of the warmup at the end of the first of two epochs
-    assert rates[10:30] == [pytest.approx(0.1)] * 20  # the decay is taken at an epoch's start
+    assert rates[10:30] == [pytest.approx(0.1)] * 20  # the decay is evaluated at the start of an epoch
     assert rates[30:40] == [pytest.approx(0.1 * 7 / 8)] * 10
 
 
@@ -313,7 +313,7 @@ def test_another_world_drops_the_stages_to_come_and_plans_its_own() -> None:
     assert growing.resized(30_000, 200, 150).ramps[-1].at == 30_000
 
 
-# The noise becomes known in the middle of training
+# The noise scale becomes known during training
 
 NOISY = (0, 50), (20_000, 400)
 
@@ -328,7 +328,7 @@ def test_a_smaller_scale_acts_at_once_when_the_noise_becomes_known() -> None:
 
 
 def test_a_scale_that_doubles_ramps_when_the_noise_becomes_known() -> None:
-    """At 1/10 of the base batch it goes from 1/10 to 11/20."""
+    """At 1/10 of the base batch the scale moves from 1/10 to 11/20."""
     learned = noisy().learned(5000, 10, noise=10)
     assert [learned.scale(at, 10) for at in (5000, 10_000, 15_000)] == pytest.approx([0.1, 0.325, 0.55])
     assert learned.progress(10_000, 10) == 0.5
@@ -341,7 +341,7 @@ def test_what_has_not_moved_changes_nothing() -> None:
 
 
 def test_stages_to_come_start_from_the_scale_that_is_then_in_force() -> None:
-    """Planned with an unknown noise the ramp would begin at 0.5; with the noise known the scale is 0.6 by then."""
+    """Planned with an unknown noise scale, the ramp would start at 0.5; once it is known the scale is 0.6."""
     before = noisy().planned(0, NOISY)
     after = before.learned(5000, 50, noise=200).planned(5001, NOISY)
     assert before.ramps[-1].start == 0.5
@@ -351,7 +351,7 @@ def test_stages_to_come_start_from_the_scale_that_is_then_in_force() -> None:
 
 @given(st.integers(5000, 10**6))
 def test_a_run_goes_on_with_the_same_ramps_wherever_the_noise_became_known(samples: int) -> None:
-    """Also where it did so in the very update that was saved."""
+    """Also if that happened in the very update that was saved."""
     after = noisy().planned(0, NOISY).learned(5000, 50, noise=5).planned(5001, NOISY)
     assert after.planned(samples, NOISY) == after
 
@@ -362,7 +362,7 @@ def test_a_resize_right_where_the_noise_became_known_starts_from_the_scale_in_fo
     assert grown.scale(5000, 40) == learned.scale(5000, 10) == 0.1
 
 
-# What holds for every schedule
+# Invariants of every schedule
 
 KINDS = ["constant", "linear", "cosine", "step", "exponential", "plateau", "onecycle"]
 

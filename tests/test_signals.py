@@ -1,4 +1,4 @@
-"""What the outside asks of a worker: real signals to a real process."""
+"""Stop requests from outside: real signals to a real process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees: a summary, a bar on a terminal or plain lines elsewhere, and a summary again."""
+"""Console output: a summary, a progress bar on a terminal or plain lines elsewhere, and a final summary."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_the_start_says_what_will_be_trained_on_what_and_how() -> None:
         "  optimizer  SGD · cosine decay",
         "  folder     runs/resnet-1",
         "  batch      256 = 3 workers x (86, 85x2) in 2 micro-batches",
-        "  rate       0.1 (x1 of 0.1 at 256) · warmup 1,437 samples (1 epoch)",
+        "  lr         0.1 (x1 of 0.1 at 256) · warmup 1,437 samples (1 epoch)",
     ]
 
 
@@ -123,7 +123,7 @@ def test_a_new_plan_is_one_readable_line() -> None:
     later = {**PLAN, "from": {"global": 128, "lr": 0.05}, "why": "batch.ramp"}
     text = shown(File(), event("plan", later))
     assert " ".join(text.split()) == (
-        "plan 128 -> 256 = 3 workers x (86, 85x2) in 2 micro-batches · rate 0.1 (x1 of 0.1 at 256) · batch.ramp"
+        "plan 128 -> 256 = 3 workers x (86, 85x2) in 2 micro-batches · lr 0.1 (x1 of 0.1 at 256) · batch.ramp"
     )
 
 
@@ -131,7 +131,7 @@ def test_plain_lines_are_few() -> None:
     text = shown(File(), event("start", START), *(reading(update) for update in range(1, 1001)))
     lines = [line for line in text.splitlines() if "update" in line and "%" in line]
     assert len(lines) == 8  # 40 s of training, one in five seconds
-    assert re.search(r"update 126 +loss 0.0159 +1,600 samples/s  0:04 left  rate 0.1", text)
+    assert re.search(r"update 126 +loss 0.0159 +1,600 samples/s  0:04 left  lr 0.1", text)
 
 
 def test_every_validation_has_its_line() -> None:
@@ -155,12 +155,12 @@ def test_the_end_says_what_was_reached_where_the_time_went_and_what_to_type(tmp_
     end = text[text.index("finished") :]
     assert "finished 14,370 samples · 230 updates · 9.2 s · 1,600 samples/s" in end
     assert re.search(r"val accuracy +0.99 \(best 0.9957 at update 230\)", end)
-    assert "where the 40 ms of an update go (mean of 227)" in end
+    assert "time per update: 40 ms (mean of 227 updates)" in end
     assert re.search(r"backward +20.0 ms +50.0%  █{36}\n +forward +10.0 ms +25.0%  █{18}\n", end)
     assert "bottleneck  compute, 75%, as it should be. Faster: more workers or a GPU" in end
     joined = "".join(end.split())
     assert "model.safetensors,wandb" in joined
-    assert "togoon:run.name=resnet-1andalongertrain.duration" in joined
+    assert "tocontinue:run.name=resnet-1andalongertrain.duration" in joined
     assert f"wandbsync{folder}/wandb/offline-run-*" in joined
 
 
@@ -170,7 +170,7 @@ def test_a_largest_part_that_is_small_is_not_called_as_it_should_be() -> None:
 
 
 def test_the_end_says_what_restarts_cost_in_the_whole_run() -> None:
-    """Also those of earlier processes, of which this one saw no row."""
+    """Includes those of earlier processes, whose rows this process never saw."""
     cost = {"samples": 14370, "updates": 230, "restarts": 12, "recovery_s": 54.2, "lost_samples": 803}
     text = shown(File(), *a_run()[:-1], event("done", cost))
     assert re.search(r"lost +12 restarts took 54.2 s, 803 samples were run again", text)
@@ -180,7 +180,7 @@ def test_a_polite_stop_says_how_to_go_on() -> None:
     stop = event("preempt", {"why": "SIGUSR1", "samples": 1280, "update": 20})
     text = shown(File(), *a_run(20)[:-1], stop)
     assert "stopped at update 20, 1,280 samples · SIGUSR1 · saved, nothing is lost" in text
-    assert "to go on: the same command with run.name=resnet-1" in text
+    assert "to continue: the same command with run.name=resnet-1" in text
     assert "bottleneck" in text
 
 
@@ -191,7 +191,7 @@ def test_a_polite_stop_says_how_to_go_on() -> None:
         (
             "resize",
             {"from": {"world": 3, "global": 256, "lr": 0.1}, "to": {"world": 2, "global": 128, "lr": 0.05}, "why": "x"},
-            "resize 3 -> 2 workers · batch 256 -> 128 · rate 0.1 -> 0.05",
+            "resize 3 -> 2 workers · batch 256 -> 128 · lr 0.1 -> 0.05",
         ),
         (
             "target",
@@ -215,7 +215,7 @@ def test_a_resume_names_the_checkpoints_that_were_passed_over() -> None:
     facts = {"checkpoint": "u100", "update": 100, "passed_over": damaged, "changed": {"data.workers": [0, 2]}}
     facts["lost_samples"] = 1280
     text = shown(File(), event("resume", facts))
-    assert "warning: checkpoint u120 was passed over: sha256 differs" in text
+    assert "warning: checkpoint u120 was skipped: sha256 differs" in text
     assert "resumed u100 at update 100 · 1,280 samples are run again · data.workers 0 -> 2" in " ".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""Training hands over rows and events and goes on, whatever the sinks do."""
+"""Training hands over rows and events and continues, whatever the sinks do."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Memory:
 
 
 class Broken(Memory):
-    """Fails the first `times`."""
+    """A sink whose first `times` writes fail."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Broken(Memory):
 
 
 class Stuck(Memory):
-    """Never comes back from its first row."""
+    """A sink that hangs on its first row."""
 
     patience_s = 0.05
 
@@ -127,7 +127,7 @@ def test_a_sink_that_fails_is_reported_once_and_tried_again(tmp_path: Path) -> N
         journal.flush()
     journal.close()
     assert broken.updates == [1, 2, 3, 4, 5]
-    assert said == ["warning: broken: ConnectionError: the line is dead (training goes on)"]
+    assert said == ["warning: broken: ConnectionError: the line is dead (training continues)"]
     (alarm,) = events(tmp_path)
     assert (alarm["event"], alarm["kind"]) == ("alarm", "sink")
     assert "the line is dead" in alarm["detail"]
@@ -140,7 +140,7 @@ def test_a_sink_that_never_works_loses_rows_and_that_is_counted_and_said(tmp_pat
     for update in range(1, 6):
         journal.reading(reading(update))
     journal.close()
-    assert said[-1] == "warning: broken: 5 rows are missing there, metrics.jsonl has them"
+    assert said[-1] == "warning: broken: 5 rows were not written; metrics.jsonl has them"
     assert metrics(tmp_path) == [1, 2, 3, 4, 5]
     assert [event["event"] for event in events(tmp_path)] == ["alarm", "alarm"]
 
@@ -163,8 +163,8 @@ def test_a_full_queue_loses_rows_for_that_sink_only(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
     stuck.go.set()
     assert metrics(tmp_path) == other.updates == list(range(1, 31))
-    assert "warning: stuck: did not end in time and was left behind" in said
-    assert any("rows are missing there" in line for line in said)
+    assert "warning: stuck: did not close in time and was abandoned" in said
+    assert any("rows were not written" in line for line in said)
 
 
 def test_a_sink_that_hangs_is_told_when_it_is_left_behind() -> None:
@@ -189,7 +189,7 @@ def test_a_sink_that_fails_at_closing_breaks_nothing(tmp_path: Path) -> None:
     journal = Journal([Fails(), Jsonl(tmp_path)], say=said.append)
     journal.reading(reading(1))
     journal.close()
-    assert said == ["warning: fails: RuntimeError: too late (training goes on)"]
+    assert said == ["warning: fails: RuntimeError: too late (training continues)"]
     assert events(tmp_path)[0]["detail"].startswith("fails: RuntimeError")
 
 
@@ -210,7 +210,7 @@ def test_jsonl_is_always_on_and_first(tmp_path: Path) -> None:
 
 
 def test_an_unknown_sink_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"sink=consol is no sink: choose from console, tensorboard, wandb"):
+    with pytest.raises(RequestError, match=r"sink=consol is not a sink: choose from console, tensorboard, wandb"):
         open_sinks({"consol": None}, Destination(tmp_path, "run", "id"))
     assert list(tmp_path.iterdir()) == []
 

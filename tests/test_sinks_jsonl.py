@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.jsonl: one JSON object a line, whatever happens to the writer."""
+"""metrics.jsonl and events.jsonl: one JSON object per line, whatever happens to the writer."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line_neither_tears_nor_doubles_
         return written
 
     monkeypatch.setattr(os, "write", short_of_room)
-    sink.write(reading(1))  # begun, so it counts
+    sink.write(reading(1))  # started, so it counts
     with pytest.raises(OSError, match="No space"):
         sink.write(reading(2))
     room[0] = 10_000

@@ -1,4 +1,4 @@
-"""wandb: what it really wrote is read back; training never waits for it.
+"""The wandb sink: what it wrote is read back, and training never waits for it.
 
 Each run is a process of its own, since wandb keeps state for the whole process.
 """
@@ -67,7 +67,7 @@ def start(folder: Path, first: int, last: int, env: Mapping[str, str], ends: str
 
 
 def run(folder: Path, first: int, last: int, **env: str) -> tuple[float, list[str]]:
-    """How many seconds closing took, and what was said."""
+    """Return the seconds that closing took, and the messages."""
     process = start(folder, first, last, env)
     out, err = process.communicate("close\n", timeout=60)
     assert process.returncode == 0, err
@@ -90,7 +90,7 @@ def test_without_a_key_it_goes_offline_with_one_line_and_writes_everything(tmp_p
     folder = tmp_path / "run"
     _, said = run(folder, 1, 40)
     how = f"wandb sync {folder}/wandb/offline-run-*"
-    assert said == [f"wandb: offline, no API key; later: {how}"]
+    assert said == [f"wandb: offline, no API key; to upload later: {how}"]
 
     (path,) = files(folder)
     rows = wandb_file.rows(path)
@@ -142,7 +142,7 @@ def test_with_a_key_but_no_answer_it_goes_offline_with_one_line_and_loses_nothin
     process = start(folder, 1, 20, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": NOWHERE})
     assert process.stderr is not None
     said = process.stderr.readline()
-    assert said.startswith(f"wandb: offline, no answer from {NOWHERE}; later: wandb sync")
+    assert said.startswith(f"wandb: offline, no response from {NOWHERE}; to upload later: wandb sync")
     out, err = process.communicate("close\n", timeout=60)
     assert (process.returncode, err) == (0, "")
     assert float(out) < 2
@@ -177,7 +177,7 @@ def test_a_server_that_goes_away_costs_two_seconds_and_the_rest_waits_on_the_dis
     out, err = process.communicate("close\n", timeout=60)
     assert process.returncode == 0
     assert float(out) < 2.5
-    assert err.splitlines() == [f"wandb: no answer from the server; later: wandb sync {folder}/wandb/run-*"]
+    assert err.splitlines() == [f"wandb: no response from the server; to upload later: wandb sync {folder}/wandb/run-*"]
     (path,) = files(folder)
     assert updates(wandb_file.rows(path)) == list(range(1, 21))
 

@@ -1,4 +1,4 @@
-"""The text of a job: every key as sbatch is told it, everything else as the shell keeps it together."""
+"""The job script: every key as an #SBATCH option, everything else quoted for the shell."""
 
 from __future__ import annotations
 

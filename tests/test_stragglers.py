@@ -1,4 +1,4 @@
-"""The rank that holds the others up is named, with the stage that is slow."""
+"""Straggler detection names the slow rank and its slow stage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_slow_rank_and_its_stage_are_named(stage: str, world: int) -> None:
 
 
 def test_waiting_saving_and_validating_make_nobody_slow() -> None:
-    """Those who wait for rank 0 have much sync; rank 0 alone saves and writes."""
+    """Ranks that wait for rank 0 show a long sync stage; only rank 0 saves and writes."""
     rows = [times(checkpoint=500.0, other=500.0), times(sync=1000.0)]
     assert watched(Stragglers(), rows)[1] == []
 
@@ -76,7 +76,7 @@ def test_one_worker_has_nobody_to_be_compared_with() -> None:
 
 
 def test_twenty_short_updates_are_too_little_to_name_anybody() -> None:
-    """Updates of 13 ms: another program that holds rank 1 up for 20 of them makes nobody slow, one that stays does."""
+    """Updates of 13 ms: a disturbance of rank 1 for 20 updates raises no alarm, a lasting one does."""
     rows = [times(backward=2.0, forward=1.0, sync=0.0), times(backward=6.0, forward=1.0, sync=0.0)]
     per_update_ms = max(map(sum, rows))
     stragglers, _ = Stragglers().observed([times(other=600.0), times(other=600.0)])  # a first update, a validation

@@ -1,4 +1,4 @@
-"""What a strategy cannot do is said before anything starts, in one line with its mend."""
+"""Unsupported strategy settings are refused before anything starts, in one line with the fix."""
 
 from __future__ import annotations
 
@@ -38,17 +38,23 @@ FSDP = replace(ZERO, strategy=StrategySettings(name="fsdp"))
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        (replace(FSDP, elastic=ElasticSettings(exact=True)), "strategy=fsdp does not go with elastic.exact=true"),
-        (zero(FSDP, gather="bf16"), "strategy.gather=bf16 computes in bf16 and train.precision=fp32 says otherwise"),
+        (replace(FSDP, elastic=ElasticSettings(exact=True)), "strategy=fsdp does not work with elastic.exact=true"),
+        (zero(FSDP, gather="bf16"), "strategy.gather=bf16 computes in bf16, which contradicts train.precision=fp32"),
         (
             replace(zero(FSDP, offload=True), train=TrainSettings(device="cpu")),
-            "strategy.offload=true with train.device=cpu: all is on the CPU already",
+            "strategy.offload=true with train.device=cpu has no effect: type strategy.offload=false",
         ),
-        (zero(stage=4), "strategy.stage=4 is no stage of ZeRO: type strategy.stage=0, 1, 2 or 3"),
-        (zero(offload=True, stage=0), "strategy.offload=true needs the optimizer's state in parts: type strategy.sta"),
-        (replace(ZERO, train=TrainSettings(precision="fp64")), "train.precision=fp64 does not go with strategy=deeps"),
-        (replace(ZERO, elastic=ElasticSettings(exact=True)), "strategy=deepspeed does not go with elastic.exact=true"),
-        (replace(ZERO, optimizer={"_target_": "torch.optim.Muon"}), "optimizer=Muon cannot work on pieces of paramet"),
+        (zero(stage=4), "strategy.stage=4 is not a ZeRO stage: type strategy.stage=0, 1, 2 or 3"),
+        (zero(offload=True, stage=0), "strategy.offload=true needs a sharded optimizer state: type strategy.sta"),
+        (
+            replace(ZERO, train=TrainSettings(precision="fp64")),
+            "train.precision=fp64 does not work with strategy=deeps",
+        ),
+        (
+            replace(ZERO, elastic=ElasticSettings(exact=True)),
+            "strategy=deepspeed does not work with elastic.exact=true",
+        ),
+        (replace(ZERO, optimizer={"_target_": "torch.optim.Muon"}), "optimizer=Muon cannot work on flat shards of par"),
         (zero(config="nowhere.json"), "strategy.config=nowhere.json cannot be read: "),
     ],
 )
@@ -63,11 +69,11 @@ def test_a_run_that_deepspeed_can_do_has_no_problem() -> None:
     for stage in range(4):
         assert not list(problems(zero(stage=stage)))
     assert not list(problems(replace(zero(stage=0), optimizer={"_target_": "torch.optim.Muon"})))
-    assert not list(problems(replace(ZERO, strategy=StrategySettings(stage=9))))  # no concern of DDP's
+    assert not list(problems(replace(ZERO, strategy=StrategySettings(stage=9))))  # not relevant for DDP
 
 
 def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found before anything is created, without importing it; a plan can be made without it."""
+    """Detected before anything is created, without importing the package; `plan` works without it."""
     monkeypatch.setattr("launcher.strategies.zero_config.find_spec", lambda name: None)
     says = "strategy=deepspeed: DeepSpeed is not installed: type pip install 'elastic-batch-launcher[deepspeed]'"
     assert missing(ZERO) == says
@@ -80,14 +86,17 @@ def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({"train_batch_size": 64}, "sets train_batch_size, which is batch.global here"),
-        ({"gradient_accumulation_steps": 4}, "sets gradient_accumulation_steps, which is batch.accumulation here"),
-        ({"optimizer": {"type": "AdamW"}}, "sets optimizer, which is optimizer here"),
-        ({"scheduler": {"type": "WarmupLR"}}, "sets scheduler, which is schedule here"),
-        ({"bf16": {"enabled": True}}, "sets bf16, which is train.precision here"),
-        ({"gradient_clipping": 1.0}, "sets gradient_clipping, which is train.clip_norm here"),
-        ({"zero_optimization": {"stage": 2}}, "sets zero_optimization.stage, which is strategy.stage here"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "which is strategy.offload here"),
+        ({"train_batch_size": 64}, "sets train_batch_size, which is set by batch.global here"),
+        (
+            {"gradient_accumulation_steps": 4},
+            "sets gradient_accumulation_steps, which is set by batch.accumulation here",
+        ),
+        ({"optimizer": {"type": "AdamW"}}, "sets optimizer, which is set by optimizer here"),
+        ({"scheduler": {"type": "WarmupLR"}}, "sets scheduler, which is set by schedule here"),
+        ({"bf16": {"enabled": True}}, "sets bf16, which is set by train.precision here"),
+        ({"gradient_clipping": 1.0}, "sets gradient_clipping, which is set by train.clip_norm here"),
+        ({"zero_optimization": {"stage": 2}}, "sets zero_optimization.stage, which is set by strategy.stage here"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "which is set by strategy.offload here"),
         (
             {"zero_optimization": {"offload_param": {"device": "cpu"}}},
             "sets zero_optimization.offload_param, which is n",
@@ -106,7 +115,7 @@ def test_a_json_may_not_say_what_has_a_key_here(tmp_path: Path, content: dict[st
 
 
 def test_a_json_says_how_the_work_is_done(tmp_path: Path) -> None:
-    """What it leaves open ("auto", not enabled) or says as we do is no clash."""
+    """Values that are open ("auto", not enabled) or equal ours do not conflict."""
     settings = {"stage": 3, "stage3_max_live_parameters": 1000, "reduce_bucket_size": "auto", "overlap_comm": False}
     file = own(tmp_path, train_batch_size="auto", fp16={"enabled": False}, zero_optimization=settings)
     made = configuration(zero(config=file), 100)
@@ -124,7 +133,7 @@ def test_no_batch_assertion_of_deepspeed_can_contradict_the_plan() -> None:
     made = configuration(ZERO, 10**12)
     assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (1, 1)
     assert "train_batch_size" not in made
-    assert made["gradient_clipping"] == 0.0  # DeepSpeed's default would clip at 1
+    assert made["gradient_clipping"] == 0.0  # DeepSpeed's default clips at 1
     assert made["zero_optimization"]["reduce_bucket_size"] == 500_000_000
 
 

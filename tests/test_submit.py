@@ -1,4 +1,4 @@
-"""Whether a job that failed is queued again."""
+"""Whether a failed job is requeued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run_dir(tmp_path: Path) -> str:
 
 def test_the_third_failure_at_the_same_place_is_the_last(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert [again(run_dir, "7") for _ in range(3)] == [EXIT_OK, EXIT_OK, EXIT_FAILED]
-    assert "error: failed 3 times at the same place, not queued again" in capsys.readouterr().err
+    assert "error: failed 3 times since the same checkpoint, not requeued" in capsys.readouterr().err
 
 
 def test_a_checkpoint_in_between_is_another_place(run_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""A recipe whose loss is a mean says so where training begins; what is a sum is left in peace."""
+"""A recipe with a mean loss gets a warning at the start of training; a summed loss gets none."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_mean_is_found_in_whatever_way_it_was_taken(name: str) -> None:
     assert why is not None
     assert why.startswith("returns a mean (")
     assert why.endswith("and counts 8: return sums, not means (reduction='sum'), or the gradient is too small by that "
-                        "count; launcher verify shows it")  # fmt: skip
+                        "factor; launcher verify shows it")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SUMS)

@@ -1,4 +1,4 @@
-"""What stands at a sweep's end: a line a point, averages over seeds, and the best points named apart."""
+"""The summary of a sweep: one line per point, averages over seeds, and the best points."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.tally import lower_is_better, table, value_of
 def point(
     folder: Path, seconds: float, accuracy: list[float], target: tuple[float, int] | None = None, batch: int = 128
 ) -> None:
-    """`target`: seconds and updates to it. The data set has 1,280 samples."""
+    """`target`: seconds and updates until the target. The data set has 1,280 samples."""
     found = RunFolder(folder)
     found.create()
     rows = [{"update": at, "val/accuracy": value} for at, value in enumerate(accuracy, 1)]
@@ -51,7 +51,7 @@ def test_a_line_a_point_and_the_best_named_apart(tmp_path: Path) -> None:
 def test_without_a_target_the_fastest_is_the_one_that_trained_the_shortest(tmp_path: Path) -> None:
     point(tmp_path / "0", 10.0, [0.5])
     point(tmp_path / "1", 12.0, [0.9])
-    assert "time-optimal: point 0, 10.0 s in all" in table(tmp_path, outcomes("lr.base=1", "lr.base=2"))
+    assert "time-optimal: point 0, 10.0 s in total" in table(tmp_path, outcomes("lr.base=1", "lr.base=2"))
 
 
 def test_points_that_have_not_finished_are_shown_and_win_nothing(tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_four_sizes_tell_where_samples_are_wasted_for_each_rule_apart(tmp_path: 
     assert lines[-6:] == [
         "lr.rule=sqrt:",
         "updates to the target: 1,000 * (1 + 48 / batch), over 4 batches:",
-        "samples are wasted past a batch of 48: more are needed than updates saved",
+        "critical batch size ~48: above it, extra samples outweigh saved updates",
         "lr.rule=none:",
         "updates to the target: 1,000 * (1 + 480 / batch), over 4 batches:",
-        "none of these batches wastes samples, up to 480 they would not",
+        "none of these batches wastes samples: critical batch size ~480",
     ]
     assert max(map(len, lines)) <= 80
 

@@ -1,4 +1,4 @@
-"""Where the time of an update goes: stages add up to the wall time, whatever happens in between."""
+"""Stage times of an update: they add up to the wall time, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from launcher.vote import Agreed, Ballot
 
 
 class Hands:
-    """A clock that is moved by hand."""
+    """A clock that is advanced by hand."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -63,7 +63,7 @@ def test_what_comes_before_training_belongs_to_no_update() -> None:
 
 
 def test_exposed_synchronisation_is_what_follows_the_last_bucket() -> None:
-    """The communication hook of the last bucket marks the end of the backward pass's own work."""
+    """The communication hook of the last bucket marks the end of the backward computation."""
     hands = Hands()
     clock = StageClock(HostTimer(hands))
     hands.now_s = 0.2
@@ -83,7 +83,7 @@ def test_without_communication_all_of_it_is_backward() -> None:
 
 
 def test_the_critical_rank_is_the_one_that_waits_least() -> None:
-    """Rank 1's data is slow: rank 0 sees that as waiting, and rank 1 is the one to show."""
+    """Rank 1's data is slow: rank 0 sees this as waiting, and rank 1 is reported."""
     sync = STAGES.index("sync")
     waits = [0.0] * len(STAGES)
     waits[sync] = 80.0
@@ -129,7 +129,7 @@ PLAN = BatchPlan(world=2, shares=(6, 4), per_device=6, accumulation=1)
 
 
 def recorded(updates: list[dict[str, Any]], every: int = 1) -> list[Reading]:
-    """`updates`: losses and counts of both ranks, the seconds taken, and perhaps a tail or a validation."""
+    """`updates`: losses and counts of both ranks, the seconds taken, and optionally a tail or a validation."""
     rows: Any = Rows()
     recorder = Recorder(rows, Topology(rank=0, world=2, generation=3), every, tokens_per_sample=None)
     start = count(0, PLAN.global_batch)
@@ -178,7 +178,7 @@ def test_a_tail_stays_out_of_the_throughput() -> None:
     assert "throughput/samples_per_s" not in rows[1].values
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- data loading ---------------------------------------------------------------------------------------------------
 
 
 def test_a_loader_that_computes_has_a_share_near_1_and_one_that_waits_near_0() -> None:

@@ -1,4 +1,4 @@
-"""Measured sizes become labels, a knee and a line; updates become a model that knows how far it reaches."""
+"""Measured sizes give labels, a knee and a linear fit; updates give a model with known limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_fall_within_the_noise_is_no_regression() -> None:
 
 
 def test_45_against_20() -> None:
-    """Is a batch of 45 slower than one of 20? Where it is, it is said, and 20 is recommended."""
+    """Is a batch of 45 slower than one of 20? If so, that is reported and 20 is recommended."""
     assert label(points({20: 100.0, 45: 92.0}, within=0.01)) == {20: "knee", 45: "regressed"}
     assert label(points({20: 100.0, 45: 104.0}, within=0.01)) == {20: "knee", 45: "saturated"}
     assert label(points({20: 100.0, 45: 130.0}, within=0.01)) == {20: "rising", 45: "knee"}
@@ -61,7 +61,7 @@ def test_a_knee_that_other_measurements_found_too_large_is_not_recommended() -> 
     fall=st.floats(0.0, 0.5),
 )
 def test_noisy_traces_are_labelled_as_their_shape_is(alpha: float, beta: float, seed: int, fall: float) -> None:
-    """Speeds that rise along m / (alpha + beta m), with a fall at the end: within the noise, or clear of it."""
+    """Speeds along m / (alpha + beta m), with a drop at the end: within the noise, or clearly above it."""
     sizes = [round(8 * math.sqrt(2) ** step) for step in range(10)]
     clean: dict[int, float] = {size: size / (alpha + beta * size) for size in sizes}
     clean[512] = clean[sizes[-1]] * (1 - fall)
@@ -85,8 +85,8 @@ def test_noisy_traces_are_labelled_as_their_shape_is(alpha: float, beta: float, 
         ([Point(8, None)], "no size works"),
         ([], "no size works"),
         ([Point(8, 1.0, 1.0, 1.0)] * 2, "measured twice"),
-        ([Point(8, 2.0, 3.0, 4.0)], "no measurement"),
-        ([Point(8, math.nan, 1.0, 2.0)], "no measurement"),
+        ([Point(8, 2.0, 3.0, 4.0)], "not a valid measurement"),
+        ([Point(8, math.nan, 1.0, 2.0)], "not a valid measurement"),
     ],
 )
 def test_what_is_no_measurement_is_refused(wrong: list[Point], said: str) -> None:
@@ -94,7 +94,7 @@ def test_what_is_no_measurement_is_refused(wrong: list[Point], said: str) -> Non
         label(wrong)
 
 
-# --- lines --------------------------------------------------------------------------------------------------------
+# --- linear fits --------------------------------------------------------------------------------------------------
 
 
 def test_overhead_and_work_are_told_apart() -> None:
@@ -125,7 +125,7 @@ def test_two_sizes_without_intervals_make_a_line_that_knows_nothing_of_its_error
 
 
 def test_the_fits_interval_covers() -> None:
-    """Constants, and the time at a size that was not measured, in at least 90 of 100 noisy measurements."""
+    """The constants and the time at an unmeasured size are covered in at least 90 of 100 noisy measurements."""
     covered = {"alpha": 0, "beta": 0, "time": 0}
     for seed in range(100):
         draw = random.Random(seed)
@@ -148,7 +148,7 @@ def test_memory_is_predicted_from_three_probes() -> None:
 
 
 def test_memory_of_images_grows_with_their_area() -> None:
-    """Size is m x H x W: probes at 32 pixels say what 64 pixels need."""
+    """Size is m x H x W: probes at 32 pixels predict 64 pixels."""
     model = fit_memory([(m * 32 * 32, 1e9 + 5e4 * m * 32 * 32) for m in (8, 16, 32)])
     assert model.at(8 * 64 * 64).value == pytest.approx(1e9 + 5e4 * 8 * 64 * 64)
 
@@ -226,7 +226,7 @@ def test_one_worker_says_nothing_of_two() -> None:
 
 
 def test_the_band_widens_where_little_was_measured() -> None:
-    """From 1 and 2 workers nothing is known of what each further worker costs."""
+    """Measurements at 1 and 2 workers do not determine the cost of each further worker."""
     measured = timed(machine(), random.Random(0))
     few = fit_updates([each for each in measured if each.world < 4]).predict(8, 1, 4)
     many = fit_updates(measured).predict(8, 1, 4)
@@ -238,7 +238,7 @@ def test_one_size_of_micro_batch_is_too_few() -> None:
         fit_updates([Measured(8, 1, 1, 0.1), Measured(8, 2, 1, 0.2)])
 
 
-# --- the batch that is worth most per second ----------------------------------------------------------------------
+# --- the batch with the highest goodput ---------------------------------------------------------------------------
 
 
 @given(root=st.floats(2, 100), c1=st.floats(1e-5, 1e-2), noise=st.floats(10, 1e5))

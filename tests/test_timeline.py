@@ -1,4 +1,4 @@
-"""The updates of a run: every sample once per epoch, whatever the world, the stages, the tail and the restarts."""
+"""The updates of a run: every sample once per epoch, for any world size, ramp, tail and restart."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def windows(timeline: Timeline, position: Position = START) -> list[tuple[int, i
 
 
 def places(micro: MicroBatch, size: int) -> list[int]:
-    """The places of the whole run that a micro-batch takes."""
+    """Return the positions in the whole run that a micro-batch covers."""
     return [epoch * size + place for epoch, start, stop in micro.spans for place in range(start, stop)]
 
 
 def consumed(update: Update) -> list[int]:
-    """The places that all ranks take, rank by rank, in the order in which they take them."""
+    """Return the positions that all ranks cover, rank by rank, in order."""
     micro_batches = [micro for rank in range(update.plan.world) for micro in update.micro_batches(rank)]
     return [place for micro in micro_batches if not micro.pad for place in places(micro, update.size)]
 
@@ -95,7 +95,7 @@ def test_a_run_of_nothing_has_no_update() -> None:
     assert one_stage(10, 20, batch=4).count(Position(24, 6)) == 0
 
 
-# Who takes what
+# Assignment to ranks
 
 
 def test_ranks_take_contiguous_slices_cut_into_micro_batches() -> None:
@@ -124,7 +124,7 @@ def test_a_rank_without_samples_gets_one_pad() -> None:
     assert cut.micro_batches(2)[0].size == 1
 
 
-# What holds for every run
+# Invariants of every run
 
 
 @given(timelines())
@@ -182,7 +182,7 @@ def test_the_order_is_the_same_at_every_world_size(size: int, duration: int, bat
 
 @given(st.data(), st.sampled_from(["flush", "carry"]))
 def test_the_order_survives_any_change_of_world(data: st.DataObject, tail: str) -> None:
-    """Elastic: each stretch of updates at another world size and batch, handed on by its position alone."""
+    """Elastic: each segment of updates has another world size and batch, and only the position is passed on."""
     position, taken = Position(), []
     for world in data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=6)):
         timeline = Timeline(37, 150, ((0, plan_batch(BatchPolicy("scale", 3), world)),), tail)  # type: ignore[arg-type]
@@ -192,7 +192,7 @@ def test_the_order_survives_any_change_of_world(data: st.DataObject, tail: str) 
     assert taken == list(range(position.samples))
 
 
-# How long it takes
+# Duration
 
 
 def test_counting_does_not_walk_through_the_epochs() -> None:
@@ -206,7 +206,7 @@ def test_a_position_deep_in_a_run_is_reached_at_once() -> None:
     assert (first.start, first.index, first.epoch) == (10**14 + 7, 5, 10**5)
 
 
-# What is no timeline
+# Invalid timelines
 
 
 @pytest.mark.parametrize(
@@ -221,5 +221,5 @@ def test_a_position_deep_in_a_run_is_reached_at_once() -> None:
     ],
 )
 def test_what_is_no_timeline_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"no timeline of|stages must ascend from 0|neither flush nor carry"):
+    with pytest.raises(ValueError, match=r"invalid timeline|stages must ascend from 0|neither flush nor carry"):
         replace(one_stage(10, 20, batch=4), **change)

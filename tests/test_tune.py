@@ -1,4 +1,4 @@
-"""What tune does without measuring: which sizes it tries, how it tells that memory ran out, and what it says."""
+"""tune without measuring: which sizes it tries, how it detects out-of-memory, and what it reports."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_memory_is_foreseen_from_two_smaller_sizes_on() -> None:
     assert foreseen_bytes(40, [(10, 1100), (20, 1200), (80, 9999)]) == pytest.approx(1400)
 
 
-# --- which sizes --------------------------------------------------------------------------------------------------
+# --- sizes to measure ---------------------------------------------------------------------------------------------
 
 
 def test_sizes_grow_by_a_root_of_two_up_to_the_largest() -> None:
@@ -141,7 +141,7 @@ def test_about_the_knee_multiples_of_eight_and_the_middles_are_tried() -> None:
     assert refined(2, [2, 3], [], 2) == []
 
 
-# --- what is said -------------------------------------------------------------------------------------------------
+# --- messages -----------------------------------------------------------------------------------------------------
 
 FACTS: dict[str, Any] = {
     "recipe": "Mlp", "world": 2, "accumulation": 1, "train_samples": 1437, "device": "cpu (x86_64)",
@@ -149,7 +149,7 @@ FACTS: dict[str, Any] = {
     "measured": "2026-01-01T00:00:00+00:00", "spent_s": 12.0, "asked": False,
 }  # fmt: skip
 STAGES = ("data", "transfer", "forward", "backward", "sync", "optimizer", "checkpoint", "other")
-#: math.md's trace: knee 28, fastest 40, 57 and 80 regressed.
+#: The example of math.md: knee 28, fastest 40, 57 and 80 regressed.
 TRACE = {10: 21.4, 14: 25.1, 20: 29.4, 28: 32.9, 40: 35.7, 57: 34.3, 80: 31.5}
 
 
@@ -187,7 +187,7 @@ def test_where_nothing_fits_that_is_said() -> None:
     assert [point["label"] for point in found["points"]] == ["oom", "oom"]
     assert found["recommended"] is None
     assert "no size fits" in found["why"]
-    assert "foreseen, not run" in text(found)
+    assert "predicted, not run" in text(found)
     assert "<svg" not in page(found)
 
 
@@ -206,16 +206,17 @@ def test_two_named_sizes_are_compared() -> None:
 
 
 def test_a_slow_loader_is_named_with_how_many_would_keep_up() -> None:
-    """An update of 66.7 ms waits for data for 43.3 of them; without it takes 20 ms: three loaders have 14.4 ms each."""
+    """An update of 66.7 ms waits 43.3 ms for data and takes 20 ms without it: three loaders need 14.4 ms each."""
     slow = ledger(visited(1, 30.0, "data"), synthetic=(visited(1, 100.0),))
     found = document(slow, FACTS)
     assert found["bottleneck"] == "data"
     assert (
-        "waiting for data limits it with 65 % of the time: on synthetic data it would be 100 samples/s" in found["why"]
+        "the bottleneck is waiting for data (65 % of the time): on synthetic data it would be 100 samples/s"
+        in found["why"]
     )
     assert "about data.workers=3 would keep up" in found["why"]
     noisy = document(ledger(visited(1, 30.0, "data"), synthetic=(visited(1, 29.0),)), FACTS)
-    assert "65 % of the time: raise data.workers" in noisy["why"]
+    assert "(65 % of the time): raise data.workers" in noisy["why"]
 
 
 def test_overhead_that_does_not_grow_is_told() -> None:
@@ -234,11 +235,11 @@ def test_text_fits_the_screen_and_marks_what_is_recommended() -> None:
     shown = text(document(ledger(*(visited(*point) for point in TRACE.items()), notes=("a note " * 20,)), FACTS))
     assert max(map(len, shown.splitlines())) <= 80
     assert next(line for line in shown.splitlines() if line.endswith("recommended")).split()[0] == "28"
-    assert "An update at 28: forward 65 %" in shown
+    assert "Time per update at 28: forward 65 %" in shown
 
 
 def test_goodput_is_shown_where_the_noise_scale_is_known() -> None:
-    """At the knee of samples/s a batch of 2 x 28; with little noise a smaller one makes more progress."""
+    """At the throughput knee the batch is 2 x 28; with a small noise scale a smaller one makes more progress."""
     found = document(ledger(*(visited(*point) for point in TRACE.items())), FACTS)
     assert worth(found, None, 32) is None
     noise = Noise(20.0, 10.0, 40.0, "a run of a name that is as long as names can be, and then some")
@@ -281,12 +282,12 @@ def test_what_cannot_be_measured_is_refused_with_the_mend() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (TuneSettings(sizes=()), r"^tune\.sizes=\[\] are no sizes"),
-        (TuneSettings(sizes=(8, 0)), r"^tune\.sizes=\[8, 0\] are no sizes of at least 1: type tune\.sizes=\[20,45\]$"),
-        (TuneSettings(sizes=(8,), max=9), r"^tune\.max=9 has no meaning beside tune\.sizes"),
+        (TuneSettings(sizes=()), r"^tune\.sizes=\[\] must list sizes >= 1"),
+        (TuneSettings(sizes=(8, 0)), r"^tune\.sizes=\[8, 0\] must list sizes >= 1: type e\.g\. tune\.sizes=\[20,45\]$"),
+        (TuneSettings(sizes=(8,), max=9), r"^tune\.max=9 has no effect if tune\.sizes is set"),
         (TuneSettings(max=0), r"^tune\.max=0 is below 1"),
-        (TuneSettings(budget_s=float("nan")), r"^tune\.budget_s=nan are no seconds above 0"),
-        (TuneSettings(budget_s=-1.0), r"^tune\.budget_s=-1\.0 are no seconds above 0"),
+        (TuneSettings(budget_s=float("nan")), r"^tune\.budget_s=nan must be > 0"),
+        (TuneSettings(budget_s=-1.0), r"^tune\.budget_s=-1\.0 must be > 0"),
     ],
 )
 def test_a_wrong_key_is_refused_before_anything_starts(asked: TuneSettings, said: str) -> None:
@@ -296,7 +297,7 @@ def test_a_wrong_key_is_refused_before_anything_starts(asked: TuneSettings, said
 
 
 def test_rank_0_stays_until_the_others_have_heard_it() -> None:
-    """It may serve the store: gone early, the others would hear nothing."""
+    """This rank may host the store: if it exits early, the others receive nothing."""
     store = dist.HashStore()
     one = threading.Thread(target=Council(store, 0, 2).adjourn)
     one.start()

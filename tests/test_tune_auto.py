@@ -1,4 +1,4 @@
-"""batch.per_device=auto without measuring: what is asked, what is made of the answer, and what is refused."""
+"""batch.per_device=auto without measuring: the tuning configuration, how the result is used, and refusals."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def test_one_line_says_what_was_taken_and_why() -> None:
     measured = auto.answered(RUN, FOUND, HERE)
     assert measured.run.batch.per_device == 24
     assert measured.why == (
-        "batch.per_device=auto took 24: 11,000 samples/s, 92 % of what 64 reaches on 2 workers, measured now in 12.3 s"
+        "batch.per_device=auto chose 24: 11,000 samples/s, 92 % of what 64 reaches on 2 workers, measured now in 12.3 s"
     )
     again = auto.answered(RUN, {**FOUND, "cached": True, "world": 1}, HERE)
-    assert again.why.endswith("on 1 worker, kept from 2026-11-21 16:40 UTC")
+    assert again.why.endswith("on 1 worker, stored on 2026-11-21 16:40 UTC")
 
 
 def test_nothing_but_the_number_is_changed() -> None:
@@ -83,14 +83,14 @@ def test_what_is_measured_knows_no_policy() -> None:
 )
 def test_a_number_stands_in_that_refuses_nothing_by_itself(batch: BatchSettings) -> None:
     run = replace(RUN, batch=batch)
-    with pytest.raises(RequestError, match=r"^batch\.per_device=auto has a number only once training starts"):
+    with pytest.raises(RequestError, match=r"^batch\.per_device=auto is only resolved when training starts"):
         study(run, SIZES, 2)
     study(auto.stood_in(run), SIZES, 2)
 
 
 def test_shards_are_not_measured() -> None:
     exact = replace(RUN, elastic=ElasticSettings(exact=True))
-    with pytest.raises(RequestError, match=r"^batch\.per_device=auto does not go with elastic\.exact=true"):
+    with pytest.raises(RequestError, match=r"^batch\.per_device=auto does not work with elastic\.exact=true"):
         auto.stood_in(exact)
 
 
@@ -105,7 +105,7 @@ def test_a_run_that_has_a_number_keeps_it(tmp_path: Path) -> None:
     answer = auto.before(kept(RUN, tmp_path), tmp_path, 1, 1)
     assert answer is not None
     assert answer.run == begun
-    assert answer.why == f"batch.per_device=auto is 24, as {tmp_path}/run.yaml has it: nothing was measured"
+    assert answer.why == f"batch.per_device=auto is 24, read from {tmp_path}/run.yaml: nothing was measured"
     assert auto.before(RUN, tmp_path, 1, 1) is None
 
 

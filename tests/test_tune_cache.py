@@ -1,4 +1,4 @@
-"""Kept measurements: found by everything they depend on, and never trusted where they cannot be."""
+"""Cached measurements: keyed by everything they depend on, and ignored where that cannot be determined."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def path(key: dict[str, Any] | Any, folder: Path) -> Path:
 
 
 def test_every_value_of_the_configuration_was_thought_of() -> None:
-    """Those of the recipe, the optimizer and the strategy are in the key, and these."""
+    """The keys of the recipe, the optimizer and the strategy are part of the cache key, and so are these."""
     named = {name for name in configured(RUN) if name.partition(".")[0] not in ("optimizer", "recipe", "strategy")}
     assert named < set(flat(from_mapping(to_mapping(RUN))))
     assert {"train.precision", "data.workers", "batch.accumulation"} < named
@@ -129,11 +129,11 @@ def test_what_was_kept_is_found(tmp_path: Path) -> None:
 
 
 def test_a_speed_that_is_hardly_known_is_said() -> None:
-    """As where threads wait for cores that other programs use: a hundred times apart from one visit to the next."""
+    """As when threads wait for cores used by other programs: a factor of a hundred between measurements."""
     assert doubts(FOUND) == []
     noisy = {**FOUND, "points": [{**FOUND["points"][0], "low": 0.664, "high": 66.1}]}
     (line,) = doubts(noisy)
-    assert line.startswith("between 0.664 and 66.1 samples/s were measured at 24, too far apart to rely on: try ")
+    assert line.startswith("throughput at 24 is unreliable (0.664 to 66.1 samples/s): set launch.threads=1, ")
     untimed = {**FOUND, "points": [{**FOUND["points"][0], "per_device": 16}]}
     assert doubts(untimed) == [], "the largest size that works may be known by its memory alone"
 
@@ -156,8 +156,8 @@ def test_a_stale_one_is_said_with_its_date_and_what_differs_and_is_not_used(tmp_
     looked = look(key_of(RUN, replace(PLACE, versions=PLACES["versions"], world=3)), tmp_path)  # type: ignore[arg-type]
     assert looked.profile is None
     assert looked.said == (
-        "the profile of 2026-11-21 16:40 UTC is of another version of torch 2.13.0, now 2.14.0, world 2, now 3: "
-        "not used",
+        "the profile of 2026-11-21 16:40 UTC is not used: version of torch was 2.13.0, is now 2.14.0; "
+        "world was 2, is now 3",
     )
 
 
@@ -208,7 +208,7 @@ def test_one_under_the_name_of_another_key_is_not_used(tmp_path: Path) -> None:
     keep(PROFILE, tmp_path).write_text(other.text())
     looked = look(PROFILE.key, tmp_path)
     assert looked.profile is None
-    assert "is of another key" in looked.said[0]
+    assert "has a different key: not used" in looked.said[0]
 
 
 @given(st.binary(max_size=60), st.integers(0, 2000))

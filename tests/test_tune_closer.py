@@ -1,4 +1,4 @@
-"""The closer look of tune, without measuring: how one batch is divided, which operators grew, and what is said."""
+"""Follow-up measurements of tune, without measuring: splits of a batch, operators that grew, and messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FACTS: dict[str, Any] = {
 
 
 def visited(size: int, samples_per_s: float, spread: float = 0.002, **more: Any) -> Visit:
-    """The whole update is 1 ms of sync, and the rest of it forward."""
+    """The update is 1 ms of sync, and otherwise forward."""
     update_ms = 2e3 * size * more.get("accumulation", 1) / samples_per_s
     stages = dict.fromkeys(STAGES, 0.0) | {"forward": update_ms - 1.0, "sync": 1.0}
     speeds = tuple(samples_per_s * (1 + off) for off in (-spread, 0.0, spread))
@@ -48,7 +48,7 @@ def found(*splits: Visit, **more: Any) -> dict[str, Any]:
     return document(Ledger((visited(64, 100.0),), splits=splits, **more), FACTS)
 
 
-# --- one batch, divided differently -------------------------------------------------------------------------------
+# --- splits of one batch ------------------------------------------------------------------------------------------
 
 
 def test_one_batch_whole_in_halves_and_in_quarters() -> None:
@@ -82,20 +82,20 @@ def test_splits_are_told_with_their_interval_memory_and_sync() -> None:
     assert whole["samples_per_s"] == pytest.approx(100, rel=0.01)
     assert whole["low"] < whole["samples_per_s"] < whole["high"]
     assert whole["sync_ms"] == pytest.approx(1.0)
-    assert whole["memory_bytes"] == 100 * 10**6  # what an earlier visit left behind is not its own
+    assert whole["memory_bytes"] == 100 * 10**6  # left over from an earlier measurement
 
 
 def test_the_fastest_is_said_and_what_the_others_save_and_cost() -> None:
     splits = (split(64, 1, 100.0, 100), split(32, 2, 94.3, 82), split(16, 4, 40.0, 100))
     assert divided(found(*splits)) == (
-        "one batch of 2 x 64 as 64 x 1, 32 x 2, 16 x 4: 64 x 1 is the fastest, "
-        "32 x 2 takes 18 % less memory and 6 % more time, 16 x 4 takes as much memory and 2.5 times the time"
+        "one batch of 2 x 64 split as 64 x 1, 32 x 2, 16 x 4: 64 x 1 is the fastest, "
+        "32 x 2 takes 18 % less memory and 6 % more time, 16 x 4 takes the same memory and 2.5 times the time"
     )
 
 
 def test_what_cannot_be_told_apart_is_not_called_slower() -> None:
     said = divided(found(split(64, 1, 100.0, 100, 0.05), split(32, 2, 99.0, 80, 0.05)))
-    assert said.endswith("32 x 2 takes 20 % less memory and as much time within what was measured")
+    assert said.endswith("32 x 2 takes 20 % less memory and the same time within measurement error")
 
 
 def test_a_split_that_runs_out_of_memory_is_told_and_is_no_error() -> None:
@@ -163,16 +163,16 @@ def test_operators_are_named_in_words_with_how_much_longer_they_take() -> None:
     )
     told = found(operators=operators)
     assert slowed(told["operators"]) == (
-        "in the backward pass of 45 against 20, aten::convolution_backward takes 1.6 times as long per sample, "
-        "aten::copy_ is new with 12 us per sample"
+        "in the backward pass at 45 compared with 20, aten::convolution_backward takes 1.6 times as long per sample, "
+        "aten::copy_ is new at 12 us per sample"
     )
-    assert "In the backward pass of 45 against 20" in text(told)
+    assert "In the backward pass at 45 compared with 20" in text(told)
     assert "aten::convolution_backward takes 1.6 times" in page(told)
     assert slowed(found()["operators"]) == ""
 
 
 def test_an_operator_belongs_to_the_stage_it_was_begun_in() -> None:
-    """Ranges that somebody named and collectives are no operators."""
+    """Named profiler ranges and collectives are not operators."""
     square = torch.ones(64, 64)
     with profile(activities=[ProfilerActivity.CPU]) as watched:
         for _ in range(2):
@@ -189,11 +189,11 @@ def test_an_operator_belongs_to_the_stage_it_was_begun_in() -> None:
     assert by_operator(events, "backward", cuda=False) == {}
 
 
-# --- the walk, and its budget -------------------------------------------------------------------------------------
+# --- order of measurements, and the budget ------------------------------------------------------------------------
 
 
 class Walked:
-    """Stands for a survey whose every visit takes a second."""
+    """A fake search in which every measurement takes a second."""
 
     def __init__(self, ledger: Ledger, speed: Callable[[int], Visit]) -> None:
         self.ledger = ledger
@@ -223,7 +223,7 @@ def walked(
 ) -> Walked:
     survey = Walked(ledger, speed)
     council: Any = Council(None, 0, 1)  # type: ignore[arg-type]
-    # the search has used up its own budget already
+    # the search has already used its own budget
     look_closer(survey, Term(budget_s, council, clock=lambda: survey.now_s, began=-budget_s), 1)  # type: ignore[arg-type]
     return survey
 
@@ -244,7 +244,7 @@ def test_a_small_part_of_the_budget_is_for_it_and_then_it_ends() -> None:
 
 
 def test_what_would_take_longer_than_that_is_not_begun() -> None:
-    """An update of 320 ms: three visits of seven are 6.7 s; one of them and one of the slower size are 9 s."""
+    """An update of 320 ms: three measurements of seven are 6.7 s; one of them and one of the slower size are 9 s."""
     slow = Ledger((visited(16, 100.0), visited(32, 66.0)))
     assert walked(slow, budget_s=40).did == []
     assert walked(slow, budget_s=50).did == ["4x4", "8x2", "16x1", "16x1", "8x2", "4x4"]

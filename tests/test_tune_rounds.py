@@ -1,4 +1,4 @@
-"""Measuring in rounds, without processes: what ended one, what the next one knows, and when a process can be copied."""
+"""Measuring with retries, without processes: how an attempt ended, what the next one knows, and forking."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def failed(folder: Path, rank: int, message: str, after_s: float = 0.0, *, reque
 
 
 def only(words: Sequence[Word]) -> str:
-    """What is said of a job whose first round ended so."""
+    """Return the message for a job whose first attempt ended like this."""
     with pytest.raises(Unmeasured) as caught:
         in_rounds(lambda _, __: words)
     return str(caught.value)
@@ -50,14 +50,17 @@ def test_the_next_round_leaves_the_size_out_that_memory_ran_out_at() -> None:
 
 def test_it_is_not_started_again_for_ever() -> None:
     words = (Word(None, state=UNDER_WAY), Word(EXIT_LOST))
-    assert only(words) == "measuring batch sizes ran out of memory 20 times: type tune.max= or a number"
+    assert (
+        only(words)
+        == "measuring batch sizes ran out of memory 20 times: set tune.max, or type a number for batch.per_device"
+    )
 
 
 def test_a_killed_rank_is_named_before_what_its_end_did_to_others(tmp_path: Path) -> None:
-    """Not all that torch says of a peer that has gone is known as a consequence."""
+    """Some torch messages about a lost peer are not recognised as peer failures."""
     word = failed(tmp_path, 0, "recvValue failed")
     said = only((Word(EXIT_FAILED, word, state=UNDER_WAY), Word(-9)))
-    assert said == "rank 1 was killed by SIGKILL: out of memory? (per_device=45 was under way)"
+    assert said == "rank 1 was killed by SIGKILL: out of memory? (while measuring per_device=45)"
     assert only((Word(None), Word(-9))) == "rank 1 was killed by SIGKILL: out of memory?"
 
 
@@ -77,8 +80,8 @@ def test_a_wrong_request_is_one(tmp_path: Path) -> None:
 
 def test_who_left_without_a_word_is_named_before_a_consequence(tmp_path: Path) -> None:
     consequence = failed(tmp_path, 0, "Connection closed by peer")
-    assert only((Word(EXIT_AGAIN, consequence, UNDER_WAY), Word(7))) == "rank 1 left with 7"
-    assert only((Word(EXIT_AGAIN, consequence), Word(-11))) == "rank 1 was ended by SIGSEGV"
+    assert only((Word(EXIT_AGAIN, consequence, UNDER_WAY), Word(7))) == "rank 1 exited with code 7"
+    assert only((Word(EXIT_AGAIN, consequence), Word(-11))) == "rank 1 was killed by SIGSEGV"
     assert "Connection closed" in only((Word(EXIT_AGAIN, consequence), Word(EXIT_AGAIN)))
 
 
@@ -87,12 +90,12 @@ def test_a_word_is_the_same_after_its_way_through_the_store(tmp_path: Path) -> N
         assert Word.from_facts(word.to_facts()) == word
 
 
-# --- when a copy of this process can compute ------------------------------------------------------------------------
+# --- when this process can be forked --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As a process that has imported all and done nothing, whatever else this one has done."""
+    """Act like a process that has only imported modules, whatever this one has done."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(errand, "DEVICES", ("/nowhere/",))

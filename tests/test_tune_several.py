@@ -1,4 +1,4 @@
-"""tune -m without measuring: one table of all points, one JSON document, and memory over images of several sizes."""
+"""tune -m without measuring: one table of all points, one JSON document, and memory over image sizes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIXED_BYTES, PIXEL_BYTES = 310e6, 1900.0
 
 
 def peaks(*sizes: tuple[int, int], off: Callable[[], float] = lambda: 0.0) -> list[Peak]:
-    """Of 310 MB + 1.9 kB x per_device x pixels, each off by a part of itself."""
+    """Memory of 310 MB + 1.9 kB x per_device x pixels, each with a relative error."""
     return [
         Peak(h, w, m, round((FIXED_BYTES + PIXEL_BYTES * m * h * w) * (1 + off())))
         for h, w in sizes
@@ -73,7 +73,7 @@ def test_noise_of_three_percent_is_told_and_leaves_the_values_near() -> None:
 def test_memory_that_does_not_grow_is_said_so() -> None:
     found = ImageMemory.of([Peak(s, s, m, 300_000_000) for s in (8, 16) for m in (4, 8)])
     assert found is not None
-    assert found.sentence().startswith("A worker's memory is about 300 MB whatever per_device and the size of images")
+    assert found.sentence().startswith("A worker's memory is about 300 MB regardless of per_device and image size")
     assert found.to_facts()["pixel_bytes"]["value"] == 0.0
 
 
@@ -152,7 +152,7 @@ def test_a_point_where_nothing_fits_has_no_size_and_says_why() -> None:
     nothing = found_by_tune(ledger(Visit(8, where="forward")), FACTS)
     shown = table([point("seed=1", found=nothing), point("seed=2", found=tuned())]).splitlines()
     assert shown[2].split() == ["0", "-", "-", "-", "-", "memory", "1"]
-    assert shown[4].startswith("point 0: no size fits into memory: a smaller tune.sizes, ")
+    assert shown[4].startswith("point 0: no size fits into memory: try smaller tune.sizes, ")
 
 
 def test_the_document_has_what_was_asked_and_what_was_found_or_the_error() -> None:
@@ -273,13 +273,13 @@ def test_sigterm_between_two_points_or_in_one_ends_all_of_it(here: Path, capsys:
     ("words", "said"),
     [
         (["batch.per_device=8,x"], "batch.per_device=x: expected a whole number"),
-        (["seed=1,2", "tune.size=[8]"], "tune.size is no key: did you mean tune.sizes?"),
-        (["format=json,text"], "format can't be swept over: all points come into one table"),
+        (["seed=1,2", "tune.size=[8]"], "tune.size is not a key: did you mean tune.sizes?"),
+        (["format=json,text"], "format can't be swept over, as all points go into one table"),
         (["tune.out=a,b"], "tune.out can't be swept over"),
         (["run.name=a,b"], "run.name can't be swept over"),
-        (["sweep.at_once=2"], "sweep.at_once=2 is for training: tune measures the points that are named, one after"),
-        (["sweep.trials=4", "lr.base=interval(0.1,1)"], "sweep.trials=4 is for training"),
-        (["--share=0/4"], "--share=0/4 is for training"),
+        (["sweep.at_once=2"], "sweep.at_once=2 is only for training: tune measures the listed points one after"),
+        (["sweep.trials=4", "lr.base=interval(0.1,1)"], "sweep.trials=4 is only for training"),
+        (["--share=0/4"], "--share=0/4 is only for training"),
     ],
 )
 def test_a_wrong_request_is_found_before_the_first_is_measured(here: Path, words: list[str], said: str) -> None:

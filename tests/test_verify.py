@@ -1,4 +1,4 @@
-"""verify: on anyone's recipe, that a split batch gives the gradient of the whole one, or which layer breaks that."""
+"""`launcher verify`: for any recipe, a split batch gives the full gradient, or the responsible layer is named."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ Asked = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Asked:
-    """Asks for the JSON on the user's own recipe, and returns it with the exit status."""
+    """Run with format=json on the user's own recipe; return the document and the exit status."""
     (tmp_path / "verify_own.py").write_text(RECIPES)
     (tmp_path / "here").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
@@ -113,7 +113,7 @@ def test_the_splits_are_real_plans_even_and_uneven(asked: Asked) -> None:
 
 def test_every_batchnorm_is_named_and_nothing_behind_it(asked: Asked) -> None:
     status, document = asked("+recipe.layers=normed")
-    assert status == 0  # an answer, and explained
+    assert status == 0  # a result with an explanation
     assert document["equal"] is False
     assert document["breakers"] == ["1 (BatchNorm1d)", "3 (BatchNorm1d)"]
     assert document["relative"] > 1e-3
@@ -130,7 +130,7 @@ def test_a_layer_of_the_users_own_that_mixes_samples_is_named(asked: Asked) -> N
 @pytest.mark.parametrize("kind", ["mean", "pairs"])
 def test_a_loss_that_is_no_sum_over_samples_is_named(asked: Asked, kind: str) -> None:
     status, document = asked(f"recipe.kind={kind}")
-    assert status == 1  # layers may do so on purpose, a loss trains something else
+    assert status == 1  # layers may do so on purpose; a mean loss gives wrong gradients
     assert (document["equal"], document["breakers"]) == (False, ["loss"])
 
 

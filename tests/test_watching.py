@@ -1,4 +1,4 @@
-"""`launcher watch`: files that grow under its eyes, shown as the console of the run itself shows them."""
+"""`launcher watch`: growing files, shown as the console of the run itself shows them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Terminal(File):
 
 
 class Elsewhere:
-    """A run of another process: `add` writes what that one would."""
+    """A run of another process: the methods write what that process would."""
 
     def __init__(self, path: Path) -> None:
         (path / "checkpoints").mkdir(parents=True)
@@ -77,7 +77,7 @@ def run(tmp_path: Path) -> Elsewhere:
 
 
 class Watched:
-    """What is shown of a run. Before each look the next step happens; `who` runs it until the last one has."""
+    """The output for a run. Before each poll the next step is executed; `who` runs it until the last step."""
 
     def __init__(self, run: Elsewhere, *steps: Step, who: object = DRIVER, stream: File | None = None) -> None:
         self.stream = stream or File()
@@ -101,11 +101,11 @@ class Watched:
 
 
 def updates(text: str) -> list[int]:
-    """Of which updates there are lines."""
+    """Return the updates for which there are lines."""
     return [int(found) for found in re.findall(r"^ .*%  update (\d+) ", text, re.MULTILINE)]
 
 
-# --- what is shown ------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_shown_as_it_was_and_that_is_all(run: Elsewhere) -> None:
@@ -235,7 +235,7 @@ def test_it_begins_with_the_last_start(run: Elsewhere) -> None:
 
 
 def test_a_restart_is_shown_as_the_new_processes_show_it(run: Elsewhere) -> None:
-    """Updates that are run again count once, and late rows of the old workers no more."""
+    """Repeated updates are shown once, and late rows of the old workers are not shown."""
     run.start()
     run.rows(1, 30, val__loss=0.1)
 
@@ -266,7 +266,7 @@ def test_a_restart_is_shown_as_the_new_processes_show_it(run: Elsewhere) -> None
 
 
 def test_rows_whose_start_was_written_between_two_looks_wait_for_it(run: Elsewhere) -> None:
-    """Rows are read after the events: those of a start that was not there yet bring it along."""
+    """Rows are read after the events: a row of a start without an event yet triggers another read of the events."""
     run.start()
     run.rows(1, 3)
     stream = File()
@@ -276,7 +276,7 @@ def test_rows_whose_start_was_written_between_two_looks_wait_for_it(run: Elsewhe
 
     def late() -> Any:
         screen._events.added = added  # type: ignore[method-assign]
-        run.start(2, 900.0)  # by another machine's clock
+        run.start(2, 900.0)  # by the clock of another machine
         run.rows(2, 4, 2, val__loss=0.5)
         return iter(())
 
@@ -287,7 +287,7 @@ def test_rows_whose_start_was_written_between_two_looks_wait_for_it(run: Elsewhe
     assert not screen.look(), "nothing was added since"
 
 
-# --- what is not running ------------------------------------------------------------------------------------------
+# --- runs that are not running ------------------------------------------------------------------------------------
 
 
 def test_a_run_that_nobody_runs_is_said_to_stand_where_it_stands(run: Elsewhere) -> None:
@@ -321,14 +321,14 @@ def test_a_stopped_run_shows_its_closing_figures(run: Elsewhere) -> None:
 
 
 def test_one_that_is_stopped_to_be_started_again_is_watched_on(run: Elsewhere) -> None:
-    """A preempted job: it saves, waits in the queue, and goes on."""
+    """A preempted job saves, waits in the queue, and continues."""
     run.start()
     run.rows(1, 3)
     idle = [lambda: None] * 60
     preempted = lambda: run.event("preempt", 1001.0, why="SIGUSR1", samples=128, update=2)  # noqa: E731
     seen = Watched(run, preempted, *idle, lambda: run.start(2, 2000.0), lambda: run.done(2100.0), who=WAITS)
     assert seen.text.count("Slurm job 7, PENDING (Resources): at update 2, 128 samples") == 1
-    assert "waiting for it to begin" in seen.text
+    assert "waiting for it to start" in seen.text
     assert seen.text.index("start 2") < seen.text.index("\nfinished")
 
 
@@ -337,7 +337,7 @@ def test_one_that_has_not_begun_is_said_so_once_and_waited_for(run: Elsewhere, w
     seen = Watched(run, *[lambda: None] * 100, run.start, lambda: run.done(1100.0), who=who)
     first = seen.text.splitlines()[0]
     assert said in first
-    assert first.endswith(": nothing was trained yet; waiting for it to begin")
+    assert first.endswith(": no update finished yet; waiting for it to start")
     assert seen.text.count("waiting") == 1
     assert "\nfinished" in seen.text
 
@@ -351,19 +351,19 @@ def test_a_finished_run_that_goes_on_is_watched_on(run: Elsewhere) -> None:
     assert "start 2" in seen.text
 
 
-# --- its manners --------------------------------------------------------------------------------------------------
+# --- side effects and robustness ----------------------------------------------------------------------------------
 
 
 def test_who_runs_it_is_asked_rarely_and_not_while_rows_come(run: Elsewhere) -> None:
     run.start()
-    rows: list[Step] = [lambda at=at: run.rows(at, at + 1) for at in range(1, 101)]  # 25 s of looks
+    rows: list[Step] = [lambda at=at: run.rows(at, at + 1) for at in range(1, 101)]  # 25 s of polling
     seen = Watched(run, *rows, lambda: run.done(1100.0))
     assert seen.asked == 1
 
 
 def test_a_quiet_run_is_asked_about_every_two_seconds_and_the_queue_every_ten(run: Elsewhere) -> None:
     run.start()
-    for who, least, most in ((DRIVER, 12, 14), (RUNS, 4, 5)):  # the queue once more at the end, to be sure
+    for who, least, most in ((DRIVER, 12, 14), (RUNS, 4, 5)):  # one more queue query at the end, to be sure
         seen = Watched(run, *[lambda: None] * 100, who=who)
         assert least <= seen.asked <= most, (ASK_EVERY_S, seen.asked)
 
@@ -420,7 +420,7 @@ def test_only_what_was_appended_is_read(run: Elsewhere) -> None:
     assert list(tail.added()) == []
     blank = b" " * (run.folder.metrics.stat().st_size - 1) + b"\n"
     with run.folder.metrics.open("r+b") as file:
-        file.write(blank)  # had it been read again, nothing would be found
+        file.write(blank)  # if it were read again, nothing would be found
     run.rows(1001, 1003)
     assert [row["update"] for row in tail.added()] == [1001, 1002]
 
@@ -434,18 +434,18 @@ def test_ctrl_c_ends_the_watching_alone(run: Elsewhere, monkeypatch: pytest.Monk
     monkeypatch.setattr(watching, "follow", interrupted)
     assert watch(str(run.folder.path), stream := File()) == EXIT_OK
     path = run.folder.path
-    assert stream.getvalue() == f"{path} is watched no more: launcher stop {path} would save and stop it\n"
+    assert stream.getvalue() == f"stopped watching {path}: type launcher stop {path} to save and stop the run\n"
     assert not run.folder.stop_file.exists()
 
 
 def test_a_wrong_name_is_refused_as_by_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match="y is no run: there is none in runs/ here"):
+    with pytest.raises(RequestError, match="y is not a run: there are no runs in runs/"):
         watch("y")
 
 
 def test_between_two_starts_a_torchrun_of_ones_own_is_seen_itself(run: Elsewhere) -> None:
-    """Its workers hold the lock, and are dead for a moment."""
+    """Its workers hold the lock, and are absent for a moment."""
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
     alive = Owner(1, socket.gethostname(), "", torchrun=os.getpid())

@@ -1,4 +1,4 @@
-"""Reads what wandb really wrote: its `.wandb` file is a log of protobuf records in LevelDB's format."""
+"""Read the `.wandb` file that wandb wrote: a log of protobuf records in LevelDB's format."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HEADER_BYTES = 7  # of the file; in each block, of each chunk: checksum (4), length (2), kind (1)
+HEADER_BYTES = 7  # file header; then per chunk: checksum (4), length (2), kind (1)
 BLOCK_BYTES = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def records(path: Path) -> Iterator[Any]:
-    """Each record of the file, as `wandb.proto.wandb_internal_pb2.Record`."""
+    """Yield each record of the file as `wandb.proto.wandb_internal_pb2.Record`."""
     from wandb.proto import wandb_internal_pb2
 
     whole = b""
@@ -27,7 +27,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The logged rows."""
+    """Return the logged rows."""
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for record in records(path)
@@ -36,7 +36,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """What was put into the summary by name, the last value of each."""
+    """Return the summary: the last value of each name."""
     found = {}
     for record in records(path):
         for item in record.summary.update:
@@ -45,7 +45,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 
 def exit_code(path: Path) -> int:
-    """What wandb was told of the run's end: it shows anything but 0 as failed."""
+    """Return the exit code that wandb recorded; it shows a run as failed unless it is 0."""
     return next(int(record.exit.exit_code) for record in records(path) if record.HasField("exit"))
 
 
@@ -53,7 +53,7 @@ def _chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
     position = HEADER_BYTES
     while position + HEADER_BYTES <= len(data):
         left = BLOCK_BYTES - position % BLOCK_BYTES
-        if left < HEADER_BYTES:  # a block's end too short for a header is padding
+        if left < HEADER_BYTES:  # the end of a block that is too short for a header is padding
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)

@@ -1,4 +1,4 @@
-"""As much of a wandb server as a run needs: it says yes to everything and keeps what it is sent."""
+"""A minimal wandb server: it accepts every request and keeps what it receives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs for tests that read them: metrics.jsonl as training writes it, without training."""
+"""Write run folders for tests: metrics.jsonl as training writes it, without training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def row(
     samples: int | None = None,
     **values: Any,
 ) -> dict[str, Any]:
-    """One update of `batch` samples; other keys with `__` for the slash."""
+    """Return the row of an update of `batch` samples; `__` in other keys stands for the slash."""
     wall_ms = sum(stages_ms.values())
     seen = update * batch if samples is None else samples
     return {
@@ -45,7 +45,7 @@ def row(
 
 
 def write(folder: Path, rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]] = ()) -> Path:
-    """A run folder with these rows."""
+    """Create a run folder with these rows."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
     (folder / "events.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in events))

@@ -1,4 +1,4 @@
-"""Where rows and events go. A table from a name to what opens it; nothing is imported before it is asked for."""
+"""Metric sinks: a table from each sink name to the function that opens it. Sinks are imported only when used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Destination:
-    """What the sinks must know of a run. `wandb_id` is the same over all its restarts, `config` free of secrets."""
+    """What the sinks need to know about a run.
+
+    `wandb_id` stays the same across all restarts; `config` must not contain secrets.
+    """
 
     folder: Path
     name: str
@@ -51,16 +54,16 @@ SINKS: Mapping[str, Callable[[Destination, Options], Sink]] = {
 
 
 def open_sinks(chosen: Mapping[str, Options | None], to: Destination) -> list[Sink]:
-    """The chosen sinks with their options, and before them JSONL, which is always on.
+    """Open the chosen sinks with their options, preceded by the JSONL sink, which is always on.
 
     Raises:
-        RequestError: there is no such sink, or what it needs is not installed.
-        OSError: the run folder cannot be written.
+        UsageError: a sink name is unknown, or a package that a sink needs is not installed.
+        OSError: the run directory is not writable.
     """
     from launcher.sinks.jsonl import Jsonl
 
     for name in chosen:
         if name not in SINKS:
-            raise RequestError(f"sink={name} is no sink: choose from {', '.join(sorted(SINKS))}")
+            raise RequestError(f"sink={name} is not a sink: choose from {', '.join(sorted(SINKS))}")
     others = [SINKS[name](to, options or {}) for name, options in chosen.items()]
-    return [Jsonl(to.folder), *others]  # opened last: where one of them is refused, nothing is left behind
+    return [Jsonl(to.folder), *others]  # JSONL is opened last: if another sink fails to open, no file is created

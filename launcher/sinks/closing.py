@@ -1,4 +1,4 @@
-"""What a person reads at the end of a run: what was reached, where the time went, and what to type next."""
+"""The console summary at the end of a run: final metrics, time per stage, and what to type next."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ FILES = ("model.safetensors", "best.safetensors", "checkpoints", "metrics.jsonl"
 
 ADVICE = {
     "data": "workers wait for data. Try data.workers=2 or more",
-    "transfer": "copying to the device. Try a larger batch.per_device",
+    "transfer": "copying batches to the device. Try a larger batch.per_device",
     "sync": "workers wait for each other. Synchronise less often: larger batch.per_device or batch.accumulation",
-    "optimizer": "the step itself. A larger batch takes fewer steps per epoch",
-    "checkpoint": "saving. Try a longer checkpoint.every",
-    "other": "validation and what lies between the updates. Try a longer train.validate_every",
+    "optimizer": "the optimizer step. A larger batch takes fewer steps per epoch",
+    "checkpoint": "saving checkpoints. Try a longer checkpoint.every",
+    "other": "validation and work between updates. Try a longer train.validate_every",
 }
 
 
 def closing_lines(tally: Tally, facts: Facts, done: Facts, paint: Paint, width: int) -> list[str]:
-    """Blocks of lines with a blank one before each. Empty where nothing was trained.
+    """Return the blocks of the summary, each preceded by a blank line; blocks without content are omitted.
 
-    `done` are the facts of that event; none where training was stopped.
+    `done` holds the fields of the `done` event; it is empty if training was stopped early.
     """
     blocks = (
         rows([*_reached(tally, done.get("metrics") or {}), *_noise(tally), *_restarts(tally, done)], width, paint),
@@ -41,13 +41,13 @@ def closing_lines(tally: Tally, facts: Facts, done: Facts, paint: Paint, width: 
 
 
 def speed_text(samples: int, updates: int, seconds: float, samples_per_s: float | None) -> str:
-    """14,370 samples · 230 updates · 14.2 s · 1,012 samples/s"""
+    """Format totals, e.g. 14,370 samples · 230 updates · 14.2 s · 1,012 samples/s."""
     parts = [f"{count(samples)} samples", f"{count(updates)} updates", took(seconds)]
     return " · ".join([*parts, *([f"{rate(samples_per_s)} samples/s"] if samples_per_s else [])])
 
 
 def stage_table(stages: Sequence[StageShare], paint: Paint, width: int) -> list[str]:
-    """Stage, milliseconds per update, share and a bar; the longest first."""
+    """One line per stage: name, milliseconds per update, share and a bar; `stages` is sorted, longest first."""
     longest = max((stage.share for stage in stages), default=1.0)
     columns = max(0, min(BAR_COLUMNS, width - 34))
     slowest_ms = max((stage.ms for stage in stages), default=0.0)
@@ -61,7 +61,7 @@ def stage_table(stages: Sequence[StageShare], paint: Paint, width: int) -> list[
 
 
 def bottleneck(stages: Sequence[StageShare], facts: Facts) -> str:
-    """The stage that takes longest, forward and backward taken as one, and one thing to do about it."""
+    """The stage that takes longest (forward and backward count together), and one suggestion to reduce it."""
     grouped: dict[str, float] = {}
     for stage in stages:
         name = "compute" if stage.stage in ("forward", "backward") else stage.stage
@@ -70,14 +70,16 @@ def bottleneck(stages: Sequence[StageShare], facts: Facts) -> str:
     if name == "compute":
         good = ", as it should be" if share >= MOSTLY else ", the largest part"
         return f"compute, {share:.0%}{good}. Faster: {_faster(facts)}"
-    return f"{name}, {share:.0%}: {ADVICE.get(name, 'this takes longest')}"
+    return f"{name}, {share:.0%}: {ADVICE.get(name, 'the longest stage')}"
 
 
 def next_steps(facts: Facts, finished: bool) -> list[str]:
-    """What to type to go on, and to look at the figures elsewhere. Only what is there is named."""
+    """Commands that continue training, sync to W&B or open TensorBoard; only those that apply to this run."""
     folder = Path(str(facts.get("run_dir") or "."))
     key = f"run.name={folder.name}" if folder.parent.name == "runs" else f"run.dir={folder}"
-    steps = [f"to go on: {key} and a longer train.duration" if finished else f"to go on: the same command with {key}"]
+    steps = [
+        f"to continue: {key} and a longer train.duration" if finished else f"to continue: the same command with {key}"
+    ]
     if any(folder.glob("wandb/offline-run-*")):
         steps.append(f"wandb sync {folder}/wandb/offline-run-*")
     if (folder / "tensorboard").is_dir():
@@ -95,8 +97,9 @@ def _reached(tally: Tally, metrics: Mapping[str, float]) -> list[Row]:
 
 
 def _noise(tally: Tally) -> list[Row]:
-    """The gradient's noise scale against the batch, where it was measured; at least its lower bound."""
-    values = {} if tally.last is None else tally.last.values  # what was known and no longer is counts no more
+    """The gradient noise scale next to the batch size, if measured; otherwise its lower bound, if known."""
+    # Only the last row counts: an estimate that is no longer known is not shown.
+    values = {} if tally.last is None else tally.last.values
     scale, low, high = (values.get(f"noise/scale{end}") for end in ("", "_low", "_high"))
     if low is None:
         return []
@@ -106,7 +109,7 @@ def _noise(tally: Tally) -> list[Row]:
 
 
 def _restarts(tally: Tally, done: Facts) -> list[Row]:
-    """What restarts cost: in the whole run where that is known, else since this process began."""
+    """The cost of restarts: over the whole run if `done` has it, else since this process started."""
     restarts, lost = done.get("restarts", 0), done.get("lost_samples", tally.lost_samples)
     again = f"{count(restarts)} restart{'' if restarts == 1 else 's'}"
     parts = [f"{again} took {took(done.get('recovery_s', 0.0))}"] if restarts else []
@@ -126,7 +129,7 @@ def _stages(tally: Tally, facts: Facts, paint: Paint, width: int) -> list[str]:
     if not stages:
         return []
     total = figure(sum(stage.ms for stage in stages))
-    head = f"  where the {total} ms of an update go (mean of {count(tally.updates)})"
+    head = f"  time per update: {total} ms (mean of {count(tally.updates)} updates)"
     last = rows([("bottleneck", bottleneck(stages, facts))], width, paint)
     return [paint.dim(head[:width]), *stage_table(stages, paint, width), *last]
 

@@ -1,6 +1,7 @@
-"""The sink that a person watches: a summary, a progress bar on a terminal or a few plain lines, and a summary again.
+"""The console sink: a summary at the start, progress (a bar on a terminal, else plain lines), a summary at the end.
 
-Drawn by hand, not by a library: a redraw costs some 30 microseconds, where it competes with training.
+Drawing is hand-written rather than done by a library: a redraw takes about 30 microseconds, which matters because it
+competes with training.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ BOLD, RED, GREEN, YELLOW, CYAN = 1, 31, 32, 33, 36
 
 
 class Console:
-    """At most 80 columns, fewer on a narrower terminal; colours on a terminal only, and not with NO_COLOR.
+    """Prints at most 80 columns, fewer on a narrower terminal; uses colours only on a terminal without NO_COLOR.
 
-    `live`: False while rows of the past are caught up with, of which only validations have a line, and none a bar.
+    `live` is False while past rows are replayed: then only validations print a line and no bar is drawn.
     """
 
     live = True
@@ -53,7 +54,7 @@ class Console:
             "target": self._target,
             "preempt": self._preempt,
             "done": self._done,
-            "error": lambda facts: self._clear(),  # who started the job says what went wrong, once
+            "error": lambda facts: self._clear(),  # the process that started the job prints the error, once
         }
 
     def write(self, entry: Reading | Event) -> None:
@@ -99,7 +100,7 @@ class Console:
     def _resume(self, facts: Mapping[str, Any]) -> None:
         passed = facts.get("passed_over") or ()
         for one in passed:
-            self._note("warning:", f"checkpoint {one.get('name')} was passed over: {one.get('why')}", YELLOW)
+            self._note("warning:", f"checkpoint {one.get('name')} was skipped: {one.get('why')}", YELLOW)
         where = f"{facts.get('checkpoint')} at update {count(facts.get('update', 0))}"
         changed = [f"{key} {old} -> {new}" for key, (old, new) in (facts.get("changed") or {}).items()]
         lost = facts.get("lost_samples")
@@ -135,12 +136,12 @@ class Console:
         self._print(*closing_lines(self._tally, self._facts, done, self._paint, self._width), "")
 
     def _note(self, label: str, text: str, colour: int = CYAN) -> None:
-        """Something that happened, on lines of its own."""
+        """Print an event on lines of its own."""
         first, *others = fold(one_line(f"{label} {text}"), self._width, 2)
         self._line(self._paint(label, BOLD, colour) + first[len(label) :], *others)
 
     def _line(self, *lines: str) -> None:
-        """Lines below the block they don't belong to."""
+        """Print lines, separated by a blank line from a preceding block of rows."""
         self._print(*([""] if self._gap else []), *lines)
         self._gap = False
 
@@ -149,7 +150,7 @@ class Console:
         self._put("".join(f"{line}\n" for line in lines))
 
     def _draw(self) -> None:
-        """The bar, which the next one is drawn over: the cursor stays at its beginning."""
+        """Draw the bar and leave the cursor at its start, so that the next bar overwrites it."""
         if self._terminal and self.live:
             self._put(f"\r{self._progress.bar(self._width - 1, self._paint)}\x1b[K\r")
             self._bar = True

@@ -1,8 +1,8 @@
-"""Between training and the sinks: training hands over rows and events and goes on at once.
+"""Asynchronous logging: training hands rows and events to the sinks and continues immediately.
 
-Each sink has a queue and a thread of its own, so that a slow one holds up nobody. Rows wait until the thread next
-wakes, a few times a second, since each waking takes the interpreter from training; events wake it at once. A sink
-that fails is reported once, tried again, and never breaks training.
+Each sink has its own queue and thread, so a slow sink does not delay training or the other sinks. Rows wait until the
+thread next wakes, a few times a second, because each wake-up takes the GIL from training; events wake it immediately.
+A failing sink is reported once, retried, and never interrupts training.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PATIENCE_S = 2.0
 
 
 class Sink(Protocol):
-    """Where rows and events go. Both verbs are called from the sink's own thread.
+    """A destination for rows and events. Both methods are called from the sink's own thread.
 
-    A sink may also have: `lossless = True` for a queue without bounds, whose events are written when the call
-    returns; `every_s`, how often it wants its rows; `patience_s`, how long closing may take; and `abandon()`, called
-    where it took longer.
+    Optional attributes: `lossless = True` gives an unbounded queue whose events are written before `event()` returns;
+    `every_s` is the interval at which rows are delivered; `patience_s` limits how long closing may take; `abandon()`
+    is called if closing takes longer.
     """
 
     def write(self, entry: Reading | Event) -> None: ...
@@ -39,15 +39,16 @@ class Sink(Protocol):
 
 
 def say(text: str) -> None:
-    """One line on stderr, free of a progress bar that may stand there."""
+    """Print one line to stderr, first clearing a progress bar that may be on the line."""
     start = "\r\x1b[K" if sys.stderr.isatty() else ""
     print(f"{start}{text}", file=sys.stderr, flush=True)
 
 
 class Journal:
-    """What training tells the world, on rank 0.
+    """Distributes rows and events to the sinks, on rank 0.
 
-    `reading` costs about a microsecond per sink. `event` returns when the event is in `events.jsonl`, or after 2 s.
+    Logging a row costs about a microsecond per sink. Logging an event returns once the event is in `events.jsonl`, or
+    after 2 s.
     """
 
     def __init__(
@@ -72,13 +73,13 @@ class Journal:
         self.flush()
 
     def flush(self, timeout_s: float = PATIENCE_S) -> None:
-        """Wait until the JSONL files hold all that was handed over: what a checkpoint counts must not be lost."""
+        """Wait until the JSONL files hold all entries so far: rows that a checkpoint covers must not be lost."""
         for lane in self._lanes:
             if lane.lossless:
                 lane.flush(timeout_s)
 
     def close(self) -> None:
-        """Write what is left. A sink that takes longer than its patience (2 s) is left behind, and that is said."""
+        """Write what remains. A sink that takes longer than its `patience_s` (2 s) is abandoned, with a warning."""
         start = time.monotonic()
         hasty = [lane for lane in self._lanes if not lane.lossless]
         for lane in hasty:
@@ -87,7 +88,7 @@ class Journal:
             lane.join(start)
         for lane in self._lanes:
             if lane.lost:
-                self._report(lane.name, f"{lane.lost} rows are missing there, metrics.jsonl has them")
+                self._report(lane.name, f"{lane.lost} rows were not written; metrics.jsonl has them")
         for lane in self._lanes:
             if lane.lossless:
                 lane.finish()
@@ -100,14 +101,14 @@ class Journal:
                 lane.wake()
 
     def _report(self, name: str, why: str) -> None:
-        """Called from the sinks' threads too, so it waits for nothing."""
+        """Report a sink's failure. Also called from the sinks' threads, so it must not block."""
         detail = f"{name}: {why}"
         self._say(f"warning: {detail}")
         self._post(Event(self._clock(), "alarm", {"kind": "sink", "detail": detail}), kept_only=True)
 
 
 class Lane:
-    """One sink, its queue and its thread."""
+    """One sink with its queue and thread."""
 
     def __init__(self, sink: Sink, report: Callable[[str, str], None], queue_rows: int) -> None:
         self.name = type(sink).__name__.lower()
@@ -121,7 +122,7 @@ class Lane:
         self._waiting: deque[threading.Event] = deque()
         self._awake = threading.Event()
         self._closing = self._left = False
-        self._failures = 0  # in a row: the sink's, and the entry's in hand
+        self._failures = 0  # consecutive failures of the sink; `_tries` counts attempts at the current entry
         self._tries = 0
         self._reported = False
         self._thread = threading.Thread(target=self._run, name=f"sink-{self.name}", daemon=True)
@@ -139,7 +140,7 @@ class Lane:
         self._awake.set()
 
     def flush(self, timeout_s: float) -> None:
-        """Wait until all that was put before has been written, or has failed once more."""
+        """Wait until every entry put so far has been written, or the next attempt has failed."""
         if not self._thread.is_alive():
             return
         written = threading.Event()
@@ -152,13 +153,13 @@ class Lane:
         self.wake()
 
     def join(self, start: float) -> None:
-        """Wait until the sink's patience, counted from `start`, is over; it may grow on the way."""
+        """Wait for the thread, at most `patience_s` from `start`; the sink may raise `patience_s` meanwhile."""
         while self._thread.is_alive() and time.monotonic() < start + getattr(self._sink, "patience_s", PATIENCE_S):
             self._thread.join(0.02)
         if self._thread.is_alive():
             self._left = True
             abandon = getattr(self._sink, "abandon", None)
-            abandon() if abandon else self._report(self.name, "did not end in time and was left behind")
+            abandon() if abandon else self._report(self.name, "did not close in time and was abandoned")
 
     def _run(self) -> None:
         while not self._closing:
@@ -173,7 +174,7 @@ class Lane:
             self._failed(error)
 
     def _pass(self) -> None:
-        """Write all that waits, up to the first failure; then let go of those who wait for it."""
+        """Write the queued entries up to the first failure, then release the callers waiting in `flush`."""
         waiting = len(self._waiting)
         while self._queue and self._written(self._queue[0]):
             self._queue.popleft()
@@ -181,10 +182,10 @@ class Lane:
             self._waiting.popleft().set()
 
     def _written(self, entry: Reading | Event) -> bool:
-        """Whether the lane is through with the entry: written, or given up after some tries."""
+        """Write one entry; return whether it is finished with: written, or given up after several tries."""
         try:
             self._sink.write(entry)
-        except (Exception, SystemExit) as error:  # some libraries exit, which would end the thread without a word
+        except (Exception, SystemExit) as error:  # some libraries call sys.exit, which would end the thread silently
             self._failed(error)
             self._tries += 1
             if self._tries < TRIES or (self.lossless and isinstance(error, OSError)):
@@ -199,4 +200,4 @@ class Lane:
         self._failures = min(self._failures + 1, 10)
         if not self._reported and not self._left:
             self._reported = True
-            self._report(self.name, f"{type(error).__name__}: {' '.join(str(error).split())} (training goes on)")
+            self._report(self.name, f"{type(error).__name__}: {' '.join(str(error).split())} (training continues)")

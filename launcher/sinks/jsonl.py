@@ -1,6 +1,6 @@
-"""The sink that is always on: `metrics.jsonl`, `events.jsonl` and, at each `plan` event, `plan.json` in the run folder.
+"""The JSONL sink, always on: `metrics.jsonl`, `events.jsonl` and, at each `plan` event, `plan.json` in the run folder.
 
-JSON has no NaN and no infinity: such a value is written as `null`. Numbers keep all their digits.
+JSON has no NaN or infinity, so these are written as `null`. Numbers keep their full precision.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLOCK_BYTES = 65536
 
 
 class Jsonl:
-    """Appends one whole line per write, so that a kill at any time leaves every earlier line as it was."""
+    """Appends one whole line per write, so that a kill at any time leaves all earlier lines intact."""
 
     lossless = True
 
@@ -35,9 +35,10 @@ class Jsonl:
         self._events = Lines(folder / EVENTS)
 
     def write(self, entry: Reading | Event) -> None:
-        """
+        """Append one row or event.
+
         Raises:
-            OSError: nothing of the entry was written; it may be tried again.
+            OSError: nothing of the entry was written; the write may be retried.
         """
         lines = self._metrics if isinstance(entry, Reading) else self._events
         lines.append(as_line(entry))
@@ -51,7 +52,7 @@ class Jsonl:
 
 
 class Lines:
-    """One file of lines, readable and writable by its owner only."""
+    """A file of lines, readable and writable by its owner only."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -62,7 +63,7 @@ class Lines:
     def append(self, line: bytes) -> None:
         self._write_rest()
         self._rest = line[os.write(self._file, line) :]
-        with suppress(OSError):  # the line has begun, so it counts as written: its rest goes before the next one
+        with suppress(OSError):  # the line was begun, so it counts as written; its rest is written before the next line
             self._write_rest()
 
     def close(self) -> None:
@@ -77,7 +78,7 @@ class Lines:
 
 
 def add(path: Path, entry: Reading | Event) -> None:
-    """One more line in a file that nobody else writes into at the moment."""
+    """Append one line to a file that no other process is writing to."""
     lines = Lines(path)
     try:
         lines.append(as_line(entry))
@@ -86,7 +87,7 @@ def add(path: Path, entry: Reading | Event) -> None:
 
 
 def add_beside(path: Path, entry: Reading | Event) -> None:
-    """One more line in a file that rank 0 may be writing into: one write at its end, so both are whole."""
+    """Append one line to a file that rank 0 may be writing to: a single append write keeps both lines whole."""
     number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.write(number, as_line(entry))
@@ -95,11 +96,11 @@ def add_beside(path: Path, entry: Reading | Event) -> None:
 
 
 def as_line(entry: Reading | Event) -> bytes:
-    """One JSON object and a newline; the position first, then the values in their own order."""
+    """Encode one JSON object and a newline: first the position fields, then the values in their own order."""
     row = _row(entry)
     try:
         text = ENCODER.encode(row)
-    except ValueError:  # not finite somewhere: rare, so only then is the row walked through
+    except ValueError:  # a value is not finite, which is rare: only then is the row traversed
         text = ENCODER.encode(_finite(row))
     return text.encode() + b"\n"
 
@@ -119,7 +120,7 @@ def _row(entry: Reading | Event) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know: a number of numpy or torch as a number, anything else as its text."""
+    """Fallback for types unknown to JSON: numpy and torch scalars as numbers, anything else as `str`."""
     return _finite(value.item()) if hasattr(value, "item") else str(value)
 
 
@@ -137,7 +138,7 @@ ENCODER = json.JSONEncoder(default=_plain, allow_nan=False)
 
 
 def _mend_tail(file: int) -> None:
-    """A killed writer may have left a torn last line. A whole object gets its newline, a part of one is cut off."""
+    """Repair a last line that a killed writer left incomplete: add the newline to a whole object, else truncate."""
     size = os.fstat(file).st_size
     tail = _last_line(file, size)
     if not tail:
@@ -151,7 +152,7 @@ def _mend_tail(file: int) -> None:
 
 
 def _last_line(file: int, size: int) -> bytes:
-    """What stands after the last newline; empty where the file ends with one."""
+    """The bytes after the last newline; empty if the file ends with a newline."""
     tail, start = b"", size
     while start > 0 and b"\n" not in tail:
         length = min(BLOCK_BYTES, start)

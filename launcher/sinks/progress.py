@@ -1,4 +1,4 @@
-"""How far training is: one line of text, and a bar."""
+"""Training progress as one line of text or as a bar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHORTEST_BAR, LONGEST_BAR = 8, 24
 
 
 class Progress:
-    """Of `duration` samples; epochs are of `epoch_samples` where that is known."""
+    """Formats progress towards `duration` samples; an epoch has `epoch_samples` samples, if known."""
 
     def __init__(self, tally: Tally, duration: int, epoch_samples: int | None) -> None:
         self._tally = tally
@@ -23,7 +23,7 @@ class Progress:
         self._epochs = duration / epoch_samples if epoch_samples else 0.0
 
     def line(self, reading: Reading, width: int) -> str:
-        """update 46 · epoch 2/10 · loss 0.81 · val loss 0.7 · 1,032 samples/s · 0:09 left; cut at its end to fit."""
+        """One line with share done, update, loss, val metrics, samples/s, time left and LR; the end is cut to fit."""
         done = f"{reading.samples / self._duration:4.0%}" if self._duration else f"{count(reading.samples)} samples"
         validated = [(key.replace("/", " "), figure(value)) for key, value in reading.values.items() if _measured(key)]
         loss = [f"{part:<11}" for part in self._loss()]
@@ -31,7 +31,7 @@ class Progress:
         return _joined([*parts, *self._speed("samples/s"), *self._left(), *self._rate()], width, "  ").rstrip()
 
     def bar(self, width: int, paint: Paint) -> str:
-        """The bar and the figures beside it, as many as fit."""
+        """The bar, followed by as many values as fit."""
         share = self._share()
         figures = [*self._left(), *self._loss(), *self._validated(), *self._speed("/s"), *self._rate()]
         text = _joined([f"{share:4.0%}", *self._epoch(), *figures], width - SHORTEST_BAR - 2, "  ")
@@ -60,7 +60,7 @@ class Progress:
         return [] if loss is None else [f"loss {figure(loss)}"]
 
     def _validated(self) -> list[str]:
-        """The first measured metric that is no loss, else the loss."""
+        """The first validation metric that is not a loss, else the validation loss."""
         keys = sorted(filter(_measured, self._tally.values), key=lambda key: "loss" in key)
         return [f"val {figure(self._tally.values[keys[0]])}"] if keys else []
 
@@ -70,7 +70,7 @@ class Progress:
 
     def _rate(self) -> list[str]:
         value = self._tally.values.get("lr/value")
-        return [] if value is None else [f"rate {value:.3g}"]
+        return [] if value is None else [f"lr {value:.3g}"]
 
 
 def _measured(key: str) -> bool:
@@ -78,7 +78,7 @@ def _measured(key: str) -> bool:
 
 
 def _joined(parts: Sequence[str], width: int, between: str) -> str:
-    """As many of the parts as fit, the first ones."""
+    """Join the leading parts, as many as fit."""
     text = parts[0]
     for part in parts[1:]:
         if len(text) + len(between) + len(part) > width:

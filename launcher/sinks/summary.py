@@ -1,4 +1,4 @@
-"""What a person reads at the start of a run and where its plan changes, as text. Nothing here prints."""
+"""Text of the console summary at the start of a run and at changes of its plan. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Row = tuple[str, str]
 
 
 def title(facts: Facts) -> str:
-    """resnet on 2 workers; a later start says which one it is."""
+    """Title of the run, e.g. resnet on 2 workers; restarts append · start N."""
     world, generation = facts.get("world", 1), facts.get("generation", 1)
     again = f" · start {generation}" if generation > 1 else ""
     return f"{facts.get('recipe', 'training')} on {plural(world, 'worker')}{again}"
 
 
 def start_rows(facts: Facts) -> list[Row]:
-    """What will be trained, on what and for how long. A fact that is absent leaves no gap."""
+    """Rows that describe data, model, device, length and optimizer. Rows without a value are omitted."""
     pairs = (
         ("data", _data(facts)),
         ("model", _model(facts)),
@@ -34,21 +34,21 @@ def start_rows(facts: Facts) -> list[Row]:
 
 
 def plan_rows(facts: Facts, train_samples: int | None) -> list[Row]:
-    """The first plan, under the rows of the start."""
+    """Rows of the first plan, printed below the start rows."""
     batch, rate = ("batch", plan_text(facts)), f"{rate_text(facts)} · {_warmup(facts, train_samples)}"
-    return [batch, ("rate", rate), *([("", str(facts["why"]))] if facts.get("why") else [])]
+    return [batch, ("lr", rate), *([("", str(facts["why"]))] if facts.get("why") else [])]
 
 
 def replan_text(facts: Facts) -> str:
-    """batch 128 -> 256 = 2 workers x 128 · rate 0.2 (x2 of 0.1 at 128) · why"""
+    """Format a plan change, e.g. 128 -> 256 = 2 workers x 128 · lr 0.2 (x2 of 0.1 at 128) · why."""
     before = facts.get("from") or {}
     was = f"{count(before['global'])} -> " if "global" in before else ""
-    parts = [f"{was}{plan_text(facts)}", f"rate {rate_text(facts)}", one_line(facts.get("why") or "")]
+    parts = [f"{was}{plan_text(facts)}", f"lr {rate_text(facts)}", one_line(facts.get("why") or "")]
     return " · ".join(part for part in parts if part)
 
 
 def plan_text(facts: Facts) -> str:
-    """256 = 3 workers x (86, 85x2) in 2 micro-batches"""
+    """Format a batch plan, e.g. 256 = 3 workers x (86, 85x2) in 2 micro-batches."""
     parts = facts.get("shares") or [facts["global"]]
     steps = facts.get("accumulation") or 1
     text = f"{count(facts['global'])} = {plural(facts.get('world', len(parts)), 'worker')} x {shares(parts)}"
@@ -56,7 +56,7 @@ def plan_text(facts: Facts) -> str:
 
 
 def rate_text(facts: Facts) -> str:
-    """0.1 (x0.5 of 0.2 at 64)"""
+    """Format the learning rate, e.g. 0.1 (x0.5 of 0.2 at 64): value, scale, base and base batch."""
     scale = facts.get("lr_scale") or 1.0
     base = facts.get("lr_base") or facts["lr"] / scale
     at = f" at {count(facts['lr_base_batch'])}" if facts.get("lr_base_batch") else ""
@@ -64,10 +64,10 @@ def rate_text(facts: Facts) -> str:
 
 
 def resize_text(facts: Facts) -> str:
-    """3 -> 2 workers · batch 256 -> 256 · rate 0.1 -> 0.1"""
+    """Format a resize, e.g. 3 -> 2 workers · batch 256 -> 256 · lr 0.1 -> 0.1."""
     before, after = facts.get("from") or {}, facts.get("to") or {}
     parts = [f"{before.get('world', '?')} -> {plural(after.get('world', '?'), 'worker')}"]
-    for name, key in (("batch", "global"), ("rate", "lr")):
+    for name, key in (("batch", "global"), ("lr", "lr")):
         if key in before and key in after:
             parts.append(f"{name} {figure(before[key])} -> {figure(after[key])}")
     return " · ".join(parts)
@@ -107,7 +107,7 @@ def _length(facts: Facts) -> str:
 def _optimizer(facts: Facts) -> str:
     decay = facts.get("decay")
     parts = [str(facts["optimizer"])] if facts.get("optimizer") else []
-    return " · ".join([*parts, *([f"{decay} rate" if decay == "constant" else f"{decay} decay"] if decay else [])])
+    return " · ".join([*parts, *([f"{decay} LR" if decay == "constant" else f"{decay} decay"] if decay else [])])
 
 
 def _warmup(facts: Facts, train_samples: int | None) -> str:

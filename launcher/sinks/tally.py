@@ -1,4 +1,4 @@
-"""What a run comes to: speed, last and best figures, and where the time of an update went."""
+"""Running statistics of a run: speed, latest and best metrics, and time per stage."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from launcher.reading import Reading
 __all__ = ["Best", "StageShare", "Tally"]
 
 WARM_UP = 3
-#: With this many rows the first ones, which start the libraries up, are left out of the stages.
+#: Above this many rows, the first WARM_UP rows (library start-up) are excluded from the stage times.
 ENOUGH = 10
 SMOOTH_S = 20.0
 
 
 @dataclass(frozen=True)
 class StageShare:
-    """Milliseconds of an update and their share of its wall time, 0 to 1."""
+    """A stage: its milliseconds per update and its share of the wall time, 0 to 1."""
 
     stage: str
     ms: float
@@ -31,7 +31,7 @@ class Best:
 
 
 class Tally:
-    """Adds up the rows of one process. Rows after a restart are another process's."""
+    """Accumulates the rows of one process; after a restart a new process starts from zero."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
@@ -60,18 +60,18 @@ class Tally:
 
     @property
     def mean_samples_per_s(self) -> float | None:
-        """From the first row to the last, everything included."""
+        """Average speed between the first and the last row, including all pauses."""
         if self._first is None or self.last is None or self.last.time <= self._first.time:
             return None
         return (self.last.samples - self._first.samples) / (self.last.time - self._first.time)
 
     @property
     def updates(self) -> int:
-        """The updates that `stages` is about."""
+        """Number of updates that `stages` averages over."""
         return self._rows - WARM_UP if self._rows > ENOUGH else self._rows
 
     def stages(self) -> list[StageShare]:
-        """The mean update's stages, the longest first; those that took no time are left out."""
+        """Mean time of each stage per update, longest first; stages without any time are omitted."""
         sums = dict(self._stages)
         if self._rows <= ENOUGH:
             for key, value in self._warm_up.items():
@@ -85,18 +85,18 @@ class Tally:
         return sorted(shares, key=lambda share: -share.ms)
 
     def _speed(self, reading: Reading) -> None:
-        """The present speed, smoothed over some seconds; for the time that is left."""
+        """Update the current speed, smoothed over about 20 s; used to estimate the time left."""
         if self.last is None or reading.time <= self.last.time:
             return
         passed_s = reading.time - self.last.time
         now = (reading.samples - self.last.samples) / passed_s
         weight = 1.0 if self.samples_per_s == 0 else passed_s / (passed_s + SMOOTH_S)
-        # The first rows come at any speed: an average over all so far, until that is the slower to follow.
+        # The first rows arrive irregularly: use the plain average of all rows until the smoothing reacts more slowly.
         weight = max(weight, 1.0 / self._rows)
         self.samples_per_s += weight * (now - self.samples_per_s)
 
     def _judge(self, key: str, value: float, update: int) -> None:
-        """The best value of a metric whose direction its name tells."""
+        """Track the best value of a metric whose name shows its direction (loss, error, acc)."""
         known = self.best.get(key)
         lower, higher = "loss" in key or "error" in key, "acc" in key
         if (lower or higher) and (known is None or (value < known.value if lower else value > known.value)):

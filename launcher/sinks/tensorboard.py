@@ -1,4 +1,4 @@
-"""Event files in the run folder's `tensorboard/`, for `tensorboard --logdir`. Only numbers; the step is samples."""
+"""TensorBoard sink: event files in the run folder's `tensorboard/`; the step is the sample count."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ __all__ = ["Tensorboard"]
 
 
 class Tensorboard:
-    """
+    """Writes rows as scalars and events as text.
+
     Raises:
-        RequestError: the package is not installed; found without importing it.
+        UsageError: the package is not installed; this is checked without importing it.
     """
 
     def __init__(self, folder: Path) -> None:
         if find_spec("tensorboard") is None:
             raise RequestError(
                 "sink=tensorboard needs a package that is not installed: "
-                "type pip install 'elastic-batch-launcher[report]', or leave it out of sink="
+                "type pip install 'elastic-batch-launcher[report]', or remove it from sink="
             )
         self.every_s = SELDOM_S
         self._folder = folder / "tensorboard"
@@ -57,7 +58,7 @@ class Tensorboard:
 
     def _opened(self) -> SummaryWriter:
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes most of a second: not before training
+            from torch.utils.tensorboard import SummaryWriter  # deferred: takes most of a second
 
             self._writer = SummaryWriter(str(self._folder))  # type: ignore[no-untyped-call]
         return self._writer

@@ -1,4 +1,4 @@
-"""Numbers, times and lines as a person reads them."""
+"""Format numbers, durations and lines of text for people."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ __all__ = [
     "took",
 ]
 
-#: For terminals and files that know no Unicode.
+#: ASCII replacements for terminals and files without Unicode.
 ASCII = str.maketrans({"·": "-", "━": "=", "╸": "-", "─": ".", "█": "#", "▌": "#", "→": ">", "…": "~", "±": "~"})
 
 
 def draws(stream: TextIO, env: Mapping[str, str]) -> bool:
-    """Whether it is a terminal on which a line can be drawn over."""
+    """Whether the stream is a terminal on which a line can be overwritten."""
     return stream.isatty() and env.get("TERM") != "dumb"
 
 
 class Paint:
-    """Colours, on terminals only, and not where NO_COLOR is set."""
+    """ANSI colours, used on terminals only and not if NO_COLOR is set."""
 
     def __init__(self, colours: bool) -> None:
         self._colours = colours
 
     @classmethod
     def of(cls, stream: TextIO, env: Mapping[str, str] = os.environ) -> Paint:
-        """As this stream takes it."""
+        """The style that this stream supports."""
         return cls(draws(stream, env) and not env.get("NO_COLOR"))
 
     def __call__(self, text: str, *codes: int) -> str:
@@ -56,7 +56,7 @@ class Paint:
 
 
 def knows(stream: TextIO, text: str) -> bool:
-    """Whether the stream can show the text."""
+    """Whether the stream's encoding can represent the text."""
     try:
         text.encode(getattr(stream, "encoding", None) or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -65,28 +65,28 @@ def knows(stream: TextIO, text: str) -> bool:
 
 
 def plain(text: str, stream: TextIO) -> str:
-    """The text as a stream without Unicode can show it."""
+    """The text with ASCII replacements, for a stream without Unicode."""
     encoding = getattr(stream, "encoding", None) or "ascii"
     return text.translate(ASCII).encode(encoding, "replace").decode(encoding)
 
 
 def printable(text: str, stream: TextIO) -> str:
-    """The text as it is, or as the stream can show it."""
+    """The text unchanged, or with ASCII replacements if the stream cannot encode it."""
     return text if knows(stream, text) else plain(text, stream)
 
 
 def plural(number: Any, thing: str) -> str:
-    """1 worker, 3 workers; a number that is not known may be "?"."""
+    """1 worker, 3 workers; an unknown number may be passed as "?"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}" if isinstance(number, int) else f"{number} {thing}s"
 
 
 def count(number: float) -> str:
-    """1,437"""
+    """Format a count: 1,437."""
     return f"{number:,.0f}"
 
 
 def figure(value: float) -> str:
-    """As much of a number as a person reads: 1,437, 12.51, 0.0213, 1.2e-05."""
+    """Format a number with about four significant digits: 1,437, 12.51, 0.0213, 1.2e-05."""
     if not math.isfinite(value):
         return str(value)
     if 1e-3 <= abs(value) < 1:
@@ -95,12 +95,12 @@ def figure(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A speed: 1,032 or 3.2"""
+    """Format a throughput: 1,032 or 3.2."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def size(number_bytes: float) -> str:
-    """1.2 GB"""
+    """Format bytes: 1.2 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number_bytes < 1000:
             return f"{number_bytes:.3g} {unit}"
@@ -109,7 +109,7 @@ def size(number_bytes: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """0:41, 1:02:03, 3d 4:05:06"""
+    """Format seconds as a clock: 0:41, 1:02:03, 3d 4:05:06."""
     whole = round(max(0.0, seconds))
     days, rest = divmod(whole, 86400)
     hours, rest = divmod(rest, 3600)
@@ -119,12 +119,12 @@ def clock(seconds: float) -> str:
 
 
 def took(seconds: float) -> str:
-    """4.2 s below a minute, else as a clock."""
+    """Format a duration: 4.2 s below a minute, otherwise as a clock."""
     return f"{seconds:.3g} s" if seconds < 60 else clock(seconds)
 
 
 def shares(values: Sequence[int]) -> str:
-    """How an update is divided: `32`, or where it is uneven `(86, 85x2)`."""
+    """Format the shares of an update per rank: `32` if they are equal, otherwise `(86, 85x2)`."""
     groups = [(value, len(list(same))) for value, same in groupby(values)]
     if len(groups) == 1:
         return count(groups[0][0])
@@ -133,19 +133,19 @@ def shares(values: Sequence[int]) -> str:
 
 
 def one_line(text: object) -> str:
-    """Without line breaks and control characters, which a message of anyone's may hold."""
+    """Remove line breaks and control characters, which any message may contain."""
     return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
 
 
 def fold(text: str, width: int, indent: int) -> list[str]:
-    """Lines of at most `width` columns, broken at spaces; all but the first begin with `indent` spaces."""
+    """Wrap text at spaces to at most `width` columns; all lines but the first are indented by `indent` spaces."""
     width = max(width, indent + 10)
     lines = textwrap.wrap(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
     return lines or [""]
 
 
 def rows(pairs: Iterable[tuple[str, str]], width: int, paint: Paint) -> list[str]:
-    """A label and its text on each line, the texts under each other."""
+    """Format one label and its text per line, with the texts aligned."""
     pairs = list(pairs)
     column = 4 + max([9, *(len(label) for label, _ in pairs)])
     lines = []

@@ -1,4 +1,4 @@
-"""Fewer rows for the sinks that are looked at, not computed with: there each row costs close to a millisecond."""
+"""Row rate limit for visual sinks (TensorBoard, W&B), where each row costs close to a millisecond."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from launcher.reading import Reading
 __all__ = ["ROWS_PER_S", "SELDOM_S", "Thinner"]
 
 ROWS_PER_S = 5.0
-#: A batch of rows at a time is cheaper than one by one, with the processor's caches warm.
+#: Writing rows in batches is cheaper than one by one, because the CPU caches are warm.
 SELDOM_S = 2.0
 ALWAYS = ("val/", "elastic/")
 
 
 class Thinner:
-    """Lets through at most `rows_per_s` rows of a second of training, and every validation and restart."""
+    """Accepts at most `rows_per_s` rows per second of training, plus every validation and every restart."""
 
     def __init__(self, rows_per_s: float = ROWS_PER_S) -> None:
         self._gap_s = 1.0 / rows_per_s
@@ -22,7 +22,7 @@ class Thinner:
         self._passed: Reading | None = None
 
     def passes(self, reading: Reading) -> bool:
-        if reading is self._passed:  # asked again, since its first try failed
+        if reading is self._passed:  # the sink retries this row after a failed write
             return True
         passes = due = reading.time >= self._next_s
         if due:
@@ -33,6 +33,6 @@ class Thinner:
         return passes
 
     def last(self) -> Reading | None:
-        """The newest row, where it was held back: the end of a curve should be there."""
+        """Return the newest row if it was held back, so that the end of the curve is logged."""
         held, self._held = self._held, None
         return held

@@ -1,8 +1,9 @@
-"""Weights & Biases, on rank 0 alone, entirely in the sink's own thread.
+"""Weights & Biases sink, on rank 0 only, entirely in the sink's own thread.
 
-It is imported after the first row, since that takes most of a second. Without a key, or where the server does not
-answer, the run goes offline, with one line that says how to upload it later. The last event of each kind stands in
-the run's summary as `event/<name>`. Its stop button makes the file `stop` in the run folder: save and stop.
+wandb is imported after the first row, because the import takes most of a second. Without an API key, or if the server
+does not respond, the run is logged offline and one line explains how to upload it later. The last event of each kind is
+kept in the run's summary as `event/<name>`. The stop button in W&B creates the file `stop` in the run folder, which
+makes training save and stop.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ FLUSH_S = 0.7
 INIT_S = 15.0
 UPLOAD_S = 60.0
 LONGEST_WHY = 200
-#: Importing it and starting its process, on a machine that is busy. Waiting for the network has less.
+#: Time limit for importing wandb and starting its process on a busy machine. Waiting for the network has less.
 LOCAL_S = 10.0
 
-#: What we don't want collected or touched; an older wandb knows fewer of these.
+#: Settings that turn off data collection and side effects; older wandb versions have fewer of them.
 QUIET: Mapping[str, Any] = {
     "silent": True,
     "console": "off",
@@ -50,7 +51,7 @@ QUIET: Mapping[str, Any] = {
 
 
 class Wandb:
-    """One run over all restarts: the `run_id` stays in the run folder. `config` must be free of secrets."""
+    """One W&B run across all restarts: `run_id` is stored in the run folder. `config` must not contain secrets."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Wandb:
             "group": group,
             "tags": list(tags) or None,
         }
-        self._mode = mode or os.environ.get("WANDB_MODE")  # asked before wandb is there to tell us
+        self._mode = mode or os.environ.get("WANDB_MODE")  # read here because wandb is imported only later
         self._say = say
         self._thinner = Thinner()
         self._events: dict[str, Any] = {}
@@ -93,7 +94,7 @@ class Wandb:
             self._log(entry)
 
     def close(self) -> None:
-        """Offline, or where the server answers: finish in peace. Otherwise what is not there yet waits on the disk."""
+        """Finish normally if offline or if the server responds; otherwise leave what is not uploaded on disk."""
         if self._run is None:
             return
         if (last := self._thinner.last()) is not None:
@@ -110,7 +111,7 @@ class Wandb:
             self.abandon()
 
     def abandon(self) -> None:
-        """End wandb's own process, which would keep this one alive until everything is uploaded."""
+        """Kill wandb's own process, which would keep this one alive until everything is uploaded."""
         import psutil  # type: ignore[import-untyped]
 
         self._abandoned = True
@@ -118,7 +119,7 @@ class Wandb:
             if child.name().startswith("wandb-core"):
                 child.kill()
         _tear_down()
-        self._say(f"wandb: no answer from the server; later: {self._sync('')}")
+        self._say(f"wandb: no response from the server; to upload later: {self._sync('')}")
 
     def _log(self, reading: Reading) -> None:
         if self._run is None:
@@ -132,7 +133,7 @@ class Wandb:
             **reading.values,
             "_timestamp": reading.time,
         }
-        # Offline files of one run are uploaded one after the other: the update keeps their steps apart.
+        # Offline files of one run are uploaded one after another: using the update as step keeps them from overlapping.
         self._run.log(row, step=reading.update if self._run.offline else None)
 
     def _note(self, event: Event) -> None:
@@ -159,20 +160,20 @@ class Wandb:
         return run
 
     def _online(self, wandb: Any, settings: Any, url: str) -> Any:
-        """The run, or None where there is no key or no answer."""
+        """Start the run online; None (offline) if there is no API key or no response."""
         why = "no API key"
         try:
             if _has_key(wandb):
-                why = f"no answer from {url}"
+                why = f"no response from {url}"
                 if answers(url, PROBE_S):
                     return self._connected(wandb, settings)
         except wandb.Error as error:
             why = " ".join(str(error).split())[:LONGEST_WHY]
-            _tear_down()  # what was begun under this id would be in the way of the same run offline
-        return self._say(f"wandb: offline, {redact(why)}; later: {self._sync('offline-')}")
+            _tear_down()  # the partly started run would conflict with the same run id offline
+        return self._say(f"wandb: offline, {redact(why)}; to upload later: {self._sync('offline-')}")
 
     def _connected(self, wandb: Any, settings: Any) -> Any:
-        """The run; while the server is waited for, the end of training would not wait long."""
+        """Connect to the server. While it connects, closing at the end of training waits only PATIENCE_S."""
         self.patience_s = PATIENCE_S
         try:
             run = self._init(wandb, settings, "online")
@@ -183,18 +184,18 @@ class Wandb:
 
     def _init(self, wandb: Any, settings: Any, mode: str) -> Any:
         if self._abandoned:
-            raise RuntimeError("wandb was left behind")
+            raise RuntimeError("wandb was abandoned")
         return wandb.init(**self._identity, dir=str(self._folder), mode=mode, resume="allow", settings=settings)
 
     def _finish(self) -> None:
         try:
-            ended = self._events.keys() & {"done", "preempt"}  # neither, where another rank has died
+            ended = self._events.keys() & {"done", "preempt"}  # neither event exists if another rank died
             self._run.finish(exit_code=0 if ended else 1)
         except TimeoutError:
-            self._say(f"wandb: the upload takes too long; the rest later: {self._sync('')}")
+            self._say(f"wandb: the upload takes too long; to upload the rest later: {self._sync('')}")
 
     def _try_to_finish(self) -> None:
-        with suppress(Exception):  # cut off by `abandon`, which says so; the file on the disk is what counts
+        with suppress(Exception):  # interrupted by `abandon`, which reports it; the data is on disk
             self._finish()
 
     def _sync(self, kind: str) -> str:
@@ -202,7 +203,7 @@ class Wandb:
 
 
 def _has_key(wandb: Any) -> bool:
-    """Whether wandb finds one. An older wandb cannot be told not to ask on a terminal: it is asked for the key."""
+    """Whether wandb finds an API key. Older versions of `login` always prompt on a terminal, so read `api_key`."""
     if "prompt" in inspect.signature(wandb.login).parameters:
         return bool(wandb.login(prompt=False, verify=False))
     return bool(wandb.api.api_key)
@@ -211,12 +212,12 @@ def _has_key(wandb: Any) -> bool:
 def _tear_down() -> None:
     import wandb
 
-    with suppress(Exception, SystemExit):  # it exits where its process ended otherwise than it should
+    with suppress(Exception, SystemExit):  # teardown calls sys.exit if its process ended abnormally
         wandb.teardown()
 
 
 def answers(url: str, timeout_s: float) -> bool:
-    """Whether anything answers there, be it with an error. Proxies of the environment are used."""
+    """Whether a server responds at `url`, even with an error. Proxies from the environment are used."""
     import http.client
     import ssl
     import urllib.error

@@ -1,4 +1,4 @@
-"""How the model lies on the workers: one protocol, and the only place where a strategy is chosen by name."""
+"""Parallel strategies (DDP, FSDP2, DeepSpeed, exact): their common protocol, and the selection of one by name."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGE_BYTES", "Given", "Replica", "Shards", "State", "Step", "even", "missing", "prepare", "problems"]
 
-#: Of parameters: beyond it no rank holds all of them without need.
+#: Size of the parameters above which ranks other than 0 avoid holding all of them.
 LARGE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer's step found out. All but `groups` are device scalars and are read an update late.
+    """Result of an optimizer step. All fields but `groups` are device scalars and are read one update late.
 
-    `norm` is the norm of the update's mean gradient before clipping, `finite` whether it was applied. `spread` is the
-    sum of |h|²/c over `groups` parts of the batch whose gradients this rank saw by themselves (`gauge.Gauge`).
+    `norm` is the norm of the update's mean gradient before clipping, `finite` whether the update was applied. `spread`
+    is the sum of |h|²/c over the `groups` parts of the batch whose gradients this rank measured separately (see
+    `gauge.GroupGradNorms`).
     """
 
     norm: torch.Tensor
@@ -39,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Given:
-    """What a replica is made of, as `prepare` has it."""
+    """The arguments of `prepare`, from which a replica is built."""
 
     model: nn.Module
     run: Run
@@ -51,7 +52,7 @@ class Given:
 
 
 class State(NamedTuple):
-    """Model tensors by name, optimizer tensors as `<parameter>/<slot>`, and the rest as JSON facts."""
+    """Model tensors by name, optimizer tensors as `<parameter>/<slot>`, and everything else as JSON values."""
 
     model: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
@@ -59,9 +60,10 @@ class State(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """Flat ranges of tensors, and where each lies in the whole; a tensor without a place is whole, and on rank 0 only.
+    """Flat ranges of tensors, and the position of each in the whole tensor.
 
-    Optimizer tensors have their places under their own names.
+    A tensor without an entry in `places` is complete, and on rank 0 only. Optimizer tensors have entries under their
+    own names.
     """
 
     state: State
@@ -69,10 +71,10 @@ class Shards(NamedTuple):
 
 
 class Replica(Protocol):
-    """One rank's share of the model and its optimizer.
+    """One rank's part of the model and its optimizer.
 
-    `model` is what the recipe's loss is called with; `bare` has the names of `recipe.model()` and is what is validated.
-    `sharded`: no rank holds the whole state.
+    `model` is passed to the recipe's loss; `module` has the parameter names of `recipe.model()` and is used for
+    validation. `sharded`: no rank holds the whole state.
     """
 
     model: nn.Module
@@ -81,45 +83,45 @@ class Replica(Protocol):
     sharded: bool
 
     def micro(self, *, last: bool, pad: bool, place: int) -> AbstractContextManager[None]:
-        """Round one micro-batch's forward and backward. Gradients travel in the last one only.
+        """Context around one micro-batch's forward and backward. Gradients are communicated in the last one only.
 
-        `place` is whose sum it belongs to: the rank's, or that of the shard it is cut from.
+        `shard` identifies the sum that the gradient belongs to: the rank's, or that of the shard it is cut from.
         """
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
-        """Backward of `total / samples`, `samples` those of the whole update: the only division of a loss.
+        """Run backward of `total / samples`, with the samples of the whole update: the loss is divided only here.
 
-        `count` is what this micro-batch's loss counts, for the noise scale; 0 where it is not to be measured.
+        `count` is the loss count of this micro-batch, for the noise scale; 0 if it is not to be measured.
         """
 
     def measures(self, update: int) -> bool:
-        """Whether the noise is measured in the update of this index: in each, where that costs next to nothing."""
+        """Whether the noise scale is measured in the update of this index; in every update if that is almost free."""
 
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
-        """One optimizer step at rate `lr` on gradients times `rescale`, skipped where they are not finite."""
+        """Take one optimizer step with learning rate `lr` on gradients times `rescale`; skip non-finite gradients."""
 
     def rescale_moments(self, factor: float) -> None:
-        """Multiply Adam's second moments, and AMSGrad's maxima of them, where the batch has changed."""
+        """Multiply Adam's second moments and AMSGrad's maxima of them by `factor`, after a change of the batch."""
 
     def settle_buffers(self) -> None:
-        """Give every rank rank 0's floating buffers (running statistics), before validation and saving."""
+        """Broadcast rank 0's floating-point buffers (running statistics), before validation and saving."""
 
     def tensors(self) -> State:
-        """The whole state. Every rank calls it, and rank 0 has it; what the others get is for nobody's use.
+        """The full state, valid on rank 0 only. Collective: every rank must call it.
 
-        Model tensors have the names of `recipe.model().state_dict()`. A strategy that shards gathers tensor by tensor,
-        into the machine's memory.
+        Model tensors have the names of `recipe.model().state_dict()`. A sharded strategy gathers one tensor at a time
+        into host memory.
         """
 
     def shards(self) -> Shards:
-        """This rank's part of the state, in memory of the replica's own; all ranks' parts make up the whole."""
+        """This rank's part of the state, in the replica's own memory (not copied); all parts make up the full state."""
 
     def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
-        """Take over a checkpoint, of any strategy and world size. Every rank calls it and reads what it needs."""
+        """Load a checkpoint of any strategy and world size. Every rank calls this and reads only what it needs."""
 
 
 def even(run: Run) -> bool:
-    """Whether every rank makes the same number of micro-batches, since each of them communicates."""
+    """Whether every rank must run the same number of micro-batches, because each of them communicates."""
     return run.strategy.name == "fsdp" or (run.strategy.name == "deepspeed" and run.strategy.stage >= 2)
 
 
@@ -132,7 +134,7 @@ def prepare(
     groups: Groups | None = None,
     blocks: Sequence[nn.Module] = (),
 ) -> Replica:
-    """The replica of `run.strategy.name`, or the exact one; the model is on its device already.
+    """Build the replica for `config.strategy.name`, or the exact one; the model is already on its device.
 
     `groups`: the recipe's own parameter groups. `blocks`: parts of the model to gather one at a time.
     """
@@ -140,7 +142,7 @@ def prepare(
 
 
 def kind_of(run: Run) -> Callable[[Given], Replica]:
-    """Only the module of the strategy that is asked for is imported."""
+    """The class for the configured strategy; only its module is imported."""
     if run.strategy.name == "fsdp":
         from launcher.strategies.fsdp import FsdpReplica
 
@@ -159,7 +161,7 @@ def kind_of(run: Run) -> Callable[[Given], Replica]:
 
 
 def problems(run: Run) -> Iterator[str]:
-    """What the run's strategy cannot do, each in one line with its mend. Needs no torch."""
+    """What the configured strategy does not support, one line each, with the fix. Does not import torch."""
     if run.strategy.name == "fsdp":
         from launcher.strategies.fsdp_config import problems as of_fsdp
 
@@ -171,7 +173,7 @@ def problems(run: Run) -> Iterator[str]:
 
 
 def missing(run: Run) -> str | None:
-    """What the run's strategy needs and this machine lacks, with its mend. Needs no torch."""
+    """What the configured strategy needs and this machine lacks, with the fix; None if nothing. No torch import."""
     if run.strategy.name == "deepspeed":
         from launcher.strategies.zero_config import missing as of_deepspeed
 

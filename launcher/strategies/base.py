@@ -1,4 +1,4 @@
-"""What a rank does alike under every strategy: buffers, pads, and whether a step is taken."""
+"""Behaviour common to all strategies: buffers, padding micro-batches, and skipping steps that are not finite."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,7 +21,7 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 
 class Rank:
-    """A model whose buffers every rank has for itself, and an optimizer that skips what is not finite."""
+    """A model whose buffers are local to each rank, and an optimizer that skips non-finite updates."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -36,7 +36,7 @@ class Rank:
         self._buffers = [b for b in model.buffers() if b is not None]
         self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
         self._gauge = Gauge(precision.device)
-        self._listener: Listener | None = None  # where micro-batches are the groups that the noise shows between
+        self._listener: Listener | None = None  # set if micro-batches are the groups for the noise scale
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @contextmanager
@@ -53,7 +53,10 @@ class Rank:
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """A pad leaves no trace in running statistics, and is not refused for being a single sample."""
+        """Keep running statistics unchanged during a padding micro-batch.
+
+        BatchNorm is in evaluation mode meanwhile, so that it accepts a single sample.
+        """
         training = [norm for norm in self._norms if norm.training]
         for norm in training:
             norm.training = False
@@ -70,13 +73,13 @@ class Rank:
 
     @torch.no_grad()
     def _keep_buffers(self) -> None:
-        """Remember the buffers as they are before an update, so that a skipped one can be undone."""
+        """Save the buffers before an update, so that they can be restored if the update is skipped."""
         self._fresh = False
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
 
     def _measured(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
-        """How far this rank's groups are apart, of gradients that were `scale` times too large, and their number."""
+        """This rank's sum of group gradient norms and the number of groups; the gradients were scaled by `scale`."""
         self._single = None
         return self._gauge.take(scale)
 
@@ -84,16 +87,16 @@ class Rank:
         return update < (FIRST if self._listener is None else FIRST_HEARD) or update % EVERY == 0
 
     def _listen(self, count: float) -> None:
-        """To the backward pass of a micro-batch that counts so much; a single one has no other to differ from."""
+        """Measure the next backward pass, with loss count `count`; a lone micro-batch has no other to compare with."""
         self._gauge.counts(count)
         if self._listener is not None:
             self._listener.on = count > 0 and (self._world > 1 or not self._single)
 
     def _finish(self, finite: torch.Tensor) -> None:
-        """Step where the gradient is finite; else leave parameters, moments, steps and buffers as they were.
+        """Step if the gradient is finite; else leave parameters, moments, step counts and buffers unchanged.
 
-        torch makes a momentum's memory before it looks at `found_inf`, and would later take what lay there for it: so
-        the first step that is taken is decided here.
+        torch allocates momentum buffers before it checks `found_inf` and would later use their uninitialised contents,
+        so the first applied step is decided on the host.
         """
         if finite.device.type == "cuda" and reads_found_inf(self.optimizer) and self.optimizer.state:
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -119,7 +122,7 @@ class Rank:
         return self.optimizer.state.values()
 
     def _adjust(self, finite: torch.Tensor) -> None:
-        """Let the loss scale follow."""
+        """Update the loss scale after the step."""
         self._precision.stepped()
 
     @torch.no_grad()
@@ -132,9 +135,9 @@ class Rank:
 
 
 def even_parts(group: Mapping[str, torch.Tensor], places: dict[str, Place]) -> dict[str, torch.Tensor]:
-    """Of what every rank has whole each takes as many elements as the others; `places` learns where they lie.
+    """Slice tensors that every rank holds in full into equal parts, one per rank; record their positions in `places`.
 
-    Counters are rank 0's: nobody makes them the same.
+    Tensors that are not floating-point (counters) are taken from rank 0, since they are not synchronised across ranks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     cut: dict[str, torch.Tensor] = {}
@@ -149,7 +152,7 @@ def even_parts(group: Mapping[str, torch.Tensor], places: dict[str, Place]) -> d
 
 
 def before_wait(clock: StageClock) -> Callable[..., None]:
-    """A hook for where a pass of training begins to wait for other ranks: what came before is the pass's own work."""
+    """A hook for the start of a wait for other ranks: the time before it counts as the current pass's own work."""
 
     def hook(*_: object) -> None:
         if (stage := under_way()) is not None:
@@ -159,7 +162,7 @@ def before_wait(clock: StageClock) -> Callable[..., None]:
 
 
 def waited(clock: StageClock) -> Callable[..., None]:
-    """A hook for where that wait has ended."""
+    """A hook for the end of a wait: the time since its start counts as `sync`."""
 
     def hook(*_: object) -> None:
         if under_way() is not None:
@@ -169,7 +172,7 @@ def waited(clock: StageClock) -> Callable[..., None]:
 
 
 def under_way() -> str | None:
-    """The pass of training that runs here; a forward pass within a backward one, for activations, is part of that."""
+    """The current pass, forward or backward; None outside training. Activation recomputation counts as backward."""
     if torch._C._current_graph_task_id() >= 0:
         return "backward"
     return "forward" if torch.is_grad_enabled() else None

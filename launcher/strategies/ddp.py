@@ -1,4 +1,4 @@
-"""The model whole on every rank, gradients summed by DistributedDataParallel."""
+"""DDP: the full model on every rank, gradients summed by DistributedDataParallel."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ from launcher.strategies.gauge import Listener, norms
 
 __all__ = ["DdpReplica"]
 
-#: The argument's name changed in torch 2.13. What buffers need, `settle_buffers` does.
+#: The argument was renamed in torch 2.13. Buffers are synchronised by `broadcast_buffers` of the replica instead.
 NO_BUFFER_SYNC = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -36,12 +36,12 @@ NO_BUFFER_SYNC = next(
 
 
 class DdpReplica(Rank):
-    """The gradient is the sum over ranks of d(total)/samples: right for any shares, so nothing divides by the world.
+    """DDP whose gradient is the sum over ranks of d(total)/samples, which is correct for any shares.
 
-    That is why the communication hook sums. It also gives the clock its mark (from the last bucket on, the backward
-    pass only waits), and sends zeros for a rank that has nothing but a pad, whatever the pad's own gradient is. And
-    there each rank's own gradient can be seen: the ranks are the groups that the noise shows between, or the
-    micro-batches where there is one worker alone.
+    So nothing is divided by the world size, and the communication hook sums. The hook also marks the clock at the last
+    bucket, after which the backward pass only waits, and sends zeros from a rank that has only padding, whatever the
+    gradient of the padding is. In the hook, each rank's own gradient is visible: the ranks are the groups for the noise
+    scale; with a single worker, the micro-batches are.
     """
 
     sharded = False
@@ -107,7 +107,7 @@ class DdpReplica(Rank):
         return State(self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), facts)
 
     def shards(self) -> Shards:
-        """Every rank has everything: each takes as many elements of it as the others."""
+        """Every rank holds the full state and returns an equal slice of it."""
         model, optimizer, facts = self.tensors()
         places: dict[str, Place] = {}
         return Shards(State(even_parts(model, places), even_parts(optimizer, places), facts), places)

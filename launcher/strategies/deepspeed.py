@@ -1,4 +1,4 @@
-"""The model and its optimizer in DeepSpeed's hands, ZeRO 0 to 3, with our division, boundary, rate and state."""
+"""DeepSpeed, ZeRO stages 0 to 3. Loss division, accumulation boundary, learning rate and state are the launcher's."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ __all__ = ["DeepSpeedReplica"]
 
 
 class DeepSpeedReplica(Rank):
-    """DeepSpeed averages gradients over the ranks; the step multiplies by their number, so that they are summed.
+    """DeepSpeed averages gradients over the ranks; the step multiplies by the world size, so that they are summed.
 
-    Parameters are fp32 and the loss is computed under our autocast, as under DDP: one meaning of `train.precision`.
-    From stage 1 on ZeRO divides gradients by a loss scale of its own when it steps, before norm and clipping: there
-    the scale of fp16 is taken out, the average made a sum, and a loss that counts something else than samples rescaled.
+    Parameters are fp32 and the loss is computed under our autocast, as under DDP: `train.precision` has one meaning.
+    From stage 1 on, ZeRO divides gradients by its own loss scale when it steps, before norm and clipping. We use that
+    division to remove the fp16 loss scale, to turn the average into a sum, and to rescale a loss whose count is not
+    samples.
     """
 
     def __init__(self, given: Given) -> None:
@@ -73,7 +74,7 @@ class DeepSpeedReplica(Rank):
         self._state = ZeroState(self._zero, model, self._shapes, stage, given.world) if stage else None
 
     def _reduce_marked(self, *args: Any, **kwargs: Any) -> None:
-        """What DeepSpeed does after a backward pass; after an update's last one it only waits for others."""
+        """DeepSpeed's gradient reduction after a backward pass; marks the wait after the last one of an update."""
         if self._engine.is_gradient_accumulation_boundary():
             self._clock.mark()
         self._reduce(*args, **kwargs)
@@ -106,7 +107,7 @@ class DeepSpeedReplica(Rank):
         return Step(norm, torch.tensor(applied, device=device), spread, groups)
 
     def _step_in_pieces(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
-        """Stages 1 to 3: DeepSpeed skips by itself where the norm is not finite, on all ranks alike."""
+        """Step under stages 1 to 3: DeepSpeed itself skips a non-finite norm, on all ranks alike."""
         self._zero.clip_grad = clip_norm or 0.0
         if math.isfinite(factor):
             self._zero.override_loss_scale(1.0 / factor)
@@ -117,7 +118,7 @@ class DeepSpeedReplica(Rank):
         return self._engine.get_global_grad_norm(), self._engine.was_step_applied()
 
     def _step_whole(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
-        """Stage 0: DeepSpeed has averaged the gradients and would step whatever they are."""
+        """Step under stage 0: DeepSpeed has averaged the gradients and would step even if they are not finite."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         torch._foreach_mul_(gradients, factor)
         norm = get_total_norm(gradients)
@@ -130,7 +131,7 @@ class DeepSpeedReplica(Rank):
         return norm, True
 
     def _optimizer_state(self) -> Iterable[dict[str, Any]]:
-        """From stage 1 on that of this rank's flat partitions."""
+        """From stage 1 on, the state of this rank's flat partitions."""
         return (self.optimizer if self._state is None else self._zero.optimizer).state.values()
 
     def _facts(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class DeepSpeedReplica(Rank):
         return State(dict(self._weights()), *self._split(slots))
 
     def _split(self, slots: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The optimizer's tensors, and the facts with what of its state is none."""
+        """Split into the optimizer's tensors, and the JSON values with the part of its state that is not a tensor."""
         numbers = {key: value for key, value in slots.items() if not isinstance(value, torch.Tensor)}
         return {key: value for key, value in slots.items() if key not in numbers}, self._facts(numbers)
 
@@ -163,7 +164,7 @@ class DeepSpeedReplica(Rank):
         return Shards(State(self._own_weights(places), *self._split(slots)), places)
 
     def _own_weights(self, places: dict[str, Place]) -> dict[str, torch.Tensor]:
-        """This rank's partition under stage 3, padding left out; else an even part of what all have."""
+        """This rank's partitions under stage 3, without padding; an equal slice of tensors that all ranks hold."""
         tensors = self.bare.state_dict(keep_vars=True)
         own = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_id")}
         cut = even_parts({name: tensor for name, tensor in tensors.items() if name not in own}, places)
@@ -174,7 +175,7 @@ class DeepSpeedReplica(Rank):
         return cut
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's tensors, tied ones the same under every name; gathered under stage 3, for rank 0 alone."""
+        """The model's tensors, tied ones shared under every name; under stage 3 gathered, for rank 0 only."""
         seen: dict[int, torch.Tensor] = {}
         for name, tensor in self.bare.state_dict(keep_vars=True).items():
             if not hasattr(tensor, "ds_id"):
@@ -215,9 +216,9 @@ class DeepSpeedReplica(Rank):
 def engine_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device, *, debug: bool
 ) -> Any:
-    """DeepSpeed's engine on the process group that is there already. It compiles nothing.
+    """Create DeepSpeed's engine on the existing process group, without compiling any of its kernels.
 
-    Its own kernels for messages within a machine take a compiler and minutes at the first start, and serve inference.
+    Its shared-memory communication kernels need a compiler and minutes at the first start, and only serve inference.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
@@ -225,7 +226,8 @@ def engine_of(
 
     compiled["deepspeed_shm_comm"] = False
     if not debug:
-        # It warns of our autocast, which we give its forward pass again (see `within`), and torch of its old names.
+        # DeepSpeed warns about our autocast, which `under_autocast` restores in its forward pass; torch warns about
+        # deprecated names that DeepSpeed uses.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
@@ -233,14 +235,14 @@ def engine_of(
 
 
 def keep_timeout(timeout_s: float) -> None:
-    """DeepSpeed's collectives run in a group of its own, which it makes with torch's 30 minutes."""
+    """Set our timeout on DeepSpeed's own process group, which it creates with torch's default of 30 minutes."""
     from deepspeed.utils import groups
 
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), groups._get_data_parallel_group())
 
 
 def mark_waits(gathering: Any, clock: StageClock) -> None:
-    """Stage 3 gathers a module's parameters before either pass comes to it: that is waiting, not computing."""
+    """Count stage 3's gathering of a module's parameters before forward and backward as waiting, not computing."""
 
     def timed(gather: Callable[..., None]) -> Callable[..., None]:
         before, after = before_wait(clock), waited(clock)
@@ -257,7 +259,7 @@ def mark_waits(gathering: Any, clock: StageClock) -> None:
 
 
 def within(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` under autocast: DeepSpeed turns off, for its engine's forward pass, one that it did not open itself."""
+    """Run `forward` under autocast: in its engine's forward, DeepSpeed disables any autocast but its own."""
 
     def autocast_forward(*args: Any, **kwargs: Any) -> Any:
         with autocast():
@@ -268,7 +270,7 @@ def within(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable
 
 @contextmanager
 def gathered(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
-    """The parameter whole on every rank under stage 3; afterwards what rank `changed_by` made of it."""
+    """Gather a stage 3 parameter on every rank; on exit, keep the changes made by rank `changed_by`, if given."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=changed_by):
@@ -277,7 +279,7 @@ def gathered(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
 
 @contextmanager
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """What runs within gives them zeros for gradients before DeepSpeed sees any: a pad's loss may be NaN."""
+    """Zero the gradients of `parameters` before DeepSpeed sees them: the loss of a padding micro-batch may be NaN."""
     hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
     try:
         yield
@@ -287,8 +289,8 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def spoil(zero: Any) -> None:
-    """Make the gradients what DeepSpeed skips: there is no other way to tell it that nothing is to be learned."""
-    norms = getattr(zero, "norm_for_param_grads", {})  # of what is offloaded it looks at the norms alone
+    """Set the gradients to NaN so that DeepSpeed skips the step: there is no other way to request that."""
+    norms = getattr(zero, "norm_for_param_grads", {})  # for offloaded gradients, DeepSpeed checks only the norms
     for key in norms:
         norms[key] = norms[key] * math.nan
     for gradients in zero.averaged_gradients.values():

@@ -1,4 +1,4 @@
-"""The model whole on every rank, gradients added in a fixed tree: bitwise the same at any number of workers."""
+"""Exact mode: the full model on every rank, gradients added in a fixed tree, bitwise equal at any world size."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -21,23 +21,24 @@ __all__ = ["ExactReplica"]
 
 
 class ExactReplica(DdpReplica):
-    """The optimizer's step of DDP, on gradients that came together in another way.
+    """DDP's optimizer step, on gradients that are summed in a fixed order.
 
-    Each shard of the batch gives one flat vector: its gradients, its floating buffers, which of them changed, which
-    parameters have a gradient, and 1. These are added as ((0+1)+(2+3))+…, first the shards of a rank, then the ranks'
-    sums by sends from one rank to another, and rank 0's total is broadcast. An empty shard gives zeros.
+    Each shard of the batch gives one flat vector: its gradients, its floating-point buffers, flags for the buffers that
+    changed and for the parameters that have a gradient, and a 1. The vectors are added as ((0+1)+(2+3))+…: first the
+    shards of a rank, then the ranks' sums by point-to-point sends; rank 0 broadcasts the total. An empty shard gives
+    zeros.
 
-    Every shard starts from the buffers as they were before the update. A floating buffer that some shard changed
-    becomes the sum over the shards that have samples (in the same tree) over their number, each counting the same
-    however many samples it has; an unchanged one stays. Other buffers (counters) are those of shard 0, which always
-    has samples. The shards are the groups that the noise shows between, so its scale is the same to the last bit too.
+    Every shard starts from the buffers as they were before the update. A floating-point buffer that some shard changed
+    becomes the mean over the shards that have samples (summed in the same tree, each with equal weight whatever its
+    number of samples); an unchanged one stays. Other buffers (counters) are those of shard 0, which always has samples.
+    The shards are the groups for the noise scale, so that is bitwise equal too.
     """
 
     by_micro_batch = False
 
     def __init__(self, given: Given) -> None:
         make_deterministic()
-        super().__init__(replace(given, world=1))  # to DDP every rank is alone
+        super().__init__(replace(given, world=1))  # no communication by DDP: each rank is a world of one
         run, world = given.run, given.world
         self._ranks = world
         self._rank = dist.get_rank() if world > 1 else 0
@@ -76,7 +77,7 @@ class ExactReplica(DdpReplica):
 
     @torch.no_grad()
     def _close(self) -> None:
-        """The shard is complete: keep what it gave, and leave no trace of it for the next one."""
+        """Finish a shard: store its vector, then reset gradients and buffers for the next one."""
         packed = self._packed()
         self._tree.add(packed)
         if self._gauge.measuring:
@@ -99,7 +100,8 @@ class ExactReplica(DdpReplica):
     def _combine(self) -> None:
         zeros = torch.zeros(sum(self._sizes), dtype=self._dtype, device=self._precision.device)
         while self._tree.size < self._shards:
-            self._tree.add(zeros)  # not left out: -0.0 + 0.0 is 0.0, wherever the neighbour is
+            # Adding zeros is not a no-op (-0.0 + 0.0 is 0.0), and must not depend on which rank has the other operand.
+            self._tree.add(zeros)
         total = self._gathered(self._tree.total()) if self._shards else zeros
         self._tree = Tree()
         if self._ranks > 1:
@@ -108,7 +110,7 @@ class ExactReplica(DdpReplica):
         self._count()
 
     def _gathered(self, own: torch.Tensor) -> torch.Tensor:
-        """Up the tree over the ranks; rank 0 ends with the whole."""
+        """Sum over the ranks in a binary tree; rank 0 ends with the total."""
         step = 1
         while step < self._trainers:
             if self._rank % (2 * step):
@@ -124,14 +126,14 @@ class ExactReplica(DdpReplica):
         parts, parameters, means = total.split(self._sizes), len(self._parameters), len(self._means)
         *has, shards = parts[-1].tolist()
         for parameter, gradient, there in zip(self._parameters, parts, has, strict=False):
-            # As the parameter lies in memory: one kernel of the optimizer walks over both.
+            # In the parameter's memory layout: the optimizer's fused kernel iterates over both together.
             parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape)) if there else None
         sums, changed = parts[parameters : parameters + means], parts[parameters + means : -1]
         for (buffer, kept), whole, moved in zip(self._means, sums, changed, strict=True):
             buffer.copy_(torch.where(moved > 0, (whole / shards).view(buffer.shape).to(buffer.dtype), kept))
 
     def _count(self) -> None:
-        """Give every rank the counters of shard 0: their bytes in one message."""
+        """Broadcast the counters of shard 0 to every rank, as bytes in one message."""
         if not self._counters:
             return
         mine = self._counted or self._counters
@@ -148,22 +150,23 @@ class ExactReplica(DdpReplica):
         return State(model, optimizer, {**facts, "exact": numerics(self._precision.device)})
 
     def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
-        """
+        """Load a checkpoint.
+
         Raises:
-            RequestError: the checkpoint is of an exact run with other arithmetic.
+            UsageError: the checkpoint is of an exact run in a different numeric environment.
         """
         here, before = numerics(self._precision.device), facts.get("exact", {})
         for name, was in before.items():
             if here.get(name) != was:
                 raise RequestError(
-                    f"elastic.exact=true: {name} was {was} before and is {here.get(name)} now, which changes the last "
-                    f"bits: go on with {was}, or start anew with run.name=…"
+                    f"elastic.exact=true: {name} was {was} in the checkpoint and is {here.get(name)} now, which "
+                    f"changes the last bits: continue with {was}, or start a new run with run.name=…"
                 )
         super().restore(model, optimizer, facts)
 
 
 def make_deterministic() -> None:
-    """For this process: the same kernels in the same order, and no numbers shorter than their type."""
+    """Make this process deterministic: the same kernels in the same order, and no TF32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -173,7 +176,7 @@ def make_deterministic() -> None:
 
 
 def numerics(device: torch.device) -> dict[str, Any]:
-    """What the last bits depend on besides the configuration."""
+    """The environment that the last bits of a result depend on, besides the configuration."""
     cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,

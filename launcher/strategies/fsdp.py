@@ -1,4 +1,4 @@
-"""The model in rows over the ranks, gathered block by block when it is needed: torch's fully_shard."""
+"""FSDP2: the model sharded by rows over the ranks with torch's fully_shard, gathered block by block when needed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,11 +33,11 @@ __all__ = ["FsdpReplica"]
 
 
 class FsdpReplica(Rank):
-    """Parameters, gradients and optimizer state are DTensors sharded by rows; buffers are whole on every rank.
+    """Parameters, gradients and optimizer state are DTensors sharded by rows; every rank holds all buffers in full.
 
-    Gradients are summed, not averaged, as under DDP: the loss is divided by the update's samples alone. Of the time in
-    which blocks are gathered, the clock's `sync` has what the forward pass waits for; in the backward pass gathering
-    cannot be told from computing.
+    Gradients are summed, not averaged, as under DDP: the loss is divided only by the update's number of samples. The
+    forward pass's wait for the gathering of blocks counts as `sync`; in the backward pass, gathering cannot be
+    distinguished from computing.
     """
 
     sharded = True
@@ -88,13 +88,13 @@ class FsdpReplica(Rank):
             self._precision.told(finite=bool(finite))
 
     def _norm(self, rows: list[torch.Tensor]) -> torch.Tensor:
-        """Of the whole gradient, on the parameters' device; NaN or infinity on any rank is so on all."""
+        """Norm of the full gradient, on the parameters' device; a NaN or infinity on one rank reaches all ranks."""
         square = get_total_norm(rows).to(self._precision.device) ** 2
         dist.all_reduce(square)
         return square.sqrt()
 
     def tensors(self) -> State:
-        state = self.bare.state_dict(keep_vars=True)  # first: blocks that a validation left whole are rows from here on
+        state = self.bare.state_dict(keep_vars=True)  # first: this reshards blocks left gathered by validation
         names = {id(p): name for name, p in self.bare.named_parameters()}
         model: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():
@@ -123,7 +123,7 @@ class FsdpReplica(Rank):
         return Shards(State(tensors, own(optimizer_tensors(self.optimizer, self.bare)), self._facts()), places)
 
     def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole tensor in the machine's memory on rank 0; nothing is held elsewhere."""
+        """The full tensor in host memory on rank 0; an empty tensor on the other ranks."""
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
         return whole.cpu() if self._rank == 0 else whole.new_empty(0)
 
@@ -140,7 +140,7 @@ class FsdpReplica(Rank):
         load_optimizer(self.optimizer, self.bare, state, facts["optimizer"])
 
     def _laid_out(self, optimizer: Stored, key: str, parameter: torch.Tensor) -> torch.Tensor:
-        """A tensor of the optimizer's: this rank's rows where it lies as its parameter does."""
+        """A tensor of the optimizer state: this rank's rows if it has the shape of its sharded parameter, else all."""
         if not isinstance(parameter, DTensor) or optimizer.shape(key) != tuple(parameter.shape):
             return optimizer[key]
         rows = parameter.to_local()
@@ -156,7 +156,10 @@ class FsdpReplica(Rank):
 
 
 def attention(listener: Listener) -> Callable[..., None]:
-    """A hook for a block's forward pass: its gathered parameters exist from the first one on, and stay the same."""
+    """A forward pre-hook that registers gradient norm hooks on a block's gathered parameters.
+
+    They exist from the first forward pass on and stay the same tensors.
+    """
     known: set[int] = set()
 
     def hook(block: nn.Module, *_: object) -> None:
@@ -170,12 +173,13 @@ def attention(listener: Listener) -> Callable[..., None]:
 
 
 def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: Sequence[nn.Module]) -> FSDPModule:
-    """The same module, block after block with rank 0's numbers, on its device and in rows."""
+    """Shard the model in place, block by block, after broadcasting rank 0's values."""
     cuda = precision.device.type == "cuda"
     lower = torch.bfloat16 if run.strategy.gather == "bf16" else None
     options: dict[str, Any] = {
         "mesh": init_device_mesh(precision.device.type, (world,)),
-        "reshard_after_forward": None if run.strategy.reshard else False,  # the outermost is needed first: it stays
+        # None reshards all but the outermost module, whose parameters backward needs first.
+        "reshard_after_forward": None if run.strategy.reshard else False,
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None),
         "offload_policy": CPUOffloadPolicy() if run.strategy.offload and cuda else OffloadPolicy(),
     }
@@ -192,33 +196,35 @@ def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: 
 
 @torch.no_grad()
 def agree(model: nn.Module, device: torch.device) -> None:
-    """Rank 0's parameters and buffers for all, one at a time on the device: a recipe may have drawn others."""
+    """Broadcast rank 0's parameters and buffers one at a time: other ranks may have drawn different random values."""
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, DTensor):
-            continue  # of a block that is in rows already
+            continue  # belongs to a block that is already sharded
         here = tensor.detach().to(device)
         dist.broadcast(here, src=0)
         tensor.copy_(here)
 
 
 def check_shapes(model: nn.Module) -> None:
-    """
+    """Check that every parameter can be sharded by rows.
+
     Raises:
-        RequestError: a parameter is a single number, which has no rows.
+        UsageError: a parameter is a scalar, which has no rows.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
             raise RequestError(
-                f"strategy=fsdp: {name} is a single number and cannot lie in rows: give it the shape (1,), "
+                f"strategy=fsdp: {name} is a scalar, which cannot be sharded by rows: give it the shape (1,), "
                 "or type strategy=ddp"
             )
 
 
 def check_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """
+    """Check that no tied parameter crosses a block boundary.
+
     Raises:
-        RequestError: a parameter is shared by two blocks, or by a block and the rest: torch would divide it twice, and
-            train two parameters apart.
+        UsageError: a parameter is shared by two blocks, or by a block and the rest: torch would shard it twice and
+            train two independent parameters.
     """
     home = {module: number for number, block in enumerate(blocks) for module in block.modules()}
     found: dict[nn.Parameter, tuple[int | None, str]] = {}
@@ -227,13 +233,13 @@ def check_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         there, first = found.setdefault(parameter, (here, name))
         if there != here:
             raise RequestError(
-                f"strategy=fsdp: {first} and {name} are one parameter in two blocks, which FSDP2 would train apart: "
-                "let the recipe's blocks(model) leave out the modules that hold it, or type strategy=ddp"
+                f"strategy=fsdp: {first} and {name} are one parameter in two blocks, which FSDP2 would train as two: "
+                "exclude the modules that hold it from the recipe's blocks(model), or type strategy=ddp"
             )
 
 
 def rows_of(tensor: DTensor, rank: int) -> tuple[int, int]:
-    """Which elements [start, stop) of the flat tensor this rank's rows are: torch.chunk's division of dimension 0."""
+    """The range [start, stop) of this rank's rows in the flat tensor: dimension 0 is divided as by torch.chunk."""
     width = tensor.numel() // tensor.shape[0] if tensor.shape[0] else 0
     rows = -(-tensor.shape[0] // tensor.device_mesh.size())
     start = min(rank * rows, tensor.shape[0]) * width
@@ -242,9 +248,9 @@ def rows_of(tensor: DTensor, rank: int) -> tuple[int, int]:
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """What runs within gives its parameters zeros for gradients, whatever they would be: 0 · NaN is NaN.
+    """Replace the gradients computed within the block by zeros; a weight of 0 would not do, since 0 · NaN is NaN.
 
-    The gathered parameters exist from a block's forward pass on, so that is where they are caught.
+    The gathered parameters exist only from a block's forward pass on, so the hooks are registered there.
     """
     handles: list[torch.utils.hooks.RemovableHandle] = []
 

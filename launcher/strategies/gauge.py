@@ -1,7 +1,7 @@
-"""How much the parts of an update's gradient differ: what the noise scale is worked out from, a few numbers per update.
+"""Per-group gradient norms, from which the noise scale is estimated: a few numbers per update.
 
-A group is a part of the update's samples whose gradient is seen by itself: what a rank gives to the sum, a micro-batch,
-or a shard. Nothing is kept of a gradient but its square norm, on the device.
+A group is a part of the update's samples whose gradient is available separately: a rank's contribution to the sum, a
+micro-batch, or a shard. Of each gradient only the norm is kept, on the device.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ __all__ = ["Gauge", "Listener", "norms"]
 
 CHUNK = 1 << 20
 PIECE = 1 << 16
-#: Measuring every update would show: it is the first ones, so that something is known soon, and every fourth from then
-#: on. Hearing each micro-batch by itself costs more than what ranks and shards give to the sum.
+#: Measuring every update would be noticeably slow: measure the first ones, for an early estimate, then every fourth.
+#: Measuring each micro-batch (FIRST_HEARD) costs more than measuring what ranks and shards contribute to the sum.
 FIRST, FIRST_HEARD = 200, 40
 EVERY = 4
 
 
 def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Of pieces of the tensors, in fp32 at least: on a CPU a long sum in fp32 loses what groups differ by.
+    """Norms of the tensors in pieces, in fp32 at least: on a CPU, a long fp32 sum loses the differences of the groups.
 
-    Six million elements give a norm that is 2e-4 too small; in pieces of 65,536 that is 2e-7.
+    With six million elements the norm is too small by a relative 2e-4; in pieces of 65,536 elements by 2e-7.
     """
     pieces: list[torch.Tensor] = []
     for tensor in tensors:
@@ -35,15 +35,16 @@ def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def cut(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Views that lie together in memory, whatever the layout."""
+    """Split into views that are contiguous in memory, for any memory layout."""
     outer = max(range(tensor.ndim), key=tensor.stride)
     return tensor.split(max(1, PIECE * tensor.shape[outer] // tensor.numel()), outer)
 
 
 class Gauge:
-    """Adds up |h|²/c over this rank's groups: h is what a group adds to the gradient, c what its losses count.
+    """Sums |h|²/c over this rank's groups: h is the group's contribution to the gradient, c its loss count.
 
-    Over all groups of an update of B samples, B² times that is the sum of c |g|², g the group's own mean gradient.
+    Over all groups of an update of B samples, B² times this sum is the sum of c |g|², where g is the group's own mean
+    gradient.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,22 +53,22 @@ class Gauge:
         self._groups: list[tuple[float, Sequence[torch.Tensor]]] = []
 
     def counts(self, count: float) -> None:
-        """One more micro-batch of the group under way. A group that counts nothing is none."""
+        """Add a micro-batch to the current group. A group whose count is 0 is ignored."""
         self._count += count
 
     @property
     def measuring(self) -> bool:
-        """Whether the group under way counts anything."""
+        """Whether the current group has a count above 0."""
         return self._count > 0
 
     def close(self, norms: Sequence[torch.Tensor]) -> None:
-        """The group is complete; `norms` are those of the pieces of its h."""
+        """Complete the current group; `norms` are the norms of the pieces of its h."""
         if norms and self._count:
             self._groups.append((self._count, norms))
         self._count = 0.0
 
     def take(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
-        """The sum of gradients that were `scale` times too large, and how many groups; then it starts anew."""
+        """Return the sum, corrected for gradients scaled by `scale`, and the number of groups; then reset."""
         groups, self._groups, self._count = self._groups, [], 0.0
         if not groups:
             return torch.zeros((), dtype=torch.float64, device=self._device), 0
@@ -78,9 +79,9 @@ class Gauge:
 
 
 class Listener:
-    """Takes the norm of each parameter's gradient as backward gives it, before it is added to what is there.
+    """Takes the norm of each parameter's gradient as backward produces it, before it is accumulated.
 
-    Small gradients are held until a million elements have come together: a kernel for each would show.
+    Small gradients are held until they total a million elements: a kernel for each would be noticeably slow.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor] = ()) -> None:
@@ -101,7 +102,7 @@ class Listener:
         if elements > PIECE:
             self._norms += norms([gradient])
             return
-        self._waiting.append(gradient)  # itself, not a view: what holds it may not be changed in place
+        self._waiting.append(gradient)  # the tensor itself, not a view: autograd then does not modify it in place
         self._elements += elements
         if self._elements >= CHUNK:
             self._measure()
@@ -112,7 +113,7 @@ class Listener:
         self._waiting, self._elements = [], 0
 
     def norms(self) -> list[torch.Tensor]:
-        """Of the gradients since it was last asked."""
+        """Norms of the gradients since the last call."""
         self._measure()
         heard, self._norms = self._norms, []
         return heard

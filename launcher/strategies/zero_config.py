@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: our plan's part, and what a person's own JSON may add. Neither torch nor DeepSpeed needed."""
+"""DeepSpeed's configuration: our part, and what a user's JSON may add. Imports neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.settings import Run
 
 __all__ = ["configuration", "missing", "problems"]
 
-#: Keys of a DeepSpeed JSON that this program answers for, and the key of ours that says it.
+#: Keys of a DeepSpeed JSON that this program controls, and our key that sets each.
 OWNED: Mapping[str, str] = {
     "train_batch_size": "batch.global",
     "train_micro_batch_size_per_gpu": "batch.per_device",
@@ -40,7 +40,7 @@ OWNED: Mapping[str, str] = {
     "zero_optimization.offload_optimizer": "strategy.offload",
     "zero_optimization.cpu_offload": "strategy.offload",
 }
-#: How the work is done, never what comes of it.
+#: Keys a user's JSON may set: they change how the work is done, never the result.
 FREE = frozenset(
     {
         "activation_checkpointing",
@@ -76,36 +76,36 @@ FREE_ZERO = frozenset(
         "use_multi_rank_bucket_allreduce",
     }
 )
-#: Values by which a JSON says nothing: Hugging Face's integration writes "auto" where it fills in.
+#: Values that count as unset: Hugging Face's integration writes "auto" for values that it fills in.
 SILENT = ("auto", None)
 
-#: torch's optimizers that look at more than one element at a time, or that DeepSpeed builds anew for itself.
+#: torch's optimizers that do not work element by element, or that DeepSpeed replaces with its own.
 NOT_IN_PIECES = ("Adafactor", "Adagrad", "LBFGS", "Muon", "SparseAdam")
-BUCKET = 500_000_000  # DeepSpeed's own default, in elements; its buffer is as long whatever the model
+BUCKET = 500_000_000  # DeepSpeed's default, in elements; it allocates a buffer of this length for any model
 
 
 def problems(run: Run) -> Iterator[str]:
-    """What is wrong with a run under DeepSpeed, each in one line with its mend.
+    """What DeepSpeed does not support in this configuration, one line each, with the fix.
 
     Raises:
-        RequestError: `strategy.config` cannot be read.
+        UsageError: `strategy.config` cannot be read.
     """
     stage = run.strategy.stage
     if not 0 <= stage <= 3:
-        yield f"strategy.stage={stage} is no stage of ZeRO: type strategy.stage=0, 1, 2 or 3"
+        yield f"strategy.stage={stage} is not a ZeRO stage: type strategy.stage=0, 1, 2 or 3"
     if run.train.precision == "fp64":
         yield (
-            "train.precision=fp64 does not go with strategy=deepspeed, whose master parameters are fp32: type "
+            "train.precision=fp64 does not work with strategy=deepspeed, whose master parameters are fp32: type "
             "train.precision=fp32 or strategy=ddp"
         )
     if run.elastic.exact:
-        yield "strategy=deepspeed does not go with elastic.exact=true: type strategy=ddp"
+        yield "strategy=deepspeed does not work with elastic.exact=true: type strategy=ddp"
     if run.strategy.offload and stage == 0:
-        yield "strategy.offload=true needs the optimizer's state in parts: type strategy.stage=1, 2 or 3"
+        yield "strategy.offload=true needs a sharded optimizer state: type strategy.stage=1, 2 or 3"
     name = str(run.optimizer.get("_target_")).rpartition(".")[2]
     if stage and str(run.optimizer.get("_target_")).startswith("torch.optim.") and name in NOT_IN_PIECES:
         yield (
-            f"optimizer={name} cannot work on pieces of parameters, as strategy.stage={stage} has them: type "
+            f"optimizer={name} cannot work on flat shards of parameters, which strategy.stage={stage} uses: type "
             "strategy.stage=0, strategy=ddp or optimizer=adamw"
         )
     if run.strategy.config is not None:
@@ -113,20 +113,20 @@ def problems(run: Run) -> Iterator[str]:
 
 
 def missing() -> str | None:
-    """What to say where DeepSpeed is not installed; it is looked for, not imported."""
+    """An error message if DeepSpeed is not installed; checks without importing it."""
     if find_spec("deepspeed") is not None:
         return None
     return "strategy=deepspeed: DeepSpeed is not installed: type pip install 'elastic-batch-launcher[deepspeed]'"
 
 
 def configuration(run: Run, numel: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a model with `numel` trainable numbers.
+    """DeepSpeed's configuration for a model with `numel` trainable elements.
 
-    One micro-batch of one sample, always: the division and the boundary are ours, so no batch assertion of DeepSpeed's
-    can contradict the plan, at any world size.
+    It always says one micro-batch of one sample: we divide the loss and set the accumulation boundary ourselves, so
+    none of DeepSpeed's batch assertions can contradict the plan at any world size.
 
     Raises:
-        RequestError: `strategy.config` cannot be read, or says what this program answers for.
+        UsageError: `strategy.config` cannot be read, or sets a key that this program controls.
     """
     own = {} if run.strategy.config is None else _read(run.strategy.config)
     for problem in _clashes(run, own):
@@ -138,7 +138,7 @@ def configuration(run: Run, numel: int) -> dict[str, Any]:
         **{name: value for name, value in own.items() if name in FREE},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # clipping is the step's; left out, stage 0 would clip at 1.0
+        "gradient_clipping": 0.0,  # our step clips; without this entry stage 0 would clip at 1.0
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
@@ -151,10 +151,10 @@ def configuration(run: Run, numel: int) -> dict[str, Any]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """The user's JSON without what it leaves open.
+    """The user's JSON without the entries that count as unset.
 
     Raises:
-        RequestError: it cannot be read, or is no JSON object.
+        UsageError: it cannot be read, or is not a JSON object.
     """
     mend = "name a DeepSpeed JSON file, or leave strategy.config out"
     try:
@@ -163,7 +163,7 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as problem:
         raise RequestError(f"strategy.config={path} cannot be read: {problem}; {mend}") from problem
     if not isinstance(found, dict) or not isinstance(found.get("zero_optimization", {}), dict):
-        raise RequestError(f"strategy.config={path} holds no DeepSpeed configuration: {mend}")
+        raise RequestError(f"strategy.config={path} is not a DeepSpeed configuration: {mend}")
     zero = {name: value for name, value in found.pop("zero_optimization", {}).items() if not _silent(value)}
     return {**{name: value for name, value in found.items() if not _silent(value)}, "zero_optimization": zero}
 
@@ -180,6 +180,9 @@ def _clashes(run: Run, own: Mapping[str, Any]) -> Iterator[str]:
     for name in (*(own.keys() - {"zero_optimization"}), *(f"zero_optimization.{name}" for name in zero)):
         if name in OWNED:
             ours = OWNED[name]
-            yield f"strategy.config={path} sets {name}, which is {ours} here: take it out of the file and type {ours}="
+            yield (
+                f"strategy.config={path} sets {name}, which is set by {ours} here: "
+                f"take it out of the file and type {ours}="
+            )
         elif name not in FREE and name.removeprefix("zero_optimization.") not in FREE_ZERO:
             yield f"strategy.config={path} sets {name}, which is not supported: take it out of the file"

@@ -1,9 +1,9 @@
-"""Weights and optimizer slots out of DeepSpeed's flat partitions and into them: whole, by name, one tensor at a time.
+"""Convert optimizer state between DeepSpeed's flat partitions and full tensors by name, one tensor at a time.
 
-Under ZeRO a rank holds of each parameter one run of elements (perhaps none), as a part of a flat tensor of its group;
-the optimizer knows only that tensor. Where the runs lie is the one thing that differs from stage to stage, and
-`pieces` is the one place that knows. What it reads of DeepSpeed is private there: the version is pinned, and tests
-compare what comes out with plain torch bit by bit.
+Under ZeRO, a rank holds one contiguous range (possibly empty) of each parameter's elements, as a part of its group's
+flat tensor; the optimizer sees only that tensor. The position of the ranges is all that differs between the stages, and
+only `partition_slices` depends on it. It reads private attributes of DeepSpeed: the version is pinned, and tests
+compare the result with plain torch bit by bit.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from launcher.parts import Place
 
 __all__ = ["Piece", "ZeroState", "pieces"]
 
-#: Slots of torch's optimizers that have one value for a parameter. Others are known by their shape.
+#: Slots of torch's optimizers with a single value per parameter. Others are recognised by their shape.
 SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `start` ... `start + numel` of a parameter lie from `offset` on in this rank's `flat` tensor."""
+    """Elements [start, start + numel) of a parameter, stored from `offset` on in this rank's `flat` tensor."""
 
     flat: torch.Tensor
     offset: int
@@ -36,20 +36,20 @@ class Piece:
     numel: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Its part of `flat`, or of one of the optimizer's slots of the same length."""
+        """This slice of `flat`, or of an optimizer slot of the same length."""
         return tensor.narrow(0, self.offset, self.numel)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Its part of the whole parameter's values."""
+        """This slice of the full parameter."""
         return whole.reshape(-1).narrow(0, self.start, self.numel)
 
 
 def pieces(zero: Any, stage: int, rank: int) -> Iterator[tuple[nn.Parameter, Piece]]:
-    """Every trainable parameter with what of it lies here, in the same order on every rank."""
+    """Every trainable parameter with this rank's slice of it, in the same order on every rank."""
     if stage == 3:
         for parameter in (parameter for group in zero.fp16_groups for parameter in group):
             index, offset, length = zero.grad_position[zero.get_param_id(parameter)]
-            start = min(rank * length, parameter.ds_numel)  # padded at the end to as many elements on every rank
+            start = min(rank * length, parameter.ds_numel)  # padded at the end so that all ranks have equal lengths
             numel = min(length, parameter.ds_numel - start)
             yield parameter, Piece(zero.fp32_partitioned_groups_flat[index], offset, start, numel)
         return
@@ -75,14 +75,17 @@ class ZeroState:
         self._pieces = {names[id(parameter)]: piece for parameter, piece in pieces(zero, stage, self._rank)}
 
     def _values(self) -> Iterator[tuple[str, str, Piece, Any]]:
-        """Each parameter, slot, piece, and what the optimizer has there: a flat tensor, or one value for all."""
+        """Parameter name, slot, slice, and the optimizer's value: a flat tensor, or a single value for the group."""
         for name, piece in self._pieces.items():
             for slot, value in self._zero.optimizer.state.get(piece.flat, {}).items():
                 if value is not None:
                     yield name, slot, piece, value
 
     def parts(self) -> Iterator[tuple[str, Any, Place | None]]:
-        """Each slot of what lies here as `<parameter>/<slot>` and where that is in the whole; rank 0 has the rest."""
+        """This rank's slice of each slot as `<parameter>/<slot>`, with its position.
+
+        Slots with a single value have no position. Tensors among them come from rank 0 only.
+        """
         for name, slot, piece, value in self._values():
             if is_flat(slot, value, piece):
                 yield f"{name}/{slot}", piece.of(value), Place(tuple(self._shapes[name]), piece.start)
@@ -90,9 +93,9 @@ class ZeroState:
                 yield f"{name}/{slot}", value, None
 
     def slots(self, device: torch.device) -> Iterator[tuple[str, Any]]:
-        """Each slot as `<parameter>/<slot>`: whole on rank 0, on the CPU; nothing on the others, which must take part.
+        """Each slot as `<parameter>/<slot>`: in full on rank 0, on the CPU; empty on the others. Collective.
 
-        The elements travel as integers: a sum of one value and zeros would turn -0.0 into 0.0.
+        The elements are reduced as integers: a float sum of one value and zeros would turn -0.0 into 0.0.
         """
         for name, slot, piece, value in self._values():
             if is_flat(slot, value, piece):
@@ -110,10 +113,10 @@ class ZeroState:
 
     @torch.no_grad()
     def fill(self, tensors: Stored, numbers: Mapping[str, Any]) -> None:
-        """Give the optimizer the state that stands under these names, and no other.
+        """Replace the optimizer's state by the given tensors and numbers.
 
         Raises:
-            RequestError: parameters of one group have seen different numbers of steps, which a flat group cannot say.
+            UsageError: parameters of one group have different step counts, which a flat group cannot represent.
         """
         known = by_parameter((*tensors, *numbers))
         self._zero.optimizer.state.clear()
@@ -133,13 +136,13 @@ class ZeroState:
         if slot in state and bool(state[slot] != value):
             raise RequestError(
                 f"strategy=deepspeed keeps one {slot} for a group of parameters, and the checkpoint has "
-                f"{float(value):g} for {name} and {float(state[slot]):g} for others: go on with strategy=ddp"
+                f"{float(value):g} for {name} and {float(state[slot]):g} for others: continue with strategy=ddp"
             )
         state[slot] = value
 
 
 def by_parameter(keys: Iterable[str]) -> dict[str, list[str]]:
-    """The slots of each parameter."""
+    """Group the keys `<parameter>/<slot>` into the slots of each parameter."""
     found: dict[str, list[str]] = {}
     for key in keys:
         name, slot = key.rsplit("/", 1)

@@ -1,1 +1,1 @@
-"""What `launcher new` writes: a recipe that trains as it is, and its YAML."""
+"""Templates of `launcher new`: a recipe that trains unchanged, and its YAML."""

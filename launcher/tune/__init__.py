@@ -1,1 +1,1 @@
-"""The verb `tune`: per-device batch sizes measured with the real training step, and one of them recommended."""
+"""The `tune` command: measure per-device batch sizes with the real training step and recommend one."""

@@ -1,4 +1,4 @@
-"""`batch.per_device=auto`: a number is found before anything of the run exists, and from then on it is as if typed."""
+"""`batch.per_device=auto`: find a number before the run is created, as if the user had set it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGE = 1 << 40
 
 
 class Unmeasured(Exception):
-    """A worker that measured failed for another reason than memory; the message is the line to tell."""
+    """A measuring worker failed for a reason other than memory; the message is the line to print."""
 
     def __init__(self, line: str, trace: str = "") -> None:
         super().__init__(line)
@@ -32,9 +32,9 @@ class Unmeasured(Exception):
 
 @dataclass(frozen=True)
 class Settled:
-    """A run without open questions; `why` says in one line what was chosen, empty where nothing was.
+    """A configuration with all `auto` values resolved; `why` states the choice in one line, empty if there was none.
 
-    `profile`: under batch=goodput the measured update times, as JSON.
+    `profile`: the measured update times under batch=goodput, as a JSON-serialisable dict.
     """
 
     run: Run
@@ -51,19 +51,19 @@ def with_size(run: Run, size: int) -> Run:
 
 
 def stood_in(run: Run) -> Run:
-    """The run with a number that refuses nothing by itself: all else that is wrong is found before measuring."""
+    """Replace auto by a placeholder that passes every check, so that all other errors are found before measuring."""
     if run.batch.per_device != "auto" or run.batch.policy == "goodput":
         return run
     if run.elastic.exact:
         raise RequestError(
-            "batch.per_device=auto does not go with elastic.exact=true, whose shards are not measured: "
+            "batch.per_device=auto does not work with elastic.exact=true, whose shards are not measured: "
             "type batch.per_device=32 or another number"
         )
     return with_size(run, LARGE if run.batch.policy == "hold" else 1)
 
 
 def question(run: Run) -> Run:
-    """What `tune` is asked: this run's step for any size, whatever its batch policy makes of that."""
+    """The configuration to measure: this run's update at any micro-batch size, independent of its batch policy."""
     steps = run.batch.accumulation if run.batch.policy == "scale" else "auto"
     budget_s = BUDGET_S if run.tune.budget_s is None else run.tune.budget_s
     return replace(
@@ -75,27 +75,27 @@ def question(run: Run) -> Run:
 
 def looking(run: Run) -> str:
     asked = "batch.policy=goodput" if run.batch.policy == "goodput" else "batch.per_device=auto"
-    return f"{asked}: what is kept is used, else it is measured, up to {question(run).tune.budget_s:g} s"
+    return f"{asked}: uses a stored measurement, else measures for up to {question(run).tune.budget_s:g} s"
 
 
 def answered(run: Run, found: Mapping[str, Any], path: Path) -> Settled:
-    """With what `tune` found. `path`: the run's folder, where it may have measured at another world size before.
+    """Resolve the configuration from a `tune` result; `path` is the run directory, which may hold earlier measurements.
 
     Raises:
-        RequestError: no size fits into memory.
+        UsageError: no size fits into memory.
     """
     size = found["recommended"]
     if size is None:
         raise RequestError(
-            f"batch.per_device=auto: {found['why']}; sizes from {found['points'][0]['per_device']} on were tried"
+            f"batch.per_device=auto: {found['why']}; sizes from {found['points'][0]['per_device']} upwards were tried"
         )
     when = datetime.fromisoformat(found["measured"])
-    source = f"kept from {when:%Y-%m-%d %H:%M} UTC" if found["cached"] else f"measured now in {found['spent_s']:g} s"
+    source = f"stored on {when:%Y-%m-%d %H:%M} UTC" if found["cached"] else f"measured now in {found['spent_s']:g} s"
     workers = plural(found["world"], "worker")
     if run.batch.policy == "goodput":
         return _informed(run, found, path, f"update times on {workers}, {source}")
     because = found["why"].partition(";")[0].partition(": ")[2]
-    return Settled(with_size(run, size), f"batch.per_device=auto took {size}: {because} on {workers}, {source}")
+    return Settled(with_size(run, size), f"batch.per_device=auto chose {size}: {because} on {workers}, {source}")
 
 
 def _informed(run: Run, found: Mapping[str, Any], path: Path, source: str) -> Settled:
@@ -106,18 +106,18 @@ def _informed(run: Run, found: Mapping[str, Any], path: Path, source: str) -> Se
 
 
 def before(run: Run, path: Path, world: int, nodes: int) -> Settled | None:
-    """What the folder of an existing run answers, whose number is in `run` already; None where it does not."""
+    """Resolve from an existing run directory, whose batch size is already in `config`; None: to be measured."""
     size = run.batch.per_device
     if run.batch.policy == "goodput":
         known = None if run.resume == "never" else profile_in(path)
         return Settled(run, profile=known.to_facts()) if known is not None and known.reaches(world, nodes) else None
     if size == "auto":
         return None
-    return Settled(run, f"batch.per_device=auto is {size}, as {path / 'run.yaml'} has it: nothing was measured")
+    return Settled(run, f"batch.per_device=auto is {size}, read from {path / 'run.yaml'}: nothing was measured")
 
 
 def profile_in(path: Path) -> Profile | None:
-    """What an earlier start measured; None where there is nothing that can be trusted."""
+    """The timing profile measured by an earlier start; None if it is missing or invalid."""
     try:
         return Profile.from_facts(json.loads((path / PROFILE).read_text()))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Measuring under a torchrun of the user's own: each worker has a process beside it do so, and waits.
+"""Measuring under the user's own torchrun: each worker starts one measuring process and waits for it.
 
-What measuring does to a process (memory, libraries' state, process groups) ends with that process, and one that runs
-out of memory while others wait for it ends nobody's job. The processes meet through a part of the job's store.
+The side effects of measuring (memory, library state, process groups) end with that process, and running out of memory
+in a collective does not end the job. The measuring processes connect through a prefix of the job's store.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LOOK_EVERY_S = 0.05
 
 
 def measured(question: Mapping[str, Any], topology: Topology, store: dist.Store) -> dict[str, Any]:
-    """The document that the ranks' processes come to, the same on all. Every rank calls it.
+    """Measure in one process per rank and return the resulting document, the same on all ranks. Every rank calls it.
 
     Raises:
-        RequestError: the request is wrong, found by any rank.
-        Unmeasured: a process failed for another reason than memory, or was killed.
+        RequestError: any rank found the request to be wrong.
+        Unmeasured: a process was killed, or failed for a reason other than memory.
     """
-    import launcher.tune.session  # noqa: F401  what training needs too, and a process forked from here need not import
+    import launcher.tune.session  # noqa: F401  training needs it too, and forked processes inherit the import
 
     council = Council(store, topology.rank, topology.world)
 
@@ -48,13 +48,13 @@ def measured(question: Mapping[str, Any], topology: Topology, store: dist.Store)
 
 
 def ended(errand: Errand, store: dist.Store, rank: int) -> int | None:
-    """The exit status of this rank's process; None where another rank's has failed, and this one was ended."""
+    """The exit status of this rank's process; None if it was killed because another rank's process failed."""
     failed = f"{errand.prefix}/failed"
     process = sent(errand, AS_GUEST)
     try:
         while (status := process.poll()) is None:
             if store.check([failed]):
-                return process.poll()  # it may have ended meanwhile, and be the cause
+                return process.poll()  # it may have ended in the meantime and be the cause
             time.sleep(LOOK_EVERY_S)
         if status != EXIT_OK:
             store.set(failed, str(rank))

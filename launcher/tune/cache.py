@@ -1,7 +1,7 @@
-"""Measurements that are kept, in runs/.profiles: each a file named by all that its figures depend on.
+"""Cache of measurements in runs/.profiles: one file per key, and the key holds everything the values depend on.
 
-A file is used only where every field of its key is the same. Of another one it is said what differs; one that was cut
-off, edited or written by something else is said and measured anew.
+A file is used only if every field of its key matches. Otherwise a note reports which fields differ. A file that was
+truncated, edited or written by another program is reported, and the measurement is repeated.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 FOLDER = RUNS / ".profiles"
 FORMAT = 1
-#: Parts and keys of the configuration on which time and memory of an update depend.
+#: Sections and keys of the configuration that determine the time and memory of an update.
 PARTS = ("optimizer", "recipe", "strategy")
 KEYS = (
     "batch.accumulation",
@@ -58,7 +58,7 @@ KEYS = (
     "tune.max",
     "tune.sizes",
 )
-#: What was asked of a measurement, and what follows from the number of workers.
+#: Key fields that describe the measurement request, and those that follow from the number of workers.
 ASKED = ("tune.max", "tune.sizes", "batch.accumulation")
 WORLDS = ("world", "nodes", "local_world", "threads", "cores")
 POINT = ("per_device", "samples_per_s", "low", "high", "memory_bytes")
@@ -67,9 +67,9 @@ MOST_TOLD = 3
 
 @dataclass(frozen=True)
 class Place:
-    """What a measurement depends on beside the configuration: where it is made, by which program, on which data.
+    """What a measurement depends on besides the configuration: machine, program versions, data.
 
-    `code` is a hash of the recipe's source, `shape` that of a sample, `cores` those of this machine.
+    `code`: a hash of the recipe's source. `shape`: the shape of a sample. `cores`: CPU cores available on this machine.
     """
 
     world: int
@@ -85,7 +85,7 @@ class Place:
 
 
 def code_of(recipe: Any) -> str:
-    """A hash of the file that the recipe's class is written in; empty where there is none, as in a console."""
+    """Hash of the source file of the recipe's class; empty if there is no file (interactive console)."""
     with suppress(OSError, TypeError):
         return hashlib.sha256(Path(inspect.getfile(type(recipe))).read_bytes()).hexdigest()[:16]
     return ""
@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
 
 
 def configured(run: Run) -> dict[str, Any]:
-    """The part of a key that the configuration says, secrets masked."""
+    """The fields of a key that come from the configuration, with secrets masked."""
     values = redacted(flat(run))
     named = {name: value for name, value in values.items() if name in KEYS or name.partition(".")[0] in PARTS}
     steps = 1 if run.batch.accumulation == "auto" else run.batch.accumulation
@@ -105,7 +105,7 @@ def configured(run: Run) -> dict[str, Any]:
 
 
 def key_of(run: Run, place: Place) -> dict[str, Any]:
-    """Everything that a measurement depends on, flat and as JSON has it."""
+    """Everything a measurement depends on: a flat mapping of JSON values."""
     facts = asdict(place)
     numbers = facts.pop("versions")
     return _as_json({**configured(run), **facts, **_named(numbers)})
@@ -122,7 +122,7 @@ def _as_json(key: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Profile:
-    """`found` is the document that `tune` prints; `measured` when, in ISO 8601."""
+    """A stored measurement. `found`: the document that `tune` prints. `measured`: when, in ISO 8601."""
 
     key: Mapping[str, Any]
     measured: str
@@ -134,21 +134,22 @@ class Profile:
 
     @classmethod
     def of_text(cls, text: str) -> Profile:
-        """
+        """Parse and validate what `text` wrote.
+
         Raises:
-            ValueError: it is not what `text` wrote.
+            ValueError: the content was not written by `text`, or was altered.
         """
         facts = json.loads(text)
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-            raise ValueError("it is no profile of this version")
+            raise ValueError("it is not a profile of this version")
         if facts.pop("sha256", None) != digest(facts):
-            raise ValueError("its hash is not that of what it holds")
+            raise ValueError("its hash does not match its content")
         _check(facts)
         return cls(facts["key"], facts["measured"], facts["found"])
 
     @property
     def day(self) -> str:
-        """When it was measured, for a line: 2026-11-21 16:40 UTC"""
+        """The time of measuring, for display: 2026-11-21 16:40 UTC."""
         return f"{datetime.fromisoformat(self.measured):%Y-%m-%d %H:%M} UTC"
 
 
@@ -157,10 +158,10 @@ def digest(facts: Mapping[str, Any]) -> str:
 
 
 def _check(facts: Mapping[str, Any]) -> None:
-    """A hash says that nothing was lost, not that what is there makes sense.
+    """Validate the fields: a matching hash shows that nothing was lost, but not that the values make sense.
 
     Raises:
-        ValueError: a part is missing, or is of another kind.
+        ValueError: a field is missing, has the wrong type or is out of range.
     """
     try:
         datetime.fromisoformat(facts["measured"])
@@ -169,21 +170,21 @@ def _check(facts: Mapping[str, Any]) -> None:
         sound = all(type(value) is int and value >= 1 for value in whole) and isinstance(facts["key"], dict)
         sound = sound and bool(points) and all(math.isfinite(value) and value >= 0 for row in points for value in row)
     except (KeyError, TypeError) as problem:
-        raise ValueError(f"a part of it is missing or of another kind: {problem}") from problem
+        raise ValueError(f"a field is missing or has the wrong type: {problem}") from problem
     if not sound:
-        raise ValueError("a figure in it is none")
+        raise ValueError("a value is missing or out of range")
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What was found for a key, and what is to be said of files that were not used."""
+    """Result of a lookup; `said` holds notes about files that were not used."""
 
     profile: Profile | None = None
     said: tuple[str, ...] = ()
 
 
 def look(key: Mapping[str, Any], folder: Path = FOLDER) -> Looked:
-    """The profile of exactly this key, if there is one that can be trusted."""
+    """Look up the profile with exactly this key; files that fail validation are skipped with a note."""
     path = path_of(key, folder)
     try:
         profile = Profile.of_text(path.read_text())
@@ -192,24 +193,24 @@ def look(key: Mapping[str, Any], folder: Path = FOLDER) -> Looked:
     except (OSError, ValueError) as problem:
         why = getattr(problem, "strerror", None) or problem
         return Looked(said=(f"{path} cannot be trusted ({why}): not used",))
-    return Looked(profile) if profile.key == key else Looked(said=(f"{path} is of another key: not used",))
+    return Looked(profile) if profile.key == key else Looked(said=(f"{path} has a different key: not used",))
 
 
 def kept(folder: Path = FOLDER) -> Iterator[Profile]:
-    """All that can be trusted, newest first."""
+    """All valid profiles, newest first."""
     found = []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
             found.append(Profile.of_text(path.read_text()))
-        except (OSError, ValueError):  # it is said where it would have been used
+        except (OSError, ValueError):  # `look` reports invalid files
             continue
     return iter(sorted(found, key=lambda profile: profile.measured, reverse=True))
 
 
 def family(run: Run, code: str, train_samples: int, folder: Path = FOLDER) -> Looked | list[Profile]:
-    """The newest profile of each world size that tells of this run, all of one device; else why there is none.
+    """The newest profile of each world size matching this configuration, all for one device; else notes on why none do.
 
-    What a machine alone knows (its device, the shape of a sample) is taken from the newest.
+    Fields known only on the training machine (device, shape of a sample) are taken from the newest profile.
     """
     key = _as_json({**configured(run), "code": code, "train_samples": train_samples, **_named(versions())})
     key = {name: value for name, value in key.items() if name not in ASKED}
@@ -226,7 +227,11 @@ def family(run: Run, code: str, train_samples: int, folder: Path = FOLDER) -> Lo
 
 
 def keep(profile: Profile, folder: Path = FOLDER) -> Path:
-    """Write it down, whole or not at all, in the place of an older one of the same key. OSError where it cannot be."""
+    """Write the profile atomically, replacing an older one with the same key.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     private_folder(folder)
     path = path_of(profile.key, folder)
     write_whole(path, profile.text())
@@ -243,7 +248,7 @@ def _stale(key: Mapping[str, Any], folder: Path) -> Iterator[str]:
 
 
 def _told(key: Mapping[str, Any], there: Iterable[Profile], only: Collection[str] | None) -> Iterator[str]:
-    """Of the profiles of this recipe the one nearest to the key: why it is not used. `only`: the fields that count."""
+    """Explain why the closest profile of this recipe does not match the key. `only`: the fields to compare."""
     same = [one for one in there if one.key.get("recipe._target_") == key["recipe._target_"]]
 
     def differing(one: Profile) -> list[tuple[str, Any, Any]]:
@@ -251,9 +256,9 @@ def _told(key: Mapping[str, Any], there: Iterable[Profile], only: Collection[str
 
     if same:
         nearest = min(same, key=lambda one: len(differing(one)))
-        told = [f"{name} {_short(was)}, now {_short(now)}" for name, was, now in differing(nearest)]
+        told = [f"{name} was {_short(was)}, is now {_short(now)}" for name, was, now in differing(nearest)]
         more = f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
-        yield f"the profile of {nearest.day} is of another {', '.join(told[:MOST_TOLD])}{more}: not used"
+        yield f"the profile of {nearest.day} is not used: {'; '.join(told[:MOST_TOLD])}{more}"
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

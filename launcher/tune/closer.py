@@ -1,7 +1,7 @@
-"""A closer look at what was found: which operators make a size slower, and one batch divided differently.
+"""Follow-up measurements: which operators make a size slower, and the same batch at different accumulation.
 
-Each has a budget of its own and ends with it, finished or not: the recommendation stands without them. What is
-foreseen to take longer is not begun.
+Each has its own time budget and stops when it is used up, finished or not; the recommendation does not depend on them.
+A follow-up that is predicted to exceed its budget is not started.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from launcher.tune.survey import Survey, Term
 
 __all__ = ["look_closer"]
 
-OPERATORS, SPLITS = 0.15, 0.15  # of the seconds that searching has, on top of them
-ROUNDS = 4  # in which each split is timed, at most
-LEAST_ROUNDS = 2  # there and back, so that a drift favours none
-UPDATES = 7  # that a visit takes at least: the rehearsal, two to warm up, four that count
+OPERATORS, SPLITS = 0.15, 0.15  # shares of the search budget, added to it
+ROUNDS = 4  # maximum number of rounds in which each split is timed
+LEAST_ROUNDS = 2  # once in each order, so that drift favours no split
+UPDATES = 7  # minimum per measurement: the dry run, two warm-up updates, four timed ones
 
 
 def look_closer(survey: Survey, term: Term, accumulation: int) -> None:
-    """Every rank calls it. `accumulation`: micro-batches of an update where it is not divided further."""
+    """Run the follow-ups; every rank calls it. `accumulation`: micro-batches per update without further splitting."""
     survey.closing()
     _operators(survey, term.part(OPERATORS))
     advice = survey.ledger.advice()
@@ -35,12 +35,12 @@ def look_closer(survey: Survey, term: Term, accumulation: int) -> None:
 
 
 def _affordable(term: Term, visits: Iterable[Size]) -> bool:
-    """Whether the time would do for a short visit of each. A size whose time is not known is let pass."""
+    """Whether the budget allows a short measurement of each size. Sizes of unknown duration count as free."""
     return UPDATES * sum(sum(one.stages_ms.values()) for one in visits) <= 1e3 * term.budget_s
 
 
 def _operators(survey: Survey, term: Term) -> None:
-    """Where a larger size is slower and its operators can be why: both sizes profiled, outside all timing."""
+    """Profile both sizes, outside all timing, if a larger size is slower and its operators may be the cause."""
     pair = survey.ledger.slower()
     stage = None if pair is None else worth_profiling(*(one.ms_per_sample for one in pair))
     if pair is None or stage is None or not _affordable(term, pair):
@@ -55,7 +55,7 @@ def _operators(survey: Survey, term: Term) -> None:
 
 
 def _splits(survey: Survey, term: Term, divisions: tuple[tuple[int, int], ...]) -> None:
-    """The smallest micro-batches first, for what a larger one leaves behind in a CPU's memory would count as theirs."""
+    """Time the splits, smallest micro-batch first: CPU memory left by a larger one would count towards the smaller."""
     for turn in range(ROUNDS):
         for size, accumulation in divisions if turn % 2 else reversed(divisions):
             if term.over():

@@ -1,4 +1,4 @@
-"""What the ranks agree on between updates, through the job's store: no collective is needed, and none can hang."""
+"""All-gather of JSON values between updates through the job's store, without a collective that could hang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Council"]
 
 
 class Council:
-    """Rounds in which every rank says one JSON value and hears all."""
+    """Gathers one JSON value per rank on all ranks; every rank must make the same sequence of calls."""
 
     def __init__(self, store: dist.Store, rank: int, world: int) -> None:
         self._store = store
@@ -21,21 +21,21 @@ class Council:
         self._round = 0
 
     def gather(self, word: Any) -> list[Any]:
-        """Every rank's word, in order of rank; waits for all of them."""
+        """Return the values of all ranks in rank order; waits for all of them."""
         if self._world == 1:
             return [word]
         self._round += 1
         self._store.set(self._key(self._round, self._rank), json.dumps(word))
-        if self._round > 2:  # whoever has begun this round has heard the one before the last
+        if self._round > 2:  # a rank that has begun this gather has read the one before the previous
             self._store.delete_key(self._key(self._round - 2, self._rank))
         return [json.loads(self._store.get(self._key(self._round, rank))) for rank in range(self._world)]
 
     def of_first(self, word: Any) -> Any:
-        """Rank 0's word on every rank: what depends on a clock is decided there."""
+        """Return rank 0's value on every rank, for decisions that depend on a clock."""
         return self.gather(word)[0]
 
     def adjourn(self) -> None:
-        """The last word: rank 0, which may serve the store, stays until the others have heard all."""
+        """Finish: rank 0, which may serve the store, waits until the other ranks have read everything."""
         if self._rank:
             self._store.set(f"council/heard/{self._rank}", "")
         else:

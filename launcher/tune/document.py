@@ -1,4 +1,4 @@
-"""The JSON document of `tune`, from what was measured: labels, recommendation, and what limits."""
+"""Build the JSON document of `tune` from the measurements: labels, recommendation and bottleneck."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from launcher.tune.operators import stage_grown
 
 __all__ = ["document", "recommended"]
 
-MOSTLY = 0.5  # a constant with this share of a micro-batch's time is what limits
-FULL = 0.8  # of memory
+MOSTLY = 0.5  # share of a micro-batch's time above which the constant overhead is reported
+FULL = 0.8  # share of memory above which usage is reported
 
 
 def document(ledger: Ledger, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `tune` prints as JSON. `facts`: what was measured, and on what; they are in it as they are."""
+    """The document that `tune` prints as JSON. `facts`: what was measured and on which machine, included unchanged."""
     advice, told = ledger.advice(), ledger.told()
     labels: Mapping[int, str] = {} if advice is None else advice.labels
     points = [_point(one, labels.get(one.size, "oom"), facts) for one in told]
@@ -32,7 +32,7 @@ def document(ledger: Ledger, facts: Mapping[str, Any]) -> dict[str, Any]:
         "recommended": None,
         "memory_max": ledger.memory_max(),
         "bottleneck": None,
-        "why": "no size fits into memory: a smaller tune.sizes, a smaller model, or more memory per worker",
+        "why": "no size fits into memory: try smaller tune.sizes, a smaller model, or more memory per worker",
         **facts,
         "model": _model(ledger, facts["world"]),
         "memory": _memory(ledger),
@@ -52,12 +52,12 @@ def document(ledger: Ledger, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recommended(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The point of the recommended size; None where none is, or where its memory alone is known."""
+    """The point of the recommended size; None if no size is recommended or only its memory was measured."""
     return next((point for point in found["points"] if point["per_device"] == found["recommended"]), None)
 
 
 def _timed(points: Sequence[Mapping[str, Any]], wanted: int) -> int:
-    """The recommended size, or the largest timed one below it: memory_max may be known from its memory alone."""
+    """The recommended size, or the largest timed one below it, as memory_max may not have been timed."""
     sizes = [point["per_device"] for point in points if point["samples_per_s"]]
     return max((one for one in sizes if one <= wanted), default=sizes[0])
 
@@ -108,7 +108,7 @@ def _beside(visit: Visit, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _splits(ledger: Ledger) -> list[dict[str, Any]]:
-    """By micro-batch, largest first; one alone compares nothing."""
+    """Splits by micro-batch size, largest first; empty if there is only one."""
     divisions = ledger.divisions()
     return [_split(one) for one in divisions] if len(divisions) > 1 else []
 
@@ -118,14 +118,14 @@ def _split(one: Size) -> dict[str, Any]:
     if not one.fits:
         return named | dict.fromkeys(("samples_per_s", "low", "high", "memory_bytes", "sync_ms")) | {"where": one.where}
     value, low, high = speed(one.speeds)
-    # what visits before it left behind on a CPU only adds to a peak: the least is nearest to what it takes
+    # on a CPU, memory left by earlier measurements only raises the peak, so the minimum is the best estimate
     peak = min(visit.memory_bytes for visit in one.visits)
     times = {"samples_per_s": value, "low": low, "high": high}
     return {**named, **times, "memory_bytes": peak, "sync_ms": one.stages_ms["sync"]}
 
 
 def _model(ledger: Ledger, world: int) -> dict[str, Any] | None:
-    """T = alpha + beta m of one worker's micro-batch, from samples/s over all of them."""
+    """Fit T = alpha + beta m, the time of one worker's micro-batch of m samples, to samples/s over all workers."""
     timed = [point for point in ledger.points() if point.samples_per_s is not None]
     points = [(m, value / world, low / world, high / world) for m, value, low, high in timed if value is not None]
     with suppress(ValueError):
@@ -149,11 +149,11 @@ def _bottleneck(chosen: Mapping[str, Any]) -> str:
     return str(max(chosen["stages"], key=chosen["stages"].__getitem__))
 
 
-# --- in words -------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------------------------
 
 
 def _why(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    """Which size, then what limits it and what to do about that: each clause stands on what was measured."""
+    """The recommended size, its bottleneck and what to try; each clause is based on a measurement."""
     parts = [_choice(found, chosen), _limit(found, chosen), *_compared(found), *_pressure(found, chosen)]
     return "; ".join(parts)
 
@@ -163,9 +163,9 @@ def _choice(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     share = chosen["samples_per_s"] / best["samples_per_s"]
     reached = f"{rate(chosen['samples_per_s'])} samples/s"
     if found["recommended"] == found["fastest"]:
-        return f"take batch.per_device={found['recommended']}: the fastest at {reached}"
+        return f"use batch.per_device={found['recommended']}: the fastest, at {reached}"
     return (
-        f"take batch.per_device={found['recommended']}: {reached}, {100 * share:.0f} % of what "
+        f"use batch.per_device={found['recommended']}: {reached}, {100 * share:.0f} % of what "
         f"{found['fastest']} reaches"
     )
 
@@ -173,42 +173,43 @@ def _choice(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
 def _limit(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     stage, stages = found["bottleneck"], chosen["stages"]
     share = stages[stage] / max(sum(stages.values()), 1e-9)
-    said = f"{STAGE_WORDS[stage]} limits it with {100 * share:.0f} % of the time"
+    said = f"the bottleneck is {STAGE_WORDS[stage]} ({100 * share:.0f} % of the time)"
     if stage == "data":
         return f"{said}: {_data(found, chosen)}"
     if stage in ("forward", "backward", "optimizer") and _overhead(found, chosen["per_device"]) > MOSTLY:
         part = _overhead(found, chosen["per_device"])
-        return f"{said}, and {100 * part:.0f} % of it all is overhead that does not grow with the batch: {MENDS[stage]}"
+        overhead = f"{100 * part:.0f} % of a micro-batch's time is overhead that does not grow with the batch"
+        return f"{said}, and {overhead}: {MENDS[stage]}"
     return f"{said}: {MENDS[stage]}"
 
 
 MENDS = {
-    "transfer": "smaller types on the way (uint8 images), data.workers=1 or more, which pins memory",
-    "forward": "train.compile=true, on a GPU train.precision=bf16, or more workers",
-    "backward": "train.compile=true, on a GPU train.precision=bf16, or more workers",
+    "transfer": "transfer smaller types (uint8 images), and set data.workers=1 or more, which pins memory",
+    "forward": "try train.compile=true, train.precision=bf16 (on a GPU), or more workers",
+    "backward": "try train.compile=true, train.precision=bf16 (on a GPU), or more workers",
     "sync": "batch.accumulation=2 halves how often workers wait for each other",
-    "optimizer": "batch.accumulation spreads the step over more samples",
-    "checkpoint": "a longer checkpoint.every",
-    "other": "the program outside its stages, or a busy machine",
+    "optimizer": "raise batch.accumulation, which spreads the step over more samples",
+    "checkpoint": "use a longer checkpoint.every",
+    "other": "time is spent outside the measured stages, or the machine is busy",
 }
 
 
 def _data(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    """What the rest could do, and how many loader processes would keep up with it."""
+    """The speed without waiting for data, and how many loader processes that would need."""
     beside = next((one for one in found["synthetic"] if one["per_device"] == chosen["per_device"]), None)
-    if beside is None or (beside["samples_per_s"] or 0.0) <= chosen["samples_per_s"]:  # no faster: it was noise
+    if beside is None or (beside["samples_per_s"] or 0.0) <= chosen["samples_per_s"]:  # not faster: noise
         return "raise data.workers"
     workers = found["loader_workers"]
     took_ms = chosen["stages"]["data"] if workers == 0 else workers * chosen["ms_per_update"]
     enough = max(1, math.ceil(took_ms / beside["ms_per_update"]))
     speed_without = f"on synthetic data it would be {rate(beside['samples_per_s'])} samples/s"
     if enough <= workers:
-        return f"{speed_without}; data.workers={workers} should keep up, so look at the storage"
+        return f"{speed_without}; data.workers={workers} should keep up, so check the storage"
     return f"{speed_without}; about data.workers={enough} would keep up"
 
 
 def _overhead(found: Mapping[str, Any], size: int) -> float:
-    """The constant's share of a micro-batch's time."""
+    """The share of a micro-batch's time that does not depend on its size."""
     model = found["model"]
     if model is None:
         return 0.0
@@ -217,7 +218,7 @@ def _overhead(found: Mapping[str, Any], size: int) -> float:
 
 
 def _compared(found: Mapping[str, Any]) -> list[str]:
-    """Where sizes were named: each against the next, and what grew where the larger one is slower."""
+    """Name what grew if a larger size is slower; if the user named the sizes, compare the smallest with the largest."""
     points = [point for point in found["points"] if point["samples_per_s"]]
     slower = [point for point in points if point["label"] == "regressed"]
     if slower:
@@ -228,7 +229,7 @@ def _compared(found: Mapping[str, Any]) -> list[str]:
         a, b = points[0], points[-1]
         ratio = b["samples_per_s"] / a["samples_per_s"]
         if a["low"] <= b["high"] and b["low"] <= a["high"]:
-            return [f"{b['per_device']} and {a['per_device']} are equally fast within what was measured"]
+            return [f"{b['per_device']} and {a['per_device']} are equally fast within measurement error"]
         word = "faster" if ratio > 1 else "slower"
         return [f"{b['per_device']} is {max(ratio, 1 / ratio):.2f} times {word} than {a['per_device']}"]
     return []
@@ -242,14 +243,14 @@ def _slower(small: Mapping[str, Any], large: Mapping[str, Any], accumulation: in
     ratio = small["samples_per_s"] / large["samples_per_s"]
     return (
         f"{large['per_device']} is {ratio:.2f} times slower than {small['per_device']}: {STAGE_WORDS[stage]} takes "
-        f"{figure(1e3 * grew)} us more for each sample"
+        f"{figure(1e3 * grew)} us more per sample"
     )
 
 
 def _pressure(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> list[str]:
     if chosen["alloc_retries"]:
-        return [f"the allocator had to start over {count(chosen['alloc_retries'])} times: memory is full"]
+        return [f"the allocator retried {count(chosen['alloc_retries'])} times: memory is full"]
     limit = found["limit_bytes"]
     if limit and chosen["memory_bytes"] > FULL * limit:
-        return [f"it fills {size(chosen['memory_bytes'])} of the {size(limit)} there is"]
+        return [f"it uses {size(chosen['memory_bytes'])} of {size(limit)} memory"]
     return []

@@ -1,4 +1,4 @@
-"""`tune` from the command line: the driver starts the workers in a private folder, of which nothing is left."""
+"""`tune` from the command line: the driver starts the workers in a temporary folder, which is removed afterwards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def drive(run: Run) -> int:
-    """Measure with `launch.workers` processes on this machine, and say what was found.
+    """Measure with `launch.workers` processes on this machine and print the result.
 
     Raises:
         RequestError: the request is wrong.
@@ -61,7 +61,7 @@ def drive(run: Run) -> int:
 
 
 def checked(run: Run) -> tuple[int, Run]:
-    """How many workers measure, and what.
+    """Validate the request; return the number of workers and the configuration to measure.
 
     Raises:
         RequestError: the request is wrong; nothing was started.
@@ -69,18 +69,18 @@ def checked(run: Run) -> tuple[int, Run]:
     from launcher.study import study
 
     workers, run = workers_of(run), stood_in(run)
-    noise_of(run)  # refused now rather than after measuring
+    noise_of(run)  # rejects a wrong plan.noise before measuring
     study(run, recipes.sizes(recipes.build(run.recipe)), workers)
     return workers, run
 
 
 def found(run: Run, workers: int, *, look: bool = False) -> dict[str, Any]:
-    """The document that workers of this machine come to; with `look` the kept one, where there is one.
+    """Measure with workers on this machine and return the document; with `look`, a cached document if there is one.
 
     Raises:
         RequestError: the request is wrong.
         Unmeasured: a worker failed.
-        KeyboardInterrupt: SIGTERM or Ctrl-C came; all is cleared away.
+        KeyboardInterrupt: SIGTERM or Ctrl-C was received; workers and temporary files have been removed.
     """
     with tempfile.TemporaryDirectory(prefix="launcher-tune-") as private:
         return _started(run, workers, Path(private), look)
@@ -100,13 +100,13 @@ def _started(run: Run, workers: int, private: Path, look: bool) -> dict[str, Any
 
 
 def _outcome(file: Path, status: int) -> dict[str, Any]:
-    """What the process that measured came to.
+    """Read the result that the measuring process left.
 
     Raises:
         RequestError, Unmeasured: as `found`.
     """
     if not file.exists():
-        raise Unmeasured(failure.left("the process that has the ranks measure", status))
+        raise Unmeasured(failure.left("the process that starts the measuring ranks", status))
     outcome = json.loads(file.read_text())
     if "request" in outcome:
         raise RequestError(outcome["request"])
@@ -118,7 +118,7 @@ def _outcome(file: Path, status: int) -> dict[str, Any]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and a closed terminal end it as Ctrl-C does: workers and folder are cleared away."""
+    """Treat SIGTERM and a closed terminal like Ctrl-C, so that workers and the temporary folder are removed."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -133,7 +133,7 @@ def interruptible() -> Iterator[None]:
 
 
 def shown(found: Mapping[str, Any], run: Run) -> None:
-    """On stdout as a table or as one JSON document, and where `tune.out` says into files."""
+    """Print the result to stdout, as a table or one JSON document, and write files if `tune.out` is set."""
     for line in found["said"]:
         tell(f"note: {line}")
     found = valued(found, run)
@@ -152,29 +152,30 @@ def shown(found: Mapping[str, Any], run: Run) -> None:
 
 
 def valued(found: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """With what its sizes are worth, where the noise scale is known."""
+    """The document with the goodput of its sizes, where the noise scale is known."""
     return {**found, "goodput": worth(found, noise_of(run), run.lr.base_batch)}
 
 
 def keep(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files into the folder that tune.out names, or below it.
+    """Write files into `folder`, which is tune.out or below it.
 
     Raises:
-        RequestError: it cannot be written into.
+        RequestError: the folder cannot be written.
     """
     try:
         private_folder(folder)
         for name, text in texts.items():
             write_whole(folder / name, text)
     except OSError as problem:
-        raise RequestError(f"tune.out={folder} cannot be written ({problem.strerror}): type another") from problem
+        why = f"tune.out={folder} cannot be written ({problem.strerror}): type another folder"
+        raise RequestError(why) from problem
 
 
 # --- a worker -------------------------------------------------------------------------------------------------------
 
 
 def main(run: Callable[[], Run], topology: Topology) -> int:
-    """A rank under a torchrun of the user's own: rank 0 composes and prints."""
+    """Run one rank under the user's own torchrun: rank 0 composes the configuration and prints the result."""
     from launcher import rendezvous
 
     die_with_parent()
@@ -196,7 +197,7 @@ def main(run: Callable[[], Run], topology: Topology) -> int:
 
 @contextmanager
 def to_stderr() -> Iterator[None]:
-    """What a recipe prints must not get into the document: stdout is stderr for as long."""
+    """Redirect stdout to stderr, so that output of the recipe does not mix with the document."""
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)

@@ -1,7 +1,7 @@
-"""One rank's part of measuring, in a process of its own, which ends with it.
+"""Run one rank's part of measuring in a process of its own.
 
-That process is forked from one that has imported what measuring needs: importing it takes seconds, forking a hundredth
-of one. Where a copy of this process could not compute, it is started anew instead.
+The process is forked from one that has already imported what measuring needs: importing takes seconds, forking about
+10 ms. If a forked copy of this process could not compute, a new process is started instead.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/davinci", "/dev/dri/render")
 
 @dataclass(frozen=True)
 class Errand:
-    """What the process is to do. `number` is that of its round, from 0, `earlier` what the rounds before found out.
+    """What the process measures. `number`: the attempt, from 0. `earlier`: the results of earlier attempts.
 
-    The processes of one round meet in the part `prefix` of the job's store; `private` is a folder of this one's.
+    The processes of one attempt connect under `prefix` in the job's store; `private` is this process's own folder.
     """
 
     run: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Errand:
 
 
 class Sent(Protocol):
-    """A process under way. `poll`: its exit status, below 0 the signal that ended it; None until then."""
+    """A running process. `poll` returns its exit status (negative: the signal that ended it), or None while it runs."""
 
     def poll(self) -> int | None: ...
     def kill(self) -> None: ...
@@ -54,7 +54,7 @@ class Sent(Protocol):
 
 
 class Forked:
-    """`Sent` of multiprocessing's. It leaves by os._exit: nothing of the process that it is a copy of is torn down."""
+    """`Sent` for a multiprocessing fork. It exits by os._exit, so no cleanup of the parent process runs in the copy."""
 
     def __init__(self, process: ForkProcess) -> None:
         self._process = process
@@ -64,7 +64,7 @@ class Forked:
 
 
 def sent(errand: Errand, env: Mapping[str, str]) -> Sent:
-    """Start the process, with `env` added to the environment of this one."""
+    """Start the measuring process, with `env` added to the current environment."""
     if forkable():
         process = multiprocessing.get_context("fork").Process(target=_in_a_copy, args=(errand, env, os.getpid()))
         process.start()
@@ -76,10 +76,10 @@ def sent(errand: Errand, env: Mapping[str, str]) -> Sent:
 
 
 def forkable() -> bool:
-    """Whether a copy of this process can compute: it has neither a device's context nor OpenMP's threads.
+    """Whether a forked copy of this process can compute: it has no device context and no OpenMP threads.
 
-    Threads are not copied, and a region that waits for them waits for ever; with one thread there never were any. A
-    device that was only asked how many there are cannot be used by a copy either, which an open file of its tells.
+    Threads are not copied by fork, and a parallel region would wait for them forever; with one thread none exist. After
+    a mere device count a copy cannot use the device either; an open device file reveals that.
     """
     import torch
 
@@ -89,26 +89,26 @@ def forkable() -> bool:
 
 def _in_a_copy(errand: Errand, env: Mapping[str, str], parent: int) -> None:
     as_if_started(parent)
-    os.dup2(2, 1)  # what a recipe prints must not get into the document
+    os.dup2(2, 1)  # keep output of the recipe out of the document
     os.environ.update(env)
     sys.exit(_done(errand))
 
 
 def main(path: str) -> int:
-    """The process where it was started anew, with the file that hands the errand over."""
+    """Entry point of a newly started (not forked) process; `path` is the file that holds the task."""
     die_with_parent()
     return _done(Errand(**json.loads(Path(path).read_text())))
 
 
 def _done(errand: Errand) -> int:
-    """The exit status. What is wrong is written down for those to tell who sent us."""
+    """Measure and return the exit status; an error is recorded for the starting process to report."""
     from launcher.tune.probe import Lost
 
     topology, private = (Topology.of() or Topology()).started(errand.number + 1), Path(errand.private)
     try:
         return _measured(errand, topology, private)
     except Lost:
-        os._exit(EXIT_LOST)  # the others see that it has gone, and all are started again
+        os._exit(EXIT_LOST)  # the other ranks notice the exit, and all are restarted
     except Exception as error:
         final = isinstance(error, RequestError)
         failure.record(private, *topology.place, error, private, final=final)

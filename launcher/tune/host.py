@@ -1,7 +1,7 @@
-"""The one process that the driver starts to measure: it imports torch once, and has a copy of itself for every rank.
+"""The process that the driver starts to measure: it imports torch once and forks itself for every rank.
 
-It knows nothing of the recipe and asks no device, so that every copy is as good as a process that was started. It
-serves their store on the loopback, starts all of them again after memory ran out, and writes down what it came to.
+It does not import the recipe or query devices, so every fork behaves like a new process. It serves the ranks' store on
+the loopback interface, restarts all ranks after running out of memory, and writes the result.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ OUTCOME = "outcome.json"
 
 
 def main(path: str, workers: int) -> int:
-    """Measure with so many ranks what the file at `path` asks for, and leave what came of it in the folder it names."""
+    """Run the request in the file at `path` with `workers` ranks; write the result into the folder the file names."""
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the driver hears of these, and ends us where it has to
+        signal.signal(number, signal.SIG_IGN)  # the driver handles these and kills this process if needed
     facts = json.loads(Path(path).read_text())
     private = Path(facts["private"])
     write_whole(private / OUTCOME, json.dumps(outcome(facts["run"], workers, private, facts["look"])))
@@ -43,28 +43,29 @@ def main(path: str, workers: int) -> int:
 
 
 def outcome(run: Mapping[str, Any], workers: int, private: Path, look: bool) -> dict[str, Any]:
-    """The document as `found`; or why there is none, as `request` or `unmeasured`."""
+    """The document under `found`, or the error message under `request` or `unmeasured`."""
     try:
         return {"found": measured(run, workers, private, look)}
     except RequestError as error:
         return {"request": str(error)}
     except Unmeasured as error:
         return {"unmeasured": str(error), "trace": error.trace}
-    except Exception as error:  # no process could be forked, torch does not import
+    except Exception as error:  # e.g. fork failed, or torch cannot be imported
         return {"unmeasured": f"{type(error).__name__}: {error}", "trace": format_exc()}
 
 
 def measured(run: Mapping[str, Any], workers: int, private: Path, look: bool) -> dict[str, Any]:
-    """
+    """Measure with one forked process per rank and return the document.
+
     Raises:
         RequestError, Unmeasured: as `in_rounds`.
     """
     import torch
 
-    import launcher.tune.session  # noqa: F401  here, and in none of the copies
+    import launcher.tune.session  # noqa: F401  imported once here, inherited by the forks
     from launcher.rendezvous import loopback_store
 
-    torch.set_num_threads(1)  # each copy sets its own; here nothing is computed
+    torch.set_num_threads(1)  # each fork sets its own; nothing is computed here
     store = loopback_store(0, serve=True)
 
     def start(number: int, earlier: Mapping[str, Any] | None) -> list[Word]:
@@ -78,14 +79,14 @@ def measured(run: Mapping[str, Any], workers: int, private: Path, look: bool) ->
 
 
 def ended(errands: Sequence[Errand], store: TCPStore) -> list[int | None]:
-    """The exit status of every rank, once all have ended well or one has not; None for those that were ended then."""
+    """Wait until all ranks succeeded or one failed; return the exit statuses, None for ranks that were killed then."""
     ranks: list[Sent] = []
     try:
         for rank, errand in enumerate(errands):
             ranks.append(sent(errand, as_rank(rank, len(errands), store.port)))
         while not over([one.poll() for one in ranks]):
             time.sleep(LOOK_EVERY_S)
-        return [one.poll() for one in ranks]  # once more: the cause may have been looked at before it ended
+        return [one.poll() for one in ranks]  # poll again: the failing rank may have ended after its first poll
     finally:
         for one in ranks:
             one.kill()

@@ -1,4 +1,4 @@
-"""Peak memory over images of several sizes: M = M0 + c per_device height width."""
+"""Model of peak memory for several image sizes: M = M0 + c per_device height width."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEAST_PROBES = 3
 
 
 class Peak(NamedTuple):
-    """What a worker's memory came to, in bytes, with micro-batches of `per_device` images of height x width pixels."""
+    """A worker's peak memory in bytes, with micro-batches of `per_device` images of height x width pixels."""
 
     height: int
     width: int
@@ -25,15 +25,15 @@ class Peak(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of an image."""
+        """Pixels per image."""
         return self.height * self.width
 
 
 @dataclass(frozen=True)
 class ImageMemory:
-    """A worker's bytes at its peak: fixed + c per_device height width, by least squares of the parts they are off by.
+    """A worker's peak bytes, fixed + c per_device height width, fitted by least squares of the relative errors.
 
-    `within`: the largest difference from what was measured, as a part of that. `sizes`: (height, width) of the images.
+    `within`: the largest relative difference from a measured value. `sizes`: (height, width) of the images.
     """
 
     model: MemoryModel
@@ -42,9 +42,9 @@ class ImageMemory:
 
     @classmethod
     def of(cls, peaks: Sequence[Peak]) -> ImageMemory | None:
-        """None where images of one number of pixels were measured alone, as c height width is then one unknown.
+        """Fit the model. None if all images have the same number of pixels, as c height width is then one unknown.
 
-        None also below three different products of per_device and pixels: two lie on a line whatever they are.
+        Also None with fewer than three different products of per_device and pixels, as any two lie on a line.
         """
         probes = [(float(peak.per_device * peak.pixels), float(peak.memory_bytes)) for peak in peaks]
         if len({peak.pixels for peak in peaks}) < 2 or len({product for product, _ in probes}) < _LEAST_PROBES:
@@ -60,20 +60,20 @@ class ImageMemory:
 
     @property
     def pixel_bytes(self) -> Estimate:
-        """What each pixel of each image takes."""
+        """Bytes per pixel of each image."""
         return self.model.line.slopes
 
     def sentence(self) -> str:
-        """The formula and how far it is off. No size that was not measured is put into it: that is the reader's."""
+        """The formula and its error. It is not evaluated at unmeasured sizes; that is left to the reader."""
         fixed, each = self.fixed_bytes.value, self.pixel_bytes.value
         named = ",".join(str(h) if h == w else f"[{h},{w}]" for h, w in self.sizes)
         far = f"within {max(1, math.ceil(100 * self.within))} % of what was measured at recipe.image_size={named}"
         if not each:
-            return f"A worker's memory is about {size(fixed)} whatever per_device and the size of images, {far}."
+            return f"A worker's memory is about {size(fixed)} regardless of per_device and image size, {far}."
         return f"A worker's memory is about {size(fixed)} + {size(each)} x per_device x height x width, {far}."
 
     def to_facts(self) -> dict[str, Any]:
-        """For JSON: both parts with their intervals of 95 %, null where there is none."""
+        """Both coefficients for JSON, with their 95 % intervals (null where there is none)."""
         return {
             "fixed_bytes": _bounds(self.fixed_bytes),
             "pixel_bytes": _bounds(self.pixel_bytes),

@@ -1,4 +1,4 @@
-"""What was measured at each size, and what follows from it. No torch: the driver and the tests read it too."""
+"""The measurements of each size and what follows from them. Imports no torch, as the driver reads them too."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from launcher.tune.operators import Operator
 
 __all__ = ["Ledger", "Size", "Visit", "speed"]
 
-TIGHT = 0.03  # an interval of so much of the value either way is good enough
+TIGHT = 0.03  # relative half-width of an interval that is good enough
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One time that a size was tried: samples/s of some blocks of updates (none where it was for memory alone).
+    """One measurement of a size. `speeds`: samples/s of each block of updates (empty if only memory was measured).
 
-    `stages_ms` are per update and of the critical rank; `memory_bytes` the most of any rank. `retries`: how often a
-    rank's allocator had to start over. `pressed`: it works, but not within what memory may be filled to. `where`: the
-    phase in which memory ran out; None where it did not. `predicted`: it would have, so it was not run. `timing`: it
-    was to be timed, not only tried for its memory. `accumulation`: micro-batches of an update, where they were not as
-    many as the run asks for.
+    `stages_ms`: per update, of the critical rank. `memory_bytes`: the maximum over the ranks. `retries`: allocation
+    retries of all ranks. `pressed`: it ran, but used more memory than the allowed share. `where`: the phase in which
+    memory ran out, else None. `predicted`: predicted to run out of memory, so it was not run. `timing`: it was meant
+    to be timed, not only tried for memory. `accumulation`: micro-batches per update, if not as configured.
     """
 
     size: int
@@ -45,7 +44,7 @@ class Visit:
 
 
 def speed(speeds: tuple[float, ...]) -> tuple[float, float, float]:
-    """Mean, low and high of samples/s, by Student's t on their logarithms, so that low stays above zero."""
+    """Mean, low and high of samples/s, from Student's t on the logarithms, so that low stays above zero."""
     logs = [math.log(value) for value in speeds]
     reach = student(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.log(2.0)
     mean = fmean(logs)
@@ -54,7 +53,7 @@ def speed(speeds: tuple[float, ...]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Size:
-    """All that is known of one size."""
+    """All measurements of one size."""
 
     visits: tuple[Visit, ...]
 
@@ -92,7 +91,7 @@ class Size:
 
     @property
     def asked(self) -> bool:
-        """Whether it was to be timed."""
+        """Whether any measurement of this size was meant to be timed."""
         return any(visit.timing for visit in self.visits)
 
     @property
@@ -101,7 +100,7 @@ class Size:
 
     @property
     def loose(self) -> bool:
-        """Whether the interval is still too wide."""
+        """Whether the interval of samples/s is still too wide."""
         value, low, high = speed(self.speeds)
         return high - low > 2 * TIGHT * value
 
@@ -113,17 +112,17 @@ class Size:
 
     @property
     def ms_per_sample(self) -> Mapping[str, float]:
-        """Of each stage, by the samples of a micro-batch of one worker."""
+        """Milliseconds of each stage per sample of one worker's micro-batch."""
         return {stage: ms / self.size for stage, ms in self.stages_ms.items()}
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Every visit so far, a value. `synthetic` has those on synthetic data, `notes` what a person should know.
+    """Every measurement so far, immutable. `synthetic`: those on synthetic data. `notes`: remarks for the user.
 
-    `only`: the sizes that the user named; others that were tried on the way to them are not told. `splits` has visits
-    of one batch in fewer or more micro-batches, `operators` those that make a larger size slower. `closing`: all else
-    was found, and only these two were still looked for.
+    `only`: the sizes that the user named; other sizes tried on the way are not reported. `splits`: measurements of the
+    same batch at different accumulation. `operators`: those that make a larger size slower. `closing`: the search has
+    finished, and only the follow-ups (`splits`, `operators`) were still running.
     """
 
     visits: tuple[Visit, ...] = ()
@@ -141,14 +140,14 @@ class Ledger:
         return replace(self, notes=(*self.notes, note))
 
     def sizes(self) -> list[Size]:
-        """Ascending."""
+        """All sizes, ascending."""
         return list(_gathered(self.visits))
 
     def at(self, size: int) -> Size | None:
         return next((one for one in self.sizes() if one.size == size), None)
 
     def told(self) -> list[Size]:
-        """Those that were to be timed, and the smallest that does not fit: the rest was for finding that one."""
+        """The sizes to report: those that were timed, and the smallest that does not fit."""
         if self.only is not None:
             return [one for one in self.sizes() if one.size in self.only]
         end = min((one.size for one in self.sizes() if not one.fits), default=None)
@@ -158,28 +157,28 @@ class Ledger:
         return [one.point for one in self.told()]
 
     def works(self) -> int:
-        """The largest size that works as it should, 0 for none."""
+        """The largest size that fits comfortably, 0 for none."""
         return max((one.size for one in self.sizes() if one.comfortable), default=0)
 
     def memory_max(self) -> int | None:
-        """The same of those that are told of where sizes were named."""
+        """The largest size that fits comfortably; if the user named sizes, among those only."""
         named = self.sizes() if self.only is None else self.told()
         return max((one.size for one in named if one.comfortable), default=None)
 
     def fails(self) -> int | None:
-        """The smallest size that does not."""
+        """The smallest size that does not fit comfortably."""
         return min((one.size for one in self.sizes() if not one.comfortable), default=None)
 
     def memory(self) -> list[tuple[int, int]]:
         return [(one.size, one.memory_bytes) for one in self.sizes() if one.fits]
 
     def advice(self) -> Advice | None:
-        """None where no size works."""
+        """The labels and recommendation; None if no size works."""
         points = self.points()
         return advise(points, self.memory_max()) if any(point.samples_per_s for point in points) else None
 
     def slower(self) -> tuple[Size, Size] | None:
-        """The smallest size that regressed, after the fastest below it."""
+        """The fastest size below the smallest regressed one, and that one; None if none regressed."""
         advice = self.advice()
         labels: Mapping[int, str] = {} if advice is None else advice.labels
         timed = [one for one in self.told() if one.fits and one.speeds]
@@ -189,7 +188,7 @@ class Ledger:
         return max((one for one in timed if one.size < large.size), key=lambda one: speed(one.speeds)[0]), large
 
     def divisions(self) -> list[Size]:
-        """What is known of one batch divided differently, by micro-batch, largest first."""
+        """The measured splits of the batch, by micro-batch size, largest first."""
         return list(_gathered(self.splits))[::-1]
 
     def to_facts(self) -> dict[str, Any]:

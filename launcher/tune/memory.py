@@ -1,4 +1,4 @@
-"""Running out of memory: how it is told, and on a CPU, where nobody tells, how it is foreseen."""
+"""Detect out-of-memory errors; on a CPU, where the process would be killed instead, predict them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.throughput import MEMORY_SHARE, fit_line
 
 __all__ = ["HostPeak", "allowed_bytes", "available_bytes", "foreseen_bytes", "out_of_memory"]
 
-#: How drivers, libraries and allocators put it, in lower case.
+#: Out-of-memory messages of drivers, libraries and allocators, in lower case.
 WORDINGS = (
     "out of memory",  # CUDA, HIP, NPU, XPU and MPS, by torch or by their driver
     "outofmemory",
@@ -30,7 +30,7 @@ _SPOKEN_BY = (RuntimeError, OSError)
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, says that memory has run out."""
+    """Whether an error, or one it was raised from, reports that memory ran out."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -50,12 +50,12 @@ def _says_so(error: BaseException) -> bool:
 
 
 class HostPeak:
-    """The most memory that this process had resident since it was last cleared."""
+    """Peak resident memory of this process since the last `clear`."""
 
     STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def clear(self) -> None:
-        with suppress(OSError):  # where the kernel does not allow it, the peak is that since the start
+        with suppress(OSError):  # if the kernel does not allow it, the peak counts from process start
             self.CLEAR.write_text("5")
 
     def bytes(self) -> int:
@@ -67,7 +67,7 @@ class HostPeak:
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What this machine has to give: the memory that is free, at most the control group's limit. None: unknown."""
+    """Available memory of this machine, capped by the cgroup limits; None if unknown."""
     return min([*_free(proc / "meminfo"), *_limits(proc / "self" / "cgroup", cgroups)], default=None)
 
 
@@ -80,7 +80,7 @@ def _free(meminfo: Path) -> list[int]:
 
 
 def _limits(own: Path, cgroups: Path) -> list[int]:
-    """Of our control group and those above it, in the first and in the second version."""
+    """Memory limits of this process's cgroup and its ancestors, for cgroups v1 and v2."""
     found: list[int] = []
     with suppress(OSError):
         for line in own.read_text().splitlines():
@@ -90,7 +90,7 @@ def _limits(own: Path, cgroups: Path) -> list[int]:
             root, name = (cgroups / "memory", "memory.limit_in_bytes") if kinds else (cgroups, "memory.max")
             place = root / path.lstrip("/")
             for folder in (place, *place.parents):
-                with suppress(OSError, ValueError):  # "max", or not shown in this container
+                with suppress(OSError, ValueError):  # "max", or not visible in this container
                     found.append(int((folder / name).read_text()))
                 if folder == root:
                     break
@@ -98,7 +98,7 @@ def _limits(own: Path, cgroups: Path) -> list[int]:
 
 
 def foreseen_bytes(size: int, probes: Sequence[tuple[int, int]]) -> float | None:
-    """What a size would take: the line through the (size, bytes) of smaller ones. None below two of them."""
+    """Predict a size's memory by a line through the (size, bytes) of smaller sizes; None with fewer than two."""
     smaller = [probe for probe in probes if probe[0] < size]
     if len({probe[0] for probe in smaller}) < 2:
         return None
@@ -107,5 +107,5 @@ def foreseen_bytes(size: int, probes: Sequence[tuple[int, int]]) -> float | None
 
 
 def allowed_bytes(available: int | None, local_world: int) -> float | None:
-    """What each worker on this machine may take of it."""
+    """The memory that each worker on this machine may use."""
     return None if available is None else MEMORY_SHARE * available / local_world

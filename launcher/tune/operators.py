@@ -1,4 +1,4 @@
-"""Which operators make a larger batch slower: arithmetic on what a profiler saw of two sizes."""
+"""Find the operators that make a larger batch slower, from profiler times at two sizes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 __all__ = ["Operator", "Profiled", "grown", "stage_grown", "worth_profiling"]
 
-STAGES = ("forward", "backward", "optimizer")  # where operators are what takes time, and nothing is waited for
-GREW = 0.1  # per sample; less is noise in a few updates
-COUNTS = 0.01  # of a stage's time per sample; an operator that grew by less explains nothing
+STAGES = ("forward", "backward", "optimizer")  # stages whose time is spent in operators rather than in waiting
+GREW = 0.1  # relative growth per sample; less is noise over a few updates
+COUNTS = 0.01  # share of a stage's time per sample; growth below it explains nothing
 MOST = 3
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One that takes longer per sample in the larger of two sizes. Times are its own, without what it calls."""
+    """An operator that takes longer per sample at the larger of two sizes. Times are self times, without callees."""
 
     name: str
     stage: str
@@ -27,29 +27,29 @@ class Operator:
 
 @dataclass(frozen=True)
 class Profiled:
-    """A size's operators in one stage: milliseconds of their own for each sample of this worker."""
+    """Operators of one stage at one size: self time in milliseconds per sample of this worker."""
 
     size: int
     ms_per_sample: Mapping[str, float]
 
 
 def stage_grown(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[str, float]:
-    """The stage whose time grew most, and by how much; times per sample."""
+    """The stage whose time per sample grew most, and by how much."""
     grew = {stage: after[stage] - before[stage] for stage in before}
     stage = max(grew, key=grew.__getitem__)
     return stage, grew[stage]
 
 
 def worth_profiling(before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
-    """The stage that grew most, if operators can be what made it grow; times per sample."""
+    """The stage whose time per sample grew most, if its operators may be the cause; else None."""
     stage, grew = stage_grown(before, after)
     return stage if stage in STAGES and grew >= GREW * before[stage] else None
 
 
 def grown(stage: str, small: Profiled, large: Profiled) -> tuple[Operator, ...]:
-    """Those that grew most per sample, most first; none where nothing grew beyond noise.
+    """The operators whose time per sample grew most, largest first; empty if none grew beyond noise.
 
-    An operator that the smaller size does without took no time there.
+    An operator that is absent at the smaller size counts as zero there.
     """
     least = COUNTS * sum(large.ms_per_sample.values())
     found = []

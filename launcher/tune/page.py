@@ -1,4 +1,4 @@
-"""The page of `tune`: speed with its interval, stages and memory against the size. No network, no script."""
+"""HTML page of `tune`: speed with its interval, stages and memory by size. No network access, no script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLITS = ("one batch as", "samples/s", "low", "high", "sync ms", "memory")
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The whole document."""
+    """The complete HTML document."""
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     title = f"{found['recipe']}: batch sizes"
@@ -50,12 +50,12 @@ def _charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> Ite
     series = [_speed("samples/s", 0, timed)]
     beside = [one for one in found["synthetic"] if one["samples_per_s"]]
     series += [_speed("on synthetic data", 1, beside)] if beside else []
-    yield _figure("Samples/s against the size", line_chart(series, end, "samples per second", marks, zero=True), series)
+    yield _figure("Samples/s by per_device", line_chart(series, end, "samples per second", marks, zero=True), series)
     if found.get("goodput"):
         yield _goodput(found["goodput"], end)
     layers = [(stage, n, [point["stages"][stage] for point in timed]) for n, stage in enumerate(STAGES)]
-    drawn = stack_chart(layers, sizes, end, "milliseconds of an update by stage", marks)
-    yield f"<figure><figcaption>Milliseconds of an update</figcaption>{drawn}{legend([(a, n) for a, n, _ in layers])}"
+    drawn = stack_chart(layers, sizes, end, "milliseconds per update by stage", marks)
+    yield f"<figure><figcaption>Milliseconds per update</figcaption>{drawn}{legend([(a, n) for a, n, _ in layers])}"
     yield "</figure>"
     memory = [
         Series(
@@ -68,7 +68,7 @@ def _charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> Ite
     if found["limit_bytes"] and max(point["memory_bytes"] for point in timed) > 0.1 * found["limit_bytes"]:
         limit = found["limit_bytes"] / 1e6
         memory.append(Series("limit", 3, ((0.0, limit), (end, limit))))
-    yield _figure("Memory of a worker, MB", line_chart(memory, end, "memory in megabytes", marks, zero=True), memory)
+    yield _figure("Memory per worker, MB", line_chart(memory, end, "memory in megabytes", marks, zero=True), memory)
 
 
 def _speed(label: str, colour: int, points: Sequence[Mapping[str, Any]]) -> Series:
@@ -78,7 +78,7 @@ def _speed(label: str, colour: int, points: Sequence[Mapping[str, Any]]) -> Seri
 
 
 def _goodput(goodput: Mapping[str, Any], end: float) -> str:
-    """Samples/s times efficiency against the size, with the band of both."""
+    """Chart of goodput (samples/s times efficiency) by size, with the combined interval."""
     points = [{**point, "samples_per_s": point["goodput"]} for point in goodput["points"]]
     series = [_speed("goodput", 4, points)]
     marks = [Mark(goodput["best"], "resize", "most progress")]
@@ -92,11 +92,11 @@ def _figure(title: str, drawn: str, series: Sequence[Series]) -> str:
 
 
 def _splits(found: Mapping[str, Any]) -> str:
-    """One batch divided differently."""
+    """Section on the same batch at different accumulation; empty if not measured."""
     said = divided(found)
     if not said:
         return ""
-    heading = f"<h2>One batch, divided differently</h2>\n<p>{safe(said[:1].upper() + said[1:])}.</p>\n"
+    heading = f"<h2>The same batch, split differently</h2>\n<p>{safe(said[:1].upper() + said[1:])}.</p>\n"
     return f"{heading}{_table(SPLITS, map(_split, found['splits']))}\n"
 
 
@@ -116,7 +116,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _cells(point: Mapping[str, Any]) -> list[str]:
     first, last = count(point["per_device"]), str(point["label"])
     if point["samples_per_s"] is None:
-        return [first, "", "", "", "", "", "", f"{last} ({'foreseen' if point['predicted'] else point['where']})"]
+        return [first, "", "", "", "", "", "", f"{last} ({'predicted' if point['predicted'] else point['where']})"]
     speeds = [rate(point[name]) for name in ("samples_per_s", "low", "high")]
     times = [figure(point["ms_per_update"]), took(point["epoch_s"])]
     return [first, *speeds, *times, size(point["memory_bytes"]), last]

@@ -1,7 +1,7 @@
-"""One size tried: the real step, on a replica made for measuring and thrown away.
+"""Measure one size with the real training step, on a replica that is discarded afterwards.
 
-The first update of a size is rehearsed without any collective, and the ranks agree after each of its phases: where
-one of them runs out of memory, all hear of it before anything waits for that one.
+The first update of a size is a dry run without collectives, and the ranks exchange their status after each phase: if
+one runs out of memory, all know before any of them waits for it in a collective.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = ["Exhausted", "Lost", "Pace", "Stand", "Trial", "rehearse", "run_throu
 ENDLESS = 1 << 60
 WARM_UP = 2
 MOST_WARM_UP = 40
-FOR_MEMORY = 4  # with the rehearsal, five updates: every buffer has been made by then
-SLOWLY = 1e-3  # of the rate asked for: the step costs the same, and no size trains itself to NaN
+FOR_MEMORY = 4  # five updates with the dry run: every buffer has been allocated by then
+SLOWLY = 1e-3  # of the configured learning rate: the step costs the same, and training does not diverge to NaN
 
 Done = TypeVar("Done")
 
 
 class Exhausted(Exception):
-    """Memory ran out on some rank, and all of them know."""
+    """Memory ran out on at least one rank, and all ranks know."""
 
     def __init__(self, where: str) -> None:
         super().__init__(f"out of memory in {where}")
@@ -53,18 +53,18 @@ class Exhausted(Exception):
 
 
 class Lost(RuntimeError):
-    """Memory ran out on this rank alone, where the others already wait for it in a collective."""
+    """Memory ran out on this rank while the others already wait for it in a collective."""
 
     def __init__(self, size: int, rank: int) -> None:
         super().__init__(
-            f"rank {rank} ran out of memory at per_device={size} where the other ranks waited for it: "
+            f"rank {rank} ran out of memory at per_device={size} while other ranks waited for it in a collective: "
             f"type tune.max={size - 1} or less"
         )
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure at each visit: so many blocks of so many seconds; none for memory alone."""
+    """How long to time a size: the number of blocks and the seconds per block."""
 
     blocks: int = 4
     block_s: float = 0.15
@@ -72,7 +72,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Stand:
-    """One rank's replica and what goes round it, for any size."""
+    """One rank's replica and everything a measurement needs around it, for any size."""
 
     study: Study
     topology: Topology
@@ -90,7 +90,7 @@ class Stand:
         return cls(study, topology, parts, council, vote, Faults.of(topology.rank, topology.generation))
 
     def trial(self, size: int, items: Any, accumulation: int | None = None) -> Trial:
-        """`accumulation`: micro-batches of an update, where it is not what the run asks for."""
+        """Set up the measurement of one size. `accumulation`: micro-batches per update, if not as configured."""
         run = self.study.run
         steps = accumulation or (None if run.batch.accumulation == "auto" else run.batch.accumulation)
         plan = plan_batch(BatchPolicy("scale", per_device=size, accumulation=steps), self.topology.world)
@@ -113,7 +113,7 @@ class Stand:
 
 @dataclass(frozen=True)
 class Trial:
-    """What the loop's own passes work with, at one size."""
+    """The context that the training loop's functions need, for one size."""
 
     study: Study
     topology: Topology
@@ -145,13 +145,13 @@ class Trial:
         self.faults(phase, update.index + 1)
 
     def settle(self) -> None:
-        """Until the device has done all it was given."""
+        """Wait until the device has finished all queued work."""
         if self.parts.device.type == "cuda":
             torch.cuda.synchronize(self.parts.device)
 
     @property
     def warm_up(self) -> int:
-        """Updates until caches are warm and what loader processes had made ahead is used up."""
+        """Number of updates until caches are warm and the batches prefetched by loader processes are used up."""
         data = self.study.run.data
         ahead = math.ceil(data.workers * data.prefetch / max(1, self.study.plan.accumulation))
         return min(MOST_WARM_UP, WARM_UP + ahead)
@@ -165,7 +165,7 @@ def visit(
     allowed_bytes: float | None,
     accumulation: int | None = None,
 ) -> Visit:
-    """Try one size: measured at `pace`, or for its memory alone. Every rank calls it.
+    """Measure one size: timed as `pace` says, or only its memory if `pace` is None. Every rank calls it.
 
     Raises:
         Lost: memory ran out on this rank while others wait for it.
@@ -190,11 +190,11 @@ def visit(
 
 
 def survived(stand: Stand, size: int, act: Callable[[], Done]) -> Done:
-    """What `act` returns, if memory sufficed; no traceback keeps alive what took it.
+    """Return the result of `act` if memory sufficed. No traceback keeps the allocated tensors alive.
 
     Raises:
-        Exhausted: it did not, and all ranks know.
-        Lost: it did not on this rank, while others wait for it.
+        Exhausted: memory ran out, and all ranks know.
+        Lost: memory ran out on this rank while others wait for it.
     """
     done: list[Done] = []
     try:
@@ -212,7 +212,7 @@ def survived(stand: Stand, size: int, act: Callable[[], Done]) -> Done:
 
 
 def tried(trial: Trial, stand: Stand, pace: Pace | None) -> tuple[tuple[float, ...], dict[str, float] | None]:
-    """Samples/s of each block and the mean stage times; none where it is for memory alone."""
+    """Samples/s of each block and the mean stage times; empty and None if only memory is measured."""
     updates = trial.study.timeline.updates()
     rehearse(trial, next(updates), stand)
     if pace is None:
@@ -222,12 +222,12 @@ def tried(trial: Trial, stand: Stand, pace: Pace | None) -> tuple[tuple[float, .
 
 
 def rehearse(trial: Trial, update: Update, stand: Stand) -> None:
-    """The first update, its gradients kept at home, with an agreement after each phase.
+    """Dry-run the first update without gradient communication; after each phase all ranks check for OOM.
 
-    A strategy that communicates in its forward pass cannot be had without: there it is an update like any other.
+    Strategies that communicate in the forward pass run a normal update instead.
 
     Raises:
-        Exhausted: on every rank, where one of them ran out of memory.
+        Exhausted: on every rank, if any of them ran out of memory.
     """
     if strategies.even(trial.study.run):
         whole_update(trial, update, stand.vote)
@@ -249,10 +249,10 @@ def backward(trial: Trial, total: torch.Tensor, update: Update) -> None:
 
 
 def agreed(council: Council, where: str, act: Callable[[], Done]) -> Done:
-    """What `act` returns, if memory sufficed on every rank.
+    """Return the result of `act` if memory sufficed on every rank. No traceback keeps the allocated tensors alive.
 
     Raises:
-        Exhausted: it did not on one; no traceback keeps alive what took the memory.
+        Exhausted: memory ran out on at least one rank.
     """
     done: list[Done] = []
     try:
@@ -266,7 +266,7 @@ def agreed(council: Council, where: str, act: Callable[[], Done]) -> Done:
 
 
 def whole_update(trial: Trial, update: Update, vote: Vote) -> tuple[float, ...]:
-    """One update as training makes it. Returns the stage times of the one before, of its critical rank."""
+    """Run one update as in training; return the critical rank's stage times of the previous update."""
     count = 0.0
     for micro in micro_batches(trial, update):
         with trial.replica.micro(last=micro.last, pad=micro.pad, place=micro.place):
@@ -289,7 +289,7 @@ def whole_update(trial: Trial, update: Update, vote: Vote) -> tuple[float, ...]:
 def run_through(
     trial: Trial, updates: Iterator[Update], vote: Vote, many: int
 ) -> tuple[float, list[tuple[float, ...]]]:
-    """So many updates: their seconds, and the stage times that came to light in them."""
+    """Run `many` updates; return their seconds and the stage times gathered during them."""
     trial.settle()
     trial.clock.start()
     start = time.perf_counter()
@@ -301,7 +301,7 @@ def run_through(
 def timed(
     trial: Trial, updates: Iterator[Update], stand: Stand, pace: Pace
 ) -> tuple[tuple[float, ...], dict[str, float]]:
-    """Samples/s of each block, over all workers, and the mean stage times."""
+    """Warm up and time; return samples/s of each block, over all workers, and the mean stage times."""
     run_through(trial, updates, stand.vote, trial.warm_up - 1)
     spent_s, _ = run_through(trial, updates, stand.vote, 1)
     slowest_s = max(stand.council.gather(spent_s))
@@ -317,7 +317,7 @@ def timed(
 
 
 class CudaGauge:
-    """What torch has reserved on the device: what other programs cannot have."""
+    """Memory that torch has reserved on the device, which other programs cannot use."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -329,7 +329,7 @@ class CudaGauge:
         self._before = self._retries()
 
     def read(self) -> tuple[int, int, bool]:
-        """Peak in bytes, allocation retries, and whether that is more than memory should be filled to."""
+        """Peak in bytes, allocation retries, and whether the peak exceeds the allowed share of memory."""
         peak = torch.cuda.max_memory_reserved(self._device)
         whole = torch.cuda.get_device_properties(self._device).total_memory
         return peak, self._retries() - self._before, peak > MEMORY_SHARE * whole
@@ -339,7 +339,7 @@ class CudaGauge:
 
 
 class HostGauge:
-    """What this process has resident."""
+    """Resident memory of this process."""
 
     def __init__(self, allowed_bytes: float | None) -> None:
         self._allowed = allowed_bytes

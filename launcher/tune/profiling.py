@@ -1,4 +1,4 @@
-"""A few updates of one size under torch.profiler: how long each operator takes by itself."""
+"""Profile a few updates of one size with torch.profiler: the self time of each operator."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from launcher.tune.probe import Exhausted, Stand, Trial, rehearse, run_through, 
 __all__ = ["profiled"]
 
 UPDATES = 3
-QUIET = "6"  # the profiler's library says on stderr when it starts and stops, unless it is asked for less than that
-MARK = "launcher: "  # before a phase's name
-ON_HOST = torch.autograd.DeviceType.CPU  # a kernel is on the device, and its time is also that of its operator
-#: Collectives, by torch's and the backends' names: what they take is waiting for other workers.
+QUIET = "6"  # log level of Kineto, which otherwise reports each start and stop on stderr
+MARK = "launcher: "  # prefix of a phase's name
+ON_HOST = torch.autograd.DeviceType.CPU  # kernels are on the device; their time is included in that of their operator
+#: Name prefixes of collectives, of torch and the backends; their time is mostly waiting for other workers.
 WAITS = ("c10d", "gloo", "nccl", "record_param_comms", "ucc", "mpi")
 
 
 def profiled(stand: Stand, size: int, items: Any, stage: str) -> Profiled | None:
-    """The operators of one stage at this size, as rank 0 sees them: empty on the others, which make the same updates.
+    """Profile the operators of one stage at this size on rank 0; other ranks run the same updates and return none.
 
-    None where memory ran out. Every rank calls it.
+    Returns None if memory ran out. Every rank calls it.
 
     Raises:
         Lost: memory ran out on this rank while others wait for it.
@@ -41,7 +41,7 @@ def profiled(stand: Stand, size: int, items: Any, stage: str) -> Profiled | None
 
 
 def _updates(stand: Stand, size: int, items: Any, stage: str) -> Profiled:
-    """The updates before the profiled ones warm up the step, and one of them the profiler."""
+    """Warm up the step and, with one update, the profiler; then run the profiled updates."""
     trial = stand.trial(size, items)
     updates = trial.study.timeline.updates()
     rehearse(trial, next(updates), stand)
@@ -67,7 +67,7 @@ def _activities(device: torch.device) -> list[ProfilerActivity]:
 
 @dataclass(frozen=True)
 class Marked(Trial):
-    """Its phases are ranges in what the profiler sees."""
+    """A `Trial` that marks its phases as profiler ranges."""
 
     open: list[Any] = field(default_factory=list)
 
@@ -90,9 +90,9 @@ class Marked(Trial):
 
 
 def by_operator(events: Iterable[Any], stage: str, *, cuda: bool) -> Mapping[str, float]:
-    """Milliseconds that operators begun within a stage take by themselves: on the device, where that is a GPU.
+    """Self time in milliseconds of the operators that start within a stage; device time on a GPU.
 
-    The backward pass of a GPU runs on a thread of its own, so that only the time tells what belongs to a stage.
+    On a GPU the backward pass runs on its own thread, so operators are assigned to a stage by start time.
     """
     events = [one for one in events if one.device_type == ON_HOST]
     spans = [(one.time_range.start, one.time_range.end) for one in events if one.name == MARK + stage]
@@ -105,5 +105,5 @@ def by_operator(events: Iterable[Any], stage: str, *, cuda: bool) -> Mapping[str
 
 
 def _operator(event: Any) -> bool:
-    """Neither a range that somebody named nor a collective."""
+    """Whether an event is an operator: neither a user-named range nor a collective."""
     return not (event.is_user_annotation or event.name.startswith((MARK, *WAITS)))

@@ -1,7 +1,7 @@
-"""Measuring goes in rounds: one process for each rank, started together, and started again after memory ran out.
+"""Run measuring in rounds: one process per rank, started together and restarted after running out of memory.
 
-Where memory runs out on one rank while the others wait for it in a collective, nobody can go on. All of them end, and
-the next ones know what was found until then, and that the size under way does not fit.
+If memory runs out on one rank while the others wait for it in a collective, no rank can continue. All processes end;
+the next round receives the results so far and treats the size being measured as one that does not fit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from launcher.tune.ledger import Ledger, Visit
 
 __all__ = ["EXIT_LOST", "RESULT", "STATE", "Start", "Word", "after_loss", "in_rounds", "why"]
 
-EXIT_LOST = 76  # memory ran out on this rank alone, while the others waited for it
+EXIT_LOST = 76  # memory ran out on this rank while the others waited for it
 MOST_ROUNDS = 20
 RESULT, STATE = "result.json", "state.json"
 
 
 @dataclass(frozen=True)
 class Word:
-    """What came of one rank's process. `status` is None where it was ended because of another's."""
+    """Result of one rank's process. `status` is None if it was killed because another rank failed."""
 
     status: int | None
     failure: Failure | None = None
@@ -37,7 +37,7 @@ class Word:
 
     @classmethod
     def of(cls, private: Path, status: int | None) -> Word:
-        """With what the process left in its folder."""
+        """Combine the exit status with the files that the process left in its folder."""
         return cls(status, failure.first(private, 0), content(private / RESULT), content(private / STATE))
 
     def to_facts(self) -> dict[str, Any]:
@@ -48,16 +48,16 @@ class Word:
         return cls(**{**facts, "failure": facts["failure"] and Failure(**facts["failure"])})
 
 
-#: One round: its number, from 0, and what those before found out; every rank's word, in order of rank.
+#: Runs one round: takes its number (from 0) and the earlier results, returns every rank's result in rank order.
 Start = Callable[[int, Mapping[str, Any] | None], Sequence[Word]]
 
 
 def in_rounds(start: Start) -> dict[str, Any]:
-    """The document that the ranks come to.
+    """Run rounds until one succeeds, and return the document.
 
     Raises:
-        RequestError: the request is wrong, found by any rank.
-        Unmeasured: a process failed for another reason than memory, or was killed.
+        RequestError: any rank found the request to be wrong.
+        Unmeasured: a process was killed, or failed for a reason other than memory.
     """
     earlier: Mapping[str, Any] | None = None
     for number in range(MOST_ROUNDS):
@@ -66,14 +66,15 @@ def in_rounds(start: Start) -> dict[str, Any]:
             return dict(words[0].result or {})
         raise_cause(words)
         earlier = after_loss(words[0].state or {})
-    raise Unmeasured(f"measuring batch sizes ran out of memory {MOST_ROUNDS} times: type tune.max= or a number")
+    times = f"measuring batch sizes ran out of memory {MOST_ROUNDS} times"
+    raise Unmeasured(f"{times}: set tune.max, or type a number for batch.per_device")
 
 
 def raise_cause(words: Sequence[Word]) -> None:
-    """Returns where memory ran out under a size that can be left out.
+    """Raise the root cause of a failed round; return if memory ran out at a size that the next round can skip.
 
-    Nobody is killed by another's failure, but many fail because of it: what the kernel did comes first, then the first
-    error that is none of its consequences.
+    A failing rank does not get others killed, but makes many of them fail: so SIGKILL takes precedence, then the first
+    error that is not a consequence of another.
 
     Raises:
         RequestError, Unmeasured: as `in_rounds`.
@@ -96,11 +97,11 @@ def raise_cause(words: Sequence[Word]) -> None:
 
 def while_at(state: Mapping[str, Any] | None) -> str:
     trying = (state or {}).get("trying")
-    return "" if trying is None else f" (per_device={trying} was under way)"
+    return "" if trying is None else f" (while measuring per_device={trying})"
 
 
 def why(first: Failure) -> Exception:
-    """What to raise for a worker's last word."""
+    """The exception to raise for a worker's recorded failure."""
     if first.status == EXIT_REQUEST:
         return RequestError(first.message)
     at = f" in {first.where}" if first.where else ""
@@ -109,7 +110,7 @@ def why(first: Failure) -> Exception:
 
 
 def after_loss(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a survey wrote down, with the size under way, if one was, as one that memory ran out at."""
+    """The saved state of a search; the size that was being measured, if any, is marked as out of memory."""
     ledger = Ledger.from_facts(facts["ledger"])
     if facts["trying"] is not None:
         ledger = ledger.plus(Visit(facts["trying"], where="a collective"))

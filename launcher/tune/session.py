@@ -1,4 +1,4 @@
-"""One rank of `tune`: it meets the others, measures with them, and rank 0 has the document."""
+"""Run `tune` on one rank: connect to the other ranks, measure together and return the document."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Earlier", "measured"]
 
-#: High over low of an interval that nothing can be relied on with.
+#: Ratio of high to low above which an interval is too wide to rely on.
 NOISY = 3.0
 BUDGET_S = 120.0
-SEARCHING = 2 / 3  # of the budget; the rest is as much as a closer look at what was found can take
+SEARCHING = 2 / 3  # share of the budget; the rest is for the follow-ups
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a rank makes ready before it meets the others."""
+    """What a rank prepares before it connects to the others."""
 
     recipe: Any
     sizes: Sizes
@@ -79,7 +79,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier start of the workers found out before memory ran out on one of them in a collective."""
+    """Results of an earlier attempt, up to the point where memory ran out on one rank in a collective."""
 
     ledger: Ledger = Ledger()
     spent_s: float = 0.0
@@ -101,12 +101,12 @@ def measured(
     *,
     look: bool = False,
 ) -> dict[str, Any]:
-    """The document that `tune` prints, on every rank the same; with `look` the kept one, where there is one.
+    """Measure and return the document that `tune` prints, the same on all ranks; with `look`, use the cache first.
 
-    With `look` training waits for a number, and what explains it beside is not measured.
+    `look` is set when training waits for the result: then the follow-ups that only explain it are skipped.
 
     Raises:
-        RequestError: something is wrong with the request, found by any rank.
+        RequestError: any rank found the request to be wrong.
     """
     threads = threads_of(run, topology.local_world)
     torch.set_num_threads(threads)
@@ -128,7 +128,7 @@ def measured(
 
 
 def looked_up(key: Mapping[str, Any], allowed: float | None) -> dict[str, Any]:
-    """What is kept for this key, and what is to be said; rank 0's to read, so that differing copies do no harm."""
+    """Look up the cache for this key, with notes. Only rank 0 reads it, as the nodes' copies may differ."""
     looked = cache.look(key)
     if looked.profile is None:
         return {"found": None, "said": looked.said}
@@ -142,25 +142,26 @@ def looked_up(key: Mapping[str, Any], allowed: float | None) -> dict[str, Any]:
 
 
 def remembered(key: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> list[str]:
-    """Keep what was measured; where that cannot be it is said, and nothing else is wrong."""
+    """Store the result in the cache on rank 0 and return notes; a write error is only a note."""
     if rank or found["recommended"] is None:
         return []
     try:
-        kept = f"kept for batch.per_device=auto: {cache.keep(cache.Profile(key, found['measured'], found))}"
+        kept = f"saved for batch.per_device=auto: {cache.keep(cache.Profile(key, found['measured'], found))}"
     except OSError as problem:
-        return [f"{cache.FOLDER} cannot be written ({problem.strerror}): the next start measures anew", *doubts(found)]
+        lost = f"{cache.FOLDER} cannot be written ({problem.strerror}): the next start will measure again"
+        return [lost, *doubts(found)]
     return [kept, *doubts(found)]
 
 
 def doubts(found: Mapping[str, Any]) -> list[str]:
-    """Where the recommended size's own speed is hardly known, what to do about it."""
+    """A note on what to do if the measured speed of the recommended size is unreliable."""
     point = recommended(found)
     if point is None or point["high"] <= NOISY * point["low"]:
         return []
     size, low, high = found["recommended"], rate(point["low"]), rate(point["high"])
     return [
-        f"between {low} and {high} samples/s were measured at {size}, too far apart to rely on: try launch.threads=1, "
-        "a larger tune.budget_s, or with fewer programs beside it"
+        f"throughput at {size} is unreliable ({low} to {high} samples/s): set launch.threads=1, raise tune.budget_s, "
+        "or free the machine"
     ]
 
 
@@ -175,7 +176,7 @@ def surveyed(
     *,
     closer: bool,
 ) -> dict[str, Any]:
-    """Measure; every rank has its own document, which differ by their clocks."""
+    """Measure and build the document; the ranks' documents may differ in times read from their clocks."""
     plan = study(run, ready.sizes, topology.world)
     make = partial(Stand.of, plan, topology, ready.recipe, ready.device, ready.data, council)
     term = Term(budget_of(run) * (SEARCHING if closer else 1.0), council, earlier.spent_s)
@@ -219,26 +220,27 @@ def made_ready(run: Run, topology: Topology) -> Ready:
 
 
 def check(run: Run, sizes: Sizes, world: int) -> None:
-    """
+    """Validate the request.
+
     Raises:
-        RequestError: what is asked for cannot be measured.
+        RequestError: the request cannot be measured.
     """
     plan = study(run, sizes, world).plan
     if run.elastic.exact:
         raise RequestError(
-            "elastic.exact=true cuts every batch into shards, whatever batch.per_device: type elastic.exact=false"
+            "elastic.exact=true ignores batch.per_device (it splits every batch into shards): type elastic.exact=false"
         )
     room = largest(run, sizes, plan, limited=False)
     for key, value in (("tune.sizes", max(run.tune.sizes or (1,))), ("tune.max", run.tune.max or 1)):
         if value > room and key == "tune.sizes":
             raise RequestError(
-                f"{key}: {value} samples on each of {world} workers are beyond the {sizes.train} training samples: "
+                f"{key}: {value} samples on each of {world} workers exceed the {sizes.train} training samples: "
                 f"type {room} or less"
             )
 
 
 def largest(run: Run, sizes: Sizes, plan: BatchPlan, *, limited: bool = True) -> int:
-    """The largest size that the data set has samples for, and that is asked for."""
+    """The largest size to try: limited by the data set and, with `limited`, by tune.max."""
     room = max(1, sizes.train // (plan.world * plan_accumulation(run)))
     return min(room, run.tune.max) if limited and run.tune.max is not None else room
 
@@ -252,7 +254,7 @@ def plan_accumulation(run: Run) -> int:
 
 
 def allowance(device: torch.device, topology: Topology, council: Council) -> float | None:
-    """On a CPU, what each worker may take; the least of all machines."""
+    """Memory that each worker may use on a CPU, the minimum over all machines; None on a GPU."""
     if device.type == "cuda":
         return None
     said = [one for one in council.gather(allowed_bytes(available_bytes(), topology.local_world)) if one is not None]
@@ -266,7 +268,7 @@ def limit_of(device: torch.device, allowed: float | None) -> int | None:
 
 
 def beside(survey: Survey, ready: Ready, run: Run) -> None:
-    """Where waiting for data is what takes longest, the same without the reading."""
+    """If waiting for data is the largest stage, measure the same sizes on synthetic data."""
     advice = survey.ledger.advice()
     if advice is None or run.data.source == "synthetic":
         return
@@ -279,7 +281,7 @@ def beside(survey: Survey, ready: Ready, run: Run) -> None:
 
 
 def shape_of(sample: Any) -> Any:
-    """Shapes and types of all that a sample holds."""
+    """Shapes and dtypes of everything in a sample."""
     if hasattr(sample, "shape") and hasattr(sample, "dtype"):
         return [list(sample.shape), str(sample.dtype)]
     if isinstance(sample, Mapping):

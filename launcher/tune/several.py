@@ -1,4 +1,4 @@
-"""`tune -m`: every point of a sweep measured, one after the other on the whole machine, and one table of them all."""
+"""`tune -m`: measure every point of a sweep, one after the other on the whole machine, and print one table."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from launcher.tune.table import Measured, document, table
 
 __all__ = ["several"]
 
-#: One table and one folder for all points.
+#: Keys that apply to all points together: there is one table and one output folder.
 OUTPUTS = ("format", "tune.out")
-ELSEWHERE = "hydra/{}= is for training: tune measures the points here that are named: leave it out"
+ELSEWHERE = "hydra/{}= is only for training: tune measures the listed points on this machine: leave it out"
 
 Measure = Callable[[Run], Mapping[str, Any]]
 
 
 def several(args: Sequence[str], measure: Measure | None = None) -> int:
-    """Measures each point and prints the table, or one JSON document; returns the worst status, as a sweep does.
+    """Measure each point and print the table or one JSON document; return the worst exit status, as a sweep does.
 
-    Every point is composed and checked before the first is measured; one that fails does not end it. `measure` stands
-    in for the workers of this machine.
+    Every point is composed and validated before the first is measured; a point that fails does not stop the others.
+    `measure` replaces the workers of this machine (for tests).
 
     Raises:
-        RequestError: any point's configuration is wrong; nothing was measured then.
-        KeyboardInterrupt: SIGTERM or Ctrl-C came; all is cleared away.
+        RequestError: the configuration of a point is wrong; nothing was measured.
+        KeyboardInterrupt: SIGTERM or Ctrl-C was received; workers and temporary files have been removed.
     """
     arguments = Arguments.parse(args)
     composer = Composer(arguments.config_dirs)
@@ -49,7 +49,7 @@ def several(args: Sequence[str], measure: Measure | None = None) -> int:
     first = composed[0].run
     if first.launch.dry:
         return max(tuning.drive(one.run) for one in composed)
-    with tuning.interruptible():  # also between two points
+    with tuning.interruptible():  # covers the time between two points too
         each = zip(points, composed, strict=True)
         found = [measured(number, of_a_point(words), one, measure) for number, (words, one) in enumerate(each)]
         shown(found, first)
@@ -57,30 +57,30 @@ def several(args: Sequence[str], measure: Measure | None = None) -> int:
 
 
 def refuse(asked: Asked, share: tuple[int, int]) -> None:
-    """What training takes beside -m, and a measurement does not."""
+    """Reject options of training sweeps that `tune -m` does not support."""
     for name, value in vars(asked.settings.sweep).items():
         if value != getattr(SweepSettings(), name):
             raise RequestError(
-                f"sweep.{name}={value} is for training: tune measures the points that are named, one after the other, "
+                f"sweep.{name}={value} is only for training: tune measures the listed points one after the other, "
                 "each on the whole machine: leave it out"
             )
     if share[1] > 1:
-        raise RequestError(f"--share={share[0]}/{share[1]} is for training: tune -m makes one table: leave it out")
+        raise RequestError(f"--share={share[0]}/{share[1]} is only for training (tune prints one table): leave it out")
     if not asked.here:
         raise RequestError(ELSEWHERE.format("launcher"))
 
 
 def refuse_points(points: Sequence[Sequence[str]]) -> None:
-    """Those that a sweeper of the user's choosing would list, and those that would have outputs of their own."""
+    """Reject sweeps whose points come from a Hydra sweeper plugin, and sweeps over the output keys."""
     if not points:
         raise RequestError(ELSEWHERE.format("sweeper"))
     for key in OUTPUTS:
         if len({word for words in points for word in words if word.partition("=")[0] == key}) > 1:
-            raise RequestError(f"{key} can't be swept over: all points come into one table: type one value")
+            raise RequestError(f"{key} can't be swept over, as all points go into one table: type one value")
 
 
 def measured(number: int, words: Sequence[str], composed: Composed, measure: Measure | None) -> Measured:
-    """One point from start to end. What goes wrong is told and kept, so that the next one is measured."""
+    """Measure one point. An error is printed and returned, so that the next point is still measured."""
     tell(f"point {number}: {' '.join(words)}")
     for note in composed.notes:
         tell(f"note: {note}")
@@ -108,13 +108,13 @@ def on_this_machine(run: Run) -> Mapping[str, Any]:
 
 
 def values_of(words: Sequence[str]) -> dict[str, Any]:
-    """What a point was asked for by, by key, as plain values; where its results go is no part of it."""
+    """The overrides of a point by key, as plain values, without the output keys."""
     asked = [one for one in parse(words) if not one.is_hydra_override() and one.key_or_group not in OUTPUTS]
     return {one.key_or_group: one.value() for one in asked}
 
 
 def image_of(run: Run) -> tuple[int, int] | None:
-    """Height and width in pixels of recipe.image_size, as one number or as two; None where a recipe has no such."""
+    """Height and width in pixels from recipe.image_size (one number or two); None if the recipe does not have it."""
     asked = run.recipe.get("image_size")
     if isinstance(asked, int):
         return asked, asked
@@ -122,7 +122,7 @@ def image_of(run: Run) -> tuple[int, int] | None:
 
 
 def shown(points: Sequence[Measured], run: Run) -> None:
-    """On stdout as a table or as one JSON document; where `tune.out` says, tune.json for all and a page for each."""
+    """Print a table or one JSON document; with `tune.out`, write tune.json for all points and a page for each."""
     found = document(points)
     written = json.dumps(found) + "\n" if run.format == "json" else printable(table(points), sys.stdout)
     print(written, end="")

@@ -1,4 +1,4 @@
-"""One batch in fewer or more micro-batches: which divisions are worth comparing."""
+"""The same batch in fewer or more micro-batches: which splits are worth comparing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from launcher.tune.search import LEAST
 __all__ = ["ways"]
 
 PARTS = (1, 2, 4)
-AWAY = 1 / 8  # of the size; a batch so near to one that can be divided stands for it
+AWAY = 1 / 8  # relative distance; a divisible size this close below is used instead
 
 
 def ways(size: int, accumulation: int = 1) -> tuple[tuple[int, int], ...]:
-    """(per_device, accumulation) of one and the same batch: whole, in halves and in quarters, as far as that is exact.
+    """The (per_device, accumulation) of the same batch whole, in halves and in quarters, where these are exact.
 
-    An odd size gives way to the nearest one below that can be divided. No micro-batch is of one sample, which
-    normalisation layers refuse. Empty where there is nothing to compare.
+    An odd size is replaced by the nearest divisible one below. Micro-batches of one sample, which normalisation layers
+    reject, are left out. Empty if there is nothing to compare.
     """
     whole = _divisible(size)
     found = [(whole // parts, accumulation * parts) for parts in PARTS if not whole % parts]
@@ -23,5 +23,5 @@ def ways(size: int, accumulation: int = 1) -> tuple[tuple[int, int], ...]:
 
 
 def _divisible(size: int) -> int:
-    """By four, or else by two, where that is near."""
+    """The nearest size below that is divisible by four, else by two, if close enough; else the size itself."""
     return next((size - size % parts for parts in (4, 2) if size % parts <= AWAY * size), size)

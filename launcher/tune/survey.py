@@ -1,4 +1,4 @@
-"""From the first size to the last: which are tried, how often, and when it is enough. Every rank walks the same way."""
+"""The search over sizes: which are tried, how often, and when to stop. Every rank makes the same decisions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from launcher.tune.search import SMALL, between, first, grown, largest_next, ref
 __all__ = ["Survey", "Term"]
 
 MOST_ROUNDS = 10
-GROWING, LOOKING = 0.5, 0.75  # shares of the seconds for searching that are spent by then, at most
-BLOCKS_OF_BUDGET = 400  # no block takes more than this part of them
-BESIDE = 0.2  # as many of them again, for synthetic data beside the real
+GROWING, LOOKING = 0.5, 0.75  # shares of the search budget at which growing, and finding the largest size, stop
+BLOCKS_OF_BUDGET = 400  # a block takes at most 1/400 of the search budget
+BESIDE = 0.2  # share of the search budget, added to it, for synthetic data
 
 
 @dataclass(frozen=True)
 class Term:
-    """Seconds to search, counted by rank 0; `spent_s` before this start of the workers."""
+    """Time budget in seconds, as measured on rank 0. `spent_s`: used by earlier attempts."""
 
     budget_s: float
     council: Council
@@ -44,7 +44,7 @@ class Term:
         return self.spent_s + self.clock() - self.began
 
     def part(self, share: float) -> Term:
-        """So much of the budget, on top of it, from now on."""
+        """A new budget of `share` of this one, starting now."""
         return Term(share * self.budget_s, self.council, clock=self.clock, began=self.clock())
 
     def over(self, share: float = 1.0) -> bool:
@@ -52,10 +52,10 @@ class Term:
 
 
 class Survey:
-    """The walk of one rank; its ledger is the same on all.
+    """The search on one rank; its measurements are the same on all ranks.
 
-    `make` gives a replica; it is made anew after memory ran out, for nobody knows what that left behind. `state`: a
-    file of rank 0's to go on from, should the workers be started again.
+    `make` builds the replica; it is rebuilt after running out of memory, as the old one may be in an undefined state.
+    `state`: a file of rank 0 to continue from if the workers are restarted.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Survey:
         self._pace = Pace(block_s=min(Pace().block_s, term.budget_s / BLOCKS_OF_BUDGET))
 
     def these(self, sizes: Sequence[int]) -> None:
-        """Exactly these, ascending, so that smaller ones tell what larger ones would take."""
+        """Measure exactly these sizes, ascending, so that smaller ones predict the memory of larger ones."""
         self.ledger = replace(self.ledger, only=tuple(sorted(set(sizes))))
         for size in self.ledger.only or ():
             self._measure(size)
         self._rounds()
 
     def search(self) -> None:
-        """Up from a small one, then the exact end of memory, then about the knee."""
+        """Grow from a small size, find the largest working size, then refine around the knee."""
         self._grow()
         self._find_end()
         advice = self.ledger.advice()
@@ -100,7 +100,7 @@ class Survey:
         self._rounds()
 
     def beside(self, sizes: Sequence[int], synthetic: Any) -> None:
-        """The same sizes on stand-ins of the same shape, which cost nothing to read."""
+        """Measure the sizes on synthetic data of the same shape, which costs nothing to read."""
         for size in sizes:
             if self.ledger.synthetic and self._term.over(1 + BESIDE):
                 break
@@ -108,12 +108,12 @@ class Survey:
             self.ledger = replace(self.ledger, synthetic=(*self.ledger.synthetic, stood_in))
 
     def closing(self) -> None:
-        """From here on nothing but a closer look: should a rank be lost in it, what was found until now is all."""
+        """Start the follow-ups: if a rank is lost in them, the results so far are final."""
         self.ledger = replace(self.ledger, closing=True)
         self._write_state(None)
 
     def split(self, size: int, accumulation: int) -> None:
-        """One batch in so many micro-batches of this size, unless memory ran out at it before."""
+        """Measure the batch as `accumulation` micro-batches of `size`, unless memory ran out at that split before."""
         if any(one.size == size and not one.fits for one in self.ledger.splits):
             return
         found = visit(self._ready(), size, self._items, self._pace, self._allowed, accumulation)
@@ -122,7 +122,7 @@ class Survey:
         self.ledger = replace(self.ledger, splits=(*self.ledger.splits, found))
 
     def profile(self, size: int, stage: str) -> Profiled | None:
-        """The operators of one stage at a size; None where memory ran out."""
+        """Profile the operators of one stage at a size; None if memory ran out."""
         found = profiled(self._ready(), size, self._items, stage)
         if found is None:
             self._throw_away()
@@ -141,7 +141,7 @@ class Survey:
                 return
             if self._term.over(GROWING):
                 if size < self._largest:
-                    self._note(f"no size beyond {size} was timed: its part of tune.budget_s was spent")
+                    self._note(f"no size above {size} was timed: this part of tune.budget_s was used up")
                 return
             size = grown(size, self._largest)
 
@@ -150,19 +150,20 @@ class Survey:
         return label(points)[size] == "regressed"
 
     def _find_end(self) -> None:
-        """The exact largest size that works; each step is tried, what is foreseen only says which not to run."""
+        """Find the exact largest working size by trying; memory prediction only excludes sizes."""
         while self.ledger.works():
             size = largest_next(self.ledger.works(), self.ledger.fails(), self._largest)
             if size is None:
                 return
             if self._term.over(LOOKING):
                 works = self.ledger.works()
-                self._note(f"memory_max={works} is the largest tried that works; its part of tune.budget_s was spent")
+                note = f"memory_max={works} is only the largest tried size that works"
+                self._note(f"{note}: this part of tune.budget_s was used up")
                 return
             self._try(size, None)
 
     def _rounds(self) -> None:
-        """Visit again what is still uncertain, up and down in turn, so that a drift favours no size."""
+        """Measure uncertain sizes again, in alternating order, so that drift favours no size."""
         for turn in range(MOST_ROUNDS):
             loose = [one.size for one in self.ledger.sizes() if one.fits and one.speeds and one.loose]
             if not loose:
@@ -173,7 +174,7 @@ class Survey:
                 self._measure(size)
 
     def _measure(self, size: int) -> bool:
-        """Whether it fits. On a CPU sizes on the way to a much larger one are tried first, for their memory."""
+        """Time a size; return whether it fits. On a CPU, intermediate sizes are tried first for their memory."""
         known = self.ledger.works()
         if self._allowed is not None:
             for stone in between(known or SMALL, size) if self.ledger.at(size) is None else ():
@@ -197,7 +198,7 @@ class Survey:
         return found.fits
 
     def _too_large(self, size: int) -> bool:
-        """Whether a machine that never refuses memory, but kills, is better not asked."""
+        """Whether a size is predicted not to fit on a CPU, where the kernel kills instead of refusing memory."""
         if self._allowed is None:
             return False
         foreseen = foreseen_bytes(size, self.ledger.memory())

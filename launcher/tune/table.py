@@ -1,4 +1,4 @@
-"""What `tune -m` found: one JSON document, and for a person a table with a line for each point, in 80 columns."""
+"""Results of `tune -m`: one JSON document, or an 80-column table with one line per point."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["Measured", "document", "image_memory", "table"]
 WIDTH = 80
 HEAD = ("", "per_device", "samples/s", "memory", "memory_max", "bottleneck")
 IMAGE_SIZE = "recipe.image_size"
-#: What names a point's conditions in the headline, where all points share it.
+#: Fields that are shown in the headline if all points share them.
 CONDITIONS = ("recipe", "world", "device", "precision")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One point: its words, and what `tune` found; or its exit status and why there is nothing.
+    """One point: its overrides (`words`) and the document of `tune`, or its exit status and error.
 
-    `values`: its words by key, as plain values. `image`: height and width of its images in pixels, where known.
+    `values`: its overrides by key, as plain values. `image`: height and width of its images in pixels, if known.
     """
 
     words: tuple[str, ...]
@@ -39,7 +39,7 @@ class Measured:
 
 
 def document(points: Sequence[Measured]) -> dict[str, Any]:
-    """What `tune -m` prints as JSON; secrets in what was typed, or in what went wrong, are masked."""
+    """The document that `tune -m` prints as JSON; secrets in overrides and errors are masked."""
     memory = image_memory(points)
     return {
         "points": [
@@ -55,7 +55,7 @@ def document(points: Sequence[Measured]) -> dict[str, Any]:
 
 
 def table(points: Sequence[Measured]) -> str:
-    """Lines of at most 80 columns, as far as what was swept allows."""
+    """The table, at most 80 columns wide unless swept values are longer."""
     swept = swept_values([point.words for point in points])
     rows = [(str(number), *_cells(point)) for number, point in enumerate(points)]
     memory = image_memory(points)
@@ -66,7 +66,7 @@ def table(points: Sequence[Measured]) -> str:
 
 
 def image_memory(points: Sequence[Measured]) -> ImageMemory | None:
-    """Over all that was measured, where the size of images alone was swept: another key may move memory as well."""
+    """Fit memory over all points if only the image size was swept, as other keys may change memory too."""
     keys = {key for values in swept_values([point.words for point in points]) for key in values}
     return ImageMemory.of(list(_peaks(points))) if keys == {IMAGE_SIZE} else None
 
@@ -80,7 +80,7 @@ def _peaks(points: Sequence[Measured]) -> Iterator[Peak]:
 
 
 def _headline(points: Sequence[Measured]) -> Iterator[str]:
-    """What all points share, and how long they took together."""
+    """The conditions that all points share, and the total time."""
     found = [point.found for point in points if point.found is not None]
     if found:
         shared = [key for key in CONDITIONS if len({one[key] for one in found}) == 1]
@@ -93,14 +93,14 @@ def _condition(key: str, value: Any) -> str:
 
 
 def _cells(point: Measured) -> tuple[str, str, str, str, str]:
-    """The recommended size with its speed and memory, the largest size that works, and what limits."""
+    """The recommended size with its speed and memory, the largest working size and the bottleneck."""
     if point.found is None:
         return (f"failed ({point.status})", "-", "-", "-", "-")
     found = point.found
     if found["recommended"] is None:
         return ("-", "-", "-", "-", "memory")
     at = recommended(found)
-    if at is None or not at["samples_per_s"]:  # of the largest size that works the memory alone may be known
+    if at is None or not at["samples_per_s"]:  # the largest working size may not have been timed
         speed, memory = "-", "-"
     else:
         speed, memory = rate(at["samples_per_s"]), size(at["memory_bytes"])

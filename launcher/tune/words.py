@@ -1,4 +1,4 @@
-"""What `tune` found, for a person at a terminal: a table, a small chart, and a sentence of advice in 80 columns."""
+"""Terminal output of `tune` in 80 columns: a table, a small chart and a sentence of advice."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["divided", "name_of", "slowed", "text"]
 
 WIDTH = 80
 BAR = 46
-ALIKE = 0.01  # of the memory; less is not told
+ALIKE = 0.01  # relative difference in memory below which it counts as equal
 HEAD = f"{'per_device':>10} {'samples/s':>10} {'+-':>6} {'ms/update':>10} {'epoch':>8} {'memory':>8}  label"
 SPLITS = f"{'one batch as':>12} {'samples/s':>10} {'+-':>6} {'sync ms':>10} {'memory':>8}"
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """The whole of it."""
+    """The complete text."""
     points = found["points"]
     lines = [_headline(found), "", HEAD, *(_row(point) for point in points), ""]
     lines += _chart(points, found["recommended"])
@@ -34,7 +34,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def divided(found: Mapping[str, Any]) -> str:
-    """One batch divided differently, in words; empty where that was not measured."""
+    """A sentence on the same batch at different accumulation; empty if not measured."""
     splits = found["splits"]
     timed = [one for one in splits if one["samples_per_s"]]
     if not timed:
@@ -44,11 +44,11 @@ def divided(found: Mapping[str, Any]) -> str:
     whole = f"one batch of {workers}{count(best['per_device'] * best['accumulation'])}"
     others = [_against(one, best) for one in splits if one is not best]
     named = ", ".join(name_of(one) for one in splits)
-    return f"{whole} as {named}: {', '.join([f'{name_of(best)} is the fastest', *others])}"
+    return f"{whole} split as {named}: {', '.join([f'{name_of(best)} is the fastest', *others])}"
 
 
 def name_of(split: Mapping[str, Any]) -> str:
-    """64 x 1: samples of a micro-batch, and micro-batches of an update."""
+    """per_device x accumulation of a split, e.g. 64 x 1."""
     return f"{count(split['per_device'])} x {split['accumulation']}"
 
 
@@ -57,28 +57,29 @@ def _against(split: Mapping[str, Any], best: Mapping[str, Any]) -> str:
         return f"{name_of(split)} runs out of memory"
     more = split["memory_bytes"] / best["memory_bytes"] - 1
     word = "more" if more > 0 else "less"
-    memory = "as much memory" if abs(more) < ALIKE else f"{100 * abs(more):.0f} % {word} memory"
+    memory = "the same memory" if abs(more) < ALIKE else f"{100 * abs(more):.0f} % {word} memory"
     longer = best["samples_per_s"] / split["samples_per_s"]
     if best["low"] <= split["high"]:
-        time = "as much time within what was measured"
+        time = "the same time within measurement error"
     else:
         time = f"{100 * (longer - 1):.0f} % more time" if longer < 2 else f"{_times(longer)} times the time"
     return f"{name_of(split)} takes {memory} and {time}"
 
 
 def slowed(operators: Sequence[Mapping[str, Any]]) -> str:
-    """What makes a larger size slower, by operator; empty where nothing was found."""
+    """A sentence on the operators that make a larger size slower; empty if none were found."""
     if not operators:
         return ""
     first = operators[0]
-    where = f"{STAGE_WORDS[first['stage']]} of {first['per_device_after']} against {first['per_device_before']}"
+    sizes = f"at {first['per_device_after']} compared with {first['per_device_before']}"
+    where = f"{STAGE_WORDS[first['stage']]} {sizes}"
     return f"in {where}, {', '.join(_longer(one) for one in operators)}"
 
 
 def _longer(operator: Mapping[str, Any]) -> str:
     before, after = operator["ms_per_sample_before"], operator["ms_per_sample_after"]
     if not before:
-        return f"{operator['name']} is new with {figure(1e3 * after)} us per sample"
+        return f"{operator['name']} is new at {figure(1e3 * after)} us per sample"
     return f"{operator['name']} takes {_times(after / before)} times as long per sample"
 
 
@@ -98,7 +99,7 @@ def _headline(found: Mapping[str, Any]) -> str:
 
 def _row(point: Mapping[str, Any]) -> str:
     if point["samples_per_s"] is None:
-        why = "foreseen, not run" if point["predicted"] else f"in {point['where']}"
+        why = "predicted, not run" if point["predicted"] else f"in {point['where']}"
         return f"{count(point['per_device']):>10} {'':>10} {'':>6} {'':>10} {'':>8} {'':>8}  oom ({why})"
     return (
         f"{count(point['per_device']):>10} {rate(point['samples_per_s']):>10} {_spread(point):>6} "
@@ -108,7 +109,7 @@ def _row(point: Mapping[str, Any]) -> str:
 
 
 def _spread(point: Mapping[str, Any]) -> str:
-    """Half the interval; it is one of the logarithm, and far from even where it is wide."""
+    """Half the width of the interval; if it is wide, the interval is far from symmetric, as it is one of logarithms."""
     share = (point["high"] - point["low"]) / 2 / point["samples_per_s"]
     return f"{100 * share:.0f} %" if share < 1 else ">100 %"
 
@@ -121,7 +122,7 @@ def _chart(points: Sequence[Mapping[str, Any]], recommended: int | None) -> Iter
 
 
 def _bars(points: Sequence[Mapping[str, Any]], marked: int | None, mark: str) -> Iterator[str]:
-    """A bar for each size; the part between low and high is drawn light."""
+    """One bar per size; the part between low and high is drawn light."""
     full = max(point["high"] for point in points)
     for point in points:
         solid = round(BAR * point["low"] / full)
@@ -131,14 +132,14 @@ def _bars(points: Sequence[Mapping[str, Any]], marked: int | None, mark: str) ->
 
 
 def _stages(found: Mapping[str, Any]) -> Iterator[str]:
-    """Where the time of the recommended size goes."""
+    """Shares of the stages in an update at the recommended size."""
     point = recommended(found)
     if point is None or not point["stages"]:
         return
     whole = sum(point["stages"].values()) or 1.0
     parts = sorted(point["stages"].items(), key=lambda item: -item[1])
     told = ", ".join(f"{stage} {100 * ms / whole:.0f} %" for stage, ms in parts if ms >= 0.01 * whole)
-    yield from textwrap.wrap(f"An update at {point['per_device']}: {told}.", WIDTH)
+    yield from textwrap.wrap(f"Time per update at {point['per_device']}: {told}.", WIDTH)
 
 
 def _beside(synthetic: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -148,7 +149,7 @@ def _beside(synthetic: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _splits(found: Mapping[str, Any]) -> Iterator[str]:
-    """One batch divided differently: a row for each way, and what that comes to."""
+    """The same batch at different accumulation: one row per split, and a sentence."""
     said = divided(found)
     if not said:
         return
@@ -167,15 +168,15 @@ def _splits(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _worth(goodput: Mapping[str, Any] | None) -> Iterator[str]:
-    """The same sizes by progress per second, where the noise scale is known."""
+    """Goodput (progress per second) of the sizes, if the noise scale is known."""
     if goodput is None:
         return
     noise, best = goodput["noise"], goodput["best"]
     point = next(one for one in goodput["points"] if one["per_device"] == best)
     known = f"at a noise scale of {noise['scale']:.3g} samples ({noise['source']})"
     yield ""
-    yield from textwrap.wrap(f"Goodput, samples/s x efficiency, {known}:", WIDTH)
+    yield from textwrap.wrap(f"Goodput (samples/s x efficiency) {known}:", WIDTH)
     yield from _bars(goodput["points"], best, "most progress")
-    speed = f"{rate(point['goodput'])} samples/s of lr.base_batch={goodput['base_batch']}"
-    share = f"a batch of {count(point['global'])} at {100 * point['efficiency']:.0f} % efficiency"
+    speed = f"equivalent to {rate(point['goodput'])} samples/s at lr.base_batch={goodput['base_batch']}"
+    share = f"with a batch of {count(point['global'])} at {100 * point['efficiency']:.0f} % efficiency"
     yield from textwrap.wrap(f"{best} makes the most progress: {speed}, {share}.", WIDTH)

@@ -1,4 +1,4 @@
-"""What the measured sizes are worth: samples/s times the efficiency of their batch, where the noise scale is known."""
+"""Goodput of the measured sizes: samples/s times the efficiency of their batch, if the noise scale is known."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["worth"]
 
 
 def worth(found: Mapping[str, Any], noise: Noise | None, base_batch: int | None) -> dict[str, Any] | None:
-    """For the document of `tune`: goodput with its band for each timed size, and the best. None where it is unknown.
+    """Goodput with its interval for each timed size, and the best size, for the document of `tune`; None if unknown.
 
-    Goodput is progress per second in samples of the base batch; its band has that of the speed and of the noise scale.
+    Goodput is progress per second in samples at the base batch; its interval combines those of speed and noise scale.
     """
     timed = [point for point in found["points"] if point["samples_per_s"]]
     if noise is None or base_batch is None or not timed:

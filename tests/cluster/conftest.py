@@ -1,4 +1,4 @@
-"""The cluster that the tests of Slurm share: started once, when the first of them asks for it."""
+"""The Slurm cluster shared by the tests: started once, when first used."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NEEDED = "LAUNCHER_NEEDS_SLURM"
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Slurm]:
-    """Skips where Slurm cannot be had; where it has to be, as in .ci/run, that is a failure."""
+    """Skip if Slurm is not available; where it is required, as in .ci/run, fail."""
     why = missing()
     if why is not None:
         (pytest.fail if os.environ.get(NEEDED) else pytest.skip)(f"no Slurm here: {why}")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended early, the daemons are ended with it
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops the daemons too
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, Slurm(Path(folder)) as slurm:
         yield slurm
     signal.signal(signal.SIGTERM, before)
@@ -29,6 +29,6 @@ def cluster() -> Iterator[Slurm]:
 
 @pytest.fixture
 def slurm(cluster: Slurm) -> Iterator[Slurm]:
-    """The cluster with no jobs in it, before the test and after."""
+    """The cluster, without jobs before and after the test."""
     yield cluster
     cluster.clear()

@@ -1,4 +1,4 @@
-"""Real processes for tests: started in a folder, waited for by state, and ended with the test."""
+"""Real processes for tests: started in a folder, waited for by state, and killed with the test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENV = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """What stands in metrics.jsonl; a line that is being written is not there yet."""
+    """Read metrics.jsonl; an incomplete last line is ignored."""
     lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1] if (run_dir / "metrics.jsonl").exists() else []
     return [json.loads(line) for line in lines]
 
@@ -41,7 +41,7 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 
 def furthest(one: Path, other: Path) -> float:
-    """The largest difference between any two parameters of two finished runs."""
+    """Return the largest difference between any two parameters of two finished runs."""
     from safetensors.torch import load_file
 
     a, b = (load_file(run_dir / "model.safetensors") for run_dir in (one, other))
@@ -60,20 +60,20 @@ def alive(pid: int) -> bool:
 
 
 def kill_all(pid: int) -> None:
-    """A process and those below it, as far as they are left."""
+    """Return a process and its descendants that are still alive."""
     for one in (*descendants(pid), pid):
         if alive(one):
             os.kill(one, signal.SIGKILL)
 
 
 def hearing() -> None:
-    """As from a terminal: a suite that runs in some script's background hands an ignored Ctrl-C on."""
+    """Restore default Ctrl-C handling: a test suite in the background of a script inherits it as ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_for(state: Callable[[], object], within_s: float = 60.0) -> None:
-    """Looking takes at most a fifth of one core, which the processes that are waited for need."""
+    """Poll with at most a fifth of one core, since the awaited processes need the rest."""
     begun_s = looked_s = time.monotonic()
     while not state():
         now_s = time.monotonic()
@@ -83,10 +83,10 @@ def wait_for(state: Callable[[], object], within_s: float = 60.0) -> None:
 
 
 def training(run_dir: Path, update: int = 5) -> Callable[[], bool]:
-    """Whether so many updates have been finished."""
+    """Whether this many updates have been finished."""
     return lambda: len(rows(run_dir)) >= update
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Ours, without what a wandb account of the user's would change."""
+    """Return this environment without the user's wandb account settings."""
     return {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | ENV | more

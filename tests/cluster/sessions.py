@@ -1,7 +1,7 @@
-"""Several small trainings one after the other on the same ranks: a process that imports torch once runs them all.
+"""Run several small trainings in sequence on the same ranks, so that torch is imported once.
 
-Started by torchrun with a file of jobs, a JSON object a line. Each is a whole session, with a process group and a run
-folder of its own; one with `carry` trains nothing, but takes over that checkpoint and saves it again.
+Started by torchrun with a file of jobs, a JSON object a line. Each job has its own process group and run folder; one
+with `carry` trains nothing, but loads that checkpoint and saves it again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(jobs: Path) -> None:
 
 
 def forget() -> None:
-    """DeepSpeed keeps the groups of the process group it was first started in, for the life of a process."""
+    """DeepSpeed keeps the groups of the first process group for the life of the process."""
     if "deepspeed" in sys.modules:
         from deepspeed.comm import comm
         from deepspeed.utils import groups

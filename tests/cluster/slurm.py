@@ -1,7 +1,7 @@
-"""A real Slurm for tests: a controller, munge and three pretend nodes on this machine, all of it in one folder.
+"""A real Slurm for tests: a controller, munge and three simulated nodes on this machine, in one folder.
 
-Partitions: `low` (the default; its jobs may be preempted, are warned by USR1 and requeued) and `high`. Nothing of the
-machine's own Slurm is read or touched, but for three lines in /etc/hosts, which are taken away again.
+Partitions: `low` (the default; its jobs may be preempted, get USR1 as a warning, and are requeued) and `high`. Nothing
+of the machine's own Slurm is read or changed; three lines are added to /etc/hosts and removed again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HOSTS = Path("/etc/hosts")
 NODES = {"node1": "127.0.0.21", "node2": "127.0.0.22", "node3": "127.0.0.23"}
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo")
 
-#: cred_expire is how long Slurm keeps a job back that is queued again; under 5 s it takes its own 120.
+#: cred_expire is how long Slurm holds back a requeued job; below 5 s it uses its default of 120.
 CONF = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -65,7 +65,7 @@ NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CP
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here, or None."""
+    """Explain why Slurm cannot run here; None if it can."""
     if os.geteuid() != 0:
         return "a Slurm of the tests' own needs root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -84,11 +84,11 @@ class Slurm:
 
     @property
     def env(self) -> dict[str, str]:
-        """What the client commands need to find it."""
+        """Environment variables that the client commands need to find the cluster."""
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self) -> Slurm:
-        with self._ending:  # whatever was begun is ended where a later step fails
+        with self._ending:  # what was started is stopped if a later step fails
             self._name_nodes()
             self._ending.callback(self._end)
             self._configure()
@@ -106,13 +106,13 @@ class Slurm:
     # --- what tests ask of it ---------------------------------------------------------------------------------------
 
     def ask(self, *argv: str) -> str:
-        """What one of Slurm's commands answers."""
+        """Return the output of a Slurm command."""
         done = subprocess.run(argv, env=os.environ | self.env, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{argv}: {done.stderr}"
         return done.stdout.strip()
 
     def submit(self, *argv: str, cwd: Path, env: Mapping[str, str]) -> str:
-        """The new job's id; what it prints goes to `<id>.out` in `cwd`."""
+        """Submit a job and return its id; its output goes to `<id>.out` in `cwd`."""
         command = ["sbatch", "--parsable", "--output=%A.out", *argv]
         done = subprocess.run(command, cwd=cwd, env={**env, **self.env}, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -131,7 +131,7 @@ class Slurm:
         return dict(line.split() for line in lines)
 
     def lose(self, node: str) -> None:
-        """A node goes as in a power cut: its daemon and everything that ran on it, at once."""
+        """Simulate a power cut: kill the node's daemon and everything that runs on it at once."""
         daemon = self._daemons.pop(f"slurmd {node}")
         for pid in (daemon.pid, *self._steps(node)):
             with suppress(ProcessLookupError):
@@ -143,13 +143,13 @@ class Slurm:
         self._start(f"slurmd {node}", "slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", node)
 
     def recover(self, node: str) -> None:
-        """A lost node comes back."""
+        """Bring a lost node back."""
         self.up(node)
         self.ask("scontrol", "update", f"nodename={node}", "state=resume")
         wait_for(lambda: self.states()[node] == "idle", within_s=40)
 
     def clear(self) -> None:
-        """Cancel every job, and wait until the nodes are free."""
+        """Cancel every job and wait until the nodes are free."""
         subprocess.run(["scancel", "--user=root"], env=os.environ | self.env, check=False)
         wait_for(lambda: not self.ask("squeue", "-h"), within_s=60)
 
@@ -165,7 +165,7 @@ class Slurm:
         (self.folder / "slurm.conf").write_text(text)
 
     def _munge(self) -> Sequence[str]:
-        """Its folder must be nobody else's, its socket's folder open to all."""
+        """Munge requires its folder to be private and the folder of its socket to be accessible to all."""
         private = self.folder / "munge"
         private.mkdir(mode=0o700)
         (private / "key").write_bytes(os.urandom(1024))
@@ -184,7 +184,7 @@ class Slurm:
             wait_for((self.folder / "munge.socket").exists, within_s=10)
 
     def _steps(self, node: str) -> list[int]:
-        """The processes of every step on a node: the step daemons, which say so by their name, and what is below."""
+        """Return the processes of every step on a node: the step daemons, recognised by name, and their descendants."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -197,7 +197,7 @@ class Slurm:
         return f"SLURM_CONF={self.folder}/slurm.conf".encode() in words
 
     def _name_nodes(self) -> None:
-        """Rewritten in place: /etc/hosts may be a mount."""
+        """Rewrite in place, since /etc/hosts may be a mount."""
         mark = f"# launcher tests {os.getpid()}"
         before = HOSTS.read_text()
         lines = "".join(f"{address} {name} {mark}\n" for name, address in NODES.items())

@@ -1,4 +1,4 @@
-"""batch.per_device=auto with real processes: what is trained is what it would be with the number typed."""
+"""batch.per_device=auto with real processes: the training equals the one with the resolved number given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def well(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def taken(run_dir: Path) -> int:
-    """The number in run.yaml, which is also that of the plan's event."""
+    """Return the number in run.yaml, which the plan event also contains."""
     size = yaml.safe_load((run_dir / "run.yaml").read_text())["batch"]["per_device"]
     assert events(run_dir, "plan")[0]["per_device"] == size
     return int(size)
@@ -48,7 +48,7 @@ def test_the_drivers_workers_measure_and_train_as_with_the_number_typed(tmp_path
     well(trained(tmp_path, driver, *MLP, SIZES, AUTO, "run.name=one"))
     one = tmp_path / "runs" / "one"
     size = taken(one)
-    assert events(one, "plan")[0]["why"].startswith(f"batch.per_device=auto took {size}: ")
+    assert events(one, "plan")[0]["why"].startswith(f"batch.per_device=auto chose {size}: ")
     well(trained(tmp_path, driver, *MLP, f"batch.per_device={size}", "run.name=typed"))
     assert furthest(one, tmp_path / "runs" / "typed") == 0.0
 
@@ -93,7 +93,7 @@ class Late(Mlp):
 
 
 def test_a_worker_out_of_memory_where_others_wait_for_it_hangs_nobody(tmp_path: Path) -> None:
-    """Rank 1 at 16 samples, past the rehearsal: the processes beside the workers are started again without 16."""
+    """Rank 1 fails at 16 samples after the dry run: the sidecar processes are restarted without 16."""
     (tmp_path / "late.py").write_text(LATE)
     own = ["recipe._target_=late.Late", "recipe.trust=[late]", SIZES, "run.name=one"]
     two = [*TORCHRUN, "--nproc-per-node=2"]
@@ -120,16 +120,16 @@ def test_goodput_begins_with_the_base_batch_and_chooses_once_the_noise_is_known(
     again = ["launch.workers=2", "train.duration=5ba", "plan.noise=one", "run.name=two"]
     well(trained(tmp_path, [sys.executable], *asked[:-1], *again))
     begun = events(tmp_path / "runs" / "two", "plan")[0]
-    assert f"at a noise scale of {known:.3g} samples (plan.noise) " in begun["why"]
+    assert f"at a noise scale of {known:.3g} samples (plan.noise), " in begun["why"]
     assert begun["global"] > 64
 
 
 def test_goodput_chooses_anew_where_workers_come_or_go_and_measures_nothing_again(tmp_path: Path) -> None:
-    """Two workers, then one, then three: from the update times in the run's folder, at the noise that is known."""
+    """Two workers, then one, then three: update times from the run folder, and a known noise scale."""
     asked = ["recipe=mlp", "sink=[]", "batch=goodput", "tune.sizes=[8,16,64]", "tune.budget_s=0.5", "run.name=one"]
     one = tmp_path / "runs" / "one"
     for workers, updates in ((2, 120), (1, 140), (3, 160)):
-        duration = f"train.duration={updates}ba"  # of the base batch: fewer of larger ones
+        duration = f"train.duration={updates}ba"  # in base batches: fewer and larger updates
         said = well(trained(tmp_path, [sys.executable], *asked, f"launch.workers={workers}", duration))
         assert ("measured" in said) == (workers == 2), said
         assert rows(one)[-1]["noise/scale"] > 0, "it is known by then"

@@ -1,7 +1,7 @@
-"""DeepSpeed's stages against plain torch, in real process groups of 2, 3 and 1 ranks; then as a person starts it.
+"""DeepSpeed's stages against plain torch, in real process groups of 2, 3 and 1 ranks; then as a user runs it.
 
-What is compared, and how, is in zero_cases.py. One start runs all cases of a world size, since importing DeepSpeed and
-forming a group takes longer than most of them.
+The comparisons are in zero_cases.py. One start runs all cases of a world size, since importing DeepSpeed and forming
+a group takes longer than most cases.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where one world size leaves its states for the next."""
+    """The folder in which one world size leaves its states for the next."""
     return tmp_path_factory.mktemp("states")
 
 
@@ -36,7 +36,7 @@ def outcomes(folder: Path, world: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("world", [2, 3, 1])
 def test_every_stage_is_plain_torch_in_another_layout(states: Path, world: int) -> None:
-    """In this order: what W = 2 leaves W = 3 takes over, and W = 1 what that leaves."""
+    """Run in this order: world size 3 takes over what 2 left, and 1 takes over what 3 left."""
     found = outcomes(states, world)
     assert len(found) > 100
     wrong = {name: text[-1500:] for name, text in found.items() if text}
@@ -44,7 +44,7 @@ def test_every_stage_is_plain_torch_in_another_layout(states: Path, world: int) 
 
 
 def test_a_job_changes_to_stage_3_and_back_and_loses_a_worker(here: Path) -> None:  # noqa: F811
-    """DDP on 2, stage 3 on 3 with a worker killed in between, DDP on 1: what one process of DDP comes to."""
+    """DDP on 2, stage 3 on 3 with a worker killed in between, DDP on 1: equal to one DDP process."""
     job = [*HELD, "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]
     driven(here, *job, "launch.workers=1", "run.name=whole")
     fault = {"LAUNCHER_TEST_FAULTS": "1"}

@@ -1,4 +1,4 @@
-"""`launcher doctor` as a person types it on a new machine: a real job at its end, and nothing left behind."""
+"""`launcher doctor` as a user runs it on a new machine: a real job at its end, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DOCTOR = [sys.executable, "-m", "launcher", "doctor"]
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """The folder in which it is typed, beside the one for temporary files."""
+    """The current folder, next to the folder for temporary files."""
     (tmp_path / "tmp").mkdir()
     (tmp_path / "here").mkdir()
     return tmp_path / "here"
@@ -53,12 +53,12 @@ def test_a_machine_that_can_train_is_fine_and_nothing_is_left(here: Path) -> Non
     assert {"deepspeed", "optuna", "submitit", "tensorboard", "wandb", "slurm"} <= set(found)
     assert list(here.iterdir()) == []
     table = done.stderr.splitlines()
-    assert table[-1] == "all that is needed is fine"
+    assert table[-1] == "all required checks passed"
     assert max(map(len, table)) <= 80
 
 
 def test_what_is_broken_is_named_with_its_mend(here: Path) -> None:
-    """Too many threads for the cores, and a file of the user's that hides torch: what the job, elsewhere, can't see."""
+    """Too many threads for the cores, and a user's file that shadows torch, which the job elsewhere cannot see."""
     (here / "torch.py").write_text("import no_such_module")
     done = typed(here, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0)) + 1))
     assert (done.returncode, done.stderr) == (1, "")
@@ -66,14 +66,14 @@ def test_what_is_broken_is_named_with_its_mend(here: Path) -> None:
     failed = [line.split(maxsplit=1)[1] for line in lines if line.startswith("FAIL ")]
     assert [line.split()[0] for line in failed[:2]] == ["torch", "cores"]
     assert "No module named 'no_such_module'" in failed[0]
-    mends = [line.removeprefix("     mend:").strip() for line in lines if line.startswith("     mend:")]
-    assert mends[0] == "rename torch.py in this folder: it hides torch"
+    mends = [line.removeprefix("     fix:").strip() for line in lines if line.startswith("     fix:")]
+    assert mends[0] == "rename torch.py in this folder: it shadows torch"
     assert mends[1].startswith("unset OMP_NUM_THREADS, or export OMP_NUM_THREADS=")
     assert [path.name for path in here.iterdir()] == ["torch.py"]
 
 
 def test_a_job_that_cannot_be_trained_is_told_by_its_error_line(here: Path) -> None:
-    """A library of the machine's that fails in the workers alone, as a broken installation does."""
+    """A system library that fails in the workers only, as in a broken installation."""
     (here.parent / "broken" / "safetensors").mkdir(parents=True)
     (here.parent / "broken" / "safetensors" / "__init__.py").write_text("raise ImportError('libfoo.so: not found')")
     done = typed(here, "format=json", PYTHONPATH=str(here.parent / "broken"))

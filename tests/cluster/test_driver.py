@@ -20,7 +20,7 @@ LONG = [*JOB, "lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "tr
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a driver in a folder of its own; whatever is left of it is ended with the test."""
+    """Start a driver in a folder of its own; what is left of it is killed with the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*overrides: str) -> subprocess.Popen[str]:
@@ -59,7 +59,7 @@ def test_a_signal_saves_and_stops_with_status_0(
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert f"{number.name}: saving at the next update" in stderr
-    assert "run.name=x goes on from there" in stderr
+    assert "run.name=x continues from there" in stderr
     assert not (tmp_path / "runs/x/done.json").exists()
     assert not (tmp_path / "runs/x/stop").exists(), "the next start is not asked to stop"
     assert [event["why"] for event in events(tmp_path / "runs/x", "preempt")] == [number.name]
@@ -155,7 +155,7 @@ def test_a_wrong_stop_says_what_to_type(tmp_path: Path, words: list[str]) -> Non
 
 
 def listening(pids: list[int]) -> set[str]:
-    """Hex addresses on which any of these processes listens, over IPv4 and IPv6."""
+    """Return the hex addresses on which any of these processes listens, over IPv4 and IPv6."""
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -172,7 +172,7 @@ def test_nothing_listens_beyond_the_loopback(driver: Callable[..., subprocess.Po
 
 
 def own_mlp(here: Path, method: str) -> list[str]:
-    """A recipe whose `method` is another; the job that trains it, with one restart."""
+    """Create a recipe with one `method` replaced, and the job that trains it, with one restart."""
     (here / "own.py").write_text(
         "import os\nfrom dataclasses import dataclass\nfrom launcher.recipes.mlp import Mlp\n\n"
         f"@dataclass(frozen=True)\nclass Own(Mlp):\n    {method}\n"
@@ -191,11 +191,11 @@ def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess
         "rank0-g2.log",
     ], "one restart and no more"
     told = verb(tmp_path, "status", "x").stdout
-    assert "is not running: nothing was trained yet; rank " in told
+    assert "is not running: no update finished yet; rank " in told
     assert "failed in own.py:7: ValueError: no such thing" in told
 
 
-LOST = "raise ConnectionResetError('Connection reset by peer')"  # as one says whose peer was killed before
+LOST = "raise ConnectionResetError('Connection reset by peer')"  # the error of a rank whose peer was killed before
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_workers_that_are_killed_without_a_word_are_not_started_for_ever(
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "restart 1: a worker was killed" in stderr
-    assert stderr.splitlines()[-1].startswith("error: the workers were killed again and again")
+    assert stderr.splitlines()[-1].startswith("error: the workers were killed repeatedly")
     assert word in stderr.splitlines()[-1]
 
 

@@ -1,4 +1,4 @@
-"""The same training at any number of workers: through stops, joins and losses of real torchrun agents."""
+"""The same training at any world size: through stops, joins and losses of real torchrun agents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stopped_at(update: int, generation: int) -> dict[str, str]:
 
 
 def test_held_training_is_the_same_at_2_then_1_then_3_then_4_workers(here: Path) -> None:  # noqa: F811
-    """Adam's moments, a cosine and shares that differ (13, 13, 12, 12): parameters equal to those of one process."""
+    """Adam, a cosine schedule and unequal shares (13, 13, 12, 12): parameters equal those of one process."""
     job = [*HELD, "train.precision=fp64", "optimizer=adamw", "lr.base=0.01", "schedule=cosine", "schedule.warmup=1ep"]
     driven(here, *job, "launch.workers=1", "run.name=whole")
     for generation, (world, update) in enumerate([(2, 6), (1, 11), (3, 17), (4, 0)], start=1):
@@ -72,7 +72,7 @@ class Slow(own.Own):
 
 
 def test_shares_follow_the_measured_speeds_and_the_training_stays_the_same(here: Path) -> None:  # noqa: F811
-    """Rank 1 needs four times as long for a sample: it ends up with about a fifth of the batch."""
+    """Rank 1 takes four times as long per sample: it ends up with about a fifth of the batch."""
     (here / "slow.py").write_text(SLOW)
     job = [*HELD, "recipe._target_=slow.Slow", "recipe.trust=[slow]", "batch.per_device=50", "train.precision=fp64"]
     driven(here, *job, "train.duration=10ep", "launch.workers=1", "run.name=one")
@@ -88,7 +88,7 @@ def test_shares_follow_the_measured_speeds_and_the_training_stays_the_same(here:
 
 @pytest.fixture
 def agents(here: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:  # noqa: F811
-    """Starts torchrun agents of one job, as nodes that come and go would. The lowest address gets rank 0."""
+    """Start torchrun agents of one job like nodes that come and go. The lowest address gets rank 0."""
     started: list[subprocess.Popen[bytes]] = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,9 +114,9 @@ def test_nodes_join_and_are_lost_and_training_goes_on(
     agents: Callable[..., subprocess.Popen[bytes]],
     here: Path,  # noqa: F811
 ) -> None:
-    """Growth loses nothing; the loss of a node costs the updates since the checkpoint; the batch is held throughout.
+    """Growth loses nothing; losing a node costs the updates since the checkpoint; the batch is constant.
 
-    The node that joins gets rank 0. It hears from the others that the run has begun: `resume=never` begins no second.
+    The joining node gets rank 0. The others inform it that the run has started, so `resume=never` starts no second run.
     """
     job = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba", "run.name=x", "resume=never"]
     run_dir = here / "runs/x"
@@ -156,9 +156,9 @@ def test_nodes_with_different_numbers_of_workers_are_planned_as_they_are(
     agents: Callable[..., subprocess.Popen[bytes]],
     here: Path,  # noqa: F811
 ) -> None:
-    """One worker on the first node, two on the second: the shares of 50 are those of three workers.
+    """One worker on the first node, two on the second: shares of 50 as with three workers.
 
-    The second waits at the gate until the first has saved and stands still, however long that takes.
+    The second node waits to join until the first has saved and stopped, however long that takes.
     """
     job = [*HELD, "train.duration=100000ep", "checkpoint.every=100000ba", "run.name=h"]
     first = agents(*job)
@@ -178,7 +178,7 @@ def test_nodes_with_different_numbers_of_workers_are_planned_as_they_are(
 
 
 def test_kills_under_the_users_own_torchrun_whatever_its_store(here: Path) -> None:  # noqa: F811
-    """`--standalone` shares the agent's store with the workers: what earlier starts left there must mislead nobody."""
+    """`--standalone` shares the agent's store with the workers: leftovers of earlier starts must not mislead them."""
     argv = [
         *TORCHRUN,
         "--nproc-per-node=3",
@@ -205,14 +205,14 @@ KILLS = [
 
 
 def struck(run_dir: Path, fault: str) -> bool:
-    """Whether a fault's rank wrote down that it came to it."""
+    """Whether the rank of a fault recorded that the fault was triggered."""
     rank, generation = fault.split(":")[1], fault.split(":")[3]
-    return f"a fault on purpose: {fault}\n" in (run_dir / f"logs/rank{rank}-g{generation}.log").read_text()
+    return f"injected fault: {fault}\n" in (run_dir / f"logs/rank{rank}-g{generation}.log").read_text()
 
 
 @pytest.mark.timeout(500)
 def test_a_kill_in_every_phase_changes_nothing(here: Path) -> None:  # noqa: F811
-    """One job, killed twelve times, each time somewhere else; every sample of every epoch counts once."""
+    """One job, killed twelve times at different points; every sample of every epoch counts once."""
     job = [*HELD, "launch.workers=2", "+recipe.drop=0.3", "checkpoint.every=1ep", "elastic.max_restarts=20"]
     driven(here, *job, "run.name=whole")
     kills = [f"kill@{where}:{start}" for start, where in enumerate(KILLS, start=1)]
@@ -230,7 +230,7 @@ def test_a_kill_in_every_phase_changes_nothing(here: Path) -> None:  # noqa: F81
 
 
 def test_a_rank_without_samples_trains_along(here: Path) -> None:  # noqa: F811
-    """A batch of 2 on 3 workers: allowed by elastic.idle, equal to one process that takes it alone."""
+    """A batch of 2 on 3 workers: allowed by elastic.idle, equal to one process with the whole batch."""
     job = [*HELD, "batch.global=2", "lr.base_batch=2", "train.duration=0.2ep", "train.precision=fp64"]
     for world in (1, 3):
         driven(here, *job, "elastic.idle=true", f"launch.workers={world}", f"run.name=w{world}")

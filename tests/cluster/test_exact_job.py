@@ -1,4 +1,4 @@
-"""Exact mode as a person starts it: bitwise the same files at every world size, through a kill and a resize."""
+"""Exact mode as a user runs it: bitwise identical files at every world size, through a kill and a resize."""
 
 from __future__ import annotations
 
@@ -79,27 +79,27 @@ def driven(here: Path, *overrides: str, status: int = 0, **env: str) -> subproce
 
 
 def parameters(run_dir: Path) -> dict[str, bytes]:
-    """Every tensor of the finished model, bit by bit."""
+    """Return every tensor of the finished model, as raw bits."""
     from safetensors.torch import load_file
 
     return {name: value.numpy().tobytes() for name, value in load_file(run_dir / "model.safetensors").items()}
 
 
 def moments(run_dir: Path) -> dict[str, str]:
-    """The files of the newest checkpoint, the optimizer's state among them, as hashes."""
+    """Return the hashes of the files of the newest checkpoint, including the optimizer state."""
     newest = sorted((run_dir / "checkpoints").iterdir())[-1]
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.glob("*.safetensors")}
 
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
-    """What is logged of the learning: losses, norms, rates and validations."""
+    """Return the logged training metrics: losses, norms, learning rates and validations."""
     kept = ("update", "samples", "train/loss", "train/grad_norm", "lr/value", "val/loss", "val/surprise")
     return [{name: row[name] for name in kept if name in row} for row in rows(run_dir)]
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run that all others must equal: one worker, undisturbed."""
+    """A folder with the reference run: one worker, undisturbed."""
     path = tmp_path_factory.mktemp("exact")
     (path / "exactly.py").write_text(RECIPE)
     driven(path, "launch.workers=1", "run.name=w1")
@@ -108,7 +108,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_any_number_of_workers_trains_bitwise_the_same_model(here: Path, world: int) -> None:
-    """Convolutions, BatchNorm, dropout, AdamW, clipping, weighted losses, tails of 3 samples, a rate by validation."""
+    """Convolutions, BatchNorm, dropout, AdamW, clipping, weighted losses, tails of 3 samples, plateau schedule."""
     said = driven(here, f"launch.workers={world}", f"run.name=w{world}").stderr
     one, other = here / "runs/w1", here / f"runs/w{world}"
     assert parameters(one) == parameters(other)
@@ -145,11 +145,11 @@ def test_other_arithmetic_is_refused_on_resume(here: Path) -> None:
     for path in (here / "runs/moved/checkpoints").glob("*/manifest.json"):
         rewritten(path)
     refused = driven(here, "run.name=moved", "train.duration=4ep", status=2)
-    assert "error: elastic.exact=true: torch was 1.0 before" in refused.stderr
+    assert "error: elastic.exact=true: torch was 1.0 in the checkpoint" in refused.stderr
 
 
 def rewritten(manifest: Path) -> None:
-    """The manifest as another version of torch would have left it."""
+    """Change the manifest as if another version of torch had written it."""
     from launcher.manifest import Manifest
 
     found = Manifest.from_json(manifest.read_text())

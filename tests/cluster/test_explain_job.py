@@ -1,4 +1,4 @@
-"""explain on runs that were really trained: the same recipe, once with a slow data loader on one of two ranks."""
+"""`launcher explain` on really trained runs: the same recipe, once with a slow data loader on one of two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that hang or lag behind in a real job: found, named, and the training ends where it would have ended."""
+"""Ranks that hang or lag behind in a real job: found, named, and training ends with the same result."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def hangs(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def recoveries_s(run_dir: Path) -> list[float]:
-    """From the end of the last update before a restart to the end of the first one after it."""
+    """Return the time from the end of the last update before a restart to the end of the first one after it."""
     return [row["elastic/recovery_s"] for row in rows(run_dir) if "elastic/recovery_s" in row]
 
 
 def promptly(run_dir: Path, began: float) -> bool:
-    """Found within 6 s; recovered within 12 s, or where the machine is too busy for that, in the time of a start."""
+    """Found within 6 s; recovered within 12 s, or on a busy machine within the time of a start."""
     start_s = rows(run_dir)[0]["time"] - began
     found = all(alarm["seconds"] <= FOUND_S for alarm in hangs(run_dir))
     return found and max(recoveries_s(run_dir)) <= max(RECOVERED_S, FOUND_S + start_s)
@@ -65,7 +65,7 @@ def here(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happens to."""
+    """The undisturbed reference run."""
 
     folder = tmp_path_factory.mktemp("whole")
     (folder / "own.py").write_text(RECIPE)
@@ -74,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stopped_ranks_are_replaced_within_12_s_and_the_end_is_the_same(here: Path, whole: Path) -> None:
-    """Rank 1 while it computes, and after the restart rank 0 while it reads data."""
+    """Rank 1 hangs while it computes, and after the restart rank 0 while it reads data."""
     began = time.time()
     fault = {"LAUNCHER_TEST_FAULTS": "1", "FAULT": "hang@forward:1:6,hang@data:0:14:2"}
     done = driven(here, *TWO, "run.name=h", **fault)
@@ -89,7 +89,7 @@ def test_stopped_ranks_are_replaced_within_12_s_and_the_end_is_the_same(here: Pa
 
 
 def test_a_data_set_that_blocks_leaves_its_stack_in_the_log(here: Path, whole: Path) -> None:
-    """Sample 100 blocks rank 0 in Python, once; the process beats on, and rank 1 waits in a collective."""
+    """Sample 100 blocks rank 0 in Python once; heartbeats continue, and rank 1 waits in a collective."""
     (here / "blocking.py").write_text(BLOCKING)
     recipe = ["recipe._target_=blocking.Blocking", "recipe.trust=[blocking]", "elastic.hang_s=4"]
     driven(here, *TWO, *recipe, "elastic.first_s=20", "run.name=b")
@@ -114,7 +114,7 @@ def test_under_the_users_own_torchrun_it_is_the_same(here: Path, whole: Path) ->
 
 
 def test_the_survivors_of_a_killed_rank_leave_at_once(here: Path) -> None:
-    """Not after the collective's own timeout, which is ten minutes, nor the agent's half minute."""
+    """The end comes before the timeouts of the collective (ten minutes) and of the agent (half a minute)."""
     began = time.time()
     driven(here, *TWO, "launch.workers=3", "run.name=k", LAUNCHER_TEST_FAULTS="1", FAULT="kill@forward:1:12")
     assert max(recoveries_s(here / "runs/k")) <= 2 + rows(here / "runs/k")[0]["time"] - began

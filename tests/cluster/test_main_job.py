@@ -1,4 +1,4 @@
-"""The main job as a person starts it: real torchrun, real processes, real files."""
+"""The main job as a user runs it: real torchrun, real processes, real files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def parameters(run_dir: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("extra", [[], ["+recipe.tokens=true"], ["data.tail=carry", "train.clip_norm=0.3"]])
 def test_one_two_and_three_workers_train_the_same_model(here: Path, extra: list[str]) -> None:
-    """Uneven shares (17, 17, 16), accumulation, tails of 3 samples, counts that are no samples, clipping: fp64."""
+    """Uneven shares (17, 17, 16), accumulation, tails of 3 samples, counts other than samples, clipping: fp64."""
     for world in (1, 2, 3):
         driven(here, *HELD, *extra, "train.precision=fp64", f"launch.workers={world}", f"run.name=w{world}")
     for world in (2, 3):
@@ -108,7 +108,7 @@ def test_a_loss_that_is_a_mean_is_told_where_training_begins_and_not_again(here:
 
 
 def test_a_tail_smaller_than_the_workers_leaves_some_without_samples(here: Path) -> None:
-    """203 samples in batches of 101: the tail has one sample, ranks 1 and 2 send nothing."""
+    """203 samples in batches of 101: the tail has one sample, and ranks 1 and 2 have none."""
     for world in (1, 3):
         own = ["batch.global=101", "batch.per_device=40", "train.precision=fp64"]
         driven(here, *HELD, *own, f"launch.workers={world}", f"run.name=t{world}")
@@ -116,7 +116,7 @@ def test_a_tail_smaller_than_the_workers_leaves_some_without_samples(here: Path)
 
 
 def test_a_stopped_run_that_goes_on_ends_where_one_without_a_stop_does(here: Path) -> None:
-    """Dropout and augmentation included: randomness is addressed, so nothing of it has to be carried."""
+    """Includes dropout and augmentation: their randomness depends on the position only, so no RNG state is carried."""
     job = [*HELD, "+recipe.drop=0.3", "launch.workers=2", "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]
     driven(here, *job, "run.name=whole")
     (here / "runs/parts").mkdir(parents=True)
@@ -168,7 +168,7 @@ def test_three_nans_in_a_row_end_the_job_without_restarts(here: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_error_is_the_last_line_and_an_event_of_each_start(here: Path, rank: int) -> None:
-    """Whichever rank it is: rank 0 writes the events, but of another's error it only knows that it has gone."""
+    """For any rank: rank 0 writes the events, but only knows that the failed rank is gone."""
     failing = [f"+recipe.fail_on={rank}", "elastic.max_restarts=1"]
     done = driven(here, *HELD, *failing, "launch.workers=2", "run.name=f", status=1)
     last = done.stderr.splitlines()[-1]
@@ -184,7 +184,7 @@ def test_the_first_error_is_the_last_line_and_an_event_of_each_start(here: Path,
 
 
 def test_a_named_checkpoint_is_gone_on_from_until_the_job_has_saved_one_of_its_own(here: Path) -> None:
-    """The workers die before that: going on from the folder's newest, or from scratch, would be another training."""
+    """The workers die before the first save: resuming the newest checkpoint or starting fresh would be wrong."""
     driven(here, *HELD, "run.name=a", "checkpoint.every=1ep", "checkpoint.keep=9")
     named = "resume=runs/a/checkpoints/update-00000010"
     fault = {"LAUNCHER_TEST_FAULTS": "1", "FAULT": "kill@forward:0:12"}

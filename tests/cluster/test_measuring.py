@@ -1,4 +1,4 @@
-"""The processes that measure: what ends them, what is left of them, and how they are started."""
+"""The measuring processes: what terminates them, what is left of them, and how they are started."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def seen(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(seen: Path) -> Iterator[Start]:
-    """Starts Python in a folder of its own; whatever is left of it is ended with the test."""
+    """Start Python in a folder of its own; what is left of it is killed with the test."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(*argv: str, **env: str) -> subprocess.Popen[str]:
@@ -87,7 +87,7 @@ def test_a_rank_that_is_killed_is_named_and_leaves_nothing_running(start: Start,
     stdout, stderr = process.communicate(timeout=100)
     assert (process.returncode, stdout) == (1, "")
     assert stderr.splitlines()[-1] == (
-        "error: rank 1 was killed by SIGKILL: out of memory? (per_device=8 was under way)"
+        "error: rank 1 was killed by SIGKILL: out of memory? (while measuring per_device=8)"
     )
     assert len(pids(seen)) == 2, "it is not started again"
     assert not [pid for pid in pids(seen) if alive(pid)]
@@ -99,7 +99,7 @@ def test_one_beside_a_worker_is_named_too_and_ends_the_job(start: Start, seen: P
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
     assert [line for line in stderr.splitlines() if line.startswith("error: ")] == [
-        "error: rank 1 was killed by SIGKILL: out of memory? (per_device=8 was under way)"
+        "error: rank 1 was killed by SIGKILL: out of memory? (while measuring per_device=8)"
     ]
     assert not [pid for pid in pids(seen) if alive(pid)]
     assert not list((seen.parent / "tmp").glob("launcher-*"))

@@ -1,4 +1,4 @@
-"""A recipe of one's own from `launcher new`, trained as it was written; `launcher watch` beside real runs."""
+"""A custom recipe from `launcher new`, trained unchanged; `launcher watch` beside real runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def here(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(here: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the command, its lines going to a file or a pipe; whatever is left is ended with the test."""
+    """Start the command with its output in a file or pipe; what is left is killed with the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*words: str, out: Path | None = None) -> subprocess.Popen[str]:
@@ -59,7 +59,7 @@ def start(here: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def typed(here: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """A printed command as it stands, in a shell; `launcher` is this Python's."""
+    """Run a printed command in a shell; `launcher` is the one of this Python."""
     assert line.startswith("launcher "), line
     command = f"{shlex.join(LAUNCHER)} {line.removeprefix('launcher ')} {shlex.join(more)}"
     done = subprocess.run(
@@ -70,7 +70,7 @@ def typed(here: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]
 
 
 def test_what_new_prints_runs_as_it_stands(here: Path) -> None:
-    """Train, verify and tune, with nothing edited, in a folder with a space in its path."""
+    """Train, verify and tune, without editing, in a folder with a space in its path."""
     told = typed(here, "launcher new my_disc").stdout
     train, verify, tune = (line for line in told.splitlines() if line.startswith("launcher "))
     shown = typed(here, train).stdout
@@ -87,7 +87,7 @@ def test_what_new_prints_runs_as_it_stands(here: Path) -> None:
     assert {point["per_device"] for point in json.loads(table)["points"]} == {16, 32}
     again = subprocess.run([*LAUNCHER, "new", "my_disc"], cwd=here, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr.startswith("error: my_disc is taken: my_disc.py is there already")
+    assert again.stderr.startswith("error: my_disc is taken: my_disc.py already exists")
 
 
 def test_a_run_is_watched_from_before_its_start_through_a_kill_to_its_stop(
@@ -98,7 +98,7 @@ def test_a_run_is_watched_from_before_its_start_through_a_kill_to_its_stop(
     wait_for((run / "run.yaml").exists)
     assert not rows(run), "training has not begun"
     watching = start("watch", "x", out=out)
-    wait_for(lambda: "waiting for it to begin" in out.read_text())
+    wait_for(lambda: "waiting for it to start" in out.read_text())
     wait_for(training(run, 60))
     wait_for(lambda: "Mlp on 2 workers\n" in out.read_text())
     before = len(rows(run))
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_the_watching_alone_and_a_killed_driver_ends_both(
     watchers[0].send_signal(signal.SIGINT)
     assert watchers[0].wait(timeout=20) == 0
     told = (here / "0.txt").read_text().splitlines()[-1]
-    assert told == f"{run} is watched no more: launcher stop {shlex.quote(str(run))} would save and stop it"
+    assert told == f"stopped watching {run}: type launcher stop {shlex.quote(str(run))} to save and stop the run"
     wait_for(training(run, len(rows(run)) + 20))
     assert driver.poll() is None
     assert not (run / "stop").exists()
@@ -170,7 +170,7 @@ def test_a_slurm_job_is_watched_while_it_waits_and_over_a_requeue(slurm: Slurm, 
         argv = [*LAUNCHER, "watch", "s"]
         watching = subprocess.Popen(argv, cwd=here, env=environment(**slurm.env), stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_for(lambda: re.search(rf"Slurm job {job}, PENDING .*waiting for it to begin", out.read_text()))
+        wait_for(lambda: re.search(rf"Slurm job {job}, PENDING .*waiting for it to start", out.read_text()))
         slurm.ask("scancel", blocker)
         wait_for(lambda: "Mlp on 1 worker\n" in out.read_text(), 100)
         wait_for(training(run))

@@ -1,4 +1,4 @@
-"""The noise scale in real jobs: what ranks, micro-batches and shards tell is one and the same, and it is the truth."""
+"""The noise scale in real jobs: ranks, micro-batches and shards give the same estimate, and it is correct."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ MOVING = [*JOB, "batch.per_device=25", "lr.rule=noise", "optimizer=adamw", "lr.b
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every job of this module, in as few starts of workers as there can be."""
+    """Run every job of this module, in as few starts of workers as possible."""
     folder = tmp_path_factory.mktemp("noise")
     (folder / "quadratic.py").write_text(RECIPE)
     env = {"PYTHONPATH": str(folder)}
@@ -81,14 +81,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(run_dir: Path) -> dict[int, dict[str, float]]:
-    """What each row says of the noise, by update."""
+    """Return the noise values of each row, by update."""
     return {row["update"]: {key: row[key] for key in row if key.startswith("noise/")} for row in rows(run_dir)}
 
 
 def close(one: Path, other: Path, rel: float) -> None:
     a, b = told(one), told(other)
     assert len(a) == len(b) >= 100
-    for update, values in list(a.items())[:40]:  # from then on micro-batches are heard in every fourth update
+    for update, values in list(a.items())[:40]:  # later: only in every fourth update
         assert values == pytest.approx(b[update], rel=rel), update
 
 
@@ -113,14 +113,14 @@ def test_another_strategy_tells_the_same(here: Path, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", LAYOUTS)
 def test_a_stage_of_the_batch_rescales_adams_second_moment(here: Path, strategy: str) -> None:
-    """From 25 samples to 50, under every strategy alike."""
+    """From 25 samples to 50, under every strategy."""
     (stage,) = [event for event in events(here / strategy, "plan") if "batch.ramp" in event["why"]]
     assert 0.6 < stage["moments"] < 0.9
     assert moments(here / strategy) == pytest.approx(moments(here / "ddp"), rel=1e-3)
 
 
 def moments(run_dir: Path) -> list[float]:
-    """Adam's average of squared gradients in the last checkpoint."""
+    """Return Adam's second moment in the last checkpoint."""
     found = newest(run_dir / "checkpoints")
     assert found is not None
     squares: list[float] = load(found).optimizer["at/exp_avg_sq"].tolist()
@@ -138,7 +138,7 @@ def test_the_rate_follows_and_that_is_an_event(here: Path) -> None:
 
 
 def test_exact_training_goes_on_at_another_world_size_with_the_same_bits(here: Path) -> None:
-    """53 updates on one worker and the rest on two, or all of them on two: estimates, rates and parameters."""
+    """53 updates on one worker and the rest on two, or all on two: same estimates, learning rates and parameters."""
     assert len(rows(here / "parts")) == 100
     assert told(here / "parts") == told(here / "whole")
     assert furthest(here / "parts", here / "whole") == 0.0
@@ -146,7 +146,7 @@ def test_exact_training_goes_on_at_another_world_size_with_the_same_bits(here: P
 
 
 def test_a_resize_keeps_what_is_known_and_rescales_adams_second_moment(here: Path) -> None:
-    """40 samples on one worker and 120 on three, the noise known by then."""
+    """40 samples on one worker and 120 on three, with a known noise scale."""
     found = told(here / "grown")
     last = max(row["update"] for row in rows(here / "grown") if row["world"] == 1)
     assert found[last]["noise/scale"] == pytest.approx(found[last + 1]["noise/scale"], rel=0.1)

@@ -1,4 +1,4 @@
-"""The scripts of slurm/, unmodified, on a real Slurm: what is trained survives whatever happens to the nodes."""
+"""The scripts of slurm/, unmodified, on a real Slurm: the training survives whatever happens to the nodes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project's root, with a recipe of its own."""
+    """A project root with a custom recipe."""
     (tmp_path / "own.py").write_text(RECIPE)
     return tmp_path
 
 
 def env(**more: str) -> dict[str, str]:
-    """Where `python` is ours, as with an activated environment."""
+    """An environment where `python` is this one, as with an activated virtual environment."""
     return environment(**{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more})
 
 
@@ -63,13 +63,13 @@ def saved(run_dir: Path) -> bool:
 
 
 def once_each(run_dir: Path) -> None:
-    """No update is lost and none is run twice."""
+    """Assert that no update is lost and none is trained twice."""
     updates = [row["update"] for row in rows(run_dir)]
     assert updates == list(range(1, len(updates) + 1))
 
 
 def started(run_dir: Path, times: int) -> Callable[[], bool]:
-    """Whether the workers have been started so often, and have trained since."""
+    """Whether the workers have been started this often, and have trained since."""
 
     def state() -> bool:
         found = rows(run_dir)
@@ -79,13 +79,13 @@ def started(run_dir: Path, times: int) -> Callable[[], bool]:
 
 
 def verb(slurm: Slurm, project: Path, *words: str, status: int = 0) -> str:
-    """What the launcher prints, typed where Slurm's commands are."""
+    """Return the output of the launcher, run where Slurm's commands are available."""
     done = driven(project, *words, status=status, **slurm.env)
     return done.stdout + done.stderr
 
 
 def test_five_preemptions_lose_no_update_and_repeat_none(slurm: Slurm, project: Path) -> None:
-    """Jobs of a higher partition take the nodes; then the user stops the run, which is not queued again."""
+    """Jobs of a higher partition take the nodes; then the user stops the run, which is not requeued."""
     script = str(SCRIPTS / "train.sbatch")
     job = slurm.submit("--nodes=1", script, *LONG, "run.name=p", cwd=project, env=env())
     run_dir = project / "runs/p"
@@ -118,7 +118,7 @@ def test_a_job_at_its_time_limit_is_queued_again_and_stays_one_run_in_wandb(slur
 
 
 def one_wandb_run(run_dir: Path) -> None:
-    """Every start wrote an offline file of its own, all of them of the same run, and none tells an update twice."""
+    """Every start wrote its own offline file, all with the same run id, and none repeats an update."""
     files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == 2
     ids = {record.run.run_id for path in files for record in wandb_file.records(path) if record.HasField("run")}
@@ -133,7 +133,7 @@ def test_a_job_that_fails_three_times_at_the_same_place_is_not_queued_again(slur
     wait_for(over(slurm, job), 240)
     assert slurm.state(job) == "FAILED"
     last = printed(project, job).splitlines()[-1]
-    assert last.startswith("error: failed 3 times at the same place, not queued again: rank 0 failed in own.py:")
+    assert last.startswith("error: failed 3 times since the same checkpoint, not requeued: rank 0 failed in own.py:")
     assert "boom" in last
     assert slurm.facts(job)["Restarts"] == "0", "torchrun has tried three times in the first job"
 
@@ -143,12 +143,12 @@ def test_a_wrong_request_ends_the_job_at_once(slurm: Slurm, project: Path) -> No
     wait_for(over(slurm, job), 120)
     assert slurm.facts(job)["ExitCode"] == "2:0"
     [line] = [line for line in printed(project, job).splitlines() if line.startswith("error: ")]
-    assert "batch.global=900 is beyond the 203 training samples" in line
+    assert "batch.global=900 exceeds the 203 training samples" in line
     assert not (project / "runs").exists()
 
 
 def test_a_node_is_lost_and_the_others_go_on(slurm: Slurm, project: Path) -> None:
-    """Three nodes, then two: the batch is held, the event says what changed, and what was lost is run again."""
+    """Three nodes, then two: the batch is constant, the event describes the change, and lost work is repeated."""
     own = [*LONG, "run.name=e", "checkpoint.every=3ba"]
     job = slurm.submit("--nodes=3", str(SCRIPTS / "elastic.sbatch"), *own, cwd=project, env=env())
     run_dir = project / "runs/e"
@@ -172,7 +172,7 @@ def test_a_node_is_lost_and_the_others_go_on(slurm: Slurm, project: Path) -> Non
 def test_a_pool_grows_from_one_node_to_three_and_goes_on_when_the_one_with_the_rendezvous_goes(
     slurm: Slurm, project: Path
 ) -> None:
-    """Tasks of two arrays; one has two workers, and the shares are those of four. What comes in costs no update."""
+    """Tasks of two arrays, one with two workers: shares as for four workers. Joining costs no update."""
     script = str(SCRIPTS / "pool.sbatch")
     job = slurm.submit("--exclusive", "--array=0-1%1", script, *LONG, "run.name=pool", cwd=project, env=env())
     run_dir = project / "runs/pool"
@@ -199,7 +199,7 @@ def test_a_pool_grows_from_one_node_to_three_and_goes_on_when_the_one_with_the_r
 
 
 def serves(run_dir: Path) -> str:
-    """The node of the pool's rendezvous."""
+    """Return the node of the pool's rendezvous."""
     return (run_dir / "rendezvous").read_text().partition(":")[0] if (run_dir / "rendezvous").exists() else ""
 
 
@@ -207,7 +207,7 @@ HOSTILE = "a b'; touch hacked; echo \"$(touch hacked)`touch hacked` \\ # %j é"
 
 
 def test_what_launch_slurm_submits_trains_on_two_nodes_whatever_the_values_hold(slurm: Slurm, project: Path) -> None:
-    """Values of shell and Slurm metacharacters reach the training as they were typed, and start nothing else."""
+    """Values with shell and Slurm metacharacters reach the training unchanged and execute nothing."""
     own = [*HELD, "launch=slurm", "launch.nodes=2", "launch.time=10min", "run.dir=here and/there $HOME"]
     own = [*own, f"launch.env.MARK={quoted(HOSTILE)}", f"sink.wandb.group={quoted(HOSTILE)}"]
     own.remove("sink=[]")
@@ -229,7 +229,7 @@ def test_what_launch_slurm_submits_trains_on_two_nodes_whatever_the_values_hold(
 
 
 def test_a_sweep_of_four_through_submitit_goes_on_past_points_that_fail(slurm: Slurm, project: Path) -> None:
-    """They are shown, the others finish."""
+    """Failed points are shown, and the others finish."""
     if os.environ.get("LAUNCHER_NEEDS_SLURM") is None:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     own = ["-m", *HELD, "train.duration=1ep", "run.name=s", "recipe.fail_on=-1,0", "seed=0,1", "elastic.max_restarts=0"]
@@ -254,7 +254,7 @@ def test_the_tasks_of_an_array_share_a_sweep(slurm: Slurm, project: Path) -> Non
 
 
 def test_the_scripts_are_sound() -> None:
-    """Clean for bash and for shellcheck, and they end as what launch=slurm submits does."""
+    """The scripts pass bash and shellcheck, and end like the ones that launch=slurm submits."""
     scripts = sorted(SCRIPTS.glob("*.sbatch"))
     assert [path.stem for path in scripts] == ["elastic", "pool", "sweep", "train"]
     for path in scripts:

@@ -1,4 +1,4 @@
-"""Another strategy is another layout of the same training: same parameters, same checkpoints, any number of workers."""
+"""Strategies are layouts of the same training: same parameters and checkpoints, at any world size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.manifest import Found, newest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-#: Odd sizes that nothing divides and two parameter groups; each epoch's tail is 2 samples, the last update 34.
+#: Sizes that nothing divides and two parameter groups; the tail of each epoch is 2 samples, the last update 34.
 HELD = [
     *("recipe=mlp", "sink=[]", "recipe.subset=185", "recipe.hidden=37", "recipe.depth=3"),
     *("batch.global=61", "batch.per_device=17", "train.duration=959sp", "train.validate_every=null"),
@@ -37,14 +37,14 @@ LAYOUTS = {"fsdp": FSDP, **{f"zero{n}": ["strategy=deepspeed", f"strategy.stage=
 
 @dataclass(frozen=True)
 class Job:
-    """Arguments of a training; or of one that takes over the checkpoint `carry` and saves it again."""
+    """Arguments of a training, or of a job that loads the checkpoint `carry` and saves it again."""
 
     arguments: Sequence[str]
     carry: Path | None = None
 
 
 def sessions(folder: Path, world: int, jobs: Mapping[str, Job], **env: str) -> None:
-    """Run each of `jobs` on `world` workers, one after the other, in the folder of its name."""
+    """Run each of `jobs` on `world` workers, in sequence, in the folder of its name."""
     told = folder / f"jobs-{world}.json"
     lines = [
         {"arguments": [*job.arguments, f"run.dir={folder / name}"], "carry": job.carry and str(job.carry)}
@@ -63,7 +63,7 @@ def sessions(folder: Path, world: int, jobs: Mapping[str, Job], **env: str) -> N
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DDP on one worker, to compare with."""
+    """The reference: DDP on one worker."""
     folder = tmp_path_factory.mktemp("alone")
     sessions(folder, 1, {name: Job([*HELD, *options]) for name, options in OPTIMIZERS.items()})
     return folder
@@ -71,7 +71,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_parameters_are_those_of_ddp_on_one_worker(alone: Path, tmp_path: Path, world: int) -> None:
-    """Uneven shares, at three workers also different numbers of micro-batches, and tails that leave a rank without."""
+    """Uneven shares, with three workers also unequal numbers of micro-batches, and tails without samples for a rank."""
     jobs = {
         f"{layout}-{name}": Job([*HELD, *options, *strategy])
         for layout, strategy in LAYOUTS.items()
@@ -90,14 +90,14 @@ def newest_of(run_dir: Path) -> Found:
 
 
 def assert_same(one: Found, other: Found) -> None:
-    """The same tensors and the same facts."""
+    """Assert the same tensors and the same state."""
     assert_same_tensors(one, other)
     for facts in ("position", "facts"):
         assert getattr(one.manifest, facts) == getattr(other.manifest, facts)
 
 
 def assert_same_tensors(one: Found, other: Found) -> None:
-    """Bit for bit under the same names, tied ones tied."""
+    """Bitwise equal under the same names, with tied tensors tied."""
     a, b = load(one), load(other)
     for group in ("model", "optimizer"):
         before, after = dict(getattr(a, group)), dict(getattr(b, group))
@@ -107,7 +107,7 @@ def assert_same_tensors(one: Found, other: Found) -> None:
 
 
 def aliases(found: Found) -> dict[str, list[str]]:
-    """Of parameters: an optimizer may keep one number for several."""
+    """Count only tensors of parameters: an optimizer may keep one number for several."""
     return {name: facts["aliases"] for name, facts in found.manifest.tensors.items() if "/" not in name}
 
 
@@ -121,7 +121,7 @@ GPT = [
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_gpus_they_are_those_of_the_cpu(alone: Path, tmp_path: Path) -> None:
-    """As many workers as there are GPUs, up to three, over NCCL."""
+    """As many workers as GPUs, up to three, over NCCL."""
     jobs = {
         f"{layout}-{name}": Job([*HELD, *options, *strategy, "train.device=cuda"])
         for layout, strategy in {"ddp": [], **LAYOUTS}.items()
@@ -139,7 +139,7 @@ RESNET = [
 
 
 def test_a_checkpoint_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
-    """A tied embedding, buffers, groups: from DDP through each layout at 2, 1 and 3 workers, whole and in parts."""
+    """A tied embedding, buffers, groups: from DDP through each layout at 2, 1 and 3 workers, whole and sharded."""
     models = {"gpt": GPT, "resnet": RESNET}
     sessions(tmp_path, 1, {name: Job(arguments) for name, arguments in models.items()})
     start = {name: newest_of(tmp_path / name) for name in models}
@@ -162,7 +162,7 @@ def test_a_checkpoint_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
 
 
 def test_a_validation_between_changes_nothing_of_what_is_saved(tmp_path: Path) -> None:
-    """It leaves blocks of FSDP's whole: the outermost one, and with reshard=false all of them."""
+    """FSDP leaves some blocks gathered: the outermost one, and with reshard=false all of them."""
     layouts = {"ddp": [], "kept": ["strategy=fsdp", "strategy.reshard=false"], **LAYOUTS}
     jobs = {}
     for layout, strategy in layouts.items():
@@ -175,7 +175,7 @@ def test_a_validation_between_changes_nothing_of_what_is_saved(tmp_path: Path) -
 
 
 def test_activations_computed_anew_change_nothing(tmp_path: Path) -> None:
-    """Not one bit, with dropout (the same draws) and with BatchNorm (statistics moved once), under each layout."""
+    """Bitwise equal, with dropout (same draws) and BatchNorm (statistics updated once), in each layout."""
     models = {"gpt": [*GPT, "recipe.dropout=0.2"], "resnet": RESNET}
     anew = "train.activation_checkpointing=true"
     jobs = {}
@@ -190,9 +190,9 @@ def test_activations_computed_anew_change_nothing(tmp_path: Path) -> None:
 
 
 def test_who_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
-    """Rank 1 waits 50 ms for each micro-batch; rank 0 waits for rank 1, wherever their strategy has them meet.
+    """Rank 1 sleeps 50 ms per micro-batch; rank 0 waits for rank 1, wherever the strategy synchronises.
 
-    Not in every update: where a strategy starts rank 0 has more to do, and is the late one for a moment.
+    Not in every update: while a strategy starts up, rank 0 has more work and is briefly the late one.
     """
     (tmp_path / "small_too.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     gathering = [*LAYOUTS["zero3"], f"strategy.config={tmp_path}/small_too.json"]
@@ -201,7 +201,7 @@ def test_who_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
     sessions(tmp_path, 2, jobs, LAUNCHER_TEST_FAULTS="1", FAULT="slow@data:1:0")
     for layout in jobs:
         named = [row for row in rows(tmp_path / layout) if row["stage/rank"] == 1]
-        assert len(named) > 10, layout  # of twenty
+        assert len(named) > 10, layout  # of twenty updates
         assert all(row["stage/data/ms"] >= 50 for row in named), layout
         assert median(row["stage/sync/ms_max"] for row in named) >= 40, layout
 
@@ -210,9 +210,9 @@ MEMORY = Path(__file__).parents[2] / "benchmarks/memory.py"
 
 
 def weighed(*arguments: str) -> dict[str, float]:
-    """What benchmarks/memory.py measures of two real workers and a GPT of 32 million parameters, 128 MB."""
+    """The result of benchmarks/memory.py for two real workers and a GPT of 32 million parameters, 128 MB."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(MEMORY)]
-    large = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the machine
+    large = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is returned to the system
     command = [*torchrun, *arguments, "recipe.layers=10"]
     done = subprocess.run(command, check=True, env=environment(**large), capture_output=True, text=True, timeout=280)
     found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
@@ -220,7 +220,7 @@ def weighed(*arguments: str) -> dict[str, float]:
 
 
 def test_rank_0_alone_ever_holds_the_whole_model() -> None:
-    """Under FSDP with strategy.meta=true; without, every rank builds all of it first."""
+    """FSDP with strategy.meta=true; otherwise every rank first builds the whole model."""
     whole_mb = 128.0
     assert weighed("strategy=fsdp", "strategy.meta=false")["start_peak_last_rank_MB"] > whole_mb
     assert weighed(*FSDP)["start_peak_last_rank_MB"] < 0.75 * whole_mb
@@ -228,7 +228,7 @@ def test_rank_0_alone_ever_holds_the_whole_model() -> None:
 
 @pytest.mark.parametrize("layout", ["fsdp", "zero2"])
 def test_the_memory_that_a_plan_predicts_is_what_it_takes(layout: str) -> None:
-    """Resident memory of two real workers, grown by a model of 32 million parameters, gradients and AdamW's state."""
+    """Resident memory of two real workers, increased by 32 million parameters, gradients and AdamW state."""
     found = weighed(*LAYOUTS[layout])
     assert found["layout"] == layout
     assert 0.9 <= found["total_over_predicted"] <= 1.1
@@ -242,7 +242,7 @@ SMALL = [
 
 @pytest.mark.parametrize(("experiment", "strategy"), [("gpt2_fsdp", "fsdp"), ("gpt2_zero3", "deepspeed")])
 def test_the_experiments_train_at_a_small_size(here: Path, experiment: str, strategy: str) -> None:  # noqa: F811
-    """In bf16 as at full size; what is printed names the strategy, and the loss falls."""
+    """In bf16 as at full size; the output names the strategy, and the loss falls."""
     said = driven(here, f"experiment={experiment}", *SMALL, "launch.workers=2", "run.name=small")
     assert strategy in said.stdout + said.stderr
     [start] = events(here / "runs/small", "start")
@@ -253,7 +253,7 @@ def test_the_experiments_train_at_a_small_size(here: Path, experiment: str, stra
 
 
 def test_a_job_changes_its_strategy_and_its_workers_on_the_way(here: Path) -> None:  # noqa: F811
-    """DDP on 2, FSDP on 3 that writes in parts and loses a worker, DDP on 1: the parameters of one process."""
+    """DDP on 2, FSDP on 3 with sharded saving and a lost worker, DDP on 1: the parameters of one process."""
     job = [*HELD_JOB, "train.precision=fp64", "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]
     driven(here, *job, "launch.workers=1", "run.name=whole")
     fault = {"LAUNCHER_TEST_FAULTS": "1"}

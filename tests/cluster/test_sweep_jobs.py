@@ -1,4 +1,4 @@
-"""Sweeps of real jobs: two points at a time, each on its part of the machine, and points that Optuna chooses."""
+"""Sweeps of real jobs: two parallel points, each on its share of the machine, and points chosen by Optuna."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def here(tmp_path: Path) -> Path:
 
 
 def times(run_dir: Path) -> tuple[float, float]:
-    """When a point's job was begun and when it was done, seconds since 1970."""
+    """Return when the job of a point started and finished, in UNIX seconds."""
     return tuple((run_dir / name).stat().st_mtime for name in ("run.yaml", "done.json"))  # type: ignore[return-value]
 
 
 def test_two_points_train_at_a_time_and_no_more(here: Path) -> None:
-    """Three points on two lanes; one fails, which is shown and ends nothing."""
+    """Three points on two lanes; one fails, which is shown and does not stop the others."""
     done = driven(here, *SWEEP, "+recipe.fail_on=-1,-2,0", "elastic.max_restarts=0", status=1)
     told = [line for line in done.stderr.splitlines() if line.startswith("point ")]
     assert sorted(re.sub(r"[\d.]+ s", "- s", line)[:24] for line in told) == [
@@ -55,14 +55,14 @@ def test_two_points_train_at_a_time_and_no_more(here: Path) -> None:
 
 
 def heeds_ctrl_c() -> None:
-    """As in a terminal; what a script starts in the background ignores it."""
+    """Restore the default signal handling of a terminal; scripts start background processes with it ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_ctrl_c_saves_all_points_that_train_and_the_same_command_goes_on(here: Path) -> None:
-    """As typed in a terminal: once; the points hear it from the sweep."""
+    """Send Ctrl-C once, as in a terminal; the sweep forwards it to its points."""
     argv = [sys.executable, "-m", "launcher", *SWEEP, "seed=0,1,2", "train.duration=12ep", "checkpoint.every=null"]
-    slow = environment(LAUNCHER_TEST_FAULTS="1", FAULT="slow@forward:0:0")  # neither ends before the other trains
+    slow = environment(LAUNCHER_TEST_FAULTS="1", FAULT="slow@forward:0:0")  # neither finishes before the other trains
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(argv, cwd=here, env=slow, preexec_fn=heeds_ctrl_c, **both) as job:  # noqa: PLW1509
         wait_for(lambda: all(training(here / f"runs/s/{point}")() for point in (0, 1)))
@@ -80,7 +80,7 @@ def test_ctrl_c_saves_all_points_that_train_and_the_same_command_goes_on(here: P
 
 
 def test_optuna_chooses_points_by_what_came_of_them_and_goes_on(here: Path) -> None:
-    """A search over a rate and a choice of which one fails: that counts and ends nothing. More trials go on from it."""
+    """Search over a learning rate and a choice that can fail: a failure counts as a trial. More trials continue it."""
     pytest.importorskip("optuna")
     own = [word for word in SWEEP if not word.startswith("lr.base=")]
     own += ["lr.base=tag(log,interval(0.001,1))", "+recipe.fail_on=-1,0", "elastic.max_restarts=0"]
@@ -99,4 +99,4 @@ def test_optuna_chooses_points_by_what_came_of_them_and_goes_on(here: Path) -> N
     best = min(well, key=lambda point: losses[point])
     assert f"best of 4 points: point {best}, val/loss {losses[best]:.4g}: lr.base=" in done.stderr
     changed = driven(here, *own, "sweep.trials=5", "train.clip_norm=1", status=2)
-    assert "runs/s holds a search with another train.clip_norm: type another run.name=" in changed.stderr
+    assert "runs/s holds a search with a different train.clip_norm: type another run.name=" in changed.stderr

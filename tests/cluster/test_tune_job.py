@@ -1,4 +1,4 @@
-"""tune with real processes: two workers of the driver's, one of them out of memory, and a torchrun of one's own."""
+"""tune with real processes: two workers of the driver, one of them out of memory, and under torchrun."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def here(tmp_path: Path) -> Path:
 
 
 def started(here: Path, command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
-    """In a folder that may hold the profiles afterwards, and that has to be empty else, as that for temporary files."""
+    """A folder that may contain the profiles afterwards and nothing else, next to one for temporary files."""
     places = {"PYTHONPATH": str(here / "lib"), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(here / "tmp")}
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -177,7 +177,7 @@ def test_out_of_memory_in_the_rehearsal_of_every_size(here: Path, phase: str) ->
 
 
 def test_out_of_memory_where_others_wait_in_a_collective(here: Path) -> None:
-    """Update 6 comes to sizes that are timed alone; in the second start of the workers nothing strikes."""
+    """Update 6 only occurs at sizes that are timed; the second start of the workers has no fault."""
     found = tuned(here, *TWO, LAUNCHER_TEST_FAULTS="1", FAULT="oom@backward:1:6:1")
     points = by_size(found)
     assert points[20]["label"] == "oom"
@@ -237,7 +237,7 @@ def test_a_search_ends_with_a_table_and_files_where_they_were_asked_for(here: Pa
 
 
 def test_points_one_after_the_other_make_one_document(here: Path) -> None:
-    """Images of two sizes; a third point is wrong, which is shown and ends nothing."""
+    """Images of two sizes; a third point is invalid, which is shown and does not stop the others."""
     out = here / "tuned"
     small = ("recipe=mlp", "launch.workers=1", "tune.sizes=[16,64]", "tune.budget_s=1", *own("Pictures"))
     asked = [*small, "+recipe.image_size=8,0,512", "format=json", f"tune.out={out}"]

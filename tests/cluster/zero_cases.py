@@ -1,7 +1,7 @@
-"""What test_deepspeed.py runs in every rank of one process group: each case a function, its outcome a line of JSON.
+"""The code of every rank in test_deepspeed.py: each case is a function, each outcome a line of JSON.
 
 `python -m torch.distributed.run … zero_cases.py FOLDER`: outcomes go to FOLDER/outcomes-<world>.json, and the state
-that is passed from world size to world size lies in FOLDER too.
+that is passed between world sizes is in FOLDER too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OPTIMIZERS = {
 
 
 class Odd(nn.Module):
-    """Sizes that no world size divides, a tied and a frozen parameter, buffers that training changes."""
+    """Sizes that no world size divides, a tied and a frozen parameter, and buffers that training changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,14 +85,14 @@ def samples(update: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def shares(world: int, even: bool) -> list[int]:
-    """Even, or one micro-batch more in the first and nothing at all for the last rank."""
+    """Even shares, or one more micro-batch on the first rank and none on the last."""
     if even or world == 1:
         return [BATCH // world] * world
     return [BATCH] + [0] * (world - 1) if world == 2 else [BATCH - 2, 2, 0]
 
 
 def micro_batches(world: int, even: bool, per_device: int, padded: bool) -> list[list[tuple[int, int]]]:
-    """(start, stop) of each rank's micro-batches; an empty one is a pad."""
+    """Return (start, stop) of the micro-batches of each rank; an empty one is padding."""
     parts, start = [], 0
     for share in shares(world, even):
         stop = start + share
@@ -114,7 +114,7 @@ def trained(
     clip_norm: float | None = None,
     precision: Precision | None = None,
 ) -> list[tuple[float, bool]]:
-    """Update after update on this rank's share, as the loop does it; the norms, and whether each was applied.
+    """Train this rank's share as the loop does; return the norms, and whether each update was applied.
 
     A pad's loss is always NaN. `poison`: the update and rank whose loss is.
     """
@@ -138,7 +138,7 @@ def trained(
 
 
 def state_of(replica: Replica) -> State:
-    """Rank 0's, on every rank, in memory of its own."""
+    """Broadcast rank 0's tensors to every rank, in separate memory."""
     model, optimizer, facts = replica.tensors()
     copies = [{name: tensor.detach().clone() for name, tensor in part.items()} for part in (model, optimizer)]
     held = [State(copies[0], copies[1], json.loads(json.dumps(facts)))]
@@ -148,7 +148,7 @@ def state_of(replica: Replica) -> State:
 
 
 def put_together(replica: Replica, world: int) -> State:
-    """The state from all ranks' parts."""
+    """Assemble the state from the parts of all ranks."""
     (model, optimizer, facts), places = replica.shards()
     own = [{name: tensor.detach().clone() for name, tensor in part.items()} for part in (model, optimizer)]
     told: list[Any] = [None] * world
@@ -168,7 +168,7 @@ def put_together(replica: Replica, world: int) -> State:
 
 
 def give(replica: Replica, state: State) -> None:
-    """As from a checkpoint: a tensor, or a part of one, is there when it is asked for."""
+    """Load lazily as from a checkpoint: a tensor, or a part of one, exists once it is requested."""
     replica.restore(stored(state.model), stored(state.optimizer), state.facts)
 
 
@@ -181,7 +181,7 @@ def stored(tensors: Mapping[str, torch.Tensor]) -> Stored:
 
 
 def furthest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
-    """Buffers left out: those are what a rank saw of the batch."""
+    """Exclude buffers: they depend on what a rank saw of the batch."""
     assert one.keys() == other.keys()
     names = one.keys() - {"mean", "calls"}
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in names)
@@ -202,7 +202,7 @@ def same_bits(one: State, other: State) -> None:
 
 @cache
 def on_one_worker(optimizer: str) -> tuple[list[tuple[float, bool]], State]:
-    """What DDP comes to, its last ten updates clipped."""
+    """The DDP result, with the last ten updates clipped."""
     plain = made(run_of(optimizer), 1)
     steps = trained(plain, range(10), world=1) + trained(plain, range(10, 20), world=1, clip_norm=0.4)
     return steps, state_of(plain)
@@ -223,7 +223,7 @@ def as_ddp_on_one_worker(world: int, settings: dict[str, Any], optimizer: str, e
 
 
 def not_finite(world: int, settings: dict[str, Any], optimizer: str) -> None:
-    """A NaN in one rank's loss: nothing changes on any rank, and the next update is as if it had never been."""
+    """A NaN in the loss of one rank: no rank changes anything, and the next update is unaffected."""
     run = run_of(optimizer, **settings)
     replica, untroubled = made(run, world), made(run, world)
     trained(replica, range(3), world=world)
@@ -246,7 +246,7 @@ def not_finite_at_first(world: int, settings: dict[str, Any], optimizer: str) ->
 
 
 def rescaled(world: int, settings: dict[str, Any], optimizer: str) -> None:
-    """As plain torch's gradients times 1.7, in the norm and under clipping too; NaN (nothing to count) skips."""
+    """Equal to the gradients of plain torch times 1.7, for norm and clipping; NaN (zero count) skips."""
     run = run_of(optimizer, **settings)
     replica, plain = made(run, world), made(run_of(optimizer), 1)
     steps = trained(replica, range(6), world=world, rescale=1.7, clip_norm=1.0)
@@ -260,7 +260,7 @@ def rescaled(world: int, settings: dict[str, Any], optimizer: str) -> None:
 
 
 def goes_on(world: int, settings: dict[str, Any], optimizer: str) -> None:
-    """Saved, taken over by a new replica of the same kind, and gone on with: bit for bit as without."""
+    """Saved, loaded by a new replica of the same kind, and continued: bitwise as without saving."""
     run = run_of(optimizer, **settings)
     straight, first, second = made(run, world), made(run, world), made(run, world)
     trained(straight, range(8), world=world)
@@ -274,13 +274,13 @@ def goes_on(world: int, settings: dict[str, Any], optimizer: str) -> None:
 
 
 def passed_on(world: int, optimizer: str, kinds: dict[str, dict[str, Any]]) -> None:
-    """A state goes through every strategy and stage, one after the other, and comes out with the same bits."""
+    """A state passes through every strategy and stage in sequence and keeps the same bits."""
     first = made(run_of(optimizer), 1)
     trained(first, range(5), world=1)
     state = state_of(first)
     for name, settings in kinds.items():
         replica = made(run_of(optimizer, **settings), world)
-        trained(replica, range(2), world=world)  # what it had before does not shine through
+        trained(replica, range(2), world=world)  # the previous content does not remain
         fresh = made(run_of(optimizer, **settings), world)
         for taker in (fresh, replica):
             give(taker, state)
@@ -295,7 +295,7 @@ def passed_on(world: int, optimizer: str, kinds: dict[str, dict[str, Any]]) -> N
 
 
 def from_another_world(world: int, settings: dict[str, Any], optimizer: str, file: Path) -> None:
-    """What another world size left: taken over bit for bit, trained on, and left for the next."""
+    """The state left by another world size: loaded bitwise, trained further, and left for the next."""
     replica = made(run_of(optimizer, **settings), world)
     if file.exists():
         state = State(*torch.load(file, weights_only=True))
@@ -309,7 +309,7 @@ def from_another_world(world: int, settings: dict[str, Any], optimizer: str, fil
 
 
 def mixed_precision(world: int, settings: dict[str, Any], precision: str) -> None:
-    """As under DDP in the same precision: what a loss is autocast to, and how fp16's scale shrinks and is kept."""
+    """As under DDP in the same precision: autocast of the loss, and shrinking and saving of fp16's scale."""
     replica, plain = made(run_of("sgd", precision, **settings), world), made(run_of("sgd", precision), 1)
     cast = Precision.of(precision, torch.device("cpu"))
     seen: set[torch.dtype] = set()
@@ -332,7 +332,7 @@ def mixed_precision(world: int, settings: dict[str, Any], precision: str) -> Non
 
 
 def validated(world: int, settings: dict[str, Any]) -> None:
-    """`bare` can be called between updates, by all ranks alike, and training goes on as if it had not been."""
+    """`bare` can be called between updates by all ranks, and training continues unaffected."""
     run = run_of("adamw", **settings)
     replica, undisturbed = made(run, world), made(run, world)
     for update in range(3):
@@ -350,7 +350,7 @@ def validated(world: int, settings: dict[str, Any]) -> None:
 
 
 def buffers_of_rank_0(world: int, settings: dict[str, Any]) -> None:
-    """Running statistics are those of rank 0 when they are settled; a pad is not among what they have seen."""
+    """Running statistics are those of rank 0 when synchronised; padding does not affect them."""
     replica = made(run_of("sgd", **settings), world)
     trained(replica, range(2), world=world, even=False)
     own = [part for part in micro_batches(world, False, 5, False)[dist.get_rank()] if part != (0, 0)]
@@ -362,7 +362,7 @@ def buffers_of_rank_0(world: int, settings: dict[str, Any]) -> None:
 
 
 def mixed_steps(world: int, settings: dict[str, Any]) -> None:
-    """A flat group has one step for all: what cannot be said is refused, not made to fit."""
+    """A flat group has one step for all: states that cannot be represented are refused."""
     replica = made(run_of("adamw", **settings), world)
     trained(replica, range(2), world=world)
     state = state_of(replica)
@@ -372,7 +372,7 @@ def mixed_steps(world: int, settings: dict[str, Any]) -> None:
 
 
 def keeps_our_timeout(world: int, settings: dict[str, Any]) -> None:
-    """Its own process group waits as long as we do, not torch's half an hour."""
+    """DeepSpeed's process group uses our timeout, not torch's half hour."""
     made(replace(run_of("sgd", **settings), launch=LaunchSettings(timeout_s=77.0)), world)
     backend = groups._get_data_parallel_group()._get_backend(torch.device("cpu"))
     assert backend.options._timeout.total_seconds() == 77
@@ -434,7 +434,7 @@ def main(folder: Path, chosen: str = "") -> None:
         told: list[Any] = [None] * world
         dist.all_gather_object(told, outcomes[name])
         outcomes[name] = next((one for one in told if one), "")
-        gc.freeze()  # each engine of stage 3 collects garbage, and would walk through all that is there
+        gc.freeze()  # each stage 3 engine collects garbage, and would scan all live objects
     if dist.get_rank() == 0:
         (folder / f"outcomes-{world}.json").write_text(json.dumps(outcomes))
     dist.barrier()

@@ -116,7 +116,7 @@ def test_a_run_is_watched_from_before_its_start_through_a_kill_to_its_stop(
     assert re.search(r"resumed +update-\d+ at update \d+ · [\d,]+ samples are run again", resumed)
     [stop] = events(run, "preempt")
     assert f"stopped at update {stop['update']:,}, {stop['samples']:,} samples · launcher stop" in text
-    assert "where the " in end, "the closing figures"
+    assert "time per update: " in end, "the closing figures"
     assert end.splitlines()[-1] == f"runs/x is not running: at update {stop['update']:,}, {stop['samples']:,} samples"
     assert max(map(len, text.splitlines()[1:-1])) <= 80
     after = subprocess.run([*LAUNCHER, "watch", "x"], cwd=here, capture_output=True, text=True, check=False)

@@ -17,8 +17,8 @@ import torch
 from launcher.recipes.mlp import Mlp
 from torch import nn
 
-from launcher.noise import estimates
-from launcher.order import Order
+from launcher.goodput.noise_scale import estimate_variance_and_square
+from launcher.plan.sample_order import SamplePermutation
 
 SEEDS = 5
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -42,7 +42,7 @@ def gradient(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> to
 def trained(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, updates: int, seed: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for update in range(updates):
-        rows = list(Order(len(images), seed, update)[:32])
+        rows = list(SamplePermutation(len(images), seed, update)[:32])
         gradient(model, images[rows], labels[rows])
         optimizer.step()
 
@@ -51,7 +51,7 @@ def noise(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple
     """The full gradient and the exact noise scale, computed from every sample's gradient."""
     whole = gradient(model, images, labels)
     squares = [float(gradient(model, images[i : i + 1], labels[i : i + 1]).square().sum()) for i in range(len(images))]
-    variance, square = estimates([1.0] * len(images), squares, float(whole.square().sum()))
+    variance, square = estimate_variance_and_square([1.0] * len(images), squares, float(whole.square().sum()))
     return whole, variance / square
 
 
@@ -66,7 +66,7 @@ def direction() -> None:
             scales.append(phi)
             for size in SIZES:
                 for draw in range(20):
-                    rows = list(Order(len(images), seed, 1000 + draw)[:size])
+                    rows = list(SamplePermutation(len(images), seed, 1000 + draw)[:size])
                     part = gradient(model, images[rows], labels[rows])
                     cosines[size].append(float(torch.cosine_similarity(part, whole, dim=0)))
         phi = statistics.median(scales)
@@ -108,7 +108,7 @@ def accumulated(seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], w
     held = Mlp().dataset("val")
     optimizer = make(model)
     for epoch in range(epochs):
-        order = list(Order(len(images), seed, epoch)[:])
+        order = list(SamplePermutation(len(images), seed, epoch)[:])
         for index in range(0, len(order), 16):
             part, micro = order[index : index + 16], index // 16 % ACCUMULATION
             group = order[(index // 64) * 64 :][: 16 * ACCUMULATION]

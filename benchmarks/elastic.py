@@ -27,8 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.process import children
-from launcher.recovery import last_row
+from launcher.run_dir.restart_cost import read_last_row
+from launcher.system.processes import list_child_pids
 
 HERE = Path(__file__).parent
 KILLS, JOINS, STOPS = 20, 20, 15
@@ -57,11 +57,11 @@ def wait_for(state: Callable[[], object], within_s: float = 240.0, every_s: floa
 
 
 def workers_of(driver: int) -> list[int]:
-    return [worker for agent in children(driver) for worker in children(agent)]
+    return [worker for agent in list_child_pids(driver) for worker in list_child_pids(agent)]
 
 
 def last(run_dir: Path) -> dict[str, Any]:
-    return last_row(run_dir / "metrics.jsonl") or {"generation": 0, "update": 0}
+    return read_last_row(run_dir / "metrics.jsonl") or {"generation": 0, "update": 0}
 
 
 def trains(run_dir: Path, generation: int) -> int:
@@ -100,10 +100,10 @@ def plain_recoveries(folder: Path) -> list[float]:
         wait_for(lambda number=number: starts.exists() and len(starts.read_text().split()) >= number)
         time.sleep(1.0)
         killed_at = time.time()
-        os.kill(random.choice(children(process.pid)), signal.SIGKILL)
+        os.kill(random.choice(list_child_pids(process.pid)), signal.SIGKILL)
         wait_for(lambda number=number: len(starts.read_text().split()) > number)
         found.append(float(starts.read_text().split()[number]) - killed_at)
-    workers = children(process.pid)
+    workers = list_child_pids(process.pid)
     process.kill()
     process.wait()
     for pid in workers:
@@ -138,7 +138,7 @@ def resized(run_dir: Path, world: int, after: int) -> tuple[int, float, int]:
     """
 
     def there() -> bool:
-        row = last_row(run_dir / "metrics.jsonl")
+        row = read_last_row(run_dir / "metrics.jsonl")
         return row is not None and row["world"] == world and row["generation"] > after
 
     wait_for(there)
@@ -206,7 +206,7 @@ def runs(pid: int) -> bool:
 def survivors(folder: Path) -> None:
     process = launched(folder, "run.name=k")
     wait_for(lambda: len(rows(folder / "runs/k")) >= 5)
-    workers, (agent,) = workers_of(process.pid), children(process.pid)
+    workers, (agent,) = workers_of(process.pid), list_child_pids(process.pid)
     start_s = time.monotonic()
     os.kill(agent, signal.SIGKILL)
     wait_for(lambda: not any(runs(pid) for pid in (*workers, agent)), every_s=0.01)
@@ -233,15 +233,15 @@ def save(folder: Path) -> None:
 def vote_rank(rank: int, world: int, port: int, rounds: int, out: str) -> None:
     import torch.distributed as dist
 
-    from launcher.vote import Ballot, Vote
+    from launcher.distributed.rank_stats import RankStats, StatsAllGather
 
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    vote = Vote(world, 60.0)
+    stats_gather = StatsAllGather(world, 60.0)
     times = []
     for _ in range(rounds):
         start_s = time.perf_counter()
-        vote.cast(Ballot(), [0.0] * 8).wait()
+        stats_gather.all_gather_async(RankStats(), [0.0] * 8).wait()
         times.append(time.perf_counter() - start_s)
     if rank == 0:
         Path(out).write_text(json.dumps(times[rounds // 5 :]))
@@ -251,7 +251,7 @@ def vote_rank(rank: int, world: int, port: int, rounds: int, out: str) -> None:
 def vote(folder: Path) -> None:
     import torch.distributed  # noqa: F401 (imported once, before the forks)
 
-    import launcher.vote  # noqa: F401
+    import launcher.distributed.rank_stats  # noqa: F401
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for world, rounds in ((2, 500), (64, 20)):

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 from launcher import recipe as recipes
-from launcher.assembly import OpenData, assemble
-from launcher.config import resolve
-from launcher.data import dataset_of
-from launcher.footprint import footprint
+from launcher.config.compose import resolve
+from launcher.plan.memory_model import estimate_memory
+from launcher.strategies.model_size import measure_model_size
 from launcher.topology import Topology
-from launcher.tune.memory import HostPeak
-from launcher.weighing import weigh
+from launcher.train.build import Datasets, build_components
+from launcher.train.data import get_dataset
+from launcher.tune.oom import PeakRss
 
 MODEL = ["recipe=gpt", "recipe.layers=6", "recipe.width=512", "recipe.heads=8", "recipe.block=8", "sink=[]"]
 
@@ -38,25 +38,25 @@ def resident_bytes() -> int:
 
 
 def main() -> None:
-    run, topology = resolve([*MODEL, *sys.argv[1:]]).run, Topology.of(os.environ)
+    config, topology = resolve([*MODEL, *sys.argv[1:]]).config, Topology.from_env(os.environ)
     assert topology is not None
-    recipe = recipes.build(run.recipe)
-    data = OpenData(dataset_of(recipe, "train", "real"), dataset_of(recipe, "val", "real"))
+    recipe = recipes.build_recipe(config.recipe)
+    data = Datasets(get_dataset(recipe, "train", "real"), get_dataset(recipe, "val", "real"))
     items = torch.utils.data.default_collate([data.train[0]])
     dist.init_process_group("gloo")
-    layout = f"zero{run.strategy.stage}" if run.strategy.name == "deepspeed" else run.strategy.name
-    expected = footprint(weigh(recipe, run), layout, topology.world)
+    layout = f"zero{config.strategy.stage}" if config.strategy.name == "deepspeed" else config.strategy.name
+    expected = estimate_memory(measure_model_size(recipe, config), layout, topology.world)
     warm_up()
     before = resident_bytes()
-    highest = HostPeak()
+    highest = PeakRss()
     highest.clear()
-    parts = assemble(recipe, run, topology, torch.device("cpu"), data)
+    components = build_components(recipe, config, topology, torch.device("cpu"), data)
     start_peaks = [0.0] * topology.world
-    dist.all_gather_object(start_peaks, (highest.bytes() - before) / 1e6)
-    replica = parts.replica
+    dist.all_gather_object(start_peaks, (highest.read() - before) / 1e6)
+    replica = components.replica
 
     def backward() -> None:
-        with replica.micro(last=True, pad=False, place=topology.rank):
+        with replica.micro_batch(last=True, is_padding=False, shard=topology.rank):
             replica.backward(recipe.loss(replica.model, items).total, topology.world)
 
     for _ in range(2):

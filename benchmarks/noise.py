@@ -84,20 +84,20 @@ def rank(overrides: list[str], pairs: int, warm_up: int = 10) -> None:
     import torch.distributed as dist
 
     from launcher import recipe as recipes
-    from launcher.assembly import assemble, open_data
-    from launcher.config import resolve
-    from launcher.study import study
+    from launcher.config.compose import resolve
+    from launcher.plan.training_plan import make_training_plan
     from launcher.topology import Topology
+    from launcher.train.build import build_components, open_datasets
 
-    run, topology = resolve(["sink=[]", *overrides]).run, Topology.of(os.environ)
+    config, topology = resolve(["sink=[]", *overrides]).config, Topology.from_env(os.environ)
     assert topology is not None
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    recipe = recipes.build(run.recipe)
-    sizes = recipes.sizes(recipe)
-    parts = assemble(recipe, run, topology, torch.device("cpu"), open_data(recipe, run, sizes))
-    plan = study(run, sizes, topology.world).plan
-    update = updater(parts, plan, topology.rank)
+    recipe = recipes.build_recipe(config.recipe)
+    sizes = recipes.get_dataset_sizes(recipe)
+    components = build_components(recipe, config, topology, torch.device("cpu"), open_datasets(recipe, config, sizes))
+    plan = make_training_plan(config, sizes, topology.world).plan
+    update = updater(components, plan, topology.rank)
     times: dict[bool, list[float]] = {True: [], False: []}
     for index in range(2 * (pairs + warm_up)):
         measured = (index % 2 == 0) != (index // 2 % 2 == 0)
@@ -114,14 +114,14 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
     import torch.distributed as dist
     from torch.utils.data import default_collate
 
-    from launcher.strategies import ddp, gauge
+    from launcher.strategies import ddp, gradient_norms
 
     sizes = plan.micro_batches(rank)
     batches = [default_collate([parts.train_data[index] for index in range(size)]) for size in sizes]
-    replica, listener, norms = parts.replica, parts.replica._listener, gauge.norms
+    replica, listener, norms = parts.replica, parts.replica._listener, gradient_norms.compute_norms
 
     def update(measured: bool) -> float:
-        ddp.norms = norms if measured else lambda _: []  # type: ignore[attr-defined]
+        ddp.compute_norms = norms if measured else lambda _: []  # type: ignore[attr-defined]
         replica._listener = listener if measured else None
         if listener is not None and not measured:
             listener.on = False
@@ -131,7 +131,7 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
             with replica.micro(last=index == len(batches) - 1, pad=False, place=rank):
                 loss = parts.recipe.loss(replica.model, batch)
                 replica.backward(loss.total, plan.global_batch, float(loss.count) if measured else 0.0)
-        ddp.norms = norms  # type: ignore[attr-defined]
+        ddp.compute_norms = norms  # type: ignore[attr-defined]
         replica.step(1e-4, None, 1.0, None)
         return time.thread_time() - start_s
 
@@ -140,12 +140,12 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
 
 def told(times: dict[bool, list[float]], batch: int) -> None:
     differences = [one - other for one, other in zip(times[True], times[False], strict=True)]
-    from launcher.strategies.gauge import EVERY
+    from launcher.strategies.gradient_norms import MEASURE_EVERY
 
     without_ms, more_ms = statistics.median(times[False]) * 1e3, statistics.median(differences) * 1e3
     error_ms = 1.25 * statistics.stdev(differences) / len(differences) ** 0.5 * 1e3
     print(f"an update {without_ms:.2f} ms; measuring {more_ms:+.3f} +- {error_ms:.3f} ms in an update that measures")
-    for name, every in (("in every update", 1), (f"in every {EVERY}th", EVERY)):
+    for name, every in (("in every update", 1), (f"in every {MEASURE_EVERY}th", MEASURE_EVERY)):
         host_ms = estimate_s(batch, every) * 1e3
         share = (more_ms / every + host_ms) / without_ms
         print(f"  {name}: with {host_ms:.3f} ms for the estimate {share:+.2%} of all updates")
@@ -155,16 +155,16 @@ def estimate_s(batch: int, every: int, updates: int = 2000) -> float:
     """Seconds per update for the estimate and its row values, with a full window, measuring one of `every` updates."""
     import random
 
-    from launcher.noise import NoiseScale
+    from launcher.goodput.noise_scale import NoiseScale
 
-    noise, draw = NoiseScale(population=50_000), random.Random(0)
+    noise, draw = NoiseScale(dataset_size=50_000), random.Random(0)
     start_s = 0.0
     for index in range(updates + 500):
         if index == 500:
             start_s = time.thread_time()
         shares = [] if index % every else [batch / 2] * 2
         noise = noise.update(shares, [2 + draw.random()] * len(shares), 1 + draw.random(), batch)
-        noise.values(batch, batch)
+        noise.to_metrics(batch, batch)
     return (time.thread_time() - start_s) / updates
 
 

@@ -16,9 +16,9 @@ import tracemalloc
 from collections.abc import Callable
 from datetime import date
 
-from launcher.batch import BatchPolicy, friendly_batch, plan_batch
-from launcher.order import Order
-from launcher.timeline import Position, Timeline
+from launcher.plan.batch import BatchPolicy, most_divisible_batch, plan_batch
+from launcher.plan.sample_order import SamplePermutation
+from launcher.plan.timeline import Position, Timeline
 
 WORLD = 10_000
 SPEEDS = [1 + rank % 7 / 3 for rank in range(WORLD)]
@@ -46,21 +46,21 @@ def planning(repeats: int) -> list[tuple[str, str]]:
         "hold": lambda: plan_batch(HOLD, WORLD),
         f"scale {speeds}": lambda: plan_batch(SCALE, WORLD, SPEEDS),
         f"hold {speeds}": lambda: plan_batch(HOLD, WORLD, SPEEDS),
-        f"partial update of hold {speeds}": lambda: plan.part(777_777),
+        f"partial update of hold {speeds}": lambda: plan.truncated(777_777),
     }
     rows = [(f"plan of {WORLD:,} workers, {name}", ms(median_s(call, repeats))) for name, call in plans.items()]
-    friendly = median_s(lambda: friendly_batch([8, 12, 16, 17], 10_000, 32, 1500), repeats)
+    friendly = median_s(lambda: most_divisible_batch([8, 12, 16, 17], 10_000, 32, 1500), repeats)
     return [*rows, ("most divisible batch up to 10,000 for 32 to 1,500 workers", ms(friendly))]
 
 
 def ordering(repeats: int) -> list[tuple[str, str]]:
     rows = []
     for size in (1437, 1_281_167, 10**9, HUGE):
-        order = Order(size, 0, 0)
+        order = SamplePermutation(size, 0, 0)
         start = max(0, size - INDICES)
         seconds = median_s(lambda order=order, start=start: order[start:], repeats)
         rows.append((f"slices of an order of {size:,}", f"{(size - start) / seconds:,.0f} indices/s"))
-    order = Order(HUGE, 0, 0)
+    order = SamplePermutation(HUGE, 0, 0)
     singly = median_s(lambda: [order[place] for place in range(10_000)], repeats)
     rows.append((f"single indices of an order of {HUGE:,}", f"{10_000 / singly:,.0f} indices/s"))
     return [*rows, (f"peak memory of an order of {HUGE:,} with 1,000 indices", f"{order_peak_bytes():,} bytes")]
@@ -68,7 +68,7 @@ def ordering(repeats: int) -> list[tuple[str, str]]:
 
 def order_peak_bytes() -> int:
     tracemalloc.start()
-    Order(HUGE, 1, 1)[HUGE // 2 : HUGE // 2 + 1000]
+    SamplePermutation(HUGE, 1, 1)[HUGE // 2 : HUGE // 2 + 1000]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak
@@ -77,10 +77,10 @@ def order_peak_bytes() -> int:
 def walking(repeats: int) -> list[tuple[str, str]]:
     plan = plan_batch(BatchPolicy("hold", per_device=64, global_batch=256), 4)
     timeline = Timeline(1437, 1437 * 1000, ((0, plan),))
-    updates = timeline.count()
-    seconds = median_s(lambda: [update.micro_batches(3) for update in timeline.updates()], repeats)
+    updates = timeline.count_updates()
+    seconds = median_s(lambda: [update.micro_batches(3) for update in timeline.iter_updates()], repeats)
     deep = Timeline(1437, 1437 * 100_000, ((0, plan),))
-    count = median_s(lambda: deep.count(Position(5, 0)), repeats)
+    count = median_s(lambda: deep.count_updates(Position(5, 0)), repeats)
     return [
         ("one update of the timeline with one rank's micro-batches", f"{seconds / updates * 1e6:.1f} µs"),
         ("counting the updates of 100,000 epochs", f"{count * 1e6:.1f} µs"),

@@ -28,10 +28,10 @@ def load(run: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     import yaml
     from safetensors.torch import load_model
 
-    from launcher.recipe import build
+    from launcher.recipe import build_recipe
 
     folder = Path(run)
     spec = yaml.safe_load((folder / "run.yaml").read_text())["recipe"]
-    model: nn.Module = build({**spec, "trust": list(trust)}).model()
+    model: nn.Module = build_recipe({**spec, "trust": list(trust)}).model()
     load_model(model, folder / "model.safetensors")
     return model.eval()

@@ -21,15 +21,15 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
-from launcher.errors import RequestError
-from launcher.study import Sizes
+from launcher.errors import UsageError
+from launcher.plan.training_plan import DatasetSizes
 
-__all__ = ["Loss", "Recipe", "build", "load_class", "sizes"]
+__all__ = ["Loss", "Recipe", "build_recipe", "get_dataset_sizes", "load_class"]
 
 #: Classes defined under these modules are trusted without being listed in recipe.trust.
-TRUSTED = ("launcher.recipes", "torch")
-METHODS = ("model", "dataset", "loss")
-OWN = ("_target_", "trust")
+TRUSTED_MODULES = ("launcher.recipes", "torch")
+REQUIRED_METHODS = ("model", "dataset", "loss")
+NON_FIELD_KEYS = ("_target_", "trust")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Recipe(Protocol):
     def loss(self, model: Any, batch: Any) -> Loss: ...
 
 
-def build(spec: Mapping[str, Any]) -> Any:
+def build_recipe(spec: Mapping[str, Any]) -> Any:
     """Build the recipe that `spec` describes: `_target_`, `trust`, and the fields of the class.
 
     Raises:
@@ -63,45 +63,45 @@ def build(spec: Mapping[str, Any]) -> Any:
     """
     target = spec.get("_target_")
     if not isinstance(target, str) or target in ("", "???"):
-        raise RequestError(
-            "recipe._target_ is missing: type recipe._target_=my_module.MyRecipe recipe.trust=[my_module]"
-        )
-    values = {name: value for name, value in spec.items() if name not in OWN}
+        raise UsageError("recipe._target_ is missing: type recipe._target_=my_module.MyRecipe recipe.trust=[my_module]")
+    values = {name: value for name, value in spec.items() if name not in NON_FIELD_KEYS}
     for name, value in values.items():
         _refuse_targets(value, f"recipe.{name}")
     kind = load_class(target, spec.get("trust") or ())
-    lacking = [name for name in METHODS if not callable(getattr(kind, name, None))]
+    lacking = [name for name in REQUIRED_METHODS if not callable(getattr(kind, name, None))]
     if not is_dataclass(kind) or lacking:
         why = f"it has no {' and no '.join(lacking)}" if lacking else "it is not a dataclass"
-        raise RequestError(
-            f"recipe._target_={target} is not a recipe: {why}; a recipe is a dataclass with {', '.join(METHODS)}"
+        raise UsageError(
+            f"recipe._target_={target} is not a recipe: {why}; a recipe is a dataclass with {', '.join(REQUIRED_METHODS)}"
         )
-    return kind(**_checked_fields(kind, values))
+    return kind(**_check_fields(kind, values))
 
 
-def sizes(recipe: Any) -> Sizes:
+def get_dataset_sizes(recipe: Any) -> DatasetSizes:
     """The dataset sizes of a recipe, from its `size(split)`, else by opening the data.
 
     Raises:
         UsageError: the data has no length, or the training data is empty.
     """
-    found = Sizes(_size(recipe, "train"), _size(recipe, "val"), getattr(recipe, "tokens_per_sample", None))
+    found = DatasetSizes(
+        _get_split_size(recipe, "train"), _get_split_size(recipe, "val"), getattr(recipe, "tokens_per_sample", None)
+    )
     if found.train < 1:
-        raise RequestError(f"the training data of {type(recipe).__name__} is empty: check the recipe's fields")
+        raise UsageError(f"the training data of {type(recipe).__name__} is empty: check the recipe's fields")
     return found
 
 
-def _size(recipe: Any, split: str) -> int:
+def _get_split_size(recipe: Any, split: str) -> int:
     try:
         if callable(getattr(recipe, "size", None)):  # `size` may also be a field
             return int(recipe.size(split))
         data = recipe.dataset(split)
     except OSError as problem:
-        raise RequestError(
+        raise UsageError(
             f"the {split} data of {type(recipe).__name__} cannot be opened: {problem}: check the paths in its fields"
         ) from problem
     if not hasattr(data, "__len__"):
-        raise RequestError(
+        raise UsageError(
             f"the {split} data of {type(recipe).__name__} has no len(): give it one, or the recipe a size(split)"
         )
     return len(data)
@@ -118,18 +118,18 @@ def load_class(target: str, trust: Sequence[str]) -> type:
     """
     module, _, name = target.rpartition(".")
     if not module:
-        raise RequestError(f"_target_={target} has no module: type my_module.{target}")
+        raise UsageError(f"_target_={target} has no module: type my_module.{target}")
     if isinstance(trust, str):  # iterating over it would give its characters
-        raise RequestError(f"recipe.trust={trust} is not a list: type recipe.trust=[{trust}]")
+        raise UsageError(f"recipe.trust={trust} is not a list: type recipe.trust=[{trust}]")
     named = any(_covers(entry, target) for entry in trust)
-    if not named and not any(_covers(entry, target) for entry in TRUSTED):
-        raise RequestError(f"_target_={target} is not trusted: add recipe.trust=[{module}] if the code is yours")
-    found = getattr(_imported(target, module), name, None)
+    if not named and not any(_covers(entry, target) for entry in TRUSTED_MODULES):
+        raise UsageError(f"_target_={target} is not trusted: add recipe.trust=[{module}] if the code is yours")
+    found = getattr(_import_module(target, module), name, None)
     if not inspect.isclass(found):
-        raise RequestError(f"_target_={target} is not a class: {_nearest_class(module, name)}")
-    if not named and not any(_covers(entry, found.__module__) for entry in TRUSTED):
+        raise UsageError(f"_target_={target} is not a class: {_suggest_class(module, name)}")
+    if not named and not any(_covers(entry, found.__module__) for entry in TRUSTED_MODULES):
         home = f"{found.__module__}.{found.__name__}"
-        raise RequestError(f"_target_={target} is only imported there: type _target_={home}")
+        raise UsageError(f"_target_={target} is only imported there: type _target_={home}")
     return found
 
 
@@ -138,17 +138,17 @@ def _covers(entry: str, path: str) -> bool:
     return path == entry or path.startswith(f"{entry}.")
 
 
-def _imported(target: str, module: str) -> types.ModuleType:
+def _import_module(target: str, module: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as problem:
-        raise RequestError(f"_target_={target}: {module} does not import: {_one_line(problem)}") from problem
+        raise UsageError(f"_target_={target}: {module} does not import: {_join_lines(problem)}") from problem
     except Exception as problem:
         kind = type(problem).__name__
-        raise RequestError(f"_target_={target}: {module} fails on import: {kind}: {_one_line(problem)}") from problem
+        raise UsageError(f"_target_={target}: {module} fails on import: {kind}: {_join_lines(problem)}") from problem
 
 
-def _nearest_class(module: str, name: str) -> str:
+def _suggest_class(module: str, name: str) -> str:
     known = [each for each, value in vars(importlib.import_module(module)).items() if inspect.isclass(value)]
     near = get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else f"name a class of {module}"
@@ -162,7 +162,7 @@ def _refuse_targets(value: Any, key: str) -> None:
     """
     if isinstance(value, Mapping):
         if "_target_" in value:
-            raise RequestError(f"{key}._target_={value['_target_']} is refused: build it in the recipe's own code")
+            raise UsageError(f"{key}._target_={value['_target_']} is refused: build it in the recipe's own code")
         for name, inner in value.items():
             _refuse_targets(inner, f"{key}.{name}")
     elif isinstance(value, list | tuple):
@@ -170,31 +170,29 @@ def _refuse_targets(value: Any, key: str) -> None:
             _refuse_targets(inner, key)
 
 
-def _one_line(problem: BaseException) -> str:
+def _join_lines(problem: BaseException) -> str:
     return " ".join(str(problem).split())
 
 
 # Checking fields against their annotations
 
 
-def _checked_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _check_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     known = {each.name: each for each in fields(kind) if each.init}
     for name in values:
         if name not in known:
             near = get_close_matches(name, known, 1)
             mend = f"did you mean recipe.{near[0]}? " if near else ""
             has = f"its fields are {', '.join(known)}" if known else "it has no fields"
-            raise RequestError(f"recipe.{name} is not a field of {kind.__name__}: {mend}{has}")
+            raise UsageError(f"recipe.{name} is not a field of {kind.__name__}: {mend}{has}")
     for name, each in known.items():
         if name not in values and each.default is MISSING and each.default_factory is MISSING:
-            raise RequestError(
-                f"recipe.{name} is missing: {kind.__name__} has no default for it: type recipe.{name}=..."
-            )
-    hints = _hints(kind)
-    return {name: _typed(f"recipe.{name}", value, hints.get(name, Any)) for name, value in values.items()}
+            raise UsageError(f"recipe.{name} is missing: {kind.__name__} has no default for it: type recipe.{name}=...")
+    hints = _get_hints(kind)
+    return {name: _convert_field(f"recipe.{name}", value, hints.get(name, Any)) for name, value in values.items()}
 
 
-def _hints(kind: type) -> Mapping[str, Any]:
+def _get_hints(kind: type) -> Mapping[str, Any]:
     """The annotations; empty if one of them refers to a name that is imported under TYPE_CHECKING only."""
     try:
         return get_type_hints(kind)
@@ -202,27 +200,27 @@ def _hints(kind: type) -> Mapping[str, Any]:
         return {}
 
 
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    fit = _fitted(value, hint)
+def _convert_field(key: str, value: Any, hint: Any) -> Any:
+    fit = _convert_value(value, hint)
     if fit is NO_FIT:
         wanted = str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
-        raise RequestError(f"{key}={value} is a {type(value).__name__}: expected {wanted}")
+        raise UsageError(f"{key}={value} is a {type(value).__name__}: expected {wanted}")
     return fit
 
 
 NO_FIT = object()
 
 
-def _fitted(value: Any, hint: Any) -> Any:
+def _convert_value(value: Any, hint: Any) -> Any:
     """Return the value if it matches, converting int to float and list to tuple where annotated; else NO_FIT."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        fits = [fit for fit in (_fitted(value, arm) for arm in args) if fit is not NO_FIT]
+        fits = [fit for fit in (_convert_value(value, arm) for arm in args) if fit is not NO_FIT]
         return next((fit for fit in fits if type(fit) is type(value)), fits[0] if fits else NO_FIT)
     if origin is Literal:  # True == 1 and 18.0 == 18, but the type must match too
         return value if any(value == arm and type(value) is type(arm) for arm in args) else NO_FIT
     if (origin or hint) in (tuple, list):
-        return _fitted_sequence(value, origin or hint, args)
+        return _convert_sequence(value, origin or hint, args)
     if hint is float and type(value) is int:
         return float(value)
     kind = origin or hint
@@ -233,12 +231,12 @@ def _fitted(value: Any, hint: Any) -> Any:
     return value if isinstance(value, kind) else NO_FIT
 
 
-def _fitted_sequence(value: Any, kind: type, args: tuple[Any, ...]) -> Any:
+def _convert_sequence(value: Any, kind: type, args: tuple[Any, ...]) -> Any:
     if not isinstance(value, list | tuple):
         return NO_FIT
     if kind is list or not args or args[-1] is Ellipsis:
         args = (args[0] if args else Any,) * len(value)
     if len(args) != len(value):
         return NO_FIT
-    items = [_fitted(item, hint) for item, hint in zip(value, args, strict=True)]
+    items = [_convert_value(item, hint) for item, hint in zip(value, args, strict=True)]
     return NO_FIT if any(item is NO_FIT for item in items) else kind(items)

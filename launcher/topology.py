@@ -6,10 +6,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["AS_GUEST", "Topology", "as_rank", "master_port", "slurm_job", "slurm_restarts"]
+__all__ = [
+    "USE_AGENT_STORE_ENV",
+    "Topology",
+    "count_slurm_restarts",
+    "get_master_port",
+    "get_slurm_job_id",
+    "torchrun_env",
+]
 
 #: Environment with which a process beside a worker uses the job's store without serving it.
-AS_GUEST: Mapping[str, str] = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+USE_AGENT_STORE_ENV: Mapping[str, str] = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Topology:
     restarts_left: int = 0
 
     @classmethod
-    def of(cls, env: Mapping[str, str] = os.environ) -> Topology | None:
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Topology | None:
         """Read the topology from torchrun's variables; None outside a job, as in the driver."""
         if "RANK" not in env:
             return None
@@ -42,24 +49,24 @@ class Topology:
             local_rank=int(env.get("LOCAL_RANK", "0")),
             local_world=int(env.get("LOCAL_WORLD_SIZE", "1")),
             node=int(env.get("GROUP_RANK", "0")),
-            nodes=nodes_of(env),
+            nodes=count_nodes(env),
             run_id=None if run_id in (None, "", "none") else run_id,
-            slurm_job=slurm_job(env),
-            requeued=slurm_restarts(env) > 0,
+            slurm_job=get_slurm_job_id(env),
+            requeued=count_slurm_restarts(env) > 0,
             restarts=restarts,
             restarts_left=int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) - restarts,
         )
 
     @property
-    def place(self) -> tuple[int, int]:
+    def rank_and_generation(self) -> tuple[int, int]:
         """Rank and generation, which together name a log file."""
         return self.rank, self.generation
 
-    def started(self, generation: int) -> Topology:
+    def with_generation(self, generation: int) -> Topology:
         return replace(self, generation=generation)
 
 
-def as_rank(rank: int, world: int, port: int) -> Mapping[str, str]:
+def torchrun_env(rank: int, world: int, port: int) -> Mapping[str, str]:
     """The variables that torchrun sets for one of `world` workers on this machine with a store at `port`."""
     facts = {
         "RANK": rank,
@@ -75,28 +82,28 @@ def as_rank(rank: int, world: int, port: int) -> Mapping[str, str]:
         "TORCHELASTIC_RESTART_COUNT": 0,
         "TORCHELASTIC_MAX_RESTARTS": 0,
     }
-    return {**{name: str(value) for name, value in facts.items()}, **AS_GUEST}
+    return {**{name: str(value) for name, value in facts.items()}, **USE_AGENT_STORE_ENV}
 
 
-def slurm_job(env: Mapping[str, str] = os.environ) -> str | None:
+def get_slurm_job_id(env: Mapping[str, str] = os.environ) -> str | None:
     """Slurm's job id (`123`, or `120_4` for an array task), by which a requeued job finds its run directory."""
     if array := env.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{env.get('SLURM_ARRAY_TASK_ID', '0')}"
     return env.get("SLURM_JOB_ID")
 
 
-def slurm_restarts(env: Mapping[str, str] = os.environ) -> int:
+def count_slurm_restarts(env: Mapping[str, str] = os.environ) -> int:
     """How often Slurm has requeued this job."""
     return int(env.get("SLURM_RESTART_COUNT", "0"))
 
 
-def nodes_of(env: Mapping[str, str]) -> int:
+def count_nodes(env: Mapping[str, str]) -> int:
     """torchrun's number of agents, which may have unequal numbers of workers; else world size / local world size."""
     if count := env.get("GROUP_WORLD_SIZE"):
         return int(count)
     return max(1, int(env.get("WORLD_SIZE", "1")) // max(1, int(env.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def master_port(env: Mapping[str, str] = os.environ) -> int:
+def get_master_port(env: Mapping[str, str] = os.environ) -> int:
     """The port of rank 0's store, as chosen by torchrun."""
     return int(env["MASTER_PORT"])

@@ -11,8 +11,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import RequestError
-from launcher.order import Order
+from launcher.errors import UsageError
+from launcher.plan.sample_order import SamplePermutation
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def table() -> Any:
     folders = list(found.submodule_search_locations or ()) if found else []
     path = Path(folders[0]) / "datasets" / "data" / "digits.csv.gz" if folders else None
     if path is None or not path.exists():
-        raise RequestError("the digits data set needs scikit-learn: pip install scikit-learn")
+        raise UsageError("the digits data set needs scikit-learn: pip install scikit-learn")
     with gzip.open(path, "rt") as file:
         return numpy.loadtxt(file, delimiter=",", dtype=numpy.float32)
 
@@ -68,16 +68,16 @@ class Digits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_split < 1:
-            raise RequestError(f"recipe.validation_split={self.validation_split} is not a share below 1: type e.g. 0.2")
+            raise UsageError(f"recipe.validation_split={self.validation_split} is not a share below 1: type e.g. 0.2")
         if not 2 <= self.classes <= 10:
-            raise RequestError(f"recipe.classes={self.classes}: the digits have 10: type recipe.classes=10, or 2 to 9")
+            raise UsageError(f"recipe.classes={self.classes}: the digits have 10: type recipe.classes=10, or 2 to 9")
         if self.subset is not None and self.subset < 1:
-            raise RequestError(f"recipe.subset={self.subset} leaves no training samples: type 1 or more, or null")
+            raise UsageError(f"recipe.subset={self.subset} leaves no training samples: type 1 or more, or null")
 
     def rows(self, split: str) -> list[int]:
         """Row numbers of `train` or `val`; the same on every machine."""
         labels = table()[:, 64]
-        shuffled = [row for row in Order(IMAGES, self.split_seed, 0)[:] if labels[row] < self.classes]
+        shuffled = [row for row in SamplePermutation(IMAGES, self.split_seed, 0)[:] if labels[row] < self.classes]
         held_out = self._held_out(len(shuffled))
         train = len(shuffled) - held_out
         return shuffled[train:] if split == "val" else shuffled[:train][: self.subset]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.recipes.text import Blocks, Text
 
-from launcher.errors import RequestError
+from launcher.errors import UsageError
 from launcher.recipe import Loss
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ class Gpt:
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:
-            raise RequestError(f"recipe.width={self.width} is not a multiple of recipe.heads={self.heads}: type one")
+            raise UsageError(f"recipe.width={self.width} is not a multiple of recipe.heads={self.heads}: type one")
         if self.vocabulary < 256:
-            raise RequestError(f"recipe.vocabulary={self.vocabulary} is too small for bytes: type 256 or more")
+            raise UsageError(f"recipe.vocabulary={self.vocabulary} is too small for bytes: type 256 or more")
         if self.block < 1:
-            raise RequestError(f"recipe.block={self.block} is below 1: type recipe.block=64")
+            raise UsageError(f"recipe.block={self.block} is below 1: type recipe.block=64")
         if not 0 <= self.validation_split < 1:
-            raise RequestError(f"recipe.validation_split={self.validation_split} is not a share below 1: type e.g. 0.1")
+            raise UsageError(f"recipe.validation_split={self.validation_split} is not a share below 1: type e.g. 0.1")
 
     @property
     def tokens_per_sample(self) -> int:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import RequestError
+from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +36,11 @@ class ImageFolder:
         """
         root = Path(self.path)
         if not root.is_dir():
-            raise RequestError(f"recipe.data={self.path} is not a folder: type a folder with one subfolder per class")
+            raise UsageError(f"recipe.data={self.path} is not a folder: type a folder with one subfolder per class")
         base = root / "train" if self._parted() else root
         names = class_folders(base)
         if not names:
-            raise RequestError(f"recipe.data={self.path} has no class folders in {base}: add one subfolder per class")
+            raise UsageError(f"recipe.data={self.path} has no class folders in {base}: add one subfolder per class")
         return names
 
     def files(self, split: str) -> list[tuple[str, int]]:
@@ -55,9 +55,7 @@ class ImageFolder:
         for label, name in enumerate(names):
             mine = self._images(split, name)
             if not mine and split == "train":
-                raise RequestError(
-                    f"recipe.data={self.path}: class {name} has no training images: add some or remove it"
-                )
+                raise UsageError(f"recipe.data={self.path}: class {name} has no training images: add some or remove it")
             found += [(file, label) for file in mine]
         return found
 
@@ -79,7 +77,7 @@ class ImageFolder:
         held_out = Path(self.path) / "val"
         strange = sorted(set(class_folders(held_out)) - set(names)) if self._parted() and held_out.is_dir() else []
         if strange:
-            raise RequestError(f"{held_out / strange[0]} is a class that train/ does not have: remove it or add images")
+            raise UsageError(f"{held_out / strange[0]} is a class that train/ does not have: remove it or add images")
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -97,7 +95,7 @@ def walk(folder: str) -> Iterator[str]:
         for entry in entries:
             if entry.name.lower().endswith(SUFFIXES):
                 if not entry.is_file():
-                    raise RequestError(f"{entry.path} is not a regular file: replace it with the image, or remove it")
+                    raise UsageError(f"{entry.path} is not a regular file: replace it with the image, or remove it")
                 yield entry.path
             elif entry.is_dir(follow_symlinks=False):  # links could form a cycle
                 yield from walk(entry.path)
@@ -133,7 +131,7 @@ class Images:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-            raise RequestError(f"{path} cannot be read as an image ({problem}): fix or remove it") from problem
+            raise UsageError(f"{path} cannot be read as an image ({problem}): fix or remove it") from problem
         box = crop(*image.size) if self._augment else None
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
         pixels = torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255).permute(2, 0, 1)

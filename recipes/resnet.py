@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from launcher.recipes.digits import Batches, Digits
 from launcher.recipes.images import ImageFolder, Images
 
-from launcher.errors import RequestError
+from launcher.errors import UsageError
 from launcher.recipe import Loss
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ class ResNet:
     def __post_init__(self) -> None:
         self._digits()  # validates the fields before anything starts
         if min(self._size()) < 1:
-            raise RequestError(f"recipe.image_size={self.image_size} is not a size: type pixels, or [height,width]")
+            raise UsageError(f"recipe.image_size={self.image_size} is not a size: type pixels, or [height,width]")
         if self.width < 1 or (self.norm == "group" and self.width % 8):
-            raise RequestError(f"recipe.width={self.width} is out of range: type 16, or another multiple of 8")
+            raise UsageError(f"recipe.width={self.width} is out of range: type 16, or another multiple of 8")
 
     def model(self) -> nn.Module:
         from launcher.recipes.resnet_model import resnet

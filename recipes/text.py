@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import RequestError
+from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class Text:
         blocks = there // (self.block + 1)
         held_out = max(1, round(blocks * self.validation_split)) if self.validation_split else 0
         if blocks <= held_out:
-            raise RequestError(
+            raise UsageError(
                 f"recipe.data={self.root()} gives {there} bytes of text, too few for blocks of {self.block + 1}: "
                 f"add more text, or type a smaller recipe.block"
             )
@@ -66,14 +66,14 @@ class Text:
         """The text files sorted by path; of a folder only its direct files, not those in subfolders."""
         root = self.root()
         if not root.is_file() and not root.is_dir():
-            raise RequestError(f"recipe.data={self.path} does not exist: type a text file or a folder of text files")
+            raise UsageError(f"recipe.data={self.path} does not exist: type a text file or a folder of text files")
         return [root] if root.is_file() else sorted(self._found(root))
 
     def _found(self, folder: Path) -> Iterator[Path]:
         for entry in folder.iterdir():
             if entry.suffix in (SUFFIXES if self.path is not None else (".py",)):
                 if not entry.is_file():
-                    raise RequestError(f"{entry} is not a regular file: replace it with the text, or remove it")
+                    raise UsageError(f"{entry} is not a regular file: replace it with the text, or remove it")
                 yield entry
 
 

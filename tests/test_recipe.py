@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.errors import RequestError
-from launcher.recipe import Loss, build, load_class, sizes
-from launcher.study import Sizes
+from launcher.errors import UsageError
+from launcher.plan.training_plan import DatasetSizes
+from launcher.recipe import Loss, build_recipe, get_dataset_sizes, load_class
 
 OWN = """
 from __future__ import annotations
@@ -72,7 +72,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def refusal(call, *args) -> str:
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(UsageError) as caught:
         call(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -96,7 +96,7 @@ class TestTrust:
         assert "recipe.trust=[my_own_evil]" in refusal(load_class, "my_own_evil.Mine", ["my_own"])
         assert "my_own_evil" not in sys.modules
 
-    @pytest.mark.parametrize("target", ["os.system", "builtins.eval", "subprocess.Popen", "launcher.loop.Loop"])
+    @pytest.mark.parametrize("target", ["os.system", "builtins.eval", "subprocess.Popen", "launcher.train.loop.Loop"])
     def test_the_rest_of_python_and_of_the_launcher_is_not_trusted(self, target):
         assert "is not trusted" in refusal(load_class, target, ())
 
@@ -118,40 +118,40 @@ class TestTrust:
 class TestTarget:
     @pytest.mark.parametrize("target", [None, "", "???", 3])
     def test_missing(self, target):
-        assert "recipe._target_ is missing" in refusal(build, {"_target_": target, "trust": []})
+        assert "recipe._target_ is missing" in refusal(build_recipe, {"_target_": target, "trust": []})
 
     def test_a_misspelt_class_is_answered_with_the_nearest(self):
-        assert "did you mean Mine?" in refusal(build, SPEC | {"_target_": "my_own.Mien"})
+        assert "did you mean Mine?" in refusal(build_recipe, SPEC | {"_target_": "my_own.Mien"})
 
     def test_a_module_that_is_not_there(self):
-        message = refusal(build, {"_target_": "my_missing.Mine", "trust": ["my_missing"]})
+        message = refusal(build_recipe, {"_target_": "my_missing.Mine", "trust": ["my_missing"]})
         assert "my_missing does not import: No module named 'my_missing'" in message
 
     def test_a_module_whose_import_is_missing(self):
-        message = refusal(build, {"_target_": "my_broken.Mine", "trust": ["my_broken"]})
+        message = refusal(build_recipe, {"_target_": "my_broken.Mine", "trust": ["my_broken"]})
         assert "my_broken does not import: No module named 'not_installed_anywhere'" in message
 
     def test_a_module_that_fails(self):
-        message = refusal(build, {"_target_": "my_failing.Mine", "trust": ["my_failing"]})
+        message = refusal(build_recipe, {"_target_": "my_failing.Mine", "trust": ["my_failing"]})
         assert "my_failing fails on import: ZeroDivisionError" in message
 
     def test_a_class_that_lacks_a_method(self):
-        assert "it has no loss" in refusal(build, SPEC | {"_target_": "my_own.NoLoss"})
+        assert "it has no loss" in refusal(build_recipe, SPEC | {"_target_": "my_own.NoLoss"})
 
     def test_a_class_that_is_no_dataclass(self):
-        assert "it is not a dataclass" in refusal(build, SPEC | {"_target_": "my_own.Plain"})
+        assert "it is not a dataclass" in refusal(build_recipe, SPEC | {"_target_": "my_own.Plain"})
 
     @pytest.mark.parametrize(
         "extra", [{"_target_": "os.system"}, {"deep": {"_target_": "my_own.Plain"}}, [{"_target_": "my_own.Plain"}]]
     )
     def test_a_value_may_not_carry_a_target(self, extra):
-        assert "_target_=" in refusal(build, SPEC | {"extra": extra})
+        assert "_target_=" in refusal(build_recipe, SPEC | {"extra": extra})
         assert "my_own" not in sys.modules
 
 
 class TestFields:
     def test_trust_and_target_are_not_passed(self):
-        assert build(SPEC).width == 64
+        assert build_recipe(SPEC).width == 64
 
     @pytest.mark.parametrize(
         ("field", "value", "becomes"),
@@ -171,7 +171,7 @@ class TestFields:
         ],
     )
     def test_accepted(self, field, value, becomes):
-        given = getattr(build(SPEC | {field: value}), field)
+        given = getattr(build_recipe(SPEC | {field: value}), field)
         assert given == becomes
         assert type(given) is type(becomes)
 
@@ -195,35 +195,37 @@ class TestFields:
         ],
     )
     def test_refused(self, field, value, expected):
-        message = refusal(build, SPEC | {field: value})
+        message = refusal(build_recipe, SPEC | {field: value})
         assert message.startswith(f"recipe.{field}={value} is a {type(value).__name__}: expected ")
         assert expected in message
 
     def test_an_unknown_field_is_answered_with_the_nearest_and_the_list(self):
-        message = refusal(build, SPEC | {"widht": 3})
+        message = refusal(build_recipe, SPEC | {"widht": 3})
         assert "recipe.widht is not a field of Mine: did you mean recipe.width?" in message
         assert "stages" in message
 
     def test_a_missing_field(self):
-        assert "recipe.where is missing" in refusal(build, SPEC | {"_target_": "my_own.Asks"})
+        assert "recipe.where is missing" in refusal(build_recipe, SPEC | {"_target_": "my_own.Asks"})
 
 
 class TestSizes:
     def test_from_the_data_where_the_recipe_does_not_say(self):
-        assert sizes(SimpleNamespace(dataset=lambda split: [1, 2] if split == "train" else [])) == Sizes(2, 0, None)
+        assert get_dataset_sizes(
+            SimpleNamespace(dataset=lambda split: [1, 2] if split == "train" else [])
+        ) == DatasetSizes(2, 0, None)
 
     def test_from_the_recipe_without_opening_the_data(self):
         recipe = SimpleNamespace(size={"train": 5, "val": 1}.get, tokens_per_sample=64)
-        assert sizes(recipe) == Sizes(5, 1, 64)
+        assert get_dataset_sizes(recipe) == DatasetSizes(5, 1, 64)
 
     def test_a_field_may_be_called_size(self):
-        assert sizes(build(SPEC | {"size": 8})) == Sizes(3, 1, None)
+        assert get_dataset_sizes(build_recipe(SPEC | {"size": 8})) == DatasetSizes(3, 1, None)
 
     def test_nothing_to_train_on(self):
-        assert "is empty" in refusal(sizes, SimpleNamespace(dataset=lambda split: []))
+        assert "is empty" in refusal(get_dataset_sizes, SimpleNamespace(dataset=lambda split: []))
 
     def test_data_without_a_length(self):
-        assert "has no len()" in refusal(sizes, SimpleNamespace(dataset=iter))
+        assert "has no len()" in refusal(get_dataset_sizes, SimpleNamespace(dataset=iter))
 
 
 def test_loss_without_metrics():

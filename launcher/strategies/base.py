@@ -8,51 +8,57 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from launcher.blocks import unchanged
-from launcher.optim import Precision, reads_found_inf
-from launcher.parts import Place
-from launcher.strategies.gauge import EVERY, FIRST, FIRST_HEARD, Gauge, Listener
-from launcher.telemetry import StageClock
+from launcher.checkpoint.sharded import TensorSlice
+from launcher.strategies.activation_checkpointing import preserve_buffers
+from launcher.strategies.gradient_norms import (
+    FIRST_UPDATES,
+    FIRST_UPDATES_WITH_HOOKS,
+    MEASURE_EVERY,
+    GradNormHooks,
+    GroupGradNorms,
+)
+from launcher.strategies.optimizer import Precision, supports_found_inf
+from launcher.telemetry.stage_clock import StageClock
 
-__all__ = ["Rank", "before_wait", "even_parts", "waited"]
+__all__ = ["BaseReplica", "mark_wait_begin", "mark_wait_end", "slice_evenly"]
 
 #: Adam's average of squared gradients, and AMSGrad's maximum of it.
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+SECOND_MOMENT_SLOTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 
 
-class Rank:
+class BaseReplica:
     """A model whose buffers are local to each rank, and an optimizer that skips non-finite updates."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
     def __init__(self, model: nn.Module, world: int, precision: Precision) -> None:
-        self.bare = model
+        self.module = model
         self._world = world
         self._precision = precision
-        self._pad = False
+        self._is_padding = False
         self._single: bool | None = None
-        self._fresh = True
+        self._save_pending = True
         self._buffers = [b for b in model.buffers() if b is not None]
-        self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
-        self._gauge = Gauge(precision.device)
-        self._listener: Listener | None = None  # set if micro-batches are the groups for the noise scale
+        self._saved_buffers = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._group_norms = GroupGradNorms(precision.device)
+        self._norm_hooks: GradNormHooks | None = None  # set if micro-batches are the groups for the noise scale
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @contextmanager
-    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
-        self._pad = pad
-        if self._fresh:
-            self._keep_buffers()
+    def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
+        self._is_padding = is_padding
+        if self._save_pending:
+            self._save_buffers()
         self._single = last and self._single is not False
-        with self._untouched() if pad else nullcontext():
+        with self._preserve_running_stats() if is_padding else nullcontext():
             yield
-        if self._listener is not None and self._listener.on:
-            self._listener.on = False
-            self._gauge.close(self._listener.norms())
+        if self._norm_hooks is not None and self._norm_hooks.enabled:
+            self._norm_hooks.enabled = False
+            self._group_norms.close(self._norm_hooks.pop_norms())
 
     @contextmanager
-    def _untouched(self) -> Iterator[None]:
+    def _preserve_running_stats(self) -> Iterator[None]:
         """Keep running statistics unchanged during a padding micro-batch.
 
         BatchNorm is in evaluation mode meanwhile, so that it accepts a single sample.
@@ -61,72 +67,75 @@ class Rank:
         for norm in training:
             norm.training = False
         try:
-            with unchanged(self._buffers):
+            with preserve_buffers(self._buffers):
                 yield
         finally:
             for norm in training:
                 norm.training = True
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
-        self._listen(0.0 if self._pad else count)
-        self._precision.scaled(total / samples).backward()
+        self._measure_next_backward(0.0 if self._is_padding else count)
+        self._precision.scale_loss(total / samples).backward()
 
     @torch.no_grad()
-    def _keep_buffers(self) -> None:
+    def _save_buffers(self) -> None:
         """Save the buffers before an update, so that they can be restored if the update is skipped."""
-        self._fresh = False
+        self._save_pending = False
         if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
+            torch._foreach_copy_(self._saved_buffers, self._buffers)
 
-    def _measured(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
+    def _pop_group_norms(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
         """This rank's sum of group gradient norms and the number of groups; the gradients were scaled by `scale`."""
         self._single = None
-        return self._gauge.take(scale)
+        return self._group_norms.pop(scale)
 
-    def measures(self, update: int) -> bool:
-        return update < (FIRST if self._listener is None else FIRST_HEARD) or update % EVERY == 0
+    def measures_noise_at(self, update: int) -> bool:
+        return (
+            update < (FIRST_UPDATES if self._norm_hooks is None else FIRST_UPDATES_WITH_HOOKS)
+            or update % MEASURE_EVERY == 0
+        )
 
-    def _listen(self, count: float) -> None:
+    def _measure_next_backward(self, count: float) -> None:
         """Measure the next backward pass, with loss count `count`; a lone micro-batch has no other to compare with."""
-        self._gauge.counts(count)
-        if self._listener is not None:
-            self._listener.on = count > 0 and (self._world > 1 or not self._single)
+        self._group_norms.add_count(count)
+        if self._norm_hooks is not None:
+            self._norm_hooks.enabled = count > 0 and (self._world > 1 or not self._single)
 
-    def _finish(self, finite: torch.Tensor) -> None:
+    def _step_if_finite(self, finite: torch.Tensor) -> None:
         """Step if the gradient is finite; else leave parameters, moments, step counts and buffers unchanged.
 
         torch allocates momentum buffers before it checks `found_inf` and would later use their uninitialised contents,
         so the first applied step is decided on the host.
         """
-        if finite.device.type == "cuda" and reads_found_inf(self.optimizer) and self.optimizer.state:
+        if finite.device.type == "cuda" and supports_found_inf(self.optimizer) and self.optimizer.state:
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            for kept, buffer in zip(self._saved_buffers, self._buffers, strict=True):
                 torch.where(finite, buffer, kept, out=buffer)
         elif bool(finite):
             self.optimizer.step()
         else:
-            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            for kept, buffer in zip(self._saved_buffers, self._buffers, strict=True):
                 buffer.copy_(kept)
-        self._adjust(finite)
+        self._update_loss_scale(finite)
         self.optimizer.zero_grad(set_to_none=True)
-        self._fresh = True
+        self._save_pending = True
 
     @torch.no_grad()
     def rescale_moments(self, factor: float) -> None:
-        for state in self._optimizer_state():
-            for slot in SECOND_MOMENTS & state.keys():
+        for state in self._get_optimizer_states():
+            for slot in SECOND_MOMENT_SLOTS & state.keys():
                 state[slot].mul_(factor)
 
-    def _optimizer_state(self) -> Iterable[dict[str, Any]]:
+    def _get_optimizer_states(self) -> Iterable[dict[str, Any]]:
         return self.optimizer.state.values()
 
-    def _adjust(self, finite: torch.Tensor) -> None:
+    def _update_loss_scale(self, finite: torch.Tensor) -> None:
         """Update the loss scale after the step."""
-        self._precision.stepped()
+        self._precision.update()
 
     @torch.no_grad()
-    def settle_buffers(self) -> None:
+    def broadcast_buffers(self) -> None:
         if self._world == 1:
             return
         for buffer in self._buffers:
@@ -134,7 +143,7 @@ class Rank:
                 dist.broadcast(buffer, src=0)
 
 
-def even_parts(group: Mapping[str, torch.Tensor], places: dict[str, Place]) -> dict[str, torch.Tensor]:
+def slice_evenly(group: Mapping[str, torch.Tensor], places: dict[str, TensorSlice]) -> dict[str, torch.Tensor]:
     """Slice tensors that every rank holds in full into equal parts, one per rank; record their positions in `places`.
 
     Tensors that are not floating-point (counters) are taken from rank 0, since they are not synchronised across ranks.
@@ -146,32 +155,32 @@ def even_parts(group: Mapping[str, torch.Tensor], places: dict[str, Place]) -> d
             cut.update({name: tensor} if rank == 0 else {})
             continue
         start, stop = (tensor.numel() * one // world for one in (rank, rank + 1))
-        places[name] = Place(tuple(tensor.shape), start)
+        places[name] = TensorSlice(tuple(tensor.shape), start)
         cut[name] = tensor.detach().reshape(-1)[start:stop]
     return cut
 
 
-def before_wait(clock: StageClock) -> Callable[..., None]:
+def mark_wait_begin(clock: StageClock) -> Callable[..., None]:
     """A hook for the start of a wait for other ranks: the time before it counts as the current pass's own work."""
 
     def hook(*_: object) -> None:
-        if (stage := under_way()) is not None:
+        if (stage := current_pass()) is not None:
             clock.lap(stage)
 
     return hook
 
 
-def waited(clock: StageClock) -> Callable[..., None]:
+def mark_wait_end(clock: StageClock) -> Callable[..., None]:
     """A hook for the end of a wait: the time since its start counts as `sync`."""
 
     def hook(*_: object) -> None:
-        if under_way() is not None:
+        if current_pass() is not None:
             clock.lap("sync")
 
     return hook
 
 
-def under_way() -> str | None:
+def current_pass() -> str | None:
     """The current pass, forward or backward; None outside training. Activation recomputation counts as backward."""
     if torch._C._current_graph_task_id() >= 0:
         return "backward"

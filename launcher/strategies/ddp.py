@@ -11,19 +11,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
-from launcher.checkpoint import Stored
-from launcher.optim import (
-    apply_rate,
+from launcher.checkpoint.sharded import TensorSlice
+from launcher.checkpoint.tensor_io import LazyTensors
+from launcher.config.schema import RunConfig
+from launcher.strategies.base import BaseReplica, slice_evenly
+from launcher.strategies.gradient_norms import GradNormHooks, compute_norms
+from launcher.strategies.optimizer import (
+    get_optimizer_facts,
+    get_optimizer_tensors,
     load_optimizer,
     make_optimizer,
-    optimizer_facts,
-    optimizer_tensors,
+    set_lr_and_momentum,
 )
-from launcher.parts import Place
-from launcher.settings import Run
-from launcher.strategies import Given, Shards, State, Step
-from launcher.strategies.base import Rank, even_parts
-from launcher.strategies.gauge import Listener, norms
+from launcher.strategies.registry import ReplicaArgs, ReplicaState, ShardedState, StepResult
 
 __all__ = ["DdpReplica"]
 
@@ -35,7 +35,7 @@ NO_BUFFER_SYNC = next(
 )
 
 
-class DdpReplica(Rank):
+class DdpReplica(BaseReplica):
     """DDP whose gradient is the sum over ranks of d(total)/samples, which is correct for any shares.
 
     So nothing is divided by the world size, and the communication hook sums. The hook also marks the clock at the last
@@ -47,72 +47,72 @@ class DdpReplica(Rank):
     sharded = False
     by_micro_batch = True
 
-    def __init__(self, given: Given) -> None:
-        model, run = given.model, given.run
+    def __init__(self, given: ReplicaArgs) -> None:
+        model, config = given.model, given.config
         super().__init__(model.to(given.precision.device), given.world, given.precision)
         self._clock = given.clock
-        self.model: nn.Module = model if given.world == 1 else self._distributed(model, run)
-        self.optimizer = make_optimizer(model, run, given.groups)
+        self.model: nn.Module = model if given.world == 1 else self._wrap_in_ddp(model, config)
+        self.optimizer = make_optimizer(model, config, given.groups)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._own: list[torch.Tensor] = []
+        self._bucket_norms: list[torch.Tensor] = []
         if given.world == 1 and self.by_micro_batch:
-            self._listener = Listener(self._parameters)
+            self._norm_hooks = GradNormHooks(self._parameters)
 
-    def _distributed(self, model: nn.Module, run: Run) -> DistributedDataParallel:
+    def _wrap_in_ddp(self, model: nn.Module, config: RunConfig) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(
             model,
             gradient_as_bucket_view=True,
-            find_unused_parameters=run.strategy.find_unused_parameters,
+            find_unused_parameters=config.strategy.find_unused_parameters,
             **{NO_BUFFER_SYNC: False},  # type: ignore[arg-type]
         )
-        wrapped.register_comm_hook(None, self._sum)
+        wrapped.register_comm_hook(None, self._all_reduce_hook)
         return wrapped
 
-    def _sum(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _all_reduce_hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         gradients = bucket.buffer()
-        if self._pad:
+        if self._is_padding:
             gradients.zero_()
-        if self._gauge.measuring:
-            self._own += norms([gradients])
+        if self._group_norms.measuring:
+            self._bucket_norms += compute_norms([gradients])
         if bucket.is_last():
             self._clock.mark()
         work = dist.all_reduce(gradients, async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 
     @contextmanager
-    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
+    def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         silent = self.model.no_sync() if not last and isinstance(self.model, DistributedDataParallel) else nullcontext()
-        with silent, super().micro(last=last, pad=pad, place=place):
+        with silent, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
+    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if rescale != 1.0:
             torch._foreach_mul_(gradients, rescale)
-        self._gauge.close(self._own)
-        self._own = []
-        spread, groups = self._measured(self._precision.factor())
+        self._group_norms.close(self._bucket_norms)
+        self._bucket_norms = []
+        spread, groups = self._pop_group_norms(self._precision.get_scale_tensor())
         self._precision.unscale(self.optimizer)
-        norm = torch.linalg.vector_norm(torch.stack(norms(gradients)))
+        norm = torch.linalg.vector_norm(torch.stack(compute_norms(gradients)))
         finite = torch.isfinite(norm)
         if clip_norm is not None:
             clip_grads_with_norm_(self._parameters, clip_norm, norm)
-        apply_rate(self.optimizer, lr, momentum)
-        self._finish(finite)
-        return Step(norm=norm, finite=finite, spread=spread, groups=groups)
+        set_lr_and_momentum(self.optimizer, lr, momentum)
+        self._step_if_finite(finite)
+        return StepResult(norm=norm, finite=finite, group_grad_norm_sum=spread, groups=groups)
 
-    def tensors(self) -> State:
-        facts = {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}
-        return State(self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), facts)
+    def full_state(self) -> ReplicaState:
+        facts = {"optimizer": get_optimizer_facts(self.optimizer, self.module), "scaler": self._precision.state_dict()}
+        return ReplicaState(self.module.state_dict(), get_optimizer_tensors(self.optimizer, self.module), facts)
 
-    def shards(self) -> Shards:
+    def sharded_state(self) -> ShardedState:
         """Every rank holds the full state and returns an equal slice of it."""
-        model, optimizer, facts = self.tensors()
-        places: dict[str, Place] = {}
-        return Shards(State(even_parts(model, places), even_parts(optimizer, places), facts), places)
+        model, optimizer, facts = self.full_state()
+        places: dict[str, TensorSlice] = {}
+        return ShardedState(ReplicaState(slice_evenly(model, places), slice_evenly(optimizer, places), facts), places)
 
-    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
-        self.bare.load_state_dict(dict(model))
-        load_optimizer(self.optimizer, self.bare, optimizer, facts["optimizer"])
-        self._precision.restore(facts["scaler"])
+    def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
+        self.module.load_state_dict(dict(model))
+        load_optimizer(self.optimizer, self.module, optimizer, facts["optimizer"])
+        self._precision.load_state_dict(facts["scaler"])

@@ -16,27 +16,27 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from launcher.checkpoint import Stored
-from launcher.optim import (
-    apply_rate,
-    check_kind,
+from launcher.checkpoint.sharded import TensorSlice
+from launcher.checkpoint.tensor_io import LazyTensors
+from launcher.strategies.base import BaseReplica, mark_wait_begin, mark_wait_end, slice_evenly
+from launcher.strategies.deepspeed_config import make_deepspeed_config
+from launcher.strategies.deepspeed_state import ZeroState
+from launcher.strategies.gradient_norms import GradNormHooks
+from launcher.strategies.optimizer import (
+    check_optimizer_class,
+    get_optimizer_facts,
+    get_optimizer_tensors,
     load_optimizer,
     make_optimizer,
-    optimizer_facts,
-    optimizer_tensors,
+    set_lr_and_momentum,
 )
-from launcher.parts import Place
-from launcher.strategies import Given, Shards, State, Step
-from launcher.strategies.base import Rank, before_wait, even_parts, waited
-from launcher.strategies.gauge import Listener
-from launcher.strategies.zero_config import configuration
-from launcher.strategies.zero_state import ZeroState
-from launcher.telemetry import StageClock
+from launcher.strategies.registry import ReplicaArgs, ReplicaState, ShardedState, StepResult
+from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["DeepSpeedReplica"]
 
 
-class DeepSpeedReplica(Rank):
+class DeepSpeedReplica(BaseReplica):
     """DeepSpeed averages gradients over the ranks; the step multiplies by the world size, so that they are summed.
 
     Parameters are fp32 and the loss is computed under our autocast, as under DDP: `train.precision` has one meaning.
@@ -45,8 +45,8 @@ class DeepSpeedReplica(Rank):
     samples.
     """
 
-    def __init__(self, given: Given) -> None:
-        model, run, precision = given.model, given.run, given.precision
+    def __init__(self, given: ReplicaArgs) -> None:
+        model, run, precision = given.model, given.config, given.precision
         model.to(precision.device)
         super().__init__(model, given.world, precision)
         for buffer in self._buffers:
@@ -56,68 +56,68 @@ class DeepSpeedReplica(Rank):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.optimizer = make_optimizer(model, run, given.groups)
-        self._optimizer_facts = optimizer_facts(self.optimizer, model)
+        self._optimizer_facts = get_optimizer_facts(self.optimizer, model)
         if precision.name in ("bf16", "fp16"):
-            model.forward = within(precision.autocast, model.forward)  # type: ignore[method-assign]
-        config = configuration(run, sum(parameter.numel() for parameter in self._parameters))
-        self._engine = engine_of(model, self.optimizer, config, precision.device, debug=run.debug)
-        keep_timeout(run.launch.timeout_s)
+            model.forward = under_autocast(precision.autocast, model.forward)  # type: ignore[method-assign]
+        config = make_deepspeed_config(run, sum(parameter.numel() for parameter in self._parameters))
+        self._engine = make_engine(model, self.optimizer, config, precision.device, debug=run.debug)
+        set_group_timeout(run.launch.timeout_s)
         self.model: nn.Module = self._engine
-        self._listener = Listener(self._parameters)
+        self._norm_hooks = GradNormHooks(self._parameters)
         self._reduce = self._engine.allreduce_gradients
-        self._engine.allreduce_gradients = self._reduce_marked
+        self._engine.allreduce_gradients = self._reduce_and_mark_wait
         self._zero = self._engine.optimizer
         stage = run.strategy.stage
         self.sharded = stage > 0
         if stage == 3:
-            mark_waits(self._zero.parameter_offload, given.clock)
+            time_param_gathering(self._zero.parameter_offload, given.clock)
         self._state = ZeroState(self._zero, model, self._shapes, stage, given.world) if stage else None
 
-    def _reduce_marked(self, *args: Any, **kwargs: Any) -> None:
+    def _reduce_and_mark_wait(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's gradient reduction after a backward pass; marks the wait after the last one of an update."""
         if self._engine.is_gradient_accumulation_boundary():
             self._clock.mark()
         self._reduce(*args, **kwargs)
 
     @contextmanager
-    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
+    def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
-        silent = without_gradients(self._parameters) if pad else nullcontext()
-        with silent, super().micro(last=last, pad=pad, place=place):
+        silent = zero_gradients_in_backward(self._parameters) if is_padding else nullcontext()
+        with silent, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
-        self._listen(0.0 if self._pad else count)
-        self._engine.backward(self._precision.scaled(total / samples))
+        self._measure_next_backward(0.0 if self._is_padding else count)
+        self._engine.backward(self._precision.scale_loss(total / samples))
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
-        apply_rate(self.optimizer, lr, momentum)
-        take = self._step_whole if self._state is None else self._step_in_pieces
+    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
+        set_lr_and_momentum(self.optimizer, lr, momentum)
+        take = self._step_unsharded if self._state is None else self._step_sharded
         scale = self._precision.scale()
-        spread, groups = self._measured(scale)
+        spread, groups = self._pop_group_norms(scale)
         norm, applied = take(rescale * self._world / scale, clip_norm)
         if not applied:
-            for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            for kept, buffer in zip(self._saved_buffers, self._buffers, strict=True):
                 buffer.copy_(kept)
-        self._precision.told(finite=applied)
-        self._fresh = True
+        self._precision.update_scale(finite=applied)
+        self._save_pending = True
         device = self._precision.device
         norm = torch.as_tensor(norm, dtype=torch.float32, device=device)
-        return Step(norm, torch.tensor(applied, device=device), spread, groups)
+        return StepResult(norm, torch.tensor(applied, device=device), spread, groups)
 
-    def _step_in_pieces(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
+    def _step_sharded(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
         """Step under stages 1 to 3: DeepSpeed itself skips a non-finite norm, on all ranks alike."""
         self._zero.clip_grad = clip_norm or 0.0
         if math.isfinite(factor):
             self._zero.override_loss_scale(1.0 / factor)
         else:
-            spoil(self._zero)
+            poison_gradients(self._zero)
         self._engine.step()
         self._zero.override_loss_scale(1.0)
         return self._engine.get_global_grad_norm(), self._engine.was_step_applied()
 
-    def _step_whole(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
+    def _step_unsharded(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
         """Step under stage 0: DeepSpeed has averaged the gradients and would step even if they are not finite."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         torch._foreach_mul_(gradients, factor)
@@ -130,90 +130,94 @@ class DeepSpeedReplica(Rank):
         self._engine.step()
         return norm, True
 
-    def _optimizer_state(self) -> Iterable[dict[str, Any]]:
+    def _get_optimizer_states(self) -> Iterable[dict[str, Any]]:
         """From stage 1 on, the state of this rank's flat partitions."""
         return (self.optimizer if self._state is None else self._zero.optimizer).state.values()
 
-    def _facts(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        return {"optimizer": {**self._optimizer_facts, "numbers": numbers}, "scaler": self._precision.facts()}
+    def _make_facts(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        return {"optimizer": {**self._optimizer_facts, "numbers": numbers}, "scaler": self._precision.state_dict()}
 
     @torch.no_grad()
-    def tensors(self) -> State:
+    def full_state(self) -> ReplicaState:
         if self._state is None:
-            numbers = optimizer_facts(self.optimizer, self.bare)["numbers"]
-            return State(self.bare.state_dict(), optimizer_tensors(self.optimizer, self.bare), self._facts(numbers))
-        slots = dict(self._state.slots(self._precision.device))
-        return State(dict(self._weights()), *self._split(slots))
+            numbers = get_optimizer_facts(self.optimizer, self.module)["numbers"]
+            return ReplicaState(
+                self.module.state_dict(), get_optimizer_tensors(self.optimizer, self.module), self._make_facts(numbers)
+            )
+        slots = dict(self._state.iter_full_slots(self._precision.device))
+        return ReplicaState(dict(self._iter_full_weights()), *self._split_tensors(slots))
 
-    def _split(self, slots: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def _split_tensors(self, slots: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Split into the optimizer's tensors, and the JSON values with the part of its state that is not a tensor."""
         numbers = {key: value for key, value in slots.items() if not isinstance(value, torch.Tensor)}
-        return {key: value for key, value in slots.items() if key not in numbers}, self._facts(numbers)
+        return {key: value for key, value in slots.items() if key not in numbers}, self._make_facts(numbers)
 
     @torch.no_grad()
-    def shards(self) -> Shards:
-        places: dict[str, Place] = {}
+    def sharded_state(self) -> ShardedState:
+        places: dict[str, TensorSlice] = {}
         if self._state is None:
-            model, optimizer, facts = self.tensors()
-            return Shards(State(even_parts(model, places), even_parts(optimizer, places), facts), places)
+            model, optimizer, facts = self.full_state()
+            return ShardedState(
+                ReplicaState(slice_evenly(model, places), slice_evenly(optimizer, places), facts), places
+            )
         slots: dict[str, Any] = {}
-        for key, value, place in self._state.parts():
+        for key, value, place in self._state.iter_local_slots():
             slots[key] = value
             if place is not None:
                 places[key] = place
-        return Shards(State(self._own_weights(places), *self._split(slots)), places)
+        return ShardedState(ReplicaState(self._get_local_weights(places), *self._split_tensors(slots)), places)
 
-    def _own_weights(self, places: dict[str, Place]) -> dict[str, torch.Tensor]:
+    def _get_local_weights(self, places: dict[str, TensorSlice]) -> dict[str, torch.Tensor]:
         """This rank's partitions under stage 3, without padding; an equal slice of tensors that all ranks hold."""
-        tensors = self.bare.state_dict(keep_vars=True)
+        tensors = self.module.state_dict(keep_vars=True)
         own = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_id")}
-        cut = even_parts({name: tensor for name, tensor in tensors.items() if name not in own}, places)
+        cut = slice_evenly({name: tensor for name, tensor in tensors.items() if name not in own}, places)
         for name, tensor in own.items():
             start = min(self._rank * tensor.ds_tensor.ds_numel, tensor.ds_numel)
-            places[name] = Place(tuple(tensor.ds_shape), start)
+            places[name] = TensorSlice(tuple(tensor.ds_shape), start)
             cut[name] = tensor.ds_tensor.detach()[: tensor.ds_numel - start]
         return cut
 
-    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _iter_full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's tensors, tied ones shared under every name; under stage 3 gathered, for rank 0 only."""
         seen: dict[int, torch.Tensor] = {}
-        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
             if not hasattr(tensor, "ds_id"):
                 yield name, tensor.detach()
                 continue
             if id(tensor) not in seen:
-                with gathered(tensor, None):
+                with gathered_parameter(tensor, None):
                     whole = tensor.detach()
                     seen[id(tensor)] = whole.to("cpu", copy=True) if self._rank == 0 else whole.new_empty(0)
             yield name, seen[id(tensor)]
 
     @torch.no_grad()
-    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
+    def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         if self._state is None:
-            self.bare.load_state_dict(dict(model))
-            load_optimizer(self.optimizer, self.bare, optimizer, facts["optimizer"])
+            self.module.load_state_dict(dict(model))
+            load_optimizer(self.optimizer, self.module, optimizer, facts["optimizer"])
         else:
-            check_kind(self.optimizer, facts["optimizer"])
-            self._put_weights(model)
-            self._state.fill(optimizer, facts["optimizer"]["numbers"])
-        self._precision.restore(facts["scaler"])
+            check_optimizer_class(self.optimizer, facts["optimizer"])
+            self._load_weights(model)
+            self._state.load(optimizer, facts["optimizer"]["numbers"])
+        self._precision.load_state_dict(facts["scaler"])
 
-    def _put_weights(self, model: Stored) -> None:
+    def _load_weights(self, model: LazyTensors) -> None:
         done: set[int] = set()
-        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
             if id(tensor) in done:
                 continue
             done.add(id(tensor))
             if not hasattr(tensor, "ds_id"):
                 tensor.copy_(model[name])
                 continue
-            with gathered(tensor, 0):
+            with gathered_parameter(tensor, 0):
                 if self._rank == 0:
                     tensor.copy_(model[name])
         self._zero.refresh_fp32_params()
 
 
-def engine_of(
+def make_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device, *, debug: bool
 ) -> Any:
     """Create DeepSpeed's engine on the existing process group, without compiling any of its kernels.
@@ -234,18 +238,18 @@ def engine_of(
     return engine
 
 
-def keep_timeout(timeout_s: float) -> None:
+def set_group_timeout(timeout_s: float) -> None:
     """Set our timeout on DeepSpeed's own process group, which it creates with torch's default of 30 minutes."""
     from deepspeed.utils import groups
 
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), groups._get_data_parallel_group())
 
 
-def mark_waits(gathering: Any, clock: StageClock) -> None:
+def time_param_gathering(gathering: Any, clock: StageClock) -> None:
     """Count stage 3's gathering of a module's parameters before forward and backward as waiting, not computing."""
 
     def timed(gather: Callable[..., None]) -> Callable[..., None]:
-        before, after = before_wait(clock), waited(clock)
+        before, after = mark_wait_begin(clock), mark_wait_end(clock)
 
         def timed_gather(*args: Any) -> None:
             before()
@@ -258,7 +262,7 @@ def mark_waits(gathering: Any, clock: StageClock) -> None:
     gathering.pre_sub_module_backward_function = timed(gathering.pre_sub_module_backward_function)
 
 
-def within(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+def under_autocast(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:
     """Run `forward` under autocast: in its engine's forward, DeepSpeed disables any autocast but its own."""
 
     def autocast_forward(*args: Any, **kwargs: Any) -> Any:
@@ -269,7 +273,7 @@ def within(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable
 
 
 @contextmanager
-def gathered(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
+def gathered_parameter(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
     """Gather a stage 3 parameter on every rank; on exit, keep the changes made by rank `changed_by`, if given."""
     import deepspeed
 
@@ -278,7 +282,7 @@ def gathered(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def zero_gradients_in_backward(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Zero the gradients of `parameters` before DeepSpeed sees them: the loss of a padding micro-batch may be NaN."""
     hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
     try:
@@ -288,7 +292,7 @@ def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             hook.remove()
 
 
-def spoil(zero: Any) -> None:
+def poison_gradients(zero: Any) -> None:
     """Set the gradients to NaN so that DeepSpeed skips the step: there is no other way to request that."""
     norms = getattr(zero, "norm_for_param_grads", {})  # for offloaded gradients, DeepSpeed checks only the norms
     for key in norms:

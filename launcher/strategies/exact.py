@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoint import Stored
-from launcher.errors import RequestError
-from launcher.shards import Tree, trainers
-from launcher.strategies import Given, State
+from launcher.checkpoint.tensor_io import LazyTensors
+from launcher.errors import UsageError
+from launcher.plan.virtual_shards import TreeSum, num_training_ranks
 from launcher.strategies.ddp import DdpReplica
-from launcher.strategies.gauge import norms
+from launcher.strategies.gradient_norms import compute_norms
+from launcher.strategies.registry import ReplicaArgs, ReplicaState
 
 __all__ = ["ExactReplica"]
 
@@ -36,15 +36,15 @@ class ExactReplica(DdpReplica):
 
     by_micro_batch = False
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: ReplicaArgs) -> None:
         make_deterministic()
         super().__init__(replace(given, world=1))  # no communication by DDP: each rank is a world of one
-        run, world = given.run, given.world
+        config, world = given.config, given.world
         self._ranks = world
         self._rank = dist.get_rank() if world > 1 else 0
-        self._trainers = trainers(world, run.elastic.shards)
-        self._shards = run.elastic.shards // self._trainers if self._rank < self._trainers else 0
-        both = list(zip(self._buffers, self._kept, strict=True))
+        self._trainers = num_training_ranks(world, config.elastic.shards)
+        self._shards = config.elastic.shards // self._trainers if self._rank < self._trainers else 0
+        both = list(zip(self._buffers, self._saved_buffers, strict=True))
         self._means = [(buffer, kept) for buffer, kept in both if buffer.is_floating_point()]
         self._counters = [buffer for buffer in self._buffers if not buffer.is_floating_point()]
         self._counted: list[torch.Tensor] = []
@@ -52,43 +52,43 @@ class ExactReplica(DdpReplica):
         self._dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
         self._learned = sum(parameter.numel() for parameter in self._parameters)
         self._sizes = [number.numel() for number in numbers] + [1] * len(self._means) + [len(self._parameters) + 1]
-        self._tree = Tree()
-        self._place: int | None = None
+        self._tree = TreeSum()
+        self._shard: int | None = None
         if world > 1:
             for tensor in (*given.model.parameters(), *self._buffers):
                 dist.broadcast(tensor.detach(), src=0)
 
     @contextmanager
-    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
-        if self._place not in (None, place):
-            self._close()
-        self._place = place
-        with super().micro(last=last, pad=pad, place=place):
+    def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
+        if self._shard not in (None, shard):
+            self._finish_shard()
+        self._shard = shard
+        with super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
         if last:
-            if not pad:
-                self._close()
-            self._place = None
-            self._combine()
+            if not is_padding:
+                self._finish_shard()
+            self._shard = None
+            self._sum_shards()
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
-        if not self._pad:
+        if not self._is_padding:
             super().backward(total, samples, count)
 
     @torch.no_grad()
-    def _close(self) -> None:
+    def _finish_shard(self) -> None:
         """Finish a shard: store its vector, then reset gradients and buffers for the next one."""
-        packed = self._packed()
+        packed = self._pack_shard()
         self._tree.add(packed)
-        if self._gauge.measuring:
-            self._gauge.close(norms([packed[: self._learned]]))
-        if self._place == 0:
+        if self._group_norms.measuring:
+            self._group_norms.close(compute_norms([packed[: self._learned]]))
+        if self._shard == 0:
             self._counted = [counter.clone() for counter in self._counters]
         self.optimizer.zero_grad(set_to_none=True)
         if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)
+            torch._foreach_copy_(self._buffers, self._saved_buffers)
 
-    def _packed(self) -> torch.Tensor:
+    def _pack_shard(self) -> torch.Tensor:
         device = self._precision.device
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         changed = [(buffer != kept).any() for buffer, kept in self._means]
@@ -97,19 +97,19 @@ class ExactReplica(DdpReplica):
         return torch.cat([part.reshape(-1).to(self._dtype) for part in parts])
 
     @torch.no_grad()
-    def _combine(self) -> None:
+    def _sum_shards(self) -> None:
         zeros = torch.zeros(sum(self._sizes), dtype=self._dtype, device=self._precision.device)
         while self._tree.size < self._shards:
             # Adding zeros is not a no-op (-0.0 + 0.0 is 0.0), and must not depend on which rank has the other operand.
             self._tree.add(zeros)
-        total = self._gathered(self._tree.total()) if self._shards else zeros
-        self._tree = Tree()
+        total = self._reduce_to_rank0(self._tree.total()) if self._shards else zeros
+        self._tree = TreeSum()
         if self._ranks > 1:
             dist.broadcast(total, src=0)
-        self._take_over(total)
-        self._count()
+        self._load_summed_gradients(total)
+        self._broadcast_counters()
 
-    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
+    def _reduce_to_rank0(self, own: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks in a binary tree; rank 0 ends with the total."""
         step = 1
         while step < self._trainers:
@@ -122,7 +122,7 @@ class ExactReplica(DdpReplica):
             step *= 2
         return own
 
-    def _take_over(self, total: torch.Tensor) -> None:
+    def _load_summed_gradients(self, total: torch.Tensor) -> None:
         parts, parameters, means = total.split(self._sizes), len(self._parameters), len(self._means)
         *has, shards = parts[-1].tolist()
         for parameter, gradient, there in zip(self._parameters, parts, has, strict=False):
@@ -132,7 +132,7 @@ class ExactReplica(DdpReplica):
         for (buffer, kept), whole, moved in zip(self._means, sums, changed, strict=True):
             buffer.copy_(torch.where(moved > 0, (whole / shards).view(buffer.shape).to(buffer.dtype), kept))
 
-    def _count(self) -> None:
+    def _broadcast_counters(self) -> None:
         """Broadcast the counters of shard 0 to every rank, as bytes in one message."""
         if not self._counters:
             return
@@ -145,20 +145,20 @@ class ExactReplica(DdpReplica):
             counter.copy_(part.clone().view(counter.dtype).view(counter.shape))
         self._counted = []
 
-    def tensors(self) -> State:
-        model, optimizer, facts = super().tensors()
-        return State(model, optimizer, {**facts, "exact": numerics(self._precision.device)})
+    def full_state(self) -> ReplicaState:
+        model, optimizer, facts = super().full_state()
+        return ReplicaState(model, optimizer, {**facts, "exact": numeric_environment(self._precision.device)})
 
-    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
+    def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         """Load a checkpoint.
 
         Raises:
             UsageError: the checkpoint is of an exact run in a different numeric environment.
         """
-        here, before = numerics(self._precision.device), facts.get("exact", {})
+        here, before = numeric_environment(self._precision.device), facts.get("exact", {})
         for name, was in before.items():
             if here.get(name) != was:
-                raise RequestError(
+                raise UsageError(
                     f"elastic.exact=true: {name} was {was} in the checkpoint and is {here.get(name)} now, which "
                     f"changes the last bits: continue with {was}, or start a new run with run.name=…"
                 )
@@ -175,7 +175,7 @@ def make_deterministic() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def numerics(device: torch.device) -> dict[str, Any]:
+def numeric_environment(device: torch.device) -> dict[str, Any]:
     """The environment that the last bits of a result depend on, besides the configuration."""
     cuda = device.type == "cuda"
     return {

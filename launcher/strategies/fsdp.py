@@ -12,27 +12,27 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from launcher.checkpoint import Stored
-from launcher.errors import RequestError
-from launcher.hollow import fill
-from launcher.optim import (
+from launcher.checkpoint.sharded import TensorSlice
+from launcher.checkpoint.tensor_io import LazyTensors
+from launcher.config.schema import RunConfig
+from launcher.errors import UsageError
+from launcher.strategies.base import BaseReplica, mark_wait_begin, mark_wait_end
+from launcher.strategies.gradient_norms import GradNormHooks
+from launcher.strategies.meta_init import materialize
+from launcher.strategies.optimizer import (
     Precision,
-    apply_rate,
+    get_optimizer_facts,
+    get_optimizer_tensors,
     load_optimizer,
     make_optimizer,
-    optimizer_facts,
-    optimizer_tensors,
+    set_lr_and_momentum,
 )
-from launcher.parts import Place
-from launcher.settings import Run
-from launcher.strategies import Given, Shards, State, Step
-from launcher.strategies.base import Rank, before_wait, waited
-from launcher.strategies.gauge import Listener
+from launcher.strategies.registry import ReplicaArgs, ReplicaState, ShardedState, StepResult
 
 __all__ = ["FsdpReplica"]
 
 
-class FsdpReplica(Rank):
+class FsdpReplica(BaseReplica):
     """Parameters, gradients and optimizer state are DTensors sharded by rows; every rank holds all buffers in full.
 
     Gradients are summed, not averaged, as under DDP: the loss is divided only by the update's number of samples. The
@@ -42,109 +42,113 @@ class FsdpReplica(Rank):
 
     sharded = True
 
-    def __init__(self, given: Given) -> None:
-        model, run, precision = given.model, given.run, given.precision
-        check_shapes(model)
-        check_ties(model, given.blocks)
-        self._sharded = shard(model, run, given.world, precision, given.blocks)
+    def __init__(self, given: ReplicaArgs) -> None:
+        model, config, precision = given.model, given.config, given.precision
+        check_parameter_shapes(model)
+        check_tied_parameters(model, given.blocks)
+        self._sharded = apply_fully_shard(model, config, given.world, precision, given.blocks)
         self.model = model
         super().__init__(model, given.world, precision)
-        self.optimizer = make_optimizer(model, run, given.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
+        self.optimizer = make_optimizer(model, config, given.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
-        self._listener = Listener()
+        self._norm_hooks = GradNormHooks()
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.register_forward_pre_hook(before_wait(given.clock), prepend=True)
-                module.register_forward_pre_hook(waited(given.clock))
-                module.register_forward_pre_hook(attention(self._listener))
+                module.register_forward_pre_hook(mark_wait_begin(given.clock), prepend=True)
+                module.register_forward_pre_hook(mark_wait_end(given.clock))
+                module.register_forward_pre_hook(register_grad_norm_hooks(self._norm_hooks))
 
     @contextmanager
-    def micro(self, *, last: bool, pad: bool, place: int) -> Iterator[None]:
+    def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._sharded.set_requires_gradient_sync(last)
         self._sharded.set_is_last_backward(last)
-        silent = without_gradients(self.bare) if pad else nullcontext()
-        with silent, super().micro(last=last, pad=pad, place=place):
+        silent = zero_padding_gradients(self.module) if is_padding else nullcontext()
+        with silent, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> Step:
+    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
         scale = self._precision.scale()
-        spread, groups = self._measured(scale)
+        spread, groups = self._pop_group_norms(scale)
         factor = rescale / scale
         if factor != 1.0:
             torch._foreach_mul_(rows, factor)
-        norm = self._norm(rows)
+        norm = self._compute_grad_norm(rows)
         if clip_norm is not None:
             torch._foreach_mul_(rows, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
-        apply_rate(self.optimizer, lr, momentum)
+        set_lr_and_momentum(self.optimizer, lr, momentum)
         finite = torch.isfinite(norm)
-        self._finish(finite)
-        return Step(norm=norm, finite=finite, spread=spread, groups=groups)
+        self._step_if_finite(finite)
+        return StepResult(norm=norm, finite=finite, group_grad_norm_sum=spread, groups=groups)
 
-    def _adjust(self, finite: torch.Tensor) -> None:
+    def _update_loss_scale(self, finite: torch.Tensor) -> None:
         if self._precision.scaler is not None:
-            self._precision.told(finite=bool(finite))
+            self._precision.update_scale(finite=bool(finite))
 
-    def _norm(self, rows: list[torch.Tensor]) -> torch.Tensor:
+    def _compute_grad_norm(self, rows: list[torch.Tensor]) -> torch.Tensor:
         """Norm of the full gradient, on the parameters' device; a NaN or infinity on one rank reaches all ranks."""
         square = get_total_norm(rows).to(self._precision.device) ** 2
         dist.all_reduce(square)
         return square.sqrt()
 
-    def tensors(self) -> State:
-        state = self.bare.state_dict(keep_vars=True)  # first: this reshards blocks left gathered by validation
-        names = {id(p): name for name, p in self.bare.named_parameters()}
+    def full_state(self) -> ReplicaState:
+        state = self.module.state_dict(keep_vars=True)  # first: this reshards blocks left gathered by validation
+        names = {id(p): name for name, p in self.module.named_parameters()}
         model: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():
             first = names.get(id(tensor), name)
-            model[name] = model[first] if first in model else self._gathered(tensor)
-        moments = optimizer_tensors(self.optimizer, self.bare)
-        return State(model, {name: self._gathered(tensor) for name, tensor in moments.items()}, self._facts())
+            model[name] = model[first] if first in model else self._gather_full_tensor(tensor)
+        moments = get_optimizer_tensors(self.optimizer, self.module)
+        return ReplicaState(
+            model, {name: self._gather_full_tensor(tensor) for name, tensor in moments.items()}, self._make_facts()
+        )
 
-    def _facts(self) -> dict[str, Any]:
-        return {"optimizer": optimizer_facts(self.optimizer, self.bare), "scaler": self._precision.facts()}
+    def _make_facts(self) -> dict[str, Any]:
+        return {"optimizer": get_optimizer_facts(self.optimizer, self.module), "scaler": self._precision.state_dict()}
 
-    def shards(self) -> Shards:
-        places: dict[str, Place] = {}
+    def sharded_state(self) -> ShardedState:
+        places: dict[str, TensorSlice] = {}
 
         def own(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             cut: dict[str, torch.Tensor] = {}
             for name, tensor in group.items():
                 if isinstance(tensor, DTensor):
-                    places[name] = Place(tuple(tensor.shape), rows_of(tensor, self._rank)[0])
+                    places[name] = TensorSlice(tuple(tensor.shape), local_flat_range(tensor, self._rank)[0])
                     cut[name] = tensor.to_local().detach().reshape(-1)
                 elif self._rank == 0:
                     cut[name] = tensor.detach()
             return cut
 
-        tensors = own(self.bare.state_dict(keep_vars=True))
-        return Shards(State(tensors, own(optimizer_tensors(self.optimizer, self.bare)), self._facts()), places)
+        tensors = own(self.module.state_dict(keep_vars=True))
+        return ShardedState(
+            ReplicaState(tensors, own(get_optimizer_tensors(self.optimizer, self.module)), self._make_facts()), places
+        )
 
-    def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _gather_full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """The full tensor in host memory on rank 0; an empty tensor on the other ranks."""
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
         return whole.cpu() if self._rank == 0 else whole.new_empty(0)
 
     @torch.no_grad()
-    def restore(self, model: Stored, optimizer: Stored, facts: Mapping[str, Any]) -> None:
-        for name, tensor in self.bare.state_dict(keep_vars=True).items():
+    def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
             if isinstance(tensor, DTensor):
                 rows = tensor.to_local()
-                rows.copy_(model.part(name, *rows_of(tensor, self._rank)).view(rows.shape))
+                rows.copy_(model.read_range(name, *local_flat_range(tensor, self._rank)).view(rows.shape))
             else:
                 tensor.copy_(model[name])
-        parameters = dict(self.bare.named_parameters())
-        state = {key: self._laid_out(optimizer, key, parameters[key.rpartition("/")[0]]) for key in optimizer}
-        load_optimizer(self.optimizer, self.bare, state, facts["optimizer"])
+        parameters = dict(self.module.named_parameters())
+        state = {key: self._load_slot(optimizer, key, parameters[key.rpartition("/")[0]]) for key in optimizer}
+        load_optimizer(self.optimizer, self.module, state, facts["optimizer"])
 
-    def _laid_out(self, optimizer: Stored, key: str, parameter: torch.Tensor) -> torch.Tensor:
+    def _load_slot(self, optimizer: LazyTensors, key: str, parameter: torch.Tensor) -> torch.Tensor:
         """A tensor of the optimizer state: this rank's rows if it has the shape of its sharded parameter, else all."""
         if not isinstance(parameter, DTensor) or optimizer.shape(key) != tuple(parameter.shape):
             return optimizer[key]
         rows = parameter.to_local()
-        values = optimizer.part(key, *rows_of(parameter, self._rank)).view(rows.shape).to(rows.device)
+        values = optimizer.read_range(key, *local_flat_range(parameter, self._rank)).view(rows.shape).to(rows.device)
         return DTensor.from_local(
             values,
             parameter.device_mesh,
@@ -155,7 +159,7 @@ class FsdpReplica(Rank):
         )
 
 
-def attention(listener: Listener) -> Callable[..., None]:
+def register_grad_norm_hooks(listener: GradNormHooks) -> Callable[..., None]:
     """A forward pre-hook that registers gradient norm hooks on a block's gathered parameters.
 
     They exist from the first forward pass on and stay the same tensors.
@@ -167,25 +171,27 @@ def attention(listener: Listener) -> Callable[..., None]:
             known.add(id(block))
             for parameter in block.parameters():
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
-                    listener.listen(parameter)
+                    listener.register(parameter)
 
     return hook
 
 
-def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: Sequence[nn.Module]) -> FSDPModule:
+def apply_fully_shard(
+    model: nn.Module, config: RunConfig, world: int, precision: Precision, blocks: Sequence[nn.Module]
+) -> FSDPModule:
     """Shard the model in place, block by block, after broadcasting rank 0's values."""
     cuda = precision.device.type == "cuda"
-    lower = torch.bfloat16 if run.strategy.gather == "bf16" else None
+    lower = torch.bfloat16 if config.strategy.param_dtype == "bf16" else None
     options: dict[str, Any] = {
         "mesh": init_device_mesh(precision.device.type, (world,)),
         # None reshards all but the outermost module, whose parameters backward needs first.
-        "reshard_after_forward": None if run.strategy.reshard else False,
+        "reshard_after_forward": None if config.strategy.reshard_after_forward else False,
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None),
-        "offload_policy": CPUOffloadPolicy() if run.strategy.offload and cuda else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if config.strategy.offload and cuda else OffloadPolicy(),
     }
     for part in (*blocks, model):
-        fill(part)
-        agree(part, precision.device)
+        materialize(part)
+        broadcast_from_rank0(part, precision.device)
         fully_shard(part, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -195,7 +201,7 @@ def shard(model: nn.Module, run: Run, world: int, precision: Precision, blocks: 
 
 
 @torch.no_grad()
-def agree(model: nn.Module, device: torch.device) -> None:
+def broadcast_from_rank0(model: nn.Module, device: torch.device) -> None:
     """Broadcast rank 0's parameters and buffers one at a time: other ranks may have drawn different random values."""
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, DTensor):
@@ -205,7 +211,7 @@ def agree(model: nn.Module, device: torch.device) -> None:
         tensor.copy_(here)
 
 
-def check_shapes(model: nn.Module) -> None:
+def check_parameter_shapes(model: nn.Module) -> None:
     """Check that every parameter can be sharded by rows.
 
     Raises:
@@ -213,13 +219,13 @@ def check_shapes(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
-            raise RequestError(
+            raise UsageError(
                 f"strategy=fsdp: {name} is a scalar, which cannot be sharded by rows: give it the shape (1,), "
                 "or type strategy=ddp"
             )
 
 
-def check_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+def check_tied_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Check that no tied parameter crosses a block boundary.
 
     Raises:
@@ -232,13 +238,13 @@ def check_ties(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
         here = home.get(model.get_submodule(name.rpartition(".")[0]))
         there, first = found.setdefault(parameter, (here, name))
         if there != here:
-            raise RequestError(
+            raise UsageError(
                 f"strategy=fsdp: {first} and {name} are one parameter in two blocks, which FSDP2 would train as two: "
                 "exclude the modules that hold it from the recipe's blocks(model), or type strategy=ddp"
             )
 
 
-def rows_of(tensor: DTensor, rank: int) -> tuple[int, int]:
+def local_flat_range(tensor: DTensor, rank: int) -> tuple[int, int]:
     """The range [start, stop) of this rank's rows in the flat tensor: dimension 0 is divided as by torch.chunk."""
     width = tensor.numel() // tensor.shape[0] if tensor.shape[0] else 0
     rows = -(-tensor.shape[0] // tensor.device_mesh.size())
@@ -247,7 +253,7 @@ def rows_of(tensor: DTensor, rank: int) -> tuple[int, int]:
 
 
 @contextmanager
-def without_gradients(model: nn.Module) -> Iterator[None]:
+def zero_padding_gradients(model: nn.Module) -> Iterator[None]:
     """Replace the gradients computed within the block by zeros; a weight of 0 would not do, since 0 · NaN is NaN.
 
     The gathered parameters exist only from a block's forward pass on, so the hooks are registered there.

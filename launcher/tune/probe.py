@@ -15,36 +15,46 @@ from typing import Any, TypeVar
 
 import torch
 
-from launcher import strategies
-from launcher.assembly import OpenData, Parts, assemble
-from launcher.batch import BatchPolicy, plan_batch
-from launcher.data import Feed
-from launcher.faults import Faults
-from launcher.loop import forward, micro_batches, rescale
-from launcher.optim import Precision
-from launcher.strategies import Replica
-from launcher.study import Study
-from launcher.telemetry import STAGES, StageClock, critical_rank
-from launcher.throughput import MEMORY_SHARE
-from launcher.timeline import Position, Timeline, Update
+from launcher.distributed.rank_stats import RankStats, StatsAllGather
+from launcher.distributed.store_gather import StoreGather
+from launcher.goodput.throughput_model import MEMORY_SHARE
+from launcher.plan.batch import BatchPolicy, plan_batch
+from launcher.plan.timeline import Position, Timeline, Update
+from launcher.plan.training_plan import TrainingPlan
+from launcher.strategies import registry
+from launcher.strategies.optimizer import Precision
+from launcher.strategies.registry import ReplicaProtocol
+from launcher.system.fault_injection import FaultInjector
+from launcher.telemetry.stage_clock import STAGES, StageClock, find_critical_rank
 from launcher.topology import Topology
-from launcher.tune.council import Council
-from launcher.tune.ledger import Visit
-from launcher.tune.memory import HostPeak, out_of_memory
-from launcher.vote import Ballot, Vote
+from launcher.train.build import Datasets, TrainComponents, build_components
+from launcher.train.data import MicroBatchLoader
+from launcher.train.loop import forward, iter_micro_batches, loss_normalizer
+from launcher.tune.measurements import Measurement
+from launcher.tune.oom import PeakRss, is_out_of_memory
 
-__all__ = ["Exhausted", "Lost", "Pace", "Stand", "Trial", "rehearse", "run_through", "survived", "visit"]
+__all__ = [
+    "OomInCollective",
+    "OomOnAllRanks",
+    "ProbeContext",
+    "SizeTrial",
+    "TimingSpec",
+    "dry_run_update",
+    "guard_oom",
+    "measure_size",
+    "run_updates",
+]
 
-ENDLESS = 1 << 60
-WARM_UP = 2
-MOST_WARM_UP = 40
-FOR_MEMORY = 4  # five updates with the dry run: every buffer has been allocated by then
-SLOWLY = 1e-3  # of the configured learning rate: the step costs the same, and training does not diverge to NaN
+UNLIMITED_SAMPLES = 1 << 60
+MIN_WARMUP_UPDATES = 2
+MAX_WARMUP_UPDATES = 40
+MEMORY_PROBE_UPDATES = 4  # five updates with the dry run: every buffer has been allocated by then
+PROBE_LR_SCALE = 1e-3  # of the configured learning rate: the step costs the same, and training does not diverge to NaN
 
 Done = TypeVar("Done")
 
 
-class Exhausted(Exception):
+class OomOnAllRanks(Exception):
     """Memory ran out on at least one rank, and all ranks know."""
 
     def __init__(self, where: str) -> None:
@@ -52,7 +62,7 @@ class Exhausted(Exception):
         self.where = where
 
 
-class Lost(RuntimeError):
+class OomInCollective(RuntimeError):
     """Memory ran out on this rank while the others already wait for it in a collective."""
 
     def __init__(self, size: int, rank: int) -> None:
@@ -63,7 +73,7 @@ class Lost(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Pace:
+class TimingSpec:
     """How long to time a size: the number of blocks and the seconds per block."""
 
     blocks: int = 4
@@ -71,114 +81,133 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Stand:
+class ProbeContext:
     """One rank's replica and everything a measurement needs around it, for any size."""
 
-    study: Study
+    training_plan: TrainingPlan
     topology: Topology
-    parts: Parts
-    council: Council
-    vote: Vote
-    faults: Faults
+    components: TrainComponents
+    store_gather: StoreGather
+    stats_gather: StatsAllGather
+    faults: FaultInjector
 
     @classmethod
-    def of(
-        cls, study: Study, topology: Topology, recipe: Any, device: torch.device, data: OpenData, council: Council
-    ) -> Stand:
-        parts = assemble(recipe, study.run, topology, device, data)
-        vote = Vote(topology.world, study.run.launch.timeout_s)
-        return cls(study, topology, parts, council, vote, Faults.of(topology.rank, topology.generation))
+    def from_plan(
+        cls,
+        training_plan: TrainingPlan,
+        topology: Topology,
+        recipe: Any,
+        device: torch.device,
+        data: Datasets,
+        store_gather: StoreGather,
+    ) -> ProbeContext:
+        components = build_components(recipe, training_plan.config, topology, device, data)
+        stats_gather = StatsAllGather(topology.world, training_plan.config.launch.timeout_s)
+        return cls(
+            training_plan,
+            topology,
+            components,
+            store_gather,
+            stats_gather,
+            FaultInjector.from_env(topology.rank, topology.generation),
+        )
 
-    def trial(self, size: int, items: Any, accumulation: int | None = None) -> Trial:
+    def make_trial(self, size: int, items: Any, accumulation: int | None = None) -> SizeTrial:
         """Set up the measurement of one size. `accumulation`: micro-batches per update, if not as configured."""
-        run = self.study.run
-        steps = accumulation or (None if run.batch.accumulation == "auto" else run.batch.accumulation)
+        config = self.training_plan.config
+        steps = accumulation or (None if config.batch.accumulation == "auto" else config.batch.accumulation)
         plan = plan_batch(BatchPolicy("scale", per_device=size, accumulation=steps), self.topology.world)
         stages = ((0, plan),)
-        timeline = Timeline(self.study.sizes.train, ENDLESS, stages, "carry", strategies.even(run))
-        studied = replace(self.study, plan=plan, stages=stages, timeline=timeline)
-        pin = self.parts.device.type == "cuda"
-        feed = Feed.of(
+        timeline = Timeline(
+            self.training_plan.sizes.train,
+            UNLIMITED_SAMPLES,
+            stages,
+            "carry",
+            registry.needs_equal_micro_batches(config),
+        )
+        studied = replace(self.training_plan, plan=plan, stages=stages, timeline=timeline)
+        pin = self.components.device.type == "cuda"
+        loader = MicroBatchLoader.from_dataset(
             items,
-            self.parts.recipe,
+            self.components.recipe,
             timeline,
             Position(),
-            seed=run.seed,
+            seed=config.seed,
             rank=self.topology.rank,
-            data=run.data,
+            data=config.data,
             pin=pin,
         )
-        return Trial(studied, self.topology, self.parts, feed, self.faults)
+        return SizeTrial(studied, self.topology, self.components, loader, self.faults)
 
 
 @dataclass(frozen=True)
-class Trial:
+class SizeTrial:
     """The context that the training loop's functions need, for one size."""
 
-    study: Study
+    training_plan: TrainingPlan
     topology: Topology
-    parts: Parts
-    feed: Feed
-    faults: Faults
+    components: TrainComponents
+    loader: MicroBatchLoader
+    faults: FaultInjector
 
     @property
     def recipe(self) -> Any:
-        return self.parts.recipe
+        return self.components.recipe
 
     @property
-    def replica(self) -> Replica:
-        return self.parts.replica
+    def replica(self) -> ReplicaProtocol:
+        return self.components.replica
 
     @property
     def precision(self) -> Precision:
-        return self.parts.precision
+        return self.components.precision
 
     @property
     def clock(self) -> StageClock:
-        return self.parts.clock
+        return self.components.clock
 
     @property
-    def rate(self) -> float:
-        return SLOWLY * float(self.study.run.lr.base or 1.0)
+    def probe_lr(self) -> float:
+        return PROBE_LR_SCALE * float(self.training_plan.config.lr.base or 1.0)
 
-    def at(self, phase: str, update: Update) -> None:
+    def enter_phase(self, phase: str, update: Update) -> None:
         self.faults(phase, update.index + 1)
 
-    def settle(self) -> None:
+    def synchronize_device(self) -> None:
         """Wait until the device has finished all queued work."""
-        if self.parts.device.type == "cuda":
-            torch.cuda.synchronize(self.parts.device)
+        if self.components.device.type == "cuda":
+            torch.cuda.synchronize(self.components.device)
 
     @property
-    def warm_up(self) -> int:
+    def warmup_updates(self) -> int:
         """Number of updates until caches are warm and the batches prefetched by loader processes are used up."""
-        data = self.study.run.data
-        ahead = math.ceil(data.workers * data.prefetch / max(1, self.study.plan.accumulation))
-        return min(MOST_WARM_UP, WARM_UP + ahead)
+        data = self.training_plan.config.data
+        ahead = math.ceil(data.num_workers * data.prefetch_factor / max(1, self.training_plan.plan.accumulation))
+        return min(MAX_WARMUP_UPDATES, MIN_WARMUP_UPDATES + ahead)
 
 
-def visit(
-    stand: Stand,
+def measure_size(
+    context: ProbeContext,
     size: int,
     items: Any,
-    pace: Pace | None,
+    pace: TimingSpec | None,
     allowed_bytes: float | None,
     accumulation: int | None = None,
-) -> Visit:
+) -> Measurement:
     """Measure one size: timed as `pace` says, or only its memory if `pace` is None. Every rank calls it.
 
     Raises:
         Lost: memory ran out on this rank while others wait for it.
     """
-    gauge = gauge_of(stand.parts.device, allowed_bytes)
+    gauge = make_memory_meter(context.components.device, allowed_bytes)
     gauge.clear()
     try:
-        trial = survived(stand, size, partial(stand.trial, size, items, accumulation))
-        speeds, stages_ms = survived(stand, size, partial(tried, trial, stand, pace))
-    except Exhausted as error:
-        return Visit(size, where=error.where, accumulation=accumulation)
-    peaks = stand.council.gather(gauge.read())
-    return Visit(
+        trial = guard_oom(context, size, partial(context.make_trial, size, items, accumulation))
+        speeds, stages_ms = guard_oom(context, size, partial(dry_run_then_time, trial, context, pace))
+    except OomOnAllRanks as error:
+        return Measurement(size, where=error.where, accumulation=accumulation)
+    peaks = context.store_gather.gather(gauge.read())
+    return Measurement(
         size,
         speeds,
         stages_ms,
@@ -189,7 +218,7 @@ def visit(
     )
 
 
-def survived(stand: Stand, size: int, act: Callable[[], Done]) -> Done:
+def guard_oom(context: ProbeContext, size: int, act: Callable[[], Done]) -> Done:
     """Return the result of `act` if memory sufficed. No traceback keeps the allocated tensors alive.
 
     Raises:
@@ -199,29 +228,31 @@ def survived(stand: Stand, size: int, act: Callable[[], Done]) -> Done:
     done: list[Done] = []
     try:
         done.append(act())
-    except Exhausted:
+    except OomOnAllRanks:
         raise
     except Exception as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        if stand.topology.world > 1:
-            raise Lost(size, stand.topology.rank) from error
+        if context.topology.world > 1:
+            raise OomInCollective(size, context.topology.rank) from error
     if not done:
-        raise Exhausted("a later update")
+        raise OomOnAllRanks("a later update")
     return done[0]
 
 
-def tried(trial: Trial, stand: Stand, pace: Pace | None) -> tuple[tuple[float, ...], dict[str, float] | None]:
+def dry_run_then_time(
+    trial: SizeTrial, context: ProbeContext, pace: TimingSpec | None
+) -> tuple[tuple[float, ...], dict[str, float] | None]:
     """Samples/s of each block and the mean stage times; empty and None if only memory is measured."""
-    updates = trial.study.timeline.updates()
-    rehearse(trial, next(updates), stand)
+    updates = trial.training_plan.timeline.iter_updates()
+    dry_run_update(trial, next(updates), context)
     if pace is None:
-        run_through(trial, updates, stand.vote, FOR_MEMORY)
+        run_updates(trial, updates, context.stats_gather, MEMORY_PROBE_UPDATES)
         return (), None
-    return timed(trial, updates, stand, pace)
+    return time_updates(trial, updates, context, pace)
 
 
-def rehearse(trial: Trial, update: Update, stand: Stand) -> None:
+def dry_run_update(trial: SizeTrial, update: Update, context: ProbeContext) -> None:
     """Dry-run the first update without gradient communication; after each phase all ranks check for OOM.
 
     Strategies that communicate in the forward pass run a normal update instead.
@@ -229,26 +260,28 @@ def rehearse(trial: Trial, update: Update, stand: Stand) -> None:
     Raises:
         Exhausted: on every rank, if any of them ran out of memory.
     """
-    if strategies.even(trial.study.run):
-        whole_update(trial, update, stand.vote)
+    if registry.needs_equal_micro_batches(trial.training_plan.config):
+        run_update(trial, update, context.stats_gather)
         return
-    micros = agreed(stand.council, "data", partial(micro_batches, trial, update))
-    while (micro := agreed(stand.council, "data", partial(next, micros, None))) is not None:
-        with trial.replica.micro(last=False, pad=micro.pad, place=micro.place):
-            loss = agreed(stand.council, "forward", partial(forward, trial, micro, update))
+    micros = succeeded_on_all_ranks(context.store_gather, "data", partial(iter_micro_batches, trial, update))
+    while (micro := succeeded_on_all_ranks(context.store_gather, "data", partial(next, micros, None))) is not None:
+        with trial.replica.micro_batch(last=False, is_padding=micro.pad, shard=micro.place):
+            loss = succeeded_on_all_ranks(context.store_gather, "forward", partial(forward, trial, micro, update))
             trial.clock.lap("forward")
-            agreed(stand.council, "backward", partial(backward, trial, loss.total, update))
-    clip = trial.study.run.train.clip_norm
-    agreed(stand.council, "optimizer", lambda: trial.replica.step(trial.rate, None, 1.0, clip))
+            succeeded_on_all_ranks(context.store_gather, "backward", partial(run_backward, trial, loss.total, update))
+    clip = trial.training_plan.config.train.clip_norm
+    succeeded_on_all_ranks(
+        context.store_gather, "optimizer", lambda: trial.replica.step(trial.probe_lr, None, 1.0, clip)
+    )
     trial.clock.end_update()
 
 
-def backward(trial: Trial, total: torch.Tensor, update: Update) -> None:
-    trial.at("backward", update)
+def run_backward(trial: SizeTrial, total: torch.Tensor, update: Update) -> None:
+    trial.enter_phase("backward", update)
     trial.replica.backward(total, update.samples)
 
 
-def agreed(council: Council, where: str, act: Callable[[], Done]) -> Done:
+def succeeded_on_all_ranks(store_gather: StoreGather, where: str, act: Callable[[], Done]) -> Done:
     """Return the result of `act` if memory sufficed on every rank. No traceback keeps the allocated tensors alive.
 
     Raises:
@@ -258,65 +291,67 @@ def agreed(council: Council, where: str, act: Callable[[], Done]) -> Done:
     try:
         done.append(act())
     except Exception as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-    if not all(council.gather(bool(done))):
-        raise Exhausted(where)
+    if not all(store_gather.gather(bool(done))):
+        raise OomOnAllRanks(where)
     return done[0]
 
 
-def whole_update(trial: Trial, update: Update, vote: Vote) -> tuple[float, ...]:
+def run_update(trial: SizeTrial, update: Update, stats_gather: StatsAllGather) -> tuple[float, ...]:
     """Run one update as in training; return the critical rank's stage times of the previous update."""
     count = 0.0
-    for micro in micro_batches(trial, update):
-        with trial.replica.micro(last=micro.last, pad=micro.pad, place=micro.place):
+    for micro in iter_micro_batches(trial, update):
+        with trial.replica.micro_batch(last=micro.last, is_padding=micro.is_padding, shard=micro.shard):
             loss = forward(trial, micro, update)
-            count += 0.0 if micro.pad else float(loss.count)
+            count += 0.0 if micro.is_padding else float(loss.count)
             if micro.last:
-                pending = vote.cast(Ballot(count=count), trial.clock.times_ms())
-            backward(trial, loss.total, update)
+                pending = stats_gather.all_gather_async(RankStats(count=count), trial.clock.times_ms())
+            run_backward(trial, loss.total, update)
             trial.clock.lap_backward()
-    trial.at("sync", update)
+    trial.enter_phase("sync", update)
     ballots = pending.wait()
     trial.clock.lap("sync")
-    trial.at("optimizer", update)
-    trial.replica.step(trial.rate, None, rescale(update, ballots), trial.study.run.train.clip_norm)
+    trial.enter_phase("optimizer", update)
+    trial.replica.step(
+        trial.probe_lr, None, loss_normalizer(update, ballots), trial.training_plan.config.train.clip_norm
+    )
     trial.clock.lap("optimizer")
     trial.clock.end_update()
-    return ballots.stages_ms[critical_rank(ballots.stages_ms)]
+    return ballots.stages_ms[find_critical_rank(ballots.stages_ms)]
 
 
-def run_through(
-    trial: Trial, updates: Iterator[Update], vote: Vote, many: int
+def run_updates(
+    trial: SizeTrial, updates: Iterator[Update], stats_gather: StatsAllGather, many: int
 ) -> tuple[float, list[tuple[float, ...]]]:
     """Run `many` updates; return their seconds and the stage times gathered during them."""
-    trial.settle()
+    trial.synchronize_device()
     trial.clock.start()
     start = time.perf_counter()
-    stages = [whole_update(trial, next(updates), vote) for _ in range(many)]
-    trial.settle()
+    stages = [run_update(trial, next(updates), stats_gather) for _ in range(many)]
+    trial.synchronize_device()
     return time.perf_counter() - start, stages
 
 
-def timed(
-    trial: Trial, updates: Iterator[Update], stand: Stand, pace: Pace
+def time_updates(
+    trial: SizeTrial, updates: Iterator[Update], context: ProbeContext, pace: TimingSpec
 ) -> tuple[tuple[float, ...], dict[str, float]]:
     """Warm up and time; return samples/s of each block, over all workers, and the mean stage times."""
-    run_through(trial, updates, stand.vote, trial.warm_up - 1)
-    spent_s, _ = run_through(trial, updates, stand.vote, 1)
-    slowest_s = max(stand.council.gather(spent_s))
+    run_updates(trial, updates, context.stats_gather, trial.warmup_updates - 1)
+    spent_s, _ = run_updates(trial, updates, context.stats_gather, 1)
+    slowest_s = max(context.store_gather.gather(spent_s))
     many = max(1, math.ceil(pace.block_s / slowest_s))
     speeds, stages = [], []
     for _ in range(pace.blocks):
-        spent_s, seen = run_through(trial, updates, stand.vote, many)
-        slowest_s = max(stand.council.gather(spent_s))
-        speeds.append(many * trial.study.plan.global_batch / slowest_s)
+        spent_s, seen = run_updates(trial, updates, context.stats_gather, many)
+        slowest_s = max(context.store_gather.gather(spent_s))
+        speeds.append(many * trial.training_plan.plan.global_batch / slowest_s)
         stages += seen
     means = (sum(column) / len(stages) for column in zip(*stages, strict=True))
     return tuple(speeds), dict(zip(STAGES, means, strict=True))
 
 
-class CudaGauge:
+class CudaMemoryMeter:
     """Memory that torch has reserved on the device, which other programs cannot use."""
 
     def __init__(self, device: torch.device) -> None:
@@ -326,32 +361,32 @@ class CudaGauge:
     def clear(self) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
-        self._before = self._retries()
+        self._before = self._count_retries()
 
     def read(self) -> tuple[int, int, bool]:
         """Peak in bytes, allocation retries, and whether the peak exceeds the allowed share of memory."""
         peak = torch.cuda.max_memory_reserved(self._device)
         whole = torch.cuda.get_device_properties(self._device).total_memory
-        return peak, self._retries() - self._before, peak > MEMORY_SHARE * whole
+        return peak, self._count_retries() - self._before, peak > MEMORY_SHARE * whole
 
-    def _retries(self) -> int:
+    def _count_retries(self) -> int:
         return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
 
 
-class HostGauge:
+class HostMemoryMeter:
     """Resident memory of this process."""
 
     def __init__(self, allowed_bytes: float | None) -> None:
         self._allowed = allowed_bytes
-        self._peak = HostPeak()
+        self._peak = PeakRss()
 
     def clear(self) -> None:
         self._peak.clear()
 
     def read(self) -> tuple[int, int, bool]:
-        peak = self._peak.bytes()
+        peak = self._peak.read()
         return peak, 0, self._allowed is not None and peak > self._allowed
 
 
-def gauge_of(device: torch.device, allowed_bytes: float | None) -> CudaGauge | HostGauge:
-    return CudaGauge(device) if device.type == "cuda" else HostGauge(allowed_bytes)
+def make_memory_meter(device: torch.device, allowed_bytes: float | None) -> CudaMemoryMeter | HostMemoryMeter:
+    return CudaMemoryMeter(device) if device.type == "cuda" else HostMemoryMeter(allowed_bytes)

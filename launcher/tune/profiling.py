@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from launcher.timeline import Update
-from launcher.tune.operators import Profiled
-from launcher.tune.probe import Exhausted, Stand, Trial, rehearse, run_through, survived
+from launcher.plan.timeline import Update
+from launcher.tune.operators import OperatorProfile
+from launcher.tune.probe import OomOnAllRanks, ProbeContext, SizeTrial, dry_run_update, guard_oom, run_updates
 
-__all__ = ["profiled"]
+__all__ = ["profile_operators"]
 
-UPDATES = 3
-QUIET = "6"  # log level of Kineto, which otherwise reports each start and stop on stderr
-MARK = "launcher: "  # prefix of a phase's name
-ON_HOST = torch.autograd.DeviceType.CPU  # kernels are on the device; their time is included in that of their operator
+PROFILED_UPDATES = 3
+KINETO_LOG_LEVEL = "6"  # log level of Kineto, which otherwise reports each start and stop on stderr
+PHASE_PREFIX = "launcher: "  # prefix of a phase's name
+HOST_DEVICE_TYPE = (
+    torch.autograd.DeviceType.CPU
+)  # kernels are on the device; their time is included in that of their operator
 #: Name prefixes of collectives, of torch and the backends; their time is mostly waiting for other workers.
-WAITS = ("c10d", "gloo", "nccl", "record_param_comms", "ucc", "mpi")
+COLLECTIVE_NAMES = ("c10d", "gloo", "nccl", "record_param_comms", "ucc", "mpi")
 
 
-def profiled(stand: Stand, size: int, items: Any, stage: str) -> Profiled | None:
+def profile_operators(context: ProbeContext, size: int, items: Any, stage: str) -> OperatorProfile | None:
     """Profile the operators of one stage at this size on rank 0; other ranks run the same updates and return none.
 
     Returns None if memory ran out. Every rank calls it.
@@ -35,75 +37,75 @@ def profiled(stand: Stand, size: int, items: Any, stage: str) -> Profiled | None
         Lost: memory ran out on this rank while others wait for it.
     """
     try:
-        return survived(stand, size, partial(_updates, stand, size, items, stage))
-    except Exhausted:
+        return guard_oom(context, size, partial(_profile_updates, context, size, items, stage))
+    except OomOnAllRanks:
         return None
 
 
-def _updates(stand: Stand, size: int, items: Any, stage: str) -> Profiled:
+def _profile_updates(context: ProbeContext, size: int, items: Any, stage: str) -> OperatorProfile:
     """Warm up the step and, with one update, the profiler; then run the profiled updates."""
-    trial = stand.trial(size, items)
-    updates = trial.study.timeline.updates()
-    rehearse(trial, next(updates), stand)
-    run_through(trial, updates, stand.vote, trial.warm_up)
-    if stand.topology.rank:
-        run_through(trial, updates, stand.vote, 1 + UPDATES)
-        return Profiled(size, {})
-    os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
-    activities = _activities(trial.parts.device)
+    trial = context.make_trial(size, items)
+    updates = trial.training_plan.timeline.iter_updates()
+    dry_run_update(trial, next(updates), context)
+    run_updates(trial, updates, context.stats_gather, trial.warmup_updates)
+    if context.topology.rank:
+        run_updates(trial, updates, context.stats_gather, 1 + PROFILED_UPDATES)
+        return OperatorProfile(size, {})
+    os.environ.setdefault("KINETO_LOG_LEVEL", KINETO_LOG_LEVEL)
+    activities = _list_activities(trial.components.device)
     with profile(activities=activities):
-        run_through(trial, updates, stand.vote, 1)
-    marked = Marked(trial.study, trial.topology, trial.parts, trial.feed, trial.faults)
-    with profile(activities=activities) as watched, marked.marks():
-        run_through(marked, updates, stand.vote, UPDATES)
-    times = by_operator(watched.events(), stage, cuda=trial.parts.device.type == "cuda")
-    samples = UPDATES * size * trial.study.plan.accumulation
-    return Profiled(size, {name: ms / samples for name, ms in times.items()})
+        run_updates(trial, updates, context.stats_gather, 1)
+    marked = ProfiledTrial(trial.training_plan, trial.topology, trial.components, trial.loader, trial.faults)
+    with profile(activities=activities) as watched, marked.mark_phases():
+        run_updates(marked, updates, context.stats_gather, PROFILED_UPDATES)
+    times = sum_by_operator(watched.events(), stage, cuda=trial.components.device.type == "cuda")
+    samples = PROFILED_UPDATES * size * trial.training_plan.plan.accumulation
+    return OperatorProfile(size, {name: ms / samples for name, ms in times.items()})
 
 
-def _activities(device: torch.device) -> list[ProfilerActivity]:
+def _list_activities(device: torch.device) -> list[ProfilerActivity]:
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
 
 @dataclass(frozen=True)
-class Marked(Trial):
+class ProfiledTrial(SizeTrial):
     """A `Trial` that marks its phases as profiler ranges."""
 
     open: list[Any] = field(default_factory=list)
 
-    def at(self, phase: str, update: Update) -> None:
-        self._close()
-        self.open.append(record_function(MARK + phase))
+    def enter_phase(self, phase: str, update: Update) -> None:
+        self._close_range()
+        self.open.append(record_function(PHASE_PREFIX + phase))
         self.open[-1].__enter__()
-        super().at(phase, update)
+        super().enter_phase(phase, update)
 
     @contextmanager
-    def marks(self) -> Iterator[None]:
+    def mark_phases(self) -> Iterator[None]:
         try:
             yield
         finally:
-            self._close()
+            self._close_range()
 
-    def _close(self) -> None:
+    def _close_range(self) -> None:
         while self.open:
             self.open.pop().__exit__(None, None, None)
 
 
-def by_operator(events: Iterable[Any], stage: str, *, cuda: bool) -> Mapping[str, float]:
+def sum_by_operator(events: Iterable[Any], stage: str, *, cuda: bool) -> Mapping[str, float]:
     """Self time in milliseconds of the operators that start within a stage; device time on a GPU.
 
     On a GPU the backward pass runs on its own thread, so operators are assigned to a stage by start time.
     """
-    events = [one for one in events if one.device_type == ON_HOST]
-    spans = [(one.time_range.start, one.time_range.end) for one in events if one.name == MARK + stage]
+    events = [one for one in events if one.device_type == HOST_DEVICE_TYPE]
+    spans = [(one.time_range.start, one.time_range.end) for one in events if one.name == PHASE_PREFIX + stage]
     times: dict[str, float] = {}
     for one in events:
-        if _operator(one) and any(start <= one.time_range.start < end for start, end in spans):
+        if _is_operator(one) and any(start <= one.time_range.start < end for start, end in spans):
             own_us = one.self_device_time_total if cuda else one.self_cpu_time_total
             times[one.name] = times.get(one.name, 0.0) + own_us / 1e3
     return times
 
 
-def _operator(event: Any) -> bool:
+def _is_operator(event: Any) -> bool:
     """Whether an event is an operator: neither a user-named range nor a collective."""
-    return not (event.is_user_annotation or event.name.startswith((MARK, *WAITS)))
+    return not (event.is_user_annotation or event.name.startswith((PHASE_PREFIX, *COLLECTIVE_NAMES)))

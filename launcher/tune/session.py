@@ -16,87 +16,87 @@ import torch
 import torch.distributed as dist
 
 from launcher import recipe as recipes
-from launcher import rendezvous
-from launcher.assembly import OpenData, device_of, open_data
-from launcher.data import dataset_of
-from launcher.errors import RequestError
-from launcher.greeting import greet
-from launcher.settings import Run
-from launcher.sinks.text import rate
-from launcher.study import Sizes, study
-from launcher.threads import threads_of
+from launcher.config.schema import RunConfig
+from launcher.distributed import rendezvous
+from launcher.distributed.consistency_check import check_ranks_agree
+from launcher.distributed.store_gather import StoreGather
+from launcher.distributed.worker_env import num_threads
+from launcher.errors import UsageError
+from launcher.plan.training_plan import DatasetSizes, make_training_plan
+from launcher.system.formatting import format_rate
 from launcher.topology import Topology
+from launcher.train.build import Datasets, open_datasets, resolve_device
+from launcher.train.data import get_dataset
 from launcher.tune import cache
-from launcher.tune.closer import look_closer
-from launcher.tune.council import Council
-from launcher.tune.document import document, recommended
-from launcher.tune.ledger import Ledger
-from launcher.tune.memory import allowed_bytes, available_bytes
-from launcher.tune.probe import Stand
-from launcher.tune.survey import Survey, Term
+from launcher.tune.followup import run_followups
+from launcher.tune.measurements import Measurements
+from launcher.tune.oom import compute_allowed_bytes, read_available_bytes
+from launcher.tune.probe import ProbeContext
+from launcher.tune.report.document import find_recommended_point, make_tune_document
+from launcher.tune.search_loop import SizeSearch, TimeBudget
 
 if TYPE_CHECKING:
-    from launcher.batch import BatchPlan
+    from launcher.plan.batch import BatchPlan
 
-__all__ = ["Earlier", "measured"]
+__all__ = ["EarlierAttempt", "measure_on_rank"]
 
 #: Ratio of high to low above which an interval is too wide to rely on.
-NOISY = 3.0
-BUDGET_S = 120.0
-SEARCHING = 2 / 3  # share of the budget; the rest is for the follow-ups
+UNRELIABLE_RATIO = 3.0
+DEFAULT_TUNE_BUDGET_S = 120.0
+SEARCH_BUDGET_SHARE = 2 / 3  # share of the budget; the rest is for the follow-ups
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRank:
     """What a rank prepares before it connects to the others."""
 
     recipe: Any
-    sizes: Sizes
+    sizes: DatasetSizes
     device: torch.device
-    data: OpenData
+    data: Datasets
 
-    def facts(self) -> Mapping[str, Any]:
+    def describe_conditions(self) -> Mapping[str, Any]:
         return {
             "the launcher's version": version("elastic-batch-launcher"),
             "torch's version": torch.__version__,
             "the training data's length": self.sizes.train,
         }
 
-    def place(self, topology: Topology, threads: int) -> cache.Place:
-        return cache.Place(
+    def make_measurement_env(self, topology: Topology, threads: int) -> cache.MeasurementEnv:
+        return cache.MeasurementEnv(
             world=topology.world,
             nodes=topology.nodes,
             local_world=topology.local_world,
-            device=name_of(self.device),
+            device=get_device_name(self.device),
             cores=len(os.sched_getaffinity(0)),
             threads=threads,
-            code=cache.code_of(self.recipe),
-            shape=shape_of(self.data.train[0]),
+            code=cache.source_hash(self.recipe),
+            shape=describe_sample(self.data.train[0]),
             train_samples=self.sizes.train,
-            versions=cache.versions(),
+            versions=cache.get_versions(),
         )
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierAttempt:
     """Results of an earlier attempt, up to the point where memory ran out on one rank in a collective."""
 
-    ledger: Ledger = Ledger()
+    measurements: Measurements = Measurements()
     spent_s: float = 0.0
 
     def to_facts(self) -> dict[str, Any]:
-        return {"ledger": self.ledger.to_facts(), "spent_s": self.spent_s}
+        return {"ledger": self.measurements.to_facts(), "spent_s": self.spent_s}
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> Earlier:
-        return cls(Ledger.from_facts(facts["ledger"]), facts["spent_s"])
+    def from_facts(cls, facts: Mapping[str, Any]) -> EarlierAttempt:
+        return cls(Measurements.from_facts(facts["ledger"]), facts["spent_s"])
 
 
-def measured(
-    run: Run,
+def measure_on_rank(
+    config: RunConfig,
     topology: Topology,
     store: dist.Store,
-    earlier: Earlier = Earlier(),
+    earlier: EarlierAttempt = EarlierAttempt(),
     state: Path | None = None,
     *,
     look: bool = False,
@@ -108,186 +108,202 @@ def measured(
     Raises:
         RequestError: any rank found the request to be wrong.
     """
-    threads = threads_of(run, topology.local_world)
+    threads = num_threads(config, topology.local_world)
     torch.set_num_threads(threads)
-    ready = greet(store, topology, partial(made_ready, run, topology), Ready.facts)
-    council = Council(store, topology.rank, topology.world)
-    key = cache.key_of(run, ready.place(topology, threads))
-    allowed = allowance(ready.device, topology, council)
-    looked = council.of_first(looked_up(key, allowed) if look and topology.rank == 0 else None)
+    ready = check_ranks_agree(
+        store, topology, partial(prepare_measurement, config, topology), PreparedRank.describe_conditions
+    )
+    store_gather = StoreGather(store, topology.rank, topology.world)
+    key = cache.make_cache_key(config, ready.make_measurement_env(topology, threads))
+    allowed = compute_memory_allowance(ready.device, topology, store_gather)
+    looked = store_gather.broadcast_from_rank0(lookup_cached(key, allowed) if look and topology.rank == 0 else None)
     if looked is not None and looked["found"] is not None:
-        council.adjourn()
+        store_gather.close()
         return {**looked["found"], "cached": True, "said": looked["said"]}
-    rendezvous.join(store, topology, ready.device, run.launch.backend, run.launch.timeout_s)
-    found = surveyed(run, ready, council, topology, allowed, earlier, state, closer=not look)
+    rendezvous.init_process_group(store, topology, ready.device, config.launch.backend, config.launch.timeout_s)
+    found = search_sizes(config, ready, store_gather, topology, allowed, earlier, state, closer=not look)
     dist.destroy_process_group()
     said = [] if looked is None else looked["said"]
-    agreed = council.of_first({**found, "cached": False, "said": [*said, *remembered(key, found, topology.rank)]})
-    council.adjourn()
+    agreed = store_gather.broadcast_from_rank0(
+        {**found, "cached": False, "said": [*said, *store_result(key, found, topology.rank)]}
+    )
+    store_gather.close()
     return dict(agreed)
 
 
-def looked_up(key: Mapping[str, Any], allowed: float | None) -> dict[str, Any]:
+def lookup_cached(key: Mapping[str, Any], allowed: float | None) -> dict[str, Any]:
     """Look up the cache for this key, with notes. Only rank 0 reads it, as the nodes' copies may differ."""
-    looked = cache.look(key)
+    looked = cache.lookup(key)
     if looked.profile is None:
         return {"found": None, "said": looked.said}
     found = looked.profile.found
-    point = recommended(found)
+    point = find_recommended_point(found)
     needed = 0 if point is None else point["memory_bytes"]
     if allowed is not None and needed > allowed:
         short = f"{found['recommended']} samples need {needed / 1e9:.3g} GB of memory, {allowed / 1e9:.3g} GB are free"
-        return {"found": None, "said": [f"the profile of {looked.profile.day} is not used: {short}"]}
+        return {"found": None, "said": [f"the profile of {looked.profile.formatted_time} is not used: {short}"]}
     return {"found": {**found, "measured": looked.profile.measured}, "said": []}
 
 
-def remembered(key: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> list[str]:
+def store_result(key: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> list[str]:
     """Store the result in the cache on rank 0 and return notes; a write error is only a note."""
     if rank or found["recommended"] is None:
         return []
     try:
-        kept = f"saved for batch.per_device=auto: {cache.keep(cache.Profile(key, found['measured'], found))}"
+        kept = f"saved for batch.per_device=auto: {cache.store(cache.CachedProfile(key, found['measured'], found))}"
     except OSError as problem:
-        lost = f"{cache.FOLDER} cannot be written ({problem.strerror}): the next start will measure again"
-        return [lost, *doubts(found)]
-    return [kept, *doubts(found)]
+        lost = f"{cache.CACHE_DIR} cannot be written ({problem.strerror}): the next start will measure again"
+        return [lost, *describe_unreliable_speed(found)]
+    return [kept, *describe_unreliable_speed(found)]
 
 
-def doubts(found: Mapping[str, Any]) -> list[str]:
+def describe_unreliable_speed(found: Mapping[str, Any]) -> list[str]:
     """A note on what to do if the measured speed of the recommended size is unreliable."""
-    point = recommended(found)
-    if point is None or point["high"] <= NOISY * point["low"]:
+    point = find_recommended_point(found)
+    if point is None or point["high"] <= UNRELIABLE_RATIO * point["low"]:
         return []
-    size, low, high = found["recommended"], rate(point["low"]), rate(point["high"])
+    size, low, high = found["recommended"], format_rate(point["low"]), format_rate(point["high"])
     return [
         f"throughput at {size} is unreliable ({low} to {high} samples/s): set launch.threads=1, raise tune.budget_s, "
         "or free the machine"
     ]
 
 
-def surveyed(
-    run: Run,
-    ready: Ready,
-    council: Council,
+def search_sizes(
+    config: RunConfig,
+    ready: PreparedRank,
+    store_gather: StoreGather,
     topology: Topology,
     allowed: float | None,
-    earlier: Earlier,
+    earlier: EarlierAttempt,
     state: Path | None,
     *,
     closer: bool,
 ) -> dict[str, Any]:
     """Measure and build the document; the ranks' documents may differ in times read from their clocks."""
-    plan = study(run, ready.sizes, topology.world)
-    make = partial(Stand.of, plan, topology, ready.recipe, ready.device, ready.data, council)
-    term = Term(budget_of(run) * (SEARCHING if closer else 1.0), council, earlier.spent_s)
-    survey = Survey(make, ready.data.train, largest(run, ready.sizes, plan.plan), allowed, term, earlier.ledger, state)
-    if not survey.ledger.closing:
-        walked(survey, run)
+    plan = make_training_plan(config, ready.sizes, topology.world)
+    make = partial(ProbeContext.from_plan, plan, topology, ready.recipe, ready.device, ready.data, store_gather)
+    budget = TimeBudget(get_budget(config) * (SEARCH_BUDGET_SHARE if closer else 1.0), store_gather, earlier.spent_s)
+    search = SizeSearch(
+        make,
+        ready.data.train,
+        compute_largest_size(config, ready.sizes, plan.plan),
+        allowed,
+        budget,
+        earlier.measurements,
+        state,
+    )
+    if not search.measurements.closing:
+        measure_sizes(search, config)
         if closer:
-            beside(survey, ready, run)
-            look_closer(survey, term, plan_accumulation(run))
+            measure_synthetic(search, ready, config)
+            run_followups(search, budget, get_accumulation(config))
     facts = {
         "recipe": type(ready.recipe).__name__,
         "world": topology.world,
         "nodes": topology.nodes,
-        "accumulation": plan_accumulation(run),
+        "accumulation": get_accumulation(config),
         "train_samples": ready.sizes.train,
-        "device": name_of(ready.device),
-        "precision": run.train.precision,
-        "strategy": run.strategy.name,
-        "threads": threads_of(run, topology.local_world),
-        "loader_workers": run.data.workers,
-        "limit_bytes": limit_of(ready.device, allowed),
+        "device": get_device_name(ready.device),
+        "precision": config.train.precision,
+        "strategy": config.strategy.name,
+        "threads": num_threads(config, topology.local_world),
+        "loader_workers": config.data.num_workers,
+        "limit_bytes": get_memory_limit(ready.device, allowed),
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "spent_s": round(term.used_s(), 1),
-        "asked": run.tune.sizes is not None,
+        "spent_s": round(budget.used_s(), 1),
+        "asked": config.tune.sizes is not None,
     }
-    return document(survey.ledger, facts)
+    return make_tune_document(search.measurements, facts)
 
 
-def walked(survey: Survey, run: Run) -> None:
-    if run.tune.sizes is not None:
-        survey.these(run.tune.sizes)
+def measure_sizes(search: SizeSearch, config: RunConfig) -> None:
+    if config.tune.sizes is not None:
+        search.measure_sizes(config.tune.sizes)
     else:
-        survey.search()
+        search.search()
 
 
-def made_ready(run: Run, topology: Topology) -> Ready:
-    recipe = recipes.build(run.recipe)
-    sizes = recipes.sizes(recipe)
-    check(run, sizes, topology.world)
-    return Ready(recipe, sizes, device_of(run, topology), open_data(recipe, run, sizes))
+def prepare_measurement(config: RunConfig, topology: Topology) -> PreparedRank:
+    recipe = recipes.build_recipe(config.recipe)
+    sizes = recipes.get_dataset_sizes(recipe)
+    check_tune_request(config, sizes, topology.world)
+    return PreparedRank(recipe, sizes, resolve_device(config, topology), open_datasets(recipe, config, sizes))
 
 
-def check(run: Run, sizes: Sizes, world: int) -> None:
+def check_tune_request(config: RunConfig, sizes: DatasetSizes, world: int) -> None:
     """Validate the request.
 
     Raises:
         RequestError: the request cannot be measured.
     """
-    plan = study(run, sizes, world).plan
-    if run.elastic.exact:
-        raise RequestError(
+    plan = make_training_plan(config, sizes, world).plan
+    if config.elastic.exact:
+        raise UsageError(
             "elastic.exact=true ignores batch.per_device (it splits every batch into shards): type elastic.exact=false"
         )
-    room = largest(run, sizes, plan, limited=False)
-    for key, value in (("tune.sizes", max(run.tune.sizes or (1,))), ("tune.max", run.tune.max or 1)):
+    room = compute_largest_size(config, sizes, plan, limited=False)
+    for key, value in (("tune.sizes", max(config.tune.sizes or (1,))), ("tune.max", config.tune.max or 1)):
         if value > room and key == "tune.sizes":
-            raise RequestError(
+            raise UsageError(
                 f"{key}: {value} samples on each of {world} workers exceed the {sizes.train} training samples: "
                 f"type {room} or less"
             )
 
 
-def largest(run: Run, sizes: Sizes, plan: BatchPlan, *, limited: bool = True) -> int:
+def compute_largest_size(config: RunConfig, sizes: DatasetSizes, plan: BatchPlan, *, limited: bool = True) -> int:
     """The largest size to try: limited by the data set and, with `limited`, by tune.max."""
-    room = max(1, sizes.train // (plan.world * plan_accumulation(run)))
-    return min(room, run.tune.max) if limited and run.tune.max is not None else room
+    room = max(1, sizes.train // (plan.world * get_accumulation(config)))
+    return min(room, config.tune.max) if limited and config.tune.max is not None else room
 
 
-def budget_of(run: Run) -> float:
-    return BUDGET_S if run.tune.budget_s is None else run.tune.budget_s
+def get_budget(config: RunConfig) -> float:
+    return DEFAULT_TUNE_BUDGET_S if config.tune.budget_s is None else config.tune.budget_s
 
 
-def plan_accumulation(run: Run) -> int:
-    return 1 if run.batch.accumulation == "auto" else run.batch.accumulation
+def get_accumulation(config: RunConfig) -> int:
+    return 1 if config.batch.accumulation == "auto" else config.batch.accumulation
 
 
-def allowance(device: torch.device, topology: Topology, council: Council) -> float | None:
+def compute_memory_allowance(device: torch.device, topology: Topology, store_gather: StoreGather) -> float | None:
     """Memory that each worker may use on a CPU, the minimum over all machines; None on a GPU."""
     if device.type == "cuda":
         return None
-    said = [one for one in council.gather(allowed_bytes(available_bytes(), topology.local_world)) if one is not None]
+    said = [
+        one
+        for one in store_gather.gather(compute_allowed_bytes(read_available_bytes(), topology.local_world))
+        if one is not None
+    ]
     return min(said, default=None)
 
 
-def limit_of(device: torch.device, allowed: float | None) -> int | None:
+def get_memory_limit(device: torch.device, allowed: float | None) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return None if allowed is None else int(allowed)
 
 
-def beside(survey: Survey, ready: Ready, run: Run) -> None:
+def measure_synthetic(search: SizeSearch, ready: PreparedRank, config: RunConfig) -> None:
     """If waiting for data is the largest stage, measure the same sizes on synthetic data."""
-    advice = survey.ledger.advice()
-    if advice is None or run.data.source == "synthetic":
+    advice = search.measurements.make_advice()
+    if advice is None or config.data.source == "synthetic":
         return
-    sizes = [one for one in survey.ledger.sizes() if one.speeds and one.fits]
+    sizes = [one for one in search.measurements.sizes() if one.speeds and one.fits]
     stages = {one.size: one.stages_ms for one in sizes}
     times = stages[advice.recommended] if advice.recommended in stages else sizes[-1].stages_ms
     if max(times, key=times.__getitem__) == "data":
         others = [one.size for one in sizes if one.size != advice.recommended]
-        survey.beside([advice.recommended, *others], dataset_of(ready.recipe, "train", "synthetic"))
+        search.measure_synthetic([advice.recommended, *others], get_dataset(ready.recipe, "train", "synthetic"))
 
 
-def shape_of(sample: Any) -> Any:
+def describe_sample(sample: Any) -> Any:
     """Shapes and dtypes of everything in a sample."""
     if hasattr(sample, "shape") and hasattr(sample, "dtype"):
         return [list(sample.shape), str(sample.dtype)]
     if isinstance(sample, Mapping):
-        return {str(name): shape_of(part) for name, part in sample.items()}
-    return [shape_of(part) for part in sample] if isinstance(sample, list | tuple) else type(sample).__name__
+        return {str(name): describe_sample(part) for name, part in sample.items()}
+    return [describe_sample(part) for part in sample] if isinstance(sample, list | tuple) else type(sample).__name__
 
 
-def name_of(device: torch.device) -> str:
+def get_device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

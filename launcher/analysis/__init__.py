@@ -1,0 +1,1 @@
+"""Finished or running runs, read from their files: explain, report, CSV export, advice."""

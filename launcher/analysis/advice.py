@@ -1,0 +1,201 @@
+"""Tuning advice for one run, derived from its measured metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from launcher.system.formatting import format_count, format_duration, format_number, format_rate
+
+if TYPE_CHECKING:
+    from launcher.analysis.explain import RunProfile
+
+__all__ = ["STAGE_DESCRIPTIONS", "advise_on_run"]
+
+#: A stage below this share of the wall time gets no advice unless it is the largest one.
+MIN_STAGE_SHARE = 0.15
+#: The device counts as idle if its utilization is below this fraction of the share of forward and backward.
+MIN_DEVICE_BUSY_SHARE = 0.7
+#: CPU utilization of data loading: from the first value up decoding is the limit, from the second down storage is.
+CPU_BOUND_UTILIZATION, STORAGE_BOUND_UTILIZATION = 0.7, 0.4
+#: Major page faults per update from which memory counts as full; with enough memory there are none after warmup.
+MIN_MAJOR_FAULTS = 1.0
+#: Stragglers are reported if the slowest rank takes longer than the fastest by this share of the update.
+MIN_STRAGGLER_GAP = 0.15
+
+STAGE_DESCRIPTIONS = {
+    "data": "waiting for data",
+    "transfer": "moving batches to the device",
+    "forward": "the forward pass",
+    "backward": "the backward pass",
+    "sync": "waiting for other workers",
+    "optimizer": "the optimizer's step",
+    "checkpoint": "saving",
+    "other": "everything else (validation, logging)",
+}
+
+
+def advise_on_run(run: RunProfile) -> Iterator[str]:
+    """Yield advice on the largest stages first, then on stragglers, memory, noise, restarts and scaling."""
+    told = set()
+    for stage in sorted(run.stages, key=run.stages.__getitem__, reverse=True):
+        about = _ADVISERS_BY_STAGE[stage]
+        if about not in told and (stage == run.bottleneck or run.share(stage) >= MIN_STAGE_SHARE):
+            told.add(about)
+            yield from about(run)
+    yield from _advise_on_straggler(run)
+    yield from _advise_on_memory(run)
+    yield from _advise_on_noise(run)
+    yield from _advise_on_restarts(run)
+    yield from _advise_on_scaling(run)
+
+
+def _format_rate_without(run: RunProfile, stage: str) -> str:
+    """Samples/s the run could reach if the stage took no time."""
+    return format_rate(run.samples_per_s * run.wall_ms / max(run.wall_ms - run.stages[stage], 1e-9))
+
+
+def _format_percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _advise_on_data(run: RunProfile) -> Iterator[str]:
+    yield (
+        f"each update waits {format_number(run.stages['data'])} ms for data; without that wait throughput could reach "
+        f"{_format_rate_without(run, 'data')} samples/s: {_describe_loaders(run.loader_cpu)}; run with data.source=synthetic to measure "
+        f"training without data loading"
+    )
+
+
+def _describe_loaders(busy: float | None) -> str:
+    """Advice for slow loading, by whether it is limited by the CPU or by storage."""
+    if busy is None or STORAGE_BOUND_UTILIZATION < busy < CPU_BOUND_UTILIZATION:
+        return "raise data.num_workers"
+    if busy >= CPU_BOUND_UTILIZATION:
+        return (
+            f"loading uses the CPU for {_format_percent(busy)} of its time (decoding, augmentation), so raise data.num_workers up "
+            f"to one per free core, or preprocess the data"
+        )
+    return (
+        f"loading uses the CPU for {_format_percent(busy)} of its time and waits for storage otherwise: use a local disk, "
+        f"fewer and larger files, or more data.num_workers to overlap the waits"
+    )
+
+
+def _advise_on_transfer(run: RunProfile) -> Iterator[str]:
+    yield (
+        f"batches take {format_number(run.stages['transfer'])} ms to reach the device: return smaller dtypes (uint8 images, "
+        f"scaled on the device), and set data.num_workers=1 or more, which uses pinned memory"
+    )
+
+
+def _advise_on_compute(run: RunProfile) -> Iterator[str]:
+    part = run.share("forward") + run.share("backward")
+    spent = f"forward and backward take {_format_percent(part)} of the time"
+    if run.utilization is not None and run.utilization < MIN_DEVICE_BUSY_SHARE * part:
+        yield (
+            f"{spent}, but the device is busy for only {_format_percent(run.utilization)} of the time: overhead per "
+            f"micro-batch, or other programs on the machine; larger micro-batches (measure them with launcher tune) "
+            f"or train.compile=true reduce the overhead"
+        )
+        return
+    limits = ": compute is the bottleneck" if run.bottleneck in ("forward", "backward") else ""
+    yield (
+        f"{spent}, {format_number((run.stages['forward'] + run.stages['backward']) / run.samples * 1e3)} us per sample"
+        f"{limits}; to reduce it, set train.compile=true, on a GPU train.precision=bf16, or use more workers"
+    )
+
+
+def _advise_on_sync(run: RunProfile) -> Iterator[str]:
+    yield (
+        f"each update waits {format_number(run.stages['sync'])} ms for other workers, not overlapped with the backward pass: "
+        f"batch.accumulation=2 halves the number of all-reduces per sample, at twice the batch size"
+    )
+
+
+def _advise_on_optimizer(run: RunProfile) -> Iterator[str]:
+    yield (
+        f"the optimizer's step takes {format_number(run.stages['optimizer'])} ms, independent of the batch size "
+        f"({format_count(run.batch)}): more samples per update (batch.per_device, batch.accumulation) reduce its cost "
+        f"per sample"
+    )
+
+
+def _advise_on_checkpoint(run: RunProfile) -> Iterator[str]:
+    yield f"saving takes {_format_percent(run.share('checkpoint'))} of the time: raise checkpoint.every to save less often"
+
+
+def _advise_on_other_time(run: RunProfile) -> Iterator[str]:
+    yield (
+        f"{_format_percent(run.share('other'))} of the time is spent outside the stages, mostly validation: "
+        f"raise train.validate_every to validate less often"
+    )
+
+
+_ADVISERS_BY_STAGE: Mapping[str, Callable[[RunProfile], Iterator[str]]] = {
+    "data": _advise_on_data,
+    "transfer": _advise_on_transfer,
+    "forward": _advise_on_compute,
+    "backward": _advise_on_compute,
+    "sync": _advise_on_sync,
+    "optimizer": _advise_on_optimizer,
+    "checkpoint": _advise_on_checkpoint,
+    "other": _advise_on_other_time,
+}
+
+
+def _advise_on_straggler(run: RunProfile) -> Iterator[str]:
+    own = {stage: gap for stage, gap in run.gaps.items() if stage in ("data", "transfer", "forward", "backward")}
+    if run.slow_rank is None or not own:
+        return
+    stage = max(own, key=lambda name: own[name][0] - own[name][1])
+    slow, quick = own[stage]
+    if slow - quick > MIN_STRAGGLER_GAP * run.wall_ms:
+        yield (
+            f"the others wait for rank {run.slow_rank}: its {stage} takes {format_number(slow)} ms, the fastest rank's "
+            f"{format_number(quick)} ms; check that machine, or set elastic.balance=true to give it fewer samples"
+        )
+
+
+def _advise_on_memory(run: RunProfile) -> Iterator[str]:
+    if run.alloc_retries > 0:
+        yield (
+            f"the CUDA allocator ran out of memory and retried {format_count(run.alloc_retries)} times: lower "
+            f"batch.per_device, and raise batch.accumulation to keep the batch size"
+        )
+    if run.major_faults >= MIN_MAJOR_FAULTS:
+        yield (
+            f"each update reads {format_count(run.major_faults)} pages from disk: the machine's memory is full, or data is "
+            f"read through mmap; lower batch.per_device, or request more memory"
+        )
+
+
+def _advise_on_noise(run: RunProfile) -> Iterator[str]:
+    if run.noise is None:
+        return
+    swing = f"; the loss varies by {format_number(run.loss[1])} around {format_number(run.loss[0])}" if run.loss else ""
+    if run.noise > 1:
+        yield (
+            f"the gradient noise scale is at least {run.noise:.3g} times the batch size of {format_count(run.batch)}{swing}: "
+            f"gradients are mostly noise, so a larger batch needs fewer updates"
+        )
+
+
+def _advise_on_restarts(run: RunProfile) -> Iterator[str]:
+    if run.recovery_s or run.lost_samples:
+        yield (
+            f"restarts took {format_duration(run.recovery_s)}, and {format_count(run.lost_samples)} samples were trained on again: "
+            f"lower checkpoint.every to lose less work"
+        )
+
+
+def _advise_on_scaling(run: RunProfile) -> Iterator[str]:
+    """Scaling efficiency between the smallest and the largest world size of one run."""
+    if len(run.worlds) < 2:
+        return
+    (small, slow), (large, fast) = run.worlds[0], run.worlds[-1]
+    kept = fast / large / (slow / small)
+    yield (
+        f"from {small} to {large} workers, samples/s went from {format_rate(slow)} to {format_rate(fast)}: scaling efficiency "
+        f"{_format_percent(kept)}, {format_number(run.stages.get('sync', 0.0))} ms of waiting for other workers per update"
+    )

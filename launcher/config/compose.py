@@ -1,0 +1,441 @@
+"""Compose the frozen `RunConfig` from the command line. Only this module and `points` depend on Hydra.
+
+Hydra composes the files of conf/ and of the user's own folders with the overrides. The result is then converted
+according to the annotations of the configuration classes, so that a wrong key or value is reported in one line, by
+name.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher.config.cli_args import HydraArgs
+from launcher.config.coercion import format_value
+from launcher.config.hydra_errors import format_hydra_error, unknown_choice_message
+from launcher.config.keys import config_keys, flatten, from_mapping, to_mapping, unknown_key_error
+from launcher.config.schema import RunConfig
+from launcher.config.validation import validate
+from launcher.errors import UsageError
+from launcher.sweep.optuna_search import SearchAxis
+from launcher.system.redaction import mask_nested_secrets, mask_secrets
+
+__all__ = [
+    "PRIMARY_CONFIG_NAME",
+    "RUN_DIR_KEYS",
+    "ComposedConfig",
+    "ConfigComposer",
+    "SweepRequest",
+    "compose",
+    "finalize",
+    "flatten",
+    "from_mapping",
+    "from_yaml",
+    "hydra_errors_as_usage_errors",
+    "parse_overrides",
+    "resolve",
+    "show_config",
+    "to_container",
+    "to_mapping",
+    "to_yaml",
+    "with_force_add",
+]
+
+PRIMARY_CONFIG_NAME = "launcher"
+BUILTIN_GROUPS = ("strategy", "batch", "optimizer", "schedule", "launch", "sink", "recipe", "experiment")
+#: The keys that set the folder of a run or of a whole sweep.
+RUN_DIR_KEYS = ("run.name", "run.dir")
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+#: Sections with free keys: the recipe's fields, the optimizer's arguments, a sink's options, environment variables.
+FREE_FORM_GROUPS = ("recipe.", "optimizer.", "sink.", "launch.env.")
+
+
+@dataclass(frozen=True)
+class ComposedConfig:
+    """A configuration, and one-line notes on what was decided for the user."""
+
+    config: RunConfig
+    notes: tuple[str, ...] = ()
+
+
+def compose(args: Sequence[str]) -> RunConfig:
+    """The configuration for these overrides and flags (e.g. `--config-dir DIR`); `resolve` also returns the notes."""
+    return resolve(args).config
+
+
+def resolve(args: Sequence[str]) -> ComposedConfig:
+    """Compose and validate the configuration for the arguments after the verb, with its notes.
+
+    Raises:
+        UsageError: a flag, key or choice is unknown, a value is missing or has a wrong type or value.
+    """
+    arguments = HydraArgs.parse(args)
+    for word in arguments.overrides:
+        if word.startswith("sweep.") and not arguments.multirun:
+            raise UsageError(f"{word} has no effect on a single run: add -m")
+    if arguments.multirun:
+        raise UsageError(
+            "-m starts several runs and works only for training and tune: type launcher -m ... or launcher tune -m ..."
+        )
+    return ConfigComposer(arguments.config_dirs).compose_single(arguments.overrides)
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """A sweep requested with -m.
+
+    `settings`: a configuration of which only the sections `run` and `sweep` are filled. `own`: the overrides except
+    those that set the folder. `here`: whether Hydra's basic launcher is selected, i.e. the points run on this machine.
+    """
+
+    settings: RunConfig
+    own: tuple[str, ...]
+    here: bool
+    config: DictConfig
+
+
+class ConfigComposer:
+    """Composes configurations from the shipped files and the user's own folders, which are searched first."""
+
+    def __init__(self, config_dirs: Sequence[str] = ()) -> None:
+        version.setbase("1.3")
+        setup_globals()
+        ConfigStore.instance().store(name="launcher_keys", node=to_mapping(RunConfig()))
+        self.search_path = build_search_path(config_dirs)
+        self._loader = ConfigLoaderImpl(self.search_path)
+
+    def compose_single(self, overrides: Sequence[str]) -> ComposedConfig:
+        """Compose the configuration of a single run; sweep overrides are refused."""
+        parsed = self.parse_and_check(overrides)
+        for override in parsed:
+            refuse_outside_sweeps(override)
+        composed = finalize(to_container(self.compose_hydra(overrides)), parsed)
+        return replace(composed, notes=(*composed.notes, *self._warn_on_unmatched_lr(composed.config, parsed)))
+
+    def parse_and_check(self, overrides: Sequence[str]) -> list[Override]:
+        """Parse the overrides in Hydra's grammar and check that every key exists."""
+        with hydra_errors_as_usage_errors():
+            parsed = parse_overrides(overrides)
+            wider = [override for override in overrides if override.startswith("hydra.searchpath=")]
+            known = self._loader.get_group_options("", ObjectType.GROUP, None, wider)
+            names = {override.key_or_group for override in parsed}.intersection(known)
+            groups = {name: self._loader.get_group_options(name, ObjectType.CONFIG, None, wider) for name in names}
+        for override in parsed:
+            check_key(override, groups)
+        return parsed
+
+    def compose_hydra(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        """Hydra's composed configuration, including its own node, before interpolations are resolved."""
+        with hydra_errors_as_usage_errors():
+            return self._loader.load_configuration(PRIMARY_CONFIG_NAME, with_force_add(overrides), mode)
+
+    def read_sweep_request(self, overrides: Sequence[str]) -> SweepRequest:
+        """Read the sweep that the overrides request.
+
+        Raises:
+            UsageError: a key is unknown or wrong, or may not be swept over.
+        """
+        parsed = self.parse_and_check(overrides)
+        config = self.compose_hydra(overrides, RunMode.MULTIRUN)
+        _refuse_own_keys(parsed, config)
+        own = [str(o.input_line) for o in parsed if o.key_or_group not in RUN_DIR_KEYS]
+        place = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
+        settings = from_mapping({"run": place, "sweep": OmegaConf.to_container(config.sweep, resolve=True)})
+        return SweepRequest(settings, tuple(own), config.hydra.launcher._target_ == BASIC_LAUNCHER, config)
+
+    def expand_points(self, config: DictConfig) -> list[list[str]]:
+        """The overrides of every point of a plain sweep; empty if the user chose another sweeper, which decides."""
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        if config.hydra.sweeper._target_ != BASIC_SWEEPER:
+            return []
+        with hydra_errors_as_usage_errors():
+            parsed = self._parse_sweep_overrides(config)
+            batches = BasicSweeper.split_arguments(parsed, None)
+        return [[*searchpath_overrides(config), *point] for batch in batches for point in batch]
+
+    def split_axes(self, config: DictConfig) -> tuple[list[str], list[SearchAxis]]:
+        """The overrides that all points of a search share, and the axes to search over."""
+        with hydra_errors_as_usage_errors():
+            parsed = self._parse_sweep_overrides(config)
+        fixed = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()]
+        return [*searchpath_overrides(config), *fixed], [parse_axis(o) for o in parsed if o.is_sweep_override()]
+
+    def _parse_sweep_overrides(self, config: DictConfig) -> list[Override]:
+        params = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
+        parser = OverridesParser.create(config_loader=self._loader)
+        return parser.parse_overrides([*params, *config.hydra.overrides.task])
+
+    def _warn_on_unmatched_lr(self, config: RunConfig, parsed: Sequence[Override]) -> Iterator[str]:
+        """Warn if the recipe's learning rate is used with another optimizer than the one it was chosen for."""
+        names = {override.key_or_group for override in parsed}
+        if names.isdisjoint({"optimizer", "optimizer._target_"}) or "lr.base" in names:
+            return
+        rest = [str(o.input_line) for o in parsed if o.key_or_group.partition(".")[0] != "optimizer"]
+        usual = to_container(self.compose_hydra(rest))["optimizer"].get("_target_")
+        if config.lr.base is not None and usual != config.optimizer["_target_"]:
+            chosen = config.optimizer["_target_"]
+            yield f"lr.base={config.lr.base:g} was chosen for {usual}, not for {chosen}: set lr.base= too"
+
+
+def searchpath_overrides(config: DictConfig) -> list[str]:
+    """The user's search path overrides, which apply to every point."""
+    return [line for line in config.hydra.overrides.hydra if line.startswith("hydra.searchpath=")]
+
+
+def parse_axis(override: Override) -> SearchAxis:
+    """The search axis of `lr.base=interval(0.01,1)`, `tag(log,interval(…))`, `range(…)` or `a,b`.
+
+    Raises:
+        UsageError: the bounds are not ascending, or not above 0 under tag(log,...).
+    """
+    key, value = override.get_key_element(), override.value()
+    if isinstance(value, IntervalSweep):
+        low, high, log = value.start or 0, value.end or 0, "log" in value.tags
+        if not low < high or (log and low <= 0):
+            raise UsageError(f"{override.input_line}: type the lower end first, and one above 0 under tag(log,...)")
+        return SearchAxis(key, low=low, high=high, whole=isinstance(low, int) and isinstance(high, int), log=log)
+    return SearchAxis(key, choices=tuple(override.sweep_string_iterator()))
+
+
+def build_search_path(config_dirs: Sequence[str]) -> ConfigSearchPath:
+    """Hydra's search path with the user's folders first, so that their files win over shipped ones of the same name."""
+    path = create_config_search_path("pkg://launcher.conf")
+    for folder in reversed(config_dirs):
+        if not Path(folder).is_dir():
+            raise UsageError(
+                f"--config-dir {folder} is not a folder: type the folder that contains your recipe/ or experiment/"
+            )
+        if (Path(folder) / f"{PRIMARY_CONFIG_NAME}.yaml").exists():
+            raise UsageError(
+                f"--config-dir {folder} contains {PRIMARY_CONFIG_NAME}.yaml, a name reserved for the program: rename that file"
+            )
+        path.prepend("command-line", f"file://{Path(folder).absolute()}")
+    return path
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not name or not (equals or name.startswith("~")):
+            raise UsageError(
+                f"{override or repr('')} is not an override: type the verb first, then KEY=VALUE, e.g. seed=1"
+            )
+    return list(parser.parse_overrides(list(overrides)))
+
+
+def with_force_add(overrides: Sequence[str]) -> list[str]:
+    """Prefix overrides of free-form keys with ++, so that the user need not type a +.
+
+    These are launch.env, which is empty, and the fields of a custom recipe (recipe=own), which no YAML lists; they
+    are checked when the recipe is built.
+    """
+    chosen = [override for override in overrides if override.startswith("recipe=")]
+    own = ("recipe.",) if chosen[-1:] == ["recipe=own"] else ()
+    free = ("launch.env.", "launch.env=", *own)
+    return [f"++{override}" if override.startswith(free) else override for override in overrides]
+
+
+def refuse_outside_sweeps(override: Override) -> None:
+    line, name = str(override.input_line), override.key_or_group
+    if override.is_sweep_override():
+        values = line.partition("=")[2]
+        raise UsageError(f"{line} is a sweep: add -m for one run per value, or type {name}=[{values}] for a list")
+    if override.is_hydra_override() and name != "hydra.searchpath":
+        raise UsageError(f"{line} has no effect on a single run: add -m, or set the run's folder with run.dir=")
+
+
+def check_key(override: Override, groups: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an unknown key with the closest known one as a hint; values are checked after composition."""
+    name = override.key_or_group
+    if override.input_line == "hydra/sweeper=optuna":
+        raise UsageError("hydra/sweeper=optuna: Optuna is enabled by a key: type sweep.trials=20 instead")
+    if name in groups:
+        _check_choice(override, groups[name])
+    elif name == "optimizer.lr":
+        raise UsageError(
+            f"{override.input_line}: the learning rate is set by lr.base and the schedule: "
+            f"type lr.base={_get_typed_value(override)}"
+        )
+    elif "/" not in name and not override.is_hydra_override() and not name.startswith(FREE_FORM_GROUPS):
+        _check_settings_key(override)
+
+
+def _check_choice(override: Override, options: Sequence[str]) -> None:
+    name, value = override.key_or_group, override.value()
+    if override.is_add() and name in BUILTIN_GROUPS:
+        raise UsageError(f"{override.input_line}: {name} exists already: type it without +")
+    if override.is_delete() or override.is_sweep_override() or isinstance(value, Mapping):
+        return
+    for choice in value if isinstance(value, list) else [value]:
+        if not isinstance(choice, str) or (choice not in options and "/" not in choice):
+            raise UsageError(unknown_choice_message(name, format_value(choice), options))
+
+
+def _check_settings_key(override: Override) -> None:
+    name = override.key_or_group
+    if name not in config_keys():
+        raise unknown_key_error(name)
+    if override.is_delete():
+        raise UsageError(f"{override.input_line}: {name} can't be removed: type {config_keys()[name].format_example()}")
+    if override.is_add() and not override.is_force_add():
+        raise UsageError(f"{override.input_line}: {name} exists already: type it without +")
+
+
+def _get_typed_value(override: Override) -> str:
+    """The override's value as it was typed."""
+    return str(override.input_line).partition("=")[2]
+
+
+# --- from Hydra's result to the configuration ---------------------------------------------------------------------
+
+
+def to_container(config: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain values, with every ${...} resolved and without Hydra's own node."""
+    before = HydraConfig.instance().cfg
+    try:
+        if "hydra" in config:
+            HydraConfig.instance().set_config(config)
+        with hydra_errors_as_usage_errors():
+            return to_plain(config)
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    job = config.copy()
+    with open_dict(job):
+        job.pop("hydra", None)
+    mapping = OmegaConf.to_container(job, resolve=True, throw_on_missing=True)
+    if not isinstance(mapping, dict):
+        raise UsageError("the configuration is not a mapping of keys: look at launcher --cfg job")
+    return {str(name): value for name, value in mapping.items()}
+
+
+def finalize(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> ComposedConfig:
+    """Validate the composed values; a global batch given without a policy selects batch=hold."""
+    config = from_mapping(mapping)
+    if config.batch.policy == "goodput":
+        return ComposedConfig(validate(_set_batch_auto(config, parsed)))
+    if config.batch.global_batch is None or config.batch.policy != "scale":
+        return ComposedConfig(validate(config))
+    size = config.batch.global_batch
+    if {"batch", "batch.policy"} & {override.key_or_group for override in parsed}:
+        raise UsageError(
+            f"batch.global={size} does not work with batch=scale, whose global batch follows the number of workers: "
+            f"type batch=hold batch.global={size}"
+        )
+    held = replace(config, batch=replace(config.batch, policy="hold"))
+    return ComposedConfig(
+        validate(held), (f"batch.global={size} selects batch=hold: the global batch is the same at every world size",)
+    )
+
+
+def _set_batch_auto(config: RunConfig, parsed: Sequence[Override]) -> RunConfig:
+    """Set the batch sizes to auto under goodput; values from a recipe are ignored, those the user typed are refused."""
+    for override in parsed:
+        name, value = override.key_or_group, _get_typed_value(override)
+        if name in ("batch.per_device", "batch.accumulation") and value != "auto":
+            mend = f"type tune.max={value} to stay below" if name == "batch.per_device" else "remove it"
+            raise UsageError(f"{name}={value} does not work with batch=goodput, which chooses it: {mend}")
+    return replace(config, batch=replace(config.batch, per_device="auto", accumulation="auto"))
+
+
+@contextmanager
+def hydra_errors_as_usage_errors() -> Iterator[None]:
+    """Turn errors of Hydra, OmegaConf and YAML into a one-line `UsageError`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, AssertionError) as error:
+        raise UsageError(format_hydra_error(error)) from error
+
+
+# --- output -------------------------------------------------------------------------------------------------------
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML with the names that users type and secrets masked: the content of run.yaml."""
+    return _dump_yaml(mask_nested_secrets(to_mapping(config)))
+
+
+def from_yaml(text: str) -> RunConfig:
+    """Read a configuration written by `to_yaml`. YAML tags are refused; the file can only supply values."""
+    with hydra_errors_as_usage_errors():
+        return from_mapping(yaml.safe_load(text) or {})
+
+
+def _dump_yaml(value: Any) -> str:
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120))
+
+
+def show_config(args: Sequence[str]) -> str:
+    """The text of `--cfg` and `--info`: the composed configuration or Hydra's information on it, secrets masked."""
+    arguments = HydraArgs.parse(args)
+    composer = ConfigComposer(arguments.config_dirs)
+    composed = composer.compose_single(arguments.overrides)
+    if arguments.info:
+        return mask_secrets(_capture_hydra_info(arguments.info, composer, arguments.overrides))
+    if arguments.cfg == "job":
+        return to_yaml(composed.config)
+    config = composer.compose_hydra(arguments.overrides)
+    with hydra_errors_as_usage_errors():
+        whole = OmegaConf.to_container(config, resolve=arguments.resolve, enum_to_str=True)
+    shown_part = whole if arguments.cfg == "all" or not isinstance(whole, dict) else {"hydra": whole["hydra"]}
+    return _dump_yaml(mask_nested_secrets(shown_part))
+
+
+def _capture_hydra_info(info: str, composer: ConfigComposer, overrides: Sequence[str]) -> str:
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    with redirect_stdout(io.StringIO()) as told, hydra_errors_as_usage_errors():
+        GlobalHydra.instance().clear()
+        hydra = Hydra.create_main_hydra2(PRIMARY_CONFIG_NAME, composer.search_path)
+        hydra.show_info(info, PRIMARY_CONFIG_NAME, list(overrides))
+    return told.getvalue()
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_own_keys(parsed: Sequence[Override], config: DictConfig) -> None:
+    """Refuse sweeps over the folder or name, and Hydra's folder keys: points are numbered in the sweep's folder."""
+    params = config.hydra.sweeper.get("params") or {}
+    swept = [o.key_or_group for o in parsed if o.is_sweep_override()] + [str(name) for name in params]
+    for name in swept:
+        if name in RUN_DIR_KEYS:
+            raise UsageError(
+                f"{name} can't be swept over: it names the sweep's folder, in which the points are numbered"
+            )
+        if name.startswith("sweep."):
+            raise UsageError(f"{name} can't be swept over, it configures the sweep itself: type one value")
+    for override in parsed:
+        if override.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode"):
+            raise UsageError(f"{override.input_line}: the sweep's folder is set by run.name= or run.dir=")

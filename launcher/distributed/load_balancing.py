@@ -1,0 +1,95 @@
+"""Shares of the global batch that follow measured speeds (`elastic.balance`): faster workers take more samples.
+
+Every rank receives the same stage times in the per-update all-gather, so each computes the same shares without further
+communication. The gradient is that of the whole batch, whatever the shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from launcher.plan.batch import BatchPlan, PlanError
+from launcher.plan.timeline import Update
+from launcher.telemetry.stages import PER_SAMPLE_STAGES, STAGES
+
+__all__ = ["BALANCE_WINDOW", "LoadBalancer", "NullBalancer", "SpeedWindow", "faster_shares"]
+
+BALANCE_WINDOW = 20
+MIN_SPEEDUP = 1.05
+
+
+@dataclass(frozen=True)
+class SpeedWindow:
+    """Milliseconds of own work per update and rank, over the last full updates under one plan."""
+
+    plan: BatchPlan
+    window: tuple[tuple[float, ...], ...] = field(default=())
+
+    def with_update(self, work_ms: Sequence[float]) -> SpeedWindow:
+        """Add one update: the milliseconds of own work of each rank."""
+        return SpeedWindow(self.plan, (*self.window, tuple(work_ms))[-BALANCE_WINDOW:])
+
+    @property
+    def samples_per_ms(self) -> tuple[float, ...] | None:
+        """Each rank's speed from its median time; None until the window is full, or if a rank has no samples."""
+        if len(self.window) < BALANCE_WINDOW or 0 in self.plan.shares:
+            return None
+        work_ms = [median(times) for times in zip(*self.window, strict=True)]
+        if min(work_ms) <= 0:
+            return None
+        return tuple(share / ms for share, ms in zip(self.plan.shares, work_ms, strict=True))
+
+
+def faster_shares(measured: SpeedWindow, planned: Callable[[Sequence[float]], BatchPlan]) -> tuple[float, ...] | None:
+    """Return the measured speeds if planning with them makes the slowest rank more than 5 % faster; else None.
+
+    A smaller gain is noise, and every change discards the data that the loaders have prefetched.
+    """
+    speeds = measured.samples_per_ms
+    if speeds is None:
+        return None
+    try:
+        plan = planned(speeds)
+    except PlanError:  # a rank is so slow that it would get no samples
+        return None
+    before, after = (compute_slowest_ms(shares, speeds) for shares in (measured.plan.shares, plan.shares))
+    return speeds if before > MIN_SPEEDUP * after else None
+
+
+def compute_slowest_ms(shares: Sequence[int], speeds: Sequence[float]) -> float:
+    """Milliseconds per sample of the batch until the slowest rank has finished."""
+    return max(share / speed for share, speed in zip(shares, speeds, strict=True)) / sum(shares)
+
+
+class LoadBalancer:
+    """Collects stage times during a run; sets `new_speeds` once a plan based on them beats the current plan."""
+
+    def __init__(self, plan: BatchPlan, planned: Callable[[Sequence[float]], BatchPlan]) -> None:
+        self.new_speeds: tuple[float, ...] | None = None
+        self._planned = planned
+        self._speeds = SpeedWindow(plan)
+        self._seen = 0
+        self._before: Update | None = None
+
+    def on_gathered(self, stages_ms: Sequence[Sequence[float]], update: Update) -> None:
+        """Record the statistics gathered in `update`; the stage times belong to the previous update."""
+        before, self._before = self._before, update
+        if before is None or before.is_partial:
+            return
+        if before.full_plan != self._speeds.plan:  # batch.ramp has entered a new stage
+            self._speeds = SpeedWindow(before.full_plan)
+        own = [STAGES.index(stage) for stage in PER_SAMPLE_STAGES]
+        self._speeds = self._speeds.with_update([sum(times[stage] for stage in own) for times in stages_ms])
+        self._seen += 1
+        if self._seen % BALANCE_WINDOW == 0:
+            self.new_speeds = faster_shares(self._speeds, self._planned)
+
+
+class NullBalancer:
+    """Never changes the planned shares."""
+
+    new_speeds: tuple[float, ...] | None = None
+
+    def on_gathered(self, stages_ms: Sequence[Sequence[float]], update: Update) -> None: ...

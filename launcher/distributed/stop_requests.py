@@ -1,0 +1,123 @@
+"""Requests to a worker from outside: save and stop, save and restart, or save and admit a node.
+
+A signal only sets a flag; the ranks agree on it in the next all-gather of their statistics. Rank 0 also polls the run
+directory for the `stop` file and for nodes that wait to join.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+from launcher.errors import EXIT_INTERRUPTED, EXIT_RESTART
+
+__all__ = ["GO_ON", "JOIN", "LEAVE", "STOP", "StopRequests", "StopSource", "forward_signals_to"]
+
+GO_ON, JOIN, STOP, LEAVE = 0, 1, 2, 3  # LEAVE: save, exit, and let the agent restart; the largest value wins
+
+STOP_POLL_S = 0.2
+SIGTERM_GRACE_S = 5.0
+
+
+class StopSource(Protocol):
+    """A source of stop and join requests: the run directory."""
+
+    def stop_requested(self) -> bool: ...
+    def join_requested(self) -> bool: ...
+
+
+class StopRequests:
+    """The requests received so far. Call `install` before anything slow: a signal's default action ends the process.
+
+    SIGTERM keeps its default action until `handle_sigterm`: before training there is nothing to save, and a rank that
+    waits for the others inside torch would react late, while its agent waits 30 s for it. A rank that receives SIGTERM
+    and reaches no agreement with the others within `leave_s` exits without saving: the other ranks are gone or stuck.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, leave_s: float = SIGTERM_GRACE_S) -> None:
+        self.reason: str | None = None
+        self._level = GO_ON
+        self._clock = clock
+        self._last_poll_s = float("-inf")
+        self._grace_s = leave_s
+        self._acknowledged = threading.Event()
+
+    def install(self) -> None:
+        signal.signal(signal.SIGUSR1, self._on_sigusr1)
+        signal.signal(signal.SIGINT, self._on_sigint)
+
+    def handle_sigterm(self) -> None:
+        """Call when training begins: from now on SIGTERM means save first, then exit."""
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def acknowledge(self) -> None:
+        """Record that the ranks have agreed to stop or restart: saving may now take as long as it needs."""
+        self._acknowledged.set()
+
+    def ignore_late_signals(self) -> None:
+        """Ignore SIGUSR1 from now on: a late one must not end the interpreter during its cleanup."""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def poll(self, folder: StopSource | None) -> int:
+        """Return the current request level. `folder` is passed on rank 0 only and is polled a few times per second."""
+        now = self._clock()
+        if folder is not None and self._level == GO_ON and now - self._last_poll_s >= STOP_POLL_S:
+            self._last_poll_s = now
+            if folder.stop_requested():
+                self._raise_level(STOP, "the stop file")
+            elif folder.join_requested():
+                self._level = JOIN
+        return self._level
+
+    @property
+    def level(self) -> int:
+        """The current request level, without polling the run directory."""
+        return self._level
+
+    def clear_admit(self) -> None:
+        """Clear a request to admit nodes after the time to join has passed."""
+        self._acknowledged.clear()
+        if self._level == JOIN:
+            self._level = GO_ON
+
+    def _raise_level(self, wish: int, why: str) -> None:
+        self._level = max(self._level, wish)
+        self.reason = self.reason or why
+
+    def _on_sigusr1(self, _: int, __: FrameType | None) -> None:
+        self._raise_level(STOP, "SIGUSR1")
+
+    def _on_sigterm(self, _: int, __: FrameType | None) -> None:
+        self._raise_level(LEAVE, "SIGTERM")
+        threading.Thread(target=self._exit_if_unacknowledged, name="leave", daemon=True).start()
+
+    def _exit_if_unacknowledged(self) -> None:
+        if not self._acknowledged.wait(self._grace_s):
+            os._exit(EXIT_RESTART)
+
+    def _on_sigint(self, _: int, __: FrameType | None) -> None:
+        if self._level != GO_ON and self.reason == "Ctrl-C":
+            os._exit(EXIT_INTERRUPTED)
+        self._raise_level(STOP, "Ctrl-C")
+
+
+@contextmanager
+def forward_signals_to(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Route the driver's signals to `ask` within the block; restore the previous handlers afterwards.
+
+    SIGINT and SIGHUP stay ignored if they were: under nohup or in a script's background they are not meant for us.
+    """
+    terminals = (signal.SIGINT, signal.SIGHUP)
+    heard = [number for number in terminals if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in (*heard, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

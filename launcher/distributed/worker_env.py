@@ -1,0 +1,31 @@
+"""The number of CPU threads per rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from launcher.config.schema import RunConfig
+
+__all__ = ["num_threads", "user_omp_threads"]
+
+#: Passes the user's own OMP_NUM_THREADS from the driver to its workers: torchrun sets OMP_NUM_THREADS by itself.
+THREADS_ENV = "LAUNCHER_THREADS"
+
+
+def user_omp_threads(config: RunConfig, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Environment for the workers with the user's own OMP_NUM_THREADS; empty if launch.threads is set."""
+    value = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    open_to_it = config.launch.threads is None and not config.elastic.exact
+    return {THREADS_ENV: value} if open_to_it and value.isdecimal() and int(value) > 0 else {}
+
+
+def num_threads(config: RunConfig, workers: int, env: Mapping[str, str] = os.environ) -> int:
+    """CPU threads for each of `workers` on this machine: as requested, else the cores divided by the workers.
+
+    One thread under elastic.exact: how a sum is split among threads changes its last bits.
+    """
+    if config.elastic.exact:
+        return 1
+    asked = config.launch.threads or int(env.get(THREADS_ENV, 0))
+    return asked or max(1, len(os.sched_getaffinity(0)) // workers)

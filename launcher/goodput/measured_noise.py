@@ -1,0 +1,113 @@
+"""Find the noise scale: given in plan.noise, or measured by an earlier run."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launcher.config.schema import RunConfig
+from launcher.errors import UsageError
+from launcher.goodput.noise_scale import compute_efficiency
+from launcher.goodput.throughput_model import Estimate
+from launcher.run_dir.metrics_reader import RunMetrics, read_run_metrics
+from launcher.run_dir.run_directory import RUNS_DIR
+
+__all__ = ["MeasuredNoise", "find_noise_scale", "resolve_initial_noise"]
+
+
+@dataclass(frozen=True)
+class MeasuredNoise:
+    """A noise scale in samples with its interval (equal to the scale if unknown) and its source."""
+
+    scale: float
+    low: float
+    high: float
+    source: str
+
+    def estimate_efficiency(self, batch: int, base: int) -> Estimate:
+        low, high = sorted(compute_efficiency(batch, base, bound) for bound in (self.low, self.high))
+        value = compute_efficiency(batch, base, self.scale)
+        return Estimate(value, min(low, value), max(high, value))
+
+
+def find_noise_scale(config: RunConfig) -> MeasuredNoise | None:
+    """The noise scale from plan.noise (a number or a run), else from the newest run of this recipe; None if unknown.
+
+    Raises:
+        UsageError: plan.noise is not a noise scale, or the run that it names has not measured one.
+    """
+    if config.plan.noise is not None:
+        return _resolve_configured_noise(config, last=True)
+    name = _get_recipe_class(config)
+    for folder in sorted(RUNS_DIR.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime, reverse=True):
+        if (
+            _read_recipe_class(folder.parent) == name
+            and (found := _find_measured_noise(read_run_metrics(str(folder.parent)))) is not None
+        ):
+            return found
+    return None
+
+
+def resolve_initial_noise(config: RunConfig) -> RunConfig:
+    """Replace plan.noise by a number under batch=goodput; for a named run this is the first scale it measured.
+
+    The number is stored because the named run's directory may be gone at the next start. The first scale is used
+    because the noise scale grows during training: the last one would be too large at the beginning.
+
+    Raises:
+        UsageError: as `find_noise_scale`.
+    """
+    if config.batch.policy != "goodput" or config.plan.noise is None:
+        return config
+    return replace(config, plan=replace(config.plan, noise=_resolve_configured_noise(config, last=False).scale))
+
+
+def _resolve_configured_noise(config: RunConfig, *, last: bool) -> MeasuredNoise:
+    asked = config.plan.noise
+    if isinstance(asked, str):
+        found, other = _read_run_noise(asked, last=last)
+        if other not in (None, _get_recipe_class(config)):
+            raise UsageError(
+                f"plan.noise={asked}: that run trained {other}, not {_get_recipe_class(config)}: type a run of this recipe, or a "
+                "number of samples"
+            )
+        if found is None:
+            raise UsageError(f"plan.noise={asked}: that run has measured no noise scale: type a number of samples")
+        return found
+    if asked is None or asked <= 0:
+        raise UsageError(f"plan.noise={asked} is not a noise scale: type a number of samples above 0")
+    return MeasuredNoise(asked, asked, asked, "plan.noise")
+
+
+def _read_run_noise(word: str, *, last: bool) -> tuple[MeasuredNoise | None, str | None]:
+    """The noise scale measured by the named run, and the class of its recipe."""
+    try:
+        known = read_run_metrics(word)
+    except UsageError as problem:
+        raise UsageError(f"plan.noise={problem}; or type a number of samples") from problem
+    return _find_measured_noise(known, last=last), _read_recipe_class(known.folder)
+
+
+def _get_recipe_class(config: RunConfig) -> str:
+    return str(config.recipe["_target_"]).rpartition(".")[2]
+
+
+def _find_measured_noise(run: RunMetrics, *, last: bool = True) -> MeasuredNoise | None:
+    row = next((row for row in (reversed(run.rows) if last else run.rows) if "noise/scale" in row), None)
+    if row is None:
+        return None
+    scale = row["noise/scale"]
+    low, high = row.get("noise/scale_low", scale), row.get("noise/scale_high", scale)
+    return MeasuredNoise(scale, low, high, run.name)
+
+
+def _read_recipe_class(folder: Path) -> str | None:
+    """The recipe class named in the run's start event; None if it cannot be read."""
+    with suppress(OSError, ValueError), (folder / "events.jsonl").open() as events:
+        for line in events:
+            event = json.loads(line)
+            if event.get("event") == "start":
+                return str(event.get("recipe"))
+    return None

@@ -1,0 +1,1 @@
+"""Starting a job: the driver, torchrun, the worker processes, and resolving, measuring and opening a run before that."""

@@ -1,0 +1,34 @@
+"""Log files, one per rank and generation. Only rank 0 prints to the terminal; other ranks print to their files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TextIO
+
+__all__ = ["redirect_output"]
+
+
+def redirect_output(log: Path, rank: int, *, debug: bool) -> TextIO:
+    """Send log records and warnings to this rank's log, on ranks above 0 also stdout and stderr.
+
+    Returns the terminal's stderr. With `debug`, rank 0 also prints log records to the terminal.
+    """
+    screen = os.fdopen(os.dup(sys.stderr.fileno()), "w")
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    handler = logging.StreamHandler(os.fdopen(os.dup(number), "w"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    if debug and rank == 0:
+        root.addHandler(logging.StreamHandler(screen))
+    logging.captureWarnings(True)
+    if rank != 0:
+        sys.stdout.flush()
+        os.dup2(number, 1)
+        os.dup2(number, 2)
+    os.close(number)
+    return screen

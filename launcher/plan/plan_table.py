@@ -1,0 +1,230 @@
+"""The verb `plan`: the training plan at every world size, as a JSON document and as a table. Nothing is started."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from launcher.config.schema import RunConfig
+from launcher.plan.batch import PlanError
+from launcher.plan.compare_policies import compare_policies
+from launcher.plan.memory_model import format_memory_lines
+from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
+
+__all__ = ["format_plan_table", "format_world_sizes", "make_plan_document", "make_plan_row", "wrap_with_indent"]
+
+_DEFAULT_WORLD_SIZES = range(1, 65)
+_WIDTH = 80
+_SHARES_WIDTH = 24
+_GLOBAL_WIDTH, _RATE_WIDTH = 8, 9
+
+
+def make_plan_document(config: RunConfig, sizes: DatasetSizes, worlds: Sequence[int] | None = None) -> dict[str, Any]:
+    """The plans at the world sizes `worlds` (default: plan.world_sizes, then 1 to 64) as a JSON document.
+
+    `schedule` is the batch and the learning rate over time at the smallest feasible world size, which each entry
+    names; warmup and decay have the same shape at all world sizes. A world size that does not fit is
+    `feasible: false` with the reason in `why`. `policies` has the same world sizes under each batch policy, with
+    missing numbers derived from lr.base_batch.
+
+    Raises:
+        UsageError: the request is wrong at every world size.
+    """
+    asked = worlds or config.plan.world_sizes or _DEFAULT_WORLD_SIZES
+    studies = [_try_make_plan(config, sizes, world) for world in asked]
+    feasible = [each for each in studies if isinstance(each, TrainingPlan)]
+    return {
+        "policy": feasible[0].policy if feasible else config.batch.policy,
+        "data": {"train": sizes.train, "val": sizes.val},
+        "lr_base": config.lr.base,
+        "lr_base_batch": config.lr.base_batch,
+        "lr_rule": feasible[0].rule if feasible else config.lr.rule,
+        "decay": config.schedule.decay,
+        "plans": [
+            make_plan_row(each) if isinstance(each, TrainingPlan) else {"world": world, "feasible": False, "why": each}
+            for world, each in zip(asked, studies, strict=True)
+        ],
+        "schedule": _make_schedule_points(min(feasible, key=lambda each: each.world)) if feasible else [],
+        "policies": compare_policies(config, sizes, asked),
+    }
+
+
+def format_plan_table(document: Mapping[str, Any]) -> str:
+    """Format `plan_document` as text of at most 80 columns."""
+    lines = [
+        f"{document['data']['train']:,} training samples, batch.policy={document['policy']}, "
+        f"lr.rule={document['lr_rule']}",
+        f"lr.base={_format_short_number(document['lr_base'])} at lr.base_batch={document['lr_base_batch']}",
+        "",
+        _format_columns("world", "shares", "micro", "accum", "global", "rate", "updates/ep"),
+        *_format_plan_lines(document["plans"]),
+        *_format_schedule_lines(document),
+        *_format_advice_lines(document["plans"]),
+        *(["", *format_memory_lines(document["memory"])] if "memory" in document else []),
+        *_format_policy_lines(document["policies"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _try_make_plan(config: RunConfig, sizes: DatasetSizes, world: int) -> TrainingPlan | str:
+    try:
+        return make_training_plan(config, sizes, world)
+    except PlanError as error:
+        return str(error)
+
+
+def make_plan_row(planned: TrainingPlan) -> dict[str, Any]:
+    plan = planned.plan
+    scale = planned.schedule.target_scale(plan.global_batch)
+    return {
+        "world": planned.world,
+        "feasible": True,
+        "global": plan.global_batch,
+        "shares": list(plan.shares),
+        "per_device": plan.per_device,
+        "accumulation": plan.accumulation,
+        "lr": planned.schedule.base * scale,
+        "lr_scale": scale,
+        "warmup_samples": planned.warmup,
+        "updates_per_epoch": planned.sizes.train / plan.global_batch,
+        "advice": list(planned.advice),
+    }
+
+
+def _make_schedule_points(planned: TrainingPlan) -> list[dict[str, Any]]:
+    end = planned.duration
+    points = [("start", 0), ("after warmup", planned.warmup), ("25 %", end // 4), ("50 %", end // 2)]
+    points += [("75 %", end * 3 // 4), ("100 %", end)]
+    return [_make_schedule_point(planned, at, samples) for at, samples in sorted(points, key=lambda point: point[1])]
+
+
+def _make_schedule_point(planned: TrainingPlan, at: str, samples: int) -> dict[str, Any]:
+    batch = planned.batch_at(samples)
+    lr = planned.schedule.lr(samples, batch)
+    scale = planned.schedule.scale(samples, batch)
+    return {"at": at, "samples": samples, "world": planned.world, "global": batch, "lr": lr, "lr_scale": scale}
+
+
+def _format_plan_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """One line per feasible world size; consecutive ones that are infeasible for the same reason share a line."""
+    for _, rows in groupby(plans, key=_get_failure_kind):
+        group = list(rows)
+        if group[0]["feasible"]:
+            yield from map(_format_plan_line, group)
+        else:
+            yield from wrap_with_indent(
+                f"{format_world_sizes([row['world'] for row in group]):>7}  ", f"no plan: {group[0]['why']}"
+            )
+
+
+def _get_failure_kind(row: Mapping[str, Any]) -> str:
+    return "" if row["feasible"] else re.sub(r"\d+", "#", str(row["why"]))
+
+
+def _format_plan_line(row: Mapping[str, Any]) -> str:
+    return _format_columns(
+        str(row["world"]),
+        _group_equal_shares(row["shares"]),
+        _format_count_to_width(row["per_device"], 6),
+        _format_count_to_width(row["accumulation"], 7),
+        _format_count_to_width(row["global"], 10),
+        _format_short_number(row["lr"]),
+        _format_count_to_width(round(row["updates_per_epoch"], 1), 12),
+    )
+
+
+def _format_schedule_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    points = document["schedule"]
+    if not points:
+        return
+    title = f"schedule={document['decay']} at world {points[0]['world']}"
+    yield ""
+    yield f"{title:<33}{'samples':>20}{'global':>10}{'rate':>11}"
+    for point in points:
+        counts = f"{_format_count_to_width(point['samples'], 20)}{_format_count_to_width(point['global'], 10)}"
+        yield f"{'  ' + point['at']:<33}{counts}{_format_short_number(point['lr']):>11}"
+
+
+def _format_advice_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    worlds: dict[str, list[int]] = {}
+    for row in plans:
+        for line in row.get("advice", ()):
+            worlds.setdefault(line, []).append(row["world"])
+    for line, where in worlds.items():
+        yield ""
+        yield from wrap_with_indent("", f"Advice at world size {format_world_sizes(where)}: {line}")
+
+
+def _format_policy_lines(policies: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """One line per world size: batch and learning rate under every policy, and the changes under the selected one."""
+    asked = next(kind for kind, found in policies.items() if found["asked"])
+    rows = list(zip(*(found["plans"] for found in policies.values()), strict=True))
+    first = max(5, *(len(str(row[0]["world"])) for row in rows))
+    width = first + len(policies) * (_GLOBAL_WIDTH + _RATE_WIDTH) + 1
+    yield ""
+    heads = "".join(f"{kind:>{_GLOBAL_WIDTH}}{'rate':>{_RATE_WIDTH}}" for kind in policies)
+    yield f"{'world':>{first}}{heads} changes under {asked}"
+    for row in rows:
+        figures = "".join(map(_format_batch_and_lr, row))
+        what = next(one for kind, one in zip(policies, row, strict=True) if kind == asked).get("changes", ())
+        yield from wrap_with_indent(f"{row[0]['world']:>{first}}{figures}".ljust(width), ", ".join(what))
+    said = {row.get("why") for row in policies[asked]["plans"]}
+    for kind, found in policies.items():
+        yield from _format_view_lines(kind, found, said)
+
+
+def _format_batch_and_lr(row: Mapping[str, Any]) -> str:
+    if not row["feasible"]:
+        return f"{'-':>{_GLOBAL_WIDTH}}{'-':>{_RATE_WIDTH}}"
+    return f"{_format_count_to_width(row['global'], _GLOBAL_WIDTH)}{row['lr']:>{_RATE_WIDTH}.3g}"
+
+
+def _format_view_lines(kind: str, found: Mapping[str, Any], said: Collection[str | None]) -> Iterator[str]:
+    """The numbers derived for a policy that was not selected, and why it has no plan; reasons in `said` are skipped."""
+    if found["asked"]:
+        return
+    yield from wrap_with_indent("  ", f"{kind}: {found['derived']}")
+    refused = (row for row in found["plans"] if not row["feasible"] and row["why"] not in said)
+    for _, group in groupby(refused, key=_get_failure_kind):
+        rows = list(group)
+        where = format_world_sizes([row["world"] for row in rows])
+        yield from wrap_with_indent("    ", f"no plan at world size {where}: {rows[0]['why']}")
+
+
+def _format_columns(world: str, shares: str, micro: str, accum: str, size: str, rate: str, updates: str) -> str:
+    return f"{world:>7}  {shares:<{_SHARES_WIDTH}}{micro:>6}{accum:>7}{size:>10}{rate:>11}{updates:>12}"
+
+
+def _group_equal_shares(shares: Iterable[int]) -> str:
+    """Format shares with equal neighbours grouped: 86, 85x2."""
+    counted = [(share, len(list(same))) for share, same in groupby(shares)]
+    text = ", ".join(f"{share}x{count}" if count > 1 else f"{share}" for share, count in counted)
+    return text if len(text) <= _SHARES_WIDTH else textwrap.shorten(text, _SHARES_WIDTH, placeholder=" ...")
+
+
+def format_world_sizes(worlds: Sequence[int]) -> str:
+    """Format world sizes with consecutive ones grouped: 1-4, 8."""
+    texts = []
+    for _, numbered in groupby(enumerate(worlds), key=lambda pair: pair[1] - pair[0]):
+        group = [world for _, world in numbered]
+        texts.append(f"{group[0]}-{group[-1]}" if len(group) > 1 else f"{group[0]}")
+    return ", ".join(texts)
+
+
+def wrap_with_indent(head: str, text: str) -> list[str]:
+    if not text:
+        return [head.rstrip()]
+    return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
+
+
+def _format_count_to_width(value: float, width: int) -> str:
+    """Format `value` with commas, or with fewer digits if it would not fit into the column."""
+    text = f"{value:,}"
+    return f"{text if len(text) < width else f'{value:.{max(1, width - 7)}g}':>{width}}"
+
+
+def _format_short_number(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,166 @@
+"""Choose the run directory and decide whether to resume in it, before anything is created."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launcher import recipe as recipes
+from launcher.checkpoint.manifest import resolve_checkpoint_path
+from launcher.config.compose import flatten, from_yaml, to_yaml
+from launcher.config.schema import RunConfig
+from launcher.errors import UsageError
+from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
+from launcher.run_dir.resume import ResumeDecision, decide_resume
+from launcher.run_dir.run_directory import (
+    RUNS_DIR,
+    RunDirectory,
+    atomic_write_text,
+    format_recipe_name,
+    unique_run_name,
+)
+from launcher.strategies.registry import missing_dependency
+from launcher.topology import get_slurm_job_id
+
+__all__ = ["OpenedRun", "open_run", "resolve_directory", "reuse_resolved_batch", "run_path", "write_run_files"]
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A validated run that is ready to start: directory and name are decided, nothing is created yet.
+
+    `done`: content of done.json if the run is already complete. `knows`: an earlier start of the same job began it.
+    """
+
+    config: RunConfig
+    recipe: Any
+    sizes: DatasetSizes
+    training_plan: TrainingPlan
+    run_dir: RunDirectory
+    decision: ResumeDecision
+    done: Mapping[str, Any] | None = None
+    is_restart: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        return self.done is not None
+
+    def format_summary(self) -> str:
+        """Message for a run that is already complete."""
+        done = self.done or {}
+        figures = "".join(f", {name} {value:.4g}" for name, value in sorted(done.get("metrics", {}).items()))
+        return (
+            f"{self.run_dir.path} is complete: {done['samples']} samples in {done['updates']} updates, "
+            f"{done['seconds']:.1f} s{figures}\n"
+            f"increase train.duration to continue, or type resume=never for a new run in another directory"
+        )
+
+
+def open_run(
+    config: RunConfig, world: int, *, known: Path | None = None, run_id: str | None = None, nodes: int = 1
+) -> OpenedRun:
+    """Validate the configuration and choose the run directory.
+
+    `known`: the run directory of an earlier start of the same job.
+
+    Raises:
+        UsageError: the recipe, its data, the plan, the installed packages or the run directory do not allow the run.
+    """
+    lacking = missing_dependency(config)
+    if lacking is not None:
+        raise UsageError(lacking)
+    recipe = recipes.build_recipe(config.recipe)
+    sizes = recipes.get_dataset_sizes(recipe)
+    config = reuse_resolved_batch(config, known or run_path(config, run_id, nodes))
+    plan = make_training_plan(config, sizes, world)
+    if known is not None:
+        asked = ResumeDecision(checkpoint=named_checkpoint(config.resume), require_checkpoint=config.resume == "must")
+        return OpenedRun(
+            with_directory(config, known), recipe, sizes, plan, RunDirectory(known), asked, is_restart=True
+        )
+    config, path, decision = resolve_directory(config, run_path(config, run_id, nodes))
+    run_dir = RunDirectory(path)
+    done = run_dir.read_done()
+    complete = done is not None and not decision.fresh and covers_request(done, config, plan)
+    return OpenedRun(config, recipe, sizes, plan, run_dir, decision, done if complete else None)
+
+
+def resolve_directory(config: RunConfig, path: Path) -> tuple[RunConfig, Path, ResumeDecision]:
+    """Decide between resuming in `path` and a new run; a new run gets a sibling directory if `path` is taken.
+
+    Raises:
+        UsageError: a key that affects training was changed, or there is nothing to resume from.
+    """
+    config = reuse_resolved_batch(with_directory(config, path), path)
+    decision = decide_resume(config.resume, path, read_config(path), flatten(from_yaml(to_yaml(config))))
+    if decision.fresh and (path / "run.yaml").exists():
+        path = next_free_path(path)
+        config = with_directory(config, path)
+    return config, path, decision
+
+
+def reuse_resolved_batch(config: RunConfig, path: Path) -> RunConfig:
+    """Replace batch.per_device=auto by the value that the run in `path` resolved it to, if there is one."""
+    if config.batch.per_device != "auto" or config.resume == "never":
+        return config
+    size = (read_config(path) or {}).get("batch.per_device")
+    return replace(config, batch=replace(config.batch, per_device=size)) if isinstance(size, int) else config
+
+
+def named_checkpoint(resume: str) -> Path | None:
+    """Return the checkpoint that `resume` names, for a restarted job; None for auto, must and never."""
+    return None if resume in ("auto", "must", "never") else resolve_checkpoint_path(resume)
+
+
+def covers_request(done: Mapping[str, Any], config: RunConfig, plan: TrainingPlan) -> bool:
+    """Whether the finished training covers the request: its duration, or the target if training stops there."""
+    return plan.duration <= done["samples"] or ("target" in done and config.train.stop_at_target)
+
+
+def write_run_files(found: OpenedRun, profile: Mapping[str, Any] | None = None) -> None:
+    """Write run.yaml and clear the stop request and done.json of an earlier job. The caller holds the lock.
+
+    `profile`: the measured update times that batch=goodput uses.
+    """
+    atomic_write_text(found.run_dir.run_yaml, to_yaml(found.config))
+    if profile is not None:
+        atomic_write_text(found.run_dir.profile_json, json.dumps(profile) + "\n")
+    if not found.is_restart:
+        found.run_dir.clear_stop()
+        found.run_dir.done_json.unlink(missing_ok=True)  # more training is requested: not complete any more
+
+
+def run_path(config: RunConfig, run_id: str | None, nodes: int, job: str | None = None) -> Path:
+    """Return the requested run directory. `job`: the Slurm job to name it after, default the current one."""
+    if config.run.dir is not None:
+        return Path(config.run.dir)
+    if config.run.name is not None:
+        return RUNS_DIR / config.run.name
+    job = job or get_slurm_job_id()
+    if job is None and nodes > 1:
+        if run_id is None:
+            raise UsageError(f"run.name is not set and {nodes} nodes cannot agree on a time: type run.name=…")
+        job = run_id
+    return RUNS_DIR / unique_run_name(format_recipe_name(str(config.recipe["_target_"])), job, datetime.now())
+
+
+def with_directory(config: RunConfig, path: Path) -> RunConfig:
+    return replace(config, run=replace(config.run, name=config.run.name or path.name, dir=str(path)))
+
+
+def read_config(path: Path) -> Mapping[str, Any] | None:
+    """Read the flat configuration of the run in `path`; None if there is no run."""
+    try:
+        return flatten(from_yaml((path / "run.yaml").read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, UsageError) as problem:
+        raise UsageError(f"{path / 'run.yaml'} cannot be read ({problem}): type another run.name=") from problem
+
+
+def next_free_path(path: Path) -> Path:
+    return next(p for i in range(2, 10_000) if not (p := path.with_name(f"{path.name}-{i}")).exists())

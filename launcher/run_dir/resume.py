@@ -1,0 +1,134 @@
+"""Decide whether a command may resume an existing run: continue, start a new run, or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoint.manifest import resolve_checkpoint_path
+from launcher.config.coercion import format_value
+from launcher.errors import UsageError
+from launcher.plan.duration import Duration
+
+__all__ = ["ResumeDecision", "decide_resume", "find_changed_keys", "may_change_on_resume"]
+
+#: Keys that do not affect the trained model and may change on resume: whole sections, and single keys.
+CHANGEABLE_SECTIONS = ("launch", "log", "plan", "run", "sink", "strategy", "sweep", "tune")
+CHANGEABLE_KEYS = frozenset(
+    {
+        "checkpoint.every",  # not checkpoint.dir: another folder has nothing to resume from
+        "checkpoint.keep",
+        "checkpoint.sharded",
+        "data.prefetch_factor",
+        "data.num_workers",
+        "debug",
+        "elastic.balance",
+        "elastic.first_timeout_s",
+        "elastic.hang_timeout_s",
+        "elastic.allow_idle",
+        "elastic.max_restarts",
+        "elastic.max_workers",
+        "elastic.min_workers",
+        "format",
+        "recipe.trust",  # names what may be imported; not passed to the recipe
+        "resume",
+        "train.activation_checkpointing",  # results are bitwise identical
+        "train.device",
+        "train.profile",
+        "train.stop_at_target",  # only changes where training ends, like a longer train.duration
+        "train.target.at_least",
+        "train.target.at_most",
+        "train.target.metric",
+    }
+)
+#: Keys that the batch policy recomputes at every world size: hold keeps the global batch, however it is split.
+CHANGEABLE_KEYS_BY_POLICY = dict.fromkeys(("hold", "goodput"), ("batch.per_device", "batch.accumulation"))
+
+
+@dataclass(frozen=True)
+class ResumeDecision:
+    """How to start the run.
+
+    `fresh`: start a new run in a new directory. `must`: a checkpoint has to exist. `checkpoint`: the one named by the
+    user. `changed`: keys that differ from the configuration in the run directory and may differ, as (old, new).
+    """
+
+    fresh: bool = False
+    require_checkpoint: bool = False
+    checkpoint: Path | None = None
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+def decide_resume(
+    resume: str,
+    folder: Path,
+    old: Mapping[str, Any] | None,
+    new: Mapping[str, Any],
+    *,
+    done: bool = False,
+    samples_of: Callable[[str], int] | None = None,
+) -> ResumeDecision:
+    """Decide what `resume` means, given the flat configurations in the directory (`old`, None if new) and requested.
+
+    The directory stores masked secrets, so they must be masked in `new` too. `done`: the run is complete, so a shorter
+    duration is allowed. `samples_of` converts a duration to samples, to compare durations in different units.
+
+    Raises:
+        UsageError: a key that affects training was changed, or there is nothing to resume from.
+    """
+    if resume == "never" or (resume == "auto" and old is None):
+        return ResumeDecision(fresh=True)
+    if resume == "must" and old is None:
+        raise UsageError(f"resume=must but {folder} contains no run: check run.name, or type resume=auto")
+    checkpoint = None if resume in ("auto", "must") else resolve_checkpoint_path(resume)
+    changed = find_changed_keys(old, new) if old is not None else {}
+    raise_if_changed(
+        folder,
+        {key: values for key, values in changed.items() if not is_change_allowed(key, values, new, done, samples_of)},
+    )
+    return ResumeDecision(require_checkpoint=resume == "must", checkpoint=checkpoint, changed=changed)
+
+
+def find_changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys whose values differ, as (old, new)."""
+    return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+
+
+def is_change_allowed(
+    key: str,
+    values: tuple[Any, Any],
+    new: Mapping[str, Any],
+    done: bool,
+    samples_of: Callable[[str], int] | None,
+) -> bool:
+    if key == "train.duration":
+        return done or not is_shorter_training(*values, samples_of)
+    if key == "train.validate_every":
+        return new.get("schedule.decay") != "plateau"  # plateau lowers the learning rate by validation results
+    allowed = () if new.get("elastic.exact") else CHANGEABLE_KEYS_BY_POLICY.get(str(new.get("batch.policy")), ())
+    return may_change_on_resume(key) or key in allowed
+
+
+def may_change_on_resume(key: str) -> bool:
+    """Whether a key never affects the trained model, under any batch policy."""
+    return key.partition(".")[0] in CHANGEABLE_SECTIONS or key in CHANGEABLE_KEYS
+
+
+def is_shorter_training(was: str, now: str, samples_of: Callable[[str], int] | None) -> bool:
+    """Whether `now` is less training than `was`; durations in different units need `samples_of`."""
+    if samples_of is not None:
+        return samples_of(now) < samples_of(was)
+    before, after = (Duration.parse(text, "train.duration") for text in (was, now))
+    return before.unit == after.unit and after.value < before.value
+
+
+def raise_if_changed(folder: Path, wrong: Mapping[str, tuple[Any, Any]]) -> None:
+    if wrong:
+        listed = ", ".join(
+            f"{key} ({format_value(was)} before, {format_value(now)} now)" for key, (was, now) in wrong.items()
+        )
+        raise UsageError(
+            f"{folder} was trained with other values of {listed}: type run.name=... for a new run, or resume=never"
+        )

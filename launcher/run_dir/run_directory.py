@@ -1,0 +1,396 @@
+"""The run directory: its files, its lock, its generation counter, and its name."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from launcher.errors import UsageError
+from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.system.processes import read_start_time
+
+__all__ = [
+    "RUNS_DIR",
+    "RunDirLock",
+    "RunDirectory",
+    "atomic_write_text",
+    "format_recipe_name",
+    "load_agent_memory",
+    "resolve_named_dir",
+    "save_agent_memory",
+    "suggest_runs",
+    "unique_run_name",
+]
+
+RUNS_DIR = Path("runs")
+AGENT_MEMORY_DIR = RUNS_DIR / ".agents"
+MAX_SUGGESTED_RUNS = 5
+RUN_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths in one run directory, and access to its small files. Everything is readable by the user only."""
+
+    path: Path
+
+    @property
+    def run_yaml(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def plan_json(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def profile_json(self) -> Path:
+        """The measured update times that batch=goodput uses."""
+        return self.path / "profile.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def done_json(self) -> Path:
+        return self.path / "done.json"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def join_requests_dir(self) -> Path:
+        """Nodes waiting to join the job after its next checkpoint: one file per node, named after it."""
+        return self.path / ".gate"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    def resolve_checkpoints_dir(self, elsewhere: str | None) -> Path:
+        """Return the checkpoint folder: a subfolder per run if `checkpoint.dir` is set, so that runs do not mix."""
+        if not elsewhere:
+            return self.checkpoints
+        return Path(elsewhere) / (
+            self.path.relative_to(RUNS_DIR) if self.path.is_relative_to(RUNS_DIR) else self.path.name
+        )
+
+    @property
+    def slurm_json(self) -> Path:
+        """The Slurm job that owns the directory; written by the job script at every start."""
+        return self.path / "slurm.json"
+
+    def get_log_path(self, rank: int, generation: int) -> Path:
+        return self.logs / f"rank{rank}-g{generation}.log"
+
+    def create(self) -> Path | None:
+        """Create the directory and its subfolders; existing files stay. Return the topmost folder that was created.
+
+        Raises:
+            UsageError: it cannot be created, or a subfolder is a symbolic link.
+        """
+        absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            for folder in (self.path, self.logs, self.checkpoints):
+                make_private_dir(folder)
+        except OSError as problem:
+            raise UsageError(
+                f"run.dir={self.path} cannot be created ({problem.strerror}): type another run.dir="
+            ) from problem
+        for folder in (self.logs, self.checkpoints):
+            if folder.is_symlink() or not folder.is_dir():
+                raise UsageError(f"{folder} is a link or not a folder: remove it, or type another run.name=")
+        return absent[-1] if absent else None
+
+    def discard(self, made: Path) -> None:
+        """Remove the directory if nothing was trained in it, and its empty parents up to `made`."""
+        if any(self.checkpoints.iterdir()) or (self.metrics.exists() and self.metrics.stat().st_size):
+            return
+        shutil.rmtree(self.path)
+        for parent in self.path.parents:
+            if not parent.is_relative_to(made):
+                break
+            with suppress(OSError):
+                parent.rmdir()
+
+    def read_generation(self) -> int:
+        """Return how often the workers of this run have been started; 0 before the first start.
+
+        Raises:
+            UsageError: the file is damaged; with a wrong number, rows of metrics.jsonl would supersede wrong rows.
+        """
+        kept = self.path / "generation"
+        try:
+            return int(kept.read_text())
+        except FileNotFoundError:
+            return 0
+        except ValueError:
+            raise UsageError(f"{kept} has no number: write the last generation of metrics.jsonl into it") from None
+
+    def increment_generation(self) -> int:
+        number = self.read_generation() + 1
+        atomic_write_text(self.path / "generation", f"{number}\n")
+        return number
+
+    def read_restarts(self) -> int:
+        """Return how many of those starts were restarts within a job rather than new commands."""
+        try:
+            return int((self.path / "restarts").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def increment_restarts(self) -> None:
+        atomic_write_text(self.path / "restarts", f"{self.read_restarts() + 1}\n")
+
+    def read_saved_generation(self) -> int:
+        """Return the last generation that saved a checkpoint; 0 before the first checkpoint."""
+        try:
+            return int((self.path / "saved").read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def record_saved_generation(self, generation: int) -> None:
+        atomic_write_text(self.path / "saved", f"{generation}\n")
+
+    def clear_stop(self) -> None:
+        self.stop_file.unlink(missing_ok=True)
+
+    def request_stop(self, why: str) -> None:
+        """Request a stop; `why` names its origin. On a full disk an empty file is created, which still works."""
+        try:
+            atomic_write_text(self.stop_file, why)
+        except OSError:
+            self.stop_file.touch(0o600)
+
+    def stop_requested(self) -> bool:
+        return self.stop_file.exists()
+
+    def read_stop_reason(self) -> str:
+        """Return the origin of the stop request; empty if the stop file is empty, unreadable or not a regular file."""
+        try:
+            return self.stop_file.read_text(errors="replace").strip() if self.stop_file.is_file() else ""
+        except OSError:
+            return ""
+
+    def join_requested(self) -> bool:
+        """Whether a node is waiting to join."""
+        try:
+            with os.scandir(self.join_requests_dir) as waiting:
+                return next(waiting, None) is not None
+        except FileNotFoundError:
+            return False
+
+    def admit_nodes(self) -> list[str]:
+        """Admit the waiting nodes and return their names. Call it only after a checkpoint has been saved."""
+        waiting = sorted(self.join_requests_dir.iterdir()) if self.join_requests_dir.is_dir() else []
+        for mark in waiting:
+            mark.unlink(missing_ok=True)
+        return [mark.name for mark in waiting]
+
+    def read_done(self) -> dict[str, Any] | None:
+        """Return the content of done.json; None if training is not complete.
+
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        try:
+            done = json.loads(self.done_json.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            done = None
+        if not isinstance(done, dict) or not isinstance(done.get("samples"), int):
+            raise UsageError(f"{self.done_json} cannot be read: remove it, and the run continues from its checkpoint")
+        return done
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """Return the plan last in force; None before the first."""
+        try:
+            plan = json.loads(self.plan_json.read_text())
+        except (OSError, ValueError):
+            return None
+        return plan if isinstance(plan, dict) and "world" in plan else None
+
+    def write_done(self, facts: Mapping[str, Any]) -> None:
+        """Mark the run as complete. Written last, when everything else is on disk."""
+        atomic_write_text(self.done_json, json.dumps(facts, indent=1) + "\n")
+
+    def ensure_wandb_id(self) -> str:
+        """Return the W&B run id; created once and kept in the directory, so that restarts use the same id."""
+        kept = self.path / "wandb-id"
+        if not kept.exists():
+            atomic_write_text(kept, os.urandom(4).hex())
+        return kept.read_text().strip()
+
+    def lock(self, torchrun: int | None = None) -> RunDirLock:
+        """Lock the directory for this process. `torchrun`: pid of the torchrun that the user started, if any.
+
+        Raises:
+            UsageError: another live process holds the lock; the message names it.
+        """
+        return RunDirLock(self.path, torchrun)
+
+
+class RunDirLock:
+    """An flock on the run directory; the kernel releases it when the process ends, for any reason."""
+
+    def __init__(self, folder: Path, torchrun: int | None = None) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._file = open(os.open(folder / ".lock", flags, 0o600), "r+")  # noqa: SIM115 (held)
+        try:
+            acquire_lock(self._file)
+        except OSError as problem:
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UsageError(
+                    f"{folder} cannot be locked ({problem.strerror}): type run.dir= on a file system with locks"
+                ) from problem
+            raise UsageError(
+                f"{folder} is in use by {owner}: wait for it, stop it, or type another run.name="
+            ) from None
+        os.register_at_fork(after_in_child=self._file.close)  # a loader process must not hold it after its rank died
+        self._file.seek(0)
+        self._file.truncate()
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        of = f" of torchrun {torchrun}" if torchrun else ""
+        self._file.write(f"process {os.getpid()}{of} on {socket.gethostname()} since {since}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def acquire_lock(file: IO[str]) -> None:
+    """Lock the file, with a few retries, because `launcher status` and `watch` hold the lock for a moment.
+
+    Raises:
+        OSError: another process keeps the lock, or the file system has no locks.
+    """
+    for _ in range(9):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.03)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def resolve_named_dir(name: str) -> Path:
+    """Return `runs/<name>` and ensure that it lies inside runs/.
+
+    Raises:
+        UsageError: the name is invalid, or is a symbolic link that points outside runs/.
+    """
+    if not RUN_NAME_PATTERN.fullmatch(name):
+        given = " ".join(name.split())  # error messages are one line
+        raise UsageError(
+            f"run.name={given}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+    folder = RUNS_DIR / name
+    if folder.is_symlink() and folder.resolve().parent != RUNS_DIR.resolve():
+        raise UsageError(f"run.name={name} is a link that points outside {RUNS_DIR}/: type run.dir={folder.resolve()}")
+    return folder
+
+
+def unique_run_name(recipe: str, job: str | None, now: datetime) -> str:
+    """Return `<recipe>-<job>`, stable across requeues; without a job `<recipe>-<time>`, made unique in runs/.
+
+    Raises:
+        UsageError: the job id, which the user may choose, is not valid in a name.
+    """
+    if job is not None:
+        return resolve_named_dir(f"{recipe}-{job}").name
+    name = f"{recipe}-{now:%Y%m%d-%H%M%S}"
+    return next(
+        n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if not os.path.lexists(resolve_named_dir(n))
+    )
+
+
+def format_recipe_name(target: str) -> str:
+    """Return `resnet` for `launcher.recipes.resnet.ResNet`, and the lower-case class name for a custom recipe."""
+    module, _, name = target.rpartition(".")
+    return (module.rpartition(".")[2] if module.startswith("launcher.recipes.") else name).lower()
+
+
+def suggest_runs(file: str) -> str:
+    """List the runs that contain `file`, newest first, for error messages about an unknown run name."""
+    found = [(path.stat().st_mtime, path.parent.name) for path in RUNS_DIR.glob(f"*/{file}") if path.is_file()]
+    names = [name for _, name in sorted(found, reverse=True)]
+    if not names:
+        return f"there are no runs in {RUNS_DIR}/"
+    more = f" and {len(names) - MAX_SUGGESTED_RUNS} more" if len(names) > MAX_SUGGESTED_RUNS else ""
+    return f"the most recent are {', '.join(names[:MAX_SUGGESTED_RUNS])}{more}"
+
+
+# --- memory across worker restarts, where the user ran torchrun ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AgentMemory:
+    """The run directory chosen at the first start under an agent, and the newest checkpoint at that time."""
+
+    folder: Path
+    newest: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps({"folder": str(self.folder), "newest": self.newest})
+
+    @classmethod
+    def from_json(cls, text: str) -> AgentMemory:
+        kept = json.loads(text)
+        return cls(Path(kept["folder"]), kept["newest"])
+
+
+def load_agent_memory() -> AgentMemory | None:
+    """Load what an earlier worker of the same agent decided; None at the agent's first start of its workers."""
+    try:
+        return AgentMemory.from_json(agent_memory_path().read_text())
+    except FileNotFoundError:
+        return None
+
+
+def save_agent_memory(decided: AgentMemory) -> None:
+    """Save the decision, keyed by host, agent pid and agent start time; remove the files of dead agents."""
+    make_private_dir(AGENT_MEMORY_DIR)
+    for old in AGENT_MEMORY_DIR.iterdir():
+        host, _, agent = old.name.rpartition("@")
+        pid, _, start = agent.partition("-")
+        if host == socket.gethostname() and pid.isdigit() and str(read_start_time(int(pid))) != start:
+            old.unlink(missing_ok=True)
+    atomic_write_text(agent_memory_path(), decided.to_json())
+
+
+def agent_memory_path() -> Path:
+    agent = os.getppid()
+    return AGENT_MEMORY_DIR / f"{socket.gethostname()}@{agent}-{read_start_time(agent)}"

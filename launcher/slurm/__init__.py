@@ -1,0 +1,1 @@
+"""Batch scripts, submission, requeueing and the state of Slurm jobs."""

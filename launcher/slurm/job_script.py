@@ -1,0 +1,206 @@
+"""Text of a Slurm job script from a configuration and its command-line arguments. Nothing is submitted here.
+
+Values in `#SBATCH` lines are checked not to need quotes, everything else is quoted for the shell. `BODY` is also the
+second part of the scripts in slurm/.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launcher.config.schema import LaunchConfig, RunConfig
+from launcher.errors import UsageError
+from launcher.run_dir.run_directory import format_recipe_name
+
+__all__ = [
+    "OUTPUT_PATTERN",
+    "SCRIPT_BODY",
+    "check_launch_keys",
+    "format_time_limit",
+    "parse_node_range",
+    "render_sbatch_script",
+]
+
+OUTPUT_PATTERN = "runs/.slurm/%j.out"
+
+#: Values allowed in an #SBATCH line: nothing that Slurm's option parser or a shell would split or expand.
+PLAIN_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]*(,[A-Za-z0-9][A-Za-z0-9_.@+-]*)*")
+CONSTRAINT_PATTERN = re.compile(r"[A-Za-z0-9_.,&|*()\[\]:=!+-]+")
+EXTRA_OPTION_PATTERN = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9_.,:;/@%+=*&|()\[\]!{}^~-]+)?")
+NODE_RANGE_PATTERN = re.compile(r"([1-9]\d{0,5})(?:-([1-9]\d{0,5}))?")
+SECONDS_PER_UNIT = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+TIME_SPAN_PATTERN = re.compile(r"(\d+(?:\.\d+)?)(s|min|h|d)")
+SLURM_TIME_PATTERN = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+#: Options that have their own configuration key; FIXED are options that the script depends on.
+OPTIONS_WITH_KEYS = {
+    "--account": "launch.account",
+    "--constraint": "launch.constraint",
+    "--job-name": "run.name",
+    "--nodes": "launch.nodes",
+    "--partition": "launch.partition",
+    "--qos": "launch.qos",
+    "--time": "launch.time",
+}
+FIXED_OPTIONS = (
+    "--array",
+    "--no-requeue",
+    "--ntasks",
+    "--ntasks-per-node",
+    "--parsable",
+    "--signal",
+    "--test-only",
+    "--wrap",
+)
+
+SCRIPT_BODY = r"""
+# --- identical from here on in train.sbatch, elastic.sbatch and the script that launch=slurm submits ------------------
+
+run=$(python -m launcher folder "$@") || exit # the run directory; on wrong arguments one error line and exit
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$run/done.json" ]; then exit 0; fi
+
+# The first node hosts the rendezvous.
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+export HEAD PORT NODES WORKERS
+
+# Runs on every node; single quotes, so that variables expand there. torchrun ignores USR1; the workers save and exit.
+# shellcheck disable=SC2016
+agent='trap "" USR1
+exec python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="${WORKERS:-${SLURM_GPUS_ON_NODE:-1}}" \
+  --max-restarts=2 --rdzv-backend=c10d --rdzv-endpoint="$HEAD:$PORT" --rdzv-id="$SLURM_JOB_ID" \
+  --rdzv-conf="is_host=$((SLURM_NODEID == 0)),last_call_timeout=5,keep_alive_interval=2" \
+  --local-addr="$SLURMD_NODENAME" -m launcher "$@"'
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarting workers in place is more reliable without it
+
+# Slurm sends USR1 before the time limit or preemption; forward it to the workers, which save and exit.
+warned=
+trap 'warned=yes; echo "signal from Slurm: saving at the next update, then requeueing"
+  scancel --quiet --signal=USR1 "$SLURM_JOB_ID"' USR1
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${survive[@]}" "${container[@]}" \
+  bash -c "$agent" bash "$@" "run.dir='$run'" &
+step=$!
+while kill -0 "$step" 2>/dev/null; do
+  # Repeat every five seconds, since a worker that is still starting misses the signal.
+  if [ -n "$warned" ] && [ $((SECONDS % 5)) = 0 ]; then scancel --quiet --signal=USR1 "$SLURM_JOB_ID"; fi
+  sleep 1
+done
+wait "$step"
+status=$?
+
+# The files in the run directory decide: losing a node also gives a non-zero status.
+if [ "$run/done.json" -nt "$run/slurm.json" ]; then exit 0; fi
+if [ "$run/stop" -nt "$run/slurm.json" ]; then exit 0; fi # launcher stop
+if [ -z "$warned" ] && [ "$status" = 0 ]; then exit 0; fi
+if [ -z "$warned" ]; then python -m launcher again "$run" || exit "$status"; fi
+scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script here; the next start resumes
+exit 1
+"""
+
+
+def render_sbatch_script(config: RunConfig, words: Sequence[str], python: str) -> str:
+    """Render the sbatch script. `words`: the arguments after the command; `python`: the interpreter on the nodes.
+
+    Raises:
+        RequestError: a launch key has a value that cannot be passed to Slurm.
+    """
+    check_launch_keys(config.launch)
+    low, high = parse_node_range(config.launch.nodes)
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in iter_sbatch_options(config)), "set -u"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in config.launch.env.items()]
+    lines += [
+        f"PATH={shlex.quote(str(Path(python).parent))}:$PATH",
+        f"WORKERS={config.launch.workers or ''}",
+        "NODES=$SLURM_JOB_NUM_NODES" if low == high else f"NODES={low}:$SLURM_JOB_NUM_NODES",
+        "survive=()" if low == high else "survive=(--no-kill --kill-on-bad-exit=0)",
+        "container=()",
+        shlex.join(["set", "--", *words]),
+    ]
+    return "\n".join(lines) + "\n" + SCRIPT_BODY
+
+
+def iter_sbatch_options(config: RunConfig) -> Iterator[str]:
+    launch = config.launch
+    low, high = parse_node_range(launch.nodes)
+    yield f"--job-name={make_job_name(config)}"
+    yield f"--nodes={launch.nodes}"
+    yield "--ntasks-per-node=1"
+    yield f"--cpus-per-task={(launch.workers or 1) * ((launch.threads or 1) + config.data.num_workers)}"
+    yield f"--time={format_time_limit(str(launch.time))}"
+    for name in ("partition", "account", "qos", "constraint"):
+        if (value := getattr(launch, name)) is not None:
+            yield f"--{name}={value}"
+    yield "--signal=B:USR1@60"
+    yield "--requeue"
+    yield "--open-mode=append"
+    yield f"--output={OUTPUT_PATTERN}"
+    if low != high:
+        yield "--no-kill"
+    yield from launch.extra
+
+
+def make_job_name(config: RunConfig) -> str:
+    name = config.run.name or format_recipe_name(str(config.recipe.get("_target_", "")))
+    return name if PLAIN_NAMES.fullmatch(name) else "launcher"
+
+
+# --- validation of the keys ---------------------------------------------------------------------------------------
+
+
+def check_launch_keys(launch: LaunchConfig) -> None:
+    """Raise RequestError for the first launch key whose value is not valid in an #SBATCH line."""
+    parse_node_range(launch.nodes)
+    if launch.time is None:
+        raise UsageError("launch.time is missing: type how long the job may run, e.g. launch.time=4h")
+    format_time_limit(launch.time)
+    for name in ("partition", "account", "qos"):
+        value = getattr(launch, name)
+        if value is not None and not PLAIN_NAMES.fullmatch(value):
+            raise UsageError(f"launch.{name}={collapse_whitespace(value)}: type letters, digits and any of _ . @ + - ,")
+    if launch.constraint is not None and not CONSTRAINT_PATTERN.fullmatch(launch.constraint):
+        raise UsageError(
+            f"launch.constraint={collapse_whitespace(launch.constraint)}: type features and & | [ ] ( ) * only"
+        )
+    for option in launch.extra:
+        check_extra_option(option)
+
+
+def check_extra_option(option: str) -> None:
+    given = f"launch.extra=[{collapse_whitespace(option)}]"
+    if not EXTRA_OPTION_PATTERN.fullmatch(option):
+        raise UsageError(f"{given}: type options as --name=value without spaces or quotes, e.g. --gpus-per-node=4")
+    name = option.partition("=")[0]
+    if name in OPTIONS_WITH_KEYS:
+        raise UsageError(f"{given}: {name} has its own key: type {OPTIONS_WITH_KEYS[name]}=")
+    if name in FIXED_OPTIONS:
+        raise UsageError(f"{given}: {name} cannot be changed here: copy slurm/train.sbatch and edit the copy")
+
+
+def parse_node_range(text: str) -> tuple[int, int]:
+    """Parse `2` or `2-4` into (minimum, maximum) nodes."""
+    found = NODE_RANGE_PATTERN.fullmatch(text)
+    if found is None or int(found[1]) > int(found[2] or found[1]):
+        raise UsageError(
+            f"launch.nodes={collapse_whitespace(text)}: type a number or a range, e.g. launch.nodes=2 or 2-4"
+        )
+    return int(found[1]), int(found[2] or found[1])
+
+
+def format_time_limit(text: str) -> str:
+    """Convert a time to Slurm's format: `4h`, `30min`, `2d` to minutes, rounded up; Slurm's own formats unchanged."""
+    if found := TIME_SPAN_PATTERN.fullmatch(text):
+        whole = math.ceil(float(found[1]) * SECONDS_PER_UNIT[found[2]] / 60)
+        if whole:
+            return str(whole)
+    elif SLURM_TIME_PATTERN.fullmatch(text) and re.search("[1-9]", text):
+        return text
+    raise UsageError(
+        f"launch.time={collapse_whitespace(text)}: type launch.time=4h, 30min, 2d, or Slurm's own 1-12:00:00"
+    )
+
+
+def collapse_whitespace(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,88 @@
+"""State of a Slurm job in the queue, and which job a run directory belongs to."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.run_dir.run_directory import RunDirectory
+from launcher.system.atomic_files import atomic_write_text
+
+__all__ = ["SlurmJob", "cancel_job", "query_job", "read_claim", "signal_job", "write_claim"]
+
+JOB_ID = re.compile(r"\d+(_\d+)?")
+ENDED_STATES = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "REVOKED")
+)
+COMMAND_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A pending or running Slurm job: state, nodes, time left, and the reason why it is pending."""
+
+    id: str
+    state: str
+    nodes: str
+    left: str
+    why: str
+
+    @property
+    def is_pending(self) -> bool:
+        return self.state == "PENDING"
+
+    def __str__(self) -> str:
+        if self.is_pending:
+            return f"Slurm job {self.id}, PENDING ({self.why})"
+        return f"Slurm job {self.id}, {self.state} on {self.nodes}, {self.left} left"
+
+
+def query_job(job: str) -> SlurmJob | None:
+    """Query a job with squeue; None if it has ended or squeue is not available."""
+    lines = run_slurm_command(["squeue", "--noheader", f"--jobs={job}", "--format=%i|%T|%N|%L|%r"]).splitlines()
+    found = [SlurmJob(job, *line.split("|", 4)[1:]) for line in lines if line.count("|") >= 4]
+    found = [one for one in found if one.state not in ENDED_STATES]
+    return min(found, key=lambda one: one.is_pending, default=None)
+
+
+def cancel_job(job: str, *, waiting: bool = False) -> None:
+    """Cancel the job; `waiting`: only the parts of it that are pending."""
+    run_slurm_command(["scancel", *(["--state=PENDING"] if waiting else []), job])
+
+
+def signal_job(job: str) -> None:
+    """Send SIGUSR1 to the workers, which makes them save and stop."""
+    run_slurm_command(["scancel", "--quiet", "--signal=USR1", job])
+
+
+def run_slurm_command(argv: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+# --- job of a run directory --------------------------------------------------------------------------------------
+
+
+def read_claim(run_dir: RunDirectory) -> dict[str, Any] | None:
+    """`job`, and `newest`: the newest checkpoint before the job. None if the directory belongs to no job."""
+    try:
+        kept = json.loads(run_dir.slurm_json.read_text())
+    except (OSError, ValueError):
+        return None
+    known = isinstance(kept, dict) and JOB_ID.fullmatch(str(kept.get("job")))
+    return kept if known else None
+
+
+def write_claim(run_dir: RunDirectory, job: str, newest: str | None) -> None:
+    """Assign the directory to the job. A later start of the same job keeps the recorded `newest`."""
+    before = read_claim(run_dir)
+    if before is not None and before["job"] == job:
+        newest = before.get("newest")
+    atomic_write_text(run_dir.slurm_json, json.dumps({"job": job, "newest": newest}) + "\n")

@@ -1,0 +1,80 @@
+"""The repeated blocks of a model: the units of FSDP sharding and of activation checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from launcher.errors import UsageError
+
+__all__ = ["BlocksFn", "apply_activation_checkpointing", "find_blocks", "preserve_buffers"]
+
+#: The type of a recipe's optional `blocks(model)`.
+BlocksFn = Callable[[nn.Module], Iterable[nn.Module]]
+
+
+def find_blocks(model: nn.Module, blocks: BlocksFn | None = None) -> list[nn.Module]:
+    """The recipe's blocks, else the elements with parameters of the outermost ModuleList and Sequential modules.
+
+    Raises:
+        UsageError: the recipe's `blocks` returns something that is not a submodule of the model.
+    """
+    if blocks is None:
+        return list(_iter_listed_modules(model))
+    parts, found = set(model.modules()), list(blocks(model))
+    if strange := [type(block).__name__ for block in found if block not in parts or block is model]:
+        raise UsageError(
+            f"the recipe's blocks(model) has {strange[0]}, which is not a submodule of the model: "
+            "return submodules of the model only"
+        )
+    return found
+
+
+def _iter_listed_modules(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        yield from (child for child in module if any(True for _ in child.parameters()))
+    else:
+        for child in module.children():
+            yield from _iter_listed_modules(child)
+
+
+def apply_activation_checkpointing(blocks: Iterable[nn.Module]) -> None:
+    """Apply activation checkpointing: each block keeps only its input and recomputes in the backward pass.
+
+    Modules are not wrapped, so the names in the state_dict do not change. The recomputation sees the same random
+    generator state as the first pass, and running statistics are updated only once.
+    """
+    for block in blocks:
+        block.forward = _CheckpointedForward(block)  # type: ignore[method-assign, assignment]
+
+
+class _CheckpointedForward:
+    def __init__(self, block: nn.Module) -> None:
+        self._forward = block.forward
+        self._block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        return checkpoint(self._forward, *args, use_reentrant=False, context_fn=self._make_contexts, **kwargs)
+
+    def _make_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), preserve_buffers(list(self._block.buffers()))
+
+
+@contextmanager
+def preserve_buffers(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Restore the buffers to their previous values after the block."""
+    with torch.no_grad():
+        before = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in before:
+                buffer.copy_(old)

@@ -1,0 +1,144 @@
+"""Optuna sweeps, where each point is chosen from the results of earlier ones. Only this module imports Optuna.
+
+The study is stored in the sweep's folder, so that the same command continues the search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import UsageError
+from launcher.sweep.outcome import FINISHED, STOPPED
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+
+__all__ = ["OptunaSearch", "SearchAxis", "check_optuna"]
+
+JOURNAL_FILE = "search.journal"
+
+
+@dataclass(frozen=True)
+class SearchAxis:
+    """One key to search over: either `choices` as typed, or a range from `low` to `high`, both included."""
+
+    key: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    step: int = 1
+    whole: bool = False
+    log: bool = False
+
+    @property
+    def name(self) -> str:
+        """The key without the + prefix of an added key."""
+        return self.key.lstrip("+")
+
+    def format_override(self, value: Any) -> str:
+        """The override for a value; floats are rounded to six significant digits."""
+        return f"{self.key}={value:.6g}" if isinstance(value, float) else f"{self.key}={value}"
+
+    def list_extremes(self) -> list[str]:
+        """Overrides to validate the axis with: every choice, or both ends of the range."""
+        ends = (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+        return [self.format_override(value) for value in self.choices or ends]
+
+    def make_distribution(self) -> BaseDistribution:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.choices:
+            return CategoricalDistribution(self.choices)
+        if self.whole:
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=self.step)
+        return FloatDistribution(self.low, self.high, log=self.log)
+
+
+def check_optuna(trials: int) -> str | None:
+    """Error message if Optuna is not installed, else None."""
+    if find_spec("optuna") is not None:
+        return None
+    return f"sweep.trials={trials}: Optuna is not installed: type pip install 'elastic-batch-launcher[optuna]'"
+
+
+class OptunaSearch:
+    """Optuna study of a sweep. `asked` is the fingerprint of the search, which must not change between commands.
+
+    Raises:
+        RequestError: the folder holds a different search.
+    """
+
+    def __init__(
+        self, folder: Path, axes: Sequence[SearchAxis], asked: Mapping[str, str], *, most: bool, seed: int
+    ) -> None:
+        from optuna.samplers import TPESampler
+
+        self._distributions = {axis.name: axis.make_distribution() for axis in axes}
+        self._axes = axes
+        self._study = create_study(folder / JOURNAL_FILE, most)
+        before = self._study.user_attrs.get("asked")
+        changed = [name for name in {**asked, **(before or {})} if before and before.get(name) != asked.get(name)]
+        if changed:
+            raise UsageError(
+                f"{folder} holds a search with a different {', '.join(sorted(changed))}: type another run.name="
+            )
+        self._study.set_user_attr("asked", dict(asked))
+        self._study.sampler = TPESampler(seed=(seed + len(self._study.trials)) % 2**32)
+
+    def iter_points(self, count: int) -> Iterator[tuple[int, list[str]]]:
+        """Yield number and overrides: unfinished points of earlier commands, then new ones up to `count` in total."""
+        from optuna.trial import TrialState
+
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            yield trial.number, self._make_overrides(trial.params)
+        while len(self._study.get_trials(deepcopy=False)) < count:
+            fresh = self._study.ask(self._distributions)
+            yield fresh.number, self._make_overrides(fresh.params)
+
+    def results(self) -> list[tuple[int, list[str], str]]:
+        """Number, overrides and outcome of every point, including those of earlier commands."""
+        words = {"COMPLETE": FINISHED, "FAIL": "failed", "RUNNING": STOPPED}
+        trials = self._study.get_trials(deepcopy=False)
+        return [(trial.number, self._make_overrides(trial.params), words[trial.state.name]) for trial in trials]
+
+    def report_value(self, number: int, value: float | None) -> None:
+        """Report a point's value to Optuna; None or a non-finite value marks it as failed, but it counts as a trial."""
+        from optuna.trial import TrialState
+
+        if value is None or not math.isfinite(value):
+            self._study.tell(number, state=TrialState.FAIL)
+        else:
+            self._study.tell(number, value)
+
+    def find_best(self) -> tuple[int, float] | None:
+        """Number and value of the best point so far, or None."""
+        from optuna.trial import TrialState
+
+        if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            return None
+        return self._study.best_trial.number, float(self._study.best_value)
+
+    def _make_overrides(self, params: Mapping[str, Any]) -> list[str]:
+        return [axis.format_override(params[axis.name]) for axis in self._axes]
+
+
+def create_study(journal: Path, most: bool) -> Study:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(journal))),
+        study_name="sweep",
+        direction="maximize" if most else "minimize",
+        load_if_exists=True,
+    )
+    journal.chmod(0o600)
+    return study

@@ -1,0 +1,231 @@
+"""Sweeps: sequential through Hydra, in parallel on this machine, or with points chosen by Optuna."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config.cli_args import HydraArgs
+from launcher.config.compose import ComposedConfig, ConfigComposer, SweepRequest
+from launcher.config.schema import RunConfig, SweepConfig
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError
+from launcher.run_dir.resume import may_change_on_resume
+from launcher.sweep import optuna_search as searching
+from launcher.sweep import outcome, results_table
+from launcher.sweep.machine_slices import MachineResources, divide_machine
+from launcher.sweep.optuna_search import OptunaSearch, SearchAxis
+from launcher.sweep.parallel_points import ParallelRunner, PointJob
+from launcher.sweep.points import PointFunction, PointTask, point_overrides, print_stderr, run_in_directory, run_points
+from launcher.system.atomic_files import make_private_dir
+from launcher.system.redaction import mask_secrets
+
+__all__ = ["run_sweep"]
+
+
+def run_sweep(args: Sequence[str], point: PointFunction) -> int:
+    """Run `point` for each point of the sweep and print the results table; returns the highest exit status.
+
+    All points of a plain sweep are composed and checked before the first starts. `point` must be a module-level
+    function, since a Hydra launcher plugin may call it in another process. A failed point does not end the sweep.
+
+    Raises:
+        RequestError: the configuration of a point is wrong; nothing was created.
+    """
+    arguments = HydraArgs.parse(args)
+    composer = ConfigComposer(arguments.config_dirs)
+    asked = composer.read_sweep_request(arguments.overrides)
+    flags = [word for one in arguments.config_dirs for word in ("--config-dir", one)]
+    task = PointTask(point, tuple(flags), arguments.shard)
+    folder = outcome.choose_sweep_directory(asked.settings.run)
+    settings = asked.settings.sweep
+    require_local(settings, asked, task)
+    if settings.trials is not None:
+        outcomes = run_search(composer, task, folder, asked)
+    else:
+        points = composer.expand_points(asked.config)
+        composed = [composer.compose_single(overrides) for overrides in points]
+        if settings.max_parallel > 1 and points:
+            outcomes = run_in_parallel(task, folder, points, composed, settings.max_parallel)
+        else:
+            outcomes = run_points(composer, task, folder, asked.own)
+    print(results_table.format_sweep_table(folder, outcomes))
+    return outcome.worst_status(outcomes)
+
+
+def require_local(settings: SweepConfig, asked: SweepRequest, task: PointTask) -> None:
+    """Refuse parallel and Optuna sweeps elsewhere: they run on the local machine only."""
+    given = f"sweep.trials={settings.trials}" if settings.trials else f"sweep.max_parallel={settings.max_parallel}"
+    if settings.trials is None and settings.max_parallel == 1:
+        return
+    if not asked.here or asked.config.launch.kind == "slurm":
+        other = "launch=slurm" if asked.here else "hydra/launcher="
+        raise UsageError(f"{given} runs points on this machine only: leave it out, or {other}")
+    if settings.trials is not None and task.share[1] > 1:
+        raise UsageError(f"{given}: each point depends on all earlier ones: leave --shard out")
+
+
+# --- parallel sweeps ----------------------------------------------------------------------------------------------
+
+
+def run_in_parallel(
+    task: PointTask, folder: Path, points: Sequence[Sequence[str]], composed: Sequence[ComposedConfig], at_once: int
+) -> list[outcome.PointOutcome]:
+    """Run this process's share of the points, `at_once` at a time, each in its own process and machine slice."""
+    ours = [number for number in range(len(points)) if task.is_in_share(number)]
+    parts = divide_machine(
+        max(1, min(at_once, len(ours))),
+        [composed[number].config for number in ours],
+        MachineResources.from_environment(),
+    )
+    print_stderr(f"running {len(parts)} points in parallel, each on {parts[-1]}")
+    crew, progress = ParallelRunner(parts, print_stderr), SweepProgress(folder)
+    jobs = (
+        progress.make_job(task, number, points[number], functools.partial(composed.__getitem__, number))
+        for number in ours
+    )
+    crew.run(jobs, progress.record_exit)
+    progress.raise_interrupted()
+    return [progress.make_outcome(number, overrides) for number, overrides in enumerate(points)]
+
+
+class SweepProgress:
+    """Exit statuses of the points so far; prints a line as each point ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._statuses: dict[int, int] = {}
+
+    def make_job(
+        self, task: PointTask, number: int, overrides: Sequence[str], compose: Callable[[], ComposedConfig]
+    ) -> PointJob:
+        run = functools.partial(run_point_in_process, self._folder, task, number, overrides, compose)
+        return PointJob(number, run, self._folder / f"{number}.log")
+
+    def record_exit(self, job: PointJob, status: int) -> None:
+        self._statuses[job.number] = status
+        figures = results_table.read_point_metrics(self._folder / str(job.number))
+        facts = [f"{figures.seconds:.1f} s"] if figures.seconds else []
+        facts += [f"{figures.metric} {figures.best:.4g}"] if figures.metric else []
+        facts += [find_last_error(job.log)] if status else []
+        print_stderr(
+            f"point {job.number} {', '.join([self.make_outcome(job.number, ()).ended, *facts])} (log: {job.log})"
+        )
+
+    def make_outcome(self, number: int, overrides: Sequence[str]) -> outcome.PointOutcome:
+        status, words = self._statuses.get(number), tuple(point_overrides(overrides))
+        if status is None:
+            return outcome.PointOutcome(number, words, EXIT_OK, outcome.NOT_RUN)
+        done = (self._folder / str(number) / "done.json").exists()
+        return outcome.PointOutcome(
+            number, words, status, f"failed ({status})" if status else outcome.FINISHED if done else outcome.STOPPED
+        )
+
+    def raise_interrupted(self) -> None:
+        """After a second Ctrl-C end the sweep without a table, as in sequential sweeps."""
+        if EXIT_INTERRUPTED in self._statuses.values():
+            raise KeyboardInterrupt
+
+
+def run_point_in_process(
+    folder: Path, task: PointTask, number: int, overrides: Sequence[str], compose: Callable[[], ComposedConfig]
+) -> int:
+    """Run one point in its own process."""
+    print_stderr(f"point {number}: {' '.join(point_overrides(overrides))}")
+    return run_in_directory(task, folder, str(number), compose, overrides)[1]
+
+
+def find_last_error(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    return lines[-1] if lines else "the process was killed"
+
+
+# --- Optuna sweeps ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Metric to optimise; `most`: maximise it, else minimise."""
+
+    metric: str
+    most: bool
+
+    @classmethod
+    def from_settings(cls, settings: SweepConfig, config: RunConfig) -> Objective:
+        metric = settings.metric or config.train.target.metric
+        if metric is None:
+            raise UsageError(f"sweep.trials={settings.trials} needs a metric: type e.g. sweep.metric=val/accuracy")
+        most = not results_table.is_lower_better(metric) if settings.mode == "auto" else settings.mode == "max"
+        return cls(metric, most)
+
+
+def run_search(
+    composer: ConfigComposer, task: PointTask, folder: Path, asked: SweepRequest
+) -> list[outcome.PointOutcome]:
+    """Run up to sweep.trials points, including those of earlier commands. Failed points count as trials."""
+    settings = asked.settings.sweep
+    trials = settings.trials or 1
+    if (lack := searching.check_optuna(trials)) is not None:
+        raise UsageError(lack)
+    fixed, axes = composer.split_axes(asked.config)
+    runs = [composer.compose_single([*fixed, *words]).config for words in boundary_points(axes)]
+    parts, goal = (
+        divide_machine(min(settings.max_parallel, trials), runs, MachineResources.from_environment()),
+        Objective.from_settings(settings, runs[0]),
+    )
+    make_private_dir(folder)
+    found = OptunaSearch(folder, axes, search_fingerprint(fixed, axes, goal), most=goal.most, seed=runs[0].seed)
+    progress, crew = SweepProgress(folder), ParallelRunner(parts, print_stderr)
+    jobs = (
+        progress.make_job(task, number, words, functools.partial(composer.compose_single, words))
+        for number, own in found.iter_points(trials)
+        for words in [[*fixed, *own]]
+    )
+    crew.run(jobs, functools.partial(record_point, progress, folder, found, goal))
+    progress.raise_interrupted()
+    print_best_point(found, goal)
+    return [
+        outcome.PointOutcome(number, tuple(point_overrides([*fixed, *own])), EXIT_FAILED * (word == "failed"), word)
+        for number, own, word in found.results()
+    ]
+
+
+def boundary_points(axes: Sequence[SearchAxis]) -> Iterator[list[str]]:
+    """Points that cover both ends of each axis (the other axes at their first value), to check every value up front."""
+    if not axes:
+        raise UsageError("sweep.trials: no key is searched over: type e.g. lr.base='tag(log,interval(0.01,1))'")
+    first = [axis.list_extremes()[0] for axis in axes]
+    for at, axis in enumerate(axes):
+        for word in axis.list_extremes():
+            yield [*first[:at], word, *first[at + 1 :]]
+
+
+def search_fingerprint(fixed: Sequence[str], axes: Sequence[SearchAxis], goal: Objective) -> dict[str, str]:
+    """Fingerprint of the search; a change means that it is a different search."""
+    asked = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in point_overrides(fixed))}
+    asked = {key: mask_secrets(value) for key, value in asked.items() if not may_change_on_resume(key)}
+    return {**asked, **{axis.name: repr(axis) for axis in axes}, "sweep.metric": goal.metric}
+
+
+def record_point(
+    progress: SweepProgress, folder: Path, found: OptunaSearch, goal: Objective, job: PointJob, status: int
+) -> None:
+    """Report a finished point to Optuna; a stopped point is skipped, since the same command continues it."""
+    progress.record_exit(job, status)
+    point = folder / str(job.number)
+    if status == EXIT_INTERRUPTED or (status == EXIT_OK and not (point / "done.json").exists()):
+        return
+    value = results_table.read_objective(point, goal.metric, goal.most)
+    if value is None and status == EXIT_OK:
+        print_stderr(f"point {job.number} reported no {goal.metric}; it is excluded from the search")
+    found.report_value(job.number, value)
+
+
+def print_best_point(found: OptunaSearch, goal: Objective) -> None:
+    best, so_far = found.find_best(), found.results()
+    if best is not None:
+        number, value = best
+        print_stderr(
+            f"best of {len(so_far)} points: point {number}, {goal.metric} {value:.4g}: {' '.join(so_far[number][1])}"
+        )

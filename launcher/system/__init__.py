@@ -1,0 +1,1 @@
+"""Files, processes, text and secrets: building blocks that know nothing about training."""

@@ -1,0 +1,86 @@
+"""Atomic writes of private files, hashed while they are written and fsynced before they are renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+__all__ = ["HashedFile", "atomic_write", "atomic_write_text", "fsync_dir", "make_private_dir"]
+
+
+class HashedFile:
+    """A new file (mode 0600), fsynced when its `with` block ends without an error; then `size_and_hash` is final.
+
+    The hash covers the data passed to `write`, not what is read back, so a later check also detects disk errors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+    @property
+    def size_and_hash(self) -> dict[str, Any]:
+        return {"size": self._size, "sha256": self._hash.hexdigest()}
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            with suppress(OSError):  # a flush error was already raised above, or another error is in flight
+                self._file.close()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[HashedFile]:
+    """Write to a temporary file, fsync it and rename it over `path`; after an error the old file remains."""
+    fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    try:
+        with HashedFile(fresh) as file:
+            yield file
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace the file's text atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def make_private_dir(path: Path) -> None:
+    """Create a folder and its missing parents with mode 0700; an existing folder is left unchanged."""
+    if path.is_dir():
+        return
+    make_private_dir(path.parent)
+    with suppress(FileExistsError):  # another process created it; if it is a file, the next write reports it
+        path.mkdir(0o700)
+        fsync_dir(path.parent)
+
+
+def fsync_dir(folder: Path) -> None:
+    """Fsync a folder, so that renames and new entries in it are durable."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,132 @@
+"""Process utilities for one Linux machine: killing children with their parent, start times, states."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = [
+    "die_with_parent",
+    "handles_signal",
+    "has_open_file",
+    "is_running",
+    "kill_process_tree",
+    "list_child_pids",
+    "read_cpu_seconds",
+    "read_start_time",
+    "reset_after_fork",
+    "sibling_state",
+]
+
+PR_SET_PDEATHSIG = 1
+CHILD_POLL_INTERVAL_S = 0.05
+CHILD_EXIT_TIMEOUT_S = 3.0
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends for any reason.
+
+    The parent may have ended between its fork and this call; then this process kills itself at once. Pass the
+    parent's pid as `parent` where it is known, e.g. in a forked process.
+    """
+    before = parent or os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != before:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def reset_after_fork(parent: int) -> None:
+    """Make a process forked from `parent` behave as if it had been exec'ed: default signal handlers, dies with it.
+
+    Python signal handlers inherited from the parent are reset; ignored signals stay ignored, as they do after exec.
+    """
+    die_with_parent(parent)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its children and wait until all are gone; does nothing if the process has already ended.
+
+    Meant for a process whose children die with it (`die_with_parent`): once it has ended, the kernel kills them too.
+    """
+    if process.poll() is not None:
+        return
+    pids = list_child_pids(process.pid)
+    process.kill()
+    process.wait()
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    end_s = time.monotonic() + CHILD_EXIT_TIMEOUT_S
+    while any(map(is_running, pids)) and time.monotonic() < end_s:
+        time.sleep(CHILD_POLL_INTERVAL_S)
+
+
+def has_open_file(device: Callable[[str], bool]) -> bool:
+    """Whether this process has an open file whose path satisfies `device`."""
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the listing's own descriptor is closed by now
+            if device(os.readlink(f"/proc/self/fd/{number}")):
+                return True
+    return False
+
+
+def list_child_pids(pid: int) -> list[int]:
+    """The pids of a process's children; empty if the process is gone."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [int(child) for child in task.read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def read_start_time(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot; with the pid it identifies a process uniquely."""
+    known = read_proc_stat(pid)
+    return None if known is None else int(known[19])
+
+
+def read_cpu_seconds(pid: int) -> float | None:
+    """CPU seconds that a process has used so far, with a resolution of 10 ms; None if it is gone."""
+    known = read_proc_stat(pid)
+    return None if known is None else (int(known[11]) + int(known[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and has not ended; a zombie (not yet waited for) does not count."""
+    known = read_proc_stat(pid)
+    return known is not None and known[0] not in ("Z", "X")
+
+
+def sibling_state(pid: int) -> str | None:
+    """The kernel's state letter (T: stopped, Z: zombie) of a child of our own parent; None if it is gone."""
+    known = read_proc_stat(pid)
+    return None if known is None or int(known[1]) != os.getppid() else known[0]
+
+
+def read_proc_stat(pid: int) -> list[str] | None:
+    """The fields of /proc/<pid>/stat from the state on (field 3 in proc(5)); None if the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def handles_signal(pid: int, number: int) -> bool:
+    """Whether a process has installed a handler for a signal, so that the signal would not just kill it."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)

@@ -1,0 +1,1 @@
+"""One rank's training: building the model and data, the training loop, validation, checkpointing."""

@@ -1,0 +1,247 @@
+"""Build everything one rank's training loop needs: device, model, replica and data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
+
+from launcher.config.schema import RunConfig
+from launcher.errors import UsageError
+from launcher.plan.timeline import Position, Update
+from launcher.plan.training_plan import DatasetSizes, TrainingPlan
+from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
+from launcher.strategies.meta_init import build_on_meta_device
+from launcher.strategies.optimizer import Precision
+from launcher.strategies.registry import ReplicaProtocol, build_replica
+from launcher.telemetry.stage_clock import CudaTimer, HostTimer, StageClock
+from launcher.topology import Topology
+from launcher.train.data import MicroBatchLoader, derive_seed, get_collate_fn, get_dataset, to_device
+from launcher.train.validation import Validator
+
+__all__ = [
+    "Datasets",
+    "TrainComponents",
+    "build_components",
+    "build_model",
+    "check_batchnorm_batch_size",
+    "open_datasets",
+    "resolve_device",
+]
+
+
+@dataclass(frozen=True)
+class TrainComponents:
+    """One rank's model, data and stage clock.
+
+    `meta_state_dict` is the recipe model's `state_dict()` on the meta device; `parameters` and `trainable` count
+    elements. All three describe the model before the strategy wrapped or sharded it.
+    """
+
+    recipe: Any
+    device: torch.device
+    precision: Precision
+    clock: StageClock
+    replica: ReplicaProtocol
+    train_data: Any
+    val_data: Any
+    meta_state_dict: Mapping[str, torch.Tensor]
+    parameters: int
+    trainable: int
+
+    def make_loader(self, training_plan: TrainingPlan, topology: Topology, position: Position) -> MicroBatchLoader:
+        return MicroBatchLoader.from_dataset(
+            self.train_data,
+            self.recipe,
+            training_plan.timeline,
+            position,
+            seed=training_plan.config.seed,
+            rank=topology.rank,
+            data=training_plan.config.data,
+            pin=self.device.type == "cuda",
+        )
+
+    def make_validator(self, training_plan: TrainingPlan, topology: Topology) -> Validator | None:
+        if not len(self.val_data):
+            return None
+        return Validator(
+            self.val_data,
+            self.recipe,
+            rank=topology.rank,
+            world=topology.world,
+            chunks=training_plan.config.elastic.shards if training_plan.config.elastic.exact else topology.world,
+            batch=training_plan.plan.per_device,
+            seed=training_plan.config.seed,
+            data=training_plan.config.data,
+            precision=self.precision,
+            even=training_plan.timeline.even,
+        )
+
+
+def resolve_device(config: RunConfig, topology: Topology) -> torch.device:
+    """Choose this rank's device and make it current.
+
+    Raises:
+        UsageError: CUDA is requested but unavailable, or there are fewer GPUs than workers on this machine.
+    """
+    wanted = config.train.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu" and config.launch.backend == "nccl":
+        raise UsageError("launch.backend=nccl needs GPUs and training is on the CPU: type launch.backend=gloo")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus < topology.local_world:
+        raise UsageError(
+            f"train.device={config.train.device}: {topology.local_world} workers on this machine but {gpus} GPUs: "
+            f"start {gpus or 'no'} workers here, or type train.device=cpu"
+        )
+    device = torch.device("cuda", topology.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+@dataclass(frozen=True)
+class Datasets:
+    train: Any
+    val: Any
+
+
+def open_datasets(recipe: Any, config: RunConfig, sizes: DatasetSizes) -> Datasets:
+    """Open the training and validation datasets.
+
+    Raises:
+        UsageError: a dataset cannot be opened, or its length differs from the recipe's size().
+    """
+    opened = Datasets(get_dataset(recipe, "train", config.data.source), get_dataset(recipe, "val", config.data.source))
+    for split, items, expected in (("train", opened.train, sizes.train), ("val", opened.val, sizes.val)):
+        if len(items) != expected:
+            raise UsageError(
+                f"the recipe's {split} dataset has {len(items)} samples, but its size({split!r}) is {expected}"
+            )
+    return opened
+
+
+def build_components(
+    recipe: Any, config: RunConfig, topology: Topology, device: torch.device, data: Datasets
+) -> TrainComponents:
+    """Build one rank's components. Every rank must call this: the replica broadcasts rank 0's parameters.
+
+    Raises:
+        UsageError: the optimizer cannot be built as configured, or `model.init` does not match the model.
+    """
+    precision = Precision.from_name(config.train.precision, device)
+    model = build_on_meta_device(recipe, config, topology.rank)
+    if model is None:
+        model = build_model(recipe, config)
+    if precision.name == "fp64":
+        model = model.double()
+    model.train()
+    outline = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    blocks = find_blocks(model, getattr(recipe, "blocks", None))
+    if config.train.activation_checkpointing:
+        apply_activation_checkpointing(blocks)
+    if config.train.compile:
+        model.compile()
+    clock = StageClock(CudaTimer() if device.type == "cuda" else HostTimer())
+    return TrainComponents(
+        recipe=recipe,
+        device=device,
+        precision=precision,
+        clock=clock,
+        replica=build_replica(
+            model, config, topology.world, precision, clock, getattr(recipe, "param_groups", None), blocks
+        ),
+        train_data=data.train,
+        val_data=data.val,
+        meta_state_dict=outline,
+        parameters=sum(numel for numel, _ in counts),
+        trainable=sum(numel for numel, trained in counts if trained),
+    )
+
+
+def build_model(recipe: Any, config: RunConfig) -> nn.Module:
+    """Build the model with its initial parameters."""
+    torch.manual_seed(derive_seed(config.seed, -1))
+    model: nn.Module = recipe.model()
+    load_initial_parameters(model, config)
+    return model
+
+
+def load_initial_parameters(model: nn.Module, config: RunConfig) -> None:
+    """Load initial parameters from `model.init`; with `model.strict=false` mismatched names are logged and skipped.
+
+    Raises:
+        UsageError: the file cannot be read, or does not match the model.
+    """
+    if config.model.init is None:
+        return
+    try:
+        missing, unexpected = load_model(model, config.model.init, strict=config.model.strict)
+    except (OSError, SafetensorError) as problem:
+        raise UsageError(
+            f"model.init={config.model.init} cannot be read: {problem}; name a safetensors file"
+        ) from problem
+    except RuntimeError as problem:
+        why = " ".join(str(problem).split())
+        raise UsageError(
+            f"model.init={config.model.init} does not match the model: {why[:300]}; "
+            f"type model.strict=false to load what fits"
+        ) from problem
+    if missing or unexpected:
+        log = logging.getLogger("launcher")
+        log.warning("model.init: missing in the file: %s; not in the model: %s", sorted(missing), sorted(unexpected))
+
+
+def check_batchnorm_batch_size(components: TrainComponents, training_plan: TrainingPlan) -> None:
+    """Detect, before training, a BatchNorm that would get a single value per channel in a micro-batch of one sample.
+
+    Raises:
+        UsageError: names the layer and the fix.
+    """
+    norms = {
+        m: n for n, m in components.replica.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    }
+    if not norms or compute_smallest_micro_batch(training_plan) > 1:
+        return
+    items = get_collate_fn(components.recipe)([components.train_data[0]])
+    single = to_device(items, components.device, components.precision.dtype)
+    called: list[str] = []
+    hooks = [m.register_forward_pre_hook(lambda module, _: called.append(norms[module])) for m in norms]
+    before = {name: buffer.clone() for name, buffer in components.replica.module.named_buffers()}
+    try:
+        with torch.no_grad(), components.precision.autocast():
+            components.recipe.loss(components.replica.module, single)
+    except ValueError as problem:
+        if "more than 1 value per channel" not in str(problem):
+            raise
+        raise UsageError(
+            f"a micro-batch of 1 sample gives BatchNorm layer {called[-1]} a single value per channel: change "
+            f"batch.per_device or train.duration to avoid that, type data.tail=carry, or use another norm layer"
+        ) from problem
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for name, buffer in components.replica.module.named_buffers():
+                buffer.copy_(before[name])
+
+
+def compute_smallest_micro_batch(training_plan: TrainingPlan) -> int:
+    """The smallest micro-batch of the run; for very long runs, of the first 100,000 updates and the last epoch."""
+    timeline = training_plan.timeline
+    updates: Iterable[Update] = islice(timeline.iter_updates(), 100_000)
+    if training_plan.config.data.tail == "flush":
+        last_epoch = (training_plan.duration - 1) // training_plan.sizes.train * training_plan.sizes.train
+        updates = chain(updates, timeline.iter_updates(Position(last_epoch)))
+    plans = {update.plan for update in updates}
+    return min(min(plan.micro_batches(rank), default=plan.per_device) for plan in plans for rank in range(plan.world))

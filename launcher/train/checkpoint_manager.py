@@ -1,0 +1,180 @@
+"""Decide when to save checkpoints, and write them in a background thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from launcher.checkpoint import tensor_io
+from launcher.checkpoint.sharded import ShardInfo, save_shard, save_sharded
+from launcher.checkpoint.staging import StagingBuffers
+from launcher.config.schema import CheckpointConfig
+from launcher.plan.batch import BatchPlan
+from launcher.plan.training_plan import TrainingPlan
+from launcher.run_dir.run_directory import RunDirectory
+from launcher.strategies.registry import ReplicaProtocol, ReplicaState
+from launcher.system.fault_injection import FaultInjector
+from launcher.telemetry.metrics_logger import MetricsLogger
+from launcher.train.metrics_recorder import NullRecorder, plan_to_dict
+from launcher.train.state import TrainState
+
+__all__ = ["CheckpointManager", "checkpoint_name"]
+
+
+class CheckpointManager:
+    """Saves checkpoints on rank 0, readable by every rank and strategy; the other ranks help to gather the state.
+
+    Training waits only until the state is copied; a thread then writes it, one save at a time, without collectives. A
+    checkpoint is renamed to its final name only once the row of its update is in metrics.jsonl, so that neither exists
+    without the other. A failed save raises an alarm; if it was the last save, it is an error. With `sharded`, every
+    rank writes its own shard in a thread, and rank 0 merges them.
+    `every_s` is `checkpoint.every` if that is a time: rank 0 then requests the save in its gathered statistics.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDirectory,
+        settings: CheckpointConfig,
+        journal: MetricsLogger | NullRecorder,
+        *,
+        rank: int,
+        world: int,
+        sharded: bool,
+        generation: int,
+        patience_s: float,
+        every_s: float | None,
+        identity: dict[str, Any],
+        faults: FaultInjector,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.journal = journal
+        self.folder = run_dir.path
+        self.stop_source: RunDirectory | None = run_dir if rank == 0 else None
+        self._run_dir = run_dir
+        self._generation = generation
+        self._checkpoints = run_dir.resolve_checkpoints_dir(settings.dir)
+        self._settings = settings
+        self._rank = rank
+        self._world = world
+        self._sharded = sharded
+        self._patience_s = patience_s
+        self._every_s = every_s
+        self._identity = identity
+        self._faults = faults
+        self._clock = clock
+        self._saved_at = clock()
+        self._snapshot = StagingBuffers()
+        self._writer: threading.Thread | None = None
+        self._rows_are_written = threading.Event()
+        self._closing = threading.Event()
+        self._problem: Exception | None = None
+
+    def is_due(self) -> bool:
+        """Return whether a timed save is due; decided by rank 0 for all ranks."""
+        return self._rank == 0 and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
+
+    def save(self, replica: ReplicaProtocol, training_plan: TrainingPlan, state: TrainState, plan: BatchPlan) -> None:
+        """Copy the state and start writing it; every rank must call this, since the state may have to be gathered.
+
+        Raises:
+            UsageError: the previous state could not be serialised.
+        """
+        replica.broadcast_buffers()
+        self._saved_at = self._clock()
+        self._join_writer()
+        if self._problem is not None and not isinstance(self._problem, tensor_io.CheckpointError):
+            raise self._problem
+        (model, optimizer, facts), part = self._get_state(replica)
+        if self._rank > 0 and part is None:
+            return
+        position = state.position
+        saved = tensor_io.CheckpointState(
+            model=self._snapshot.stage("model", model),
+            optimizer=self._snapshot.stage("optimizer", optimizer),
+            position={"samples": position.samples, "update": position.update},
+            plan=plan_to_dict(training_plan, state.schedule, plan),
+            world=plan.world,
+            facts={**self._identity, **facts, "standing": state.state_dict()},
+        )
+        protect = frozenset([state.best_checkpoint] if state.best_checkpoint else [])
+        self._rows_are_written.clear()
+        name = checkpoint_name(state)
+        self._writer = threading.Thread(
+            target=self._write_checkpoint, args=(name, saved, part, protect), name="checkpoint"
+        )
+        self._writer.start()
+
+    def _get_state(self, replica: ReplicaProtocol) -> tuple[ReplicaState, ShardInfo | None]:
+        """The full state, or with `sharded` this rank's shard."""
+        if not self._sharded:
+            return replica.full_state(), None
+        state, places = replica.sharded_state()
+        until_s = self._clock() + self._patience_s
+
+        def patience() -> None:
+            if self._closing.is_set() or self._clock() > until_s:
+                raise tensor_io.CheckpointError("the other ranks have not written their checkpoint shards")
+
+        return state, ShardInfo(self._rank, self._world, str(self._generation), places, patience)
+
+    def rows_written(self) -> None:
+        """Signal that the rows of all finished updates have been recorded."""
+        self._rows_are_written.set()
+
+    def wait(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            CheckpointError: the save failed.
+        """
+        self._join_writer()
+        if self._problem is not None:
+            raise self._problem
+
+    def close(self) -> None:
+        """Wait for the current save to end, whether or not it succeeds."""
+        self._closing.set()
+        self.rows_written()
+        self._join_writer()
+
+    def _join_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _write_checkpoint(
+        self, name: str, saved: tensor_io.CheckpointState, part: ShardInfo | None, protect: frozenset[str]
+    ) -> None:
+        self._problem = None
+        try:
+            self._snapshot.wait()
+            phase = partial(self._on_phase, saved.position["update"])
+            if self._rank > 0 and part is not None:
+                save_shard(self._checkpoints, name, saved, part, phase)
+                return
+            keep = self._settings.keep
+            if part is None:
+                report = tensor_io.save(self._checkpoints, name, saved, keep, protect, phase)
+            else:
+                report = save_sharded(self._checkpoints, name, saved, part, keep, protect, phase)
+        except Exception as problem:
+            self._problem = problem
+            self.journal.log_event("alarm", kind="checkpoint", detail=str(problem))
+            return
+        self._run_dir.record_saved_generation(self._generation)
+        size = {"seconds": report.seconds, "bytes": report.bytes}
+        self.journal.log_event("checkpoint", name=name, **saved.position, **size)
+
+    def _on_phase(self, update: int, phase: str) -> None:
+        if phase == "checkpoint-rename":
+            self._rows_are_written.wait()
+            self.journal.flush()
+        self._faults(phase, update)
+
+
+def checkpoint_name(state: TrainState) -> str:
+    """The checkpoint's name, which contains the zero-padded update number so that names sort by age."""
+    return f"update-{state.position.update:08d}"

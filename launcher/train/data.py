@@ -1,0 +1,256 @@
+"""Load this rank's micro-batches in timeline order and move them to its device.
+
+One batch sampler serves the whole run. It follows the same timeline as the training loop, so neither loader processes
+nor prefetching change which samples are consumed, and a restart needs only the position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data.dataloader import default_collate
+
+from launcher.config.schema import DataConfig
+from launcher.errors import UsageError
+from launcher.plan.sample_order import SamplePermutation
+from launcher.plan.timeline import Position, Timeline
+from launcher.system.processes import die_with_parent, read_cpu_seconds
+
+__all__ = [
+    "MicroBatchLoader",
+    "MicroBatchSampler",
+    "SampleKey",
+    "SeededDataset",
+    "derive_seed",
+    "get_dataset",
+    "make_data_loader",
+    "to_device",
+]
+
+SampleKey = tuple[int, int]  # (epoch, sample)
+
+
+def derive_seed(*numbers: int) -> int:
+    """Derive a seed from all the numbers: random state is a function of the position, never carried over."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_sample(seed: int, address: SampleKey) -> None:
+    """Seed the generators a dataset's `__getitem__` may use: random, numpy (if imported) and torch."""
+    number = derive_seed(seed, *address)
+    random.seed(number)
+    torch.default_generator.manual_seed(number)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(number & 0xFFFFFFFF)
+
+
+class SeededDataset(Dataset[Any]):
+    """A dataset indexed and seeded by (epoch, sample): the same item in any process, at any time."""
+
+    def __init__(self, items: Any, seed: int) -> None:
+        self._items = items
+        self._seed = seed
+        self._deterministic = isinstance(items, TensorDataset) or bool(getattr(items, "deterministic", False))
+
+    def __getitems__(self, addresses: Sequence[SampleKey]) -> Any:
+        if self._deterministic and hasattr(self._items, "__getitems__"):
+            return self._items.__getitems__([sample for _, sample in addresses])
+        return [self[address] for address in addresses]
+
+    def __getitem__(self, address: SampleKey) -> Any:
+        if not self._deterministic:
+            seed_sample(self._seed, address)
+        try:
+            return self._items[address[1]]
+        except UsageError:
+            raise
+        except Exception as problem:
+            kind = type(problem).__name__
+            raise UsageError(f"sample {address[1]} cannot be read: {kind}: {problem}; fix or remove it") from problem
+
+
+class MicroBatchSampler(Sampler[list[SampleKey]]):
+    """Yields this rank's micro-batches from a position to the end of the run, as lists of (epoch, sample) keys."""
+
+    def __init__(self, timeline: Timeline, seed: int, rank: int, position: Position) -> None:
+        self._timeline = timeline
+        self._seed = seed
+        self._rank = rank
+        self._position = position
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        orders: dict[int, SamplePermutation] = {}
+        for update in self._timeline.iter_updates(self._position):
+            for micro in update.micro_batches(self._rank):
+                addresses: list[SampleKey] = []
+                for epoch, start, stop in micro.spans:
+                    if epoch not in orders:
+                        orders = {epoch: SamplePermutation(self._timeline.size, self._seed, epoch)}
+                    addresses += [(epoch, sample) for sample in orders[epoch][start:stop]]
+                yield addresses
+
+
+def prepare_loader_process(_: int) -> None:
+    """Make a loader process exit with its rank and ignore signals that the rank handles."""
+    import signal
+
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def make_data_loader(
+    items: Dataset[Any], batches: Sampler[list[Any]], data: DataConfig, collate: Callable[..., Any], pin: bool
+) -> DataLoader[Any]:
+    """Create a DataLoader over predefined batches, with the configured loader processes."""
+    return DataLoader(
+        items,
+        batch_sampler=batches,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor if data.num_workers else None,
+        persistent_workers=data.num_workers > 0,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=prepare_loader_process if data.num_workers else None,
+    )
+
+
+def get_dataset(recipe: Any, split: str, source: str) -> Any:
+    """The recipe's dataset, or synthetic data of the same shapes that costs nothing to read (`data.source=synthetic`).
+
+    Raises:
+        UsageError: the dataset lacks `__len__` or `__getitem__`.
+    """
+    if source == "synthetic" and hasattr(recipe, "synthetic"):
+        items = recipe.synthetic(split)
+    else:
+        items = recipe.dataset(split)
+        if source == "synthetic":
+            items = RepeatedSample(items[0], len(items))
+    if not hasattr(items, "__getitem__") or not hasattr(items, "__len__"):
+        raise UsageError(
+            f"the recipe's {split} data is not a map-style dataset (it lacks len() or [i]): both are needed for "
+            f"a sample order that is the same at any number of workers"
+        )
+    return items
+
+
+class RepeatedSample(Dataset[Any]):
+    """A dataset that repeats one item."""
+
+    deterministic = True
+
+    def __init__(self, item: Any, length: int) -> None:
+        self._item = item
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._item
+
+
+def get_collate_fn(recipe: Any) -> Callable[..., Any]:
+    return getattr(recipe, "collate", None) or collate_or_passthrough
+
+
+def collate_or_passthrough(items: Any) -> Any:
+    """Apply torch's default_collate to a list of items; pass a batch that the dataset already collated through."""
+    return default_collate(items) if isinstance(items, list) else items
+
+
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move the batch to the device, casting float32 tensors to the parameters' dtype."""
+    if isinstance(batch, torch.Tensor):
+        wanted = dtype if batch.dtype == torch.float32 else batch.dtype
+        return batch.to(device=device, dtype=wanted, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return type(batch)({name: to_device(value, device, dtype) for name, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device, dtype) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device, dtype) for value in batch)
+    return batch
+
+
+class LoaderCpuUsage:
+    """CPU utilisation of data loading, in the loader processes or (data.num_workers=0) in this thread.
+
+    A loader that computes (decodes, augments) has a share near 1, one that waits for storage a share near 0.
+    """
+
+    def __init__(self, processes: Sequence[int] = ()) -> None:
+        self._processes = tuple(processes)
+        self._cpu_s = self._wall_s = 0.0
+        self._last_times = self._read_times()
+
+    def __enter__(self) -> None:
+        self._wall_s -= time.perf_counter()
+        self._cpu_s -= time.thread_time()
+
+    def __exit__(self, *_: object) -> None:
+        self._wall_s += time.perf_counter()
+        self._cpu_s += time.thread_time()
+
+    def measure_share(self) -> float | None:
+        """CPU time over elapsed time since the last call; None if nothing was loaded or CPU times are unavailable."""
+        before, self._last_times = self._last_times, self._read_times()
+        if before is None or self._last_times is None or self._last_times[1] <= before[1]:
+            return None
+        return min(1.0, max(0.0, (self._last_times[0] - before[0]) / (self._last_times[1] - before[1])))
+
+    def _read_times(self) -> tuple[float, float] | None:
+        if not self._processes:
+            return self._cpu_s, self._wall_s
+        each = [read_cpu_seconds(process) for process in self._processes]
+        known = [seconds for seconds in each if seconds is not None]
+        return (sum(known), time.perf_counter() * len(each)) if len(known) == len(each) else None
+
+
+@dataclass(frozen=True)
+class MicroBatchLoader:
+    """This rank's micro-batches in order; `next_batch` waits only for data."""
+
+    batches: Iterator[Any]
+    loading: LoaderCpuUsage = field(default_factory=LoaderCpuUsage)
+
+    def next_batch(self) -> Any:
+        """Return the next micro-batch, on the host.
+
+        Raises:
+            UsageError: a sample cannot be read; the message names it.
+        """
+        try:
+            with self.loading:
+                return next(self.batches)
+        except UsageError as error:  # a loader process prepends its traceback; the last line is the message
+            raise UsageError(str(error).strip().rpartition("RequestError: ")[2]) from error
+
+    @classmethod
+    def from_dataset(
+        cls,
+        items: Any,
+        recipe: Any,
+        timeline: Timeline,
+        position: Position,
+        *,
+        seed: int,
+        rank: int,
+        data: DataConfig,
+        pin: bool,
+    ) -> MicroBatchLoader:
+        order = MicroBatchSampler(timeline, seed, rank, position)
+        batches = make_data_loader(SeededDataset(items, seed), order, data, get_collate_fn(recipe), pin)
+        loading = iter(batches)
+        return cls(loading, LoaderCpuUsage([process.pid for process in getattr(loading, "_workers", ())]))

@@ -1,0 +1,81 @@
+"""Check once, from the autograd graph of the first loss, that a recipe's loss is a sum, as required.
+
+A mean would be divided by the number of samples a second time: training would continue silently with gradients that are
+too small by that factor. The check computes nothing and does not call loss() again. `launcher verify` is more thorough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from launcher.recipe import Loss
+
+__all__ = ["RecipeWithLossCheck", "mean_loss_warning"]
+
+#: Operations that leave a mean a mean: they may lie between it and the loss.
+PASSTHROUGH_OPS = ("AddBackward", "ToCopyBackward", "AliasBackward", "ViewBackward", "SqueezeBackward", "NegBackward")
+MEAN_REDUCTION = 1  # torch numbers the reductions of its losses: none 0, mean 1, sum 2
+
+
+class RecipeWithLossCheck:
+    """Wraps a recipe and checks its first training loss; everything else is passed through unchanged.
+
+    `tell` is called with the problem, if there is one.
+    """
+
+    def __init__(self, recipe: Any, tell: Callable[[str], None]) -> None:
+        self._recipe = recipe
+        self._warn: Callable[[str], None] | None = tell
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._recipe, name)
+
+    def loss(self, model: Any, batch: Any) -> Loss:
+        found: Loss = self._recipe.loss(model, batch)
+        if self._warn is not None:
+            tell, self._warn = self._warn, None
+            why = mean_loss_warning(found)
+            if why is not None:
+                tell(f"loss() of {type(self._recipe).__name__} {why}")
+        return found
+
+
+def mean_loss_warning(loss: Loss) -> str | None:
+    """Describe why the loss is a mean, to complete a sentence; None if it is a sum, or counts a single sample.
+
+    A mean times the number of samples is a sum, and so is a sum over samples of means within each sample.
+    """
+    count = float(loss.count)
+    by = find_mean_op(getattr(loss.total, "grad_fn", None), count) if count > 1 else None
+    if by is None:
+        return None
+    return (
+        f"returns a mean ({by}) and counts {count:g}: return sums, not means (reduction='sum'), or the gradient is "
+        "too small by that factor; launcher verify shows it"
+    )
+
+
+def find_mean_op(node: Any, count: float) -> str | None:
+    """The name of the operation that takes the final mean; None if there is none, or other operations follow it."""
+    if node is None:
+        return None
+    name, before = node.name(), [part for part, _ in node.next_functions if part is not None]
+    if name.startswith("MeanBackward"):  # a mean over the rest after summing over samples is not a mean over samples
+        return None if any(map(is_sum_over_samples, before)) else str(name)
+    if getattr(node, "_saved_reduction", None) == MEAN_REDUCTION:
+        return str(name)
+    if name.startswith("DivBackward"):
+        divisor = getattr(node, "_saved_other", None)
+        alike = divisor is not None and divisor.numel() == 1 and float(divisor) == count
+        alike = alike and count > 2  # half the squared error of two samples is a common sum, not a mean
+        return f"{name} by {count:g}" if alike else None
+    if not name.startswith(PASSTHROUGH_OPS):
+        return None
+    parts = [find_mean_op(part, count) for part in before]
+    return parts[0] if parts and all(parts) else None
+
+
+def is_sum_over_samples(node: Any) -> bool:
+    """Return whether the operation sums over all elements or over the first dimension."""
+    return bool(node.name() == "SumBackward0" or 0 in getattr(node, "_saved_dim", ()))

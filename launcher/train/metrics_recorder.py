@@ -1,0 +1,232 @@
+"""Build the rows of metrics.jsonl from the statistics gathered from all ranks; only rank 0 records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.distributed.rank_stats import GatheredStats
+from launcher.distributed.stragglers import StragglerDetector
+from launcher.goodput.noise_scale import NoiseScale
+from launcher.plan.batch import BatchPlan
+from launcher.plan.lr_schedule import LrSchedule
+from launcher.plan.timeline import Update
+from launcher.plan.training_plan import TrainingPlan
+from launcher.run_dir.restart_cost import RestartCost
+from launcher.telemetry.metrics_logger import MetricsLogger
+from launcher.telemetry.records import MetricsRow
+from launcher.telemetry.stage_clock import DeferredScalars, find_critical_rank
+from launcher.telemetry.stages import STAGES
+from launcher.topology import Topology
+
+__all__ = [
+    "MetricsRecorder",
+    "NullRecorder",
+    "UpdateResult",
+    "make_batch_metrics",
+    "make_stage_metrics",
+    "plan_to_dict",
+]
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Rank 0's own values at the end of an update; `wall_s` is the wall time since the previous update ended."""
+
+    update: Update
+    lr: float
+    lr_scale: float
+    time: float
+    wall_s: float
+    deferred: DeferredScalars
+    noise: NoiseScale
+    base_batch: float
+    saved: bool = False
+    resource_metrics: Mapping[str, float] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+def make_batch_metrics(plan: BatchPlan) -> dict[str, float]:
+    return {
+        "batch/global": plan.global_batch,
+        "batch/per_device": plan.per_device,
+        "batch/accumulation": plan.accumulation,
+        "batch/world": plan.world,
+    }
+
+
+def make_stage_metrics(stages_ms: tuple[tuple[float, ...], ...], samples: int) -> dict[str, float]:
+    """Stage times of the critical rank, with the minimum and maximum over all ranks."""
+    rank = find_critical_rank(stages_ms)
+    wall_ms = sum(stages_ms[rank]) or math.nan
+    values: dict[str, float] = {"stage/rank": rank}
+    for index, stage in enumerate(STAGES):
+        own_ms = stages_ms[rank][index]
+        values[f"stage/{stage}/ms"] = own_ms
+        values[f"stage/{stage}/share"] = own_ms / wall_ms
+        if own_ms > 0:
+            values[f"stage/{stage}/samples_per_s"] = samples / own_ms * 1e3
+        if len(stages_ms) > 1:
+            values[f"stage/{stage}/ms_min"] = min(row[index] for row in stages_ms)
+            values[f"stage/{stage}/ms_max"] = max(row[index] for row in stages_ms)
+    return values
+
+
+def plan_to_dict(training_plan: TrainingPlan, schedule: LrSchedule, plan: BatchPlan) -> dict[str, Any]:
+    """A plan as in events and plan.json; `lr` is the learning rate after warmup, before decay and ramps."""
+    scale = schedule.target_scale(plan.global_batch)
+    return {
+        "policy": training_plan.policy,
+        "world": plan.world,
+        "global": plan.global_batch,
+        "shares": list(plan.shares),
+        "per_device": plan.per_device,
+        "accumulation": plan.accumulation,
+        "lr": schedule.base * scale,
+        "lr_scale": scale,
+        "lr_base": schedule.base,
+        "lr_base_batch": schedule.base_batch,
+        "lr_rule": training_plan.rule,
+        "lr_noise": schedule.noise,
+        "warmup_samples": training_plan.warmup,
+        "updates_per_epoch": training_plan.sizes.train / plan.global_batch,
+    }
+
+
+class MetricsRecorder:
+    """Holds an update until its statistics have been gathered from all ranks, then writes its row.
+
+    With `every` above 1 a row covers a window of updates; an update with validation or a checkpoint always ends its
+    window. `rows_written` is called once a finished update has been recorded; `restart` adds the cost of the restart to
+    the first row.
+    """
+
+    def __init__(
+        self,
+        logger: MetricsLogger,
+        topology: Topology,
+        every: int,
+        tokens_per_sample: int | None,
+        told: Callable[[], None] = lambda: None,
+        restart: RestartCost = RestartCost(),  # noqa: B008 (frozen)
+    ) -> None:
+        self._logger = logger
+        self._on_rows_written = told
+        self._restart: RestartCost | None = restart
+        self._topology = topology
+        self._every = every
+        self._tokens = tokens_per_sample
+        self._stragglers = StragglerDetector()
+        self._waiting: UpdateResult | None = None
+        self._window: list[tuple[UpdateResult, GatheredStats]] = []
+
+    def on_update_end(self, update: UpdateResult) -> None:
+        self._waiting = update
+
+    def on_gathered(self, gathered: GatheredStats) -> None:
+        """Take the gathered losses and stage times of the pending update."""
+        if self._waiting is None:
+            return
+        last, self._waiting = self._waiting, None
+        self._window.append((last, gathered))
+        if last.validation or last.saved or (last.update.index + 1) % self._every == 0:
+            self._write_row()
+        self._on_rows_written()
+        if not last.update.is_partial:
+            self._check_stragglers(gathered, last.update.plan.shares)
+
+    def _check_stragglers(self, gathered: GatheredStats, shares: Sequence[int]) -> None:
+        self._stragglers, slow = self._stragglers.with_update(gathered.stages_ms, shares)
+        if slow is not None:
+            self._logger.log_event("alarm", kind="straggler", detail=slow.detail, **vars(slow))
+
+    def flush_unfinished(self) -> None:
+        """Training was interrupted: write the pending row with rank 0's values only."""
+        if self._waiting is not None:
+            nobody = GatheredStats((), ())
+            self._window.append((self._waiting, nobody))
+            self._waiting = None
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the row of an unfinished window, at the end of training."""
+        if self._window:
+            self._write_row()
+
+    def _write_row(self) -> None:
+        self._logger.log_metrics(self._make_row())
+        self._window = []
+
+    def _make_row(self) -> MetricsRow:
+        last = self._window[-1][0]
+        voted = [gathered for _, gathered in self._window if gathered.rank_stats]
+        values: dict[str, Any] = {
+            **(compute_mean_loss(voted) if voted else {}),
+            "train/grad_norm": last.deferred.read()[1],
+            "lr/value": last.lr,
+            "lr/scale": last.lr_scale,
+            **make_batch_metrics(last.update.full_plan),
+            **self._compute_throughput(),
+            **(compute_mean_stages(voted, self._window) if voted else {}),
+            **last.resource_metrics,
+            **last.noise.to_metrics(last.update.full_plan.global_batch, last.base_batch),
+            **last.validation,
+            **(self._restart.to_metrics(self._window[0][0].time) if self._restart else {}),
+        }
+        self._restart = None
+        return MetricsRow(
+            time=last.time,
+            samples=last.update.end,
+            update=last.update.index + 1,
+            epoch=last.update.epoch,
+            world=self._topology.world,
+            generation=self._topology.generation,
+            values=values,
+        )
+
+    def _compute_throughput(self) -> dict[str, float]:
+        """Throughput over the total wall time of the window, without partial updates."""
+        whole = [finished for finished, _ in self._window if not finished.update.is_partial]
+        wall_s = sum(finished.wall_s for finished in whole)
+        if wall_s <= 0:
+            return {}
+        speed = sum(finished.update.samples for finished in whole) / wall_s
+        values = {"throughput/samples_per_s": speed, "throughput/device/samples_per_s": speed / self._topology.world}
+        if self._tokens:
+            values["throughput/tokens_per_s"] = speed * self._tokens
+        return values
+
+
+def compute_mean_loss(voted: Sequence[GatheredStats]) -> dict[str, float]:
+    """Mean loss over all samples (or tokens) of all ranks; NaN if there were none."""
+    count = sum(gathered.loss_count for gathered in voted)
+    return {"train/loss": sum(gathered.loss for gathered in voted) / count if count else math.nan}
+
+
+def compute_mean_stages(
+    voted: Sequence[GatheredStats], window: Sequence[tuple[UpdateResult, GatheredStats]]
+) -> dict[str, float]:
+    """Stage values from each rank's mean stage times over the window."""
+    mean_ms = tuple(
+        tuple(sum(times) / len(voted) for times in zip(*rows, strict=True))
+        for rows in zip(*(gathered.stages_ms for gathered in voted), strict=True)
+    )
+    return make_stage_metrics(mean_ms, sum(finished.update.samples for finished, _ in window) // len(window))
+
+
+class NullRecorder:
+    """No-op metrics logger and recorder for all ranks except 0."""
+
+    def on_update_end(self, update: UpdateResult) -> None: ...
+
+    def on_gathered(self, gathered: GatheredStats) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def flush_unfinished(self) -> None: ...
+
+    def log_event(self, name: str, /, **facts: Any) -> None: ...
+
+    def close(self) -> None: ...

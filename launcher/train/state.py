@@ -1,0 +1,185 @@
+"""The training state between two updates: everything a checkpoint restores besides tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.schema import TargetConfig
+from launcher.errors import UsageError
+from launcher.goodput.noise_scale import NoiseScale
+from launcher.plan.adam_moments import SecondMomentScale
+from launcher.plan.lr_scaling import has_second_moment
+from launcher.plan.lr_schedule import LrSchedule
+from launcher.plan.timeline import Position, Update
+from launcher.plan.training_plan import TrainingPlan
+
+if TYPE_CHECKING:
+    from launcher.distributed.rank_stats import GatheredStats
+
+__all__ = ["MetricTarget", "TrainState", "get_metric", "update_noise_scale"]
+
+
+def get_metric(measured: Mapping[str, float], metric: str, key: str) -> float:
+    """The value of a metric; `key` is the configuration key to name in the error.
+
+    Raises:
+        UsageError: the recipe does not measure this metric.
+    """
+    if metric not in measured:
+        raise UsageError(f"{key}={metric} is not measured here: choose from {', '.join(sorted(measured))}")
+    return measured[metric]
+
+
+@dataclass(frozen=True)
+class MetricTarget:
+    """The metric value that training should reach."""
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @classmethod
+    def from_settings(cls, wanted: TargetConfig) -> MetricTarget | None:
+        return None if wanted.metric is None else cls(wanted.metric, wanted.at_least, wanted.at_most)
+
+    def is_met(self, measured: Mapping[str, float]) -> bool:
+        """Return whether the measured metrics meet the target.
+
+        Raises:
+            UsageError: the recipe does not measure this metric.
+        """
+        value = get_metric(measured, self.metric, "train.target.metric")
+        return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Training progress, in samples seen.
+
+    `skips` counts consecutive non-finite updates, `seconds` the time trained. `noise` is the gradient noise scale,
+    equal on every rank, since it is computed only from all-gathered statistics. `moments` tracks the batch size that
+    Adam's second moment corresponds to, None for other optimizers.
+    """
+
+    position: Position
+    schedule: LrSchedule
+    noise: NoiseScale = NoiseScale()
+    second_moment: SecondMomentScale | None = None
+    skips: int = 0
+    seconds: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    target_reached: Mapping[str, Any] | None = None
+    best: float | None = None
+    best_checkpoint: str | None = None
+
+    @classmethod
+    def initial(cls, training_plan: TrainingPlan) -> TrainState:
+        batch = training_plan.batch_at(0)
+        second_moment = SecondMomentScale(batch, batch) if has_second_moment(training_plan.config) else None
+        return cls(
+            Position(),
+            training_plan.schedule,
+            NoiseScale(dataset_size=noise_population_size(training_plan)),
+            second_moment,
+        )
+
+    def advance(self, update: Update) -> TrainState:
+        return replace(self, position=update.next_position)
+
+    def with_gathered_stats(
+        self, gathered: GatheredStats, update: Update | None, training_plan: TrainingPlan
+    ) -> TrainState:
+        """Apply the gathered gradient statistics of `update`; under lr.rule=noise the learning rate follows."""
+        noise = update_noise_scale(self.noise, gathered, update)
+        if noise is self.noise:
+            return self
+        if training_plan.rule != "noise":
+            return replace(self, noise=noise)
+        schedule = training_plan.schedule_with_noise(self.schedule, self.position.samples, noise.applied)
+        return replace(self, noise=noise, schedule=schedule)
+
+    def advance_second_moment(self, update: Update) -> tuple[TrainState, float]:
+        """During a change of batch: the state at `update`, and the factor to multiply Adam's second moment by."""
+        if self.second_moment is None:
+            return self, 1.0
+        batch = update.full_plan.global_batch
+        done = self.schedule.progress(update.start, batch)
+        after = self.second_moment.start_transition(batch, self.noise.applied).advance(done)
+        return replace(self, second_moment=after), self.second_moment.compute_factor(after)
+
+    def second_moment_factor(self, batch: int) -> float | str:
+        """For events: the total factor on Adam's second moment if the batch changes to `batch`, or "kept"."""
+        way = self.second_moment and self.second_moment.start_transition(batch, self.noise.applied)
+        if way is None or way == self.second_moment or way.noise is None:
+            return "kept"
+        return way.compute_factor(way.advance(1.0))
+
+    def with_skip_count(self, skips: int) -> TrainState:
+        return self if skips == self.skips else replace(self, skips=skips)
+
+    def with_validation(self, measured: Mapping[str, float], samples: int, watched: str) -> TrainState:
+        """Store the metrics and, for schedule.decay=plateau, pass the watched metric to the schedule."""
+        schedule = self.schedule
+        if schedule.decay.kind == "plateau":
+            schedule = schedule.validated(samples, get_metric(measured, watched, "schedule.metric"))
+        return replace(self, schedule=schedule, metrics=dict(measured))
+
+    def with_best_checkpoint(self, measured: Mapping[str, float], best: str | None, mode: str, name: str) -> TrainState:
+        """With `checkpoint.best`: record `name` as the best checkpoint if the metric has improved."""
+        if best is None or not measured:
+            return self
+        value = get_metric(measured, best, "checkpoint.best")
+        lower = mode == "min" or (mode == "auto" and "loss" in best)
+        better = self.best is None or (value < self.best if lower else value > self.best)
+        return replace(self, best=value, best_checkpoint=name) if better else self
+
+    def should_stop_at_target(self, training_plan: TrainingPlan) -> bool:
+        return self.target_reached is not None and training_plan.config.train.stop_at_target
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable dict for a checkpoint."""
+        return {
+            "schedule": self.schedule.to_facts(),
+            "noise": self.noise.to_facts(),
+            "moments": self.second_moment and self.second_moment.to_facts(),
+            "skips": self.skips,
+            "seconds": self.seconds,
+            "metrics": dict(self.metrics),
+            "reached": self.target_reached,
+            "best": self.best,
+            "best_checkpoint": self.best_checkpoint,
+        }
+
+    @classmethod
+    def from_state_dict(cls, training_plan: TrainingPlan, position: Position, facts: Mapping[str, Any]) -> TrainState:
+        return cls(
+            position=position,
+            schedule=training_plan.with_lr_history(facts["schedule"], position.samples).schedule,
+            noise=replace(NoiseScale.from_facts(facts["noise"]), dataset_size=noise_population_size(training_plan)),
+            second_moment=SecondMomentScale.from_facts(facts["moments"]) if facts["moments"] else None,
+            skips=facts["skips"],
+            seconds=facts["seconds"],
+            metrics=facts["metrics"],
+            target_reached=facts["reached"],
+            best=facts["best"],
+            best_checkpoint=facts["best_checkpoint"],
+        )
+
+
+def noise_population_size(training_plan: TrainingPlan) -> int | None:
+    """Dataset size for the noise scale's correction for sampling without replacement; None for a single sample."""
+    return training_plan.sizes.train if training_plan.sizes.train > 1 else None
+
+
+def update_noise_scale(noise: NoiseScale, gathered: GatheredStats, update: Update | None) -> NoiseScale:
+    """Noise scale updated with the gathered gradient statistics of `update`; partial and skipped updates are ignored.
+
+    For n groups the estimate needs only their number, their total count, and the mean of their |g|².
+    """
+    groups, count = gathered.groups, gathered.loss_count
+    if update is None or update.is_partial or groups < 2 or not count or not gathered.finite:
+        return noise
+    mean = gathered.group_grad_norm_sum * update.samples**2 / count
+    return noise.update([count / groups] * groups, [mean] * groups, gathered.norm**2, update.samples)

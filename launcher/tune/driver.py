@@ -1,0 +1,209 @@
+"""`tune` from the command line: the driver starts the workers in a temporary folder, which is removed afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher import recipe as recipes
+from launcher.config.keys import from_mapping, to_mapping
+from launcher.config.schema import RunConfig
+from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
+from launcher.goodput.auto_batch import MeasurementError, with_placeholder_batch
+from launcher.goodput.measured_noise import find_noise_scale
+from launcher.launch.driver import print_stderr, probe_command, report_unmeasured, resolve_num_workers, write_memfd
+from launcher.run_dir import failures
+from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.system.formatting import encodable
+from launcher.system.processes import die_with_parent, kill_process_tree
+from launcher.topology import Topology
+from launcher.tune.processes.fork_server import OUTCOME_FILE
+from launcher.tune.report.goodput_column import goodput_values
+
+__all__ = [
+    "main",
+    "measure",
+    "print_result",
+    "sigterm_as_keyboard_interrupt",
+    "tune_batch_size",
+    "validate_tune_request",
+    "with_goodput",
+    "write_outputs",
+]
+
+
+def tune_batch_size(config: RunConfig) -> int:
+    """Measure with `launch.workers` processes on this machine and print the result.
+
+    Raises:
+        RequestError: the request is wrong.
+    """
+    workers, config = validate_tune_request(config)
+    if config.launch.dry_run:
+        print(probe_command(config, workers, Path("HANDOVER.json")).format_shell_line())
+        return EXIT_OK
+    try:
+        print_result(measure(config, workers), config)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except MeasurementError as error:
+        return report_unmeasured(error, config)
+    return EXIT_OK
+
+
+def validate_tune_request(config: RunConfig) -> tuple[int, RunConfig]:
+    """Validate the request; return the number of workers and the configuration to measure.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started.
+    """
+    from launcher.plan.training_plan import make_training_plan
+
+    workers, config = resolve_num_workers(config), with_placeholder_batch(config)
+    find_noise_scale(config)  # rejects a wrong plan.noise before measuring
+    make_training_plan(config, recipes.get_dataset_sizes(recipes.build_recipe(config.recipe)), workers)
+    return workers, config
+
+
+def measure(config: RunConfig, workers: int, *, look: bool = False) -> dict[str, Any]:
+    """Measure with workers on this machine and return the document; with `look`, a cached document if there is one.
+
+    Raises:
+        RequestError: the request is wrong.
+        Unmeasured: a worker failed.
+        KeyboardInterrupt: SIGTERM or Ctrl-C was received; workers and temporary files have been removed.
+    """
+    with tempfile.TemporaryDirectory(prefix="launcher-tune-") as private:
+        return _start_measurement(config, workers, Path(private), look)
+
+
+def _start_measurement(config: RunConfig, workers: int, private: Path, look: bool) -> dict[str, Any]:
+    handover = write_memfd(json.dumps({"run": to_mapping(config), "private": str(private), "look": look}))
+    started = probe_command(config, workers, Path(f"/proc/{os.getpid()}/fd/{handover}"))
+    with sigterm_as_keyboard_interrupt():
+        host = subprocess.Popen(started.argv, env=os.environ | started.env, stdout=2, start_new_session=True)
+        try:
+            host.wait()
+            return _read_outcome(private / OUTCOME_FILE, host.returncode)
+        finally:
+            kill_process_tree(host)
+            os.close(handover)
+
+
+def _read_outcome(file: Path, status: int) -> dict[str, Any]:
+    """Read the result that the measuring process left.
+
+    Raises:
+        RequestError, Unmeasured: as `found`.
+    """
+    if not file.exists():
+        raise MeasurementError(failures.describe_exit("the process that starts the measuring ranks", status))
+    outcome = json.loads(file.read_text())
+    if "request" in outcome:
+        raise UsageError(outcome["request"])
+    if "unmeasured" in outcome:
+        raise MeasurementError(outcome["unmeasured"], outcome["trace"])
+    document: dict[str, Any] = outcome["found"]
+    return document
+
+
+@contextmanager
+def sigterm_as_keyboard_interrupt() -> Iterator[None]:
+    """Treat SIGTERM and a closed terminal like Ctrl-C, so that workers and the temporary folder are removed."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def print_result(found: Mapping[str, Any], config: RunConfig) -> None:
+    """Print the result to stdout, as a table or one JSON document, and write files if `tune.out` is set."""
+    for line in found["said"]:
+        print_stderr(f"note: {line}")
+    found = with_goodput(found, config)
+    from launcher.tune.report.html import render_tune_page
+    from launcher.tune.report.text import format_tune_text
+
+    if config.format == "json":
+        print(json.dumps(found))
+    else:
+        written = format_tune_text(found)
+        print(encodable(written, sys.stdout), end="")
+    if config.tune.out is not None:
+        folder = Path(config.tune.out)
+        write_outputs(folder, {"tune.json": json.dumps(found, indent=1) + "\n", "tune.html": render_tune_page(found)})
+        print_stderr(f"written: {folder / 'tune.json'}, {folder / 'tune.html'}")
+
+
+def with_goodput(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The document with the goodput of its sizes, where the noise scale is known."""
+    return {**found, "goodput": goodput_values(found, find_noise_scale(config), config.lr.base_batch)}
+
+
+def write_outputs(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files into `folder`, which is tune.out or below it.
+
+    Raises:
+        RequestError: the folder cannot be written.
+    """
+    try:
+        make_private_dir(folder)
+        for name, text in texts.items():
+            atomic_write_text(folder / name, text)
+    except OSError as problem:
+        why = f"tune.out={folder} cannot be written ({problem.strerror}): type another folder"
+        raise UsageError(why) from problem
+
+
+# --- a worker -------------------------------------------------------------------------------------------------------
+
+
+def main(run: Callable[[], RunConfig], topology: Topology) -> int:
+    """Run one rank under the user's own torchrun: rank 0 composes the configuration and prints the result."""
+    from launcher.distributed import rendezvous
+
+    die_with_parent()
+    composed = run() if topology.rank == 0 else None
+    timeout_s = composed.launch.timeout_s if composed else 600.0
+    store = rendezvous.connect_store(topology, loopback=False, timeout_s=timeout_s)
+    _, store = rendezvous.gather_to_rank0(store, topology, "", timeout_s)
+    text = None if composed is None else json.dumps(to_mapping(composed))
+    text = rendezvous.broadcast_text(store, text)
+    asked = with_placeholder_batch(composed or from_mapping(json.loads(text)))
+    from launcher.tune.session import measure_on_rank
+
+    with redirect_stdout_to_stderr():
+        found = measure_on_rank(asked, topology.with_generation(1), store)
+    if topology.rank == 0:
+        print_result(found, asked)
+    return EXIT_OK
+
+
+@contextmanager
+def redirect_stdout_to_stderr() -> Iterator[None]:
+    """Redirect stdout to stderr, so that output of the recipe does not mix with the document."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(own, 1)
+        os.close(own)

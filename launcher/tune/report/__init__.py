@@ -1,0 +1,1 @@
+"""What `launcher tune` reports: the JSON document, text, HTML page and tables."""

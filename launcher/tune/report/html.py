@@ -1,0 +1,142 @@
+"""HTML page of `tune`: speed with its interval, stages and memory by size. No network access, no script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from launcher.analysis.html_style import STYLESHEET
+from launcher.analysis.svg_charts import (
+    EventMarker,
+    Series,
+    escape_html,
+    render_legend,
+    render_line_chart,
+    render_stack_chart,
+)
+from launcher.system.formatting import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_plural,
+    format_rate,
+)
+from launcher.telemetry.stages import STAGES
+from launcher.tune.report.text import describe_slow_operators, describe_splits, format_split_name
+
+__all__ = ["render_tune_page"]
+
+POINT_COLUMNS = ("per_device", "samples/s", "low", "high", "ms/update", "epoch", "memory", "label")
+SPLIT_COLUMNS = ("one batch as", "samples/s", "low", "high", "sync ms", "memory")
+
+
+def render_tune_page(found: Mapping[str, Any]) -> str:
+    """The complete HTML document."""
+    digest = base64.b64encode(hashlib.sha256(STYLESHEET.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    title = f"{found['recipe']}: batch sizes"
+    timed = [point for point in found["points"] if point["samples_per_s"]]
+    charts = "".join(_render_charts(found, timed)) if timed else ""
+    slow = describe_slow_operators(found["operators"])
+    said = [*([f"{slow[:1].upper()}{slow[1:]}."] if slow else []), *found["notes"]]
+    notes = "".join(f"<p>{escape_html(note)}</p>" for note in said)
+    workers = format_plural(found["world"], "worker")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape_html(title)}</title>\n<style>{STYLESHEET}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><h1>{escape_html(title)}</h1><p>{escape_html(workers)} · {escape_html(found['device'])} · {escape_html(found['precision'])} · "
+        f"{escape_html(found['measured'])}</p></header>\n<section><p>{escape_html(found['why'])}.</p>{notes}</section>\n"
+        f'<div class="charts">{charts}</div>\n{_render_table(POINT_COLUMNS, map(_format_point_cells, found["points"]))}\n'
+        f"{_render_splits(found)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _render_charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    sizes = [float(point["per_device"]) for point in timed]
+    marks = [] if found["recommended"] is None else [EventMarker(found["recommended"], "resize", "recommended")]
+    end = max(sizes)
+    series = [_make_throughput_series("samples/s", 0, timed)]
+    beside = [one for one in found["synthetic"] if one["samples_per_s"]]
+    series += [_make_throughput_series("on synthetic data", 1, beside)] if beside else []
+    yield _render_figure(
+        "Samples/s by per_device", render_line_chart(series, end, "samples per second", marks, zero=True), series
+    )
+    if found.get("goodput"):
+        yield _render_goodput_chart(found["goodput"], end)
+    layers = [(stage, n, [point["stages"][stage] for point in timed]) for n, stage in enumerate(STAGES)]
+    drawn = render_stack_chart(layers, sizes, end, "milliseconds per update by stage", marks)
+    yield f"<figure><figcaption>Milliseconds per update</figcaption>{drawn}{render_legend([(a, n) for a, n, _ in layers])}"
+    yield "</figure>"
+    memory = [
+        Series(
+            "memory, MB",
+            2,
+            tuple((s, point["memory_bytes"] / 1e6) for s, point in zip(sizes, timed, strict=True)),
+            dots=True,
+        )
+    ]
+    if found["limit_bytes"] and max(point["memory_bytes"] for point in timed) > 0.1 * found["limit_bytes"]:
+        limit = found["limit_bytes"] / 1e6
+        memory.append(Series("limit", 3, ((0.0, limit), (end, limit))))
+    yield _render_figure(
+        "Memory per worker, MB", render_line_chart(memory, end, "memory in megabytes", marks, zero=True), memory
+    )
+
+
+def _make_throughput_series(label: str, colour: int, points: Sequence[Mapping[str, Any]]) -> Series:
+    middle = tuple((float(point["per_device"]), float(point["samples_per_s"])) for point in points)
+    band = tuple((float(point["per_device"]), float(point["low"]), float(point["high"])) for point in points)
+    return Series(label, colour, middle, band, dots=True)
+
+
+def _render_goodput_chart(goodput: Mapping[str, Any], end: float) -> str:
+    """Chart of goodput (samples/s times efficiency) by size, with the combined interval."""
+    points = [{**point, "samples_per_s": point["goodput"]} for point in goodput["points"]]
+    series = [_make_throughput_series("goodput", 4, points)]
+    marks = [EventMarker(goodput["best"], "resize", "most progress")]
+    title = f"Goodput at a noise scale of {goodput['noise']['scale']:.3g} samples ({goodput['noise']['source']})"
+    return _render_figure(
+        title, render_line_chart(series, end, "progress per second, in samples", marks, zero=True), series
+    )
+
+
+def _render_figure(title: str, drawn: str, series: Sequence[Series]) -> str:
+    keys = render_legend([(one.label, one.colour) for one in series])
+    return f"<figure><figcaption>{escape_html(title)}</figcaption>{drawn}{keys}</figure>"
+
+
+def _render_splits(found: Mapping[str, Any]) -> str:
+    """Section on the same batch at different accumulation; empty if not measured."""
+    said = describe_splits(found)
+    if not said:
+        return ""
+    heading = f"<h2>The same batch, split differently</h2>\n<p>{escape_html(said[:1].upper() + said[1:])}.</p>\n"
+    return f"{heading}{_render_table(SPLIT_COLUMNS, map(_format_split_cells, found['splits']))}\n"
+
+
+def _format_split_cells(one: Mapping[str, Any]) -> list[str]:
+    if one["samples_per_s"] is None:
+        return [format_split_name(one), "", "", "", "", f"out of memory ({one['where']})"]
+    speeds = [format_rate(one[name]) for name in ("samples_per_s", "low", "high")]
+    return [format_split_name(one), *speeds, format_number(one["sync_ms"]), format_bytes(one["memory_bytes"])]
+
+
+def _render_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape_html(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape_html(cell)}</td>' for cell in cells)}</tr>" for cells in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _format_point_cells(point: Mapping[str, Any]) -> list[str]:
+    first, last = format_count(point["per_device"]), str(point["label"])
+    if point["samples_per_s"] is None:
+        return [first, "", "", "", "", "", "", f"{last} ({'predicted' if point['predicted'] else point['where']})"]
+    speeds = [format_rate(point[name]) for name in ("samples_per_s", "low", "high")]
+    times = [format_number(point["ms_per_update"]), format_duration(point["epoch_s"])]
+    return [first, *speeds, *times, format_bytes(point["memory_bytes"]), last]

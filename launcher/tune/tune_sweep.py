@@ -1,0 +1,145 @@
+"""`tune -m`: measure every point of a sweep, one after the other on the whole machine, and print one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.config.cli_args import HydraArgs
+from launcher.config.compose import ComposedConfig, ConfigComposer, SweepRequest, parse_overrides
+from launcher.config.schema import RunConfig, SweepConfig
+from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError
+from launcher.goodput.auto_batch import MeasurementError
+from launcher.launch.driver import print_stderr, report_unmeasured
+from launcher.sweep.points import point_overrides
+from launcher.system.formatting import encodable
+from launcher.tune import driver as tuning
+from launcher.tune.report.html import render_tune_page
+from launcher.tune.report.sweep_table import MeasuredPoint, format_points_table, make_points_document
+
+__all__ = ["tune_sweep"]
+
+#: Keys that apply to all points together: there is one table and one output folder.
+OUTPUT_KEYS = ("format", "tune.out")
+UNSUPPORTED_PLUGIN = "hydra/{}= is only for training: tune measures the listed points on this machine: leave it out"
+
+MeasureFunction = Callable[[RunConfig], Mapping[str, Any]]
+
+
+def tune_sweep(args: Sequence[str], measure: MeasureFunction | None = None) -> int:
+    """Measure each point and print the table or one JSON document; return the worst exit status, as a sweep does.
+
+    Every point is composed and validated before the first is measured; a point that fails does not stop the others.
+    `measure` replaces the workers of this machine (for tests).
+
+    Raises:
+        RequestError: the configuration of a point is wrong; nothing was measured.
+        KeyboardInterrupt: SIGTERM or Ctrl-C was received; workers and temporary files have been removed.
+    """
+    arguments = HydraArgs.parse(args)
+    composer = ConfigComposer(arguments.config_dirs)
+    asked = composer.read_sweep_request(arguments.overrides)
+    refuse_sweep_options(asked, arguments.shard)
+    points = composer.expand_points(asked.config)
+    check_sweep_points(points)
+    composed = [composer.compose_single(words) for words in points]
+    first = composed[0].config
+    if first.launch.dry_run:
+        return max(tuning.tune_batch_size(one.config) for one in composed)
+    with tuning.sigterm_as_keyboard_interrupt():  # covers the time between two points too
+        each = zip(points, composed, strict=True)
+        found = [
+            measure_point(number, point_overrides(words), one, measure) for number, (words, one) in enumerate(each)
+        ]
+        print_points(found, first)
+    return max(point.status for point in found)
+
+
+def refuse_sweep_options(asked: SweepRequest, share: tuple[int, int]) -> None:
+    """Reject options of training sweeps that `tune -m` does not support."""
+    for name, value in vars(asked.settings.sweep).items():
+        if value != getattr(SweepConfig(), name):
+            raise UsageError(
+                f"sweep.{name}={value} is only for training: tune measures the listed points one after the other, "
+                "each on the whole machine: leave it out"
+            )
+    if share[1] > 1:
+        raise UsageError(f"--shard={share[0]}/{share[1]} is only for training (tune prints one table): leave it out")
+    if not asked.here:
+        raise UsageError(UNSUPPORTED_PLUGIN.format("launcher"))
+
+
+def check_sweep_points(points: Sequence[Sequence[str]]) -> None:
+    """Reject sweeps whose points come from a Hydra sweeper plugin, and sweeps over the output keys."""
+    if not points:
+        raise UsageError(UNSUPPORTED_PLUGIN.format("sweeper"))
+    for key in OUTPUT_KEYS:
+        if len({word for words in points for word in words if word.partition("=")[0] == key}) > 1:
+            raise UsageError(f"{key} can't be swept over, as all points go into one table: type one value")
+
+
+def measure_point(
+    number: int, words: Sequence[str], composed: ComposedConfig, measure: MeasureFunction | None
+) -> MeasuredPoint:
+    """Measure one point. An error is printed and returned, so that the next point is still measured."""
+    print_stderr(f"point {number}: {' '.join(words)}")
+    for note in composed.notes:
+        print_stderr(f"note: {note}")
+    config, values = composed.config, parse_point_values(words)
+    try:
+        found = (measure or measure_on_this_machine)(config)
+        for line in found["said"]:
+            print_stderr(f"note: {line}")
+        print_stderr(f"point {number}: {found['why']}")
+        return MeasuredPoint(tuple(words), values, tuning.with_goodput(found, config), image=get_image_size(config))
+    except UsageError as error:
+        status, why = EXIT_USAGE, str(error)
+        print_stderr(f"error: {why}")
+    except MeasurementError as error:
+        status, why = report_unmeasured(error, config), str(error)
+    except Exception as error:
+        status, why = EXIT_FAILED, f"{type(error).__name__}: {error}"
+        print_stderr(f"error: {why}")
+    return MeasuredPoint(tuple(words), values, status=status, error=" ".join(why.split()))
+
+
+def measure_on_this_machine(config: RunConfig) -> Mapping[str, Any]:
+    workers, config = tuning.validate_tune_request(config)
+    return tuning.measure(config, workers)
+
+
+def parse_point_values(words: Sequence[str]) -> dict[str, Any]:
+    """The overrides of a point by key, as plain values, without the output keys."""
+    asked = [
+        one for one in parse_overrides(words) if not one.is_hydra_override() and one.key_or_group not in OUTPUT_KEYS
+    ]
+    return {one.key_or_group: one.value() for one in asked}
+
+
+def get_image_size(config: RunConfig) -> tuple[int, int] | None:
+    """Height and width in pixels from recipe.image_size (one number or two); None if the recipe does not have it."""
+    asked = config.recipe.get("image_size")
+    if isinstance(asked, int):
+        return asked, asked
+    return (asked[0], asked[1]) if isinstance(asked, list | tuple) and len(asked) == 2 else None
+
+
+def print_points(points: Sequence[MeasuredPoint], config: RunConfig) -> None:
+    """Print a table or one JSON document; with `tune.out`, write tune.json for all points and a page for each."""
+    found = make_points_document(points)
+    written = (
+        json.dumps(found) + "\n" if config.format == "json" else encodable(format_points_table(points), sys.stdout)
+    )
+    print(written, end="")
+    if config.tune.out is None:
+        return
+    folder = Path(config.tune.out)
+    tuning.write_outputs(folder, {"tune.json": json.dumps(found, indent=1) + "\n"})
+    told = [(number, point.found) for number, point in enumerate(points) if point.found is not None]
+    for number, one in told:
+        tuning.write_outputs(folder / str(number), {"tune.html": render_tune_page(one)})
+    pages = "".join(f", {folder / str(number) / 'tune.html'}" for number, _ in told)
+    print_stderr(f"written: {folder / 'tune.json'}{pages}")

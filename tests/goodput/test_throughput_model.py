@@ -1,0 +1,316 @@
+"""Measured sizes give labels, a knee and a linear fit; updates give a model with known limits."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.goodput.throughput_model import (
+    LinearFit,
+    MeasuredSize,
+    ThroughputModel,
+    fit,
+    fit_line,
+    fit_memory,
+    knee,
+    label,
+    recommend_sizes,
+)
+from launcher.goodput.update_time_model import (
+    FixedCosts,
+    TimedUpdate,
+    UpdateModel,
+    best_choice,
+    compute_best_batch,
+    fit_update_model,
+)
+
+TRACE = {10: 21.4, 14: 25.1, 20: 29.4, 28: 32.9, 40: 35.7, 57: 34.3, 80: 31.5}
+
+
+def points(trace: dict[int, float | None], within: float = 0.0) -> list[MeasuredSize]:
+    return [
+        MeasuredSize(size, speed, speed * (1 - within), speed * (1 + within)) if speed else MeasuredSize(size, None)
+        for size, speed in trace.items()
+    ]
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_the_trace_that_the_question_comes_from() -> None:
+    advice = recommend_sizes(points({**TRACE, 113: None}))
+    assert (advice.knee, advice.fastest, advice.recommended, advice.memory_max) == (28, 40, 28, 80)
+    assert advice.labels == {
+        **dict.fromkeys((10, 14, 20), "rising"),
+        28: "knee",
+        40: "saturated",
+        **dict.fromkeys((57, 80), "regressed"),
+        113: "oom",
+    }
+
+
+def test_a_fall_within_the_noise_is_no_regression() -> None:
+    assert label(points(TRACE, within=0.03))[57] == "saturated"
+    assert label(points(TRACE, within=0.03))[80] == "regressed"
+
+
+def test_45_against_20() -> None:
+    """Is a batch of 45 slower than one of 20? If so, that is reported and 20 is recommended."""
+    assert label(points({20: 100.0, 45: 92.0}, within=0.01)) == {20: "knee", 45: "regressed"}
+    assert label(points({20: 100.0, 45: 104.0}, within=0.01)) == {20: "knee", 45: "saturated"}
+    assert label(points({20: 100.0, 45: 130.0}, within=0.01)) == {20: "rising", 45: "knee"}
+
+
+def test_a_knee_that_other_measurements_found_too_large_is_not_recommended() -> None:
+    assert recommend_sizes(points(TRACE), memory_max=24).recommended == 24
+
+
+@given(
+    alpha=st.floats(1e-4, 1e-1),
+    beta=st.floats(1e-5, 1e-2),
+    seed=st.integers(0, 1000),
+    fall=st.floats(0.0, 0.5),
+)
+def test_noisy_traces_are_labelled_as_their_shape_is(alpha: float, beta: float, seed: int, fall: float) -> None:
+    """Speeds along m / (alpha + beta m), with a drop at the end: within the noise, or clearly above it."""
+    sizes = [round(8 * math.sqrt(2) ** step) for step in range(10)]
+    clean: dict[int, float] = {size: size / (alpha + beta * size) for size in sizes}
+    clean[512] = clean[sizes[-1]] * (1 - fall)
+    draw = random.Random(seed)
+    noisy = [
+        MeasuredSize(size, x := speed * draw.uniform(0.99, 1.01), x * 0.98, x * 1.02) for size, speed in clean.items()
+    ]
+    labels = label(noisy)
+    best = max(clean.values())
+    turning = knee(noisy)
+    assert clean[turning] >= 0.88 * best
+    assert all(labels[size] == "rising" for size in labels if size < turning)
+    assert all(labels[size] != "regressed" for size in sizes)
+    if fall > 0.08 and turning < 512:
+        assert labels[512] == "regressed"
+    if fall < 0.01:
+        assert labels[512] in ("saturated", "knee")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([MeasuredSize(8, None)], "no size works"),
+        ([], "no size works"),
+        ([MeasuredSize(8, 1.0, 1.0, 1.0)] * 2, "measured twice"),
+        ([MeasuredSize(8, 2.0, 3.0, 4.0)], "not a valid measurement"),
+        ([MeasuredSize(8, math.nan, 1.0, 2.0)], "not a valid measurement"),
+    ],
+)
+def test_what_is_no_measurement_is_refused(wrong: list[MeasuredSize], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        label(wrong)
+
+
+# --- linear fits --------------------------------------------------------------------------------------------------
+
+
+def test_overhead_and_work_are_told_apart() -> None:
+    model = fit(points({size: size / (0.02 + 0.001 * size) for size in (8, 16, 32, 64)}))
+    assert model.alpha_s.value == pytest.approx(0.02)
+    assert model.beta_s.value == pytest.approx(0.001)
+    assert model.compute_overhead(20) == pytest.approx(0.5)
+    assert model.predict_samples_per_s(100).value == pytest.approx(100 / 0.12)
+    assert model.find_knee() == pytest.approx(180)
+
+
+def test_sizes_that_regressed_do_not_bend_the_line() -> None:
+    clean = {size: size / (0.02 + 0.001 * size) for size in (8, 16, 32, 64)}
+    assert fit(points({**clean, 128: 100.0})).beta_s.value == pytest.approx(0.001)
+
+
+def test_neither_constant_nor_slope_is_ever_negative() -> None:
+    assert fit_line([1, 2, 3], [1, 3, 5], [0, 0, 0]).intercept == 0
+    assert fit_line([1, 2, 3], [5, 3, 1], [0, 0, 0]).slope == 0
+    with pytest.raises(ValueError, match="needs two"):
+        fit_line([2, 2], [1, 1], [0, 0])
+
+
+def test_two_sizes_without_intervals_make_a_line_that_knows_nothing_of_its_errors() -> None:
+    line = fit_line([8, 16], [1.0, 1.5], [0, 0])
+    assert line.predict(32).value == pytest.approx(2.5)
+    assert line.predict(32).high == math.inf
+
+
+def test_the_fits_interval_covers() -> None:
+    """The constants and the time at an unmeasured size are covered in at least 90 of 100 noisy measurements."""
+    covered = {"alpha": 0, "beta": 0, "time": 0}
+    for seed in range(100):
+        draw = random.Random(seed)
+        trace = {size: size / ((0.02 + 0.001 * size) * draw.gauss(1, 0.02)) for size in (8, 11, 16, 23, 32, 45)}
+        model = fit(points(trace, within=0.04 if seed % 2 else 0.0))
+        covered["alpha"] += model.alpha_s.low <= 0.02 <= model.alpha_s.high
+        covered["beta"] += model.beta_s.low <= 0.001 <= model.beta_s.high
+        covered["time"] += model.predict_time_s(64).low <= 0.084 <= model.predict_time_s(64).high
+    assert min(covered.values()) >= 90
+
+
+def test_memory_is_predicted_from_three_probes() -> None:
+    model = fit_memory([(8, 3.0e9), (16, 4.0e9), (32, 6.0e9)])
+    assert model.predict_bytes(64).value == pytest.approx(10.0e9)
+    assert model.find_largest_size(16.0e9) == int((0.92 * 16e9 - 2e9) / 0.125e9)
+    assert model.find_largest_size(1.0e9) == 0
+    assert fit_memory([(8, 3.0e9), (16, 3.0e9), (32, 3.0e9)]).find_largest_size(16e9) is None
+    with pytest.raises(ValueError, match="3 sizes or more"):
+        fit_memory([(8, 3.0e9), (16, 4.0e9)])
+
+
+def test_memory_of_images_grows_with_their_area() -> None:
+    """Size is m x H x W: probes at 32 pixels predict 64 pixels."""
+    model = fit_memory([(m * 32 * 32, 1e9 + 5e4 * m * 32 * 32) for m in (8, 16, 32)])
+    assert model.predict_bytes(8 * 64 * 64).value == pytest.approx(1e9 + 5e4 * 8 * 64 * 64)
+
+
+# --- updates at other batches and world sizes ---------------------------------------------------------------------
+
+
+def machine(
+    alpha: float = 0.01, beta: float = 0.001, sync: float = 0.004, each: float = 0.001, gamma: float = 2.0
+) -> UpdateModel:
+    constants = (alpha, beta, sync, each, 5 * sync, 5 * each, gamma)
+    return UpdateModel(FixedCosts(), tuple(map(math.log, constants)))
+
+
+def timed(model: UpdateModel, draw: random.Random, noise: float = 0.02) -> list[TimedUpdate]:
+    cells = [(m, a, world) for m in (8, 16, 32) for a in (1, 2) for world in (1, 2, 4)]
+    return [
+        TimedUpdate(m, a, world, model.compute_seconds(m, a, world) * math.exp(draw.gauss(0, noise)))
+        for m, a, world in cells
+    ]
+
+
+def test_the_update_time_by_hand() -> None:
+    one, C, S = machine(), 0.01 + 0.016, 0.004 + 2 * 0.001  # noqa: N806
+    assert one.compute_seconds(16, 1, 1) == pytest.approx(C)
+    assert one.compute_seconds(16, 3, 4) == pytest.approx(2 * C + math.hypot(C, S))
+    assert one.compute_seconds(16, 1, 4, nodes=2) == pytest.approx(math.hypot(C, 5 * S))
+    sharded = replace(one, work=FixedCosts(optimizer_s=0.1, host_s=0.01, every_micro=True))
+    assert sharded.compute_seconds(16, 3, 4) == pytest.approx(3 * math.hypot(C, S) + 0.11)
+    starved = replace(one, work=FixedCosts(host_s=0.01, data_s=0.05))
+    assert starved.compute_seconds(16, 2, 1) == pytest.approx(16 * 2 * 0.05 + 0.01)
+
+
+def test_gamma_goes_from_no_overlap_to_full_overlap() -> None:
+    C, S = 0.026, 0.006  # noqa: N806
+    assert machine(gamma=1.0).compute_seconds(16, 1, 4) == pytest.approx(C + S)
+    assert machine(gamma=1000.0).compute_seconds(16, 1, 4) == pytest.approx(C)
+
+
+def test_measured_updates_predict_unseen_world_sizes_and_the_band_covers() -> None:
+    covered, trials = 0, 30
+    for seed in range(trials):
+        draw = random.Random(seed)
+        truth = machine(
+            draw.uniform(2e-3, 2e-2), draw.uniform(2e-4, 2e-3), draw.uniform(5e-4, 2e-2), draw.uniform(0, 4e-3) + 1e-9,
+            draw.uniform(1, 6),
+        )  # fmt: skip
+        predicted = fit_update_model(timed(truth, draw)).predict(16, 1, 8)
+        covered += predicted.low <= truth.compute_seconds(16, 1, 8) <= predicted.high
+    assert covered >= 0.9 * trials
+
+
+def test_a_fit_is_the_same_every_time_and_reproduces_what_it_saw() -> None:
+    measured = timed(machine(), random.Random(0), noise=0.0)
+    model = fit_update_model(measured)
+    assert model == fit_update_model(measured)
+    for each in measured:
+        assert model.predict(each.per_device, each.accumulation, each.world).value == pytest.approx(
+            each.seconds, rel=0.01
+        )
+
+
+def test_nothing_is_predicted_past_twice_what_was_measured() -> None:
+    model = fit_update_model(timed(machine(), random.Random(0)))
+    assert model.predict(16, 1, 8).low > 0
+    with pytest.raises(ValueError, match="9 workers are beyond twice the 4 measured on one node"):
+        model.predict(16, 1, 9)
+    with pytest.raises(ValueError, match="no synchronisation across nodes was measured"):
+        model.predict(16, 1, 4, nodes=2)
+
+
+def test_one_worker_says_nothing_of_two() -> None:
+    alone = [each for each in timed(machine(), random.Random(0)) if each.world == 1]
+    model = fit_update_model(alone)
+    assert model.predict(24, 1, 1).value == pytest.approx(0.034, rel=0.05)
+    with pytest.raises(ValueError, match="no synchronisation on one node was measured"):
+        model.predict(24, 1, 2)
+
+
+def test_the_band_widens_where_little_was_measured() -> None:
+    """Measurements at 1 and 2 workers do not determine the cost of each further worker."""
+    measured = timed(machine(), random.Random(0))
+    few = fit_update_model([each for each in measured if each.world < 4]).predict(8, 1, 4)
+    many = fit_update_model(measured).predict(8, 1, 4)
+    assert few.high - few.low > 1.5 * (many.high - many.low)
+
+
+def test_one_size_of_micro_batch_is_too_few() -> None:
+    with pytest.raises(ValueError, match="measure two or more"):
+        fit_update_model([TimedUpdate(8, 1, 1, 0.1), TimedUpdate(8, 2, 1, 0.2)])
+
+
+# --- the batch with the highest goodput ---------------------------------------------------------------------------
+
+
+@given(root=st.floats(2, 100), c1=st.floats(1e-5, 1e-2), noise=st.floats(10, 1e5))
+def test_the_best_batch_is_the_root_of_noise_times_constant_over_slope(root: float, c1: float, noise: float) -> None:
+    c0 = root**2 * c1 / noise
+    assert compute_best_batch(noise, c0, c1) == pytest.approx(root)
+    chosen = best_choice(machine(alpha=c0, beta=c1), 1, noise, 32, cap=200, max_global=200)
+    assert abs(chosen.global_batch - root) <= 1
+    assert chosen.accumulation == 1
+
+
+@given(
+    world=st.integers(1, 4),
+    noise=st.floats(1, 1e4),
+    cap=st.integers(1, 12),
+    low=st.integers(1, 60),
+    more=st.integers(0, 200),
+)
+def test_no_other_batch_inside_the_bounds_is_worth_more(
+    world: int, noise: float, cap: int, low: int, more: int
+) -> None:
+    model, high = machine(), low + more
+    chosen = best_choice(model, world, noise, 32, cap=cap, min_global=low, max_global=high)
+    assert low <= chosen.global_batch <= high
+    assert chosen.per_device <= cap
+    assert chosen.per_device * chosen.accumulation * world >= chosen.global_batch
+    for size in range(1, cap + 1):
+        for steps in range(1, high // (world * size) + 1):
+            batch = world * size * steps
+            if low <= batch <= high:
+                worth = batch / model.compute_seconds(size, steps, world) * (noise + 32) / (noise + batch)
+                assert worth <= chosen.goodput * (1 + 1e-9)
+
+
+def test_more_noise_asks_for_a_larger_batch_and_an_endless_one_for_the_largest() -> None:
+    batches = [
+        best_choice(machine(), 4, noise, 32, cap=64, max_global=2048).global_batch
+        for noise in (1, 10, 100, 1000, math.inf)
+    ]
+    assert batches == sorted(batches)
+    assert batches[0] < 64
+    assert batches[-1] == 2048
+
+
+def test_bounds_that_meet_are_the_batch() -> None:
+    chosen = best_choice(machine(), 3, 100.0, 32, cap=48, min_global=256, max_global=256)
+    assert (chosen.global_batch, chosen.per_device, chosen.accumulation) == (256, 43, 2)
+    with pytest.raises(ValueError, match="no batch lies between 9 and 8"):
+        best_choice(machine(), 1, 1.0, 32, cap=4, min_global=9, max_global=8)
+
+
+def test_a_free_sample_has_no_knee() -> None:
+    assert ThroughputModel(LinearFit(1.0, 0.0, (0, 0, 0), 2.0)).find_knee() == math.inf

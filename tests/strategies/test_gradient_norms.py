@@ -1,0 +1,266 @@
+"""Gradient statistics of a replica: the sums that the noise scale needs, compared with autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from launcher.config.schema import ElasticConfig, RunConfig
+from launcher.distributed.rank_stats import GatheredStats, RankStats
+from launcher.goodput.noise_scale import NoiseScale, estimate_variance_and_square
+from launcher.plan.batch import BatchPlan
+from launcher.plan.timeline import Update
+from launcher.strategies.ddp import DdpReplica
+from launcher.strategies.exact import ExactReplica
+from launcher.strategies.gradient_norms import compute_norms
+from launcher.strategies.optimizer import Precision
+from launcher.strategies.registry import ReplicaArgs, ReplicaProtocol, StepResult
+from launcher.telemetry.stage_clock import HostTimer, StageClock
+from launcher.train.state import update_noise_scale
+
+CPU = torch.device("cpu")
+RUN = replace(RunConfig(), optimizer={"_target_": "torch.optim.SGD"})
+SAMPLES = 12
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """A process group of one rank: DDP's hooks run as with many."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    torch.use_deterministic_algorithms(False)
+
+
+def model(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A model with a tied weight, whose gradient has two contributions."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(5, 5), nn.Linear(5, 5)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(SAMPLES, 5, dtype=dtype), torch.randn(SAMPLES, 1, dtype=dtype)
+
+
+def total(net: nn.Module, part: slice, dtype: torch.dtype = torch.float64) -> Tensor:
+    inputs, targets = data(dtype)
+    return (net(inputs[part]) - targets[part]).square().sum()
+
+
+def square_norm(parts: Sequence[slice], counts: float) -> float:
+    """|g|² of the mean over `counts` of these samples' losses."""
+    net = model()
+    loss = torch.stack([total(net, part) for part in parts]).sum() / counts
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    return float(sum(gradient.square().sum() for gradient in gradients))
+
+
+def cut(sizes: Sequence[int]) -> list[slice]:
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def updated(
+    replica: ReplicaProtocol,
+    sizes: Sequence[int],
+    *,
+    samples: int = SAMPLES,
+    places: Sequence[int] | None = None,
+    tokens: float = 1.0,
+    clip_norm: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    heard: bool = True,
+) -> StepResult:
+    """Run one update with these micro-batch sizes, as the loop does; a loss counts `tokens` per sample."""
+    for index, part in enumerate(cut(sizes)):
+        place = places[index] if places else 0
+        with replica.micro_batch(last=index == len(sizes) - 1, pad=False, place=place):
+            replica.backward(total(replica.model, part, dtype), samples, tokens * sizes[index] * heard)
+    return replica.step(0.01, None, 1 / tokens, clip_norm)
+
+
+def ddp(world: int = 1, precision: str = "fp64", **keys: Any) -> DdpReplica:
+    made = Precision.from_name(precision, CPU)
+    return DdpReplica(ReplicaArgs(model(made.dtype), replace(RUN, **keys), world, made, StageClock(HostTimer())))
+
+
+def exact() -> ExactReplica:
+    config = replace(RUN, elastic=ElasticConfig(exact=True, shards=4))
+    return ExactReplica(ReplicaArgs(model(), config, 1, Precision.from_name("fp64", CPU), StageClock(HostTimer())))
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 4, 3), (7, 5), (1,) * 12])
+def test_alone_the_micro_batches_are_the_groups(sizes: Sequence[int]) -> None:
+    step = updated(ddp(), sizes)
+    by_hand = sum(size * square_norm([part], size) for size, part in zip(sizes, cut(sizes), strict=True))
+    assert step.groups == len(sizes)
+    assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
+    assert float(step.norm) ** 2 == pytest.approx(square_norm([slice(0, SAMPLES)], SAMPLES), rel=1e-12)
+
+
+def test_a_single_micro_batch_is_no_group() -> None:
+    assert updated(ddp(), [SAMPLES]).groups == 0
+
+
+def test_every_update_begins_anew() -> None:
+    replica = ddp()
+    assert [updated(replica, sizes).groups for sizes in ((6, 6), (12,), (4, 4, 4))] == [2, 0, 3]
+
+
+def test_among_ranks_each_gives_what_it_adds_before_the_sum() -> None:
+    """This rank has 7 of 12 samples in two micro-batches; a group of one receives no other gradients."""
+    step = updated(ddp(world=2), [4, 3], samples=SAMPLES)
+    assert step.groups == 1
+    assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(7 * square_norm([slice(0, 7)], 7), rel=1e-12)
+
+
+def test_a_rank_without_samples_is_no_group() -> None:
+    replica = ddp(world=2)
+    with replica.micro_batch(last=True, is_padding=True, shard=0):
+        replica.backward(total(replica.model, slice(0, 1)) * torch.nan, SAMPLES, 1.0)
+    step = replica.step(0.01, None, 1.0, None)
+    assert (step.groups, float(step.spread)) == (0, 0.0)
+
+
+@pytest.mark.parametrize("places", [(0, 1, 2), (0, 0, 1)])
+def test_in_exact_mode_the_shards_are_the_groups(places: Sequence[int]) -> None:
+    sizes = (5, 4, 3)
+    step = updated(exact(), sizes, places=places)
+    by_hand = 0.0
+    for place in set(places):
+        parts = [part for part, where in zip(cut(sizes), places, strict=True) if where == place]
+        count = sum(part.stop - part.start for part in parts)
+        by_hand += count * square_norm(parts, count)
+    assert step.groups == len(set(places))
+    assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_clipping_comes_after() -> None:
+    free, clipped = (updated(ddp(), [6, 6], clip_norm=clip) for clip in (None, 1e-3))
+    assert (clipped.group_grad_norm_sum, clipped.norm) == (free.group_grad_norm_sum, free.norm)
+
+
+def test_a_loss_scale_is_taken_out() -> None:
+    """fp16 scales its losses by 65536."""
+    plain, scaled = (updated(ddp(precision=name), [7, 5], dtype=torch.float32) for name in ("fp32", "fp16"))
+    assert float(scaled.group_grad_norm_sum) == pytest.approx(float(plain.group_grad_norm_sum), rel=1e-5)
+    assert float(scaled.norm) == pytest.approx(float(plain.norm), rel=1e-5)
+
+
+def test_small_and_large_gradients_are_all_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = updated(ddp(), [6, 6]).group_grad_norm_sum
+    monkeypatch.setattr("launcher.strategies.gradient_norms.CHUNK", 10)
+    assert float(updated(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
+    monkeypatch.setattr("launcher.strategies.gradient_norms.PIECE", 10)
+    assert float(updated(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
+
+
+@pytest.mark.parametrize(("world", "first"), [(1, 40), (2, 200)])
+def test_every_update_is_heard_at_first_and_then_every_fourth(world: int, first: int) -> None:
+    """One worker needs statistics of each micro-batch, and gathers every update for a shorter time."""
+    replica = ddp(world=world)
+    skipped = [update for update in range(first + 10) if not replica.measures_noise_at(update)]
+    assert skipped == [first + later for later in (1, 2, 3, 5, 6, 7, 9)]
+
+
+def test_an_update_that_is_not_measured_has_no_groups() -> None:
+    """A single worker, several ranks (of two, this is one), and exact mode."""
+    for replica, groups in ((ddp(), 2), (ddp(world=2), 1), (exact(), 2)):
+        assert updated(replica, [6, 6], places=[0, 1]).groups == groups
+        assert updated(replica, [6, 6], places=[0, 1], heard=False).groups == 0
+        assert updated(replica, [6, 6], places=[0, 1]).groups == groups
+
+
+def test_a_long_gradient_keeps_its_digits() -> None:
+    """A single fp32 sum would be 1e-4 too small: enough to hide the noise of a batch far above its scale."""
+    torch.manual_seed(0)
+    long = torch.randn(1_000, 3_000)
+    found = torch.stack(compute_norms([long, long.t(), long.flatten()])).double().square().sum()
+    assert float(found) == pytest.approx(3 * float(long.double().square().sum()), rel=1e-6)
+
+
+# --- from the gathered statistics to the estimate -------------------------------------------------------------------
+
+
+def told(steps: Sequence[StepResult], counts: Sequence[float], finite: float = 1.0) -> GatheredStats:
+    norm = float(steps[0].norm)
+    ballots = [
+        RankStats(
+            loss_count=count,
+            finite=finite,
+            norm=norm,
+            group_grad_norm_sum=float(step.group_grad_norm_sum),
+            groups=step.groups,
+        )
+        for step, count in zip(steps, counts, strict=True)
+    ]
+    return GatheredStats(tuple(ballots), ())
+
+
+def update_of(samples: int = SAMPLES, nominal: int = SAMPLES) -> Update:
+    plan = BatchPlan(world=1, shares=(nominal,), per_device=nominal, accumulation=1)
+    return Update(0, 0, plan, plan.truncated(samples), size=1000)
+
+
+def estimate_by_hand(sizes: Sequence[int]) -> tuple[float, float]:
+    squares = [square_norm([part], size) for size, part in zip(sizes, cut(sizes), strict=True)]
+    return estimate_variance_and_square(sizes, squares, square_norm([slice(0, SAMPLES)], SAMPLES))
+
+
+@pytest.mark.parametrize("tokens", [1.0, 50.0])
+def test_the_estimate_is_the_formulas(tokens: float) -> None:
+    """Return S and |G|² of one update, in samples, whatever the losses count."""
+    sizes = (5, 4, 3)
+    step = updated(ddp(), sizes, tokens=tokens)
+    learned = update_noise_scale(NoiseScale(), told([step], [tokens * SAMPLES]), update_of())
+    variance, square = estimate_by_hand(sizes)
+    assert learned.block == (pytest.approx((variance / tokens**2, square / tokens**2), rel=1e-9),)
+
+
+def test_ranks_and_micro_batches_of_the_same_samples_tell_the_same() -> None:
+    """Two ranks with 7 and 5 samples, or one worker with micro-batches of 7 and 5."""
+    step = updated(ddp(), [7, 5])
+    mine, other = ([updated(ddp(world=2), sizes)] for sizes in ([7], [5]))
+    theirs = replace_spread(other[0], 5 * square_norm([slice(7, 12)], 5) / SAMPLES**2)
+    ranks = told([replace_norm(mine[0], step), theirs], [7, 5])
+    assert update_noise_scale(NoiseScale(), ranks, update_of()).block == (
+        pytest.approx(update_noise_scale(NoiseScale(), told([step], [12]), update_of()).block[0], rel=1e-12),
+    )
+
+
+def replace_spread(step: StepResult, spread: float) -> StepResult:
+    return replace(step, group_grad_norm_sum=torch.tensor(spread, dtype=torch.float64))
+
+
+def replace_norm(step: StepResult, other: StepResult) -> StepResult:
+    """A group of one receives no other gradients."""
+    return replace(step, norm=other.norm)
+
+
+def silent() -> Mapping[str, partial[NoiseScale]]:
+    step = StepResult(torch.tensor(1.0), torch.tensor(True), torch.tensor(0.5), 2)
+    return {
+        "the first vote, before any update": partial(update_noise_scale, agreed=told([step], [12]), update=None),
+        "a tail": partial(update_noise_scale, agreed=told([step], [5]), update=update_of(samples=5)),
+        "one group": partial(update_noise_scale, agreed=told([replace(step, groups=1)], [12]), update=update_of()),
+        "an update that was skipped": partial(
+            update_noise_scale, agreed=told([step], [12], finite=0.0), update=update_of()
+        ),
+        "an update that counted nothing": partial(update_noise_scale, agreed=told([step], [0]), update=update_of()),
+    }
+
+
+@pytest.mark.parametrize("case", silent())
+def test_what_says_nothing_changes_nothing(case: str) -> None:
+    noise = NoiseScale()
+    assert silent()[case](noise) is noise

@@ -1,0 +1,70 @@
+"""Building the optimizer: parameter groups with weight decay and learning rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.config.schema import LrConfig, RunConfig
+from launcher.errors import UsageError
+from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
+
+
+def run_of(**optimizer: Any) -> RunConfig:
+    return RunConfig(
+        recipe={"_target_": "launcher.recipes.mlp.Mlp"},
+        optimizer={"_target_": "torch.optim.SGD", **optimizer},
+        lr=LrConfig(base=0.1, base_batch=64),
+    )
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def test_norms_and_biases_have_no_weight_decay() -> None:
+    decayed, bare = make_optimizer(model(), run_of(weight_decay=0.1)).param_groups
+    assert (decayed["weight_decay"], [p.ndim for p in decayed["params"]]) == (0.1, [2, 2])
+    assert (bare["weight_decay"], {p.ndim for p in bare["params"]}) == (0.0, {1})
+
+
+def test_the_rate_is_zero_until_the_schedule_says_otherwise() -> None:
+    optimizer = make_optimizer(model(), run_of())
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0]
+    set_lr_and_momentum(optimizer, 0.25, momentum=None)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
+def heads(net: nn.Module) -> list[dict[str, Any]]:
+    """The last layer at a tenth of lr.base, as in plain torch."""
+    return [{"params": [*net[0].parameters(), *net[1].parameters()]}, {"params": net[2].parameters(), "lr": 0.01}]
+
+
+def test_a_recipes_own_groups_keep_their_proportion_to_the_rate() -> None:
+    optimizer = make_optimizer(model(), run_of(momentum=0.9), heads)
+    set_lr_and_momentum(optimizer, 0.4, momentum=None)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.04])
+    assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_a_parameter_that_no_group_has_is_named() -> None:
+    with pytest.raises(UsageError, match=r"2\.weight in none of its groups"):
+        make_optimizer(model(), run_of(), lambda net: heads(net)[:1])
+    with pytest.raises(UsageError, match=r"0\.weight in more than one of its groups"):
+        make_optimizer(model(), run_of(), lambda net: [*heads(net), {"params": [net[0].weight]}])
+
+
+def test_an_argument_that_the_optimizer_does_not_know_is_a_wrong_request() -> None:
+    with pytest.raises(UsageError, match="optimizer=SGD does not take these arguments"):
+        make_optimizer(model(), run_of(beta=0.5))
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    net = model()
+    net[0].requires_grad_(False)
+    (group,) = make_optimizer(net, run_of()).param_groups
+    assert not {id(p) for p in net[0].parameters()} & {id(p) for p in group["params"]}
+    assert all(isinstance(p, torch.Tensor) for p in group["params"])

@@ -12,52 +12,38 @@ import pytest
 
 import launcher
 
-HOUSE = Path(launcher.__file__).parent
+PACKAGE_ROOT = Path(launcher.__file__).parent
 MODULES = {
-    ".".join(("launcher", *path.relative_to(HOUSE).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in sorted(HOUSE.rglob("*.py"))
+    ".".join(("launcher", *path.relative_to(PACKAGE_ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE_ROOT.rglob("*.py"))
 }
-STDLIB_ONLY = [
-    *("errors", "settings", "topology", "batch", "duration", "schedule", "rules", "limits", "order", "timeline"),
-    *(
-        "study",
-        "footprint",
-        "shards",
-        "planning",
-        "policies",
-        "threads",
-        "redact",
-        "keys",
-        "runfolder",
-        "resume",
-        "process",
-        "failure",
-        "manifest",
-        "signals",
-    ),
-    *(
-        "heartbeat",
-        "heart",
-        "stragglers",
-        "noise",
-        "moments",
-        "throughput",
-        "scaling",
-        "goodput",
-        "outlook",
-        "observed",
-        "history",
-    ),
-    *("advice", "explain", "charts", "export", "report"),
-    *("reading", "gpus", "faults", "balance", "recovery", "stages", "control", "queue", "slurm", "machine", "doctor"),
-    *("watching", "skeleton"),
-    *("tune.memory", "tune.search", "tune.ledger", "tune.words", "tune.page", "tune.cache", "tune.auto", "tune.worth"),
-    *("tune.images", "tune.document", "tune.operators", "tune.splits", "tune.rounds"),
-]
+STDLIB_ONLY_PACKAGES = ("analysis", "goodput", "plan", "system")
+STDLIB_ONLY_MODULES = {
+    "": ("errors", "recipe", "topology"),
+    "checkpoint": ("manifest",),
+    "cli": ("control", "doctor", "machine_checks", "new_recipe", "watch"),
+    "config": ("keys", "resume_keys", "schema", "slurm_syntax", "validation"),
+    "distributed": ("hang_detection", "load_balancing", "stop_requests", "stragglers", "watchdog", "worker_env"),
+    "launch": ("agent_memory",),
+    "run_dir": ("failures", "lock", "metrics_reader", "restart_cost", "resume", "run_directory"),
+    "slurm": ("claim", "job_script", "queue"),
+    "telemetry": ("records", "stages"),
+    "tune": ("accumulation", "cache", "measurements", "oom", "operators", "size_search"),
+    "tune.processes": ("retries",),
+    "tune.report": ("document", "goodput_column", "html", "image_memory", "text"),
+}
+STDLIB_ONLY = sorted(
+    {name for name in MODULES if name.split(".")[1:2] and name.split(".")[1] in STDLIB_ONLY_PACKAGES}
+    | {
+        ".".join(filter(None, ("launcher", package, module)))
+        for package, modules in STDLIB_ONLY_MODULES.items()
+        for module in modules
+    }
+)
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_", "TORCHELASTIC_")
 
 
-def imports(path: Path, *, lazy: bool) -> Iterator[str]:
+def iter_imports(path: Path, *, lazy: bool) -> Iterator[str]:
     """Return the modules that a file imports at its top, or with `lazy` anywhere except under TYPE_CHECKING."""
     pending: list[ast.AST] = list(ast.parse(path.read_text()).body)
     while pending:
@@ -74,7 +60,7 @@ def imports(path: Path, *, lazy: bool) -> Iterator[str]:
             pending += [] if function and not lazy else list(ast.iter_child_nodes(node))
 
 
-def reached(module: str) -> set[str]:
+def find_transitive_imports(module: str) -> set[str]:
     """Return everything that importing a module of this package imports, transitively."""
     seen: set[str] = set()
     pending = [module]
@@ -82,61 +68,66 @@ def reached(module: str) -> set[str]:
         name = pending.pop()
         if name not in seen:
             seen.add(name)
-            pending += imports(MODULES[name], lazy=False) if name in MODULES else []
+            pending += iter_imports(MODULES[name], lazy=False) if name in MODULES else []
     return seen
 
 
-@pytest.mark.parametrize("room", STDLIB_ONLY)
-def test_these_rooms_need_the_standard_library_alone(room: str) -> None:
-    foreign = {name.split(".")[0] for name in reached(f"launcher.{room}")} - {"launcher"}
-    assert foreign <= set(sys.stdlib_module_names)
+@pytest.mark.parametrize("module", STDLIB_ONLY)
+def test_module_imports_only_the_standard_library(module: str) -> None:
+    assert module in MODULES
+    third_party = {name.split(".")[0] for name in find_transitive_imports(module)} - {"launcher"}
+    assert third_party <= set(sys.stdlib_module_names)
 
 
-def test_no_cycles() -> None:
-    graph = {name: {one for one in imports(path, lazy=False) if one in MODULES} for name, path in MODULES.items()}
+def test_modules_have_no_import_cycles() -> None:
+    graph = {
+        name: {each for each in iter_imports(path, lazy=False) if each in MODULES} for name, path in MODULES.items()
+    }
     while graph:
-        free = [name for name, needs in graph.items() if not needs & graph.keys()]
+        free = [name for name, imported in graph.items() if not imported & graph.keys()]
         assert free, f"these import each other: {sorted(graph)}"
         for name in free:
             del graph[name]
 
 
-def test_configuration_and_points_alone_know_hydra() -> None:
-    knows = {name for name, path in MODULES.items() for one in imports(path, lazy=True) if one.startswith("hydra")}
-    assert knows == {"launcher.config.compose", "launcher.sweep.points"}
+def test_only_compose_and_points_import_hydra() -> None:
+    importers = {
+        name for name, path in MODULES.items() for each in iter_imports(path, lazy=True) if each.startswith("hydra")
+    }
+    assert importers == {"launcher.config.compose", "launcher.sweep.points"}
 
 
-def test_the_topology_alone_reads_the_jobs_environment() -> None:
+def test_only_topology_reads_the_job_environment() -> None:
     for name, path in MODULES.items():
-        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-        read = [word for word in words if isinstance(word, str) and word.startswith(ENVIRONMENT) and word.isupper()]
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        read = [each for each in constants if isinstance(each, str) and each.startswith(ENVIRONMENT) and each.isupper()]
         assert not read or name == "launcher.topology", f"{name}: {read}"
 
 
-def test_the_loop_knows_no_strategy_no_sink_and_no_recipe_by_name() -> None:
-    for name in imports(MODULES["launcher.train.loop"], lazy=True):
+def test_train_loop_names_no_strategy_sink_or_recipe() -> None:
+    for name in iter_imports(MODULES["launcher.train.loop"], lazy=True):
         assert not name.startswith(("launcher.telemetry.sinks", "launcher.recipes"))
         assert not name.startswith("launcher.strategies.registry.")
     text = MODULES["launcher.train.loop"].read_text()
     assert not [word for word in ("ddp", "fsdp", "deepspeed", "wandb") if word in text.lower()]
 
 
-def test_train_reads_in_under_60_lines() -> None:
+def test_train_function_is_under_60_lines() -> None:
     tree = ast.parse(MODULES["launcher.train.loop"].read_text())
     train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
     assert train.end_lineno is not None
     assert train.end_lineno - train.lineno + 1 < 60
 
 
-def test_nothing_is_pickled() -> None:
+def test_no_module_uses_pickle() -> None:
     for name, path in MODULES.items():
-        assert not {"pickle", "cPickle", "torch.distributed.checkpoint"} & set(imports(path, lazy=True)), name
+        assert not {"pickle", "cPickle", "torch.distributed.checkpoint"} & set(iter_imports(path, lazy=True)), name
         text = path.read_text()
         assert not [word for word in ("torch.load(", "torch.save(", "weights_only=False") if word in text], name
 
 
 @pytest.mark.parametrize(
-    ("start", "absent"),
+    ("statement", "absent"),
     [
         ("import launcher", ("torch", "hydra", "omegaconf", "yaml")),
         ("import launcher.launch.driver", ("torch", "wandb", "numpy")),
@@ -144,7 +135,7 @@ def test_nothing_is_pickled() -> None:
         ("import launcher.train.session", ("hydra", "wandb", "tensorboard", "deepspeed")),
     ],
 )
-def test_what_is_slow_is_imported_where_it_is_used(start: str, absent: tuple[str, ...]) -> None:
-    code = f"import sys; {start}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not set(absent) & set(done.stdout.split())
+def test_slow_modules_are_imported_lazily(statement: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(absent) & set(completed.stdout.split())

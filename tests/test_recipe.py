@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from launcher.config.trusted_classes import load_class
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes
-from launcher.recipe import Loss, build_recipe, get_dataset_sizes, load_class
+from launcher.recipe import Loss, build_recipe, get_dataset_sizes
 
 OWN = """
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from launcher.system.formatting import format_count, format_duration, format_number, format_rate
 
 if TYPE_CHECKING:
-    from launcher.analysis.explain import RunProfile
+    from launcher.analysis.run_profile import RunProfile
 
 __all__ = ["STAGE_DESCRIPTIONS", "advise_on_run"]
 

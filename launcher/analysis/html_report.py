@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from launcher.analysis.explain import compute_profile, explain_run
+from launcher.analysis.explain import explain_run
 from launcher.analysis.html_style import STYLESHEET
+from launcher.analysis.run_profile import compute_profile
 from launcher.analysis.svg_charts import (
     COLOUR_COUNT,
     MAX_BINS,

@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import EXIT_OK, UsageError
 from launcher.run_dir.failures import read_jsonl
+from launcher.run_dir.lock import LockOwner, find_lock_owner
 from launcher.run_dir.restart_cost import read_last_row
 from launcher.run_dir.run_directory import RUNS_DIR, RunDirectory, suggest_runs
 from launcher.slurm import queue
+from launcher.slurm.claim import read_claim
 from launcher.system.formatting import encodable, strip_control_characters
 
-__all__ = [
-    "LIFECYCLE_EVENTS",
-    "LockOwner",
-    "find_lock_owner",
-    "find_run",
-    "format_failure",
-    "print_status",
-    "slurm_job_of",
-    "status_line",
-    "stop_run",
-]
+__all__ = ["LIFECYCLE_EVENTS", "find_run", "format_failure", "print_status", "slurm_job_of", "status_line", "stop_run"]
 
 STOP_POLL_INTERVAL_S = 0.1
 JOB_POLL_INTERVAL_S = 1.0
 STOP_REASON = "launcher stop"  # the stop reason that the run will report
 LIFECYCLE_EVENTS = ("start", "preempt", "error", "done")
-OWNER_PATTERN = re.compile(r"process (\d+)(?: of torchrun (\d+))? on (\S+) since (.+)")
-
-
-@dataclass(frozen=True)
-class LockOwner:
-    """The process that holds the lock of a run directory: the driver, or rank 0 where the user ran torchrun."""
-
-    pid: int
-    host: str
-    since: str
-    torchrun: int | None = None
-
-    @property
-    def is_local(self) -> bool:
-        return self.host == socket.gethostname()
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
 
 
 def find_run(run: str) -> RunDirectory:
@@ -70,27 +40,9 @@ def find_run(run: str) -> RunDirectory:
     raise UsageError(f"{run} is not a run: {suggest_runs('run.yaml')}")
 
 
-def find_lock_owner(run_dir: RunDirectory) -> LockOwner | None:
-    """Return the process that holds the lock; None if it is free. The kernel releases the lock of a dead process."""
-    try:
-        with (run_dir.path / ".lock").open("r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                found = OWNER_PATTERN.match(file.read())
-                return parse_lock_owner(found) if found else LockOwner(0, "another machine", "")
-    except FileNotFoundError:
-        pass
-    return None
-
-
-def parse_lock_owner(found: re.Match[str]) -> LockOwner:
-    return LockOwner(int(found[1]), found[3], found[4], int(found[2]) if found[2] else None)
-
-
 def slurm_job_of(run_dir: RunDirectory) -> queue.SlurmJob | None:
     """Return the Slurm job that owns the directory, while it is pending or running."""
-    kept = queue.read_claim(run_dir)
+    kept = read_claim(run_dir)
     return None if kept is None else queue.query_job(str(kept["job"]).partition("_")[0])
 
 

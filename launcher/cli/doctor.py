@@ -211,7 +211,7 @@ def check_training_job(job: Sequence[str], within_s: float) -> CheckResult:
 def run_smoke_job(job: Sequence[str], within_s: float) -> str:
     """Run the job and describe what went wrong; empty on success."""
     from launcher.system.processes import kill_process_tree
-    from launcher.tune.driver import sigterm_as_keyboard_interrupt
+    from launcher.system.signal_handlers import sigterm_as_keyboard_interrupt
 
     argv = [sys.executable, "-m", "launcher", *job, "run.name=smoke"]
     folder = tempfile.TemporaryDirectory(prefix="launcher-doctor-", ignore_cleanup_errors=True)

@@ -18,6 +18,7 @@ from launcher.config.keys import closest_match
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
 from launcher.system.redaction import mask_secrets
+from launcher.system.stderr import print_stderr
 from launcher.topology import Topology, count_slurm_restarts, get_slurm_job_id
 
 __all__ = ["VERBS", "main"]
@@ -37,7 +38,7 @@ def run_train(args: Sequence[str]) -> int:
     importable = import_module(
         "launcher.cli.main"
     )  # under `python -m` this module is __main__, which jobs cannot import
-    return run_sweep.run_sweep(args, importable.drive)
+    return run_sweep.run_sweep(args, importable.launch_or_submit)
 
 
 def run_as_rank(args: Sequence[str], multirun: bool, topology: Topology) -> int:
@@ -111,9 +112,9 @@ def run_plan(args: Sequence[str]) -> int:
 def run_goodput_plan(config: RunConfig, built: Any) -> int:
     """Run `plan` for batch.policy=goodput, using the update times measured on this machine."""
     from launcher import recipe
+    from launcher.config import strategy_checks
     from launcher.goodput import measured_noise, plan_table
     from launcher.goodput.policy import BatchChooser, TimingProfile
-    from launcher.strategies import registry
     from launcher.system.formatting import encodable
     from launcher.tune import cache
 
@@ -126,7 +127,7 @@ def run_goodput_plan(config: RunConfig, built: Any) -> int:
             "more workers to measure the cost of communication"
         )
     profile = TimingProfile.from_documents(
-        (one.found for one in found), every_micro=registry.needs_equal_micro_batches(config)
+        (one.found for one in found), every_micro=strategy_checks.needs_equal_micro_batches(config)
     )
     chooser = BatchChooser(profile, config, sizes.train)
     document = plan_table.goodput_plan_document(
@@ -164,7 +165,7 @@ def run_tune_multirun(args: Sequence[str], topology: Topology | None) -> int:
 
 def run_probe(args: Sequence[str]) -> int:
     """Internal: run a measurement, either for the driver (with a worker count) or beside a worker (with a rank)."""
-    from launcher.launch.driver import NPROC_FLAG
+    from launcher.distributed.commands import NPROC_FLAG
     from launcher.tune.processes import fork_server, probe_process
 
     if Topology.from_env() is not None and len(args) == 1:
@@ -198,11 +199,12 @@ def run_explain(args: Sequence[str]) -> int:
     if len(words.paths) not in (1, 2):
         raise UsageError(f"explain {' '.join(words.paths)}: type launcher explain RUN, or launcher explain RUN_A RUN_B")
     from launcher.analysis import explain as explaining
+    from launcher.analysis.run_profile import compute_profile
     from launcher.run_dir.metrics_reader import read_run_metrics
 
     runs = [read_run_metrics(path) for path in words.paths]
     print_notes(run.describe_unreadable() for run in runs)
-    profiles = [explaining.compute_profile(run) for run in runs]
+    profiles = [compute_profile(run) for run in runs]
     document = explaining.compare_runs(*profiles) if len(profiles) > 1 else explaining.explain_run(profiles[0])
     print(
         json.dumps(document) if words.json else explaining.format_explanation(document), end="\n" if words.json else ""
@@ -452,10 +454,6 @@ def print_error(error: Exception, args: Sequence[str], status: int) -> int:
     hint = "" if request or debug else " (debug=true shows where)"
     print_stderr(f"error: {error}" if request else f"error: {type(error).__name__}: {error}{hint}")
     return status
-
-
-def print_stderr(text: str) -> None:
-    print(mask_secrets(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

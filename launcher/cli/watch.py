@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from launcher.cli import control
-from launcher.cli.control import LIFECYCLE_EVENTS, LockOwner, find_run, format_failure, status_line
+from launcher.cli.control import LIFECYCLE_EVENTS, find_run, format_failure, status_line
 from launcher.errors import EXIT_OK
+from launcher.run_dir.lock import LockOwner, find_lock_owner
 from launcher.run_dir.metrics_reader import POSITION_FIELDS
 from launcher.run_dir.restart_cost import read_last_row
 from launcher.run_dir.run_directory import RunDirectory
@@ -90,7 +91,7 @@ def follow_run(
 
 def find_owner(run_dir: RunDirectory, before: RunOwner) -> RunOwner:
     """Find who runs it. Between worker restarts the user's torchrun holds no lock, so its process is checked."""
-    who = control.slurm_job_of(run_dir) or control.find_lock_owner(run_dir)
+    who = control.slurm_job_of(run_dir) or find_lock_owner(run_dir)
     if (
         who is None
         and isinstance(before, LockOwner)

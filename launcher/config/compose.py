@@ -35,9 +35,9 @@ from launcher.config.coercion import format_value
 from launcher.config.hydra_errors import format_hydra_error, unknown_choice_message
 from launcher.config.keys import config_keys, flatten, from_mapping, to_mapping, unknown_key_error
 from launcher.config.schema import RunConfig
+from launcher.config.search_space import SearchAxis
 from launcher.config.validation import validate
 from launcher.errors import UsageError
-from launcher.sweep.optuna_search import SearchAxis
 from launcher.system.redaction import mask_nested_secrets, mask_secrets
 
 __all__ = [

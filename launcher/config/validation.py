@@ -11,9 +11,9 @@ from typing import Any, Literal
 from launcher.config.coercion import CoercionError, coerce, describe_type, format_value
 from launcher.config.keys import closest_match, flatten
 from launcher.config.schema import LaunchConfig, RunConfig
+from launcher.config.slurm_syntax import check_launch_keys
+from launcher.config.strategy_checks import config_errors as strategy_problems
 from launcher.errors import UsageError
-from launcher.slurm.job_script import check_launch_keys
-from launcher.strategies.registry import config_errors as strategy_problems
 
 __all__ = ["validate"]
 

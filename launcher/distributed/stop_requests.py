@@ -10,14 +10,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 from launcher.errors import EXIT_INTERRUPTED, EXIT_RESTART
 
-__all__ = ["GO_ON", "JOIN", "LEAVE", "STOP", "StopRequests", "StopSource", "forward_signals_to"]
+__all__ = ["GO_ON", "JOIN", "LEAVE", "STOP", "StopRequests", "StopSource"]
 
 GO_ON, JOIN, STOP, LEAVE = 0, 1, 2, 3  # LEAVE: save, exit, and let the agent restart; the largest value wins
 
@@ -105,19 +104,3 @@ class StopRequests:
         if self._level != GO_ON and self.reason == "Ctrl-C":
             os._exit(EXIT_INTERRUPTED)
         self._raise_level(STOP, "Ctrl-C")
-
-
-@contextmanager
-def forward_signals_to(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Route the driver's signals to `ask` within the block; restore the previous handlers afterwards.
-
-    SIGINT and SIGHUP stay ignored if they were: under nohup or in a script's background they are not meant for us.
-    """
-    terminals = (signal.SIGINT, signal.SIGHUP)
-    heard = [number for number in terminals if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in (*heard, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 
 from launcher.config.schema import RunConfig
+from launcher.system.gpus import count_gpus
 
-__all__ = ["num_threads", "user_omp_threads"]
+__all__ = ["isolation_env", "num_threads", "resolve_num_workers", "user_omp_threads"]
 
 #: Passes the user's own OMP_NUM_THREADS from the driver to its workers: torchrun sets OMP_NUM_THREADS by itself.
 THREADS_ENV = "LAUNCHER_THREADS"
@@ -29,3 +30,22 @@ def num_threads(config: RunConfig, workers: int, env: Mapping[str, str] = os.env
         return 1
     asked = config.launch.threads or int(env.get(THREADS_ENV, 0))
     return asked or max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def isolation_env(config: RunConfig, workers: int) -> Mapping[str, str]:
+    """Environment that gives each worker its share of the cores and keeps communication on the loopback."""
+    asked = user_omp_threads(config)
+    return {
+        "OMP_NUM_THREADS": str(num_threads(config, workers, asked)),
+        **asked,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        **config.launch.env,
+    }
+
+
+def resolve_num_workers(config: RunConfig) -> int:
+    """`launch.workers`, else one per GPU, else 1."""
+    if config.launch.workers is not None:
+        return config.launch.workers
+    return 1 if config.train.device == "cpu" else max(1, count_gpus())

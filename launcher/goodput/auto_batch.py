@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import BatchConfig, RunConfig
-from launcher.errors import UsageError
+from launcher.config.strategy_checks import needs_equal_micro_batches
+from launcher.errors import EXIT_FAILED, UsageError
 from launcher.goodput.policy import TimingProfile
-from launcher.strategies.registry import needs_equal_micro_batches
 from launcher.system.formatting import format_plural
+from launcher.system.stderr import print_stderr
 
 __all__ = [
     "PROFILE_FILE",
@@ -23,6 +24,7 @@ __all__ = [
     "from_existing_run",
     "lookup_note",
     "needs_measurement",
+    "report_unmeasured",
     "tuning_config",
     "with_placeholder_batch",
 ]
@@ -140,3 +142,11 @@ def read_timing_profile(path: Path) -> TimingProfile | None:
         return TimingProfile.from_facts(json.loads((path / PROFILE_FILE).read_text()))
     except (OSError, ValueError):
         return None
+
+
+def report_unmeasured(error: MeasurementError, config: RunConfig) -> int:
+    """Print why the measurement failed; return the exit status."""
+    print_stderr(f"error: {error}")
+    if config.debug and error.trace:
+        print_stderr(error.trace, multiline=True)
+    return EXIT_FAILED

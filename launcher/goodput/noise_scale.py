@@ -11,19 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any
 
-__all__ = [
-    "CONFIDENCE",
-    "NoiseScale",
-    "changed_by_factor",
-    "compute_efficiency",
-    "estimate_variance_and_square",
-    "student_t_quantile",
-]
+from launcher.system.statistics import student_t_quantile
 
-CONFIDENCE = 0.95
+__all__ = ["NoiseScale", "changed_by_factor", "compute_efficiency", "estimate_variance_and_square"]
+
 CHANGE_FACTOR = 2.0
 _WINDOW_HALF_LIVES = 8  # with this window length, 1/256 of the total weight is dropped
 _BLOCK_UPDATES = 5  # updates per block; neighbouring updates may be correlated, so the estimate moves once per block
@@ -248,24 +241,3 @@ def _compute_fieller_interval(
     if inside <= 0 or a == 0 or c <= 0:
         return None
     return max((b - math.sqrt(inside)) / a, (b + math.sqrt(inside)) / a), math.inf
-
-
-def student_t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
-    """Half-width of the two-sided confidence interval in standard errors (Student's t quantile).
-
-    Cornish-Fisher series in 1 / freedom (Abramowitz and Stegun 26.7.5), exact for one and two degrees of freedom.
-    """
-    p = (1 + confidence) / 2
-    if freedom <= 1:
-        return math.tan(math.pi * (p - 0.5))
-    if freedom <= 2:
-        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    z = NormalDist().inv_cdf(p)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from launcher.goodput.noise_scale import student_t_quantile
+from launcher.system.statistics import student_t_quantile
 
 __all__ = [
     "MEMORY_SHARE",

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from launcher.goodput.noise_scale import compute_efficiency, student_t_quantile
+from launcher.goodput.noise_scale import compute_efficiency
 from launcher.goodput.throughput_model import Estimate
+from launcher.system.statistics import student_t_quantile
 
 __all__ = [
     "BatchChoice",

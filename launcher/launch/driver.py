@@ -4,105 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from launcher.config.schema import RunConfig
-from launcher.distributed.stop_requests import forward_signals_to
-from launcher.distributed.worker_env import num_threads, user_omp_threads
+from launcher.distributed.commands import make_torchrun_command
+from launcher.distributed.worker_env import resolve_num_workers
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from launcher.goodput import auto_batch
-from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig
+from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig, report_unmeasured
 from launcher.launch.resolve_auto import resolve_from_measurement, resolve_without_measuring
-from launcher.launch.worker import JobSpec
 from launcher.run_dir import failures
 from launcher.run_dir.open_run import OpenedRun, open_run, run_path, write_run_files
 from launcher.run_dir.run_directory import RUNS_DIR, RunDirectory
-from launcher.system.gpus import count_gpus
-from launcher.system.processes import handles_signal, kill_process_tree, list_child_pids
-from launcher.system.redaction import mask_secrets
+from launcher.system.processes import handles_signal, kill_process_tree, list_child_pids, write_memfd
+from launcher.system.signal_handlers import forward_signals_to
+from launcher.system.stderr import print_stderr
 from launcher.telemetry.sinks.jsonl import append_line
+from launcher.train.assignment import JobSpec
 
-__all__ = [
-    "Command",
-    "describe_killed",
-    "launch_job",
-    "make_torchrun_command",
-    "print_stderr",
-    "probe_command",
-    "report_unmeasured",
-    "resolve_num_workers",
-    "write_memfd",
-]
+__all__ = ["describe_killed", "launch_job", "print_stderr"]
 
 AGENT_POLL_S = 0.05
-NPROC_FLAG = "--nproc-per-node="
-UNLIMITED_RESTARTS = 1_000_000  # the driver limits restarts itself: torchrun's count ignores checkpoints
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command to start: its argument list and its additions to the environment."""
-
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
-
-    def format_shell_line(self) -> str:
-        """The command as a shell line."""
-        return shlex.join([*(f"{name}={value}" for name, value in self.env.items()), *self.argv])
-
-
-def make_torchrun_command(config: RunConfig, workers: int, handover: Path, report: Path) -> Command:
-    """torchrun command for this machine, on the loopback; the `workers` processes read their job from `handover`."""
-    argv = (
-        sys.executable,
-        "-m",
-        "launcher.launch.torchrun_agent",
-        f"--failures={report}",
-        "--nnodes=1",
-        f"{NPROC_FLAG}{workers}",
-        f"--max-restarts={UNLIMITED_RESTARTS}",
-        "--local-addr=127.0.0.1",
-        "--monitor-interval=0.1",
-        "-m",
-        "launcher",
-        "worker",
-        str(handover),
-    )
-    return Command(argv, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **isolation_env(config, workers)})
-
-
-def probe_command(config: RunConfig, workers: int, handover: Path) -> Command:
-    """Command for a process that forks `workers` measuring processes, also on the loopback."""
-    argv = (sys.executable, "-m", "launcher", "probe", f"{NPROC_FLAG}{workers}", str(handover))
-    return Command(argv, isolation_env(config, workers))
-
-
-def isolation_env(config: RunConfig, workers: int) -> Mapping[str, str]:
-    """Environment that gives each worker its share of the cores and keeps communication on the loopback."""
-    asked = user_omp_threads(config)
-    return {
-        "OMP_NUM_THREADS": str(num_threads(config, workers, asked)),
-        **asked,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        **config.launch.env,
-    }
-
-
-def resolve_num_workers(config: RunConfig) -> int:
-    """`launch.workers`, else one per GPU, else 1."""
-    if config.launch.workers is not None:
-        return config.launch.workers
-    return 1 if config.train.device == "cpu" else max(1, count_gpus())
 
 
 def launch_job(config: RunConfig) -> int:
@@ -159,14 +87,6 @@ def resolve_auto_values(config: RunConfig, workers: int) -> ResolvedConfig:
     print_stderr(f"note: {auto_batch.lookup_note(config)}")
     document = tuning.measure(auto_batch.tuning_config(config), workers, look=True)
     return resolve_from_measurement(config, document, run_path(config, None, 1))
-
-
-def report_unmeasured(error: MeasurementError, config: RunConfig) -> int:
-    """Print why the measurement failed; return the exit status."""
-    print_stderr(f"error: {error}")
-    if config.debug and error.trace:
-        print_stderr(error.trace, whole=True)
-    return EXIT_FAILED
 
 
 class TorchrunJob:
@@ -266,15 +186,8 @@ class TorchrunJob:
             line = f"{why} ({line})"
         print_stderr(f"error: {line}")
         if found is not None and self._config.debug:
-            print_stderr(found.traceback, whole=True)
+            print_stderr(found.traceback, multiline=True)
         return EXIT_USAGE if found is not None and found.status == EXIT_USAGE else EXIT_FAILED
-
-
-def write_memfd(text: str) -> int:
-    """Write `text` to a memfd: private to this user, never on disk, gone with this process, as it holds secrets."""
-    number = os.memfd_create("handover")
-    os.write(number, text.encode())
-    return number
 
 
 def describe_killed(report: Path) -> str:
@@ -284,7 +197,3 @@ def describe_killed(report: Path) -> str:
     except (OSError, ValueError):
         return "torchrun ended without reporting an error"
     return failures.describe_exit_codes({int(rank): code for rank, code in codes.items()}) or "torchrun failed"
-
-
-def print_stderr(text: str, *, whole: bool = False) -> None:
-    print(mask_secrets(text if whole else " ".join(text.split())), file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import ResolvedConfig
 from launcher.goodput.measured_noise import resolve_initial_noise
 from launcher.run_dir.open_run import open_run, reuse_resolved_batch, run_path
-from launcher.system.redaction import mask_secrets
+from launcher.system.stderr import print_stderr
 
 __all__ = ["resolve_from_measurement", "resolve_without_measuring"]
 
@@ -48,7 +47,3 @@ def resolve_from_measurement(config: RunConfig, found: Mapping[str, Any], path: 
     if "console" not in config.sink:
         print_stderr(f"note: {answer.why}")
     return answer
-
-
-def print_stderr(text: str) -> None:
-    print(mask_secrets(" ".join(text.split())), file=sys.stderr, flush=True)

@@ -13,99 +13,34 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import active_children
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from launcher.checkpoint.manifest import latest_id
-from launcher.config.keys import from_mapping, to_mapping
+from launcher.config.keys import to_mapping
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_RESTART, EXIT_USAGE, UsageError
 from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig
 from launcher.launch import log_files
+from launcher.launch.agent_memory import AgentMemory, load_agent_memory, save_agent_memory
 from launcher.run_dir import failures
-from launcher.run_dir.run_directory import AgentMemory, RunDirectory, RunDirLock, load_agent_memory, save_agent_memory
-from launcher.slurm.queue import read_claim
+from launcher.run_dir.lock import RunDirLock
+from launcher.run_dir.run_directory import RunDirectory
+from launcher.slurm.claim import read_claim
 from launcher.system.processes import die_with_parent
-from launcher.system.redaction import mask_secrets
+from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
+from launcher.train.assignment import JobSpec
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
     from launcher.distributed.stop_requests import StopRequests
     from launcher.distributed.watchdog import NullWatchdog, Watchdog
-    from launcher.run_dir.open_run import OpenedRun
 
-__all__ = ["JobSpec", "main", "main_handover"]
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """The job of the ranks: the resolved configuration and the run folder.
-
-    `checkpoint` was given by the user, and `must` requires that a checkpoint exists; both apply until this job has
-    saved a checkpoint of its own, i.e. until the newest one in the folder differs from `before`. `changed` (the keys
-    that differ from the folder's configuration) applies only to the first start of the job, generation `first` (None:
-    this one). `restarted`: this job has started its workers before. `loopback`: the job runs on one machine with our
-    own store. `summary`: the run is already complete, and only this text is printed. `why`: values that were chosen
-    automatically for this command, and the reason. `profile`: the timing profile that batch=goodput uses.
-    """
-
-    config: RunConfig
-    run_dir: RunDirectory
-    generation: int = 0
-    first: int | None = None
-    restarted: bool = False
-    previous_checkpoint: str | None = None
-    loopback: bool = False
-    checkpoint: Path | None = None
-    require_checkpoint: bool = False
-    changed: Mapping[str, Any] = field(default_factory=dict)
-    summary: str | None = None
-    why: str = ""
-    profile: Mapping[str, Any] | None = None
-
-    @classmethod
-    def from_opened(
-        cls, opened: OpenedRun, *, loopback: bool, why: str = "", profile: Mapping[str, Any] | None = None
-    ) -> JobSpec:
-        decision = opened.decision
-        return cls(
-            config=opened.config,
-            run_dir=opened.run_dir,
-            loopback=loopback,
-            why=why,
-            profile=profile,
-            previous_checkpoint=latest_id(opened.run_dir.resolve_checkpoints_dir(opened.config.checkpoint.dir)),
-            checkpoint=decision.checkpoint,
-            require_checkpoint=decision.require_checkpoint,
-            changed={key: list(values) for key, values in decision.changed.items()},
-        )
-
-    def to_json(self) -> str:
-        named = None if self.checkpoint is None else str(self.checkpoint)
-        facts = {"run": to_mapping(self.config), "folder": str(self.run_dir.path), "checkpoint": named}
-        return json.dumps({**vars(self), **facts})
-
-    @classmethod
-    def from_json(cls, text: str) -> JobSpec:
-        facts = json.loads(text)
-        named = facts["checkpoint"] and Path(facts["checkpoint"])
-        typed = {"run": from_mapping(facts["run"]), "folder": RunDirectory(Path(facts["folder"])), "checkpoint": named}
-        return cls(**{**facts, **typed})
-
-    def start_generation(self) -> JobSpec:
-        """The job for another start of the workers; once this job has saved, it always continues from there."""
-        generation = self.run_dir.increment_generation()
-        if not self.restarted and generation == (self.first or generation):
-            return replace(self, generation=generation)
-        self.run_dir.increment_restarts()
-        again = replace(self, generation=generation, restarted=True, changed={}, why="")
-        saved = latest_id(self.run_dir.resolve_checkpoints_dir(self.config.checkpoint.dir)) != self.previous_checkpoint
-        return replace(again, checkpoint=None, require_checkpoint=False) if saved else again
+__all__ = ["main", "main_handover"]
 
 
 @dataclass(frozen=True)
@@ -176,7 +111,7 @@ def compose_on_rank0(
         return RunDirClaim(replace(job_spec, summary=found.format_summary()))
     if known is None:
         for line in (*resolution.notes, *found.training_plan.advice, *describe_restart_limit(found.config, topology)):
-            print_stderr(f"note: {line}")
+            print_stderr(f"note: {line}", multiline=True)
     made = found.run_dir.create()
     lock = found.run_dir.lock(torchrun=os.getppid())
     write_run_files(found, asked.profile)
@@ -202,7 +137,7 @@ def resolve_auto_values(
     )
     if found is not None:
         return found
-    print_stderr(f"note: {auto_batch.lookup_note(config)}")
+    print_stderr(f"note: {auto_batch.lookup_note(config)}", multiline=True)
     return MeasurementRequest(auto_batch.tuning_config(config), os.urandom(8).hex())
 
 
@@ -237,7 +172,7 @@ def run_rank(topology: Topology, assign: DecideFn, *, loopback: bool) -> int:
     try:
         claim, text, store = agree_on_job(topology, assign, loopback)
     except MeasurementError as error:
-        return report_unmeasured(error, topology)
+        return report_measurement_error(error, topology)
     if not text:
         return EXIT_USAGE  # rank 0 reports the error
     from launcher.train import session
@@ -352,9 +287,9 @@ def install_stop_requests() -> StopRequests:
     return stop_requests
 
 
-def report_unmeasured(error: MeasurementError, topology: Topology) -> int:
+def report_measurement_error(error: MeasurementError, topology: Topology) -> int:
     if topology.rank == 0:
-        print_stderr(f"error: {error}")
+        print_stderr(f"error: {error}", multiline=True)
     return EXIT_FAILED
 
 
@@ -389,7 +324,3 @@ def log_failure_event(run_dir: RunDirectory, found: failures.RankFailure) -> Non
     with suppress(OSError):
         if not failures.is_peer_failure(found.message) and not failures.is_logged(run_dir.events, found):
             append_line_concurrently(run_dir.events, found.to_event())
-
-
-def print_stderr(text: str) -> None:
-    print(mask_secrets(text), file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from launcher.config.coercion import format_value
 from launcher.config.consistency import validate_config, validate_dataset_sizes
 from launcher.config.schema import BatchConfig, RunConfig, StrategyConfig
+from launcher.config.strategy_checks import needs_equal_micro_batches
 from launcher.errors import UsageError
 from launcher.plan.batch import BatchPlan, BatchPolicy, PlanError, plan_batch
 from launcher.plan.duration import Duration, Units
@@ -24,7 +25,6 @@ from launcher.plan.lr_scaling import (
 from launcher.plan.lr_schedule import Decay, LrSchedule
 from launcher.plan.timeline import Timeline
 from launcher.plan.virtual_shards import ShardPlan, num_training_ranks
-from launcher.strategies import registry
 
 __all__ = ["DatasetSizes", "TrainingPlan", "make_training_plan", "resolve_batch_policy"]
 
@@ -126,9 +126,7 @@ def make_training_plan(
         rule=rule,
         plan=plan,
         stages=stages,
-        timeline=Timeline(
-            sizes.train, schedule.duration, stages, config.data.tail, registry.needs_equal_micro_batches(config)
-        ),
+        timeline=Timeline(sizes.train, schedule.duration, stages, config.data.tail, needs_equal_micro_batches(config)),
         schedule=schedule.with_stages(0, _list_stage_batches(stages)),
         duration=schedule.duration,
         warmup=schedule.warmup_samples,

@@ -13,6 +13,7 @@ from launcher import recipe as recipes
 from launcher.checkpoint.manifest import resolve_checkpoint_path
 from launcher.config.compose import flatten, from_yaml, to_yaml
 from launcher.config.schema import RunConfig
+from launcher.config.strategy_checks import missing_dependency
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
 from launcher.run_dir.resume import ResumeDecision, decide_resume
@@ -23,7 +24,6 @@ from launcher.run_dir.run_directory import (
     format_recipe_name,
     unique_run_name,
 )
-from launcher.strategies.registry import missing_dependency
 from launcher.topology import get_slurm_job_id
 
 __all__ = ["OpenedRun", "open_run", "resolve_directory", "reuse_resolved_batch", "run_path", "write_run_files"]

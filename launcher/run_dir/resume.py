@@ -9,40 +9,12 @@ from typing import Any
 
 from launcher.checkpoint.manifest import resolve_checkpoint_path
 from launcher.config.coercion import format_value
+from launcher.config.resume_keys import may_change_on_resume
 from launcher.errors import UsageError
 from launcher.plan.duration import Duration
 
-__all__ = ["ResumeDecision", "decide_resume", "find_changed_keys", "may_change_on_resume"]
+__all__ = ["ResumeDecision", "decide_resume", "find_changed_keys"]
 
-#: Keys that do not affect the trained model and may change on resume: whole sections, and single keys.
-CHANGEABLE_SECTIONS = ("launch", "log", "plan", "run", "sink", "strategy", "sweep", "tune")
-CHANGEABLE_KEYS = frozenset(
-    {
-        "checkpoint.every",  # not checkpoint.dir: another folder has nothing to resume from
-        "checkpoint.keep",
-        "checkpoint.sharded",
-        "data.prefetch_factor",
-        "data.num_workers",
-        "debug",
-        "elastic.balance",
-        "elastic.first_timeout_s",
-        "elastic.hang_timeout_s",
-        "elastic.allow_idle",
-        "elastic.max_restarts",
-        "elastic.max_workers",
-        "elastic.min_workers",
-        "format",
-        "recipe.trust",  # names what may be imported; not passed to the recipe
-        "resume",
-        "train.activation_checkpointing",  # results are bitwise identical
-        "train.device",
-        "train.profile",
-        "train.stop_at_target",  # only changes where training ends, like a longer train.duration
-        "train.target.at_least",
-        "train.target.at_most",
-        "train.target.metric",
-    }
-)
 #: Keys that the batch policy recomputes at every world size: hold keeps the global batch, however it is split.
 CHANGEABLE_KEYS_BY_POLICY = dict.fromkeys(("hold", "goodput"), ("batch.per_device", "batch.accumulation"))
 
@@ -109,11 +81,6 @@ def is_change_allowed(
         return new.get("schedule.decay") != "plateau"  # plateau lowers the learning rate by validation results
     allowed = () if new.get("elastic.exact") else CHANGEABLE_KEYS_BY_POLICY.get(str(new.get("batch.policy")), ())
     return may_change_on_resume(key) or key in allowed
-
-
-def may_change_on_resume(key: str) -> bool:
-    """Whether a key never affects the trained model, under any batch policy."""
-    return key.partition(".")[0] in CHANGEABLE_SECTIONS or key in CHANGEABLE_KEYS
 
 
 def is_shorter_training(was: str, now: str, samples_of: Callable[[str], int] | None) -> bool:

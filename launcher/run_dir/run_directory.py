@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launcher.errors import UsageError
+from launcher.run_dir.lock import RunDirLock
 from launcher.system.atomic_files import atomic_write_text, make_private_dir
-from launcher.system.processes import read_start_time
 
 __all__ = [
     "RUNS_DIR",
-    "RunDirLock",
     "RunDirectory",
     "atomic_write_text",
     "format_recipe_name",
-    "load_agent_memory",
     "resolve_named_dir",
-    "save_agent_memory",
     "suggest_runs",
     "unique_run_name",
 ]
 
 RUNS_DIR = Path("runs")
-AGENT_MEMORY_DIR = RUNS_DIR / ".agents"
 MAX_SUGGESTED_RUNS = 5
 RUN_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -260,49 +252,6 @@ class RunDirectory:
         return RunDirLock(self.path, torchrun)
 
 
-class RunDirLock:
-    """An flock on the run directory; the kernel releases it when the process ends, for any reason."""
-
-    def __init__(self, folder: Path, torchrun: int | None = None) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        self._file = open(os.open(folder / ".lock", flags, 0o600), "r+")  # noqa: SIM115 (held)
-        try:
-            acquire_lock(self._file)
-        except OSError as problem:
-            owner = self._file.read().strip() or "another process"
-            self._file.close()
-            if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UsageError(
-                    f"{folder} cannot be locked ({problem.strerror}): type run.dir= on a file system with locks"
-                ) from problem
-            raise UsageError(
-                f"{folder} is in use by {owner}: wait for it, stop it, or type another run.name="
-            ) from None
-        os.register_at_fork(after_in_child=self._file.close)  # a loader process must not hold it after its rank died
-        self._file.seek(0)
-        self._file.truncate()
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
-        of = f" of torchrun {torchrun}" if torchrun else ""
-        self._file.write(f"process {os.getpid()}{of} on {socket.gethostname()} since {since}")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
-
-
-def acquire_lock(file: IO[str]) -> None:
-    """Lock the file, with a few retries, because `launcher status` and `watch` hold the lock for a moment.
-
-    Raises:
-        OSError: another process keeps the lock, or the file system has no locks.
-    """
-    for _ in range(9):
-        with suppress(BlockingIOError):
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(0.03)
-    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 # --- names --------------------------------------------------------------------------------------------------------
 
 
@@ -354,43 +303,3 @@ def suggest_runs(file: str) -> str:
 
 
 # --- memory across worker restarts, where the user ran torchrun ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AgentMemory:
-    """The run directory chosen at the first start under an agent, and the newest checkpoint at that time."""
-
-    folder: Path
-    newest: str | None = None
-
-    def to_json(self) -> str:
-        return json.dumps({"folder": str(self.folder), "newest": self.newest})
-
-    @classmethod
-    def from_json(cls, text: str) -> AgentMemory:
-        kept = json.loads(text)
-        return cls(Path(kept["folder"]), kept["newest"])
-
-
-def load_agent_memory() -> AgentMemory | None:
-    """Load what an earlier worker of the same agent decided; None at the agent's first start of its workers."""
-    try:
-        return AgentMemory.from_json(agent_memory_path().read_text())
-    except FileNotFoundError:
-        return None
-
-
-def save_agent_memory(decided: AgentMemory) -> None:
-    """Save the decision, keyed by host, agent pid and agent start time; remove the files of dead agents."""
-    make_private_dir(AGENT_MEMORY_DIR)
-    for old in AGENT_MEMORY_DIR.iterdir():
-        host, _, agent = old.name.rpartition("@")
-        pid, _, start = agent.partition("-")
-        if host == socket.gethostname() and pid.isdigit() and str(read_start_time(int(pid))) != start:
-            old.unlink(missing_ok=True)
-    atomic_write_text(agent_memory_path(), decided.to_json())
-
-
-def agent_memory_path() -> Path:
-    agent = os.getppid()
-    return AGENT_MEMORY_DIR / f"{socket.gethostname()}@{agent}-{read_start_time(agent)}"

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from launcher.run_dir.run_directory import RunDirectory
-from launcher.system.atomic_files import atomic_write_text
+__all__ = ["SlurmJob", "cancel_job", "query_job", "signal_job"]
 
-__all__ = ["SlurmJob", "cancel_job", "query_job", "read_claim", "signal_job", "write_claim"]
-
-JOB_ID = re.compile(r"\d+(_\d+)?")
 ENDED_STATES = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "REVOKED")
 )
@@ -68,21 +61,3 @@ def run_slurm_command(argv: Sequence[str]) -> str:
 
 
 # --- job of a run directory --------------------------------------------------------------------------------------
-
-
-def read_claim(run_dir: RunDirectory) -> dict[str, Any] | None:
-    """`job`, and `newest`: the newest checkpoint before the job. None if the directory belongs to no job."""
-    try:
-        kept = json.loads(run_dir.slurm_json.read_text())
-    except (OSError, ValueError):
-        return None
-    known = isinstance(kept, dict) and JOB_ID.fullmatch(str(kept.get("job")))
-    return kept if known else None
-
-
-def write_claim(run_dir: RunDirectory, job: str, newest: str | None) -> None:
-    """Assign the directory to the job. A later start of the same job keeps the recorded `newest`."""
-    before = read_claim(run_dir)
-    if before is not None and before["job"] == job:
-        newest = before.get("newest")
-    atomic_write_text(run_dir.slurm_json, json.dumps({"job": job, "newest": newest}) + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher import recipe as recipes
 from launcher.checkpoint.manifest import latest_id
 from launcher.config.schema import RunConfig
+from launcher.config.slurm_syntax import parse_node_range
 from launcher.errors import EXIT_FAILED, EXIT_OK, UsageError
 from launcher.goodput.auto_batch import with_placeholder_batch
 from launcher.plan.batch import PlanError
@@ -18,10 +19,11 @@ from launcher.plan.training_plan import make_training_plan
 from launcher.run_dir.failures import is_peer_failure, read_failures
 from launcher.run_dir.open_run import resolve_directory, run_path
 from launcher.run_dir.run_directory import RunDirectory
-from launcher.slurm.job_script import OUTPUT_PATTERN, parse_node_range, render_sbatch_script
-from launcher.slurm.queue import read_claim, write_claim
+from launcher.slurm.claim import read_claim, write_claim
+from launcher.slurm.job_script import OUTPUT_PATTERN, render_sbatch_script
 from launcher.system.atomic_files import make_private_dir
 from launcher.system.redaction import mask_secrets
+from launcher.system.stderr import print_stderr
 
 __all__ = ["job_run_directory", "should_requeue", "submit_run"]
 
@@ -135,7 +137,3 @@ def should_requeue(run_dir: str, job: str | None) -> int:
     why = first.summary() if first else "the workers were killed, or could not connect to each other"
     print_stderr(f"error: failed {MAX_FAILURES_PER_CHECKPOINT} times since the same checkpoint, not requeued: {why}")
     return EXIT_FAILED
-
-
-def print_stderr(text: str) -> None:
-    print(mask_secrets(" ".join(text.split())), file=sys.stderr, flush=True)

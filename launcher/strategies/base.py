@@ -17,7 +17,8 @@ from launcher.strategies.gradient_norms import (
     GradNormHooks,
     GroupGradNorms,
 )
-from launcher.strategies.optimizer import Precision, supports_found_inf
+from launcher.strategies.optimizer import supports_found_inf
+from launcher.strategies.precision import Precision
 from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["BaseReplica", "mark_wait_begin", "mark_wait_end", "slice_evenly"]

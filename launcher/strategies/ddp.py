@@ -16,6 +16,7 @@ from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.config.schema import RunConfig
 from launcher.strategies.base import BaseReplica, slice_evenly
 from launcher.strategies.gradient_norms import GradNormHooks, compute_norms
+from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.strategies.optimizer import (
     get_optimizer_facts,
     get_optimizer_tensors,
@@ -23,7 +24,6 @@ from launcher.strategies.optimizer import (
     make_optimizer,
     set_lr_and_momentum,
 )
-from launcher.strategies.registry import ReplicaArgs, ReplicaState, ShardedState, StepResult
 
 __all__ = ["DdpReplica"]
 

@@ -22,6 +22,7 @@ from launcher.strategies.base import BaseReplica, mark_wait_begin, mark_wait_end
 from launcher.strategies.deepspeed_config import make_deepspeed_config
 from launcher.strategies.deepspeed_state import ZeroState
 from launcher.strategies.gradient_norms import GradNormHooks
+from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.strategies.optimizer import (
     check_optimizer_class,
     get_optimizer_facts,
@@ -30,7 +31,6 @@ from launcher.strategies.optimizer import (
     make_optimizer,
     set_lr_and_momentum,
 )
-from launcher.strategies.registry import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["DeepSpeedReplica"]

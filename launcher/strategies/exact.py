@@ -15,7 +15,7 @@ from launcher.errors import UsageError
 from launcher.plan.virtual_shards import TreeSum, num_training_ranks
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.gradient_norms import compute_norms
-from launcher.strategies.registry import ReplicaArgs, ReplicaState
+from launcher.strategies.interface import ReplicaArgs, ReplicaState
 
 __all__ = ["ExactReplica"]
 

@@ -18,16 +18,16 @@ from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
 from launcher.strategies.base import BaseReplica, mark_wait_begin, mark_wait_end
 from launcher.strategies.gradient_norms import GradNormHooks
+from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.strategies.meta_init import materialize
 from launcher.strategies.optimizer import (
-    Precision,
     get_optimizer_facts,
     get_optimizer_tensors,
     load_optimizer,
     make_optimizer,
     set_lr_and_momentum,
 )
-from launcher.strategies.registry import ReplicaArgs, ReplicaState, ShardedState, StepResult
+from launcher.strategies.precision import Precision
 
 __all__ = ["FsdpReplica"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
-from launcher.strategies.registry import LARGE_MODEL_BYTES
+from launcher.strategies.interface import LARGE_MODEL_BYTES
 
 __all__ = ["build_on_meta_device", "materialize"]
 

@@ -13,11 +13,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
-from launcher.distributed.stop_requests import forward_signals_to
 from launcher.errors import EXIT_FAILED, EXIT_OK
 from launcher.sweep.machine_slices import MachineSlice
 from launcher.system.atomic_files import make_private_dir
 from launcher.system.processes import die_with_parent
+from launcher.system.signal_handlers import forward_signals_to
 
 __all__ = ["ParallelRunner", "PointJob"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from launcher.config.compose import (
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
 from launcher.sweep import outcome
-from launcher.system.redaction import mask_secrets
+from launcher.system.stderr import print_stderr
 
 __all__ = [
     "PointFunction",
@@ -148,7 +147,3 @@ def make_group_override(config: RunConfig) -> list[str]:
 def quote_override(value: object) -> str:
     """Quote any value for Hydra's override grammar, where backslashes are escapes only before a quote."""
     return "'{}'".format(re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value)))
-
-
-def print_stderr(text: str) -> None:
-    print(mask_secrets(" ".join(text.split())), file=sys.stderr, flush=True)

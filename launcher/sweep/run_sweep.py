@@ -9,17 +9,19 @@ from pathlib import Path
 
 from launcher.config.cli_args import HydraArgs
 from launcher.config.compose import ComposedConfig, ConfigComposer, SweepRequest
+from launcher.config.resume_keys import may_change_on_resume
 from launcher.config.schema import RunConfig, SweepConfig
+from launcher.config.search_space import SearchAxis
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError
-from launcher.run_dir.resume import may_change_on_resume
 from launcher.sweep import optuna_search as searching
 from launcher.sweep import outcome, results_table
 from launcher.sweep.machine_slices import MachineResources, divide_machine
-from launcher.sweep.optuna_search import OptunaSearch, SearchAxis
+from launcher.sweep.optuna_search import OptunaSearch
 from launcher.sweep.parallel_points import ParallelRunner, PointJob
-from launcher.sweep.points import PointFunction, PointTask, point_overrides, print_stderr, run_in_directory, run_points
+from launcher.sweep.points import PointFunction, PointTask, point_overrides, run_in_directory, run_points
 from launcher.system.atomic_files import make_private_dir
 from launcher.system.redaction import mask_secrets
+from launcher.system.stderr import print_stderr
 
 __all__ = ["run_sweep"]
 

@@ -22,6 +22,7 @@ __all__ = [
     "read_start_time",
     "reset_after_fork",
     "sibling_state",
+    "write_memfd",
 ]
 
 PR_SET_PDEATHSIG = 1
@@ -130,3 +131,10 @@ def handles_signal(pid: int, number: int) -> bool:
         return False
     caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
     return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def write_memfd(text: str) -> int:
+    """Write `text` to a memfd: private to this user, never on disk, gone with this process, as it holds secrets."""
+    number = os.memfd_create("handover")
+    os.write(number, text.encode())
+    return number

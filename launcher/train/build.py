@@ -18,9 +18,10 @@ from launcher.errors import UsageError
 from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
+from launcher.strategies.interface import ReplicaProtocol
 from launcher.strategies.meta_init import build_on_meta_device
-from launcher.strategies.optimizer import Precision
-from launcher.strategies.registry import ReplicaProtocol, build_replica
+from launcher.strategies.precision import Precision
+from launcher.strategies.registry import build_replica
 from launcher.telemetry.stage_clock import CudaTimer, HostTimer, StageClock
 from launcher.topology import Topology
 from launcher.train.data import MicroBatchLoader, derive_seed, get_collate_fn, get_dataset, to_device

@@ -15,7 +15,7 @@ from launcher.config.schema import CheckpointConfig
 from launcher.plan.batch import BatchPlan
 from launcher.plan.training_plan import TrainingPlan
 from launcher.run_dir.run_directory import RunDirectory
-from launcher.strategies.registry import ReplicaProtocol, ReplicaState
+from launcher.strategies.interface import ReplicaProtocol, ReplicaState
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.metrics_logger import MetricsLogger
 from launcher.train.metrics_recorder import NullRecorder, plan_to_dict

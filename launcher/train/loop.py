@@ -21,10 +21,12 @@ from launcher.plan.timeline import Update
 from launcher.plan.training_plan import TrainingPlan
 from launcher.plan.virtual_shards import compute_tree_sum
 from launcher.recipe import Loss
-from launcher.strategies.optimizer import Precision
-from launcher.strategies.registry import ReplicaProtocol
+from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.precision import Precision
 from launcher.system.fault_injection import FaultInjector
-from launcher.telemetry.stage_clock import DeferredScalars, ResourceMeter, StageClock
+from launcher.telemetry.deferred_scalars import DeferredScalars
+from launcher.telemetry.resource_meter import ResourceMeter
+from launcher.telemetry.stage_clock import StageClock
 from launcher.topology import Topology
 from launcher.train.checkpoint_manager import CheckpointManager, checkpoint_name
 from launcher.train.data import MicroBatchLoader, derive_seed, to_device

@@ -15,9 +15,10 @@ from launcher.plan.lr_schedule import LrSchedule
 from launcher.plan.timeline import Update
 from launcher.plan.training_plan import TrainingPlan
 from launcher.run_dir.restart_cost import RestartCost
+from launcher.telemetry.deferred_scalars import DeferredScalars
 from launcher.telemetry.metrics_logger import MetricsLogger
 from launcher.telemetry.records import MetricsRow
-from launcher.telemetry.stage_clock import DeferredScalars, find_critical_rank
+from launcher.telemetry.stage_clock import find_critical_rank
 from launcher.telemetry.stages import STAGES
 from launcher.topology import Topology
 

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from launcher.distributed.stop_requests import JOIN, LEAVE
+
+if TYPE_CHECKING:
+    from launcher.train.loop import TrainContext
+    from launcher.train.state import TrainState
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,26 +28,26 @@ from launcher.config.keys import flatten
 from launcher.config.schema import RunConfig
 from launcher.distributed import rendezvous
 from launcher.distributed.consistency_check import check_ranks_agree
-from launcher.distributed.join_gate import admit_waiting_nodes
+from launcher.distributed.join_gate import GATE_POLL_S
 from launcher.distributed.load_balancing import LoadBalancer, NullBalancer
 from launcher.distributed.rank_stats import StatsAllGather
-from launcher.distributed.stop_requests import GO_ON, JOIN, LEAVE, StopRequests
+from launcher.distributed.stop_requests import GO_ON, StopRequests
 from launcher.distributed.watchdog import NullWatchdog, Watchdog
 from launcher.distributed.worker_env import num_threads
 from launcher.errors import EXIT_OK, EXIT_RESTART, UsageError
 from launcher.goodput.policy import BatchChooser, GoodputPolicy, NullGoodputPolicy, TimingProfile
-from launcher.launch.worker import JobSpec
 from launcher.plan.timeline import Position
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
 from launcher.run_dir import failures
 from launcher.run_dir.restart_cost import RestartCost, read_last_row, sum_restart_costs
-from launcher.strategies.registry import LARGE_MODEL_BYTES
+from launcher.strategies.interface import LARGE_MODEL_BYTES
 from launcher.system.fault_injection import FaultInjector
 from launcher.system.redaction import mask_nested_secrets
 from launcher.telemetry.metrics_logger import MetricsLogger
+from launcher.telemetry.resource_meter import ResourceMeter
 from launcher.telemetry.sinks import SinkContext, open_sinks
-from launcher.telemetry.stage_clock import ResourceMeter
 from launcher.topology import Topology
+from launcher.train.assignment import JobSpec
 from launcher.train.build import (
     Datasets,
     TrainComponents,
@@ -53,7 +62,7 @@ from launcher.train.loss_check import RecipeWithLossCheck
 from launcher.train.metrics_recorder import MetricsRecorder, NullRecorder, plan_to_dict
 from launcher.train.state import TrainState
 
-__all__ = ["run"]
+__all__ = ["JOIN_TIMEOUT_S", "admit_waiting_nodes", "run"]
 
 
 @dataclass(frozen=True)
@@ -512,3 +521,31 @@ def finish_run(
         done["target"] = dict(state.target_reached)
     event("done", **done)
     run_dir.write_done(done)
+
+
+JOIN_TIMEOUT_S = 60.0  # time for a node's torchrun to start and to reach the rendezvous
+
+
+def admit_waiting_nodes(context: TrainContext, state: TrainState) -> int:
+    """Admit the waiting nodes after the save. Return RESTART once a node has joined and the agents end the workers.
+
+    Return ADMIT_NODES if no node joined in time: training continues. A failed save has already raised an alarm and is
+    retried when the next checkpoint is due.
+    """
+    with suppress(OSError):
+        context.checkpoint_manager.wait()
+    names = (
+        ", ".join(context.checkpoint_manager.stop_source.admit_nodes())
+        if context.checkpoint_manager.stop_source
+        else ""
+    )
+    end_s = time.monotonic() + JOIN_TIMEOUT_S
+    while context.stop_requests.level <= JOIN and time.monotonic() < end_s:
+        context.watchdog.enter_phase("checkpoint", state.position.update)
+        time.sleep(GATE_POLL_S)
+    if context.stop_requests.level == LEAVE:
+        return LEAVE
+    detail = f"{names} asked to join but did not connect within {JOIN_TIMEOUT_S:g} s"
+    context.checkpoint_manager.journal.log_event("alarm", kind="gate", detail=detail)
+    context.stop_requests.clear_admit()
+    return JOIN

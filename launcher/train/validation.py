@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
 from launcher.config.schema import DataConfig
-from launcher.strategies.optimizer import Precision
-from launcher.strategies.registry import ReplicaProtocol
+from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.precision import Precision
 from launcher.train.data import SampleKey, SeededDataset, get_collate_fn, make_data_loader, to_device
 
 __all__ = ["Validator"]

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from launcher import recipe as recipes
 from launcher.config.keys import from_mapping, to_mapping
 from launcher.config.schema import RunConfig
+from launcher.distributed.commands import probe_command
+from launcher.distributed.worker_env import resolve_num_workers
 from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
-from launcher.goodput.auto_batch import MeasurementError, with_placeholder_batch
+from launcher.goodput.auto_batch import MeasurementError, report_unmeasured, with_placeholder_batch
 from launcher.goodput.measured_noise import find_noise_scale
-from launcher.launch.driver import print_stderr, probe_command, report_unmeasured, resolve_num_workers, write_memfd
 from launcher.run_dir import failures
 from launcher.system.atomic_files import atomic_write_text, make_private_dir
 from launcher.system.formatting import encodable
-from launcher.system.processes import die_with_parent, kill_process_tree
+from launcher.system.processes import die_with_parent, kill_process_tree, write_memfd
+from launcher.system.signal_handlers import sigterm_as_keyboard_interrupt
+from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
 from launcher.tune.processes.fork_server import OUTCOME_FILE
 from launcher.tune.report.goodput_column import goodput_values
@@ -33,7 +34,6 @@ __all__ = [
     "main",
     "measure",
     "print_result",
-    "sigterm_as_keyboard_interrupt",
     "tune_batch_size",
     "validate_tune_request",
     "with_goodput",
@@ -114,22 +114,6 @@ def _read_outcome(file: Path, status: int) -> dict[str, Any]:
         raise MeasurementError(outcome["unmeasured"], outcome["trace"])
     document: dict[str, Any] = outcome["found"]
     return document
-
-
-@contextmanager
-def sigterm_as_keyboard_interrupt() -> Iterator[None]:
-    """Treat SIGTERM and a closed terminal like Ctrl-C, so that workers and the temporary folder are removed."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def print_result(found: Mapping[str, Any], config: RunConfig) -> None:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
-from launcher.goodput.noise_scale import student_t_quantile
 from launcher.goodput.throughput_model import MeasuredSize, SizeAdvice, recommend_sizes
+from launcher.system.statistics import student_t_quantile
 from launcher.tune.operators import OperatorGrowth
 
 __all__ = ["Measurement", "Measurements", "SizeResult", "estimate_throughput"]

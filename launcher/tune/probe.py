@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from launcher.config import strategy_checks
 from launcher.distributed.rank_stats import RankStats, StatsAllGather
 from launcher.distributed.store_gather import StoreGather
 from launcher.goodput.throughput_model import MEMORY_SHARE
 from launcher.plan.batch import BatchPolicy, plan_batch
 from launcher.plan.timeline import Position, Timeline, Update
 from launcher.plan.training_plan import TrainingPlan
-from launcher.strategies import registry
-from launcher.strategies.optimizer import Precision
-from launcher.strategies.registry import ReplicaProtocol
+from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.precision import Precision
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.stage_clock import STAGES, StageClock, find_critical_rank
 from launcher.topology import Topology
@@ -123,7 +123,7 @@ class ProbeContext:
             UNLIMITED_SAMPLES,
             stages,
             "carry",
-            registry.needs_equal_micro_batches(config),
+            strategy_checks.needs_equal_micro_batches(config),
         )
         studied = replace(self.training_plan, plan=plan, stages=stages, timeline=timeline)
         pin = self.components.device.type == "cuda"
@@ -260,7 +260,7 @@ def dry_run_update(trial: SizeTrial, update: Update, context: ProbeContext) -> N
     Raises:
         Exhausted: on every rank, if any of them ran out of memory.
     """
-    if registry.needs_equal_micro_batches(trial.training_plan.config):
+    if strategy_checks.needs_equal_micro_batches(trial.training_plan.config):
         run_update(trial, update, context.stats_gather)
         return
     micros = succeeded_on_all_ranks(context.store_gather, "data", partial(iter_micro_batches, trial, update))

@@ -12,10 +12,11 @@ from launcher.config.cli_args import HydraArgs
 from launcher.config.compose import ComposedConfig, ConfigComposer, SweepRequest, parse_overrides
 from launcher.config.schema import RunConfig, SweepConfig
 from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError
-from launcher.goodput.auto_batch import MeasurementError
-from launcher.launch.driver import print_stderr, report_unmeasured
+from launcher.goodput.auto_batch import MeasurementError, report_unmeasured
 from launcher.sweep.points import point_overrides
 from launcher.system.formatting import encodable
+from launcher.system.signal_handlers import sigterm_as_keyboard_interrupt
+from launcher.system.stderr import print_stderr
 from launcher.tune import driver as tuning
 from launcher.tune.report.html import render_tune_page
 from launcher.tune.report.sweep_table import MeasuredPoint, format_points_table, make_points_document
@@ -49,7 +50,7 @@ def tune_sweep(args: Sequence[str], measure: MeasureFunction | None = None) -> i
     first = composed[0].config
     if first.launch.dry_run:
         return max(tuning.tune_batch_size(one.config) for one in composed)
-    with tuning.sigterm_as_keyboard_interrupt():  # covers the time between two points too
+    with sigterm_as_keyboard_interrupt():  # covers the time between two points too
         each = zip(points, composed, strict=True)
         found = [
             measure_point(number, point_overrides(words), one, measure) for number, (words, one) in enumerate(each)

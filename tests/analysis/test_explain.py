@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from launcher.analysis.explain import compare_runs, compute_profile, explain_run, format_explanation
+from launcher.analysis.explain import compare_runs, explain_run, format_explanation
+from launcher.analysis.run_profile import compute_profile
 from launcher.cli.main import main
 from launcher.run_dir.metrics_reader import read_run_metrics
 from launcher.telemetry.stages import STAGES

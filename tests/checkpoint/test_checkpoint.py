@@ -524,19 +524,20 @@ def test_a_name_does_not_leave_the_folder(tmp_path: Path) -> None:
 WRITER = """
 import os, sys, torch
 from pathlib import Path
-from launcher.checkpoint.tensor_io import Saved, save
+from launcher.checkpoint.tensor_io import CheckpointState, save
 phases = []
 def killed(phase):
     phases.append(phase)
     if phase == sys.argv[2] and phases.count(phase) == int(sys.argv[3]):
         os.kill(os.getpid(), 9)
-save(Path(sys.argv[1]), "update-00000002", Saved({"w": torch.ones(9)}, {}, {"update": 2}, {}, 1, {}), 1, fault=killed)
+saved = CheckpointState({"w": torch.ones(9)}, {}, {"update": 2}, {}, 1, {})
+save(Path(sys.argv[1]), "update-00000002", saved, 1, fault=killed)
 """
 
 PUBLISHER = """
 import os, shutil, sys
 from pathlib import Path
-from launcher.checkpoint.manifest import Manifest, next_sequence, prune, publish
+from launcher.checkpoint.manifest import Manifest, atomic_directory, find_next_sequence, prune
 folder, update, module, count = Path(sys.argv[1]), int(sys.argv[2]), {"rename": os, "rmtree": shutil}[sys.argv[3]], 0
 real = getattr(module, sys.argv[3])
 def dying(*args, **options):
@@ -546,8 +547,8 @@ def dying(*args, **options):
         os.kill(os.getpid(), 9)
     return real(*args, **options)
 setattr(module, sys.argv[3], dying)
-with publish(folder, f"update-{update:08d}", lambda phase: None) as fresh:
-    text = Manifest({}, {}, {"update": update}, {}, 1, {}, {}, next_sequence(folder)).to_json()
+with atomic_directory(folder, f"update-{update:08d}", lambda phase: None) as fresh:
+    text = Manifest({}, {}, {"update": update}, {}, 1, {}, {}, find_next_sequence(folder)).to_json()
     (fresh / "manifest.json").write_text(text)
 prune(folder, 1)
 """
@@ -602,7 +603,8 @@ def test_a_limit_of_the_system_is_one_clear_error_too(tmp_path: Path) -> None:
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
         "import torch; from pathlib import Path; from launcher.checkpoint.tensor_io import *\n"
-        "try: save(Path(sys.argv[1]), 'update-00000002', Saved({'w': torch.ones(5000)}, {}, {}, {}, 1, {}), 1)\n"
+        "saved = CheckpointState({'w': torch.ones(5000)}, {}, {}, {}, 1, {})\n"
+        "try: save(Path(sys.argv[1]), 'update-00000002', saved, 1)\n"
         "except CheckpointError as error: print(error)"
     )
     argv = [sys.executable, "-c", script, str(tmp_path)]

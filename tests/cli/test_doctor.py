@@ -84,7 +84,7 @@ def test_json_is_one_document_and_the_table_goes_to_stderr(
     told = capsys.readouterr()
     assert json.loads(told.out) == {
         "ok": ok,
-        "checks": [{"name": "torch", "ok": ok, "detail": "2.13.0", "mend": check.fix}],
+        "checks": [{"name": "torch", "ok": ok, "detail": "2.13.0", "fix": check.fix}],
     }
     assert told.out.count("\n") == 1
     assert "torch        2.13.0" in told.err

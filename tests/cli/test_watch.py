@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from launcher.cli import control, watch
-from launcher.cli.control import LockOwner
 from launcher.cli.watch import (
     OWNER_QUERY_INTERVAL_S,
     JsonlTail,
@@ -28,6 +27,7 @@ from launcher.cli.watch import (
     watch_run,
 )
 from launcher.errors import EXIT_OK, UsageError
+from launcher.run_dir.lock import LockOwner
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.slurm.queue import SlurmJob
 from launcher.telemetry.records import Event

@@ -60,8 +60,8 @@ def composed(folder: Path) -> Any:
 
 
 @pytest.fixture
-def run(composed: Any) -> Any:
-    return lambda *overrides: composed(*overrides).run
+def compose_config(composed: Any) -> Any:
+    return lambda *overrides: composed(*overrides).config
 
 
 @pytest.fixture
@@ -78,15 +78,15 @@ def refusal(composed: Any) -> Any:
 # --- composing ----------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_chooses_its_schedule_and_values_and_the_rest_has_defaults(run: Any) -> None:
-    made = run()
+def test_a_recipe_chooses_its_schedule_and_values_and_the_rest_has_defaults(compose_config: Any) -> None:
+    made = compose_config()
     assert (made.schedule.decay, made.lr.base, made.train.duration) == ("cosine", 0.1, "3ep")
     assert made.optimizer["_target_"] == "torch.optim.SGD"
     assert (made.batch, made.data) == (RunConfig().batch, RunConfig().data)
 
 
-def test_the_command_line_has_the_last_word(run: Any) -> None:
-    made = run("schedule=step", "optimizer=adamw", "train.duration=5ep", "recipe.width=64", "lr.base=1e-3")
+def test_the_command_line_has_the_last_word(compose_config: Any) -> None:
+    made = compose_config("schedule=step", "optimizer=adamw", "train.duration=5ep", "recipe.width=64", "lr.base=1e-3")
     assert (made.schedule.decay, made.schedule.milestones) == ("step", ("0.5dur", "0.75dur"))
     assert (made.train.duration, made.recipe["width"], made.lr.base) == ("5ep", 64, 0.001)
     assert made.optimizer["_target_"] == "torch.optim.AdamW"
@@ -129,12 +129,12 @@ def test_the_programs_own_configuration_cannot_be_replaced(folder: Path, refusal
         ("sink=[]", []),
     ],
 )
-def test_sinks_are_a_list_of_choices(run: Any, choice: str | None, sinks: list[str]) -> None:
-    assert list(run(*([choice] if choice else [])).sink) == sinks
+def test_sinks_are_a_list_of_choices(compose_config: Any, choice: str | None, sinks: list[str]) -> None:
+    assert list(compose_config(*([choice] if choice else [])).sink) == sinks
 
 
 @pytest.mark.parametrize("nth", range(7))
-def test_every_shipped_choice_composes(run: Any, nth: int) -> None:
+def test_every_shipped_choice_composes(compose_config: Any, nth: int) -> None:
     """Combine the nth choice of each group; a group with fewer choices wraps around."""
     shipped = Path(compose.__file__).parent.parent / "conf"
     choices = []
@@ -142,7 +142,7 @@ def test_every_shipped_choice_composes(run: Any, nth: int) -> None:
         names = sorted(path.stem for path in (shipped / group).glob("*.yaml"))
         assert 0 < len(names) <= 7
         choices.append(f"{group}={names[nth % len(names)]}")
-    assert "lr" not in run(*choices).optimizer
+    assert "lr" not in compose_config(*choices).optimizer
 
 
 def test_fields_of_ones_own_recipe_are_named_without_a_plus() -> None:
@@ -152,13 +152,13 @@ def test_fields_of_ones_own_recipe_are_named_without_a_plus() -> None:
     assert made.recipe == {"_target_": "spirals.Spirals", "trust": ["spirals"], "hidden": 8}
 
 
-def test_the_environment_may_be_named_without_a_plus(run: Any) -> None:
-    assert run("launch.env.NCCL_DEBUG=INFO", "launch.env.N=1").launch.env == {"NCCL_DEBUG": "INFO", "N": "1"}
-    assert run("launch.env={A:1}").launch.env == {"A": "1"}
+def test_the_environment_may_be_named_without_a_plus(compose_config: Any) -> None:
+    assert compose_config("launch.env.NCCL_DEBUG=INFO", "launch.env.N=1").launch.env == {"NCCL_DEBUG": "INFO", "N": "1"}
+    assert compose_config("launch.env={A:1}").launch.env == {"A": "1"}
 
 
-def test_composing_writes_nothing(run: Any) -> None:
-    run("seed=1")
+def test_composing_writes_nothing(compose_config: Any) -> None:
+    compose_config("seed=1")
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -317,8 +317,8 @@ def test_a_key_that_a_file_misspells_is_refused_too(folder: Path, refusal: Any) 
     assert "batch.per_devic is not a key: did you mean batch.per_device?" in refusal()
 
 
-def test_new_fields_are_passed_to_the_recipe_and_the_optimizer_with_a_plus(run: Any) -> None:
-    made = run("+recipe.depth=3", "+optimizer.maximize=true", "~optimizer.nesterov")
+def test_new_fields_are_passed_to_the_recipe_and_the_optimizer_with_a_plus(compose_config: Any) -> None:
+    made = compose_config("+recipe.depth=3", "+optimizer.maximize=true", "~optimizer.nesterov")
     assert made.recipe["depth"] == 3
     assert made.optimizer["maximize"] is True
     assert "nesterov" not in made.optimizer
@@ -338,14 +338,14 @@ def test_yaml_tags_are_never_obeyed(folder: Path, tmp_path: Path, refusal: Any) 
 
 def test_a_global_batch_without_a_policy_selects_hold_and_says_so(composed: Any) -> None:
     made = composed("batch.global=256")
-    assert (made.run.batch.policy, made.run.batch.global_batch) == ("hold", 256)
+    assert (made.config.batch.policy, made.config.batch.global_batch) == ("hold", 256)
     assert made.notes == ("batch.global=256 selects batch=hold: the global batch is the same at every world size",)
 
 
 @pytest.mark.parametrize("choice", ["batch=hold", "batch.policy=hold"])
 def test_a_chosen_policy_needs_no_note(composed: Any, choice: str) -> None:
     made = composed(choice, "batch.global=full")
-    assert (made.run.batch.policy, made.run.batch.global_batch, made.notes) == ("hold", "full", ())
+    assert (made.config.batch.policy, made.config.batch.global_batch, made.notes) == ("hold", "full", ())
 
 
 @pytest.mark.parametrize("choice", ["batch=scale", "batch.policy=scale"])
@@ -363,14 +363,14 @@ def test_a_rate_that_meets_another_optimizer_is_said(composed: Any) -> None:
 # --- conversion to and from plain values --------------------------------------------------------------------------
 
 
-def test_a_run_survives_plain_values_and_yaml(run: Any) -> None:
-    made = run("batch.global=256", "batch.ramp=[[0dur,0.5],[0.1dur,1]]", "lr.base=1e-5", "run.name=1e5x", "sink=[]")
+def test_a_run_survives_plain_values_and_yaml(compose_config: Any) -> None:
+    made = compose_config("batch.global=256", "batch.ramp=[[0dur,0.5],[0.1dur,1]]", "lr.base=1e-5", "run.name=1e5x", "sink=[]")
     assert from_mapping(to_mapping(made)) == made
     assert compose.from_yaml(compose.to_yaml(made)) == made
 
 
-def test_the_key_is_batch_global_and_the_attribute_global_batch(run: Any) -> None:
-    made = run("batch.global=256")
+def test_the_key_is_batch_global_and_the_attribute_global_batch(compose_config: Any) -> None:
+    made = compose_config("batch.global=256")
     assert to_mapping(made)["batch"]["global"] == 256
     assert flatten(made)["batch.global"] == 256
     assert flatten(made)["optimizer.momentum"] == 0.9
@@ -398,17 +398,17 @@ def test_any_plain_values_make_a_run_or_a_refusal_of_one_line(values: dict[str, 
     assert all(math.isfinite(number) for number in numbers)
 
 
-def test_secrets_are_masked_where_they_are_written_and_whole_where_they_are_used(run: Any) -> None:
-    made = run("recipe.data='s3://me:hunter2@host/x?token=abc123'", "+recipe.api_key=xyz987")
+def test_secrets_are_masked_where_they_are_written_and_whole_where_they_are_used(compose_config: Any) -> None:
+    made = compose_config("recipe.data='s3://me:hunter2@host/x?token=abc123'", "+recipe.api_key=xyz987")
     assert made.recipe["data"] == "s3://me:hunter2@host/x?token=abc123"
     written = compose.to_yaml(made)
     assert "s3://me:***@host/x?token=***" in written
     assert not any(secret in written for secret in ("hunter2", "abc123", "xyz987"))
 
 
-def test_a_run_is_frozen(run: Any) -> None:
+def test_a_run_is_frozen(compose_config: Any) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        run().seed = 3
+        compose_config().seed = 3
 
 
 # --- display ------------------------------------------------------------------------------------------------------
@@ -541,15 +541,15 @@ def test_the_words_of_a_point_ask_for_its_run(swept: Any) -> None:
     """A job started elsewhere with these overrides trains the same run in the same folder."""
     words: list[Sequence[str]] = []
 
-    def keep(run: RunConfig, asked: Sequence[str]) -> int:
+    def keep(config: RunConfig, asked: Sequence[str]) -> int:
         words.append(asked)
-        return record(run, asked)
+        return record(config, asked)
 
     swept("batch.per_device=8,16", "run.dir='a b'", "sink=wandb", point=keep)
     again = [compose.compose(asked) for asked in words]
-    assert [run.batch.per_device for run in again] == [8, 16]
-    assert [run.run.dir for run in again] == ["a b/0", "a b/1"]
-    assert [run.sink["wandb"]["group"] for run in again] == ["a b", "a b"]
+    assert [config.batch.per_device for config in again] == [8, 16]
+    assert [config.run.dir for config in again] == ["a b/0", "a b/1"]
+    assert [config.sink["wandb"]["group"] for config in again] == ["a b", "a b"]
 
 
 def test_a_global_batch_selects_hold_at_every_point(swept: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from launcher.config.schema import ElasticConfig, LrConfig, RunConfig, StrategyConfig, TrainConfig
+from launcher.config.strategy_checks import config_errors, missing_dependency
 from launcher.errors import UsageError
 from launcher.run_dir.open_run import open_run
 from launcher.strategies.deepspeed_config import make_deepspeed_config
-from launcher.strategies.registry import config_errors, missing_dependency
 
 ZERO = RunConfig(
     optimizer={"_target_": "torch.optim.AdamW"},
@@ -36,11 +36,11 @@ FSDP = replace(ZERO, strategy=StrategyConfig(name="fsdp"))
 
 
 @pytest.mark.parametrize(
-    ("run", "says"),
+    ("config", "says"),
     [
         (replace(FSDP, elastic=ElasticConfig(exact=True)), "strategy=fsdp does not work with elastic.exact=true"),
         (
-            zero(FSDP, gather="bf16"),
+            zero(FSDP, param_dtype="bf16"),
             "strategy.param_dtype=bf16 computes in bf16, which contradicts train.precision=fp32",
         ),
         (

@@ -15,18 +15,18 @@ from launcher.run_dir.run_directory import RunDirectory
 
 WAITING = """
 import sys, threading
-from launcher.distributed.stop_requests import Wishes
-wishes = Wishes(leave_s={leave_s})
-wishes.install()
-wishes.guard()
+from launcher.distributed.stop_requests import StopRequests
+stop_requests = StopRequests(leave_s={leave_s})
+stop_requests.install()
+stop_requests.handle_sigterm()
 print("ready", flush=True)
 {then}
 """
 STUCK = "threading.Event().wait()"
 HEARD = """
-while not wishes.read(None): pass
-wishes.heard()
-print(wishes.why, wishes.read(None), flush=True)
+while not stop_requests.poll(None): pass
+stop_requests.acknowledge()
+print(stop_requests.reason, stop_requests.poll(None), flush=True)
 threading.Event().wait(0.5)
 """
 
@@ -54,7 +54,7 @@ def test_once_the_ranks_have_agreed_saving_takes_as_long_as_it_takes(number: sig
 
 
 def test_a_second_interrupt_leaves_at_once() -> None:
-    process = waiting("while not wishes.read(None): pass\nprint('asked', flush=True)\n" + STUCK)
+    process = waiting("while not stop_requests.poll(None): pass\nprint('asked', flush=True)\n" + STUCK)
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
     assert process.stdout.readline() == "asked\n"

@@ -12,14 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.goodput.noise_scale import (
-    NoiseScale,
-    changed_by_factor,
-    compute_efficiency,
-    estimate_variance_and_square,
-    student_t_quantile,
-)
+from launcher.goodput.noise_scale import NoiseScale, changed_by_factor, compute_efficiency, estimate_variance_and_square
 from launcher.plan.lr_schedule import noise_gain
+from launcher.system.statistics import student_t_quantile
 
 DIMENSIONS = 20
 
@@ -282,7 +277,7 @@ def test_students_t_as_in_the_tables(freedom: float, reach: float) -> None:
     assert student_t_quantile(freedom) == pytest.approx(reach, rel=2e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"half_life": 0}, {"half_life": math.nan}, {"population": 1}])
+@pytest.mark.parametrize("wrong", [{"half_life": 0}, {"half_life": math.nan}, {"dataset_size": 1}])
 def test_what_cannot_be_meant_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"must be (more than 0|at least 2)$"):
         NoiseScale(**wrong)  # type: ignore[arg-type]

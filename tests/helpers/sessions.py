@@ -18,12 +18,12 @@ from launcher.config.compose import resolve
 from launcher.distributed import rendezvous
 from launcher.distributed.stop_requests import StopRequests
 from launcher.distributed.watchdog import NullWatchdog
-from launcher.launch.worker import JobSpec
 from launcher.plan.training_plan import make_training_plan
 from launcher.run_dir.open_run import open_run, write_run_files
 from launcher.system.fault_injection import FaultInjector
 from launcher.topology import Topology
 from launcher.train import session
+from launcher.train.assignment import JobSpec
 from launcher.train.build import build_components
 from launcher.train.metrics_recorder import NullRecorder
 

@@ -27,8 +27,9 @@ from torch.nn.functional import cross_entropy
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.config.schema import LaunchConfig, LrConfig, RunConfig, StrategyConfig, TrainConfig
 from launcher.errors import UsageError
-from launcher.strategies.optimizer import Precision
-from launcher.strategies.registry import ReplicaProtocol, ReplicaState, build_replica
+from launcher.strategies.interface import ReplicaProtocol, ReplicaState
+from launcher.strategies.precision import Precision
+from launcher.strategies.registry import build_replica
 from launcher.telemetry.stage_clock import HostTimer, StageClock
 
 BATCH = 12

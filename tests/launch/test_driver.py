@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from launcher.config.schema import ElasticConfig, LaunchConfig, RunConfig, TrainConfig
-from launcher.distributed.worker_env import num_threads, user_omp_threads
+from launcher.distributed.commands import make_torchrun_command, probe_command
+from launcher.distributed.worker_env import num_threads, resolve_num_workers, user_omp_threads
 from launcher.errors import UsageError
-from launcher.launch.driver import describe_killed, make_torchrun_command, probe_command, resolve_num_workers
+from launcher.launch.driver import describe_killed
 from launcher.run_dir import failures
 from launcher.system.gpus import count_gpus
 from launcher.telemetry.sinks.jsonl import append_line

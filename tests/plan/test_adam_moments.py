@@ -19,8 +19,8 @@ from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
 from launcher.strategies.ddp import DdpReplica
-from launcher.strategies.optimizer import Precision
-from launcher.strategies.registry import ReplicaArgs
+from launcher.strategies.interface import ReplicaArgs
+from launcher.strategies.precision import Precision
 from launcher.telemetry.stage_clock import HostTimer, StageClock
 from launcher.train.state import TrainState
 

@@ -161,7 +161,7 @@ def test_windows_follow_one_another_and_keep_within_their_bounds(timeline: Timel
 def test_a_restart_after_any_update_gives_the_same_rest(timeline: Timeline, data: st.DataObject) -> None:
     updates = list(timeline.iter_updates())
     finished = data.draw(st.integers(0, len(updates)))
-    position = updates[finished - 1].after if finished else Position()
+    position = updates[finished - 1].next_position if finished else Position()
     assert list(timeline.iter_updates(position)) == updates[finished:]
 
 

@@ -17,15 +17,10 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UsageError
-from launcher.run_dir import run_directory
-from launcher.run_dir.run_directory import (
-    AgentMemory,
-    RunDirectory,
-    load_agent_memory,
-    resolve_named_dir,
-    save_agent_memory,
-    unique_run_name,
-)
+from launcher.launch import agent_memory
+from launcher.launch.agent_memory import AgentMemory, load_agent_memory, save_agent_memory
+from launcher.run_dir import lock
+from launcher.run_dir.run_directory import RunDirectory, resolve_named_dir, unique_run_name
 from launcher.system.atomic_files import atomic_write_text, make_private_dir
 from launcher.system.processes import read_start_time
 
@@ -33,7 +28,7 @@ NOON = datetime(2024, 5, 6, 12, 30, 15)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunDirectory:
+def run_dir(tmp_path: Path) -> RunDirectory:
     made = RunDirectory(tmp_path / "runs" / "one")
     made.create()
     return made
@@ -142,7 +137,7 @@ def test_a_full_disk_hinders_no_stop(run_dir: RunDirectory, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("launcher.run_dir.run_directory.write_whole", full)
+    monkeypatch.setattr("launcher.run_dir.run_directory.atomic_write_text", full)
     run_dir.request_stop("SIGTERM")
     assert run_dir.stop_requested()
 
@@ -210,8 +205,8 @@ def test_many_may_make_the_same_folder(tmp_path: Path) -> None:
 HOLDER = r"""
 import os, signal, sys
 from pathlib import Path
-from launcher.run_dir.run_directory import RunFolder
-lock = RunFolder(Path(sys.argv[1])).lock()
+from launcher.run_dir.run_directory import RunDirectory
+lock = RunDirectory(Path(sys.argv[1])).lock()
 if sys.argv[2] == "forks" and os.fork() == 0:
     os.write(1, f"forked {os.getpid()}\n".encode())  # in one piece: both write to one pipe
     signal.pause()
@@ -276,7 +271,7 @@ def test_a_file_system_without_locks_is_named(run_dir: RunDirectory, monkeypatch
     def unsupported(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_directory.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     with pytest.raises(UsageError, match=r"cannot be locked \(Function not implemented\): type run\.dir="):
         run_dir.lock()
 
@@ -339,7 +334,7 @@ def test_the_name_is_kept_for_the_restarts_of_the_same_agent(here: Path) -> None
 
 def test_another_agent_with_the_same_pid_is_another_job(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_agent_memory(AgentMemory(Path("runs/resnet-1"), "update-7 12"))
-    monkeypatch.setattr(run_directory, "read_start_time", lambda pid: 12345)
+    monkeypatch.setattr(agent_memory, "read_start_time", lambda pid: 12345)
     assert load_agent_memory() is None
 
 

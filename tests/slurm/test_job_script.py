@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config.schema import LaunchConfig, RunConfig
+from launcher.config.slurm_syntax import format_time_limit, parse_node_range
 from launcher.errors import UsageError
-from launcher.slurm.job_script import SCRIPT_BODY, format_time_limit, parse_node_range, render_sbatch_script
+from launcher.slurm.job_script import SCRIPT_BODY, render_sbatch_script
 
 RUN = RunConfig(
     recipe={"_target_": "launcher.recipes.mlp.MLP"}, launch=LaunchConfig(kind="slurm", time="1h", nodes="2")

@@ -125,7 +125,7 @@ def changed(**parts: Mapping[str, Any]) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("run", "says"),
+    ("config", "says"),
     [
         (changed(elastic={"shards": 6}), "elastic.shards=6 is not a power of two: type elastic.shards=4 or 8"),
         (changed(elastic={"shards": 0}), "elastic.shards=0 is not a power of two: type elastic.shards=1 or 2"),

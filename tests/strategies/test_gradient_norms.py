@@ -20,8 +20,8 @@ from launcher.plan.timeline import Update
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.exact import ExactReplica
 from launcher.strategies.gradient_norms import compute_norms
-from launcher.strategies.optimizer import Precision
-from launcher.strategies.registry import ReplicaArgs, ReplicaProtocol, StepResult
+from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol, StepResult
+from launcher.strategies.precision import Precision
 from launcher.telemetry.stage_clock import HostTimer, StageClock
 from launcher.train.state import update_noise_scale
 
@@ -84,7 +84,7 @@ def updated(
     """Run one update with these micro-batch sizes, as the loop does; a loss counts `tokens` per sample."""
     for index, part in enumerate(cut(sizes)):
         place = places[index] if places else 0
-        with replica.micro_batch(last=index == len(sizes) - 1, pad=False, place=place):
+        with replica.micro_batch(last=index == len(sizes) - 1, is_padding=False, shard=place):
             replica.backward(total(replica.model, part, dtype), samples, tokens * sizes[index] * heard)
     return replica.step(0.01, None, 1 / tokens, clip_norm)
 
@@ -129,7 +129,7 @@ def test_a_rank_without_samples_is_no_group() -> None:
     with replica.micro_batch(last=True, is_padding=True, shard=0):
         replica.backward(total(replica.model, slice(0, 1)) * torch.nan, SAMPLES, 1.0)
     step = replica.step(0.01, None, 1.0, None)
-    assert (step.groups, float(step.spread)) == (0, 0.0)
+    assert (step.groups, float(step.group_grad_norm_sum)) == (0, 0.0)
 
 
 @pytest.mark.parametrize("places", [(0, 1, 2), (0, 0, 1)])
@@ -159,7 +159,7 @@ def test_a_loss_scale_is_taken_out() -> None:
 
 def test_small_and_large_gradients_are_all_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = updated(ddp(), [6, 6]).group_grad_norm_sum
-    monkeypatch.setattr("launcher.strategies.gradient_norms.CHUNK", 10)
+    monkeypatch.setattr("launcher.strategies.gradient_norms.CHUNK_NUMEL", 10)
     assert float(updated(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
     monkeypatch.setattr("launcher.strategies.gradient_norms.PIECE", 10)
     assert float(updated(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
@@ -250,13 +250,13 @@ def replace_norm(step: StepResult, other: StepResult) -> StepResult:
 def silent() -> Mapping[str, partial[NoiseScale]]:
     step = StepResult(torch.tensor(1.0), torch.tensor(True), torch.tensor(0.5), 2)
     return {
-        "the first vote, before any update": partial(update_noise_scale, agreed=told([step], [12]), update=None),
-        "a tail": partial(update_noise_scale, agreed=told([step], [5]), update=update_of(samples=5)),
-        "one group": partial(update_noise_scale, agreed=told([replace(step, groups=1)], [12]), update=update_of()),
+        "the first vote, before any update": partial(update_noise_scale, gathered=told([step], [12]), update=None),
+        "a tail": partial(update_noise_scale, gathered=told([step], [5]), update=update_of(samples=5)),
+        "one group": partial(update_noise_scale, gathered=told([replace(step, groups=1)], [12]), update=update_of()),
         "an update that was skipped": partial(
-            update_noise_scale, agreed=told([step], [12], finite=0.0), update=update_of()
+            update_noise_scale, gathered=told([step], [12], finite=0.0), update=update_of()
         ),
-        "an update that counted nothing": partial(update_noise_scale, agreed=told([step], [0]), update=update_of()),
+        "an update that counted nothing": partial(update_noise_scale, gathered=told([step], [0]), update=update_of()),
     }
 
 

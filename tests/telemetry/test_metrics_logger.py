@@ -204,7 +204,7 @@ def test_an_event_after_closing_waits_for_nobody(tmp_path: Path) -> None:
 
 def test_jsonl_is_always_on_and_first(tmp_path: Path) -> None:
     sinks = open_sinks({"console": {}}, SinkContext(tmp_path, "run", "id"))
-    assert [type(sink).__name__ for sink in sinks] == ["Jsonl", "Console"]
+    assert [type(sink).__name__ for sink in sinks] == ["JsonlSink", "ConsoleSink"]
     (only,) = open_sinks({}, SinkContext(tmp_path, "run", "id"))
     assert isinstance(only, JsonlSink)
 

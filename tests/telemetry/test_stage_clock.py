@@ -21,15 +21,10 @@ from launcher.goodput.noise_scale import NoiseScale
 from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Update
 from launcher.system.processes import read_cpu_seconds
+from launcher.telemetry.deferred_scalars import DeferredScalars
 from launcher.telemetry.records import MetricsRow
-from launcher.telemetry.stage_clock import (
-    DeferredScalars,
-    HostTimer,
-    ResourceMeter,
-    StageClock,
-    find_critical_rank,
-    read_memory_metrics,
-)
+from launcher.telemetry.resource_meter import ResourceMeter, read_memory_metrics
+from launcher.telemetry.stage_clock import HostTimer, StageClock, find_critical_rank
 from launcher.telemetry.stages import STAGES
 from launcher.topology import Topology
 from launcher.train.data import LoaderCpuUsage
@@ -130,7 +125,7 @@ class Rows:
     def __init__(self) -> None:
         self.rows: list[MetricsRow] = []
 
-    def reading(self, row: MetricsRow) -> None:
+    def log_metrics(self, row: MetricsRow) -> None:
         self.rows.append(row)
 
 

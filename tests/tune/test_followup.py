@@ -205,20 +205,20 @@ class Walked:
         self.did: list[str] = []
         self._speed = speed
 
-    def closing(self) -> None:
+    def begin_followups(self) -> None:
         self.measurements = replace(self.measurements, closing=True)
 
-    def split(self, size: int, accumulation: int) -> None:
+    def measure_split(self, size: int, accumulation: int) -> None:
         self.now_s += 1
         self.did.append(f"{size}x{accumulation}")
         self.measurements = replace(self.measurements, splits=(*self.measurements.splits, self._speed(size)))
 
-    def profile(self, size: int, stage: str) -> OperatorProfile | None:
+    def profile_size(self, size: int, stage: str) -> OperatorProfile | None:
         self.now_s += 1
         self.did.append(f"{stage} of {size}")
         return OperatorProfile(size, {"aten::mm": float(size)})
 
-    def explained(self, operators: tuple[OperatorGrowth, ...]) -> None:
+    def record_operators(self, operators: tuple[OperatorGrowth, ...]) -> None:
         self.measurements = replace(self.measurements, operators=operators)
 
 

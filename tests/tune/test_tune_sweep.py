@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tune import FACTS, TRACE, ledger, visited
 
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UsageError
@@ -23,6 +22,7 @@ from launcher.tune.report.document import make_tune_document as found_by_tune
 from launcher.tune.report.image_memory import ImageMemoryModel, PeakMemory
 from launcher.tune.report.sweep_table import MeasuredPoint, format_points_table, make_points_document
 from launcher.tune.tune_sweep import get_image_size, parse_point_values, tune_sweep
+from tests.tune.test_tune import FACTS, TRACE, ledger, visited
 
 # --- memory over images of several sizes --------------------------------------------------------------------------
 

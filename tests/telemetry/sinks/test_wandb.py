@@ -30,22 +30,22 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from launcher.telemetry.records import Reading
-from launcher.telemetry.sinks import Destination, open_sinks
-from launcher.telemetry.metrics_logger import Journal
+from launcher.telemetry.records import MetricsRow
+from launcher.telemetry.sinks import SinkContext, open_sinks
+from launcher.telemetry.metrics_logger import MetricsLogger
 
 
 folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = {"batch.per_device": 32, "lr.base": 0.1}
-journal = Journal(open_sinks({"wandb": {"tags": ["a"]}}, Destination(folder, "my-run", "run1234", config)))
-journal.event("start", world=2)
+logger = MetricsLogger(open_sinks({"wandb": {"tags": ["a"]}}, SinkContext(folder, "my-run", "run1234", config)))
+logger.log_event("start", world=2)
 for update in range(first, last + 1):
     values = {"train/loss": 1 / update, "stage/data/ms": 1.5, "stage/data/share": 0.1, "stage/data/samples_per_s": 9.0}
-    journal.reading(Reading(1000.0 + update, 64 * update, update, 0, 2, 1, values))
-journal.event(sys.argv[4], samples=64 * last)
+    logger.log_metrics(MetricsRow(1000.0 + update, 64 * update, update, 0, 2, 1, values))
+logger.log_event(sys.argv[4], samples=64 * last)
 sys.stdin.readline()
 start = time.monotonic()
-journal.close()
+logger.close()
 print(time.monotonic() - start, flush=True)
 """
 
@@ -55,7 +55,7 @@ def start(folder: Path, first: int, last: int, env: Mapping[str, str], ends: str
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
     folder.mkdir(exist_ok=True)
-    source = str(Path(__file__).parent.parent)
+    source = str(Path(__file__).parents[3])
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder), str(first), str(last), ends],
         env={**clean, "HOME": str(home), "PYTHONPATH": source, **env},

@@ -1,0 +1,65 @@
+"""Importing recipe and optimizer classes that the user trusts, and refusing all others."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from launcher.errors import UsageError
+
+__all__ = ["TRUSTED_MODULES", "load_class"]
+
+
+#: Classes defined under these modules are trusted without being listed in recipe.trust.
+TRUSTED_MODULES = ("launcher.recipes", "torch")
+
+
+def load_class(target: str, trust: Sequence[str]) -> type:
+    """Import the class at the dotted path `target` if it is trusted; a module that is not trusted is not imported.
+
+    Raises:
+        UsageError: the target is not trusted, does not import, or is not a class.
+    """
+    module, _, name = target.rpartition(".")
+    if not module:
+        raise UsageError(f"_target_={target} has no module: type my_module.{target}")
+    if isinstance(trust, str):  # iterating over it would give its characters
+        raise UsageError(f"recipe.trust={trust} is not a list: type recipe.trust=[{trust}]")
+    named = any(_covers(entry, target) for entry in trust)
+    if not named and not any(_covers(entry, target) for entry in TRUSTED_MODULES):
+        raise UsageError(f"_target_={target} is not trusted: add recipe.trust=[{module}] if the code is yours")
+    found = getattr(_import_module(target, module), name, None)
+    if not inspect.isclass(found):
+        raise UsageError(f"_target_={target} is not a class: {_suggest_class(module, name)}")
+    if not named and not any(_covers(entry, found.__module__) for entry in TRUSTED_MODULES):
+        home = f"{found.__module__}.{found.__name__}"
+        raise UsageError(f"_target_={target} is only imported there: type _target_={home}")
+    return found
+
+
+def _covers(entry: str, path: str) -> bool:
+    """Match whole path components: `my` covers `my.recipe`, not `my_evil`."""
+    return path == entry or path.startswith(f"{entry}.")
+
+
+def _import_module(target: str, module: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as problem:
+        raise UsageError(f"_target_={target}: {module} does not import: {_join_lines(problem)}") from problem
+    except Exception as problem:
+        kind = type(problem).__name__
+        raise UsageError(f"_target_={target}: {module} fails on import: {kind}: {_join_lines(problem)}") from problem
+
+
+def _suggest_class(module: str, name: str) -> str:
+    known = [each for each, value in vars(importlib.import_module(module)).items() if inspect.isclass(value)]
+    near = get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"name a class of {module}"
+
+
+def _join_lines(problem: BaseException) -> str:
+    return " ".join(str(problem).split())

@@ -1,0 +1,33 @@
+"""Which Slurm job claimed a run directory."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from launcher.run_dir.run_directory import RunDirectory
+from launcher.system.atomic_files import atomic_write_text
+
+__all__ = ["JOB_ID", "read_claim", "write_claim"]
+
+
+JOB_ID = re.compile(r"\d+(_\d+)?")
+
+
+def read_claim(run_dir: RunDirectory) -> dict[str, Any] | None:
+    """`job`, and `newest`: the newest checkpoint before the job. None if the directory belongs to no job."""
+    try:
+        kept = json.loads(run_dir.slurm_json.read_text())
+    except (OSError, ValueError):
+        return None
+    known = isinstance(kept, dict) and JOB_ID.fullmatch(str(kept.get("job")))
+    return kept if known else None
+
+
+def write_claim(run_dir: RunDirectory, job: str, newest: str | None) -> None:
+    """Assign the directory to the job. A later start of the same job keeps the recorded `newest`."""
+    before = read_claim(run_dir)
+    if before is not None and before["job"] == job:
+        newest = before.get("newest")
+    atomic_write_text(run_dir.slurm_json, json.dumps({"job": job, "newest": newest}) + "\n")

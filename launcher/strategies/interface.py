@@ -1,0 +1,122 @@
+"""The interface between the training loop and a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from launcher.checkpoint.sharded import TensorSlice
+    from launcher.checkpoint.tensor_io import LazyTensors
+    from launcher.config.schema import RunConfig
+    from launcher.strategies.optimizer import ParamGroupsFn
+    from launcher.strategies.precision import Precision
+    from launcher.telemetry.stage_clock import StageClock
+
+__all__ = ["LARGE_MODEL_BYTES", "ReplicaArgs", "ReplicaProtocol", "ReplicaState", "ShardedState", "StepResult"]
+
+
+#: Size of the parameters above which ranks other than 0 avoid holding all of them.
+LARGE_MODEL_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Result of an optimizer step. All fields but `groups` are device scalars and are read one update late.
+
+    `norm` is the norm of the update's mean gradient before clipping, `finite` whether the update was applied. `spread`
+    is the sum of |h|²/c over the `groups` parts of the batch whose gradients this rank measured separately (see
+    `gauge.GroupGradNorms`).
+    """
+
+    norm: torch.Tensor
+    finite: torch.Tensor
+    group_grad_norm_sum: torch.Tensor
+    groups: int
+
+
+@dataclass(frozen=True)
+class ReplicaArgs:
+    """The arguments of `prepare`, from which a replica is built."""
+
+    model: nn.Module
+    config: RunConfig
+    world: int
+    precision: Precision
+    clock: StageClock
+    groups: ParamGroupsFn | None = None
+    blocks: Sequence[nn.Module] = ()
+
+
+class ReplicaState(NamedTuple):
+    """Model tensors by name, optimizer tensors as `<parameter>/<slot>`, and everything else as JSON values."""
+
+    model: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Any]
+
+
+class ShardedState(NamedTuple):
+    """Flat ranges of tensors, and the position of each in the whole tensor.
+
+    A tensor without an entry in `places` is complete, and on rank 0 only. Optimizer tensors have entries under their
+    own names.
+    """
+
+    state: ReplicaState
+    places: Mapping[str, TensorSlice]
+
+
+class ReplicaProtocol(Protocol):
+    """One rank's part of the model and its optimizer.
+
+    `model` is passed to the recipe's loss; `module` has the parameter names of `recipe.model()` and is used for
+    validation. `sharded`: no rank holds the whole state.
+    """
+
+    model: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    sharded: bool
+
+    def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> AbstractContextManager[None]:
+        """Context around one micro-batch's forward and backward. Gradients are communicated in the last one only.
+
+        `shard` identifies the sum that the gradient belongs to: the rank's, or that of the shard it is cut from.
+        """
+
+    def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
+        """Run backward of `total / samples`, with the samples of the whole update: the loss is divided only here.
+
+        `count` is the loss count of this micro-batch, for the noise scale; 0 if it is not to be measured.
+        """
+
+    def measures_noise_at(self, update: int) -> bool:
+        """Whether the noise scale is measured in the update of this index; in every update if that is almost free."""
+
+    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
+        """Take one optimizer step with learning rate `lr` on gradients times `rescale`; skip non-finite gradients."""
+
+    def rescale_moments(self, factor: float) -> None:
+        """Multiply Adam's second moments and AMSGrad's maxima of them by `factor`, after a change of the batch."""
+
+    def broadcast_buffers(self) -> None:
+        """Broadcast rank 0's floating-point buffers (running statistics), before validation and saving."""
+
+    def full_state(self) -> ReplicaState:
+        """The full state, valid on rank 0 only. Collective: every rank must call it.
+
+        Model tensors have the names of `recipe.model().state_dict()`. A sharded strategy gathers one tensor at a time
+        into host memory.
+        """
+
+    def sharded_state(self) -> ShardedState:
+        """This rank's part of the state, in the replica's own memory (not copied); all parts make up the full state."""
+
+    def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
+        """Load a checkpoint of any strategy and world size. Every rank calls this and reads only what it needs."""

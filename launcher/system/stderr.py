@@ -1,0 +1,14 @@
+"""Messages to the user on stderr, with secrets masked."""
+
+from __future__ import annotations
+
+import sys
+
+from launcher.system.redaction import mask_secrets
+
+__all__ = ["print_stderr"]
+
+
+def print_stderr(text: str, *, multiline: bool = False) -> None:
+    """Print a message on stderr: as one line, or with `multiline` (a traceback, a table) as it is."""
+    print(mask_secrets(text if multiline else " ".join(text.split())), file=sys.stderr, flush=True)

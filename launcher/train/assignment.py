@@ -1,0 +1,85 @@
+"""The job specification that rank 0 or the driver hands to the other ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.checkpoint.manifest import latest_id
+from launcher.config.keys import from_mapping, to_mapping
+from launcher.config.schema import RunConfig
+from launcher.run_dir.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from launcher.run_dir.open_run import OpenedRun
+
+__all__ = ["JobSpec"]
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """The job of the ranks: the resolved configuration and the run folder.
+
+    `checkpoint` was given by the user, and `must` requires that a checkpoint exists; both apply until this job has
+    saved a checkpoint of its own, i.e. until the newest one in the folder differs from `before`. `changed` (the keys
+    that differ from the folder's configuration) applies only to the first start of the job, generation `first` (None:
+    this one). `restarted`: this job has started its workers before. `loopback`: the job runs on one machine with our
+    own store. `summary`: the run is already complete, and only this text is printed. `why`: values that were chosen
+    automatically for this command, and the reason. `profile`: the timing profile that batch=goodput uses.
+    """
+
+    config: RunConfig
+    run_dir: RunDirectory
+    generation: int = 0
+    first: int | None = None
+    restarted: bool = False
+    previous_checkpoint: str | None = None
+    loopback: bool = False
+    checkpoint: Path | None = None
+    require_checkpoint: bool = False
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    summary: str | None = None
+    why: str = ""
+    profile: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_opened(
+        cls, opened: OpenedRun, *, loopback: bool, why: str = "", profile: Mapping[str, Any] | None = None
+    ) -> JobSpec:
+        decision = opened.decision
+        return cls(
+            config=opened.config,
+            run_dir=opened.run_dir,
+            loopback=loopback,
+            why=why,
+            profile=profile,
+            previous_checkpoint=latest_id(opened.run_dir.resolve_checkpoints_dir(opened.config.checkpoint.dir)),
+            checkpoint=decision.checkpoint,
+            require_checkpoint=decision.require_checkpoint,
+            changed={key: list(values) for key, values in decision.changed.items()},
+        )
+
+    def to_json(self) -> str:
+        named = None if self.checkpoint is None else str(self.checkpoint)
+        facts = {"run": to_mapping(self.config), "folder": str(self.run_dir.path), "checkpoint": named}
+        return json.dumps({**vars(self), **facts})
+
+    @classmethod
+    def from_json(cls, text: str) -> JobSpec:
+        facts = json.loads(text)
+        named = facts["checkpoint"] and Path(facts["checkpoint"])
+        typed = {"run": from_mapping(facts["run"]), "folder": RunDirectory(Path(facts["folder"])), "checkpoint": named}
+        return cls(**{**facts, **typed})
+
+    def start_generation(self) -> JobSpec:
+        """The job for another start of the workers; once this job has saved, it always continues from there."""
+        generation = self.run_dir.increment_generation()
+        if not self.restarted and generation == (self.first or generation):
+            return replace(self, generation=generation)
+        self.run_dir.increment_restarts()
+        again = replace(self, generation=generation, restarted=True, changed={}, why="")
+        saved = latest_id(self.run_dir.resolve_checkpoints_dir(self.config.checkpoint.dir)) != self.previous_checkpoint
+        return replace(again, checkpoint=None, require_checkpoint=False) if saved else again

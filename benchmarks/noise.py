@@ -118,17 +118,17 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
 
     sizes = plan.micro_batches(rank)
     batches = [default_collate([parts.train_data[index] for index in range(size)]) for size in sizes]
-    replica, listener, norms = parts.replica, parts.replica._listener, gradient_norms.compute_norms
+    replica, hooks, norms = parts.replica, parts.replica._norm_hooks, gradient_norms.compute_norms
 
     def update(measured: bool) -> float:
         ddp.compute_norms = norms if measured else lambda _: []  # type: ignore[attr-defined]
-        replica._listener = listener if measured else None
-        if listener is not None and not measured:
-            listener.on = False
+        replica._norm_hooks = hooks if measured else None
+        if hooks is not None and not measured:
+            hooks.enabled = False
         dist.barrier()
         start_s = time.thread_time()
         for index, batch in enumerate(batches):
-            with replica.micro(last=index == len(batches) - 1, pad=False, place=rank):
+            with replica.micro_batch(last=index == len(batches) - 1, is_padding=False, shard=rank):
                 loss = parts.recipe.loss(replica.model, batch)
                 replica.backward(loss.total, plan.global_batch, float(loss.count) if measured else 0.0)
         ddp.compute_norms = norms  # type: ignore[attr-defined]

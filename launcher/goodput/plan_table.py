@@ -162,4 +162,4 @@ def format_measurements(profiles: Sequence[Any]) -> str:
     """Describe the measurements: world sizes, device and date."""
     worlds = format_world_sizes(sorted({one.key["world"] for one in profiles}))
     newest = max(profiles, key=lambda one: str(one.measured))
-    return f"{worlds} workers on {newest.key['device']}, {newest.day}"
+    return f"{worlds} workers on {newest.key['device']}, {newest.formatted_time}"

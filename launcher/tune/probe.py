@@ -265,7 +265,7 @@ def dry_run_update(trial: SizeTrial, update: Update, context: ProbeContext) -> N
         return
     micros = succeeded_on_all_ranks(context.store_gather, "data", partial(iter_micro_batches, trial, update))
     while (micro := succeeded_on_all_ranks(context.store_gather, "data", partial(next, micros, None))) is not None:
-        with trial.replica.micro_batch(last=False, is_padding=micro.pad, shard=micro.place):
+        with trial.replica.micro_batch(last=False, is_padding=micro.is_padding, shard=micro.shard):
             loss = succeeded_on_all_ranks(context.store_gather, "forward", partial(forward, trial, micro, update))
             trial.clock.lap("forward")
             succeeded_on_all_ranks(context.store_gather, "backward", partial(run_backward, trial, loss.total, update))

@@ -156,7 +156,7 @@ class WandbSink:
             run = self._init_wandb(wandb, settings, "offline")
         run.define_metric("*", step_metric="samples")
         for event in tuple(self._events.values()):
-            run.summary[f"event/{event.event}"] = {"time": event.time, **event.facts}
+            run.summary[f"event/{event.event}"] = {"time": event.time, **event.fields}
         return run
 
     def _try_online(self, wandb: Any, settings: Any, url: str) -> Any:

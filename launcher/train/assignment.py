@@ -23,12 +23,13 @@ __all__ = ["JobSpec"]
 class JobSpec:
     """The job of the ranks: the resolved configuration and the run folder.
 
-    `checkpoint` was given by the user, and `must` requires that a checkpoint exists; both apply until this job has
-    saved a checkpoint of its own, i.e. until the newest one in the folder differs from `before`. `changed` (the keys
-    that differ from the folder's configuration) applies only to the first start of the job, generation `first` (None:
-    this one). `restarted`: this job has started its workers before. `loopback`: the job runs on one machine with our
-    own store. `summary`: the run is already complete, and only this text is printed. `why`: values that were chosen
-    automatically for this command, and the reason. `profile`: the timing profile that batch=goodput uses.
+    `checkpoint` was given by the user, and `require_checkpoint` requires that one exists; both apply until this job has
+    saved a checkpoint of its own, i.e. until the newest one in the folder differs from `previous_checkpoint`. `changed`
+    (the keys that differ from the folder's configuration) applies only to the first start of the job, generation
+    `first` (None: this one). `restarted`: this job has started its workers before. `loopback`: the job runs on one
+    machine with our own store. `summary`: the run is already complete, and only this text is printed. `why`: values
+    that were chosen automatically for this command, and the reason. `profile`: the timing profile that batch=goodput
+    uses.
     """
 
     config: RunConfig
@@ -63,16 +64,16 @@ class JobSpec:
         )
 
     def to_json(self) -> str:
-        named = None if self.checkpoint is None else str(self.checkpoint)
-        facts = {"run": to_mapping(self.config), "folder": str(self.run_dir.path), "checkpoint": named}
-        return json.dumps({**vars(self), **facts})
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        paths = {"run_dir": str(self.run_dir.path), "checkpoint": checkpoint}
+        return json.dumps({**vars(self), "config": to_mapping(self.config), **paths})
 
     @classmethod
     def from_json(cls, text: str) -> JobSpec:
         facts = json.loads(text)
-        named = facts["checkpoint"] and Path(facts["checkpoint"])
-        typed = {"run": from_mapping(facts["run"]), "folder": RunDirectory(Path(facts["folder"])), "checkpoint": named}
-        return cls(**{**facts, **typed})
+        checkpoint = facts["checkpoint"] and Path(facts["checkpoint"])
+        paths = {"run_dir": RunDirectory(Path(facts["run_dir"])), "checkpoint": checkpoint}
+        return cls(**{**facts, "config": from_mapping(facts["config"]), **paths})
 
     def start_generation(self) -> JobSpec:
         """The job for another start of the workers; once this job has saved, it always continues from there."""

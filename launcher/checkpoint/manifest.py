@@ -22,6 +22,7 @@ from typing import Any
 
 from launcher.errors import UsageError
 from launcher.system.atomic_files import fsync_dir, make_private_dir
+from launcher.system.run_files import CHECKPOINTS_DIR
 
 __all__ = [
     "CorruptCheckpointError",
@@ -70,7 +71,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Serialise, including a hash of the content. Raises TypeError if a value is not JSON-serialisable."""
-        body = {"format": MANIFEST_FORMAT, **{part.name: getattr(self, part.name) for part in fields(self)}}
+        body = {"format": MANIFEST_FORMAT, **{item.name: getattr(self, item.name) for item in fields(self)}}
         body = json.loads(json.dumps(body))  # as reading yields it: numeric keys become strings, tuples become lists
         return json.dumps(body | {"sha256": compute_manifest_digest(body)}, indent=1)
 
@@ -83,8 +84,7 @@ class Manifest:
         """
         try:
             body = json.loads(text)
-            claimed = body.pop("sha256")
-            if claimed != compute_manifest_digest(body):
+            if body.pop("sha256") != compute_manifest_digest(body):
                 raise CorruptCheckpointError("its manifest was altered: its hash of itself does not match")
             if body.pop("format") != MANIFEST_FORMAT:
                 raise CorruptCheckpointError("its manifest has the format of another version of the launcher")
@@ -135,41 +135,43 @@ class VerifiedCheckpoint:
 
 
 @contextmanager
-def atomic_directory(folder: Path, name: str, fault: Callable[[str], None], token: str | None = None) -> Iterator[Path]:
+def atomic_directory(
+    folder: Path, name: str, inject_fault: Callable[[str], None], token: str | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder to write into; on exit rename it to `name`, on an error delete it.
 
-    `fault` is called before the rename, for fault injection in tests. The run's lock ensures that only one job writes
-    at a time. With a `token`, other ranks write into the same folder, and it may already exist.
+    `inject_fault` is called before the rename, for tests. The run's lock ensures that only one job writes at a time.
+    With a `token`, other ranks write into the same folder, and it may already exist.
     """
     if not CHECKPOINT_NAME_PATTERN.fullmatch(name):
         raise ValueError(f"{name!r} is not a valid checkpoint name")
     make_private_dir(folder)
-    fresh = tmp_checkpoint_path(folder, name, token or str(os.getpid()))
-    remove_stale_tmp(folder, but=fresh if token else None)
-    os.makedirs(fresh, 0o700, exist_ok=token is not None)
+    tmp_dir = tmp_checkpoint_path(folder, name, token or str(os.getpid()))
+    remove_stale_tmp(folder, keep=tmp_dir if token else None)
+    os.makedirs(tmp_dir, 0o700, exist_ok=token is not None)
     try:
-        yield fresh
-        fsync_dir(fresh)
-        fault("checkpoint-rename")
-        rename_into_place(fresh, folder / name)
+        yield tmp_dir
+        fsync_dir(tmp_dir)
+        inject_fault("checkpoint-rename")
+        rename_into_place(tmp_dir, folder / name)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
         raise
 
 
-def rename_into_place(fresh: Path, place: Path) -> None:
+def rename_into_place(tmp_dir: Path, target: Path) -> None:
     """Rename the folder. An existing checkpoint of this name is deleted only after the new one is next to it."""
-    if not os.path.lexists(place):
-        os.rename(fresh, place)
-        fsync_dir(place.parent)
+    if not os.path.lexists(target):
+        os.rename(tmp_dir, target)
+        fsync_dir(target.parent)
         return
-    beside = place.with_name(f"{place.name}.new")
-    remove_atomically(beside)
-    os.rename(fresh, beside)
-    fsync_dir(place.parent)
-    remove_atomically(place)
-    os.rename(beside, place)
-    fsync_dir(place.parent)
+    replacement = target.with_name(f"{target.name}.new")
+    remove_atomically(replacement)
+    os.rename(tmp_dir, replacement)
+    fsync_dir(target.parent)
+    remove_atomically(target)
+    os.rename(replacement, target)
+    fsync_dir(target.parent)
 
 
 def tmp_checkpoint_path(folder: Path, name: str, token: str) -> Path:
@@ -177,20 +179,20 @@ def tmp_checkpoint_path(folder: Path, name: str, token: str) -> Path:
     return folder / f"tmp-{name}-{token}"
 
 
-def remove_stale_tmp(folder: Path, but: Path | None = None) -> None:
+def remove_stale_tmp(folder: Path, keep: Path | None = None) -> None:
     """Remove unfinished checkpoints of writers that died."""
     for entry in folder.glob("tmp-*"):
-        if entry != but:
+        if entry != keep:
             remove_tree(entry)
 
 
 def remove_atomically(path: Path) -> None:
     """Remove a checkpoint. It is renamed first, so an interrupted removal never leaves a partial checkpoint."""
     if os.path.lexists(path):
-        doomed = path.with_name(f"tmp-old-{path.name}-{os.getpid()}")
-        remove_tree(doomed)
-        os.rename(path, doomed)
-        remove_tree(doomed)
+        removed = path.with_name(f"tmp-old-{path.name}-{os.getpid()}")
+        remove_tree(removed)
+        os.rename(path, removed)
+        remove_tree(removed)
 
 
 def remove_tree(path: Path) -> None:
@@ -240,11 +242,11 @@ def newest_first(folder: Path) -> list[Path]:
     After resuming from an older checkpoint, later restarts continue that branch, not the abandoned newer one.
     A checkpoint with an unreadable manifest counts as newer than all checkpoints whose names sort before its own.
     """
-    ages: dict[Path, float] = {}
+    order: dict[Path, float] = {}
     for path in list_complete(folder):
         sequence = read_sequence(path)
-        ages[path] = max(ages.values(), default=0.0) + 0.5 if sequence is None else sequence
-    return sorted(ages, key=lambda path: (ages[path], path.name), reverse=True)
+        order[path] = max(order.values(), default=0.0) + 0.5 if sequence is None else sequence
+    return sorted(order, key=lambda path: (order[path], path.name), reverse=True)
 
 
 def latest_path(folder: Path) -> Path | None:
@@ -268,20 +270,20 @@ def latest_valid(folder: Path) -> VerifiedCheckpoint | None:
         return None
     if not folder.is_dir():
         raise UsageError(f"checkpoint.dir={folder} is not a folder: choose another path")
-    passed = [
-        (entry.name, why)
+    skipped = [
+        (entry.name, reason)
         for entry in list_visible_entries(folder)
-        if (why := wrong_file_type(entry, stat.S_IFDIR, stat.S_IFREG))
+        if (reason := describe_wrong_file_type(entry, stat.S_IFDIR, stat.S_IFREG))
     ]
     for path in newest_first(folder):
-        found, why = try_verify(path)
-        if found is not None:
-            return VerifiedCheckpoint(path, found, tuple(passed))
-        passed.append((path.name, why))
-    if passed:
-        name, why = passed[0]
+        manifest, reason = try_verify(path)
+        if manifest is not None:
+            return VerifiedCheckpoint(path, manifest, tuple(skipped))
+        skipped.append((path.name, reason))
+    if skipped:
+        name, reason = skipped[0]
         raise UsageError(
-            f"all checkpoints in {folder} are damaged ({name}: {why}): "
+            f"all checkpoints in {folder} are damaged ({name}: {reason}): "
             f"repair them, or type resume=never to start a new run beside this one"
         )
     return None
@@ -303,10 +305,9 @@ def resolve_checkpoint_path(path: Path | str) -> Path:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
-    around = [
-        checkpoint for place in (path, path / "checkpoints") if place.is_dir() for checkpoint in newest_first(place)
-    ]
-    example = next((f", e.g. resume={checkpoint}" for checkpoint in around if (checkpoint / MANIFEST).is_file()), "")
+    folders = [folder for folder in (path, path / CHECKPOINTS_DIR) if folder.is_dir()]
+    candidates = (checkpoint for folder in folders for checkpoint in newest_first(folder))
+    example = next((f", e.g. resume={each}" for each in candidates if (each / MANIFEST).is_file()), "")
     raise UsageError(
         f"resume={path} is not a checkpoint: type auto, never, must, or a folder that holds {MANIFEST}{example}"
     )
@@ -349,8 +350,8 @@ def read_manifest(path: Path) -> Manifest:
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                if why := wrong_file_type(entry, stat.S_IFREG):
-                    raise CorruptCheckpointError(f"{entry.name} {why}")
+                if reason := describe_wrong_file_type(entry, stat.S_IFREG):
+                    raise CorruptCheckpointError(f"{entry.name} {reason}")
         text = (path / MANIFEST).read_text()
     except (OSError, UnicodeDecodeError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else "it is not text"
@@ -358,11 +359,11 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_json(text)
 
 
-def wrong_file_type(entry: os.DirEntry[str], *wanted: int) -> str:
-    """The reason to refuse an entry whose file type is not in `wanted`, else ""; links are not followed."""
+def describe_wrong_file_type(entry: os.DirEntry[str], *allowed: int) -> str:
+    """The reason to refuse an entry whose file type is not in `allowed`, else ""; links are not followed."""
     kind = stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
     names = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    return "" if kind in wanted else f"is {names.get(kind, 'a device')}, which is not allowed in a checkpoint folder"
+    return "" if kind in allowed else f"is {names.get(kind, 'a device')}, which is not allowed in a checkpoint folder"
 
 
 def check_file(path: Path, facts: Mapping[str, Any]) -> None:

@@ -33,22 +33,21 @@ __all__ = [
     "CheckpointState",
     "LazyTensors",
     "LoadedCheckpoint",
+    "SaveOptions",
     "SaveResult",
+    "ShardedWrite",
     "TensorIndex",
     "TensorReader",
     "check_tensor_names",
     "export_safetensors",
-    "load",
+    "load_checkpoint",
     "raise_as_checkpoint_error",
-    "save",
+    "save_checkpoint",
     "storage_key",
     "write_groups",
 ]
 
 TensorIndex = dict[str, dict[str, Any]]
-#: (unfinished folder, own file index, own tensor index) -> (index of all files, index of all tensors).
-MergeShards = Callable[[Path, TensorIndex, TensorIndex], tuple[TensorIndex, TensorIndex]]
-
 #: The dtypes that safetensors supports, with its names for them.
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -87,6 +86,32 @@ class CheckpointState:
 
 
 @dataclass(frozen=True)
+class SaveOptions:
+    """How to save: the newest `keep` checkpoints remain afterwards, and those whose names are in `protect`.
+
+    `inject_fault` is called with the name of each phase, for tests.
+    """
+
+    keep: int
+    protect: frozenset[str] = frozenset()
+    inject_fault: Callable[[str], None] = lambda phase: None
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass(frozen=True)
+class ShardedWrite:
+    """How several ranks write into one folder: `token` identifies the folder, `suffix` marks this rank's files.
+
+    `merge` maps the unfinished folder, the index of this rank's files and the index of its tensors to the indexes of
+    all ranks' files and tensors.
+    """
+
+    token: str
+    suffix: str
+    merge: Callable[[Path, TensorIndex, TensorIndex], tuple[TensorIndex, TensorIndex]]
+
+
+@dataclass(frozen=True)
 class SaveResult:
     """A checkpoint that was written, with its size in bytes and the duration in seconds."""
 
@@ -108,56 +133,59 @@ class LoadedCheckpoint:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def save(
-    folder: Path,
-    name: str,
-    saved: CheckpointState,
-    keep: int,
-    protect: frozenset[str] = frozenset(),
-    fault: Callable[[str], None] = lambda phase: None,
-    clock: Callable[[], float] = time.monotonic,
-    *,
-    token: str | None = None,
-    suffix: str = "",
-    joined: MergeShards = lambda fresh, files, tensors: (files, tensors),
+def save_checkpoint(
+    folder: Path, name: str, state: CheckpointState, options: SaveOptions, shards: ShardedWrite | None = None
 ) -> SaveResult:
-    """Write `saved` as `folder/name`, then delete all but the newest `keep` checkpoints and the protected ones.
+    """Write `state` as `folder/name`, then delete all but the newest and the protected checkpoints.
 
-    If several ranks write into one folder, `token` identifies the folder, `suffix` marks this rank's files, and
-    `joined` merges the files of the other ranks.
+    `shards` is needed if several ranks write into the folder; then this is rank 0.
 
     Raises:
         CheckpointError: the disk is full or not writable; existing checkpoints are unchanged.
         UsageError: the model's state holds something that is not a dense numeric tensor.
     """
-    start = clock()
+    start, token, suffix = options.clock(), shards and shards.token, shards.suffix if shards else ""
     with raise_as_checkpoint_error(f"checkpoint {name}", folder):
-        with atomic_directory(folder, name, fault, token) as fresh:
-            files, tensors = joined(fresh, *write_groups(fresh, saved, fault, suffix))
-            write_manifest(fresh, folder, saved, files, tensors)
-        prune(folder, keep, protect | {name})
-    return SaveResult(name, folder / name, sum(facts["size"] for facts in files.values()), clock() - start)
+        with atomic_directory(folder, name, options.inject_fault, token) as tmp_dir:
+            files, tensors = write_groups(tmp_dir, state, options.inject_fault, suffix)
+            if shards is not None:
+                files, tensors = shards.merge(tmp_dir, files, tensors)
+            write_manifest(tmp_dir, folder, state, files, tensors)
+        prune(folder, options.keep, options.protect | {name})
+    size = sum(facts["size"] for facts in files.values())
+    return SaveResult(name, folder / name, size, options.clock() - start)
 
 
 def write_groups(
-    fresh: Path, saved: CheckpointState, fault: Callable[[str], None], suffix: str = ""
+    tmp_dir: Path, state: CheckpointState, inject_fault: Callable[[str], None], suffix: str = ""
 ) -> tuple[TensorIndex, TensorIndex]:
     """Write the model and optimizer tensors to one file each; return the file index and the tensor index."""
-    groups = {f"model{suffix}.safetensors": saved.model, f"optimizer{suffix}.safetensors": saved.optimizer}
-    laid_out = {name: index_tensors(group, name) for name, group in groups.items()}
+    groups = {f"model{suffix}.safetensors": state.model, f"optimizer{suffix}.safetensors": state.optimizer}
+    indexed = {name: index_tensors(group, name) for name, group in groups.items()}
     files: TensorIndex = {}
-    for name, (unique, described) in laid_out.items():
-        with HashedFile(fresh / name) as file:
-            write_tensors(file, described, unique.__getitem__)
+    for name, (unique, index) in indexed.items():
+        with HashedFile(tmp_dir / name) as file:
+            write_tensors(file, index, unique.__getitem__)
         files[name] = file.size_and_hash
-        fault("checkpoint-write")
-    return files, {name: facts for _, described in laid_out.values() for name, facts in described.items()}
+        inject_fault("checkpoint-write")
+    return files, {name: facts for _, index in indexed.values() for name, facts in index.items()}
 
 
-def write_manifest(fresh: Path, folder: Path, saved: CheckpointState, files: TensorIndex, tensors: TensorIndex) -> None:
-    standing = (saved.position, saved.plan, saved.world, collect_versions(), saved.facts, find_next_sequence(folder))
-    with HashedFile(fresh / MANIFEST) as file:
-        file.write(Manifest(files, tensors, *standing).to_json().encode())
+def write_manifest(
+    tmp_dir: Path, folder: Path, state: CheckpointState, files: TensorIndex, tensors: TensorIndex
+) -> None:
+    manifest = Manifest(
+        files=files,
+        tensors=tensors,
+        position=state.position,
+        plan=state.plan,
+        world=state.world,
+        versions=collect_versions(),
+        facts=state.facts,
+        sequence=find_next_sequence(folder),
+    )
+    with HashedFile(tmp_dir / MANIFEST) as file:
+        file.write(manifest.to_json().encode())
 
 
 def export_safetensors(path: Path, model: LazyTensors) -> None:
@@ -168,9 +196,9 @@ def export_safetensors(path: Path, model: LazyTensors) -> None:
     Raises:
         CheckpointError: the disk is full or not writable; an existing file is unchanged.
     """
-    aliases = {alias: name for name, facts in model.described.items() for alias in facts["aliases"]}
+    aliases = {alias: name for name, facts in model.index.items() for alias in facts["aliases"]}
     with raise_as_checkpoint_error(path.name, path.parent), atomic_write(path) as file:
-        write_tensors(file, model.described, model.__getitem__, {"format": "pt", **aliases})
+        write_tensors(file, model.index, model.__getitem__, {"format": "pt", **aliases})
 
 
 @contextmanager
@@ -189,21 +217,21 @@ def index_tensors(
     """Return the tensors to write to `file`, tied ones once, and their manifest entries."""
     unique: dict[str, torch.Tensor] = {}
     owners: dict[tuple[Any, ...], str] = {}
-    described: dict[str, dict[str, Any]] = {}
+    index: dict[str, dict[str, Any]] = {}
     for name, tensor in group.items():
         check_serializable(name, tensor)
         owner = owners.setdefault(storage_key(tensor), name) if tensor.numel() else name
         if owner != name:
-            described[owner]["aliases"].append(name)
+            index[owner]["aliases"].append(name)
             continue
         unique[name] = tensor
-        described[name] = {
+        index[name] = {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
             "pieces": [[file, name, 0, tensor.numel()]],
             "aliases": [],
         }
-    return unique, described
+    return unique, index
 
 
 def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -221,24 +249,24 @@ def check_serializable(name: str, tensor: Any) -> None:
 
 def write_tensors(
     file: HashedFile,
-    described: Mapping[str, Mapping[str, Any]],
+    index: Mapping[str, Mapping[str, Any]],
     read: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file: header length, JSON header, then the tensors' bytes, widest dtypes first.
 
-    `described` gives each tensor's dtype and shape, `read` returns the tensor itself.
+    `index` gives each tensor's dtype and shape, `read` returns the tensor itself.
 
     Written here, tensor by tensor, because the library's own writer either holds the whole file in memory or cannot be
     hashed while it writes. The header is padded to 8 bytes, so with this order every tensor is aligned to its dtype.
     Source: https://github.com/huggingface/safetensors#format
     """
-    dtypes: dict[str, torch.dtype] = {name: getattr(torch, facts["dtype"]) for name, facts in described.items()}
-    ordered = sorted(described, key=lambda name: (-dtypes[name].itemsize, name))
+    dtypes: dict[str, torch.dtype] = {name: getattr(torch, facts["dtype"]) for name, facts in index.items()}
+    ordered = sorted(index, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in ordered:
-        shape, dtype = described[name]["shape"], dtypes[name]
+        shape, dtype = index[name]["shape"], dtypes[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -250,8 +278,8 @@ def write_tensors(
 
 def view_as_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's elements in row-major order as bytes; no copy if it is contiguous on the CPU."""
-    here = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return here.reshape(-1).view(torch.uint8).numpy().data
+    on_cpu = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return on_cpu.reshape(-1).view(torch.uint8).numpy().data
 
 
 def collect_versions() -> dict[str, str]:
@@ -261,12 +289,12 @@ def collect_versions() -> dict[str, str]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def load(found: VerifiedCheckpoint) -> LoadedCheckpoint:
+def load_checkpoint(checkpoint: VerifiedCheckpoint) -> LoadedCheckpoint:
     """Open the tensors of a verified checkpoint."""
-    read, tensors = TensorReader(found.path), found.manifest.tensors.items()
+    read, tensors = TensorReader(checkpoint.path), checkpoint.manifest.tensors.items()
     model = {name: facts for name, facts in tensors if is_of_model(facts)}
     optimizer = {name: facts for name, facts in tensors if not is_of_model(facts)}
-    return LoadedCheckpoint(LazyTensors(read, model), LazyTensors(read, optimizer), found.manifest)
+    return LoadedCheckpoint(LazyTensors(read, model), LazyTensors(read, optimizer), checkpoint.manifest)
 
 
 class LazyTensors(Mapping[str, torch.Tensor]):
@@ -276,10 +304,10 @@ class LazyTensors(Mapping[str, torch.Tensor]):
     raises CorruptCheckpointError if the files do not match the manifest.
     """
 
-    def __init__(self, read: TensorReader, described: Mapping[str, Mapping[str, Any]]) -> None:
-        self.described = described
+    def __init__(self, read: TensorReader, index: Mapping[str, Mapping[str, Any]]) -> None:
+        self.index = index
         self._read = read
-        self._facts = {alias: facts for name, facts in described.items() for alias in (name, *facts["aliases"])}
+        self._facts = {alias: facts for name, facts in index.items() for alias in (name, *facts["aliases"])}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         facts = self._facts[name]
@@ -313,12 +341,12 @@ class TensorReader:
     def __call__(self, facts: Mapping[str, Any], start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Read elements [start, stop) of the flattened tensor as a copy; only the pieces that overlap are read."""
         stop = math.prod(facts["shape"]) if stop is None else stop
-        parts = [
+        pieces = [
             self._read_piece(file, key, last - first, facts["dtype"])[max(start - first, 0) : stop - first]
             for file, key, first, last in facts["pieces"]
             if first < stop and start < last
         ]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=getattr(torch, facts["dtype"]))
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=getattr(torch, facts["dtype"]))
 
     def _read_piece(self, file: str, key: str, numel: int, dtype: str) -> torch.Tensor:
         try:

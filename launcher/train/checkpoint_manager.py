@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from launcher.checkpoint import tensor_io
-from launcher.checkpoint.sharded import ShardInfo, save_shard, save_sharded
+from launcher.checkpoint.sharded import ShardInfo, save_shard, save_sharded_checkpoint
 from launcher.checkpoint.staging import StagingBuffers
 from launcher.config.schema import CheckpointConfig
 from launcher.plan.batch import BatchPlan
@@ -155,11 +155,11 @@ class CheckpointManager:
             if self._rank > 0 and part is not None:
                 save_shard(self._checkpoints, name, saved, part, phase)
                 return
-            keep = self._settings.keep
+            options = tensor_io.SaveOptions(self._settings.keep, protect, phase)
             if part is None:
-                report = tensor_io.save(self._checkpoints, name, saved, keep, protect, phase)
+                report = tensor_io.save_checkpoint(self._checkpoints, name, saved, options)
             else:
-                report = save_sharded(self._checkpoints, name, saved, part, keep, protect, phase)
+                report = save_sharded_checkpoint(self._checkpoints, name, saved, part, options)
         except Exception as problem:
             self._problem = problem
             self.journal.log_event("alarm", kind="checkpoint", detail=str(problem))

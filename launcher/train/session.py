@@ -221,7 +221,7 @@ def restore_state(
     if found is None:
         return TrainState.initial(plan)
     tensor_io.check_tensor_names(found.manifest, components.meta_state_dict)
-    loaded = tensor_io.load(found)
+    loaded = tensor_io.load_checkpoint(found)
     facts = loaded.manifest.facts
     components.replica.restore(loaded.model, loaded.optimizer, facts)
     state = TrainState.from_state_dict(plan, Position(**loaded.manifest.position), facts["standing"])
@@ -505,10 +505,10 @@ def finish_run(
         state
     )  # absent if training had already ended at a checkpoint that the user named
     ended = found if found is not None and not last.is_dir() else open_checkpoint(last)
-    tensor_io.export_safetensors(run_dir.model, tensor_io.load(ended).model)
+    tensor_io.export_safetensors(run_dir.model, tensor_io.load_checkpoint(ended).model)
     if state.best_checkpoint is not None:
         best = open_checkpoint(checkpoints / state.best_checkpoint)
-        tensor_io.export_safetensors(run_dir.path / "best.safetensors", tensor_io.load(best).model)
+        tensor_io.export_safetensors(run_dir.path / "best.safetensors", tensor_io.load_checkpoint(best).model)
     done = {
         "samples": position.samples,
         "updates": position.update,

@@ -33,12 +33,13 @@ from launcher.checkpoint.tensor_io import (
     CheckpointError,
     CheckpointState,
     LazyTensors,
+    SaveOptions,
     SaveResult,
     TensorReader,
     check_tensor_names,
     export_safetensors,
-    load,
-    save,
+    load_checkpoint,
+    save_checkpoint,
 )
 from launcher.errors import UsageError
 
@@ -61,7 +62,7 @@ def state(update: int = 1, model: Mapping[str, torch.Tensor] | None = None, **fa
 
 
 def put(folder: Path, update: int, keep: int = 9, **options: Any) -> SaveResult:
-    return save(folder, f"update-{update:08d}", state(update), keep, **options)
+    return save_checkpoint(folder, f"update-{update:08d}", state(update), SaveOptions(keep, **options))
 
 
 def names(folder: Path) -> list[str]:
@@ -75,7 +76,7 @@ def updates(folder: Path) -> list[int]:
 def chosen(folder: Path) -> int:
     found = latest_valid(folder)
     assert found is not None
-    loaded = load(found)
+    loaded = load_checkpoint(found)
     update = loaded.manifest.position["update"]
     torch.testing.assert_close(dict(loaded.model), tensors(update), rtol=0, atol=0)
     return int(update)
@@ -97,10 +98,10 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     saved = state(7, schedule={"history": [[0, 1.0], [640, 2.0]]}, wandb="ab12")
-    report = save(tmp_path / "checkpoints", "update-00000007", saved, keep=2)
+    report = save_checkpoint(tmp_path / "checkpoints", "update-00000007", saved, SaveOptions(2))
     found = latest_valid(tmp_path / "checkpoints")
     assert found is not None
-    loaded = load(found)
+    loaded = load_checkpoint(found)
     torch.testing.assert_close(dict(loaded.model), dict(saved.model), rtol=0, atol=0)
     torch.testing.assert_close(dict(loaded.optimizer), dict(saved.optimizer), rtol=0, atol=0)
     manifest = loaded.manifest
@@ -159,8 +160,8 @@ def test_it_is_private(tmp_path: Path) -> None:
 )
 def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path: Path, tensor: torch.Tensor) -> None:
     odd = torch.tensor([1, 2, 3], dtype=torch.uint8)  # its width must not misalign the other columns
-    save(tmp_path, "one", state(model={"a": odd, "tensor": tensor, "z": odd}), keep=1)
-    loaded = load(open_checkpoint(tmp_path / "one")).model["tensor"]
+    save_checkpoint(tmp_path, "one", state(model={"a": odd, "tensor": tensor, "z": odd}), SaveOptions(1))
+    loaded = load_checkpoint(open_checkpoint(tmp_path / "one")).model["tensor"]
     assert (loaded.dtype, loaded.shape) == (tensor.dtype, tensor.shape)
     bits, expected = (t.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8) for t in (loaded, tensor))
     assert torch.equal(bits, expected)
@@ -168,7 +169,7 @@ def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path: Path, tensor: torc
 
 def test_what_was_read_outlives_its_file_and_what_was_not_is_missed_by_name(tmp_path: Path) -> None:
     path = put(tmp_path, 3).path
-    loaded = load(open_checkpoint(path))
+    loaded = load_checkpoint(open_checkpoint(path))
     weight = loaded.model["conv.weight"]
     for file in path.iterdir():
         os.truncate(file, 0)
@@ -191,35 +192,35 @@ class Tied(nn.Module):
 
 def test_tied_tensors_are_there_once_with_their_aliases(tmp_path: Path) -> None:
     model = Tied()
-    path = save(tmp_path, "one", state(model=model.state_dict()), keep=1).path
+    path = save_checkpoint(tmp_path, "one", state(model=model.state_dict()), SaveOptions(1)).path
     stored = safetensors.torch.load_file(path / "model.safetensors")
     assert set(stored) == {"embed.weight", "whole", "part"}
     found = open_checkpoint(path)
     assert found.manifest.tensors["embed.weight"]["aliases"] == ["head.weight"]
     check_tensor_names(found.manifest, model.state_dict())
     other = Tied()
-    other.load_state_dict(dict(load(found).model))
+    other.load_state_dict(dict(load_checkpoint(found).model))
     assert other.head.weight is other.embed.weight
     assert torch.equal(other.head.weight, model.embed.weight)
 
 
 def test_what_is_no_dense_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^_extra_state in the state_dict is a dict: make it a tensor, e.g. a buf"):
-        save(tmp_path, "one", state(model={"_extra_state": {"a": 1}}), keep=1)  # type: ignore[dict-item]
+        save_checkpoint(tmp_path, "one", state(model={"_extra_state": {"a": 1}}), SaveOptions(1))  # type: ignore[dict-item]
     with pytest.raises(UsageError, match=r"^w in the state_dict cannot be saved \(torch.sparse_coo"):
-        save(tmp_path, "one", state(model={"w": torch.eye(2).to_sparse()}), keep=1)
+        save_checkpoint(tmp_path, "one", state(model={"w": torch.eye(2).to_sparse()}), SaveOptions(1))
     with pytest.raises(UsageError, match=r"torch.complex128 on cpu"):
-        save(tmp_path, "one", state(model={"w": torch.zeros(1, dtype=torch.complex128)}), keep=1)
+        save_checkpoint(tmp_path, "one", state(model={"w": torch.zeros(1, dtype=torch.complex128)}), SaveOptions(1))
     assert names(tmp_path) == []
 
 
 def test_facts_are_any_json(tmp_path: Path) -> None:
-    save(tmp_path, "one", state(scaler={2: 1.0, 10: 0.1}, betas=(0.9, 0.999), name="ü"), keep=1)
+    save_checkpoint(tmp_path, "one", state(scaler={2: 1.0, 10: 0.1}, betas=(0.9, 0.999), name="ü"), SaveOptions(1))
     assert open_checkpoint(tmp_path / "one").manifest.facts == {
         "scaler": {"2": 1.0, "10": 0.1}, "betas": [0.9, 0.999], "name": "ü",
     }  # fmt: skip
     with pytest.raises(TypeError):
-        save(tmp_path, "two", state(wrong=torch.ones(1)), keep=1)
+        save_checkpoint(tmp_path, "two", state(wrong=torch.ones(1)), SaveOptions(1))
     assert names(tmp_path) == ["one"]
 
 
@@ -242,7 +243,7 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 def test_pieces_of_several_writers_make_one_tensor(tmp_path: Path) -> None:
     found = open_checkpoint(sharded(tmp_path / "one"))
-    loaded = load(found).model
+    loaded = load_checkpoint(found).model
     assert torch.equal(loaded["w"], torch.arange(10.0).reshape(5, 2))
     assert torch.equal(loaded["tied"], loaded["w"])
     read, facts = TensorReader(found.path), found.manifest.tensors["w"]
@@ -256,7 +257,7 @@ def test_a_reader_opens_only_the_files_it_needs(tmp_path: Path) -> None:
     (found.path / "model-1.safetensors").unlink()
     assert TensorReader(found.path)(found.manifest.tensors["w"], 2, 6).tolist() == [2.0, 3.0, 4.0, 5.0]
     with pytest.raises(CorruptCheckpointError, match=r"w in model-1\.safetensors cannot be read"):
-        load(found).model["w"]
+        load_checkpoint(found).model["w"]
 
 
 # --- corrupt checkpoints ------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ def test_a_file_that_is_not_what_the_manifest_says_is_not_used(tmp_path: Path) -
     body["tensors"]["conv.bias"]["dtype"] = "int32"
     forged(path, tensors=body["tensors"])
     with pytest.raises(CorruptCheckpointError, match=r"conv\.bias in model\.safetensors does not match the manifest"):
-        load(open_checkpoint(path)).model["conv.bias"]
+        load_checkpoint(open_checkpoint(path)).model["conv.bias"]
 
 
 def test_all_damaged_is_an_error_never_a_start_from_scratch(tmp_path: Path) -> None:
@@ -515,7 +516,7 @@ def test_a_copied_checkpoint_loads_where_it_is(tmp_path: Path) -> None:
 def test_a_name_does_not_leave_the_folder(tmp_path: Path) -> None:
     for name in ("../out", "tmp-1", ".hidden", "", "a/b", "a\n"):
         with pytest.raises(ValueError, match="not a valid checkpoint name"):
-            save(tmp_path / "in", name, state(), keep=1)
+            save_checkpoint(tmp_path / "in", name, state(), SaveOptions(1))
     assert not (tmp_path / "in").exists()
 
 
@@ -524,14 +525,14 @@ def test_a_name_does_not_leave_the_folder(tmp_path: Path) -> None:
 WRITER = """
 import os, sys, torch
 from pathlib import Path
-from launcher.checkpoint.tensor_io import CheckpointState, save
+from launcher.checkpoint.tensor_io import CheckpointState, SaveOptions, save_checkpoint
 phases = []
 def killed(phase):
     phases.append(phase)
     if phase == sys.argv[2] and phases.count(phase) == int(sys.argv[3]):
         os.kill(os.getpid(), 9)
 saved = CheckpointState({"w": torch.ones(9)}, {}, {"update": 2}, {}, 1, {})
-save(Path(sys.argv[1]), "update-00000002", saved, 1, fault=killed)
+save_checkpoint(Path(sys.argv[1]), "update-00000002", saved, SaveOptions(1, inject_fault=killed))
 """
 
 PUBLISHER = """
@@ -592,7 +593,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing(tmp_path: Path, phase:
     put(tmp_path, 1, keep=1)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(CheckpointError) as error:
-        put(tmp_path, 2, keep=1, fault=at(phase, raising(full)))
+        put(tmp_path, 2, keep=1, inject_fault=at(phase, raising(full)))
     assert str(error.value) == f"checkpoint update-00000002 could not be written to {tmp_path}: the disk is full"
     assert updates(tmp_path) == [1]
     assert chosen(tmp_path) == 1
@@ -604,7 +605,7 @@ def test_a_limit_of_the_system_is_one_clear_error_too(tmp_path: Path) -> None:
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
         "import torch; from pathlib import Path; from launcher.checkpoint.tensor_io import *\n"
         "saved = CheckpointState({'w': torch.ones(5000)}, {}, {}, {}, 1, {})\n"
-        "try: save(Path(sys.argv[1]), 'update-00000002', saved, 1)\n"
+        "try: save_checkpoint(Path(sys.argv[1]), 'update-00000002', saved, SaveOptions(1))\n"
         "except CheckpointError as error: print(error)"
     )
     argv = [sys.executable, "-c", script, str(tmp_path)]
@@ -618,7 +619,7 @@ def test_a_limit_of_the_system_is_one_clear_error_too(tmp_path: Path) -> None:
 def test_any_other_failure_leaves_no_trace(tmp_path: Path, error: BaseException) -> None:
     put(tmp_path, 1)
     with pytest.raises(type(error)):
-        put(tmp_path, 2, fault=at("checkpoint-rename", raising(error)))
+        put(tmp_path, 2, inject_fault=at("checkpoint-rename", raising(error)))
     assert names(tmp_path) == ["update-00000001"]
 
 
@@ -667,7 +668,7 @@ def test_time_is_taken_from_the_clock_given(tmp_path: Path) -> None:
 def stored(folder: Path, model: Mapping[str, torch.Tensor]) -> LazyTensors:
     """Return the tensors of a model as stored in a checkpoint."""
     saved = CheckpointState(model, {}, {"samples": 1, "update": 1}, {}, 1, {})
-    return load(open_checkpoint(save(folder, "update-1", saved, 1).path)).model
+    return load_checkpoint(open_checkpoint(save_checkpoint(folder, "update-1", saved, SaveOptions(1)).path)).model
 
 
 def test_the_final_model_loads_without_this_program(tmp_path: Path) -> None:

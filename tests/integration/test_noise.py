@@ -9,7 +9,7 @@ import pytest
 from test_strategies import Job, sessions
 
 from launcher.checkpoint.manifest import latest_valid
-from launcher.checkpoint.tensor_io import load
+from launcher.checkpoint.tensor_io import load_checkpoint
 from launcher.plan.lr_schedule import noise_gain
 from tests.helpers.jobs import events, furthest, rows
 
@@ -123,7 +123,7 @@ def moments(run_dir: Path) -> list[float]:
     """Return Adam's second moment in the last checkpoint."""
     found = latest_valid(run_dir / "checkpoints")
     assert found is not None
-    squares: list[float] = load(found).optimizer["at/exp_avg_sq"].tolist()
+    squares: list[float] = load_checkpoint(found).optimizer["at/exp_avg_sq"].tolist()
     return squares
 
 

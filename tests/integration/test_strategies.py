@@ -16,7 +16,7 @@ from test_main_job import HELD as HELD_JOB
 from test_main_job import driven, here  # noqa: F401 (a fixture)
 
 from launcher.checkpoint.manifest import VerifiedCheckpoint, latest_valid
-from launcher.checkpoint.tensor_io import load
+from launcher.checkpoint.tensor_io import load_checkpoint
 from tests.helpers.jobs import environment, events, furthest, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -98,7 +98,7 @@ def assert_same(one: VerifiedCheckpoint, other: VerifiedCheckpoint) -> None:
 
 def assert_same_tensors(one: VerifiedCheckpoint, other: VerifiedCheckpoint) -> None:
     """Bitwise equal under the same names, with tied tensors tied."""
-    a, b = load(one), load(other)
+    a, b = load_checkpoint(one), load_checkpoint(other)
     for group in ("model", "optimizer"):
         before, after = dict(getattr(a, group)), dict(getattr(b, group))
         assert before.keys() == after.keys(), other.path

@@ -1,4 +1,4 @@
-"""The recipe, the user's definition of model, data and loss; and the check of which classes may be imported.
+"""The recipe: the user's definition of model, data and loss, built from the section `recipe` of the configuration.
 
     @dataclass(frozen=True)
     class MyRecipe:
@@ -13,12 +13,12 @@ Optional: `size(split)`, `tokens_per_sample`, `count(batch)`, `collate(items)`, 
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, get_args, get_type_hints
 
+from launcher.config.coercion import CoercionError, coerce
+from launcher.config.keys import closest_match
 from launcher.config.trusted_classes import load_class
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes
@@ -65,11 +65,12 @@ def build_recipe(spec: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         _refuse_targets(value, f"recipe.{name}")
     kind = load_class(target, spec.get("trust") or ())
-    lacking = [name for name in REQUIRED_METHODS if not callable(getattr(kind, name, None))]
-    if not is_dataclass(kind) or lacking:
-        why = f"it has no {' and no '.join(lacking)}" if lacking else "it is not a dataclass"
+    missing = [name for name in REQUIRED_METHODS if not callable(getattr(kind, name, None))]
+    if not is_dataclass(kind) or missing:
+        why = f"it has no {' and no '.join(missing)}" if missing else "it is not a dataclass"
         raise UsageError(
-            f"recipe._target_={target} is not a recipe: {why}; a recipe is a dataclass with {', '.join(REQUIRED_METHODS)}"
+            f"recipe._target_={target} is not a recipe: {why}; "
+            f"a recipe is a dataclass with {', '.join(REQUIRED_METHODS)}"
         )
     return kind(**_check_fields(kind, values))
 
@@ -80,12 +81,12 @@ def get_dataset_sizes(recipe: Any) -> DatasetSizes:
     Raises:
         UsageError: the data has no length, or the training data is empty.
     """
-    found = DatasetSizes(
+    sizes = DatasetSizes(
         _get_split_size(recipe, "train"), _get_split_size(recipe, "val"), getattr(recipe, "tokens_per_sample", None)
     )
-    if found.train < 1:
+    if sizes.train < 1:
         raise UsageError(f"the training data of {type(recipe).__name__} is empty: check the recipe's fields")
-    return found
+    return sizes
 
 
 def _get_split_size(recipe: Any, split: str) -> int:
@@ -104,9 +105,6 @@ def _get_split_size(recipe: Any, split: str) -> int:
     return len(data)
 
 
-# Trusted classes
-
-
 def _refuse_targets(value: Any, key: str) -> None:
     """Refuse `_target_` inside a recipe's values, so that they cannot cause an import.
 
@@ -123,19 +121,17 @@ def _refuse_targets(value: Any, key: str) -> None:
             _refuse_targets(inner, key)
 
 
-# Checking fields against their annotations
-
-
 def _check_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    known = {each.name: each for each in fields(kind) if each.init}
+    """The values converted to the types of the fields; an unknown or missing field is an error."""
+    parameters = {parameter.name: parameter for parameter in fields(kind) if parameter.init}
     for name in values:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            mend = f"did you mean recipe.{near[0]}? " if near else ""
-            has = f"its fields are {', '.join(known)}" if known else "it has no fields"
-            raise UsageError(f"recipe.{name} is not a field of {kind.__name__}: {mend}{has}")
-    for name, each in known.items():
-        if name not in values and each.default is MISSING and each.default_factory is MISSING:
+        if name not in parameters:
+            near = closest_match(name, parameters)
+            hint = f"did you mean recipe.{near}? " if near else ""
+            names = f"its fields are {', '.join(parameters)}" if parameters else "it has no fields"
+            raise UsageError(f"recipe.{name} is not a field of {kind.__name__}: {hint}{names}")
+    for name, parameter in parameters.items():
+        if name not in values and parameter.default is MISSING and parameter.default_factory is MISSING:
             raise UsageError(f"recipe.{name} is missing: {kind.__name__} has no default for it: type recipe.{name}=...")
     hints = _get_hints(kind)
     return {name: _convert_field(f"recipe.{name}", value, hints.get(name, Any)) for name, value in values.items()}
@@ -150,42 +146,8 @@ def _get_hints(kind: type) -> Mapping[str, Any]:
 
 
 def _convert_field(key: str, value: Any, hint: Any) -> Any:
-    fit = _convert_value(value, hint)
-    if fit is NO_FIT:
-        wanted = str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
-        raise UsageError(f"{key}={value} is a {type(value).__name__}: expected {wanted}")
-    return fit
-
-
-NO_FIT = object()
-
-
-def _convert_value(value: Any, hint: Any) -> Any:
-    """Return the value if it matches, converting int to float and list to tuple where annotated; else NO_FIT."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        fits = [fit for fit in (_convert_value(value, arm) for arm in args) if fit is not NO_FIT]
-        return next((fit for fit in fits if type(fit) is type(value)), fits[0] if fits else NO_FIT)
-    if origin is Literal:  # True == 1 and 18.0 == 18, but the type must match too
-        return value if any(value == arm and type(value) is type(arm) for arm in args) else NO_FIT
-    if (origin or hint) in (tuple, list):
-        return _convert_sequence(value, origin or hint, args)
-    if hint is float and type(value) is int:
-        return float(value)
-    kind = origin or hint
-    if kind is Any or not isinstance(kind, type):  # an annotation that cannot be checked
-        return value
-    if isinstance(value, bool) and kind is int:
-        return NO_FIT
-    return value if isinstance(value, kind) else NO_FIT
-
-
-def _convert_sequence(value: Any, kind: type, args: tuple[Any, ...]) -> Any:
-    if not isinstance(value, list | tuple):
-        return NO_FIT
-    if kind is list or not args or args[-1] is Ellipsis:
-        args = (args[0] if args else Any,) * len(value)
-    if len(args) != len(value):
-        return NO_FIT
-    items = [_convert_value(item, hint) for item, hint in zip(value, args, strict=True)]
-    return NO_FIT if any(item is NO_FIT for item in items) else kind(items)
+    try:
+        return coerce(value, hint, exact=True)
+    except CoercionError:
+        expected = str(hint).replace("typing.", "") if get_args(hint) else getattr(hint, "__name__", str(hint))
+        raise UsageError(f"{key}={value} is a {type(value).__name__}: expected {expected}") from None

@@ -36,7 +36,7 @@ from launcher.config.hydra_errors import format_hydra_error, unknown_choice_mess
 from launcher.config.keys import config_keys, flatten, from_mapping, to_mapping, unknown_key_error
 from launcher.config.schema import RunConfig
 from launcher.config.search_space import SearchAxis
-from launcher.config.validation import validate
+from launcher.config.validation import validate_composed
 from launcher.errors import UsageError
 from launcher.system.redaction import mask_nested_secrets, mask_secrets
 
@@ -341,9 +341,9 @@ def finalize(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> Composed
     """Validate the composed values; a global batch given without a policy selects batch=hold."""
     config = from_mapping(mapping)
     if config.batch.policy == "goodput":
-        return ComposedConfig(validate(_set_batch_auto(config, parsed)))
+        return ComposedConfig(validate_composed(_set_batch_auto(config, parsed)))
     if config.batch.global_batch is None or config.batch.policy != "scale":
-        return ComposedConfig(validate(config))
+        return ComposedConfig(validate_composed(config))
     size = config.batch.global_batch
     if {"batch", "batch.policy"} & {override.key_or_group for override in parsed}:
         raise UsageError(
@@ -352,7 +352,8 @@ def finalize(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> Composed
         )
     held = replace(config, batch=replace(config.batch, policy="hold"))
     return ComposedConfig(
-        validate(held), (f"batch.global={size} selects batch=hold: the global batch is the same at every world size",)
+        validate_composed(held),
+        (f"batch.global={size} selects batch=hold: the global batch is the same at every world size",),
     )
 
 

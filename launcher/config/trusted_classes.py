@@ -6,8 +6,8 @@ import importlib
 import inspect
 import types
 from collections.abc import Sequence
-from difflib import get_close_matches
 
+from launcher.config.keys import closest_match
 from launcher.errors import UsageError
 
 __all__ = ["TRUSTED_MODULES", "load_class"]
@@ -28,16 +28,16 @@ def load_class(target: str, trust: Sequence[str]) -> type:
         raise UsageError(f"_target_={target} has no module: type my_module.{target}")
     if isinstance(trust, str):  # iterating over it would give its characters
         raise UsageError(f"recipe.trust={trust} is not a list: type recipe.trust=[{trust}]")
-    named = any(_covers(entry, target) for entry in trust)
-    if not named and not any(_covers(entry, target) for entry in TRUSTED_MODULES):
+    is_listed = any(_covers(entry, target) for entry in trust)
+    if not is_listed and not any(_covers(entry, target) for entry in TRUSTED_MODULES):
         raise UsageError(f"_target_={target} is not trusted: add recipe.trust=[{module}] if the code is yours")
-    found = getattr(_import_module(target, module), name, None)
-    if not inspect.isclass(found):
+    loaded = getattr(_import_module(target, module), name, None)
+    if not inspect.isclass(loaded):
         raise UsageError(f"_target_={target} is not a class: {_suggest_class(module, name)}")
-    if not named and not any(_covers(entry, found.__module__) for entry in TRUSTED_MODULES):
-        home = f"{found.__module__}.{found.__name__}"
-        raise UsageError(f"_target_={target} is only imported there: type _target_={home}")
-    return found
+    if not is_listed and not any(_covers(entry, loaded.__module__) for entry in TRUSTED_MODULES):
+        origin = f"{loaded.__module__}.{loaded.__name__}"
+        raise UsageError(f"_target_={target} is only imported there: type _target_={origin}")
+    return loaded
 
 
 def _covers(entry: str, path: str) -> bool:
@@ -56,9 +56,9 @@ def _import_module(target: str, module: str) -> types.ModuleType:
 
 
 def _suggest_class(module: str, name: str) -> str:
-    known = [each for each, value in vars(importlib.import_module(module)).items() if inspect.isclass(value)]
-    near = get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else f"name a class of {module}"
+    classes = [name for name, value in vars(importlib.import_module(module)).items() if inspect.isclass(value)]
+    near = closest_match(name, classes)
+    return f"did you mean {near}?" if near else f"name a class of {module}"
 
 
 def _join_lines(problem: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""Check configuration values beyond their types, before anything starts."""
+"""Check a composed configuration beyond its types: limits, names, the launch keys, the strategy and the sinks.
+
+What contradicts what in a plan is checked by `launcher.config.consistency`.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +12,17 @@ from types import NoneType
 from typing import Any, Literal
 
 from launcher.config.coercion import CoercionError, coerce, describe_type, format_value
-from launcher.config.keys import closest_match, flatten
+from launcher.config.consistency import iter_target_errors
+from launcher.config.keys import closest_match
+from launcher.config.limits import iter_limit_errors
 from launcher.config.schema import LaunchConfig, RunConfig
 from launcher.config.slurm_syntax import check_launch_keys
-from launcher.config.strategy_checks import config_errors as strategy_problems
+from launcher.config.strategy_checks import config_errors
 from launcher.errors import UsageError
 
-__all__ = ["validate"]
+__all__ = ["RUN_NAME", "validate_composed"]
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-SEED_LIMIT = 2**63
-
-#: The smallest allowed value of each key; None is handled where the key is used.
-MIN_VALUES: Mapping[str, float] = {
-    "batch.per_device": 1,
-    "batch.accumulation": 1,
-    "batch.global": 1,
-    "batch.min_global": 1,
-    "batch.max_global": 1,
-    "lr.base": 0,
-    "lr.base_batch": 1,
-    "data.num_workers": 0,
-    "data.prefetch_factor": 1,
-    "elastic.min_workers": 1,
-    "elastic.max_workers": 1,
-    "elastic.max_restarts": 0,
-    "elastic.shards": 1,
-    "launch.workers": 1,
-    "launch.threads": 1,
-    "checkpoint.keep": 1,
-    "log.every": 1,
-    "schedule.patience": 0,
-    "seed": 0,
-    "sweep.max_parallel": 1,
-    "sweep.trials": 1,
-}
-POSITIVE_KEYS = ("launch.timeout_s", "train.clip_norm", "schedule.factor")
 
 #: Sink name -> its options and their types.
 SINK_OPTION_TYPES: Mapping[str, Mapping[str, Any]] = {
@@ -60,7 +38,7 @@ SINK_OPTION_TYPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def validate(config: RunConfig) -> RunConfig:
+def validate_composed(config: RunConfig) -> RunConfig:
     """Return the configuration unchanged if it is valid.
 
     Raises:
@@ -72,31 +50,13 @@ def validate(config: RunConfig) -> RunConfig:
 
 
 def _iter_problems(config: RunConfig) -> Iterator[str]:
-    yield from _check_bounds(flatten(config))
+    yield from iter_limit_errors(config)
     yield from _check_run_and_launch(config)
-    yield from _check_target(config)
+    yield from iter_target_errors(config)
     yield from _check_optimizer(config.optimizer)
-    yield from strategy_problems(config)
+    yield from config_errors(config)
     for name, options in config.sink.items():
         yield from _check_sink(name, options)
-
-
-def _check_bounds(values: Mapping[str, Any]) -> Iterator[str]:
-    for key, least in MIN_VALUES.items():
-        value = values[key]
-        if isinstance(value, int | float) and value < least:
-            yield f"{key}={format_value(value)} is below {least:g}: type {key}={least:g} or more"
-    for key in POSITIVE_KEYS:
-        value = values[key]
-        if value is not None and value <= 0:
-            yield f"{key}={format_value(value)} must be > 0: type a number above 0"
-    if values["seed"] >= SEED_LIMIT:
-        yield f"seed={values['seed']} is too large: type a whole number below 2**63"
-    low, high = values["elastic.min_workers"], values["elastic.max_workers"]
-    if high is not None and high < low:
-        yield f"elastic.max_workers={high} is below elastic.min_workers={low}: type elastic.max_workers={low} or more"
-    if any(world < 1 for world in values["plan.world_sizes"] or ()):
-        yield f"plan.world_sizes={format_value(values['plan.world_sizes'])}: world sizes must be >= 1, e.g. plan.world_sizes=[1,2,8]"
 
 
 def _check_run_and_launch(config: RunConfig) -> Iterator[str]:
@@ -120,17 +80,6 @@ def _check_slurm_only_keys(launch: LaunchConfig) -> Iterator[str]:
     for name in ("time", "partition", "account", "qos", "constraint", "extra"):
         if value := getattr(launch, name):
             yield f"launch.{name}={format_value(value)} has no effect under launch=local: type launch=slurm, or remove it"
-
-
-def _check_target(config: RunConfig) -> Iterator[str]:
-    target = config.train.target
-    given = [bound for bound in (target.at_least, target.at_most) if bound is not None]
-    if target.metric is None and given:
-        yield "train.target.metric is not set: type the metric to watch, e.g. train.target.metric=val/accuracy"
-    if target.metric is not None and len(given) != 1:
-        yield f"train.target.metric={target.metric} needs either train.target.at_least= or train.target.at_most="
-    if config.train.stop_at_target and target.metric is None:
-        yield "train.stop_at_target=true has no target: type train.target.metric=val/accuracy and a bound"
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal, cast
 
 from launcher.config.coercion import format_value
-from launcher.config.consistency import validate_config, validate_dataset_sizes
+from launcher.config.consistency import validate_dataset_sizes, validate_for_plan
 from launcher.config.schema import BatchConfig, RunConfig, StrategyConfig
 from launcher.config.strategy_checks import needs_equal_micro_batches
 from launcher.errors import UsageError
@@ -100,7 +100,7 @@ def make_training_plan(
 
     Raises UsageError if the request is wrong, or its subclass PlanError if it only does not fit this world size.
     """
-    validate_config(config)
+    validate_for_plan(config)
     validate_dataset_sizes(config, sizes.train, sizes.val)
     rule = resolve_lr_rule(config)
     units = _make_units(config, sizes)

@@ -283,7 +283,7 @@ def test_advice_where_something_is_never_reached() -> None:
 REFUSED = [
     ({"lr.base": None}, "lr.base is not set: type e.g. lr.base=0.1 lr.base_batch=256"),
     ({"lr.base_batch": None}, "lr.base_batch is not set"),
-    ({"lr.base": -0.1}, "lr.base=-0.1 is not a learning rate"),
+    ({"lr.base": -0.1}, "lr.base=-0.1 is below 0: type a finite number above 0"),
     ({"lr.base": float("nan")}, "lr.base=nan is not a learning rate"),
     ({"lr.base": float("inf")}, "lr.base=inf is not a learning rate"),
     ({"lr.base_batch": 0}, "lr.base_batch=0 is below 1: type lr.base_batch=1 or more"),
@@ -338,9 +338,10 @@ REFUSED = [
     ({"elastic.hang_timeout_s": 0.0}, "elastic.hang_timeout_s=0.0 is below 1 second"),
     ({"elastic.hang_timeout_s": math.nan}, "elastic.hang_timeout_s=nan is below 1 second"),
     ({"elastic.first_timeout_s": 5.0}, "elastic.first_timeout_s=5.0 is below elastic.hang_timeout_s=8.0"),
-    ({"train.target.metric": "val/loss"}, "train.target={metric: val/loss, at_least: None, at_most: None} needs"),
-    ({"train.target.at_least": 0.9}, "train.target={metric: None"),
-    ({"train.stop_at_target": True}, "train.target={metric: None"),
+    ({"train.target.metric": "val/loss"}, "train.target.metric=val/loss needs either train.target.at_least= or"),
+    ({"train.target.at_least": 0.9}, "train.target.metric is not set"),
+    ({"train.target.at_least": math.nan}, "train.target.at_least=nan is not a bound"),
+    ({"train.stop_at_target": True}, "train.stop_at_target=true has no target"),
 ]
 
 
@@ -355,7 +356,7 @@ def test_a_wrong_request_is_one_line_with_key_value_and_mend(keys: dict[str, Any
 
 def test_a_target_has_one_bound() -> None:
     both = {"train.target.metric": "val/loss", "train.target.at_least": 1.0, "train.target.at_most": 2.0}
-    with pytest.raises(UsageError, match=r"train\.target.*one finite bound"):
+    with pytest.raises(UsageError, match=r"train\.target\.metric=val/loss needs either .* or "):
         make_training_plan(run(both), SIZES, 1)
     del both["train.target.at_least"]
     assert make_training_plan(run(both), SIZES, 1).config.train.target.at_most == 2.0

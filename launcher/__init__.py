@@ -29,9 +29,10 @@ def load(run: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     from safetensors.torch import load_model
 
     from launcher.recipe import build_recipe
+    from launcher.run_dir.run_directory import RunDirectory
 
-    folder = Path(run)
-    spec = yaml.safe_load((folder / "run.yaml").read_text())["recipe"]
+    run_dir = RunDirectory(Path(run))
+    spec = yaml.safe_load(run_dir.run_yaml.read_text())["recipe"]
     model: nn.Module = build_recipe({**spec, "trust": list(trust)}).model()
-    load_model(model, folder / "model.safetensors")
+    load_model(model, run_dir.model)
     return model.eval()

@@ -22,11 +22,11 @@ GATE_POLL_S = 0.1
 
 def wait_to_join(run_dir: RunDirectory, name: str) -> None:
     """Wait until the workers that train in `folder` have saved and paused, or until no process trains there."""
-    if find_lock_owner(run_dir) is None:
+    if find_lock_owner(run_dir.path) is None:
         return
     make_private_dir(run_dir.join_requests_dir)
     mark = run_dir.join_requests_dir / name
     mark.touch(0o600)
-    while mark.exists() and find_lock_owner(run_dir) is not None:
+    while mark.exists() and find_lock_owner(run_dir.path) is not None:
         time.sleep(GATE_POLL_S)
     mark.unlink(missing_ok=True)

@@ -13,11 +13,11 @@ from launcher.config.schema import BatchConfig, RunConfig
 from launcher.config.strategy_checks import needs_equal_micro_batches
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.goodput.policy import TimingProfile
+from launcher.run_dir.run_directory import RunDirectory
 from launcher.system.formatting import format_plural
 from launcher.system.stderr import print_stderr
 
 __all__ = [
-    "PROFILE_FILE",
     "MeasurementError",
     "ResolvedConfig",
     "apply_tuning_result",
@@ -29,7 +29,6 @@ __all__ = [
     "with_placeholder_batch",
 ]
 
-PROFILE_FILE = "profile.json"
 DEFAULT_BUDGET_S = 30.0
 UNLIMITED_PER_DEVICE = 1 << 40
 
@@ -132,14 +131,14 @@ def from_existing_run(config: RunConfig, path: Path, world: int, nodes: int) -> 
     if size == "auto":
         return None
     return ResolvedConfig(
-        config, f"batch.per_device=auto is {size}, read from {path / 'run.yaml'}: nothing was measured"
+        config, f"batch.per_device=auto is {size}, read from {RunDirectory(path).run_yaml}: nothing was measured"
     )
 
 
 def read_timing_profile(path: Path) -> TimingProfile | None:
     """The timing profile measured by an earlier start; None if it is missing or invalid."""
     try:
-        return TimingProfile.from_facts(json.loads((path / PROFILE_FILE).read_text()))
+        return TimingProfile.from_facts(json.loads(RunDirectory(path).profile_json.read_text()))
     except (OSError, ValueError):
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,8 @@ from launcher.goodput.noise_scale import compute_efficiency
 from launcher.goodput.throughput_model import Estimate
 from launcher.run_dir.metrics_reader import RunMetrics, read_run_metrics
 from launcher.run_dir.run_directory import RUNS_DIR
+from launcher.system.jsonl import JsonlReader
+from launcher.system.run_files import EVENTS_FILE, METRICS_FILE
 
 __all__ = ["MeasuredNoise", "find_noise_scale", "resolve_initial_noise"]
 
@@ -41,7 +42,7 @@ def find_noise_scale(config: RunConfig) -> MeasuredNoise | None:
     if config.plan.noise is not None:
         return _resolve_configured_noise(config, last=True)
     name = _get_recipe_class(config)
-    for folder in sorted(RUNS_DIR.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime, reverse=True):
+    for folder in sorted(RUNS_DIR.glob(f"*/{METRICS_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True):
         if (
             _read_recipe_class(folder.parent) == name
             and (found := _find_measured_noise(read_run_metrics(str(folder.parent)))) is not None
@@ -105,9 +106,8 @@ def _find_measured_noise(run: RunMetrics, *, last: bool = True) -> MeasuredNoise
 
 def _read_recipe_class(folder: Path) -> str | None:
     """The recipe class named in the run's start event; None if it cannot be read."""
-    with suppress(OSError, ValueError), (folder / "events.jsonl").open() as events:
-        for line in events:
-            event = json.loads(line)
+    with suppress(OSError):
+        for event in JsonlReader(folder / EVENTS_FILE, containing="start"):
             if event.get("event") == "start":
                 return str(event.get("recipe"))
     return None

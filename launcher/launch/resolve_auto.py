@@ -31,7 +31,7 @@ def resolve_without_measuring(
     found = auto_batch.from_existing_run(reuse_resolved_batch(config, path), path, world, nodes)
     if found is not None:
         return found
-    open_run(auto_batch.with_placeholder_batch(config), world, known=known, run_id=run_id, nodes=nodes)
+    open_run(auto_batch.with_placeholder_batch(config), world, existing=known, run_id=run_id, nodes=nodes)
     return None
 
 

@@ -103,7 +103,7 @@ def compose_on_rank0(
     asked = resolve_auto_values(resolution.config, topology, folder, measured)
     if isinstance(asked, MeasurementRequest):
         return asked
-    found = open_run(asked.config, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes)
+    found = open_run(asked.config, topology.world, existing=folder, run_id=topology.run_id, nodes=topology.nodes)
     job_spec = JobSpec.from_opened(found, loopback=False, why=asked.why, profile=asked.profile)
     if known is not None:
         job_spec = replace(job_spec, restarted=True, previous_checkpoint=known.newest)
@@ -133,7 +133,7 @@ def resolve_auto_values(
     if measured is not None:
         return resolve_from_measurement(config, measured, folder or run_path(config, topology.run_id, topology.nodes))
     found = resolve_without_measuring(
-        config, topology.world, known=folder, run_id=topology.run_id, nodes=topology.nodes
+        config, topology.world, existing=folder, run_id=topology.run_id, nodes=topology.nodes
     )
     if found is not None:
         return found

@@ -6,14 +6,14 @@ import json
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError
-from launcher.run_dir.run_directory import atomic_write_text
+from launcher.system.atomic_files import atomic_write_text
+from launcher.system.jsonl import JsonlReader
 from launcher.system.redaction import mask_secrets
 from launcher.telemetry.records import Event
 
@@ -25,7 +25,6 @@ __all__ = [
     "is_logged",
     "is_peer_failure",
     "read_failures",
-    "read_jsonl",
     "record_for_torchelastic",
     "root_cause",
     "should_report",
@@ -34,6 +33,7 @@ __all__ = [
 ]
 
 ROOT_CAUSE_WAIT_S = 0.4
+PACKAGE_DIR = Path(__file__).parents[1]  # frames below it are the launcher's own code
 HANG = "Hang"
 #: Error texts of a rank that lost a peer: always a consequence of another failure, never the root cause.
 PEER_FAILURE_SIGNS = (
@@ -66,16 +66,16 @@ class RankFailure:
         cls, rank: int, generation: int, error: BaseException, log: Path, *, final: bool = False
     ) -> RankFailure:
         """Build the record of `error`, with secrets masked in the message and the traceback."""
-        request = isinstance(error, UsageError)
+        is_usage = isinstance(error, UsageError)
         return cls(
             rank=rank,
             generation=generation,
             type=type(error).__name__,
             message=mask_secrets(" ".join(str(error).split())),
-            where="" if request else find_user_frame(error),
+            where="" if is_usage else find_user_frame(error),
             time=time.time(),
-            status=EXIT_USAGE if request else EXIT_FAILED,
-            is_fatal=request or final,
+            status=EXIT_USAGE if is_usage else EXIT_FAILED,
+            is_fatal=is_usage or final,
             log=str(log),
             traceback=mask_secrets("".join(traceback.format_exception(error))),
         )
@@ -114,8 +114,8 @@ def write_failure_json(logs: Path, failure: RankFailure) -> None:
 def find_user_frame(error: BaseException) -> str:
     """Return file:line of the innermost frame in the user's code, or of the innermost frame if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and f"{Path(__file__).parent}/" not in f.filename]
-    chosen = (own or list(frames))[-1:]
+    user_frames = [f for f in frames if "site-packages" not in f.filename and f"{PACKAGE_DIR}/" not in f.filename]
+    chosen = (user_frames or list(frames))[-1:]
     return f"{shorten_path(chosen[0].filename)}:{chosen[0].lineno}" if chosen else ""
 
 
@@ -128,37 +128,31 @@ def shorten_path(name: str) -> str:
 
 def first_failure(logs: Path, since: int) -> RankFailure | None:
     """Return the first root cause since generation `since`, or the first peer failure if that is all there is."""
-    found = [failure for failure in read_failures(logs) if failure.generation >= since]
-    return min(found, key=lambda f: (is_peer_failure(f.message), f.generation, f.time), default=None)
+    failures = [failure for failure in read_failures(logs) if failure.generation >= since]
+    return min(failures, key=lambda f: (is_peer_failure(f.message), f.generation, f.time), default=None)
 
 
 def root_cause(logs: Path, generation: int) -> RankFailure | None:
     """Return the first root cause in one generation; None if no rank recorded one."""
-    own = [failure for failure in read_failures(logs, generation) if not is_peer_failure(failure.message)]
-    return min(own, key=lambda failure: failure.time, default=None)
+    causes = [failure for failure in read_failures(logs, generation) if not is_peer_failure(failure.message)]
+    return min(causes, key=lambda failure: failure.time, default=None)
 
 
-def is_logged(events: Path, found: RankFailure) -> bool:
+def is_logged(events: Path, failure: RankFailure) -> bool:
     """Whether the failure is already in the event log; a hang is always logged by the rank that detected it."""
-    return found.type == HANG or any(
-        line.get("event") == "error" and (line.get("rank"), line.get("generation")) == (found.rank, found.generation)
-        for line in read_jsonl(events)
+    logged = ("error", failure.rank, failure.generation)
+    return failure.type == HANG or any(
+        (event.get("event"), event.get("rank"), event.get("generation")) == logged for event in JsonlReader(events)
     )
-
-
-def read_jsonl(events: Path) -> Iterator[dict[str, Any]]:
-    for line in events.read_text(errors="replace").split("\n") if events.exists() else []:
-        with suppress(ValueError):  # a line truncated by a kill
-            yield json.loads(line)
 
 
 def read_failures(logs: Path, generation: int | None = None) -> list[RankFailure]:
     """Return the failures recorded so far, in one generation or in all of them."""
-    found = []
+    failures = []
     for path in logs.glob(f"error-g{'*' if generation is None else generation}-r*.json"):
         with suppress(OSError, ValueError, TypeError):  # the file is still being written
-            found.append(RankFailure(**json.loads(path.read_text())))
-    return found
+            failures.append(RankFailure(**json.loads(path.read_text())))
+    return failures
 
 
 def should_report(logs: Path, own: RankFailure, within_s: float = ROOT_CAUSE_WAIT_S) -> bool:
@@ -176,20 +170,20 @@ def should_report(logs: Path, own: RankFailure, within_s: float = ROOT_CAUSE_WAI
 
 def is_peer_failure(message: str) -> bool:
     """Whether an error message only reports the loss of another rank."""
-    return any(word in message for word in PEER_FAILURE_SIGNS)
+    return any(sign in message for sign in PEER_FAILURE_SIGNS)
 
 
 def describe_exit_codes(codes: Mapping[int, int]) -> str:
     """Describe the decisive exit code of ranks that wrote no failure record; empty if there are no codes."""
-    told = sorted(codes.items(), key=lambda item: item[1] == -signal.SIGTERM)
-    return next((describe_exit(f"rank {rank}", code) for rank, code in told), "")
+    decisive_first = sorted(codes.items(), key=lambda item: item[1] == -signal.SIGTERM)
+    return next((describe_exit(f"rank {rank}", code) for rank, code in decisive_first), "")
 
 
-def describe_exit(who: str, code: int) -> str:
+def describe_exit(process: str, code: int) -> str:
     """Describe how a process ended; a negative `code` is the number of the signal that killed it."""
     if code == -signal.SIGKILL:
-        return f"{who} was killed by SIGKILL: out of memory?"
-    return f"{who} was killed by {signal.Signals(-code).name}" if code < 0 else f"{who} exited with code {code}"
+        return f"{process} was killed by SIGKILL: out of memory?"
+    return f"{process} was killed by {signal.Signals(-code).name}" if code < 0 else f"{process} exited with code {code}"
 
 
 def record_for_torchelastic(error: BaseException) -> None:

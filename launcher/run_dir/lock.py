@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import IO
 
 from launcher.errors import UsageError
-from launcher.run_dir.run_directory import RunDirectory
 
-__all__ = ["OWNER_PATTERN", "LockOwner", "RunDirLock", "acquire_lock", "find_lock_owner", "parse_lock_owner"]
+__all__ = ["LockOwner", "RunDirLock", "find_lock_owner"]
 
-
+LOCK_FILE = ".lock"
 OWNER_PATTERN = re.compile(r"process (\d+)(?: of torchrun (\d+))? on (\S+) since (.+)")
 
 
@@ -32,6 +31,14 @@ class LockOwner:
     since: str
     torchrun: int | None = None
 
+    @classmethod
+    def parse(cls, text: str) -> LockOwner:
+        """Parse the content of the lock file; one that names no owner counts as held on another machine."""
+        match = OWNER_PATTERN.match(text)
+        if match is None:
+            return cls(0, "another machine", "")
+        return cls(int(match[1]), match[3], match[4], int(match[2]) if match[2] else None)
+
     @property
     def is_local(self) -> bool:
         return self.host == socket.gethostname()
@@ -40,22 +47,20 @@ class LockOwner:
         return f"process {self.pid} on {self.host}"
 
 
-def find_lock_owner(run_dir: RunDirectory) -> LockOwner | None:
-    """Return the process that holds the lock; None if it is free. The kernel releases the lock of a dead process."""
+def find_lock_owner(folder: Path) -> LockOwner | None:
+    """Return the process that holds the lock of a run directory; None if it is free.
+
+    The kernel releases the lock of a process that ends.
+    """
     try:
-        with (run_dir.path / ".lock").open("r+") as file:
+        with (folder / LOCK_FILE).open("r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                found = OWNER_PATTERN.match(file.read())
-                return parse_lock_owner(found) if found else LockOwner(0, "another machine", "")
+                return LockOwner.parse(file.read())
     except FileNotFoundError:
         pass
     return None
-
-
-def parse_lock_owner(found: re.Match[str]) -> LockOwner:
-    return LockOwner(int(found[1]), found[3], found[4], int(found[2]) if found[2] else None)
 
 
 class RunDirLock:
@@ -63,7 +68,7 @@ class RunDirLock:
 
     def __init__(self, folder: Path, torchrun: int | None = None) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        self._file = open(os.open(folder / ".lock", flags, 0o600), "r+")  # noqa: SIM115 (held)
+        self._file = open(os.open(folder / LOCK_FILE, flags, 0o600), "r+")  # noqa: SIM115 (held)
         try:
             acquire_lock(self._file)
         except OSError as problem:

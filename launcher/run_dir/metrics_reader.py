@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import UsageError
 from launcher.run_dir.run_directory import RUNS_DIR, suggest_runs
+from launcher.system.jsonl import JsonlReader, is_number
+from launcher.system.run_files import METRICS_FILE
 
 __all__ = ["POSITION_FIELDS", "MetricValues", "RunMetrics", "find_runs", "read_run_metrics"]
 
 MetricValues = Mapping[str, float]
 
-METRICS_FILENAME = "metrics.jsonl"
 #: Columns that locate a row; the metrics follow them.
 POSITION_FIELDS = ("time", "samples", "update", "epoch", "world", "generation")
 REQUIRED_FIELDS = ("samples", "update")
-NUMBER_TYPES = (int, float)  # exact types only: bool is excluded
-MAX_METRIC_VALUE = 1e300
 
 
 @dataclass(frozen=True)
@@ -45,40 +44,36 @@ class RunMetrics:
         """A warning to show before any metric; None if all lines were read."""
         if not self.unreadable:
             return None
-        return f"{self.folder / METRICS_FILENAME}: {self.unreadable} unreadable lines were skipped"
+        return f"{self.folder / METRICS_FILE}: {self.unreadable} unreadable lines were skipped"
 
 
-def read_run_metrics(word: str) -> RunMetrics:
-    """Read the run in the folder `word`, or the run of that name in runs/.
+def read_run_metrics(run: str) -> RunMetrics:
+    """Read the run in the folder `run`, or the run of that name in runs/.
 
     Raises:
         UsageError: there is no such run, or it has no metrics yet.
     """
-    found = find_runs(word)
-    if len(found) > 1 or not (found[0] / METRICS_FILENAME).is_file():
-        raise UsageError(f"{word} contains {len(found)} runs: name one of them, e.g. {found[0]}")
-    return _read_rows(found[0])
+    folders = find_runs(run)
+    if len(folders) > 1 or not (folders[0] / METRICS_FILE).is_file():
+        raise UsageError(f"{run} contains {len(folders)} runs: name one of them, e.g. {folders[0]}")
+    return _read_rows(folders[0])
 
 
-def find_runs(word: str) -> list[Path]:
-    """Find the run folder named `word`, or the run folders inside it (multirun), in order.
+def find_runs(run: str) -> list[Path]:
+    """Find the run folder named `run`, or the run folders inside it (multirun), in order.
 
     Raises:
         UsageError: no run was found.
     """
-    for path in (Path(word), RUNS_DIR / word):
-        if (path / METRICS_FILENAME).is_file():
+    candidates = [path for path in (Path(run), RUNS_DIR / run) if path.is_dir()]
+    for path in candidates:
+        if (path / METRICS_FILE).is_file():
             return [path]
-        points = (
-            sorted((each.parent for each in path.glob(f"*/{METRICS_FILENAME}")), key=_get_sort_key)
-            if path.is_dir()
-            else []
-        )
-        if points:
+        if points := sorted((file.parent for file in path.glob(f"*/{METRICS_FILE}")), key=_get_sort_key):
             return points
-    if any(path.is_dir() for path in (Path(word), RUNS_DIR / word)):
-        raise UsageError(f"{word} has no {METRICS_FILENAME}: it has not trained yet")
-    raise UsageError(f"{word} is not a run: {suggest_runs(METRICS_FILENAME)}")
+    if candidates:
+        raise UsageError(f"{run} has no {METRICS_FILE}: it has not trained yet")
+    raise UsageError(f"{run} is not a run: {suggest_runs(METRICS_FILE)}")
 
 
 def _get_sort_key(folder: Path) -> tuple[int, str]:
@@ -86,31 +81,20 @@ def _get_sort_key(folder: Path) -> tuple[int, str]:
 
 
 def _read_rows(folder: Path) -> RunMetrics:
+    reader = JsonlReader(folder / METRICS_FILE)
     try:
-        lines = (folder / METRICS_FILENAME).read_bytes().split(b"\n")
+        entries = [_keep_numbers(entry) for entry in reader]
     except OSError as problem:
-        raise UsageError(f"{folder / METRICS_FILENAME} cannot be read: {problem.strerror}") from problem
-    rows = [_parse_row(line) for line in lines[:-1] if line.strip()]
-    last = _parse_row(lines[-1])  # without a newline: still being written, or truncated by a kill
-    whole = [row for row in (*rows, last) if row is not None]
-    if not whole:
-        raise UsageError(f"{folder / METRICS_FILENAME} has no rows: the run has not trained yet")
-    return RunMetrics(folder, tuple(_drop_superseded(whole)), tuple(whole), rows.count(None))
+        raise UsageError(f"{folder / METRICS_FILE} cannot be read: {problem.strerror}") from problem
+    rows = [row for row in entries if all(key in row for key in REQUIRED_FIELDS)]
+    if not rows:
+        raise UsageError(f"{folder / METRICS_FILE} has no rows: the run has not trained yet")
+    unreadable = reader.unreadable + len(entries) - len(rows)
+    return RunMetrics(folder, tuple(_drop_superseded(rows)), tuple(rows), unreadable)
 
 
-def _parse_row(line: bytes) -> MetricValues | None:
-    try:
-        read = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(read, dict):
-        return None
-    row = {
-        key: value
-        for key, value in read.items()
-        if type(value) in NUMBER_TYPES and -MAX_METRIC_VALUE < value < MAX_METRIC_VALUE
-    }
-    return row if all(key in row for key in REQUIRED_FIELDS) else None
+def _keep_numbers(entry: Mapping[str, Any]) -> MetricValues:
+    return {key: value for key, value in entry.items() if is_number(value)}
 
 
 def _drop_superseded(rows: Iterable[MetricValues]) -> Iterator[MetricValues]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from launcher import recipe as recipes
 from launcher.checkpoint.manifest import resolve_checkpoint_path
-from launcher.config.compose import flatten, from_yaml, to_yaml
+from launcher.config.compose import from_yaml, to_yaml
+from launcher.config.keys import flatten
 from launcher.config.schema import RunConfig
 from launcher.config.strategy_checks import missing_dependency
 from launcher.errors import UsageError
@@ -20,10 +21,10 @@ from launcher.run_dir.resume import ResumeDecision, decide_resume
 from launcher.run_dir.run_directory import (
     RUNS_DIR,
     RunDirectory,
-    atomic_write_text,
     format_recipe_name,
     unique_run_name,
 )
+from launcher.system.atomic_files import atomic_write_text
 from launcher.topology import get_slurm_job_id
 
 __all__ = ["OpenedRun", "open_run", "resolve_directory", "reuse_resolved_batch", "run_path", "write_run_files"]
@@ -33,7 +34,7 @@ __all__ = ["OpenedRun", "open_run", "resolve_directory", "reuse_resolved_batch",
 class OpenedRun:
     """A validated run that is ready to start: directory and name are decided, nothing is created yet.
 
-    `done`: content of done.json if the run is already complete. `knows`: an earlier start of the same job began it.
+    `done`: content of done.json if the run is already complete. `is_restart`: an earlier start of the job began it.
     """
 
     config: RunConfig
@@ -52,35 +53,37 @@ class OpenedRun:
     def format_summary(self) -> str:
         """Message for a run that is already complete."""
         done = self.done or {}
-        figures = "".join(f", {name} {value:.4g}" for name, value in sorted(done.get("metrics", {}).items()))
+        metrics = "".join(f", {name} {value:.4g}" for name, value in sorted(done.get("metrics", {}).items()))
         return (
             f"{self.run_dir.path} is complete: {done['samples']} samples in {done['updates']} updates, "
-            f"{done['seconds']:.1f} s{figures}\n"
+            f"{done['seconds']:.1f} s{metrics}\n"
             f"increase train.duration to continue, or type resume=never for a new run in another directory"
         )
 
 
 def open_run(
-    config: RunConfig, world: int, *, known: Path | None = None, run_id: str | None = None, nodes: int = 1
+    config: RunConfig, world: int, *, existing: Path | None = None, run_id: str | None = None, nodes: int = 1
 ) -> OpenedRun:
     """Validate the configuration and choose the run directory.
 
-    `known`: the run directory of an earlier start of the same job.
+    `existing`: the run directory of an earlier start of the same job.
 
     Raises:
         UsageError: the recipe, its data, the plan, the installed packages or the run directory do not allow the run.
     """
-    lacking = missing_dependency(config)
-    if lacking is not None:
-        raise UsageError(lacking)
+    problem = missing_dependency(config)
+    if problem is not None:
+        raise UsageError(problem)
     recipe = recipes.build_recipe(config.recipe)
     sizes = recipes.get_dataset_sizes(recipe)
-    config = reuse_resolved_batch(config, known or run_path(config, run_id, nodes))
+    config = reuse_resolved_batch(config, existing or run_path(config, run_id, nodes))
     plan = make_training_plan(config, sizes, world)
-    if known is not None:
-        asked = ResumeDecision(checkpoint=named_checkpoint(config.resume), require_checkpoint=config.resume == "must")
+    if existing is not None:
+        decision = ResumeDecision(
+            checkpoint=named_checkpoint(config.resume), require_checkpoint=config.resume == "must"
+        )
         return OpenedRun(
-            with_directory(config, known), recipe, sizes, plan, RunDirectory(known), asked, is_restart=True
+            with_directory(config, existing), recipe, sizes, plan, RunDirectory(existing), decision, is_restart=True
         )
     config, path, decision = resolve_directory(config, run_path(config, run_id, nodes))
     run_dir = RunDirectory(path)
@@ -97,7 +100,7 @@ def resolve_directory(config: RunConfig, path: Path) -> tuple[RunConfig, Path, R
     """
     config = reuse_resolved_batch(with_directory(config, path), path)
     decision = decide_resume(config.resume, path, read_config(path), flatten(from_yaml(to_yaml(config))))
-    if decision.fresh and (path / "run.yaml").exists():
+    if decision.fresh and RunDirectory(path).run_yaml.exists():
         path = next_free_path(path)
         config = with_directory(config, path)
     return config, path, decision
@@ -121,17 +124,17 @@ def covers_request(done: Mapping[str, Any], config: RunConfig, plan: TrainingPla
     return plan.duration <= done["samples"] or ("target" in done and config.train.stop_at_target)
 
 
-def write_run_files(found: OpenedRun, profile: Mapping[str, Any] | None = None) -> None:
+def write_run_files(opened: OpenedRun, profile: Mapping[str, Any] | None = None) -> None:
     """Write run.yaml and clear the stop request and done.json of an earlier job. The caller holds the lock.
 
     `profile`: the measured update times that batch=goodput uses.
     """
-    atomic_write_text(found.run_dir.run_yaml, to_yaml(found.config))
+    atomic_write_text(opened.run_dir.run_yaml, to_yaml(opened.config))
     if profile is not None:
-        atomic_write_text(found.run_dir.profile_json, json.dumps(profile) + "\n")
-    if not found.is_restart:
-        found.run_dir.clear_stop()
-        found.run_dir.done_json.unlink(missing_ok=True)  # more training is requested: not complete any more
+        atomic_write_text(opened.run_dir.profile_json, json.dumps(profile) + "\n")
+    if not opened.is_restart:
+        opened.run_dir.clear_stop()
+        opened.run_dir.done_json.unlink(missing_ok=True)  # more training is requested: not complete any more
 
 
 def run_path(config: RunConfig, run_id: str | None, nodes: int, job: str | None = None) -> Path:
@@ -154,12 +157,13 @@ def with_directory(config: RunConfig, path: Path) -> RunConfig:
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
     """Read the flat configuration of the run in `path`; None if there is no run."""
+    run_yaml = RunDirectory(path).run_yaml
     try:
-        return flatten(from_yaml((path / "run.yaml").read_text()))
+        return flatten(from_yaml(run_yaml.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, UsageError) as problem:
-        raise UsageError(f"{path / 'run.yaml'} cannot be read ({problem}): type another run.name=") from problem
+        raise UsageError(f"{run_yaml} cannot be read ({problem}): type another run.name=") from problem
 
 
 def next_free_path(path: Path) -> Path:

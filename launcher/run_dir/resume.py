@@ -23,8 +23,9 @@ CHANGEABLE_KEYS_BY_POLICY = dict.fromkeys(("hold", "goodput"), ("batch.per_devic
 class ResumeDecision:
     """How to start the run.
 
-    `fresh`: start a new run in a new directory. `must`: a checkpoint has to exist. `checkpoint`: the one named by the
-    user. `changed`: keys that differ from the configuration in the run directory and may differ, as (old, new).
+    `fresh`: start a new run in a new directory. `require_checkpoint`: there has to be a checkpoint. `checkpoint`: the
+    one named by the user. `changed`: keys that differ from the configuration in the run directory and may differ, as
+    (old, new).
     """
 
     fresh: bool = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,11 +15,26 @@ from typing import Any
 from launcher.errors import UsageError
 from launcher.run_dir.lock import RunDirLock
 from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.system.run_files import (
+    BEST_MODEL_FILE,
+    CHECKPOINTS_DIR,
+    DONE_FILE,
+    EVENTS_FILE,
+    LOGS_DIR,
+    METRICS_FILE,
+    MODEL_FILE,
+    PLAN_FILE,
+    PROFILE_FILE,
+    RUN_NAME_PATTERN,
+    RUN_YAML_FILE,
+    SLURM_FILE,
+    STOP_FILE,
+    WANDB_DIR,
+)
 
 __all__ = [
     "RUNS_DIR",
     "RunDirectory",
-    "atomic_write_text",
     "format_recipe_name",
     "resolve_named_dir",
     "suggest_runs",
@@ -29,7 +43,6 @@ __all__ = [
 
 RUNS_DIR = Path("runs")
 MAX_SUGGESTED_RUNS = 5
-RUN_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -40,36 +53,36 @@ class RunDirectory:
 
     @property
     def run_yaml(self) -> Path:
-        return self.path / "run.yaml"
+        return self.path / RUN_YAML_FILE
 
     @property
     def plan_json(self) -> Path:
-        return self.path / "plan.json"
+        return self.path / PLAN_FILE
 
     @property
     def profile_json(self) -> Path:
         """The measured update times that batch=goodput uses."""
-        return self.path / "profile.json"
+        return self.path / PROFILE_FILE
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
 
     @property
     def events(self) -> Path:
-        return self.path / "events.jsonl"
+        return self.path / EVENTS_FILE
 
     @property
     def wandb(self) -> Path:
-        return self.path / "wandb"
+        return self.path / WANDB_DIR
 
     @property
     def done_json(self) -> Path:
-        return self.path / "done.json"
+        return self.path / DONE_FILE
 
     @property
     def stop_file(self) -> Path:
-        return self.path / "stop"
+        return self.path / STOP_FILE
 
     @property
     def join_requests_dir(self) -> Path:
@@ -78,15 +91,20 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS_DIR
 
     @property
     def logs(self) -> Path:
-        return self.path / "logs"
+        return self.path / LOGS_DIR
 
     @property
     def model(self) -> Path:
-        return self.path / "model.safetensors"
+        return self.path / MODEL_FILE
+
+    @property
+    def best_model(self) -> Path:
+        """The parameters with the best validation result, if the recipe names one."""
+        return self.path / BEST_MODEL_FILE
 
     def resolve_checkpoints_dir(self, elsewhere: str | None) -> Path:
         """Return the checkpoint folder: a subfolder per run if `checkpoint.dir` is set, so that runs do not mix."""
@@ -99,7 +117,7 @@ class RunDirectory:
     @property
     def slurm_json(self) -> Path:
         """The Slurm job that owns the directory; written by the job script at every start."""
-        return self.path / "slurm.json"
+        return self.path / SLURM_FILE
 
     def get_log_path(self, rank: int, generation: int) -> Path:
         return self.logs / f"rank{rank}-g{generation}.log"
@@ -300,6 +318,3 @@ def suggest_runs(file: str) -> str:
         return f"there are no runs in {RUNS_DIR}/"
     more = f" and {len(names) - MAX_SUGGESTED_RUNS} more" if len(names) > MAX_SUGGESTED_RUNS else ""
     return f"the most recent are {', '.join(names[:MAX_SUGGESTED_RUNS])}{more}"
-
-
-# --- memory across worker restarts, where the user ran torchrun ---------------------------------------------------

@@ -11,10 +11,10 @@ from pathlib import Path
 import yaml
 
 from launcher.config.schema import RunConfig, RunDirConfig
-from launcher.config.validation import RUN_NAME
 from launcher.errors import EXIT_OK, UsageError
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.system.redaction import mask_nested_secrets
+from launcher.system.run_files import RUN_NAME_PATTERN
 
 __all__ = [
     "FINISHED",
@@ -50,7 +50,7 @@ def choose_sweep_directory(run: RunDirConfig, now: float | None = None) -> Path:
     if run.dir is not None:
         return Path(run.dir)
     if run.name is not None:
-        if not RUN_NAME.fullmatch(run.name):
+        if not RUN_NAME_PATTERN.fullmatch(run.name):
             raise UsageError(f"run.name={run.name}: type up to 64 letters, digits, '.', '_' and '-'")
         return Path("runs") / run.name
     named = Path("runs") / time.strftime("sweep-%Y%m%d-%H%M%S", time.localtime(now))
@@ -66,7 +66,7 @@ def point_config(config: RunConfig, folder: Path, number: int | str) -> RunConfi
         grouped = {**options, "group": options.get("group") or folder.name}
         config = replace(config, sink={**config.sink, "wandb": grouped})
     return replace(
-        config, run=RunDirConfig(name=name if RUN_NAME.fullmatch(name) else None, dir=str(folder / str(number)))
+        config, run=RunDirConfig(name=name if RUN_NAME_PATTERN.fullmatch(name) else None, dir=str(folder / str(number)))
     )
 
 

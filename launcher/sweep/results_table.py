@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.sweep import critical_batch
 from launcher.sweep.outcome import FINISHED, PointOutcome
+from launcher.system.jsonl import JsonlReader
 from launcher.system.redaction import mask_secrets
 
 __all__ = [
@@ -275,10 +275,7 @@ def find_best_value(rows: Sequence[Mapping[str, Any]], metric: str, least: bool)
 
 def select_rows(metrics: Path, start: str) -> list[dict[str, Any]]:
     """The rows with a key that begins with `start`."""
-    if not metrics.is_file():
-        return []
-    with metrics.open() as file:
-        return [json.loads(line) for line in file if f'"{start}' in line and line.endswith("\n")]
+    return list(JsonlReader(metrics, containing=f'"{start}'))
 
 
 def read_objective(path: Path, metric: str, most: bool) -> float | None:

@@ -13,6 +13,7 @@ from launcher.config.resume_keys import may_change_on_resume
 from launcher.config.schema import RunConfig, SweepConfig
 from launcher.config.search_space import SearchAxis
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError
+from launcher.run_dir.run_directory import RunDirectory
 from launcher.sweep import optuna_search as searching
 from launcher.sweep import outcome, results_table
 from launcher.sweep.machine_slices import MachineResources, divide_machine
@@ -119,7 +120,7 @@ class SweepProgress:
         status, words = self._statuses.get(number), tuple(point_overrides(overrides))
         if status is None:
             return outcome.PointOutcome(number, words, EXIT_OK, outcome.NOT_RUN)
-        done = (self._folder / str(number) / "done.json").exists()
+        done = RunDirectory(self._folder / str(number)).done_json.exists()
         return outcome.PointOutcome(
             number, words, status, f"failed ({status})" if status else outcome.FINISHED if done else outcome.STOPPED
         )
@@ -216,7 +217,7 @@ def record_point(
     """Report a finished point to Optuna; a stopped point is skipped, since the same command continues it."""
     progress.record_exit(job, status)
     point = folder / str(job.number)
-    if status == EXIT_INTERRUPTED or (status == EXIT_OK and not (point / "done.json").exists()):
+    if status == EXIT_INTERRUPTED or (status == EXIT_OK and not RunDirectory(point).done_json.exists()):
         return
     value = results_table.read_objective(point, goal.metric, goal.most)
     if value is None and status == EXIT_OK:

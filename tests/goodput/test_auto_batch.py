@@ -15,6 +15,7 @@ from launcher.errors import UsageError
 from launcher.goodput import auto_batch
 from launcher.plan.training_plan import DatasetSizes, make_training_plan
 from launcher.run_dir.open_run import resolve_directory, reuse_resolved_batch
+from launcher.run_dir.run_directory import RunDirectory
 
 RUN = RunConfig(
     recipe={"_target_": "launcher.recipes.mlp.Mlp"},
@@ -144,7 +145,7 @@ def test_what_was_measured_is_kept_in_the_runs_folder_and_asked_first(tmp_path: 
     assert (answer.profile or {})["cap"] == 32
     assert answer.why == "batch.policy=goodput: update times on 1 worker, measured now in 12.3 s"
     assert auto_batch.from_existing_run(answer.config, tmp_path, 1, 1) is None
-    (tmp_path / auto_batch.PROFILE_FILE).write_text(json.dumps(answer.profile))
+    RunDirectory(tmp_path).profile_json.write_text(json.dumps(answer.profile))
     again = auto_batch.from_existing_run(answer.config, tmp_path, 1, 1)
     assert again is not None
     assert again.profile is not None
@@ -153,10 +154,10 @@ def test_what_was_measured_is_kept_in_the_runs_folder_and_asked_first(tmp_path: 
 
 def test_more_workers_than_were_measured_for_are_measured_and_added(tmp_path: Path) -> None:
     first = auto_batch.apply_tuning_result(GOODPUT, measured(1), tmp_path)
-    (tmp_path / auto_batch.PROFILE_FILE).write_text(json.dumps(first.profile))
+    RunDirectory(tmp_path).profile_json.write_text(json.dumps(first.profile))
     assert auto_batch.from_existing_run(first.config, tmp_path, 2, 1) is None
     both = auto_batch.apply_tuning_result(first.config, measured(2), tmp_path)
-    (tmp_path / auto_batch.PROFILE_FILE).write_text(json.dumps(both.profile))
+    RunDirectory(tmp_path).profile_json.write_text(json.dumps(both.profile))
     assert auto_batch.from_existing_run(first.config, tmp_path, 4, 1) is not None
     assert auto_batch.from_existing_run(first.config, tmp_path, 5, 1) is None
 
@@ -164,7 +165,7 @@ def test_more_workers_than_were_measured_for_are_measured_and_added(tmp_path: Pa
 def test_a_damaged_profile_of_a_run_is_measured_anew(tmp_path: Path) -> None:
     answer = auto_batch.apply_tuning_result(GOODPUT, measured(1), tmp_path)
     for text in ("", "{", "[]", json.dumps({**(answer.profile or {}), "cap": 0})):
-        (tmp_path / auto_batch.PROFILE_FILE).write_text(text)
+        RunDirectory(tmp_path).profile_json.write_text(text)
         assert auto_batch.from_existing_run(answer.config, tmp_path, 1, 1) is None
 
 

@@ -13,6 +13,16 @@ from launcher.system.formatting import (
     format_number,
     format_rate,
 )
+from launcher.system.run_files import (
+    BEST_MODEL_FILE,
+    CHECKPOINTS_DIR,
+    EVENTS_FILE,
+    LOGS_DIR,
+    METRICS_FILE,
+    MODEL_FILE,
+    TENSORBOARD_DIR,
+    WANDB_DIR,
+)
 from launcher.telemetry.sinks.running_stats import RunningStats, StageShare
 from launcher.telemetry.sinks.start_summary import Facts, LabelledText
 
@@ -29,15 +39,7 @@ STAGE_COLOURS = {
 }
 BAR_COLUMNS = 36
 DOMINANT_SHARE = 0.5
-LISTED_FILES = (
-    "model.safetensors",
-    "best.safetensors",
-    "checkpoints",
-    "metrics.jsonl",
-    "events.jsonl",
-    "logs",
-    "wandb",
-)
+LISTED_FILES = (MODEL_FILE, BEST_MODEL_FILE, CHECKPOINTS_DIR, METRICS_FILE, EVENTS_FILE, LOGS_DIR, WANDB_DIR)
 
 STAGE_ADVICE = {
     "data": "workers wait for data. Try data.num_workers=2 or more",
@@ -110,10 +112,10 @@ def suggest_next_steps(facts: Facts, finished: bool) -> list[str]:
     steps = [
         f"to continue: {key} and a longer train.duration" if finished else f"to continue: the same command with {key}"
     ]
-    if any(folder.glob("wandb/offline-run-*")):
-        steps.append(f"wandb sync {folder}/wandb/offline-run-*")
-    if (folder / "tensorboard").is_dir():
-        steps.append(f"tensorboard --logdir {folder}/tensorboard")
+    if any(folder.glob(f"{WANDB_DIR}/offline-run-*")):
+        steps.append(f"wandb sync {folder}/{WANDB_DIR}/offline-run-*")
+    if (folder / TENSORBOARD_DIR).is_dir():
+        steps.append(f"tensorboard --logdir {folder}/{TENSORBOARD_DIR}")
     return steps
 
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.system.atomic_files import atomic_write_text
+from launcher.system.jsonl import parse_json_object
+from launcher.system.run_files import EVENTS_FILE, METRICS_FILE, PLAN_FILE
 from launcher.telemetry.records import Event, MetricsRow
 
-__all__ = ["EVENTS_FILE", "METRICS_FILE", "JsonlSink", "append_line", "append_line_concurrently", "to_json_line"]
+__all__ = ["JsonlSink", "append_line", "append_line_concurrently", "to_json_line"]
 
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
-PLAN_FILE = "plan.json"
 BLOCK_BYTES = 65536
 
 
@@ -40,8 +39,8 @@ class JsonlSink:
         Raises:
             OSError: nothing of the entry was written; the write may be retried.
         """
-        lines = self._metrics if isinstance(entry, MetricsRow) else self._events
-        lines.append(to_json_line(entry))
+        file = self._metrics if isinstance(entry, MetricsRow) else self._events
+        file.append(to_json_line(entry))
         if isinstance(entry, Event) and entry.event == "plan":
             plan = {key: value for key, value in entry.fields.items() if key not in ("why", "from")}
             atomic_write_text(self._folder / PLAN_FILE, json.dumps(plan, indent=1, default=_convert_scalar) + "\n")
@@ -56,43 +55,43 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.open(path, flags, 0o600)
+        self._fd = os.open(path, flags, 0o600)
         self._rest = b""
-        _repair_last_line(self._file)
+        _repair_last_line(self._fd)
 
     def append(self, line: bytes) -> None:
         self._write_remainder()
-        self._rest = line[os.write(self._file, line) :]
+        self._rest = line[os.write(self._fd, line) :]
         with suppress(OSError):  # the line was begun, so it counts as written; its rest is written before the next line
             self._write_remainder()
 
     def close(self) -> None:
-        if self._file >= 0:
+        if self._fd >= 0:
             self._write_remainder()
-            os.close(self._file)
-            self._file = -1
+            os.close(self._fd)
+            self._fd = -1
 
     def _write_remainder(self) -> None:
         while self._rest:
-            self._rest = self._rest[os.write(self._file, self._rest) :]
+            self._rest = self._rest[os.write(self._fd, self._rest) :]
 
 
 def append_line(path: Path, entry: MetricsRow | Event) -> None:
     """Append one line to a file that no other process is writing to."""
-    lines = LineFile(path)
+    file = LineFile(path)
     try:
-        lines.append(to_json_line(entry))
+        file.append(to_json_line(entry))
     finally:
-        lines.close()
+        file.close()
 
 
 def append_line_concurrently(path: Path, entry: MetricsRow | Event) -> None:
     """Append one line to a file that rank 0 may be writing to: a single append write keeps both lines whole."""
-    number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        os.write(number, to_json_line(entry))
+        os.write(fd, to_json_line(entry))
     finally:
-        os.close(number)
+        os.close(fd)
 
 
 def to_json_line(entry: MetricsRow | Event) -> bytes:
@@ -137,25 +136,23 @@ def _replace_non_finite(value: Any) -> Any:
 ENCODER = json.JSONEncoder(default=_convert_scalar, allow_nan=False)
 
 
-def _repair_last_line(file: int) -> None:
+def _repair_last_line(fd: int) -> None:
     """Repair a last line that a killed writer left incomplete: add the newline to a whole object, else truncate."""
-    size = os.fstat(file).st_size
-    tail = _read_last_line(file, size)
+    size = os.fstat(fd).st_size
+    tail = _read_last_line(fd, size)
     if not tail:
         return
-    try:
-        json.loads(tail)
-    except ValueError:
-        os.ftruncate(file, size - len(tail))
+    if parse_json_object(tail) is None:
+        os.ftruncate(fd, size - len(tail))
     else:
-        os.write(file, b"\n")
+        os.write(fd, b"\n")
 
 
-def _read_last_line(file: int, size: int) -> bytes:
+def _read_last_line(fd: int, size: int) -> bytes:
     """The bytes after the last newline; empty if the file ends with a newline."""
     tail, start = b"", size
     while start > 0 and b"\n" not in tail:
         length = min(BLOCK_BYTES, start)
         start -= length
-        tail = os.pread(file, length, start) + tail
+        tail = os.pread(fd, length, start) + tail
     return tail.rpartition(b"\n")[2]

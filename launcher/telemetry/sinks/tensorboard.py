@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
+from launcher.system.run_files import TENSORBOARD_DIR
 from launcher.telemetry.records import Event, MetricsRow
 from launcher.telemetry.sinks.rate_limit import SLOW_SINK_INTERVAL_S, RowRateLimiter
 
@@ -30,7 +31,7 @@ class TensorboardSink:
                 "type pip install 'elastic-batch-launcher[report]', or remove it from sink="
             )
         self.every_s = SLOW_SINK_INTERVAL_S
-        self._folder = folder / "tensorboard"
+        self._folder = folder / TENSORBOARD_DIR
         self._thinner = RowRateLimiter()
         self._samples = 0
         self._writer: SummaryWriter | None = None

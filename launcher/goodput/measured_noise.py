@@ -66,29 +66,29 @@ def resolve_initial_noise(config: RunConfig) -> RunConfig:
 
 
 def _resolve_configured_noise(config: RunConfig, *, last: bool) -> MeasuredNoise:
-    asked = config.plan.noise
-    if isinstance(asked, str):
-        found, other = _read_run_noise(asked, last=last)
-        if other not in (None, _get_recipe_class(config)):
+    setting = config.plan.noise
+    if isinstance(setting, str):
+        noise, recipe_class = _read_run_noise(setting, last=last)
+        if recipe_class not in (None, _get_recipe_class(config)):
             raise UsageError(
-                f"plan.noise={asked}: that run trained {other}, not {_get_recipe_class(config)}: type a run of this recipe, or a "
-                "number of samples"
+                f"plan.noise={setting}: that run trained {recipe_class}, not {_get_recipe_class(config)}: type a run of "
+                "this recipe, or a number of samples"
             )
-        if found is None:
-            raise UsageError(f"plan.noise={asked}: that run has measured no noise scale: type a number of samples")
-        return found
-    if asked is None or asked <= 0:
-        raise UsageError(f"plan.noise={asked} is not a noise scale: type a number of samples above 0")
-    return MeasuredNoise(asked, asked, asked, "plan.noise")
+        if noise is None:
+            raise UsageError(f"plan.noise={setting}: that run has measured no noise scale: type a number of samples")
+        return noise
+    if setting is None or setting <= 0:
+        raise UsageError(f"plan.noise={setting} is not a noise scale: type a number of samples above 0")
+    return MeasuredNoise(setting, setting, setting, "plan.noise")
 
 
-def _read_run_noise(word: str, *, last: bool) -> tuple[MeasuredNoise | None, str | None]:
+def _read_run_noise(name: str, *, last: bool) -> tuple[MeasuredNoise | None, str | None]:
     """The noise scale measured by the named run, and the class of its recipe."""
     try:
-        known = read_run_metrics(word)
+        metrics = read_run_metrics(name)
     except UsageError as problem:
         raise UsageError(f"plan.noise={problem}; or type a number of samples") from problem
-    return _find_measured_noise(known, last=last), _read_recipe_class(known.folder)
+    return _find_measured_noise(metrics, last=last), _read_recipe_class(metrics.folder)
 
 
 def _get_recipe_class(config: RunConfig) -> str:

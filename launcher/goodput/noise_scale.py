@@ -89,7 +89,7 @@ class NoiseScale:
         mean_square_norm: float,
         samples: float | None = None,
     ) -> NoiseScale:
-        """Return the estimate with one more update (arguments as in `estimates`).
+        """Return the estimate with one more update (arguments as in `estimate_variance_and_square`).
 
         It is unchanged if fewer than two groups have samples. Groups are the ranks or one rank's micro-batches, never
         both. Gradients are taken after unscaling and before clipping. If shares count tokens, `samples` is the update's
@@ -105,17 +105,15 @@ class NoiseScale:
 
     def _with_block(self, block: Sequence[tuple[float, float]]) -> NoiseScale:
         variances, squares = zip(*block, strict=True)
-        kept = math.ceil(_WINDOW_HALF_LIVES * self.half_life / _BLOCK_UPDATES)
-        window = (*self.window, (math.fsum(variances) / _BLOCK_UPDATES, math.fsum(squares) / _BLOCK_UPDATES))[-kept:]
-        later = replace(self, window=window, block=())
-        if later._is_narrow and changed_by_factor(self.applied, later.scale):
-            return replace(later, applied=later.scale)
-        low = later.interval[0] if later.interval else 0.0
-        return (
-            replace(later, lower_bound=low)
-            if self.applied is None and low > 0 and changed_by_factor(self.lower_bound, low)
-            else later
-        )
+        length = math.ceil(_WINDOW_HALF_LIVES * self.half_life / _BLOCK_UPDATES)
+        means = (math.fsum(variances) / _BLOCK_UPDATES, math.fsum(squares) / _BLOCK_UPDATES)
+        updated = replace(self, window=(*self.window, means)[-length:], block=())
+        if updated._is_narrow and changed_by_factor(self.applied, updated.scale):
+            return replace(updated, applied=updated.scale)
+        low = updated.interval[0] if updated.interval else 0.0
+        if self.applied is None and low > 0 and changed_by_factor(self.lower_bound, low):
+            return replace(updated, lower_bound=low)
+        return updated
 
     @property
     def scale(self) -> float | None:
@@ -167,18 +165,16 @@ class NoiseScale:
         scale, interval = _estimate_ratio(self.half_life, self.window)
         if interval is None:
             return None, None
-        known = None if scale is None else self._correct_for_dataset_size(scale)
-        return known, (self._correct_for_dataset_size(interval[0]), self._correct_for_dataset_size(interval[1]))
+        corrected = None if scale is None else self._correct_for_dataset_size(scale)
+        return corrected, (self._correct_for_dataset_size(interval[0]), self._correct_for_dataset_size(interval[1]))
 
     def _correct_for_dataset_size(self, scale: float) -> float:
         """phi (N - 1) / (N + phi): drawing without replacement from N samples biases |G|^2 low and S slightly high."""
         if self.dataset_size is None:
             return scale
-        return (
-            self.dataset_size - 1
-            if scale == math.inf
-            else scale * (self.dataset_size - 1) / (self.dataset_size + scale)
-        )
+        if scale == math.inf:
+            return self.dataset_size - 1
+        return scale * (self.dataset_size - 1) / (self.dataset_size + scale)
 
 
 @lru_cache(maxsize=8)  # four of five updates have the same window as the previous one
@@ -191,36 +187,36 @@ def _estimate_ratio(
     weights = _compute_weights(half_life, len(window))
     variance = math.fsum(weight * block[0] for weight, block in zip(weights, window, strict=True))
     square = math.fsum(weight * block[1] for weight, block in zip(weights, window, strict=True))
-    off_s = [weight * (block[0] - variance) for weight, block in zip(weights, window, strict=True)]
-    off_g = [weight * (block[1] - square) for weight, block in zip(weights, window, strict=True)]
-    interval = _compute_fieller_interval(variance, square, *_compute_covariance(weights, off_s, off_g))
-    known = interval is not None and interval[1] < math.inf
-    return variance / square if known else None, interval
+    deviations_s = [weight * (block[0] - variance) for weight, block in zip(weights, window, strict=True)]
+    deviations_g = [weight * (block[1] - square) for weight, block in zip(weights, window, strict=True)]
+    interval = _compute_fieller_interval(variance, square, *_compute_covariance(weights, deviations_s, deviations_g))
+    is_known = interval is not None and interval[1] < math.inf
+    return variance / square if is_known else None, interval
 
 
 @lru_cache(maxsize=8)
 def _compute_weights(half_life: float, length: int) -> tuple[float, ...]:
     """Weights of `length` blocks, oldest first; they sum to 1."""
     weights = [0.5 ** (age * _BLOCK_UPDATES / half_life) for age in range(length - 1, -1, -1)]
-    whole = math.fsum(weights)
-    return tuple(weight / whole for weight in weights)
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
 
 
 def _compute_covariance(
-    weights: Sequence[float], off_s: Sequence[float], off_g: Sequence[float]
+    weights: Sequence[float], deviations_s: Sequence[float], deviations_g: Sequence[float]
 ) -> tuple[float, float, float, float]:
     """Var(S), Cov(S, |G|^2), Var(|G|^2) of the weighted means, and their degrees of freedom.
 
-    `off_s`, `off_g`: each block's deviation from the mean, times its weight.
+    `deviations_s`, `deviations_g`: each block's deviation from the mean, times its weight.
     Leave-one-block-out jackknife: without block j of weight p, the mean changes by p (mean - block j) / (1 - p). The
     denominators and the unequal weights reduce to one common factor, which is exact for blocks of equal variance.
     """
-    two, three = (math.fsum(weight**power for weight in weights) for power in (2, 3))
-    unbiased = two / (two * (1 + two) - 2 * three)
-    var_s = sum(off * off for off in off_s)
-    cov = sum(off * other for off, other in zip(off_s, off_g, strict=True))
-    var_g = sum(off * off for off in off_g)
-    return unbiased * var_s, unbiased * cov, unbiased * var_g, 1 / two - 1
+    sum2, sum3 = (math.fsum(weight**power for weight in weights) for power in (2, 3))
+    unbiased = sum2 / (sum2 * (1 + sum2) - 2 * sum3)
+    var_s = sum(s * s for s in deviations_s)
+    cov = sum(s * g for s, g in zip(deviations_s, deviations_g, strict=True))
+    var_g = sum(g * g for g in deviations_g)
+    return unbiased * var_s, unbiased * cov, unbiased * var_g, 1 / sum2 - 1
 
 
 def _compute_fieller_interval(
@@ -230,14 +226,14 @@ def _compute_fieller_interval(
 
     High is infinite if |G|^2 itself may be zero. None if no positive ratio can be rejected.
     """
-    reach = student_t_quantile(freedom) ** 2
-    a = square * square - reach * var_g
-    b = variance * square - reach * cov
-    c = variance * variance - reach * var_s
-    inside = b * b - a * c
+    t2 = student_t_quantile(freedom) ** 2
+    a = square * square - t2 * var_g
+    b = variance * square - t2 * cov
+    c = variance * variance - t2 * var_s
+    discriminant = b * b - a * c
     if a > 0 and square > 0:
-        root = math.sqrt(max(0.0, inside))
+        root = math.sqrt(max(0.0, discriminant))
         return max(0.0, (b - root) / a), (b + root) / a
-    if inside <= 0 or a == 0 or c <= 0:
+    if discriminant <= 0 or a == 0 or c <= 0:
         return None
-    return max((b - math.sqrt(inside)) / a, (b + math.sqrt(inside)) / a), math.inf
+    return max((b - math.sqrt(discriminant)) / a, (b + math.sqrt(discriminant)) / a), math.inf

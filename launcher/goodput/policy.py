@@ -14,32 +14,23 @@ from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
+from launcher.goodput.batch_choice import BatchBounds, BatchChoice, best_choice
 from launcher.goodput.noise_scale import NoiseScale
-from launcher.goodput.update_time_model import (
-    BatchChoice,
-    FixedCosts,
-    TimedUpdate,
-    UpdateModel,
-    best_choice,
-    fit_update_model,
-)
+from launcher.goodput.update_time_model import FixedCosts, TimedUpdate, UpdateModel, fit_update_model
 from launcher.plan.batch import PlanError
 from launcher.plan.lr_scaling import max_batch_ratio, resolve_lr_rule
 from launcher.system.formatting import format_rate
+from launcher.system.statistics import Z_95
 
 __all__ = [
-    "BatchBounds",
     "BatchChooser",
     "GoodputPolicy",
     "NoiseKnowledge",
-    "NullGoodputPolicy",
     "TimingProfile",
     "apply_choice",
     "compute_batch_bounds",
     "explain_choice",
 ]
-
-_Z_95 = 1.96  # half-width of a 95 % interval in standard errors
 
 
 @dataclass(frozen=True)
@@ -55,9 +46,9 @@ class WorldTimings:
     updates: tuple[TimedUpdate, ...]
 
     @classmethod
-    def from_document(cls, found: Mapping[str, Any]) -> WorldTimings:
+    def from_document(cls, document: Mapping[str, Any]) -> WorldTimings:
         """Build from a JSON document printed by `tune`."""
-        return cls(found["world"], found["nodes"], tuple(_iter_timed_updates(found)))
+        return cls(document["world"], document["nodes"], tuple(_iter_timed_updates(document)))
 
 
 @dataclass(frozen=True)
@@ -71,11 +62,11 @@ class TimingProfile:
     @classmethod
     def from_documents(cls, documents: Iterable[Mapping[str, Any]], *, every_micro: bool = False) -> TimingProfile:
         """Build from JSON documents printed by `tune`, at any world sizes."""
-        found = list(documents)
-        points = [point for one in found for point in one["points"] if point["samples_per_s"]]
+        results = list(documents)
+        points = [point for result in results for point in result["points"] if point["samples_per_s"]]
         stages = {stage: min(point["stages"][stage] for point in points) / 1e3 for stage in ("optimizer", "other")}
         return cls(
-            tables=tuple(map(WorldTimings.from_document, found)),
+            tables=tuple(map(WorldTimings.from_document, results)),
             work=FixedCosts(stages["optimizer"], stages["other"], every_micro=every_micro),
             cap=max(point["per_device"] for point in points if point["label"] != "regressed"),
         )
@@ -87,8 +78,8 @@ class TimingProfile:
 
     def merged_with(self, later: TimingProfile) -> TimingProfile:
         """Merge in later measurements; they replace those at the same world size and node count."""
-        old = tuple(one for one in self.tables if (one.world, one.nodes) not in later.worlds)
-        return replace(later, tables=(*old, *later.tables))
+        kept = tuple(table for table in self.tables if (table.world, table.nodes) not in later.worlds)
+        return replace(later, tables=(*kept, *later.tables))
 
     @cached_property
     def model(self) -> UpdateModel:
@@ -98,7 +89,7 @@ class TimingProfile:
             UsageError: only one micro-batch size was measured.
         """
         try:
-            updates = [each for table in self.tables for each in table.updates]
+            updates = [update for table in self.tables for update in table.updates]
             return replace(fit_update_model(updates, self.work), worlds=self.worlds)
         except ValueError as problem:
             raise UsageError(
@@ -123,43 +114,37 @@ class TimingProfile:
         """Inverse of `to_facts`; ValueError if the content is invalid."""
         try:
             tables = tuple(
-                WorldTimings(one["world"], one["nodes"], tuple(TimedUpdate(**each) for each in one["updates"]))
-                for one in facts["tables"]
+                WorldTimings(
+                    table["world"], table["nodes"], tuple(TimedUpdate(**fields) for fields in table["updates"])
+                )
+                for table in facts["tables"]
             )
-            found = cls(tables, FixedCosts(**facts["work"]), facts["cap"])
-            sound = all(each.seconds > 0 and each.per_device >= 1 for one in tables for each in one.updates)
+            profile = cls(tables, FixedCosts(**facts["work"]), facts["cap"])
+            updates = [update for table in tables for update in table.updates]
+            is_valid = all(update.seconds > 0 and update.per_device >= 1 for update in updates)
         except (KeyError, TypeError) as problem:
             raise ValueError(f"a field is missing or has the wrong type: {problem}") from problem
-        if not sound or not tables or found.cap < 1:
+        if not is_valid or not tables or profile.cap < 1:
             raise ValueError("a value is missing or out of range")
-        return found
+        return profile
 
 
-def _iter_timed_updates(found: Mapping[str, Any]) -> Iterator[TimedUpdate]:
-    for point in found["points"]:
+def _iter_timed_updates(document: Mapping[str, Any]) -> Iterator[TimedUpdate]:
+    for point in document["points"]:
         if not point["samples_per_s"] or point["label"] == "regressed":
             continue
-        spread = math.log(point["high"] / point["low"]) / (2 * _Z_95)
-        each = TimedUpdate(
+        update = TimedUpdate(
             point["per_device"],
-            found["accumulation"],
-            found["world"],
+            document["accumulation"],
+            document["world"],
             point["ms_per_update"] / 1e3,
-            found["nodes"],
-            spread,
+            document["nodes"],
+            spread=math.log(point["high"] / point["low"]) / (2 * Z_95),
         )
-        yield each
-        alone_s = each.seconds - point["stages"].get("sync", 0.0) / 1e3
-        if each.world > 1 and alone_s > 0:
-            yield replace(each, world=1, nodes=1, seconds=alone_s)
-
-
-@dataclass(frozen=True)
-class BatchBounds:
-    """Lower and upper bound of the global batch."""
-
-    low: int
-    high: int
+        yield update
+        seconds_without_sync = update.seconds - point["stages"].get("sync", 0.0) / 1e3
+        if update.world > 1 and seconds_without_sync > 0:
+            yield replace(update, world=1, nodes=1, seconds=seconds_without_sync)
 
 
 def compute_batch_bounds(config: RunConfig, train: int, world: int) -> BatchBounds:
@@ -168,11 +153,11 @@ def compute_batch_bounds(config: RunConfig, train: int, world: int) -> BatchBoun
     Raises:
         PlanError: no batch for this world size lies between them.
     """
-    base, asked = config.lr.base_batch or 1, config.batch
-    far = max_batch_ratio(config, resolve_lr_rule(config))
-    high = asked.max_global or min(train, far * base if far else train)
-    low = max(asked.min_global or 1, 1 if config.elastic.allow_idle else world)
-    high = min(max(high, world) if asked.max_global is None else high, train)
+    base, batch = config.lr.base_batch or 1, config.batch
+    max_ratio = max_batch_ratio(config, resolve_lr_rule(config))
+    high = batch.max_global or min(train, max_ratio * base if max_ratio else train)
+    low = max(batch.min_global or 1, 1 if config.elastic.allow_idle else world)
+    high = min(max(high, world) if batch.max_global is None else high, train)
     if low > high:
         raise PlanError(
             f"batch.policy=goodput: no global batch for {world} workers lies between {low} and {high}: "
@@ -193,13 +178,15 @@ class NoiseKnowledge:
     source: str = ""
 
     @classmethod
-    def from_estimates(cls, acted: float | None, least: float | None, typed: float | None) -> NoiseKnowledge:
+    def from_estimates(
+        cls, applied: float | None, lower_bound: float | None, configured: float | None
+    ) -> NoiseKnowledge:
         """The measured scale if there is one; else the configured one, unless the measured lower bound exceeds it."""
-        if acted is not None:
-            return cls(acted)
-        if typed is not None and typed >= (least or 0.0):
-            return cls(typed, source=" (plan.noise)")
-        return cls(least, lower_bound=least is not None)
+        if applied is not None:
+            return cls(applied)
+        if configured is not None and configured >= (lower_bound or 0.0):
+            return cls(configured, source=" (plan.noise)")
+        return cls(lower_bound, lower_bound=lower_bound is not None)
 
 
 @dataclass(frozen=True)
@@ -210,13 +197,13 @@ class BatchChooser:
     config: RunConfig
     train: int
 
-    def choose(self, world: int, nodes: int, known: NoiseKnowledge) -> BatchChoice:
+    def choose(self, world: int, nodes: int, noise: NoiseKnowledge) -> BatchChoice:
         """The batch with the highest goodput; while the noise scale is unknown, the fastest form of the base batch.
 
         Raises:
             PlanError: the bounds leave no batch, or the world size is beyond the measured range.
         """
-        bounds, model = self.compute_bounds(world, known), self.profile.model
+        bounds, model = self.compute_bounds(world, noise), self.profile.model
         try:
             model.predict(1, 1, world, nodes)
         except ValueError as problem:
@@ -224,30 +211,29 @@ class BatchChooser:
         return best_choice(
             model,
             world,
-            known.scale or 0.0,
+            noise.scale or 0.0,
             self.base_batch,
+            bounds,
             cap=self.profile.cap,
-            min_global=bounds.low,
-            max_global=bounds.high,
             nodes=nodes,
         )
 
-    def compute_bounds(self, world: int, known: NoiseKnowledge) -> BatchBounds:
+    def compute_bounds(self, world: int, noise: NoiseKnowledge) -> BatchBounds:
         """The configured bounds; while the noise scale is unknown, only the allowed batch closest to the base batch.
 
         If only a lower bound of the noise scale is known, the batch is not reduced below the base batch: that
         the noise may be small is not a reason for a smaller batch.
         """
         bounds = compute_batch_bounds(self.config, self.train, world)
-        usual = min(max(self.base_batch, bounds.low), bounds.high)
-        if known.scale is None:
-            return BatchBounds(usual, usual)
-        return BatchBounds(usual, bounds.high) if known.lower_bound else bounds
+        closest = min(max(self.base_batch, bounds.low), bounds.high)
+        if noise.scale is None:
+            return BatchBounds(closest, closest)
+        return BatchBounds(closest, bounds.high) if noise.lower_bound else bounds
 
-    def combine_noise(self, acted: float | None, least: float | None) -> NoiseKnowledge:
+    def combine_noise(self, applied: float | None, lower_bound: float | None) -> NoiseKnowledge:
         """Combine what training has measured so far with the configured plan.noise."""
-        typed = self.config.plan.noise
-        return NoiseKnowledge.from_estimates(acted, least, None if isinstance(typed, str) else typed)
+        configured = self.config.plan.noise
+        return NoiseKnowledge.from_estimates(applied, lower_bound, None if isinstance(configured, str) else configured)
 
     @property
     def base_batch(self) -> int:
@@ -260,12 +246,12 @@ class GoodputPolicy:
     The noise scale is computed only from all-gathered statistics, so every rank makes the same choice.
     """
 
-    def __init__(self, chooser: BatchChooser, world: int, nodes: int, known: NoiseKnowledge) -> None:
+    def __init__(self, chooser: BatchChooser, world: int, nodes: int, noise: NoiseKnowledge) -> None:
         self.successor: GoodputPolicy | None = None
         self.chooser = chooser
         self._world_and_nodes = (world, nodes)
-        self._known = known
-        self._choice = chooser.choose(world, nodes, known)
+        self._noise = noise
+        self._choice = chooser.choose(world, nodes, noise)
 
     @property
     def has_change(self) -> bool:
@@ -275,30 +261,21 @@ class GoodputPolicy:
     def config(self) -> RunConfig:
         """The configuration with the choice in place of the requested batch."""
         return apply_choice(
-            self.chooser.config, self._choice, self.chooser.compute_bounds(self._world_and_nodes[0], self._known)
+            self.chooser.config, self._choice, self.chooser.compute_bounds(self._world_and_nodes[0], self._noise)
         )
 
     @property
     def why(self) -> str:
-        return explain_choice(self._choice, self._known)
+        return explain_choice(self._choice, self._noise)
 
     def on_noise(self, noise: NoiseScale) -> None:
         """Re-evaluate the choice when the noise scale is first known or has changed by a factor of two."""
-        known = self.chooser.combine_noise(noise.applied, noise.lower_bound)
-        if known != self._known:
-            self._known = known
-            after = GoodputPolicy(self.chooser, *self._world_and_nodes, known)
-            self.successor = after if get_batch_sizes(after._choice) != get_batch_sizes(self._choice) else None
-
-
-class NullGoodputPolicy:
-    """No goodput policy: the batch does not depend on the noise scale."""
-
-    successor = None
-    has_change = False
-    why = ""
-
-    def on_noise(self, noise: NoiseScale) -> None: ...
+        knowledge = self.chooser.combine_noise(noise.applied, noise.lower_bound)
+        if knowledge != self._noise:
+            self._noise = knowledge
+            successor = GoodputPolicy(self.chooser, *self._world_and_nodes, knowledge)
+            is_same = get_batch_sizes(successor._choice) == get_batch_sizes(self._choice)
+            self.successor = None if is_same else successor
 
 
 def get_batch_sizes(choice: BatchChoice) -> tuple[int, int, int]:
@@ -317,14 +294,14 @@ def apply_choice(config: RunConfig, choice: BatchChoice, bounds: BatchBounds) ->
     return replace(config, batch=batch)
 
 
-def explain_choice(choice: BatchChoice, known: NoiseKnowledge) -> str:
+def explain_choice(choice: BatchChoice, noise: NoiseKnowledge) -> str:
     """Explain a choice in one line."""
-    form = f"{choice.per_device} samples x {choice.accumulation}"
-    if known.scale is None:
-        return f"goodput: the noise scale is unknown; using the base batch as {form} per worker"
-    least = "at least " if known.lower_bound else ""
+    batch_shape = f"{choice.per_device} samples x {choice.accumulation}"
+    if noise.scale is None:
+        return f"goodput: the noise scale is unknown; using the base batch as {batch_shape} per worker"
+    at_least = "at least " if noise.lower_bound else ""
     return (
-        f"goodput: at a noise scale of {least}{known.scale:.3g} samples{known.source}, {form} per worker has the "
-        f"highest goodput: {format_rate(choice.samples_per_s)} samples/s with an "
-        f"efficiency of {least}{100 * choice.efficiency:.0f} %"
+        f"goodput: at a noise scale of {at_least}{noise.scale:.3g} samples{noise.source}, {batch_shape} per worker has "
+        f"the highest goodput: {format_rate(choice.samples_per_s)} samples/s with an "
+        f"efficiency of {at_least}{100 * choice.efficiency:.0f} %"
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from launcher.system.statistics import student_t_quantile
+from launcher.system.statistics import Z_95, student_t_quantile
 
 __all__ = [
     "MEMORY_SHARE",
@@ -28,7 +28,6 @@ __all__ = [
 KNEE_SHARE = 0.9
 MEMORY_SHARE = 0.92
 _MIN_PROBES = 3
-_Z_95 = 1.96  # half-width of a 95 % interval in standard errors
 
 
 class MeasuredSize(NamedTuple):
@@ -47,6 +46,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def to_facts(self) -> dict[str, float | None]:
+        """Return a JSON-serialisable dict, with None for infinity."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+
 
 Points = Sequence[tuple[int, float | None, float, float]]
 
@@ -64,14 +67,14 @@ def label(points: Points) -> dict[int, str]:
     rising: below the knee; knee; regressed: beyond the knee, with an interval entirely below the interval of the
     fastest smaller size; saturated: any other size beyond the knee; oom: did not fit into memory.
     """
-    turning = knee(points)
+    knee_size = knee(points)
     speeds = {size: (speed, low, high) for size, speed, low, high in _select_working(points)}
     labels: dict[int, str] = {}
     for size in sorted(size for size, *_ in points):
         if size not in speeds:
             labels[size] = "oom"
-        elif size <= turning:
-            labels[size] = "knee" if size == turning else "rising"
+        elif size <= knee_size:
+            labels[size] = "knee" if size == knee_size else "rising"
         else:
             best_low = max((speed, low) for smaller, (speed, low, _) in speeds.items() if smaller < size)[1]
             labels[size] = "regressed" if speeds[size][2] < best_low else "saturated"
@@ -94,10 +97,10 @@ def recommend_sizes(points: Points, memory_max: int | None = None) -> SizeAdvice
 
     `memory_max`: the largest working size, if it is known from more than these points.
     """
-    working, turning = _select_working(points), knee(points)
+    working, knee_size = _select_working(points), knee(points)
     largest = max(size for size, *_ in working) if memory_max is None else memory_max
     fastest = max(working, key=lambda point: (point[1], -point[0]))[0]
-    return SizeAdvice(label(points), fastest, turning, min(turning, largest), largest)
+    return SizeAdvice(label(points), fastest, knee_size, min(knee_size, largest), largest)
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,9 @@ class LinearFit:
     t_quantile: float
 
     def predict(self, x: float) -> Estimate:
-        constant, both, slope = self.covariance
-        return self._make_estimate(self.intercept + self.slope * x, constant + 2 * both * x + slope * x * x)
+        var_intercept, covariance, var_slope = self.covariance
+        variance = var_intercept + 2 * covariance * x + var_slope * x * x
+        return self._make_estimate(self.intercept + self.slope * x, variance)
 
     @property
     def intercept_estimate(self) -> Estimate:
@@ -126,8 +130,8 @@ class LinearFit:
         return self._make_estimate(self.slope, self.covariance[2])
 
     def _make_estimate(self, value: float, variance: float) -> Estimate:
-        reach = self.t_quantile * math.sqrt(max(0.0, variance)) if variance < math.inf else math.inf
-        return Estimate(value, max(0.0, value - reach), value + reach)
+        half_width = self.t_quantile * math.sqrt(max(0.0, variance)) if variance < math.inf else math.inf
+        return Estimate(value, max(0.0, value - half_width), value + half_width)
 
 
 def fit_line(xs: Sequence[float], ys: Sequence[float], errors: Sequence[float]) -> LinearFit:
@@ -139,8 +143,8 @@ def fit_line(xs: Sequence[float], ys: Sequence[float], errors: Sequence[float]) 
     """
     if len(set(xs)) < 2:
         raise ValueError(f"{len(set(xs))} different sizes: a line needs two or more")
-    known = all(error > 0 for error in errors)
-    weights = [1 / (error if known else y) ** 2 for error, y in zip(errors, ys, strict=True)]
+    errors_known = all(error > 0 for error in errors)
+    weights = [1 / (error if errors_known else y) ** 2 for error, y in zip(errors, ys, strict=True)]
     w, wx, wxx, wy, wxy = (
         math.fsum(weight * x**i * y**j for weight, x, y in zip(weights, xs, ys, strict=True))
         for i, j in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
@@ -153,12 +157,12 @@ def fit_line(xs: Sequence[float], ys: Sequence[float], errors: Sequence[float]) 
     elif slope < 0:
         intercept, slope, covariance = wy / w, 0.0, (1 / w, 0.0, 0.0)
     freedom = len(xs) - 2
-    chi = math.fsum(weight * (intercept + slope * x - y) ** 2 for weight, x, y in zip(weights, xs, ys, strict=True))
-    scatter = chi / freedom if freedom else math.inf
-    spread = max(1.0, scatter if freedom else 0.0) if known else scatter
-    reach = _Z_95 if known and spread == 1 else student_t_quantile(max(1, freedom))
-    constant, both, sloped = (part * spread if part else 0.0 for part in covariance)
-    return LinearFit(intercept, slope, (constant, both, sloped), reach)
+    chi2 = math.fsum(weight * (intercept + slope * x - y) ** 2 for weight, x, y in zip(weights, xs, ys, strict=True))
+    scatter = chi2 / freedom if freedom else math.inf
+    inflation = max(1.0, scatter if freedom else 0.0) if errors_known else scatter
+    quantile = Z_95 if errors_known and inflation == 1 else student_t_quantile(max(1, freedom))
+    var_intercept, cov, var_slope = (entry * inflation if entry else 0.0 for entry in covariance)
+    return LinearFit(intercept, slope, (var_intercept, cov, var_slope), quantile)
 
 
 @dataclass(frozen=True)
@@ -199,10 +203,10 @@ def fit(points: Points) -> ThroughputModel:
     ValueError for fewer than two sizes.
     """
     labels = label(points)
-    kept = [point for point in _select_working(points) if labels[point[0]] != "regressed"]
-    sizes = [float(size) for size, *_ in kept]
-    times = [size / speed for size, speed, _, _ in kept]
-    errors = [(size / low - size / high) / (2 * _Z_95) if low else 0.0 for size, _, low, high in kept]
+    fitted = [point for point in _select_working(points) if labels[point[0]] != "regressed"]
+    sizes = [float(size) for size, *_ in fitted]
+    times = [size / speed for size, speed, _, _ in fitted]
+    errors = [(size / low - size / high) / (2 * Z_95) if low else 0.0 for size, _, low, high in fitted]
     return ThroughputModel(fit_line(sizes, times, errors))
 
 

@@ -1,4 +1,4 @@
-"""Update time as a function of batch and world size, and the choice of the batch with the highest goodput.
+"""Update time as a function of batch and world size.
 
 The model is that of Pollux (OSDI 2021, arXiv 2008.12260), fitted to measured updates; predictions have error bands.
 """
@@ -6,23 +6,14 @@ The model is that of Pollux (OSDI 2021, arXiv 2008.12260), fitted to measured up
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from launcher.goodput.noise_scale import compute_efficiency
 from launcher.goodput.throughput_model import Estimate
 from launcher.system.statistics import student_t_quantile
 
-__all__ = [
-    "BatchChoice",
-    "FixedCosts",
-    "TimedUpdate",
-    "UpdateModel",
-    "best_choice",
-    "compute_best_batch",
-    "fit_update_model",
-]
+__all__ = ["EXTRAPOLATION_FACTOR", "FixedCosts", "TimedUpdate", "UpdateModel", "fit_update_model"]
 
 EXTRAPOLATION_FACTOR = 2  # times the largest world size measured
 _MAX_GAMMA = 10.0  # upper limit; at 10, overlap is complete to within 7 %
@@ -82,10 +73,11 @@ class UpdateModel:
         """Time of one update at any configuration, without range check or error band (see `predict`)."""
         alpha, beta, *sync, gamma = self._constants
         compute = alpha + beta * per_device
-        constant, each = sync[2:] if nodes > 1 else sync[:2]
-        exposed = compute if world == 1 else _combine_overlapped(compute, constant + each * max(world - 2, 0), gamma)
-        apart = exposed if self.work.every_micro else compute
-        device = (accumulation - 1) * apart + exposed + self.work.optimizer_s
+        constant, per_worker = sync[2:] if nodes > 1 else sync[:2]
+        sync_s = constant + per_worker * max(world - 2, 0)
+        last_micro = compute if world == 1 else _combine_overlapped(compute, sync_s, gamma)
+        other_micros = last_micro if self.work.every_micro else compute
+        device = (accumulation - 1) * other_micros + last_micro + self.work.optimizer_s
         return max(device, self.work.data_s * per_device * accumulation) + self.work.host_s
 
     def predict(self, per_device: int, accumulation: int, world: int, nodes: int = 1) -> Estimate:
@@ -104,23 +96,25 @@ class UpdateModel:
         return Estimate(value, value / factor, value * factor)
 
     def _check_range(self, world: int, nodes: int) -> None:
-        alike = [measured for measured, on in self.worlds if (on > 1) == (nodes > 1) and (measured > 1 or world == 1)]
+        comparable = [
+            measured for measured, on in self.worlds if (on > 1) == (nodes > 1) and (measured > 1 or world == 1)
+        ]
         where = "across nodes" if nodes > 1 else "on one node"
-        if not alike:
+        if not comparable:
             raise ValueError(f"no synchronisation {where} was measured: measure 2 workers or more {where}")
-        if world > EXTRAPOLATION_FACTOR * max(alike):
+        if world > EXTRAPOLATION_FACTOR * max(comparable):
             raise ValueError(
-                f"{world} workers are beyond twice the {max(alike)} measured {where}: measure larger world sizes"
+                f"{world} workers are beyond twice the {max(comparable)} measured {where}: measure larger world sizes"
             )
 
-    def _compute_slopes(self, where: tuple[int, int, int, int]) -> list[float]:
-        """Derivatives of the log time with respect to each of `logs`, by finite differences."""
-        here = math.log(self.compute_seconds(*where))
-        return [
-            (math.log(replace(self, logs=_shift_log(self.logs, at, _DIFFERENCE_STEP)).compute_seconds(*where)) - here)
-            / _DIFFERENCE_STEP
-            for at in range(len(self.logs))
-        ]
+    def _compute_slopes(self, layout: tuple[int, int, int, int]) -> list[float]:
+        """Derivatives of the log time with respect to each of `logs`, by finite differences.
+
+        `layout`: the arguments of `compute_seconds`.
+        """
+        log_time = math.log(self.compute_seconds(*layout))
+        shifted = [replace(self, logs=_shift_log(self.logs, at, _DIFFERENCE_STEP)) for at in range(len(self.logs))]
+        return [(math.log(model.compute_seconds(*layout)) - log_time) / _DIFFERENCE_STEP for model in shifted]
 
 
 def fit_update_model(measured: Sequence[TimedUpdate], work: FixedCosts = FixedCosts()) -> UpdateModel:
@@ -132,94 +126,20 @@ def fit_update_model(measured: Sequence[TimedUpdate], work: FixedCosts = FixedCo
     Raises:
         ValueError: fewer than two micro-batch sizes.
     """
-    if len({each.per_device for each in measured}) < 2:
+    if len({update.per_device for update in measured}) < 2:
         raise ValueError(
             "only one micro-batch size was timed, measure two or more to separate fixed from per-sample time"
         )
     guess = _guess_logs(measured, work)
-    model, known = UpdateModel(work, guess), math.sqrt(sum(each.spread**2 for each in measured) / len(measured))
-    spread, freedom = max(_FIRST_SPREAD, known), 1.0
+    model = UpdateModel(work, guess)
+    measured_spread = math.sqrt(sum(update.spread**2 for update in measured) / len(measured))
+    spread, freedom = max(_FIRST_SPREAD, measured_spread), 1.0
     for _ in range(_PASSES):
-        model, off, freedom = _fit_at_spread(model, guess, measured, spread)
+        model, squared_error, freedom = _fit_at_spread(model, guess, measured, spread)
         if freedom >= 1:
-            spread = max(_MIN_SPREAD, known, math.sqrt(off / freedom))
-    worlds = tuple(sorted({(each.world, each.nodes) for each in measured}))
+            spread = max(_MIN_SPREAD, measured_spread, math.sqrt(squared_error / freedom))
+    worlds = tuple(sorted({(update.world, update.nodes) for update in measured}))
     return replace(model, t_quantile=student_t_quantile(max(1.0, freedom)), worlds=worlds)
-
-
-def compute_best_batch(noise: float, constant_s: float, per_sample_s: float) -> float:
-    """The batch with the highest goodput if an update takes constant + per_sample x batch: sqrt(phi c0 / c1)."""
-    return math.sqrt(noise * constant_s / per_sample_s)
-
-
-@dataclass(frozen=True)
-class BatchChoice:
-    """A batch with its samples/s, its efficiency relative to the base batch, and their product, the goodput."""
-
-    per_device: int
-    accumulation: int
-    global_batch: int
-    samples_per_s: float
-    efficiency: float
-    goodput: float
-
-
-def best_choice(
-    model: UpdateModel,
-    world: int,
-    noise: float,
-    base_batch: int,
-    *,
-    cap: int,
-    min_global: int = 1,
-    max_global: int,
-    nodes: int = 1,
-) -> BatchChoice:
-    """The (per_device, accumulation) with the highest goodput, per_device up to `cap`; ties go to the smaller batch.
-
-    The global batch is world x per_device x accumulation, clamped to the bounds as under batch.policy=bounded.
-
-    Raises:
-        ValueError: the bounds leave no batch.
-    """
-    if not 1 <= min_global <= max_global or cap < 1:
-        raise ValueError(f"no batch lies between {min_global} and {max_global} with micro-batches up to {cap}")
-    found = [
-        choice
-        for size in range(1, cap + 1)
-        for choice in _iter_candidates(model, size, (world, nodes), (noise, base_batch), (min_global, max_global))
-        if choice.per_device <= cap
-    ]
-    if not found:
-        raise ValueError(f"no batch lies between {min_global} and {max_global} with micro-batches up to {cap}")
-    return max(found, key=lambda choice: (choice.goodput, -choice.global_batch, -choice.accumulation))
-
-
-def _iter_candidates(
-    model: UpdateModel, size: int, workers: tuple[int, int], worth: tuple[float, int], bounds: tuple[int, int]
-) -> Iterator[BatchChoice]:
-    """Yield the best accumulation for one micro-batch size, and both ends of its range, where the batch is clamped.
-
-    Time is convex in the accumulation a, so time x (phi + B) / B is too, and bisection finds the minimum.
-    """
-    world, nodes = workers
-    low, high = max(1, bounds[0] // (world * size)), max(1, -(-bounds[1] // (world * size)))
-
-    def at(accumulation: int) -> BatchChoice:
-        batch = min(max(world * size * accumulation, bounds[0]), bounds[1])
-        per_device = -(-batch // (world * accumulation))
-        speed = batch / model.compute_seconds(per_device, accumulation, world, nodes)
-        value = compute_efficiency(batch, worth[1], worth[0])
-        return BatchChoice(per_device, accumulation, batch, speed, value, speed * value)
-
-    yield at(low)
-    yield at(high)
-    low, high = low + 1, high - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if at(middle).goodput < at(middle + 1).goodput else (low, middle)
-    if low == high:
-        yield at(low)
 
 
 def _combine_overlapped(compute: float, sync: float, gamma: float) -> float:
@@ -234,8 +154,8 @@ def _guess_logs(measured: Sequence[TimedUpdate], work: FixedCosts) -> tuple[floa
     Synchronisation across nodes is taken to cost twice as much.
     """
     fixed = work.optimizer_s + work.host_s
-    micros = sorted(max(each.seconds - fixed, each.seconds / 10) / each.accumulation for each in measured)
-    sizes = sorted(each.per_device for each in measured)
+    micros = sorted(max(update.seconds - fixed, update.seconds / 10) / update.accumulation for update in measured)
+    sizes = sorted(update.per_device for update in measured)
     micro_s, size = micros[len(micros) // 2], sizes[len(sizes) // 2]
     parts = (micro_s / 3, micro_s / 1.5 / size, micro_s / 10, micro_s / 40, micro_s / 5, micro_s / 20, 2.0)
     return tuple(map(math.log, parts))
@@ -248,57 +168,60 @@ def _fit_at_spread(
 
     Levenberg-Marquardt on the errors in log time over `spread` plus the distance from the guess.
     """
-    loose = [_PRIOR_WIDTH] * (len(guess) - 1) + [_GAMMA_PRIOR_WIDTH]
+    widths = [_PRIOR_WIDTH] * (len(guess) - 1) + [_GAMMA_PRIOR_WIDTH]
     damping = 1e-3
-    cost = _compute_cost(model, guess, loose, measured, spread)
+    cost = _compute_cost(model, guess, widths, measured, spread)
     for _ in range(_MAX_STEPS):
-        normal, pull = _make_normal_equations(model, guess, loose, measured, spread)
+        normal, right_side = _make_normal_equations(model, guess, widths, measured, spread)
         damped = [[x * (1 + damping * (i == j)) for j, x in enumerate(row)] for i, row in enumerate(normal)]
-        step = _solve(damped, pull)
-        there = replace(model, logs=_apply_bounded_step(model.logs, step))
-        new_cost = _compute_cost(there, guess, loose, measured, spread)
+        step = _solve(damped, right_side)
+        candidate = replace(model, logs=_apply_bounded_step(model.logs, step))
+        new_cost = _compute_cost(candidate, guess, widths, measured, spread)
         if new_cost < cost:
-            done = cost - new_cost < 1e-9 * (1 + cost)
-            model, cost, damping = there, new_cost, damping / 4
-            if done:
+            converged = cost - new_cost < 1e-9 * (1 + cost)
+            model, cost, damping = candidate, new_cost, damping / 4
+            if converged:
                 break
         elif damping > 1e9:
             break
         else:
             damping *= 8
-    normal, _ = _make_normal_equations(model, guess, loose, measured, spread)
+    normal, _ = _make_normal_equations(model, guess, widths, measured, spread)
     covariance = _invert(normal)
-    told = sum(1 - covariance[i][i] / loose[i] ** 2 for i in range(len(loose)))  # constants determined by the data
-    off = sum(_compute_log_error(model, each) ** 2 for each in measured)
-    return replace(model, covariance=covariance), off, len(measured) - told
+    # the number of constants that the data, rather than the prior, determine
+    determined = sum(1 - covariance[i][i] / widths[i] ** 2 for i in range(len(widths)))
+    squared_error = sum(_compute_log_error(model, update) ** 2 for update in measured)
+    return replace(model, covariance=covariance), squared_error, len(measured) - determined
 
 
-def _compute_log_error(model: UpdateModel, each: TimedUpdate) -> float:
-    return math.log(model.compute_seconds(each.per_device, each.accumulation, each.world, each.nodes) / each.seconds)
+def _compute_log_error(model: UpdateModel, update: TimedUpdate) -> float:
+    return math.log(
+        model.compute_seconds(update.per_device, update.accumulation, update.world, update.nodes) / update.seconds
+    )
 
 
 def _compute_cost(
-    model: UpdateModel, guess: Sequence[float], loose: Sequence[float], measured: Sequence[TimedUpdate], spread: float
+    model: UpdateModel, guess: Sequence[float], widths: Sequence[float], measured: Sequence[TimedUpdate], spread: float
 ) -> float:
-    prior = sum(((u - g) / w) ** 2 for u, g, w in zip(model.logs, guess, loose, strict=True))
-    return prior + sum((_compute_log_error(model, each) / spread) ** 2 for each in measured)
+    prior = sum(((u - g) / w) ** 2 for u, g, w in zip(model.logs, guess, widths, strict=True))
+    return prior + sum((_compute_log_error(model, update) / spread) ** 2 for update in measured)
 
 
 def _make_normal_equations(
-    model: UpdateModel, guess: Sequence[float], loose: Sequence[float], measured: Sequence[TimedUpdate], spread: float
+    model: UpdateModel, guess: Sequence[float], widths: Sequence[float], measured: Sequence[TimedUpdate], spread: float
 ) -> tuple[list[list[float]], list[float]]:
     """Matrix and right-hand side of the normal equations at the model's constants."""
     size = len(guess)
-    normal = [[(i == j) / loose[i] ** 2 for j in range(size)] for i in range(size)]
-    pull = [(guess[i] - model.logs[i]) / loose[i] ** 2 for i in range(size)]
-    for each in measured:
-        slopes = model._compute_slopes((each.per_device, each.accumulation, each.world, each.nodes))
-        off = _compute_log_error(model, each)
+    normal = [[(i == j) / widths[i] ** 2 for j in range(size)] for i in range(size)]
+    right_side = [(guess[i] - model.logs[i]) / widths[i] ** 2 for i in range(size)]
+    for update in measured:
+        slopes = model._compute_slopes((update.per_device, update.accumulation, update.world, update.nodes))
+        error = _compute_log_error(model, update)
         for i, slope in enumerate(slopes):
-            pull[i] -= slope * off / spread**2
+            right_side[i] -= slope * error / spread**2
             for j, other in enumerate(slopes):
                 normal[i][j] += slope * other / spread**2
-    return normal, pull
+    return normal, right_side
 
 
 def _shift_log(logs: Sequence[float], at: int, by: float) -> tuple[float, ...]:

@@ -1,27 +1,21 @@
-"""The goodput policy and its `plan` output: the arithmetic of math.md on known update times."""
+"""The goodput policy: the arithmetic of math.md on known update times."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.config.compose import compose
-from launcher.config.schema import BatchConfig, LrConfig, PlanConfig, RunConfig
+from launcher.config.schema import BatchConfig, PlanConfig
 from launcher.errors import UsageError
-from launcher.goodput.measured_noise import MeasuredNoise, find_noise_scale, resolve_initial_noise
+from launcher.goodput.batch_choice import BatchBounds, compute_best_batch
 from launcher.goodput.noise_scale import NoiseScale, compute_efficiency
-from launcher.goodput.plan_table import goodput_plan_document, goodput_plan_text
 from launcher.goodput.policy import (
-    BatchBounds,
     BatchChooser,
     GoodputPolicy,
     NoiseKnowledge,
@@ -29,56 +23,9 @@ from launcher.goodput.policy import (
     compute_batch_bounds,
     explain_choice,
 )
-from launcher.goodput.update_time_model import compute_best_batch
 from launcher.plan.batch import PlanError
-from launcher.plan.training_plan import DatasetSizes, make_training_plan
-
-ALPHA_S, BETA_S, SYNC_S, EACH_S = 0.010, 0.0005, 0.004, 0.001
-SIZES = DatasetSizes(20_000, 1000)
-RUN = RunConfig(
-    recipe={"_target_": "launcher.recipes.mlp.Mlp"},
-    batch=BatchConfig(policy="goodput", per_device="auto"),
-    lr=LrConfig(base=0.1, base_batch=64),
-    optimizer={"_target_": "torch.optim.SGD"},
-)
-
-
-def update_s(per_device: int, world: int, accumulation: int = 1) -> float:
-    """Alpha and beta of a micro-batch, and exposed communication; gamma is 1."""
-    sync_s = SYNC_S + EACH_S * max(world - 2, 0) if world > 1 else 0.0
-    return accumulation * (ALPHA_S + BETA_S * per_device) + sync_s
-
-
-def tuned(world: int, sizes: tuple[int, ...] = (8, 16, 32, 64, 128)) -> dict[str, Any]:
-    """A result of `tune` on a machine without timing noise."""
-    points = []
-    for size in sizes:
-        seconds = update_s(size, world)
-        speed = world * size / seconds
-        stages = {"sync": 1e3 * (seconds - update_s(size, 1)), "optimizer": 0.0, "other": 0.0}
-        points.append(
-            {
-                "per_device": size,
-                "samples_per_s": speed,
-                "low": speed / 1.01,
-                "high": speed * 1.01,
-                "ms_per_update": 1e3 * seconds,
-                "stages": stages,
-                "label": "rising",
-            }
-        )
-    return {"points": points, "world": world, "nodes": 1, "accumulation": 1}
-
-
-@lru_cache
-def profile_of(*worlds: int) -> TimingProfile:
-    """Fitted once."""
-    return TimingProfile.from_documents([tuned(world) for world in worlds or (1, 2, 4)])
-
-
-def chooser(*worlds: int, config: RunConfig = RUN) -> BatchChooser:
-    return BatchChooser(profile_of(*worlds), config, SIZES.train)
-
+from launcher.plan.training_plan import make_training_plan
+from tests.helpers.update_times import ALPHA_S, BETA_S, RUN, SIZES, chooser, tuned, update_s
 
 # --- measurements -------------------------------------------------------------------------------------------------
 
@@ -257,120 +204,3 @@ def test_a_number_on_the_command_line_is_refused_and_a_recipes_own_is_no_request
     assert compose(["recipe=mlp", "batch=goodput"]).batch == BatchConfig(policy="goodput", per_device="auto")
     with pytest.raises(UsageError, match=f"^{word} does not work with batch=goodput, which chooses it: .*{mend}"):
         compose(["recipe=mlp", "batch=goodput", word])
-
-
-# --- the goodput plan ---------------------------------------------------------------------------------------------
-
-KNOWN = MeasuredNoise(500.0, 400.0, 650.0, "a run")
-
-
-def test_a_row_holds_the_arithmetic() -> None:
-    found = goodput_plan_document(chooser(), SIZES, KNOWN, "1, 2, 4 workers")
-    row = found["plans"][1]
-    assert (row["world"], row["feasible"]) == (2, True)
-    assert row["samples_per_s"] == pytest.approx(
-        row["global"] / update_s(row["per_device"], 2, row["accumulation"]), rel=0.05
-    )
-    assert row["efficiency"] == pytest.approx((500 + 64) / (500 + row["global"]))
-    assert row["goodput"] == pytest.approx(row["samples_per_s"] * row["efficiency"])
-    assert row["seconds"] == pytest.approx(10 * SIZES.train / row["goodput"])
-    assert row["device_hours"] == pytest.approx(2 * row["seconds"] / 3600)
-    for name in ("", "goodput_", "seconds_", "device_hours_"):
-        value = row["samples_per_s"] if not name else row[name.removesuffix("_")]
-        assert row[f"{name}low"] < value < row[f"{name}high"]
-
-
-def test_it_ends_at_twice_the_most_workers_and_says_so() -> None:
-    found = goodput_plan_document(chooser(), SIZES, KNOWN, "")
-    assert [row["world"] for row in found["plans"]] == list(range(1, 9))
-    assert "nothing is predicted past 8 workers" in found["why"]
-    asked = replace(RUN, plan=PlanConfig(world_sizes=(8, 9)))
-    rows = goodput_plan_document(chooser(config=asked), SIZES, KNOWN, "")["plans"]
-    assert [row["feasible"] for row in rows] == [True, False]
-    assert "9 workers are beyond twice the 4 measured" in rows[1]["why"]
-
-
-def test_it_names_the_world_size_past_which_more_do_not_pay() -> None:
-    """With a small noise scale a large batch gains nothing, and more workers only wait for each other."""
-    few = goodput_plan_document(chooser(), SIZES, MeasuredNoise(5.0, 5.0, 5.0, "plan.noise"), "")
-    assert few["pays_to"] < 8
-    assert f"more than {few['pays_to']} workers do not pay off" in few["why"].replace("worker d", "workers d")
-    goodputs = [row["goodput"] for row in few["plans"]]
-    assert goodputs[few["pays_to"] - 1] >= 0.9 * max(goodputs)
-    assert all(one < 0.9 * max(goodputs) for one in goodputs[: few["pays_to"] - 1])
-    many = goodput_plan_document(chooser(), SIZES, MeasuredNoise(1e6, 1e6, 1e6, "plan.noise"), "")
-    assert many["pays_to"] == 8
-    assert many["why"].startswith("every worker up to 8 pays off")
-
-
-def test_an_unknown_noise_scale_is_said_and_the_base_batch_is_worth_what_it_does() -> None:
-    found = goodput_plan_document(chooser(), SIZES, None, "")
-    assert found["noise"] is None
-    assert {row["efficiency"] for row in found["plans"]} == {1.0}
-    assert "noise scale unknown" in goodput_plan_text(found)
-
-
-def test_the_text_fits_a_terminal() -> None:
-    for noise in (None, KNOWN):
-        written = goodput_plan_text(
-            goodput_plan_document(chooser(), SIZES, noise, "1, 2, 4 workers on cpu, 2026-11-21 16:40 UTC")
-        )
-        assert max(map(len, written.splitlines())) <= 80
-        json.dumps(goodput_plan_document(chooser(), SIZES, noise, ""))
-
-
-# --- source of the noise scale ------------------------------------------------------------------------------------
-
-
-def written(folder: Path, recipe: str, *later: Mapping[str, float], **values: float) -> None:
-    folder.mkdir(parents=True)
-    first = {"time": 1.0, "samples": 64, "update": 1, "epoch": 0, "world": 1, "generation": 1, **values}
-    rows = (first, *({**first, "time": 2.0, "samples": 128, "update": 2, **row} for row in later))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "events.jsonl").write_text(json.dumps({"time": 1.0, "event": "start", "recipe": recipe}) + "\n")
-
-
-def test_the_newest_run_of_the_recipe_that_measured_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find_noise_scale(RUN) is None
-    measured = {"noise/scale": 300.0, "noise/scale_low": 200.0, "noise/scale_high": 500.0}
-    written(tmp_path / "runs" / "other", "Resnet", **measured)
-    written(tmp_path / "runs" / "unknown", "Mlp")
-    assert find_noise_scale(RUN) is None
-    written(tmp_path / "runs" / "one", "Mlp", **measured)
-    assert find_noise_scale(RUN) == MeasuredNoise(300.0, 200.0, 500.0, "one")
-
-
-def test_a_number_or_a_run_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find_noise_scale(asked(500.0)) == MeasuredNoise(500.0, 500.0, 500.0, "plan.noise")
-    written(tmp_path / "runs" / "unknown", "Mlp")
-    with pytest.raises(UsageError, match=r"^plan\.noise=unknown: that run has measured no noise scale"):
-        find_noise_scale(asked("unknown"))
-    with pytest.raises(UsageError, match=r"^plan\.noise=-1.0 is not a noise scale"):
-        find_noise_scale(asked(-1.0))
-    with pytest.raises(
-        UsageError, match=r"^plan\.noise=nosuch is not a run: the most recent are unknown; or type a number"
-    ):
-        find_noise_scale(asked("nosuch"))
-    written(tmp_path / "runs" / "other", "Resnet", **{"noise/scale": 300.0})
-    with pytest.raises(UsageError, match=r"^plan\.noise=other: that run trained Resnet, not Mlp: type a run of"):
-        find_noise_scale(asked("other"))
-
-
-def test_training_begins_by_the_first_scale_that_a_run_knew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """run.yaml stores the number, so the other run may be deleted. `plan` uses that run's final value."""
-    monkeypatch.chdir(tmp_path)
-    written(tmp_path / "runs" / "one", "Mlp", {"noise/scale": 300.0}, **{"noise/scale": 60.0})
-    assert find_noise_scale(asked("one")) == MeasuredNoise(300.0, 300.0, 300.0, "one")
-    assert resolve_initial_noise(asked("one")).plan.noise == 60.0
-    assert resolve_initial_noise(asked(500.0)).plan.noise == 500.0
-    assert resolve_initial_noise(RUN) == RUN
-    fixed = replace(asked("one"), batch=replace(RUN.batch, policy="scale"))
-    assert resolve_initial_noise(fixed) == fixed
-    with pytest.raises(UsageError, match=r"^plan\.noise=-1.0 is not a noise scale"):
-        resolve_initial_noise(asked(-1.0))
-
-
-def asked(noise: float | str) -> RunConfig:
-    return replace(RUN, plan=PlanConfig(noise=noise))

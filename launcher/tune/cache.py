@@ -93,7 +93,7 @@ def source_hash(recipe: Any) -> str:
 
 def get_versions() -> dict[str, str]:
     names = {"the launcher": "elastic-batch-launcher", "torch": "torch"}
-    return {**{name: version(found) for name, found in names.items()}, "python": platform.python_version()}
+    return {**{name: version(package) for name, package in names.items()}, "python": platform.python_version()}
 
 
 def get_config_fields(config: RunConfig) -> dict[str, Any]:
@@ -108,15 +108,15 @@ def get_config_fields(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name != "recipe.trust"} | {"batch.accumulation": steps}
 
 
-def make_cache_key(config: RunConfig, place: MeasurementEnv) -> dict[str, Any]:
+def make_cache_key(config: RunConfig, env: MeasurementEnv) -> dict[str, Any]:
     """Everything a measurement depends on: a flat mapping of JSON values."""
-    facts = asdict(place)
-    numbers = facts.pop("versions")
-    return _convert_to_json({**get_config_fields(config), **facts, **_name_fields(numbers)})
+    facts = asdict(env)
+    versions = facts.pop("versions")
+    return _convert_to_json({**get_config_fields(config), **facts, **_make_version_fields(versions)})
 
 
-def _name_fields(numbers: Mapping[str, str]) -> dict[str, str]:
-    return {f"version of {name}": number for name, number in numbers.items()}
+def _make_version_fields(versions: Mapping[str, str]) -> dict[str, str]:
+    return {f"version of {name}": number for name, number in versions.items()}
 
 
 def _convert_to_json(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,22 +126,22 @@ def _convert_to_json(key: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CachedProfile:
-    """A stored measurement. `found`: the document that `tune` prints. `measured`: when, in ISO 8601."""
+    """A stored measurement. `document`: what `tune` prints as JSON. `measured`: when, in ISO 8601."""
 
     key: Mapping[str, Any]
     measured: str
-    found: Mapping[str, Any]
+    document: Mapping[str, Any]
 
     def to_text(self) -> str:
-        facts = {"format": CACHE_FORMAT, "key": self.key, "measured": self.measured, "found": self.found}
+        facts = {"format": CACHE_FORMAT, "key": self.key, "measured": self.measured, "found": self.document}
         return json.dumps({**facts, "sha256": compute_key_hash(facts)}, indent=1) + "\n"
 
     @classmethod
     def from_text(cls, text: str) -> CachedProfile:
-        """Parse and validate what `text` wrote.
+        """Parse and validate what `to_text` wrote.
 
         Raises:
-            ValueError: the content was not written by `text`, or was altered.
+            ValueError: the content was not written by `to_text`, or was altered.
         """
         facts = json.loads(text)
         if not isinstance(facts, dict) or facts.get("format") != CACHE_FORMAT:
@@ -169,24 +169,24 @@ def _check_fields(facts: Mapping[str, Any]) -> None:
     """
     try:
         datetime.fromisoformat(facts["measured"])
-        whole = [facts["found"][name] for name in ("recommended", "world", "accumulation")]
-        points = [
-            [point[name] for name in POINT_FIELDS] for point in facts["found"]["points"] if point["samples_per_s"]
-        ]
-        sound = all(type(value) is int and value >= 1 for value in whole) and isinstance(facts["key"], dict)
-        sound = sound and bool(points) and all(math.isfinite(value) and value >= 0 for row in points for value in row)
+        document = facts["found"]
+        counts = [document[name] for name in ("recommended", "world", "accumulation")]
+        points = [[point[name] for name in POINT_FIELDS] for point in document["points"] if point["samples_per_s"]]
+        is_valid = all(type(value) is int and value >= 1 for value in counts) and isinstance(facts["key"], dict)
+        values = [value for row in points for value in row]
+        is_valid = is_valid and bool(values) and all(math.isfinite(value) and value >= 0 for value in values)
     except (KeyError, TypeError) as problem:
         raise ValueError(f"a field is missing or has the wrong type: {problem}") from problem
-    if not sound:
+    if not is_valid:
         raise ValueError("a value is missing or out of range")
 
 
 @dataclass(frozen=True)
 class CacheLookup:
-    """Result of a lookup; `said` holds notes about files that were not used."""
+    """Result of a lookup; `notes` describe files that were not used."""
 
     profile: CachedProfile | None = None
-    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def lookup(key: Mapping[str, Any], folder: Path = CACHE_DIR) -> CacheLookup:
@@ -195,22 +195,22 @@ def lookup(key: Mapping[str, Any], folder: Path = CACHE_DIR) -> CacheLookup:
     try:
         profile = CachedProfile.from_text(path.read_text())
     except FileNotFoundError:
-        return CacheLookup(said=tuple(_describe_stale_profiles(key, folder)))
+        return CacheLookup(notes=tuple(_describe_stale_profiles(key, folder)))
     except (OSError, ValueError) as problem:
-        why = getattr(problem, "strerror", None) or problem
-        return CacheLookup(said=(f"{path} cannot be trusted ({why}): not used",))
-    return CacheLookup(profile) if profile.key == key else CacheLookup(said=(f"{path} has a different key: not used",))
+        reason = getattr(problem, "strerror", None) or problem
+        return CacheLookup(notes=(f"{path} cannot be trusted ({reason}): not used",))
+    return CacheLookup(profile) if profile.key == key else CacheLookup(notes=(f"{path} has a different key: not used",))
 
 
 def all_profiles(folder: Path = CACHE_DIR) -> Iterator[CachedProfile]:
     """All valid profiles, newest first."""
-    found = []
+    profiles = []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
-            found.append(CachedProfile.from_text(path.read_text()))
-        except (OSError, ValueError):  # `look` reports invalid files
+            profiles.append(CachedProfile.from_text(path.read_text()))
+        except (OSError, ValueError):  # `lookup` reports invalid files
             continue
-    return iter(sorted(found, key=lambda profile: profile.measured, reverse=True))
+    return iter(sorted(profiles, key=lambda profile: profile.measured, reverse=True))
 
 
 def matching_profiles(
@@ -221,19 +221,25 @@ def matching_profiles(
     Fields known only on the training machine (device, shape of a sample) are taken from the newest profile.
     """
     key = _convert_to_json(
-        {**get_config_fields(config), "code": code, "train_samples": train_samples, **_name_fields(get_versions())}
+        {
+            **get_config_fields(config),
+            "code": code,
+            "train_samples": train_samples,
+            **_make_version_fields(get_versions()),
+        }
     )
     key = {name: value for name, value in key.items() if name not in REQUEST_KEYS}
-    there = list(all_profiles(folder))
-    ours = [one for one in there if all(one.key.get(name) == value for name, value in key.items())]
+    stored = list(all_profiles(folder))
+    ours = [profile for profile in stored if all(profile.key.get(name) == value for name, value in key.items())]
     if not ours:
-        return CacheLookup(said=tuple(_describe_mismatch(key, there, set(key))))
-    fixed = [name for name in ours[0].key if name not in (*REQUEST_KEYS, *WORLD_FIELDS)]
-    alike = [one for one in ours if all(one.key.get(name) == ours[0].key[name] for name in fixed)]
+        return CacheLookup(notes=tuple(_describe_mismatch(key, stored, set(key))))
+    latest = ours[0].key
+    shared = [name for name in latest if name not in (*REQUEST_KEYS, *WORLD_FIELDS)]
     newest: dict[Any, CachedProfile] = {}
-    for one in alike:
-        newest.setdefault((one.key["world"], one.key["nodes"]), one)
-    return [newest[where] for where in sorted(newest)]
+    for profile in ours:
+        if all(profile.key.get(name) == latest[name] for name in shared):
+            newest.setdefault((profile.key["world"], profile.key["nodes"]), profile)
+    return [newest[world_and_nodes] for world_and_nodes in sorted(newest)]
 
 
 def store(profile: CachedProfile, folder: Path = CACHE_DIR) -> Path:
@@ -258,21 +264,22 @@ def _describe_stale_profiles(key: Mapping[str, Any], folder: Path) -> Iterator[s
 
 
 def _describe_mismatch(
-    key: Mapping[str, Any], there: Iterable[CachedProfile], only: Collection[str] | None
+    key: Mapping[str, Any], profiles: Iterable[CachedProfile], only: Collection[str] | None
 ) -> Iterator[str]:
     """Explain why the closest profile of this recipe does not match the key. `only`: the fields to compare."""
-    same = [one for one in there if one.key.get("recipe._target_") == key["recipe._target_"]]
+    same_recipe = [profile for profile in profiles if profile.key.get("recipe._target_") == key["recipe._target_"]]
 
-    def differing(one: CachedProfile) -> list[tuple[str, Any, Any]]:
-        return [each for each in _find_differences(one.key, key) if only is None or each[0] in only]
+    def find_relevant(profile: CachedProfile) -> list[tuple[str, Any, Any]]:
+        return [change for change in _find_differences(profile.key, key) if only is None or change[0] in only]
 
-    if same:
-        nearest = min(same, key=lambda one: len(differing(one)))
-        told = [
-            f"{name} was {_shorten_value(was)}, is now {_shorten_value(now)}" for name, was, now in differing(nearest)
+    if same_recipe:
+        nearest = min(same_recipe, key=lambda profile: len(find_relevant(profile)))
+        changes = [
+            f"{name} was {_shorten_value(was)}, is now {_shorten_value(now)}"
+            for name, was, now in find_relevant(nearest)
         ]
-        more = f" and {len(told) - MAX_SHOWN_KEYS} more" if len(told) > MAX_SHOWN_KEYS else ""
-        yield f"the profile of {nearest.formatted_time} is not used: {'; '.join(told[:MAX_SHOWN_KEYS])}{more}"
+        more = f" and {len(changes) - MAX_SHOWN_KEYS} more" if len(changes) > MAX_SHOWN_KEYS else ""
+        yield f"the profile of {nearest.formatted_time} is not used: {'; '.join(changes[:MAX_SHOWN_KEYS])}{more}"
 
 
 def _find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

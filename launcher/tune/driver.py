@@ -45,7 +45,7 @@ def tune_batch_size(config: RunConfig) -> int:
     """Measure with `launch.workers` processes on this machine and print the result.
 
     Raises:
-        RequestError: the request is wrong.
+        UsageError: the request is wrong.
     """
     workers, config = validate_tune_request(config)
     if config.launch.dry_run:
@@ -64,7 +64,7 @@ def validate_tune_request(config: RunConfig) -> tuple[int, RunConfig]:
     """Validate the request; return the number of workers and the configuration to measure.
 
     Raises:
-        RequestError: the request is wrong; nothing was started.
+        UsageError: the request is wrong; nothing was started.
     """
     from launcher.plan.training_plan import make_training_plan
 
@@ -74,108 +74,108 @@ def validate_tune_request(config: RunConfig) -> tuple[int, RunConfig]:
     return workers, config
 
 
-def measure(config: RunConfig, workers: int, *, look: bool = False) -> dict[str, Any]:
-    """Measure with workers on this machine and return the document; with `look`, a cached document if there is one.
+def measure(config: RunConfig, workers: int, *, use_cache: bool = False) -> dict[str, Any]:
+    """Measure with workers on this machine and return the document, or a cached one if allowed and there is one.
 
     Raises:
-        RequestError: the request is wrong.
-        Unmeasured: a worker failed.
+        UsageError: the request is wrong.
+        MeasurementError: a worker failed.
         KeyboardInterrupt: SIGTERM or Ctrl-C was received; workers and temporary files have been removed.
     """
     with tempfile.TemporaryDirectory(prefix="launcher-tune-") as private:
-        return _start_measurement(config, workers, Path(private), look)
+        return _start_measurement(config, workers, Path(private), use_cache)
 
 
-def _start_measurement(config: RunConfig, workers: int, private: Path, look: bool) -> dict[str, Any]:
-    handover = write_memfd(json.dumps({"run": to_mapping(config), "private": str(private), "look": look}))
-    started = probe_command(config, workers, Path(f"/proc/{os.getpid()}/fd/{handover}"))
+def _start_measurement(config: RunConfig, workers: int, private: Path, use_cache: bool) -> dict[str, Any]:
+    handover = write_memfd(json.dumps({"config": to_mapping(config), "private": str(private), "use_cache": use_cache}))
+    command = probe_command(config, workers, Path(f"/proc/{os.getpid()}/fd/{handover}"))
     with sigterm_as_keyboard_interrupt():
-        host = subprocess.Popen(started.argv, env=os.environ | started.env, stdout=2, start_new_session=True)
+        fork_server = subprocess.Popen(command.argv, env=os.environ | command.env, stdout=2, start_new_session=True)
         try:
-            host.wait()
-            return _read_outcome(private / OUTCOME_FILE, host.returncode)
+            fork_server.wait()
+            return _read_outcome(private / OUTCOME_FILE, fork_server.returncode)
         finally:
-            kill_process_tree(host)
+            kill_process_tree(fork_server)
             os.close(handover)
 
 
 def _read_outcome(file: Path, status: int) -> dict[str, Any]:
-    """Read the result that the measuring process left.
+    """Read the result that the fork server left.
 
     Raises:
-        RequestError, Unmeasured: as `found`.
+        UsageError, MeasurementError: as `measure`.
     """
     if not file.exists():
         raise MeasurementError(failures.describe_exit("the process that starts the measuring ranks", status))
     outcome = json.loads(file.read_text())
-    if "request" in outcome:
-        raise UsageError(outcome["request"])
-    if "unmeasured" in outcome:
-        raise MeasurementError(outcome["unmeasured"], outcome["trace"])
-    document: dict[str, Any] = outcome["found"]
+    if "usage_error" in outcome:
+        raise UsageError(outcome["usage_error"])
+    if "measurement_error" in outcome:
+        raise MeasurementError(outcome["measurement_error"], outcome["trace"])
+    document: dict[str, Any] = outcome["document"]
     return document
 
 
-def print_result(found: Mapping[str, Any], config: RunConfig) -> None:
+def print_result(document: Mapping[str, Any], config: RunConfig) -> None:
     """Print the result to stdout, as a table or one JSON document, and write files if `tune.out` is set."""
-    for line in found["said"]:
-        print_stderr(f"note: {line}")
-    found = with_goodput(found, config)
+    for note in document["said"]:
+        print_stderr(f"note: {note}")
+    document = with_goodput(document, config)
     from launcher.tune.report.html import render_tune_page
     from launcher.tune.report.text import format_tune_text
 
     if config.format == "json":
-        print(json.dumps(found))
+        print(json.dumps(document))
     else:
-        written = format_tune_text(found)
-        print(encodable(written, sys.stdout), end="")
+        print(encodable(format_tune_text(document), sys.stdout), end="")
     if config.tune.out is not None:
         folder = Path(config.tune.out)
-        write_outputs(folder, {"tune.json": json.dumps(found, indent=1) + "\n", "tune.html": render_tune_page(found)})
+        write_outputs(
+            folder, {"tune.json": json.dumps(document, indent=1) + "\n", "tune.html": render_tune_page(document)}
+        )
         print_stderr(f"written: {folder / 'tune.json'}, {folder / 'tune.html'}")
 
 
-def with_goodput(found: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+def with_goodput(document: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """The document with the goodput of its sizes, where the noise scale is known."""
-    return {**found, "goodput": goodput_values(found, find_noise_scale(config), config.lr.base_batch)}
+    return {**document, "goodput": goodput_values(document, find_noise_scale(config), config.lr.base_batch)}
 
 
 def write_outputs(folder: Path, texts: Mapping[str, str]) -> None:
     """Write files into `folder`, which is tune.out or below it.
 
     Raises:
-        RequestError: the folder cannot be written.
+        UsageError: the folder cannot be written.
     """
     try:
         make_private_dir(folder)
         for name, text in texts.items():
             atomic_write_text(folder / name, text)
     except OSError as problem:
-        why = f"tune.out={folder} cannot be written ({problem.strerror}): type another folder"
-        raise UsageError(why) from problem
+        raise UsageError(f"tune.out={folder} cannot be written ({problem.strerror}): type another folder") from problem
 
 
 # --- a worker -------------------------------------------------------------------------------------------------------
 
 
-def main(run: Callable[[], RunConfig], topology: Topology) -> int:
+def main(compose: Callable[[], RunConfig], topology: Topology) -> int:
     """Run one rank under the user's own torchrun: rank 0 composes the configuration and prints the result."""
     from launcher.distributed import rendezvous
 
     die_with_parent()
-    composed = run() if topology.rank == 0 else None
+    composed = compose() if topology.rank == 0 else None
     timeout_s = composed.launch.timeout_s if composed else 600.0
     store = rendezvous.connect_store(topology, loopback=False, timeout_s=timeout_s)
     _, store = rendezvous.gather_to_rank0(store, topology, "", timeout_s)
     text = None if composed is None else json.dumps(to_mapping(composed))
     text = rendezvous.broadcast_text(store, text)
-    asked = with_placeholder_batch(composed or from_mapping(json.loads(text)))
+    config = with_placeholder_batch(composed or from_mapping(json.loads(text)))
     from launcher.tune.session import measure_on_rank
 
     with redirect_stdout_to_stderr():
-        found = measure_on_rank(asked, topology.with_generation(1), store)
+        document = measure_on_rank(config, topology.with_generation(1), store)
     if topology.rank == 0:
-        print_result(found, asked)
+        print_result(document, config)
     return EXIT_OK
 
 
@@ -183,11 +183,11 @@ def main(run: Callable[[], RunConfig], topology: Topology) -> int:
 def redirect_stdout_to_stderr() -> Iterator[None]:
     """Redirect stdout to stderr, so that output of the recipe does not mix with the document."""
     sys.stdout.flush()
-    own = os.dup(1)
+    stdout_fd = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(own, 1)
-        os.close(own)
+        os.dup2(stdout_fd, 1)
+        os.close(stdout_fd)

@@ -22,7 +22,7 @@ class Measurement:
     """One measurement of a size. `speeds`: samples/s of each block of updates (empty if only memory was measured).
 
     `stages_ms`: per update, of the critical rank. `memory_bytes`: the maximum over the ranks. `retries`: allocation
-    retries of all ranks. `pressed`: it ran, but used more memory than the allowed share. `where`: the phase in which
+    retries of all ranks. `over_limit`: it ran, but used more memory than the allowed share. `where`: the phase in which
     memory ran out, else None. `predicted`: predicted to run out of memory, so it was not run. `timing`: it was meant
     to be timed, not only tried for memory. `accumulation`: micro-batches per update, if not as configured.
     """
@@ -32,7 +32,7 @@ class Measurement:
     stages_ms: Mapping[str, float] | None = None
     memory_bytes: int = 0
     retries: int = 0
-    pressed: bool = False
+    over_limit: bool = False
     where: str | None = None
     predicted: bool = False
     timing: bool = True
@@ -46,53 +46,54 @@ class Measurement:
 def estimate_throughput(speeds: tuple[float, ...]) -> tuple[float, float, float]:
     """Mean, low and high of samples/s, from Student's t on the logarithms, so that low stays above zero."""
     logs = [math.log(value) for value in speeds]
-    reach = student_t_quantile(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.log(2.0)
-    mean = fmean(logs)
-    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
+    mean, half_width = fmean(logs), math.log(2.0)
+    if len(logs) > 1:
+        half_width = student_t_quantile(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width)
 
 
 @dataclass(frozen=True)
 class SizeResult:
     """All measurements of one size."""
 
-    visits: tuple[Measurement, ...]
+    measurements: tuple[Measurement, ...]
 
     @property
     def size(self) -> int:
-        return self.visits[0].size
+        return self.measurements[0].size
 
     @property
     def fits(self) -> bool:
-        return all(measurement.fits for measurement in self.visits)
+        return all(measurement.fits for measurement in self.measurements)
 
     @property
     def fits_comfortably(self) -> bool:
-        return self.fits and not any(measurement.pressed or measurement.retries for measurement in self.visits)
+        return self.fits and not any(measurement.over_limit or measurement.retries for measurement in self.measurements)
 
     @property
     def predicted(self) -> bool:
-        return any(measurement.predicted for measurement in self.visits)
+        return any(measurement.predicted for measurement in self.measurements)
 
     @property
     def where(self) -> str | None:
-        return next((measurement.where for measurement in self.visits if measurement.where), None)
+        return next((measurement.where for measurement in self.measurements if measurement.where), None)
 
     @property
     def memory_bytes(self) -> int:
-        return max(measurement.memory_bytes for measurement in self.visits)
+        return max(measurement.memory_bytes for measurement in self.measurements)
 
     @property
     def retries(self) -> int:
-        return sum(measurement.retries for measurement in self.visits)
+        return sum(measurement.retries for measurement in self.measurements)
 
     @property
     def speeds(self) -> tuple[float, ...]:
-        return tuple(one for measurement in self.visits for one in measurement.speeds)
+        return tuple(speed for measurement in self.measurements for speed in measurement.speeds)
 
     @property
-    def asked(self) -> bool:
+    def timing_requested(self) -> bool:
         """Whether any measurement of this size was meant to be timed."""
-        return any(measurement.timing for measurement in self.visits)
+        return any(measurement.timing for measurement in self.measurements)
 
     @property
     def point(self) -> MeasuredSize:
@@ -108,11 +109,16 @@ class SizeResult:
 
     @property
     def stages_ms(self) -> Mapping[str, float]:
-        told = [
-            (measurement.stages_ms, len(measurement.speeds)) for measurement in self.visits if measurement.stages_ms
+        timed = [
+            (measurement.stages_ms, len(measurement.speeds))
+            for measurement in self.measurements
+            if measurement.stages_ms
         ]
-        whole = sum(weight for _, weight in told)
-        return {stage: sum(times[stage] * n for times, n in told) / whole for stage in (told[0][0] if told else ())}
+        blocks = sum(count for _, count in timed)
+        return {
+            stage: sum(times[stage] * count for times, count in timed) / blocks
+            for stage in (timed[0][0] if timed else ())
+        }
 
     @property
     def ms_per_sample(self) -> Mapping[str, float]:
@@ -129,7 +135,7 @@ class Measurements:
     finished, and only the follow-ups (`splits`, `operators`) were still running.
     """
 
-    visits: tuple[Measurement, ...] = ()
+    measured: tuple[Measurement, ...] = ()
     only: tuple[int, ...] | None = None
     synthetic: tuple[Measurement, ...] = ()
     notes: tuple[str, ...] = ()
@@ -138,43 +144,47 @@ class Measurements:
     closing: bool = False
 
     def with_measurement(self, measurement: Measurement) -> Measurements:
-        return replace(self, visits=(*self.visits, measurement))
+        return replace(self, measured=(*self.measured, measurement))
 
     def with_note(self, note: str) -> Measurements:
         return replace(self, notes=(*self.notes, note))
 
     def sizes(self) -> list[SizeResult]:
         """All sizes, ascending."""
-        return list(_group_by_size(self.visits))
+        return list(_group_by_size(self.measured))
 
     def find_size(self, size: int) -> SizeResult | None:
-        return next((one for one in self.sizes() if one.size == size), None)
+        return next((result for result in self.sizes() if result.size == size), None)
 
     def reported_sizes(self) -> list[SizeResult]:
         """The sizes to report: those that were timed, and the smallest that does not fit."""
         if self.only is not None:
-            return [one for one in self.sizes() if one.size in self.only]
-        end = min((one.size for one in self.sizes() if not one.fits), default=None)
-        return [one for one in self.sizes() if one.size == end or (one.asked and (one.speeds or not one.fits))]
+            return [result for result in self.sizes() if result.size in self.only]
+        end = min((result.size for result in self.sizes() if not result.fits), default=None)
+        return [
+            result
+            for result in self.sizes()
+            if result.size == end or (result.timing_requested and (result.speeds or not result.fits))
+        ]
 
     def points(self) -> list[MeasuredSize]:
-        return [one.point for one in self.reported_sizes()]
+        return [result.point for result in self.reported_sizes()]
 
     def largest_working(self) -> int:
         """The largest size that fits comfortably, 0 for none."""
-        return max((one.size for one in self.sizes() if one.fits_comfortably), default=0)
+        return max((result.size for result in self.sizes() if result.fits_comfortably), default=0)
 
     def memory_max(self) -> int | None:
         """The largest size that fits comfortably; if the user named sizes, among those only."""
         named = self.sizes() if self.only is None else self.reported_sizes()
-        return max((one.size for one in named if one.fits_comfortably), default=None)
+        return max((result.size for result in named if result.fits_comfortably), default=None)
 
     def smallest_failing(self) -> int | None:
         """The smallest size that does not fit comfortably."""
-        return min((one.size for one in self.sizes() if not one.fits_comfortably), default=None)
+        return min((result.size for result in self.sizes() if not result.fits_comfortably), default=None)
 
     def memory_by_size(self) -> list[tuple[int, int]]:
-        return [(one.size, one.memory_bytes) for one in self.sizes() if one.fits]
+        return [(result.size, result.memory_bytes) for result in self.sizes() if result.fits]
 
     def make_advice(self) -> SizeAdvice | None:
         """The labels and recommendation; None if no size works."""
@@ -185,12 +195,13 @@ class Measurements:
         """The fastest size below the smallest regressed one, and that one; None if none regressed."""
         advice = self.make_advice()
         labels: Mapping[int, str] = {} if advice is None else advice.labels
-        timed = [one for one in self.reported_sizes() if one.fits and one.speeds]
-        large = next((one for one in timed if labels[one.size] == "regressed"), None)
+        timed = [result for result in self.reported_sizes() if result.fits and result.speeds]
+        large = next((result for result in timed if labels[result.size] == "regressed"), None)
         if large is None:
             return None
         return max(
-            (one for one in timed if one.size < large.size), key=lambda one: estimate_throughput(one.speeds)[0]
+            (result for result in timed if result.size < large.size),
+            key=lambda result: estimate_throughput(result.speeds)[0],
         ), large
 
     def split_results(self) -> list[SizeResult]:
@@ -202,15 +213,15 @@ class Measurements:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Measurements:
-        visits, synthetic, splits = (
-            tuple(Measurement(**{**one, "speeds": tuple(one["speeds"])}) for one in facts[name])
-            for name in ("visits", "synthetic", "splits")
+        measured, synthetic, splits = (
+            tuple(Measurement(**{**fields, "speeds": tuple(fields["speeds"])}) for fields in facts[name])
+            for name in ("measured", "synthetic", "splits")
         )
         only = None if facts["only"] is None else tuple(facts["only"])
-        operators = tuple(OperatorGrowth(**one) for one in facts["operators"])
-        return cls(visits, only, synthetic, tuple(facts["notes"]), splits, operators, facts["closing"])
+        operators = tuple(OperatorGrowth(**fields) for fields in facts["operators"])
+        return cls(measured, only, synthetic, tuple(facts["notes"]), splits, operators, facts["closing"])
 
 
-def _group_by_size(visits: tuple[Measurement, ...]) -> Iterator[SizeResult]:
-    for size in sorted({measurement.size for measurement in visits}):
-        yield SizeResult(tuple(measurement for measurement in visits if measurement.size == size))
+def _group_by_size(measurements: tuple[Measurement, ...]) -> Iterator[SizeResult]:
+    for size in sorted({measurement.size for measurement in measurements}):
+        yield SizeResult(tuple(measurement for measurement in measurements if measurement.size == size))

@@ -18,7 +18,6 @@ import torch
 from launcher.config import strategy_checks
 from launcher.distributed.rank_stats import RankStats, StatsAllGather
 from launcher.distributed.store_gather import StoreGather
-from launcher.goodput.throughput_model import MEMORY_SHARE
 from launcher.plan.batch import BatchPolicy, plan_batch
 from launcher.plan.timeline import Position, Timeline, Update
 from launcher.plan.training_plan import TrainingPlan
@@ -29,9 +28,10 @@ from launcher.telemetry.stage_clock import STAGES, StageClock, find_critical_ran
 from launcher.topology import Topology
 from launcher.train.build import Datasets, TrainComponents, build_components
 from launcher.train.data import MicroBatchLoader
-from launcher.train.loop import forward, iter_micro_batches, loss_normalizer
+from launcher.train.micro_batches import forward, iter_micro_batches, loss_normalizer
 from launcher.tune.measurements import Measurement
-from launcher.tune.oom import PeakRss, is_out_of_memory
+from launcher.tune.memory_meter import make_memory_meter
+from launcher.tune.oom import is_out_of_memory
 
 __all__ = [
     "OomInCollective",
@@ -51,7 +51,7 @@ MAX_WARMUP_UPDATES = 40
 MEMORY_PROBE_UPDATES = 4  # five updates with the dry run: every buffer has been allocated by then
 PROBE_LR_SCALE = 1e-3  # of the configured learning rate: the step costs the same, and training does not diverge to NaN
 
-Done = TypeVar("Done")
+Result = TypeVar("Result")
 
 
 class OomOnAllRanks(Exception):
@@ -125,19 +125,18 @@ class ProbeContext:
             "carry",
             strategy_checks.needs_equal_micro_batches(config),
         )
-        studied = replace(self.training_plan, plan=plan, stages=stages, timeline=timeline)
+        trial_plan = replace(self.training_plan, plan=plan, stages=stages, timeline=timeline)
         pin = self.components.device.type == "cuda"
         loader = MicroBatchLoader.from_dataset(
             items,
             self.components.recipe,
             timeline,
             Position(),
-            seed=config.seed,
+            config,
             rank=self.topology.rank,
-            data=config.data,
             pin=pin,
         )
-        return SizeTrial(studied, self.topology, self.components, loader, self.faults)
+        return SizeTrial(trial_plan, self.topology, self.components, loader, self.faults)
 
 
 @dataclass(frozen=True)
@@ -190,44 +189,44 @@ def measure_size(
     context: ProbeContext,
     size: int,
     items: Any,
-    pace: TimingSpec | None,
+    timing: TimingSpec | None,
     allowed_bytes: float | None,
     accumulation: int | None = None,
 ) -> Measurement:
-    """Measure one size: timed as `pace` says, or only its memory if `pace` is None. Every rank calls it.
+    """Measure one size: timed as `timing` says, or only its memory if `timing` is None. Every rank calls it.
 
     Raises:
-        Lost: memory ran out on this rank while others wait for it.
+        OomInCollective: memory ran out on this rank while others wait for it.
     """
-    gauge = make_memory_meter(context.components.device, allowed_bytes)
-    gauge.clear()
+    memory_meter = make_memory_meter(context.components.device, allowed_bytes)
+    memory_meter.clear()
     try:
         trial = guard_oom(context, size, partial(context.make_trial, size, items, accumulation))
-        speeds, stages_ms = guard_oom(context, size, partial(dry_run_then_time, trial, context, pace))
+        speeds, stages_ms = guard_oom(context, size, partial(dry_run_then_time, trial, context, timing))
     except OomOnAllRanks as error:
         return Measurement(size, where=error.where, accumulation=accumulation)
-    peaks = context.store_gather.gather(gauge.read())
+    peaks = context.store_gather.gather(memory_meter.read())
     return Measurement(
         size,
         speeds,
         stages_ms,
         memory_bytes=max(peak for peak, _, _ in peaks),
         retries=sum(retries for _, retries, _ in peaks),
-        pressed=any(pressed for _, _, pressed in peaks),
+        over_limit=any(over_limit for _, _, over_limit in peaks),
         accumulation=accumulation,
     )
 
 
-def guard_oom(context: ProbeContext, size: int, act: Callable[[], Done]) -> Done:
-    """Return the result of `act` if memory sufficed. No traceback keeps the allocated tensors alive.
+def guard_oom(context: ProbeContext, size: int, function: Callable[[], Result]) -> Result:
+    """Return the result of `function` if memory sufficed. No traceback keeps the allocated tensors alive.
 
     Raises:
-        Exhausted: memory ran out, and all ranks know.
-        Lost: memory ran out on this rank while others wait for it.
+        OomOnAllRanks: memory ran out, and all ranks know.
+        OomInCollective: memory ran out on this rank while others wait for it.
     """
-    done: list[Done] = []
+    results: list[Result] = []
     try:
-        done.append(act())
+        results.append(function())
     except OomOnAllRanks:
         raise
     except Exception as error:
@@ -235,21 +234,21 @@ def guard_oom(context: ProbeContext, size: int, act: Callable[[], Done]) -> Done
             raise
         if context.topology.world > 1:
             raise OomInCollective(size, context.topology.rank) from error
-    if not done:
+    if not results:
         raise OomOnAllRanks("a later update")
-    return done[0]
+    return results[0]
 
 
 def dry_run_then_time(
-    trial: SizeTrial, context: ProbeContext, pace: TimingSpec | None
+    trial: SizeTrial, context: ProbeContext, timing: TimingSpec | None
 ) -> tuple[tuple[float, ...], dict[str, float] | None]:
     """Samples/s of each block and the mean stage times; empty and None if only memory is measured."""
     updates = trial.training_plan.timeline.iter_updates()
     dry_run_update(trial, next(updates), context)
-    if pace is None:
+    if timing is None:
         run_updates(trial, updates, context.stats_gather, MEMORY_PROBE_UPDATES)
         return (), None
-    return time_updates(trial, updates, context, pace)
+    return time_updates(trial, updates, context, timing)
 
 
 def dry_run_update(trial: SizeTrial, update: Update, context: ProbeContext) -> None:
@@ -258,21 +257,20 @@ def dry_run_update(trial: SizeTrial, update: Update, context: ProbeContext) -> N
     Strategies that communicate in the forward pass run a normal update instead.
 
     Raises:
-        Exhausted: on every rank, if any of them ran out of memory.
+        OomOnAllRanks: on every rank, if any of them ran out of memory.
     """
     if strategy_checks.needs_equal_micro_batches(trial.training_plan.config):
         run_update(trial, update, context.stats_gather)
         return
-    micros = succeeded_on_all_ranks(context.store_gather, "data", partial(iter_micro_batches, trial, update))
-    while (micro := succeeded_on_all_ranks(context.store_gather, "data", partial(next, micros, None))) is not None:
+    gather = context.store_gather
+    micros = succeeded_on_all_ranks(gather, "data", partial(iter_micro_batches, trial, update))
+    while (micro := succeeded_on_all_ranks(gather, "data", partial(next, micros, None))) is not None:
         with trial.replica.micro_batch(last=False, is_padding=micro.is_padding, shard=micro.shard):
-            loss = succeeded_on_all_ranks(context.store_gather, "forward", partial(forward, trial, micro, update))
+            loss = succeeded_on_all_ranks(gather, "forward", partial(forward, trial, micro, update))
             trial.clock.lap("forward")
-            succeeded_on_all_ranks(context.store_gather, "backward", partial(run_backward, trial, loss.total, update))
+            succeeded_on_all_ranks(gather, "backward", partial(run_backward, trial, loss.total, update))
     clip = trial.training_plan.config.train.clip_norm
-    succeeded_on_all_ranks(
-        context.store_gather, "optimizer", lambda: trial.replica.step(trial.probe_lr, None, 1.0, clip)
-    )
+    succeeded_on_all_ranks(gather, "optimizer", lambda: trial.replica.step(trial.probe_lr, None, 1.0, clip))
     trial.clock.end_update()
 
 
@@ -281,21 +279,21 @@ def run_backward(trial: SizeTrial, total: torch.Tensor, update: Update) -> None:
     trial.replica.backward(total, update.samples)
 
 
-def succeeded_on_all_ranks(store_gather: StoreGather, where: str, act: Callable[[], Done]) -> Done:
-    """Return the result of `act` if memory sufficed on every rank. No traceback keeps the allocated tensors alive.
+def succeeded_on_all_ranks(store_gather: StoreGather, where: str, function: Callable[[], Result]) -> Result:
+    """Return the result of `function` if memory sufficed on every rank. No traceback keeps the tensors alive.
 
     Raises:
-        Exhausted: memory ran out on at least one rank.
+        OomOnAllRanks: memory ran out on at least one rank.
     """
-    done: list[Done] = []
+    results: list[Result] = []
     try:
-        done.append(act())
+        results.append(function())
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    if not all(store_gather.gather(bool(done))):
+    if not all(store_gather.gather(bool(results))):
         raise OomOnAllRanks(where)
-    return done[0]
+    return results[0]
 
 
 def run_update(trial: SizeTrial, update: Update, stats_gather: StatsAllGather) -> tuple[float, ...]:
@@ -310,83 +308,40 @@ def run_update(trial: SizeTrial, update: Update, stats_gather: StatsAllGather) -
             run_backward(trial, loss.total, update)
             trial.clock.lap_backward()
     trial.enter_phase("sync", update)
-    ballots = pending.wait()
+    stats = pending.wait()
     trial.clock.lap("sync")
     trial.enter_phase("optimizer", update)
-    trial.replica.step(
-        trial.probe_lr, None, loss_normalizer(update, ballots), trial.training_plan.config.train.clip_norm
-    )
+    trial.replica.step(trial.probe_lr, None, loss_normalizer(update, stats), trial.training_plan.config.train.clip_norm)
     trial.clock.lap("optimizer")
     trial.clock.end_update()
-    return ballots.stages_ms[find_critical_rank(ballots.stages_ms)]
+    return stats.stages_ms[find_critical_rank(stats.stages_ms)]
 
 
 def run_updates(
-    trial: SizeTrial, updates: Iterator[Update], stats_gather: StatsAllGather, many: int
+    trial: SizeTrial, updates: Iterator[Update], stats_gather: StatsAllGather, count: int
 ) -> tuple[float, list[tuple[float, ...]]]:
-    """Run `many` updates; return their seconds and the stage times gathered during them."""
+    """Run `count` updates; return their seconds and the stage times gathered during them."""
     trial.synchronize_device()
     trial.clock.start()
     start = time.perf_counter()
-    stages = [run_update(trial, next(updates), stats_gather) for _ in range(many)]
+    stages = [run_update(trial, next(updates), stats_gather) for _ in range(count)]
     trial.synchronize_device()
     return time.perf_counter() - start, stages
 
 
 def time_updates(
-    trial: SizeTrial, updates: Iterator[Update], context: ProbeContext, pace: TimingSpec
+    trial: SizeTrial, updates: Iterator[Update], context: ProbeContext, timing: TimingSpec
 ) -> tuple[tuple[float, ...], dict[str, float]]:
     """Warm up and time; return samples/s of each block, over all workers, and the mean stage times."""
     run_updates(trial, updates, context.stats_gather, trial.warmup_updates - 1)
     spent_s, _ = run_updates(trial, updates, context.stats_gather, 1)
     slowest_s = max(context.store_gather.gather(spent_s))
-    many = max(1, math.ceil(pace.block_s / slowest_s))
+    updates_per_block = max(1, math.ceil(timing.block_s / slowest_s))
     speeds, stages = [], []
-    for _ in range(pace.blocks):
-        spent_s, seen = run_updates(trial, updates, context.stats_gather, many)
+    for _ in range(timing.blocks):
+        spent_s, block_stages = run_updates(trial, updates, context.stats_gather, updates_per_block)
         slowest_s = max(context.store_gather.gather(spent_s))
-        speeds.append(many * trial.training_plan.plan.global_batch / slowest_s)
-        stages += seen
+        speeds.append(updates_per_block * trial.training_plan.plan.global_batch / slowest_s)
+        stages += block_stages
     means = (sum(column) / len(stages) for column in zip(*stages, strict=True))
     return tuple(speeds), dict(zip(STAGES, means, strict=True))
-
-
-class CudaMemoryMeter:
-    """Memory that torch has reserved on the device, which other programs cannot use."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before = 0
-
-    def clear(self) -> None:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._before = self._count_retries()
-
-    def read(self) -> tuple[int, int, bool]:
-        """Peak in bytes, allocation retries, and whether the peak exceeds the allowed share of memory."""
-        peak = torch.cuda.max_memory_reserved(self._device)
-        whole = torch.cuda.get_device_properties(self._device).total_memory
-        return peak, self._count_retries() - self._before, peak > MEMORY_SHARE * whole
-
-    def _count_retries(self) -> int:
-        return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
-
-
-class HostMemoryMeter:
-    """Resident memory of this process."""
-
-    def __init__(self, allowed_bytes: float | None) -> None:
-        self._allowed = allowed_bytes
-        self._peak = PeakRss()
-
-    def clear(self) -> None:
-        self._peak.clear()
-
-    def read(self) -> tuple[int, int, bool]:
-        peak = self._peak.read()
-        return peak, 0, self._allowed is not None and peak > self._allowed
-
-
-def make_memory_meter(device: torch.device, allowed_bytes: float | None) -> CudaMemoryMeter | HostMemoryMeter:
-    return CudaMemoryMeter(device) if device.type == "cuda" else HostMemoryMeter(allowed_bytes)

@@ -21,9 +21,8 @@ __all__ = ["profile_operators"]
 PROFILED_UPDATES = 3
 KINETO_LOG_LEVEL = "6"  # log level of Kineto, which otherwise reports each start and stop on stderr
 PHASE_PREFIX = "launcher: "  # prefix of a phase's name
-HOST_DEVICE_TYPE = (
-    torch.autograd.DeviceType.CPU
-)  # kernels are on the device; their time is included in that of their operator
+#: Device type of operators; kernels are on the device, and their time is included in that of their operator.
+HOST_DEVICE_TYPE = torch.autograd.DeviceType.CPU
 #: Name prefixes of collectives, of torch and the backends; their time is mostly waiting for other workers.
 COLLECTIVE_NAMES = ("c10d", "gloo", "nccl", "record_param_comms", "ucc", "mpi")
 
@@ -34,7 +33,7 @@ def profile_operators(context: ProbeContext, size: int, items: Any, stage: str) 
     Returns None if memory ran out. Every rank calls it.
 
     Raises:
-        Lost: memory ran out on this rank while others wait for it.
+        OomInCollective: memory ran out on this rank while others wait for it.
     """
     try:
         return guard_oom(context, size, partial(_profile_updates, context, size, items, stage))
@@ -56,9 +55,9 @@ def _profile_updates(context: ProbeContext, size: int, items: Any, stage: str) -
     with profile(activities=activities):
         run_updates(trial, updates, context.stats_gather, 1)
     marked = ProfiledTrial(trial.training_plan, trial.topology, trial.components, trial.loader, trial.faults)
-    with profile(activities=activities) as watched, marked.mark_phases():
+    with profile(activities=activities) as profiler, marked.mark_phases():
         run_updates(marked, updates, context.stats_gather, PROFILED_UPDATES)
-    times = sum_by_operator(watched.events(), stage, cuda=trial.components.device.type == "cuda")
+    times = sum_by_operator(profiler.events(), stage, cuda=trial.components.device.type == "cuda")
     samples = PROFILED_UPDATES * size * trial.training_plan.plan.accumulation
     return OperatorProfile(size, {name: ms / samples for name, ms in times.items()})
 
@@ -69,7 +68,7 @@ def _list_activities(device: torch.device) -> list[ProfilerActivity]:
 
 @dataclass(frozen=True)
 class ProfiledTrial(SizeTrial):
-    """A `Trial` that marks its phases as profiler ranges."""
+    """A `SizeTrial` that marks its phases as profiler ranges."""
 
     open: list[Any] = field(default_factory=list)
 
@@ -96,13 +95,13 @@ def sum_by_operator(events: Iterable[Any], stage: str, *, cuda: bool) -> Mapping
 
     On a GPU the backward pass runs on its own thread, so operators are assigned to a stage by start time.
     """
-    events = [one for one in events if one.device_type == HOST_DEVICE_TYPE]
-    spans = [(one.time_range.start, one.time_range.end) for one in events if one.name == PHASE_PREFIX + stage]
+    events = [event for event in events if event.device_type == HOST_DEVICE_TYPE]
+    spans = [(event.time_range.start, event.time_range.end) for event in events if event.name == PHASE_PREFIX + stage]
     times: dict[str, float] = {}
-    for one in events:
-        if _is_operator(one) and any(start <= one.time_range.start < end for start, end in spans):
-            own_us = one.self_device_time_total if cuda else one.self_cpu_time_total
-            times[one.name] = times.get(one.name, 0.0) + own_us / 1e3
+    for event in events:
+        if _is_operator(event) and any(start <= event.time_range.start < end for start, end in spans):
+            self_us = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times[event.name] = times.get(event.name, 0.0) + self_us / 1e3
     return times
 
 

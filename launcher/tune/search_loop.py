@@ -32,10 +32,8 @@ from launcher.tune.size_search import (
 __all__ = ["SizeSearch", "TimeBudget"]
 
 MAX_REPEAT_ROUNDS = 10
-GROWTH_BUDGET_SHARE, BISECTION_BUDGET_SHARE = (
-    0.5,
-    0.75,
-)  # shares of the search budget at which growing, and finding the largest size, stop
+GROWTH_BUDGET_SHARE = 0.5  # share of the search budget at which growing stops
+BISECTION_BUDGET_SHARE = 0.75  # share of the search budget at which the search for the largest size stops
 MIN_BLOCKS_PER_BUDGET = 400  # a block takes at most 1/400 of the search budget
 SYNTHETIC_BUDGET_SHARE = 0.2  # share of the search budget, added to it, for synthetic data
 
@@ -64,29 +62,29 @@ class TimeBudget:
 class SizeSearch:
     """The search on one rank; its measurements are the same on all ranks.
 
-    `make` builds the replica; it is rebuilt after running out of memory, as the old one may be in an undefined state.
-    `state`: a file of rank 0 to continue from if the workers are restarted.
+    `make_context` builds the replica; it is rebuilt after running out of memory, as the old one may be in an undefined
+    state. `state_file`: a file of rank 0 to continue from if the workers are restarted.
     """
 
     def __init__(
         self,
-        make: Callable[[], ProbeContext],
+        make_context: Callable[[], ProbeContext],
         items: Any,
         largest: int,
         allowed_bytes: float | None,
         budget: TimeBudget,
         measurements: Measurements | None = None,
-        state: Path | None = None,
+        state_file: Path | None = None,
     ) -> None:
         self.measurements = measurements or Measurements()
-        self._make = make
-        self._stand: ProbeContext | None = None
+        self._make_context = make_context
+        self._context: ProbeContext | None = None
         self._items = items
         self._largest = largest
-        self._allowed = allowed_bytes
-        self._term = budget
-        self._state = state
-        self._pace = TimingSpec(block_s=min(TimingSpec().block_s, budget.budget_s / MIN_BLOCKS_PER_BUDGET))
+        self._allowed_bytes = allowed_bytes
+        self._budget = budget
+        self._state_file = state_file
+        self._timing = TimingSpec(block_s=min(TimingSpec().block_s, budget.budget_s / MIN_BLOCKS_PER_BUDGET))
 
     def measure_sizes(self, sizes: Sequence[int]) -> None:
         """Measure exactly these sizes, ascending, so that smaller ones predict the memory of larger ones."""
@@ -101,10 +99,10 @@ class SizeSearch:
         self._find_largest_size()
         advice = self.measurements.make_advice()
         if advice is not None:
-            known = [one.size for one in self.measurements.sizes() if one.speeds]
-            failed = [one.size for one in self.measurements.sizes() if not one.fits_comfortably]
-            for size in sizes_around_knee(advice.knee, known, failed, self._largest):
-                if self._term.is_used_up():
+            timed = [result.size for result in self.measurements.sizes() if result.speeds]
+            failed = [result.size for result in self.measurements.sizes() if not result.fits_comfortably]
+            for size in sizes_around_knee(advice.knee, timed, failed, self._largest):
+                if self._budget.is_used_up():
                     break
                 self._time_size(size)
         self._repeat_uncertain_sizes()
@@ -112,10 +110,10 @@ class SizeSearch:
     def measure_synthetic(self, sizes: Sequence[int], synthetic: Any) -> None:
         """Measure the sizes on synthetic data of the same shape, which costs nothing to read."""
         for size in sizes:
-            if self.measurements.synthetic and self._term.is_used_up(1 + SYNTHETIC_BUDGET_SHARE):
+            if self.measurements.synthetic and self._budget.is_used_up(1 + SYNTHETIC_BUDGET_SHARE):
                 break
-            stood_in = measure_size(self._get_context(), size, synthetic, self._pace, self._allowed)
-            self.measurements = replace(self.measurements, synthetic=(*self.measurements.synthetic, stood_in))
+            measurement = measure_size(self._get_context(), size, synthetic, self._timing, self._allowed_bytes)
+            self.measurements = replace(self.measurements, synthetic=(*self.measurements.synthetic, measurement))
 
     def begin_followups(self) -> None:
         """Start the follow-ups: if a rank is lost in them, the results so far are final."""
@@ -124,19 +122,21 @@ class SizeSearch:
 
     def measure_split(self, size: int, accumulation: int) -> None:
         """Measure the batch as `accumulation` micro-batches of `size`, unless memory ran out at that split before."""
-        if any(one.size == size and not one.fits for one in self.measurements.splits):
+        if any(split.size == size and not split.fits for split in self.measurements.splits):
             return
-        found = measure_size(self._get_context(), size, self._items, self._pace, self._allowed, accumulation)
-        if not found.fits:
+        measurement = measure_size(
+            self._get_context(), size, self._items, self._timing, self._allowed_bytes, accumulation
+        )
+        if not measurement.fits:
             self._release_context()
-        self.measurements = replace(self.measurements, splits=(*self.measurements.splits, found))
+        self.measurements = replace(self.measurements, splits=(*self.measurements.splits, measurement))
 
     def profile_size(self, size: int, stage: str) -> OperatorProfile | None:
         """Profile the operators of one stage at a size; None if memory ran out."""
-        found = profile_operators(self._get_context(), size, self._items, stage)
-        if found is None:
+        profile = profile_operators(self._get_context(), size, self._items, stage)
+        if profile is None:
             self._release_context()
-        return found
+        return profile
 
     def record_operators(self, operators: tuple[OperatorGrowth, ...]) -> None:
         self.measurements = replace(self.measurements, operators=operators)
@@ -149,7 +149,7 @@ class SizeSearch:
                 continue
             if self._has_regressed(size):
                 return
-            if self._term.is_used_up(GROWTH_BUDGET_SHARE):
+            if self._budget.is_used_up(GROWTH_BUDGET_SHARE):
                 if size < self._largest:
                     self._add_note(f"no size above {size} was timed: this part of tune.budget_s was used up")
                 return
@@ -167,7 +167,7 @@ class SizeSearch:
             )
             if size is None:
                 return
-            if self._term.is_used_up(BISECTION_BUDGET_SHARE):
+            if self._budget.is_used_up(BISECTION_BUDGET_SHARE):
                 works = self.measurements.largest_working()
                 note = f"memory_max={works} is only the largest tried size that works"
                 self._add_note(f"{note}: this part of tune.budget_s was used up")
@@ -177,56 +177,54 @@ class SizeSearch:
     def _repeat_uncertain_sizes(self) -> None:
         """Measure uncertain sizes again, in alternating order, so that drift favours no size."""
         for turn in range(MAX_REPEAT_ROUNDS):
-            loose = [one.size for one in self.measurements.sizes() if one.fits and one.speeds and one.is_uncertain]
-            if not loose:
+            results = self.measurements.sizes()
+            uncertain = [result.size for result in results if result.fits and result.speeds and result.is_uncertain]
+            if not uncertain:
                 return
-            for size in loose if turn % 2 else reversed(loose):
-                if self._term.is_used_up():
+            for size in uncertain if turn % 2 else reversed(uncertain):
+                if self._budget.is_used_up():
                     return
                 self._time_size(size)
 
     def _time_size(self, size: int) -> bool:
         """Time a size; return whether it fits. On a CPU, intermediate sizes are tried first for their memory."""
-        known = self.measurements.largest_working()
-        if self._allowed is not None:
-            for stone in (
-                iter_intermediate_sizes(known or INITIAL_SIZE, size)
-                if self.measurements.find_size(size) is None
-                else ()
-            ):
-                if stone > known and not self._try_size(stone, None):
+        largest_working = self.measurements.largest_working()
+        if self._allowed_bytes is not None and self.measurements.find_size(size) is None:
+            for intermediate in iter_intermediate_sizes(largest_working or INITIAL_SIZE, size):
+                if intermediate > largest_working and not self._try_size(intermediate, None):
                     break
-        return self._try_size(size, self._pace)
+        return self._try_size(size, self._timing)
 
-    def _try_size(self, size: int, pace: TimingSpec | None) -> bool:
-        seen = self.measurements.find_size(size)
-        if seen is not None and not seen.fits:
+    def _try_size(self, size: int, timing: TimingSpec | None) -> bool:
+        """Measure a size unless it is known or predicted not to fit; return whether it fits."""
+        result = self.measurements.find_size(size)
+        if result is not None and not result.fits:
             return False
         if self._is_too_large(size):
-            found = Measurement(size, where="foreseen", predicted=True)
+            measurement = Measurement(size, where="foreseen", predicted=True)
         else:
             self._write_state(size)
-            found = measure_size(self._get_context(), size, self._items, pace, self._allowed)
-        if not found.fits:
+            measurement = measure_size(self._get_context(), size, self._items, timing, self._allowed_bytes)
+        if not measurement.fits:
             self._release_context()
-        self.measurements = self.measurements.with_measurement(replace(found, timing=pace is not None))
+        self.measurements = self.measurements.with_measurement(replace(measurement, timing=timing is not None))
         self._write_state(None)
-        return found.fits
+        return measurement.fits
 
     def _is_too_large(self, size: int) -> bool:
         """Whether a size is predicted not to fit on a CPU, where the kernel kills instead of refusing memory."""
-        if self._allowed is None:
+        if self._allowed_bytes is None:
             return False
-        foreseen = predict_bytes(size, self.measurements.memory_by_size())
-        return foreseen is not None and foreseen > self._allowed
+        predicted = predict_bytes(size, self.measurements.memory_by_size())
+        return predicted is not None and predicted > self._allowed_bytes
 
     def _get_context(self) -> ProbeContext:
-        if self._stand is None:
-            self._stand = self._make()
-        return self._stand
+        if self._context is None:
+            self._context = self._make_context()
+        return self._context
 
     def _release_context(self) -> None:
-        self._stand = None
+        self._context = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -235,6 +233,6 @@ class SizeSearch:
         self.measurements = self.measurements.with_note(text)
 
     def _write_state(self, trying: int | None) -> None:
-        if self._state is not None:
-            facts = {"ledger": self.measurements.to_facts(), "trying": trying, "spent_s": self._term.used_s()}
-            atomic_write_text(self._state, json.dumps(facts))
+        if self._state_file is not None:
+            facts = {"measurements": self.measurements.to_facts(), "trying": trying, "spent_s": self._budget.used_s()}
+            atomic_write_text(self._state_file, json.dumps(facts))

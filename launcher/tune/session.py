@@ -85,11 +85,25 @@ class EarlierAttempt:
     spent_s: float = 0.0
 
     def to_facts(self) -> dict[str, Any]:
-        return {"ledger": self.measurements.to_facts(), "spent_s": self.spent_s}
+        return {"measurements": self.measurements.to_facts(), "spent_s": self.spent_s}
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> EarlierAttempt:
-        return cls(Measurements.from_facts(facts["ledger"]), facts["spent_s"])
+        return cls(Measurements.from_facts(facts["measurements"]), facts["spent_s"])
+
+
+@dataclass(frozen=True)
+class MeasurementRequest:
+    """What to measure on this rank. `state_file`: a file of rank 0 to continue from if the workers are restarted.
+
+    `with_followups`: also measure what only explains the result.
+    """
+
+    config: RunConfig
+    topology: Topology
+    earlier: EarlierAttempt
+    state_file: Path | None
+    with_followups: bool
 
 
 def measure_on_rank(
@@ -97,124 +111,144 @@ def measure_on_rank(
     topology: Topology,
     store: dist.Store,
     earlier: EarlierAttempt = EarlierAttempt(),
-    state: Path | None = None,
+    state_file: Path | None = None,
     *,
-    look: bool = False,
+    use_cache: bool = False,
 ) -> dict[str, Any]:
-    """Measure and return the document that `tune` prints, the same on all ranks; with `look`, use the cache first.
+    """Measure and return the document that `tune` prints, the same on all ranks, or a cached one with `use_cache`.
 
-    `look` is set when training waits for the result: then the follow-ups that only explain it are skipped.
+    `use_cache` is set when training waits for the result: then the follow-ups that only explain it are skipped.
 
     Raises:
-        RequestError: any rank found the request to be wrong.
+        UsageError: any rank found the request to be wrong.
     """
     threads = num_threads(config, topology.local_world)
     torch.set_num_threads(threads)
-    ready = check_ranks_agree(
+    prepared = check_ranks_agree(
         store, topology, partial(prepare_measurement, config, topology), PreparedRank.describe_conditions
     )
     store_gather = StoreGather(store, topology.rank, topology.world)
-    key = cache.make_cache_key(config, ready.make_measurement_env(topology, threads))
-    allowed = compute_memory_allowance(ready.device, topology, store_gather)
-    looked = store_gather.broadcast_from_rank0(lookup_cached(key, allowed) if look and topology.rank == 0 else None)
-    if looked is not None and looked["found"] is not None:
-        store_gather.close()
-        return {**looked["found"], "cached": True, "said": looked["said"]}
-    rendezvous.init_process_group(store, topology, ready.device, config.launch.backend, config.launch.timeout_s)
-    found = search_sizes(config, ready, store_gather, topology, allowed, earlier, state, closer=not look)
-    dist.destroy_process_group()
-    said = [] if looked is None else looked["said"]
-    agreed = store_gather.broadcast_from_rank0(
-        {**found, "cached": False, "said": [*said, *store_result(key, found, topology.rank)]}
+    key = cache.make_cache_key(config, prepared.make_measurement_env(topology, threads))
+    allowed = compute_memory_allowance(prepared.device, topology, store_gather)
+    document, notes = store_gather.broadcast_from_rank0(
+        lookup_cached(key, allowed) if use_cache and topology.rank == 0 else (None, [])
     )
+    if document is not None:
+        store_gather.close()
+        return {**document, "cached": True, "said": notes}
+    rendezvous.init_process_group(store, topology, prepared.device, config.launch.backend, config.launch.timeout_s)
+    request = MeasurementRequest(config, topology, earlier, state_file, with_followups=not use_cache)
+    document = measure_and_describe(request, prepared, store_gather, allowed)
+    dist.destroy_process_group()
+    notes = [*notes, *store_result(key, document, topology.rank)]
+    agreed = store_gather.broadcast_from_rank0({**document, "cached": False, "said": notes})
     store_gather.close()
     return dict(agreed)
 
 
-def lookup_cached(key: Mapping[str, Any], allowed: float | None) -> dict[str, Any]:
-    """Look up the cache for this key, with notes. Only rank 0 reads it, as the nodes' copies may differ."""
-    looked = cache.lookup(key)
-    if looked.profile is None:
-        return {"found": None, "said": looked.said}
-    found = looked.profile.found
-    point = find_recommended_point(found)
+def lookup_cached(key: Mapping[str, Any], allowed: float | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """Look up the cache for this key: the document or None, and notes. Only rank 0 reads it, as nodes' copies differ."""
+    found = cache.lookup(key)
+    if found.profile is None:
+        return None, list(found.notes)
+    document = found.profile.document
+    point = find_recommended_point(document)
     needed = 0 if point is None else point["memory_bytes"]
     if allowed is not None and needed > allowed:
-        short = f"{found['recommended']} samples need {needed / 1e9:.3g} GB of memory, {allowed / 1e9:.3g} GB are free"
-        return {"found": None, "said": [f"the profile of {looked.profile.formatted_time} is not used: {short}"]}
-    return {"found": {**found, "measured": looked.profile.measured}, "said": []}
+        shortage = (
+            f"{document['recommended']} samples need {needed / 1e9:.3g} GB of memory, {allowed / 1e9:.3g} GB are free"
+        )
+        return None, [f"the profile of {found.profile.formatted_time} is not used: {shortage}"]
+    return {**document, "measured": found.profile.measured}, []
 
 
-def store_result(key: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> list[str]:
+def store_result(key: Mapping[str, Any], document: Mapping[str, Any], rank: int) -> list[str]:
     """Store the result in the cache on rank 0 and return notes; a write error is only a note."""
-    if rank or found["recommended"] is None:
+    if rank or document["recommended"] is None:
         return []
     try:
-        kept = f"saved for batch.per_device=auto: {cache.store(cache.CachedProfile(key, found['measured'], found))}"
+        path = cache.store(cache.CachedProfile(key, document["measured"], document))
+        note = f"saved for batch.per_device=auto: {path}"
     except OSError as problem:
-        lost = f"{cache.CACHE_DIR} cannot be written ({problem.strerror}): the next start will measure again"
-        return [lost, *describe_unreliable_speed(found)]
-    return [kept, *describe_unreliable_speed(found)]
+        note = f"{cache.CACHE_DIR} cannot be written ({problem.strerror}): the next start will measure again"
+    return [note, *describe_unreliable_speed(document)]
 
 
-def describe_unreliable_speed(found: Mapping[str, Any]) -> list[str]:
+def describe_unreliable_speed(document: Mapping[str, Any]) -> list[str]:
     """A note on what to do if the measured speed of the recommended size is unreliable."""
-    point = find_recommended_point(found)
+    point = find_recommended_point(document)
     if point is None or point["high"] <= UNRELIABLE_RATIO * point["low"]:
         return []
-    size, low, high = found["recommended"], format_rate(point["low"]), format_rate(point["high"])
+    size, low, high = document["recommended"], format_rate(point["low"]), format_rate(point["high"])
     return [
         f"throughput at {size} is unreliable ({low} to {high} samples/s): set launch.threads=1, raise tune.budget_s, "
         "or free the machine"
     ]
 
 
-def search_sizes(
-    config: RunConfig,
-    ready: PreparedRank,
-    store_gather: StoreGather,
-    topology: Topology,
-    allowed: float | None,
-    earlier: EarlierAttempt,
-    state: Path | None,
-    *,
-    closer: bool,
+def measure_and_describe(
+    request: MeasurementRequest, prepared: PreparedRank, store_gather: StoreGather, allowed: float | None
 ) -> dict[str, Any]:
     """Measure and build the document; the ranks' documents may differ in times read from their clocks."""
-    plan = make_training_plan(config, ready.sizes, topology.world)
-    make = partial(ProbeContext.from_plan, plan, topology, ready.recipe, ready.device, ready.data, store_gather)
-    budget = TimeBudget(get_budget(config) * (SEARCH_BUDGET_SHARE if closer else 1.0), store_gather, earlier.spent_s)
-    search = SizeSearch(
-        make,
-        ready.data.train,
-        compute_largest_size(config, ready.sizes, plan.plan),
-        allowed,
-        budget,
-        earlier.measurements,
-        state,
-    )
+    config = request.config
+    share = SEARCH_BUDGET_SHARE if request.with_followups else 1.0
+    budget = TimeBudget(get_budget(config) * share, store_gather, request.earlier.spent_s)
+    search = make_search(request, prepared, budget, allowed)
     if not search.measurements.closing:
         measure_sizes(search, config)
-        if closer:
-            measure_synthetic(search, ready, config)
+        if request.with_followups:
+            measure_synthetic(search, prepared, config)
             run_followups(search, budget, get_accumulation(config))
     facts = {
-        "recipe": type(ready.recipe).__name__,
-        "world": topology.world,
-        "nodes": topology.nodes,
-        "accumulation": get_accumulation(config),
-        "train_samples": ready.sizes.train,
-        "device": get_device_name(ready.device),
-        "precision": config.train.precision,
-        "strategy": config.strategy.name,
-        "threads": num_threads(config, topology.local_world),
-        "loader_workers": config.data.num_workers,
-        "limit_bytes": get_memory_limit(ready.device, allowed),
+        **describe_setup(request, prepared),
+        "limit_bytes": get_memory_limit(prepared.device, allowed),
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "spent_s": round(budget.used_s(), 1),
         "asked": config.tune.sizes is not None,
     }
     return make_tune_document(search.measurements, facts)
+
+
+def make_search(
+    request: MeasurementRequest, prepared: PreparedRank, budget: TimeBudget, allowed: float | None
+) -> SizeSearch:
+    plan = make_training_plan(request.config, prepared.sizes, request.topology.world)
+    make_context = partial(
+        ProbeContext.from_plan,
+        plan,
+        request.topology,
+        prepared.recipe,
+        prepared.device,
+        prepared.data,
+        budget.store_gather,
+    )
+    largest = compute_largest_size(request.config, prepared.sizes, plan.plan)
+    return SizeSearch(
+        make_context,
+        prepared.data.train,
+        largest,
+        allowed,
+        budget,
+        request.earlier.measurements,
+        request.state_file,
+    )
+
+
+def describe_setup(request: MeasurementRequest, prepared: PreparedRank) -> dict[str, Any]:
+    """What was measured, and on which machine, for the document."""
+    config, topology = request.config, request.topology
+    return {
+        "recipe": type(prepared.recipe).__name__,
+        "world": topology.world,
+        "nodes": topology.nodes,
+        "accumulation": get_accumulation(config),
+        "train_samples": prepared.sizes.train,
+        "device": get_device_name(prepared.device),
+        "precision": config.train.precision,
+        "strategy": config.strategy.name,
+        "threads": num_threads(config, topology.local_world),
+        "loader_workers": config.data.num_workers,
+    }
 
 
 def measure_sizes(search: SizeSearch, config: RunConfig) -> None:
@@ -235,26 +269,26 @@ def check_tune_request(config: RunConfig, sizes: DatasetSizes, world: int) -> No
     """Validate the request.
 
     Raises:
-        RequestError: the request cannot be measured.
+        UsageError: the request cannot be measured.
     """
     plan = make_training_plan(config, sizes, world).plan
     if config.elastic.exact:
         raise UsageError(
             "elastic.exact=true ignores batch.per_device (it splits every batch into shards): type elastic.exact=false"
         )
-    room = compute_largest_size(config, sizes, plan, limited=False)
+    largest = compute_largest_size(config, sizes, plan, limited=False)
     for key, value in (("tune.sizes", max(config.tune.sizes or (1,))), ("tune.max", config.tune.max or 1)):
-        if value > room and key == "tune.sizes":
+        if value > largest and key == "tune.sizes":
             raise UsageError(
                 f"{key}: {value} samples on each of {world} workers exceed the {sizes.train} training samples: "
-                f"type {room} or less"
+                f"type {largest} or less"
             )
 
 
 def compute_largest_size(config: RunConfig, sizes: DatasetSizes, plan: BatchPlan, *, limited: bool = True) -> int:
     """The largest size to try: limited by the data set and, with `limited`, by tune.max."""
-    room = max(1, sizes.train // (plan.world * get_accumulation(config)))
-    return min(room, config.tune.max) if limited and config.tune.max is not None else room
+    largest = max(1, sizes.train // (plan.world * get_accumulation(config)))
+    return min(largest, config.tune.max) if limited and config.tune.max is not None else largest
 
 
 def get_budget(config: RunConfig) -> float:
@@ -269,12 +303,8 @@ def compute_memory_allowance(device: torch.device, topology: Topology, store_gat
     """Memory that each worker may use on a CPU, the minimum over all machines; None on a GPU."""
     if device.type == "cuda":
         return None
-    said = [
-        one
-        for one in store_gather.gather(compute_allowed_bytes(read_available_bytes(), topology.local_world))
-        if one is not None
-    ]
-    return min(said, default=None)
+    gathered = store_gather.gather(compute_allowed_bytes(read_available_bytes(), topology.local_world))
+    return min((allowed for allowed in gathered if allowed is not None), default=None)
 
 
 def get_memory_limit(device: torch.device, allowed: float | None) -> int | None:
@@ -283,17 +313,17 @@ def get_memory_limit(device: torch.device, allowed: float | None) -> int | None:
     return None if allowed is None else int(allowed)
 
 
-def measure_synthetic(search: SizeSearch, ready: PreparedRank, config: RunConfig) -> None:
+def measure_synthetic(search: SizeSearch, prepared: PreparedRank, config: RunConfig) -> None:
     """If waiting for data is the largest stage, measure the same sizes on synthetic data."""
     advice = search.measurements.make_advice()
     if advice is None or config.data.source == "synthetic":
         return
-    sizes = [one for one in search.measurements.sizes() if one.speeds and one.fits]
-    stages = {one.size: one.stages_ms for one in sizes}
-    times = stages[advice.recommended] if advice.recommended in stages else sizes[-1].stages_ms
+    results = [result for result in search.measurements.sizes() if result.speeds and result.fits]
+    stages = {result.size: result.stages_ms for result in results}
+    times = stages[advice.recommended] if advice.recommended in stages else results[-1].stages_ms
     if max(times, key=times.__getitem__) == "data":
-        others = [one.size for one in sizes if one.size != advice.recommended]
-        search.measure_synthetic([advice.recommended, *others], get_dataset(ready.recipe, "train", "synthetic"))
+        others = [size for size in stages if size != advice.recommended]
+        search.measure_synthetic([advice.recommended, *others], get_dataset(prepared.recipe, "train", "synthetic"))
 
 
 def describe_sample(sample: Any) -> Any:

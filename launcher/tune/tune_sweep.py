@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.cli_args import HydraArgs
-from launcher.config.compose import ComposedConfig, ConfigComposer, SweepRequest, parse_overrides
+from launcher.config.compose import ComposedConfig, ConfigComposer, SweepRequest
+from launcher.config.overrides import parse_overrides
 from launcher.config.schema import RunConfig, SweepConfig
 from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError
 from launcher.goodput.auto_batch import MeasurementError, report_unmeasured
@@ -37,7 +38,7 @@ def tune_sweep(args: Sequence[str], measure: MeasureFunction | None = None) -> i
     `measure` replaces the workers of this machine (for tests).
 
     Raises:
-        RequestError: the configuration of a point is wrong; nothing was measured.
+        UsageError: the configuration of a point is wrong; nothing was measured.
         KeyboardInterrupt: SIGTERM or Ctrl-C was received; workers and temporary files have been removed.
     """
     arguments = HydraArgs.parse(args)

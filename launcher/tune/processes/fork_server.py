@@ -34,31 +34,32 @@ OUTCOME_FILE = "outcome.json"
 def main(path: str, workers: int) -> int:
     """Run the request in the file at `path` with `workers` ranks; write the result into the folder the file names."""
     die_with_parent()
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the driver handles these and kills this process if needed
-    facts = json.loads(Path(path).read_text())
-    private = Path(facts["private"])
-    atomic_write_text(private / OUTCOME_FILE, json.dumps(run_and_report(facts["run"], workers, private, facts["look"])))
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)  # the driver handles these and kills this process if needed
+    request = json.loads(Path(path).read_text())
+    private = Path(request["private"])
+    outcome = run_and_report(request["config"], workers, private, request["use_cache"])
+    atomic_write_text(private / OUTCOME_FILE, json.dumps(outcome))
     return EXIT_OK
 
 
-def run_and_report(run: Mapping[str, Any], workers: int, private: Path, look: bool) -> dict[str, Any]:
-    """The document under `found`, or the error message under `request` or `unmeasured`."""
+def run_and_report(config: Mapping[str, Any], workers: int, private: Path, use_cache: bool) -> dict[str, Any]:
+    """The `document`, or the message of a `usage_error` or `measurement_error`."""
     try:
-        return {"found": measure_in_forks(run, workers, private, look)}
+        return {"document": measure_in_forks(config, workers, private, use_cache)}
     except UsageError as error:
-        return {"request": str(error)}
+        return {"usage_error": str(error)}
     except MeasurementError as error:
-        return {"unmeasured": str(error), "trace": error.trace}
+        return {"measurement_error": str(error), "trace": error.trace}
     except Exception as error:  # e.g. fork failed, or torch cannot be imported
-        return {"unmeasured": f"{type(error).__name__}: {error}", "trace": format_exc()}
+        return {"measurement_error": f"{type(error).__name__}: {error}", "trace": format_exc()}
 
 
-def measure_in_forks(run: Mapping[str, Any], workers: int, private: Path, look: bool) -> dict[str, Any]:
+def measure_in_forks(config: Mapping[str, Any], workers: int, private: Path, use_cache: bool) -> dict[str, Any]:
     """Measure with one forked process per rank and return the document.
 
     Raises:
-        RequestError, Unmeasured: as `in_rounds`.
+        UsageError, MeasurementError: as `run_with_retries`.
     """
     import torch
 
@@ -68,33 +69,34 @@ def measure_in_forks(run: Mapping[str, Any], workers: int, private: Path, look: 
     torch.set_num_threads(1)  # each fork sets its own; nothing is computed here
     store = make_loopback_store(0, serve=True)
 
-    def start(number: int, earlier: Mapping[str, Any] | None) -> list[RankResult]:
-        folders = [private / f"{number}-{rank}" for rank in range(workers)]
+    def start(attempt: int, earlier: Mapping[str, Any] | None) -> list[RankResult]:
+        folders = [private / f"{attempt}-{rank}" for rank in range(workers)]
         for folder in folders:
             folder.mkdir(0o700)
-        errands = [ProbeTask(run, look, number, str(number), str(folder), earlier) for folder in folders]
+        tasks = [ProbeTask(config, use_cache, attempt, str(attempt), str(folder), earlier) for folder in folders]
         return [
             RankResult.from_process(folder, status)
-            for folder, status in zip(folders, wait_for_ranks(errands, store), strict=True)
+            for folder, status in zip(folders, wait_for_ranks(tasks, store), strict=True)
         ]
 
     return run_with_retries(start)
 
 
-def wait_for_ranks(errands: Sequence[ProbeTask], store: TCPStore) -> list[int | None]:
+def wait_for_ranks(tasks: Sequence[ProbeTask], store: TCPStore) -> list[int | None]:
     """Wait until all ranks succeeded or one failed; return the exit statuses, None for ranks that were killed then."""
-    ranks: list[ProcessHandle] = []
+    processes: list[ProcessHandle] = []
     try:
-        for rank, task in enumerate(errands):
-            ranks.append(start_probe(task, torchrun_env(rank, len(errands), store.port)))
-        while not all_done_or_failed([one.poll() for one in ranks]):
+        for rank, task in enumerate(tasks):
+            processes.append(start_probe(task, torchrun_env(rank, len(tasks), store.port)))
+        while not all_done_or_failed([process.poll() for process in processes]):
             time.sleep(RANK_POLL_INTERVAL_S)
-        return [one.poll() for one in ranks]  # poll again: the failing rank may have ended after its first poll
+        # poll again: the failing rank may have ended after its first poll
+        return [process.poll() for process in processes]
     finally:
-        for one in ranks:
-            one.kill()
-        for one in ranks:
-            one.wait()
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
 
 
 def all_done_or_failed(statuses: Sequence[int | None]) -> bool:

@@ -32,14 +32,15 @@ DEVICE_PATHS = ("/dev/nvidia", "/dev/kfd", "/dev/davinci", "/dev/dri/render")
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """What the process measures. `number`: the attempt, from 0. `earlier`: the results of earlier attempts.
+    """What the process measures. `attempt`: its number, from 0. `earlier`: the results of earlier attempts.
 
-    The processes of one attempt connect under `prefix` in the job's store; `private` is this process's own folder.
+    `config` is the configuration as a mapping; with `use_cache`, a cached result is returned if there is one. The
+    processes of one attempt connect under `prefix` in the job's store; `private` is this process's own folder.
     """
 
-    run: Mapping[str, Any]
-    look: bool
-    number: int
+    config: Mapping[str, Any]
+    use_cache: bool
+    attempt: int
     prefix: str
     private: str
     earlier: Mapping[str, Any] | None = None
@@ -54,7 +55,7 @@ class ProcessHandle(Protocol):
 
 
 class ForkedProcess:
-    """`Sent` for a multiprocessing fork. It exits by os._exit, so no cleanup of the parent process runs in the copy."""
+    """`ProcessHandle` for a multiprocessing fork. It exits by os._exit, so no cleanup of the parent process runs in the copy."""
 
     def __init__(self, process: ForkProcess) -> None:
         self._process = process
@@ -83,8 +84,8 @@ def can_fork() -> bool:
     """
     import torch
 
-    asked = torch.cuda.is_initialized() or has_open_file(lambda path: path.startswith(DEVICE_PATHS))
-    return torch.get_num_threads() == 1 and not asked
+    uses_device = torch.cuda.is_initialized() or has_open_file(lambda path: path.startswith(DEVICE_PATHS))
+    return torch.get_num_threads() == 1 and not uses_device
 
 
 def _run_in_fork(task: ProbeTask, env: Mapping[str, str], parent: int) -> None:
@@ -104,7 +105,7 @@ def _run_task(task: ProbeTask) -> int:
     """Measure and return the exit status; an error is recorded for the starting process to report."""
     from launcher.tune.probe import OomInCollective
 
-    topology, private = (Topology.from_env() or Topology()).with_generation(task.number + 1), Path(task.private)
+    topology, private = (Topology.from_env() or Topology()).with_generation(task.attempt + 1), Path(task.private)
     try:
         return _measure_task(task, topology, private)
     except OomInCollective:
@@ -123,12 +124,12 @@ def _measure_task(task: ProbeTask, topology: Topology, private: Path) -> int:
     from launcher.distributed import rendezvous
     from launcher.tune.session import EarlierAttempt, measure_on_rank
 
-    config, state = from_mapping(task.run), private / STATE_FILE if topology.rank == 0 else None
+    config, state_file = from_mapping(task.config), private / STATE_FILE if topology.rank == 0 else None
     earlier = EarlierAttempt() if task.earlier is None else EarlierAttempt.from_facts(task.earlier)
     store = PrefixStore(
         task.prefix, rendezvous.connect_store(topology, loopback=False, timeout_s=config.launch.timeout_s)
     )
-    found = measure_on_rank(config, topology, store, earlier, state, look=task.look)
+    document = measure_on_rank(config, topology, store, earlier, state_file, use_cache=task.use_cache)
     if topology.rank == 0:
-        (private / RESULT_FILE).write_text(json.dumps(found))
+        (private / RESULT_FILE).write_text(json.dumps(document))
     return EXIT_OK

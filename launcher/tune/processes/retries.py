@@ -1,7 +1,7 @@
-"""Run measuring in rounds: one process per rank, started together and restarted after running out of memory.
+"""Run measuring in attempts: one process per rank, started together and restarted after running out of memory.
 
 If memory runs out on one rank while the others wait for it in a collective, no rank can continue. All processes end;
-the next round receives the results so far and treats the size being measured as one that does not fit.
+the next attempt receives the results so far and treats the size being measured as one that does not fit.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = [
     "RESULT_FILE",
     "STATE_FILE",
     "RankResult",
-    "StartRound",
+    "StartAttempt",
     "make_failure_error",
     "mark_oom",
     "run_with_retries",
 ]
 
 EXIT_RANK_OOM = 76  # memory ran out on this rank while the others waited for it
-MAX_RETRY_ROUNDS = 20
+MAX_ATTEMPTS = 20
 RESULT_FILE, STATE_FILE = "result.json", "state.json"
 
 
@@ -62,51 +62,51 @@ class RankResult:
         return cls(**{**facts, "failure": facts["failure"] and RankFailure(**facts["failure"])})
 
 
-#: Runs one round: takes its number (from 0) and the earlier results, returns every rank's result in rank order.
-StartRound = Callable[[int, Mapping[str, Any] | None], Sequence[RankResult]]
+#: Runs one attempt: takes its number (from 0) and the earlier results, returns every rank's result in rank order.
+StartAttempt = Callable[[int, Mapping[str, Any] | None], Sequence[RankResult]]
 
 
-def run_with_retries(start: StartRound) -> dict[str, Any]:
-    """Run rounds until one succeeds, and return the document.
+def run_with_retries(start: StartAttempt) -> dict[str, Any]:
+    """Run attempts until one succeeds, and return the document.
 
     Raises:
-        RequestError: any rank found the request to be wrong.
-        Unmeasured: a process was killed, or failed for a reason other than memory.
+        UsageError: any rank found the request to be wrong.
+        MeasurementError: a process was killed, or failed for a reason other than memory.
     """
     earlier: Mapping[str, Any] | None = None
-    for number in range(MAX_RETRY_ROUNDS):
-        words = start(number, earlier)
-        if all(result.status == EXIT_OK for result in words):
-            return dict(words[0].result or {})
-        raise_root_cause(words)
-        earlier = mark_oom(words[0].state or {})
-    times = f"measuring batch sizes ran out of memory {MAX_RETRY_ROUNDS} times"
+    for attempt in range(MAX_ATTEMPTS):
+        results = start(attempt, earlier)
+        if all(result.status == EXIT_OK for result in results):
+            return dict(results[0].result or {})
+        raise_root_cause(results)
+        earlier = mark_oom(results[0].state or {})
+    times = f"measuring batch sizes ran out of memory {MAX_ATTEMPTS} times"
     raise MeasurementError(f"{times}: set tune.max, or type a number for batch.per_device")
 
 
-def raise_root_cause(words: Sequence[RankResult]) -> None:
-    """Raise the root cause of a failed round; return if memory ran out at a size that the next round can skip.
+def raise_root_cause(results: Sequence[RankResult]) -> None:
+    """Raise the root cause of a failed attempt; return if memory ran out at a size that the next one can skip.
 
     A failing rank does not get others killed, but makes many of them fail: so SIGKILL takes precedence, then the first
     error that is not a consequence of another.
 
     Raises:
-        RequestError, Unmeasured: as `in_rounds`.
+        UsageError, MeasurementError: as `run_with_retries`.
     """
-    left = {rank: result.status for rank, result in enumerate(words) if result.status not in (None, EXIT_OK)}
-    errors = sorted((result.failure for result in words if result.failure is not None), key=lambda one: one.time)
-    real = next((one for one in errors if not failures.is_peer_failure(one.message)), None)
-    killed = {rank: status for rank, status in left.items() if status == -SIGKILL}
+    failed = {rank: result.status for rank, result in enumerate(results) if result.status not in (None, EXIT_OK)}
+    errors = sorted((result.failure for result in results if result.failure is not None), key=lambda error: error.time)
+    cause = next((error for error in errors if not failures.is_peer_failure(error.message)), None)
+    killed = {rank: status for rank, status in failed.items() if status == -SIGKILL}
     if killed:
-        raise MeasurementError(failures.describe_exit_codes(killed) + describe_tried_size(words[0].state))
-    if real is not None:
-        raise make_failure_error(real)
-    if EXIT_RANK_OOM in left.values() and words[0].state is not None:
+        raise MeasurementError(failures.describe_exit_codes(killed) + describe_tried_size(results[0].state))
+    if cause is not None:
+        raise make_failure_error(cause)
+    if EXIT_RANK_OOM in failed.values() and results[0].state is not None:
         return
-    alone = {rank: status for rank, status in left.items() if status not in (EXIT_RESTART, EXIT_RANK_OOM)}
-    if not alone and errors:
+    unexplained = {rank: status for rank, status in failed.items() if status not in (EXIT_RESTART, EXIT_RANK_OOM)}
+    if not unexplained and errors:
         raise make_failure_error(errors[0])
-    raise MeasurementError(failures.describe_exit_codes(alone or left))
+    raise MeasurementError(failures.describe_exit_codes(unexplained or failed))
 
 
 def describe_tried_size(state: Mapping[str, Any] | None) -> str:
@@ -125,10 +125,10 @@ def make_failure_error(first: RankFailure) -> Exception:
 
 def mark_oom(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The saved state of a search; the size that was being measured, if any, is marked as out of memory."""
-    measurements = Measurements.from_facts(facts["ledger"])
+    measurements = Measurements.from_facts(facts["measurements"])
     if facts["trying"] is not None:
         measurements = measurements.with_measurement(Measurement(facts["trying"], where="a collective"))
-    return {"ledger": measurements.to_facts(), "spent_s": facts["spent_s"]}
+    return {"measurements": measurements.to_facts(), "spent_s": facts["spent_s"]}
 
 
 def read_json_if_exists(file: Path) -> Any:

@@ -30,17 +30,17 @@ def measure_in_sidecars(question: Mapping[str, Any], topology: Topology, store: 
     """Measure in one process per rank and return the resulting document, the same on all ranks. Every rank calls it.
 
     Raises:
-        RequestError: any rank found the request to be wrong.
-        Unmeasured: a process was killed, or failed for a reason other than memory.
+        UsageError: any rank found the request to be wrong.
+        MeasurementError: a process was killed, or failed for a reason other than memory.
     """
     import launcher.tune.session  # noqa: F401  training needs it too, and forked processes inherit the import
 
     store_gather = StoreGather(store, topology.rank, topology.world)
 
-    def start(number: int, earlier: Mapping[str, Any] | None) -> list[RankResult]:
+    def start(attempt: int, earlier: Mapping[str, Any] | None) -> list[RankResult]:
         with tempfile.TemporaryDirectory(prefix="launcher-auto-") as private:
-            prefix = f"{question['token']}/{number}"
-            task = ProbeTask(question["question"], True, number, prefix, private, earlier)
+            prefix = f"{question['token']}/{attempt}"
+            task = ProbeTask(question["question"], True, attempt, prefix, private, earlier)
             own = RankResult.from_process(Path(private), wait_for_rank(task, store, topology.rank))
         return [RankResult.from_facts(facts) for facts in store_gather.gather(own.to_facts())]
 

@@ -114,12 +114,12 @@ def _make_splits(measurements: Measurements) -> list[dict[str, Any]]:
 
 
 def _make_split(one: SizeResult) -> dict[str, Any]:
-    named = {"per_device": one.size, "accumulation": one.visits[0].accumulation}
+    named = {"per_device": one.size, "accumulation": one.measurements[0].accumulation}
     if not one.fits:
         return named | dict.fromkeys(("samples_per_s", "low", "high", "memory_bytes", "sync_ms")) | {"where": one.where}
     value, low, high = estimate_throughput(one.speeds)
     # on a CPU, memory left by earlier measurements only raises the peak, so the minimum is the best estimate
-    peak = min(measurement.memory_bytes for measurement in one.visits)
+    peak = min(measurement.memory_bytes for measurement in one.measurements)
     times = {"samples_per_s": value, "low": low, "high": high}
     return {**named, **times, "memory_bytes": peak, "sync_ms": one.stages_ms["sync"]}
 

@@ -37,12 +37,12 @@ STAGE_DESCRIPTIONS = {
 
 def advise_on_run(run: RunProfile) -> Iterator[str]:
     """Yield advice on the largest stages first, then on stragglers, memory, noise, restarts and scaling."""
-    told = set()
+    used = set()  # forward and backward share an adviser
     for stage in sorted(run.stages, key=run.stages.__getitem__, reverse=True):
-        about = _ADVISERS_BY_STAGE[stage]
-        if about not in told and (stage == run.bottleneck or run.share(stage) >= MIN_STAGE_SHARE):
-            told.add(about)
-            yield from about(run)
+        adviser = _ADVISERS_BY_STAGE[stage]
+        if adviser not in used and (stage == run.bottleneck or run.share(stage) >= MIN_STAGE_SHARE):
+            used.add(adviser)
+            yield from adviser(run)
     yield from _advise_on_straggler(run)
     yield from _advise_on_memory(run)
     yield from _advise_on_noise(run)
@@ -62,54 +62,56 @@ def _format_percent(share: float) -> str:
 def _advise_on_data(run: RunProfile) -> Iterator[str]:
     yield (
         f"each update waits {format_number(run.stages['data'])} ms for data; without that wait throughput could reach "
-        f"{_format_rate_without(run, 'data')} samples/s: {_describe_loaders(run.loader_cpu)}; run with data.source=synthetic to measure "
-        f"training without data loading"
+        f"{_format_rate_without(run, 'data')} samples/s: {_describe_loaders(run.loader_cpu)}; "
+        f"run with data.source=synthetic to measure training without data loading"
     )
 
 
-def _describe_loaders(busy: float | None) -> str:
+def _describe_loaders(cpu_share: float | None) -> str:
     """Advice for slow loading, by whether it is limited by the CPU or by storage."""
-    if busy is None or STORAGE_BOUND_UTILIZATION < busy < CPU_BOUND_UTILIZATION:
+    if cpu_share is None or STORAGE_BOUND_UTILIZATION < cpu_share < CPU_BOUND_UTILIZATION:
         return "raise data.num_workers"
-    if busy >= CPU_BOUND_UTILIZATION:
+    if cpu_share >= CPU_BOUND_UTILIZATION:
         return (
-            f"loading uses the CPU for {_format_percent(busy)} of its time (decoding, augmentation), so raise data.num_workers up "
-            f"to one per free core, or preprocess the data"
+            f"loading uses the CPU for {_format_percent(cpu_share)} of its time (decoding, augmentation), "
+            f"so raise data.num_workers up to one per free core, or preprocess the data"
         )
     return (
-        f"loading uses the CPU for {_format_percent(busy)} of its time and waits for storage otherwise: use a local disk, "
-        f"fewer and larger files, or more data.num_workers to overlap the waits"
+        f"loading uses the CPU for {_format_percent(cpu_share)} of its time and waits for storage otherwise: "
+        f"use a local disk, fewer and larger files, or more data.num_workers to overlap the waits"
     )
 
 
 def _advise_on_transfer(run: RunProfile) -> Iterator[str]:
     yield (
-        f"batches take {format_number(run.stages['transfer'])} ms to reach the device: return smaller dtypes (uint8 images, "
-        f"scaled on the device), and set data.num_workers=1 or more, which uses pinned memory"
+        f"batches take {format_number(run.stages['transfer'])} ms to reach the device: return smaller dtypes "
+        f"(uint8 images, scaled on the device), and set data.num_workers=1 or more, which uses pinned memory"
     )
 
 
 def _advise_on_compute(run: RunProfile) -> Iterator[str]:
-    part = run.share("forward") + run.share("backward")
-    spent = f"forward and backward take {_format_percent(part)} of the time"
-    if run.utilization is not None and run.utilization < MIN_DEVICE_BUSY_SHARE * part:
+    share = run.share("forward") + run.share("backward")
+    spent = f"forward and backward take {_format_percent(share)} of the time"
+    if run.utilization is not None and run.utilization < MIN_DEVICE_BUSY_SHARE * share:
         yield (
             f"{spent}, but the device is busy for only {_format_percent(run.utilization)} of the time: overhead per "
             f"micro-batch, or other programs on the machine; larger micro-batches (measure them with launcher tune) "
             f"or train.compile=true reduce the overhead"
         )
         return
-    limits = ": compute is the bottleneck" if run.bottleneck in ("forward", "backward") else ""
+    microseconds = (run.stages["forward"] + run.stages["backward"]) / run.samples * 1e3
+    verdict = ": compute is the bottleneck" if run.bottleneck in ("forward", "backward") else ""
     yield (
-        f"{spent}, {format_number((run.stages['forward'] + run.stages['backward']) / run.samples * 1e3)} us per sample"
-        f"{limits}; to reduce it, set train.compile=true, on a GPU train.precision=bf16, or use more workers"
+        f"{spent}, {format_number(microseconds)} us per sample{verdict}; to reduce it, set train.compile=true, "
+        f"on a GPU train.precision=bf16, or use more workers"
     )
 
 
 def _advise_on_sync(run: RunProfile) -> Iterator[str]:
     yield (
-        f"each update waits {format_number(run.stages['sync'])} ms for other workers, not overlapped with the backward pass: "
-        f"batch.accumulation=2 halves the number of all-reduces per sample, at twice the batch size"
+        f"each update waits {format_number(run.stages['sync'])} ms for other workers, "
+        f"not overlapped with the backward pass: batch.accumulation=2 halves the number of all-reduces per sample, "
+        f"at twice the batch size"
     )
 
 
@@ -122,7 +124,8 @@ def _advise_on_optimizer(run: RunProfile) -> Iterator[str]:
 
 
 def _advise_on_checkpoint(run: RunProfile) -> Iterator[str]:
-    yield f"saving takes {_format_percent(run.share('checkpoint'))} of the time: raise checkpoint.every to save less often"
+    share = _format_percent(run.share("checkpoint"))
+    yield f"saving takes {share} of the time: raise checkpoint.every to save less often"
 
 
 def _advise_on_other_time(run: RunProfile) -> Iterator[str]:
@@ -145,15 +148,16 @@ _ADVISERS_BY_STAGE: Mapping[str, Callable[[RunProfile], Iterator[str]]] = {
 
 
 def _advise_on_straggler(run: RunProfile) -> Iterator[str]:
-    own = {stage: gap for stage, gap in run.gaps.items() if stage in ("data", "transfer", "forward", "backward")}
-    if run.slow_rank is None or not own:
+    local = {stage: gap for stage, gap in run.gaps.items() if stage in ("data", "transfer", "forward", "backward")}
+    if run.slow_rank is None or not local:
         return
-    stage = max(own, key=lambda name: own[name][0] - own[name][1])
-    slow, quick = own[stage]
-    if slow - quick > MIN_STRAGGLER_GAP * run.wall_ms:
+    stage = max(local, key=lambda name: local[name][0] - local[name][1])
+    slowest, fastest = local[stage]
+    if slowest - fastest > MIN_STRAGGLER_GAP * run.wall_ms:
         yield (
-            f"the others wait for rank {run.slow_rank}: its {stage} takes {format_number(slow)} ms, the fastest rank's "
-            f"{format_number(quick)} ms; check that machine, or set elastic.balance=true to give it fewer samples"
+            f"the others wait for rank {run.slow_rank}: its {stage} takes {format_number(slowest)} ms, "
+            f"the fastest rank's {format_number(fastest)} ms; check that machine, "
+            f"or set elastic.balance=true to give it fewer samples"
         )
 
 
@@ -165,27 +169,29 @@ def _advise_on_memory(run: RunProfile) -> Iterator[str]:
         )
     if run.major_faults >= MIN_MAJOR_FAULTS:
         yield (
-            f"each update reads {format_count(run.major_faults)} pages from disk: the machine's memory is full, or data is "
-            f"read through mmap; lower batch.per_device, or request more memory"
+            f"each update reads {format_count(run.major_faults)} pages from disk: the machine's memory is full, "
+            f"or data is read through mmap; lower batch.per_device, or request more memory"
         )
 
 
 def _advise_on_noise(run: RunProfile) -> Iterator[str]:
     if run.noise is None:
         return
-    swing = f"; the loss varies by {format_number(run.loss[1])} around {format_number(run.loss[0])}" if run.loss else ""
+    spread = (
+        f"; the loss varies by {format_number(run.loss[1])} around {format_number(run.loss[0])}" if run.loss else ""
+    )
     if run.noise > 1:
         yield (
-            f"the gradient noise scale is at least {run.noise:.3g} times the batch size of {format_count(run.batch)}{swing}: "
-            f"gradients are mostly noise, so a larger batch needs fewer updates"
+            f"the gradient noise scale is at least {run.noise:.3g} times the batch size of "
+            f"{format_count(run.batch)}{spread}: gradients are mostly noise, so a larger batch needs fewer updates"
         )
 
 
 def _advise_on_restarts(run: RunProfile) -> Iterator[str]:
     if run.recovery_s or run.lost_samples:
         yield (
-            f"restarts took {format_duration(run.recovery_s)}, and {format_count(run.lost_samples)} samples were trained on again: "
-            f"lower checkpoint.every to lose less work"
+            f"restarts took {format_duration(run.recovery_s)}, and {format_count(run.lost_samples)} samples were "
+            f"trained on again: lower checkpoint.every to lose less work"
         )
 
 
@@ -194,8 +200,9 @@ def _advise_on_scaling(run: RunProfile) -> Iterator[str]:
     if len(run.worlds) < 2:
         return
     (small, slow), (large, fast) = run.worlds[0], run.worlds[-1]
-    kept = fast / large / (slow / small)
+    efficiency = fast / large / (slow / small)
     yield (
-        f"from {small} to {large} workers, samples/s went from {format_rate(slow)} to {format_rate(fast)}: scaling efficiency "
-        f"{_format_percent(kept)}, {format_number(run.stages.get('sync', 0.0))} ms of waiting for other workers per update"
+        f"from {small} to {large} workers, samples/s went from {format_rate(slow)} to {format_rate(fast)}: "
+        f"scaling efficiency {_format_percent(efficiency)}, "
+        f"{format_number(run.stages.get('sync', 0.0))} ms of waiting for other workers per update"
     )

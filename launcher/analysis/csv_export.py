@@ -45,8 +45,8 @@ COLUMNS_AFTER_STAGES = (
     "elastic/lost_samples",
 )
 COLUMN_ORDER = {
-    key: place
-    for place, key in enumerate((*POSITION_FIELDS, *COLUMNS_BEFORE_STAGES, *STAGE_COLUMNS, *COLUMNS_AFTER_STAGES))
+    key: position
+    for position, key in enumerate((*POSITION_FIELDS, *COLUMNS_BEFORE_STAGES, *STAGE_COLUMNS, *COLUMNS_AFTER_STAGES))
 }
 
 

@@ -9,7 +9,14 @@ from typing import Any
 from launcher.analysis.advice import STAGE_DESCRIPTIONS, advise_on_run
 from launcher.analysis.run_profile import RunProfile
 from launcher.analysis.time_to_target import compare_time_to_target, describe_comparison
-from launcher.system.formatting import format_count, format_number, format_plural, format_rate, strip_control_characters
+from launcher.system.formatting import (
+    format_count,
+    format_number,
+    format_plural,
+    format_rate,
+    strip_control_characters,
+    wrap_text,
+)
 from launcher.telemetry.stages import STAGES
 
 __all__ = ["compare_runs", "explain_run", "format_explanation"]
@@ -24,7 +31,7 @@ def explain_run(run: RunProfile) -> dict[str, Any]:
     document = {
         "bottleneck": stage,
         "share": run.share(stage),
-        "why": f"{STAGE_DESCRIPTIONS[stage]} takes {_format_percentage(run.share(stage))} of an update, "
+        "why": f"{STAGE_DESCRIPTIONS[stage]} takes {_format_share(run.share(stage))} of an update, "
         f"{format_number(run.stages[stage])} of {format_number(run.wall_ms)} ms",
         "advice": list(advise_on_run(run)),
         "stages": {
@@ -70,17 +77,16 @@ def format_explanation(document: Mapping[str, Any]) -> str:
         *(_format_stage_comparison(runs["A"], runs["B"]) if "runs" in document else _format_stage_table(document)),
         "",
     ]
-    lines += textwrap.wrap(f"{document['why'][:1].upper()}{document['why'][1:]}.", _WIDTH, break_on_hyphens=False)
+    lines += wrap_text(f"{document['why'][:1].upper()}{document['why'][1:]}.", _WIDTH, 0)
     if "scaling_efficiency" in document:
-        lines += [
-            f"Scaling efficiency: {_format_percentage(document['scaling_efficiency'])} of the samples/s per worker is kept."
-        ]
+        efficiency = _format_share(document["scaling_efficiency"])
+        lines.append(f"Scaling efficiency: {efficiency} of the samples/s per worker is kept.")
     if "target" in document:
-        lines += textwrap.wrap(describe_comparison(document["target"]), _WIDTH, break_on_hyphens=False)
+        lines += wrap_text(describe_comparison(document["target"]), _WIDTH, 0)
     if document["advice"]:
         lines += ["", f"Suggestions{' for ' + _get_slower_letter(document) if 'runs' in document else ''}:"]
     for line in document["advice"]:
-        lines += textwrap.wrap(f"- {line}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += wrap_text(f"- {line}", _WIDTH, 2)
     return "\n".join(lines) + "\n"
 
 
@@ -88,19 +94,19 @@ def _explain_difference(fast: RunProfile, slow: RunProfile, letter: str, ratio: 
     if within:
         return f"A and B are equally fast: x{ratio:.2f} is within the measurement noise of their updates"
     other = "B" if letter == "A" else "A"
-    before, after = fast.per_sample_ms(grew), slow.per_sample_ms(grew)
-    whole = slow.wall_ms / slow.samples - fast.wall_ms / fast.samples
-    part = f", {_format_percentage((after - before) / whole)} of the difference" if whole >= after - before else ""
+    fast_ms, slow_ms = fast.per_sample_ms(grew), slow.per_sample_ms(grew)
+    total = slow.wall_ms / slow.samples - fast.wall_ms / fast.samples
+    share = f", {_format_share((slow_ms - fast_ms) / total)} of the difference" if total >= slow_ms - fast_ms else ""
     return (
-        f"{letter} is x{ratio:.2f} as fast as {other}: in {other} {STAGE_DESCRIPTIONS[grew]} takes {format_number(after * 1e3)} us "
-        f"per sample, in {letter} {format_number(before * 1e3)} us{part}"
+        f"{letter} is x{ratio:.2f} as fast as {other}: in {other} {STAGE_DESCRIPTIONS[grew]} takes "
+        f"{format_number(slow_ms * 1e3)} us per sample, in {letter} {format_number(fast_ms * 1e3)} us{share}"
     )
 
 
 def _compute_scaling_efficiency(a: RunProfile, b: RunProfile) -> dict[str, float]:
     """Scaling efficiency from the smaller to the larger world size, if the global or per-worker batches are similar."""
-    alike = any(0.9 < one / other < 1.1 for one, other in ((a.batch, b.batch), (a.batch * b.world, b.batch * a.world)))
-    if a.world == b.world or not alike:
+    batches = ((a.batch, b.batch), (a.batch * b.world, b.batch * a.world))
+    if a.world == b.world or not any(0.9 < batch / other < 1.1 for batch, other in batches):
         return {}
     small, large = sorted((a, b), key=lambda run: run.world)
     return {"scaling_efficiency": large.samples_per_s / large.world / (small.samples_per_s / small.world)}
@@ -124,19 +130,19 @@ def _format_stage_table(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {'stage':<12}{'ms per update':>15}{'share':>9}"
     for stage, values in run["stages"].items():
         bar = "#" * round(_BAR_WIDTH * values["share"])
-        yield f"  {stage:<12}{format_number(values['ms']):>15}{_format_percentage(values['share']):>9}  {bar}".rstrip()
+        yield f"  {stage:<12}{format_number(values['ms']):>15}{_format_share(values['share']):>9}  {bar}".rstrip()
 
 
 def _format_stage_comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {'us per sample':<16}{'A':>12}{'B':>12}{'B - A':>12}"
     for stage in STAGES:
-        one, two = (run["stages"][stage]["ms_per_sample"] * 1e3 for run in (a, b))
-        yield f"  {stage:<16}{format_number(one):>12}{format_number(two):>12}{_format_signed(two - one):>12}"
+        a_us, b_us = (run["stages"][stage]["ms_per_sample"] * 1e3 for run in (a, b))
+        yield f"  {stage:<16}{format_number(a_us):>12}{format_number(b_us):>12}{_format_signed(b_us - a_us):>12}"
 
 
 def _format_signed(value: float) -> str:
     return f"{'+' if value > 0 else ''}{format_number(value)}"
 
 
-def _format_percentage(share: float) -> str:
+def _format_share(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.0095 or share == 0 else "< 1 %"

@@ -17,13 +17,8 @@ from launcher.telemetry.stages import STAGES
 
 __all__ = ["STAGE_TIME_KEYS", "WARMUP_ROWS", "RunProfile", "WeightedRow", "compute_profile"]
 
-
 WARMUP_ROWS = 10
-
-
 STAGE_TIME_KEYS = tuple((stage, f"stage/{stage}/ms") for stage in STAGES)
-
-
 _BLOCK_COUNT = 10
 
 
@@ -88,7 +83,7 @@ def compute_profile(run: RunMetrics) -> RunProfile:
     """Compute the profile of a run.
 
     Raises:
-        RequestError: no row has stage times.
+        UsageError: no row has stage times.
     """
     spans = [span for span in _weight_rows(run.rows) if span.stages]
     if not spans:
@@ -189,7 +184,7 @@ def _compute_gaps(rows: Sequence[MetricValues]) -> dict[str, tuple[float, float]
         keys = (f"stage/{stage}/ms_max", f"stage/{stage}/ms_min")
         both = [(row[keys[0]], row[keys[1]]) for row in rows if all(key in row for key in keys)]
         if both:
-            gaps[stage] = (fmean(slow for slow, _ in both), fmean(quick for _, quick in both))
+            gaps[stage] = (fmean(slowest for slowest, _ in both), fmean(fastest for _, fastest in both))
     return gaps
 
 

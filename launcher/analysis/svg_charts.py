@@ -6,10 +6,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 
-from launcher.system.formatting import format_number, strip_control_characters
+from launcher.analysis.html_page import escape_html
+from launcher.system.formatting import format_number
 
 __all__ = [
     "COLOUR_COUNT",
@@ -18,7 +18,6 @@ __all__ = [
     "EventMarker",
     "Series",
     "downsample",
-    "escape_html",
     "render_legend",
     "render_line_chart",
     "render_stack_chart",
@@ -31,6 +30,8 @@ MAX_BINS = 160
 MAX_TOOLTIP_STRIPS = 80
 MIN_LOG_RATIO = 30.0  # max/min ratio above which a logarithmic axis is used
 CLIP_QUANTILE, CLIP_ROOM = 0.98, 1.5
+
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class ChartAxis:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             spans = math.log10(self.high / self.low)
             digits = (1, 2, 5) if spans < 1.5 else (1, 3) if spans < 3 else (1,)
-            found = [digit * 10.0**decade for decade in decades for digit in digits]
-            return [value for value in found if self.low <= value <= self.high]
+            ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+            return [value for value in ticks if self.low <= value <= self.high]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / about))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= about)
         first = math.ceil(self.low / step - 1e-9)
@@ -110,13 +111,8 @@ class PlotArea:
         return HEIGHT - BOTTOM - self.y.fraction(y) * (HEIGHT - TOP - BOTTOM)
 
 
-def escape_html(text: object) -> str:
-    """Untrusted text as one line of escaped HTML."""
-    return escape(strip_control_characters(text), quote=True)
-
-
 def downsample(
-    points: Sequence[tuple[float, float]], bins: int = MAX_BINS
+    points: Points, bins: int = MAX_BINS
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
     """Average neighbouring points into at most `bins` bins; returns the means and (x, min, max) of each bin.
 
@@ -141,12 +137,12 @@ def render_line_chart(
     log: bool = False,
 ) -> str:
     """Line chart over samples. Outliers are clipped at the upper edge; the tooltip shows their value."""
-    values = [y for each in series for _, y in each.points] + [y for each in series for _, *ys in each.band for y in ys]
+    values = [y for line in series for _, y in line.points] + [y for line in series for _, *ys in line.band for y in ys]
     frame = PlotArea(ChartAxis(0.0, x_high or 1.0), ChartAxis.from_values(_clip_outliers(values), zero=zero, log=log))
     parts = [*_render_grid(frame), *_render_markers(frame, marks)]
-    for each in series:
-        parts += _render_line(frame, each)
-    return _render_svg(label, [*parts, *_render_tooltip_strips(frame, [(each.label, each.points) for each in series])])
+    for line in series:
+        parts += _render_line(frame, line)
+    return _render_svg(label, [*parts, *_render_tooltip_strips(frame, [(line.label, line.points) for line in series])])
 
 
 def render_stack_chart(
@@ -168,8 +164,8 @@ def render_stack_chart(
             f'<polygon class="layer f{colour}" points="{" ".join(frame.format_point(x, y) for x, y in outline)}"/>'
         )
         base = top
-    told = [(name, list(zip(xs, values, strict=True))) for name, _, values in layers]
-    return _render_svg(label, [*parts, *_render_markers(frame, marks), *_render_tooltip_strips(frame, told)])
+    curves = [(name, list(zip(xs, values, strict=True))) for name, _, values in layers]
+    return _render_svg(label, [*parts, *_render_markers(frame, marks), *_render_tooltip_strips(frame, curves)])
 
 
 def render_legend(entries: Sequence[tuple[str, int]]) -> str:
@@ -210,7 +206,8 @@ def _render_markers(frame: PlotArea, marks: Sequence[EventMarker]) -> Iterator[s
     for mark in marks:
         x = frame.x_pixel(mark.x)
         yield (
-            f'<g class="mark {escape_html(mark.kind)}"><line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<g class="mark {escape_html(mark.kind)}">'
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
             f'<path d="M{x - 4:.1f} {TOP}h8l-4 7z"/><title>{escape_html(mark.label)}</title></g>'
         )
 
@@ -222,50 +219,51 @@ def _render_line(frame: PlotArea, series: Series) -> Iterator[str]:
         yield f'<polygon class="band f{series.colour}" points="{" ".join(upper + lower)}"/>'
     points = list(_iter_step_corners(series.points)) if series.steps else list(series.points)
     if len(points) > 1:
-        drawn = " ".join(frame.format_point(x, y) for x, y in points)
-        yield f'<polyline class="line s{series.colour}" points="{drawn}"/>'
+        pixels = " ".join(frame.format_point(x, y) for x, y in points)
+        yield f'<polyline class="line s{series.colour}" points="{pixels}"/>'
     if series.dots or len(points) == 1:
         for x, y in points:
-            yield f'<circle class="dot f{series.colour}" cx="{frame.x_pixel(x):.1f}" cy="{frame.y_pixel(y):.1f}" r="3"/>'
+            centre = f'cx="{frame.x_pixel(x):.1f}" cy="{frame.y_pixel(y):.1f}"'
+            yield f'<circle class="dot f{series.colour}" {centre} r="3"/>'
 
 
-def _iter_step_corners(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+def _iter_step_corners(points: Points) -> Iterator[tuple[float, float]]:
     """Points of a step line: each value holds until the next one, with corners only where it changes."""
-    before: float | None = None
-    for place, (x, y) in enumerate(points):
-        if before is not None and y != before:
-            yield x, before
-        if y != before or place == len(points) - 1:
+    previous: float | None = None
+    for index, (x, y) in enumerate(points):
+        if previous is not None and y != previous:
+            yield x, previous
+        if y != previous or index == len(points) - 1:
             yield x, y
-        before = y
+        previous = y
 
 
-def _render_tooltip_strips(frame: PlotArea, told: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> Iterator[str]:
+def _render_tooltip_strips(frame: PlotArea, curves: Sequence[tuple[str, Points]]) -> Iterator[str]:
     """Invisible columns with tooltips for the values under the pointer."""
-    xs = sorted({x for _, points in told for x, _ in points})
+    xs = sorted({x for _, points in curves for x, _ in points})
     xs = xs[:: max(1, -(-len(xs) // MAX_TOOLTIP_STRIPS))]
-    apart = max((after - before for before, after in pairwise(xs)), default=0.0)
-    for place, x in enumerate(xs):
-        start = frame.x_pixel(x if place == 0 else (xs[place - 1] + x) / 2)
-        end = frame.x_pixel(x if place == len(xs) - 1 else (x + xs[place + 1]) / 2)
-        here = [(label, points) for label, points in told if _is_within_curve(points, x, apart)]
-        said = " · ".join(f"{label} {format_number(_find_nearest_value(points, x))}" for label, points in here)
+    step = max((right - left for left, right in pairwise(xs)), default=0.0)
+    for index, x in enumerate(xs):
+        start = frame.x_pixel(x if index == 0 else (xs[index - 1] + x) / 2)
+        end = frame.x_pixel(x if index == len(xs) - 1 else (x + xs[index + 1]) / 2)
+        covering = [(label, points) for label, points in curves if _is_within_curve(points, x, step)]
+        values = " · ".join(f"{label} {format_number(_find_nearest_value(points, x))}" for label, points in covering)
         yield (
             f'<rect class="strip" x="{start:.1f}" y="{TOP}" width="{max(1.0, end - start):.1f}" '
-            f'height="{HEIGHT - TOP - BOTTOM}"><title>{escape_html(f"{x:,.0f} samples: {said}")}</title></rect>'
+            f'height="{HEIGHT - TOP - BOTTOM}"><title>{escape_html(f"{x:,.0f} samples: {values}")}</title></rect>'
         )
 
 
-def _is_within_curve(points: Sequence[tuple[float, float]], x: float, apart: float) -> bool:
+def _is_within_curve(points: Points, x: float, step: float) -> bool:
     """Whether x is within the curve's range, extended by half a step on both sides."""
     if not points:
         return False
     (begin, _), (end, _) = points[0], points[-1]
-    first, last = (points[1][0] - begin, end - points[-2][0]) if len(points) > 1 else (apart, apart)
+    first, last = (points[1][0] - begin, end - points[-2][0]) if len(points) > 1 else (step, step)
     return begin - first / 2 <= x <= end + last / 2
 
 
-def _find_nearest_value(points: Sequence[tuple[float, float]], x: float) -> float:
+def _find_nearest_value(points: Points, x: float) -> float:
     """The value of the point nearest to x."""
-    place = bisect_left(points, (x, -math.inf))
-    return min(points[max(0, place - 1) : place + 1], key=lambda point: abs(point[0] - x))[1]
+    index = bisect_left(points, (x, -math.inf))
+    return min(points[max(0, index - 1) : index + 1], key=lambda point: abs(point[0] - x))[1]

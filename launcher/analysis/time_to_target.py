@@ -29,8 +29,8 @@ class TimeToTarget:
     def from_run_dir(cls, folder: Path) -> TimeToTarget | None:
         """Read it from done.json; None if the file is missing or invalid, since the metrics can still be analysed."""
         with suppress(UsageError, LookupError):
-            found = (RunDirectory(folder).read_done() or {})["target"]
-            return cls(*(found[key] for key in ("metric", "value", "seconds", "samples", "update")))
+            target = (RunDirectory(folder).read_done() or {})["target"]
+            return cls(*(target[key] for key in ("metric", "value", "seconds", "samples", "update")))
         return None
 
 
@@ -38,25 +38,27 @@ def compare_time_to_target(a: TimeToTarget | None, b: TimeToTarget | None) -> di
     """Compare time to target; `ratio` is throughput_ratio · samples_ratio. Empty if the runs are not comparable."""
     if a is None or b is None or a.metric != b.metric:
         return {}
-    letter, soon, late = ("A", a, b) if a.seconds <= b.seconds else ("B", b, a)
+    letter, sooner, later = ("A", a, b) if a.seconds <= b.seconds else ("B", b, a)
     ratios = {
-        "ratio": late.seconds / soon.seconds,
-        "throughput_ratio": (soon.samples / soon.seconds) / (late.samples / late.seconds),
-        "samples_ratio": late.samples / soon.samples,
+        "ratio": later.seconds / sooner.seconds,
+        "throughput_ratio": (sooner.samples / sooner.seconds) / (later.samples / later.seconds),
+        "samples_ratio": later.samples / sooner.samples,
     }
     return {"target": {"sooner": letter, **ratios, "A": asdict(a), "B": asdict(b)}}
 
 
-def describe_comparison(found: Mapping[str, Any]) -> str:
+def describe_comparison(target: Mapping[str, Any]) -> str:
     """Describe the comparison in a sentence."""
-    soon, late = ("A", "B") if found["sooner"] == "A" else ("B", "A")
-    first = found[soon]
+    sooner, later = ("A", "B") if target["sooner"] == "A" else ("B", "A")
+    first = target[sooner]
     return (
-        f"{soon} reached {first['metric']} {format_number(first['value'])} sooner: in {_describe_effort(first)}; {late} took "
-        f"{_describe_effort(found[late])}. Speedup x{found['ratio']:.2f} = x{found['throughput_ratio']:.2f} from samples/s "
-        f"times x{found['samples_ratio']:.2f} from needing fewer samples."
+        f"{sooner} reached {first['metric']} {format_number(first['value'])} sooner: in {_describe_effort(first)}; "
+        f"{later} took {_describe_effort(target[later])}. Speedup x{target['ratio']:.2f} = "
+        f"x{target['throughput_ratio']:.2f} from samples/s times x{target['samples_ratio']:.2f} from needing fewer "
+        f"samples."
     )
 
 
-def _describe_effort(one: Mapping[str, Any]) -> str:
-    return f"{format_number(one['seconds'])} s, {format_count(one['samples'])} samples and {format_count(one['updates'])} updates"
+def _describe_effort(run: Mapping[str, Any]) -> str:
+    samples, updates = format_count(run["samples"]), format_count(run["updates"])
+    return f"{format_number(run['seconds'])} s, {samples} samples and {updates} updates"

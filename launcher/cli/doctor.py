@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from launcher.cli import machine_checks
+from launcher.cli.arguments import handle_help_flag
 from launcher.cli.machine_checks import CheckResult, TorchInfo
 from launcher.errors import EXIT_FAILED, EXIT_OK, UsageError
 from launcher.run_dir.failures import describe_exit
@@ -37,11 +38,12 @@ from launcher.system.formatting import (
     wrap_text,
 )
 from launcher.system.gpus import count_gpus
+from launcher.topology import Topology
 
-__all__ = ["run_checks"]
+__all__ = ["run_checks", "run_doctor"]
 
 DISTRIBUTION_NAME = "elastic-batch-launcher"
-ACCEPTED_WORDS = ("format=json", "format=text", "debug=true")  # debug=true because error messages advise it
+ACCEPTED_ARGUMENTS = ("format=json", "format=text", "debug=true")  # debug=true because error messages advise it
 CHECK_TEXT_WIDTH, RED, GREEN = 80, 31, 32
 
 JOB_TIMEOUT_S = 180.0
@@ -57,28 +59,37 @@ JOB_OVERRIDES = (
 LOG_HINT_PATTERN = re.compile(r" \((logs?: .*|debug=true shows where)\)$")
 
 
+def run_doctor(args: Sequence[str]) -> int:
+    """Check this machine, ending with a two-process job; exit 1 if a required check fails."""
+    if handle_help_flag(args):
+        return EXIT_OK
+    if Topology.from_env() is not None:
+        raise UsageError("doctor starts a job of its own: type launcher doctor, without torchrun")
+    return run_checks(args)
+
+
 def run_checks(args: Sequence[str]) -> int:
     """Run all checks and print them to stdout, with format=json as one document; return the exit status.
 
     Raises:
         UsageError: an argument is not known to doctor.
     """
-    for word in args:
-        if word not in ACCEPTED_WORDS:
+    for arg in args:
+        if arg not in ACCEPTED_ARGUMENTS:
             raise UsageError(
-                f"{word} is not an argument of doctor: type launcher doctor, or launcher doctor format=json"
+                f"{arg} is not an argument of doctor: type launcher doctor, or launcher doctor format=json"
             )
     as_json = "format=json" in args
-    stream, found = sys.stderr if as_json else sys.stdout, []
+    stream, results = sys.stderr if as_json else sys.stdout, []
     style = Style.from_stream(stream)
     for check in iter_checks(Path.cwd()):
-        found.append(check)
+        results.append(check)
         print(encodable(format_check(check, style), stream), file=stream, flush=True)
-    failed = sum(not check.ok for check in found)
-    told = f"{failed} of {format_plural(len(found), 'check')} failed" if failed else "all required checks passed"
-    print(f"\n{style(told, RED if failed else GREEN)}", file=stream, flush=True)
+    failed = sum(not check.ok for check in results)
+    summary = f"{failed} of {format_plural(len(results), 'check')} failed" if failed else "all required checks passed"
+    print(f"\n{style(summary, RED if failed else GREEN)}", file=stream, flush=True)
     if as_json:
-        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in found]}))
+        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in results]}))
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -94,18 +105,18 @@ def format_check(check: CheckResult, style: Style) -> str:
 
 def iter_checks(here: Path) -> Iterator[CheckResult]:
     """Yield all checks in the order in which to fix them; the job, which depends on the others, comes last."""
-    asked = declared_requirements()
-    seen = machine_checks.inspect_torch_in_subprocess(here, "torch" + asked[""]["torch"])
+    requirements = declared_requirements()
+    torch_info = machine_checks.inspect_torch_in_subprocess(here, "torch" + requirements[""]["torch"])
     yield check_version(
         "python", ".".join(map(str, sys.version_info[:3])), metadata(DISTRIBUTION_NAME)["Requires-Python"]
     )
-    yield check_packages({name: bounds for name, bounds in asked[""].items() if name != "torch"})
-    if isinstance(seen, TorchInfo):
-        yield check_version("torch", seen.version, asked[""]["torch"])
-        yield machine_checks.check_gpus(seen, count_gpus())
-        yield machine_checks.check_backends(seen)
+    yield check_packages({name: bounds for name, bounds in requirements[""].items() if name != "torch"})
+    if isinstance(torch_info, TorchInfo):
+        yield check_version("torch", torch_info.version, requirements[""]["torch"])
+        yield machine_checks.check_gpus(torch_info, count_gpus())
+        yield machine_checks.check_backends(torch_info)
     else:
-        yield seen
+        yield torch_info
     for name, host in (("loopback", "127.0.0.1"), ("localhost", "localhost"), ("host name", socket.gethostname())):
         yield machine_checks.check_address(name, host)
     yield machine_checks.check_shared_memory(machine_checks.SHM_PATH)
@@ -116,9 +127,11 @@ def iter_checks(here: Path) -> Iterator[CheckResult]:
     yield machine_checks.check_run_folder(here / "runs" if (here / "runs").is_dir() else here)
     yield machine_checks.check_wandb(os.environ)
     yield machine_checks.check_slurm()
-    yield from (check_optional_extra(name, needs) for name, needs in asked.items() if name not in ("", "dev"))
+    yield from (check_optional_extra(name, needs) for name, needs in requirements.items() if name not in ("", "dev"))
     yield check_training_job(
-        JOB_OVERRIDES if isinstance(seen, TorchInfo) and seen.gpus > 1 else (*JOB_OVERRIDES, "train.device=cpu"),
+        JOB_OVERRIDES
+        if isinstance(torch_info, TorchInfo) and torch_info.gpus > 1
+        else (*JOB_OVERRIDES, "train.device=cpu"),
         JOB_TIMEOUT_S,
     )
 
@@ -128,19 +141,21 @@ def iter_checks(here: Path) -> Iterator[CheckResult]:
 
 def declared_requirements() -> Mapping[str, dict[str, str]]:
     """Return the version bounds of pyproject.toml by extra and package; the extra "" holds the required packages."""
-    found: dict[str, dict[str, str]] = {}
+    bounds: dict[str, dict[str, str]] = {}
     for line in requires(DISTRIBUTION_NAME) or ():
-        need, _, marker = line.partition(";")
-        name = re.split(r"[^\w.-]", need)[0]
-        found.setdefault(marker.partition("extra ==")[2].strip(" '\""), {})[name] = need[len(name) :].strip()
-    return found
+        requirement, _, marker = line.partition(";")
+        name = re.split(r"[^\w.-]", requirement)[0]
+        extra = marker.partition("extra ==")[2].strip(" '\"")
+        bounds.setdefault(extra, {})[name] = requirement[len(name) :].strip()
+    return bounds
 
 
-def version_satisfies(have: str, bounds: str) -> bool:
+def version_satisfies(installed: str, bounds: str) -> bool:
     """Whether a version such as 2.13.0+cpu satisfies bounds such as `>=2.8,<3`."""
-    holds = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
+    compare = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
     return all(
-        holds[sign](parse_release(have), parse_release(to)) for sign, to in re.findall(r"(>=|<|==)\s*([\d.]+)", bounds)
+        compare[sign](parse_release(installed), parse_release(bound))
+        for sign, bound in re.findall(r"(>=|<|==)\s*([\d.]+)", bounds)
     )
 
 
@@ -156,94 +171,98 @@ def get_installed_version(name: str) -> str:
         return ""
 
 
-def check_version(name: str, have: str, bounds: str) -> CheckResult:
-    mend = (
+def check_version(name: str, installed: str, bounds: str) -> CheckResult:
+    fix = (
         f"make env PYTHON=python3.12, or any version {bounds}" if name == "python" else f"pip install '{name}{bounds}'"
     )
     return (
-        CheckResult(name, True, have)
-        if version_satisfies(have, bounds)
-        else CheckResult(name, False, f"{have} is not {bounds}", mend)
+        CheckResult(name, True, installed)
+        if version_satisfies(installed, bounds)
+        else CheckResult(name, False, f"{installed} is not {bounds}", fix)
     )
 
 
-def check_packages(needed: Mapping[str, str]) -> CheckResult:
+def check_packages(required: Mapping[str, str]) -> CheckResult:
     wrong = [
-        name for name, bounds in needed.items() if not version_satisfies(get_installed_version(name) or "0", bounds)
+        name for name, bounds in required.items() if not version_satisfies(get_installed_version(name) or "0", bounds)
     ]
-    told = ", ".join(f"{name} {get_installed_version(name) or 'is not installed'}" for name in wrong)
-    mend = " ".join(["pip install", *(f"'{name}{needed[name]}'" for name in wrong)])
+    detail = ", ".join(f"{name} {get_installed_version(name) or 'is not installed'}" for name in wrong)
+    fix = " ".join(["pip install", *(f"'{name}{required[name]}'" for name in wrong)])
     return (
-        CheckResult("packages", False, told, mend)
+        CheckResult("packages", False, detail, fix)
         if wrong
-        else CheckResult("packages", True, f"{len(needed)} required packages installed")
+        else CheckResult("packages", True, f"{len(required)} required packages installed")
     )
 
 
 def check_optional_extra(name: str, needs: Mapping[str, str]) -> CheckResult:
     """Check an optional extra; it is listed under the name of its last package."""
     *_, title = needs
-    have, install = get_installed_version(title), f"pip install '{DISTRIBUTION_NAME}[{name}]'"
+    installed, install = get_installed_version(title), f"pip install '{DISTRIBUTION_NAME}[{name}]'"
     if not all(map(get_installed_version, needs)):
         return CheckResult(title, True, f"not installed: {install}")
     return CheckResult(
-        title, True, have if version_satisfies(have, needs[title]) else f"{have} is not {needs[title]}: {install}"
+        title,
+        True,
+        installed if version_satisfies(installed, needs[title]) else f"{installed} is not {needs[title]}: {install}",
     )
 
 
 # --- a real training job ------------------------------------------------------------------------------------------
 
 
-def check_training_job(job: Sequence[str], within_s: float) -> CheckResult:
+def check_training_job(overrides: Sequence[str], timeout_s: float) -> CheckResult:
     """Train a few updates with two processes, started by the driver as usual; all files are removed afterwards."""
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     try:
-        why = run_smoke_job(job, within_s)
-    except OSError as problem:
-        return CheckResult("smoke job", False, str(problem), "export TMPDIR=/a/folder/that/can/be/written")
-    if why:
-        return CheckResult("smoke job", False, why, shlex.join(["launcher", *job, "debug=true"]))
+        problem = run_smoke_job(overrides, timeout_s)
+    except OSError as error:
+        return CheckResult("smoke job", False, str(error), "export TMPDIR=/a/folder/that/can/be/written")
+    if problem:
+        return CheckResult("smoke job", False, problem, shlex.join(["launcher", *overrides, "debug=true"]))
     return CheckResult(
-        "smoke job", True, f"2 workers trained {JOB_UPDATES} updates in {format_duration(time.monotonic() - began_s)}"
+        "smoke job", True, f"2 workers trained {JOB_UPDATES} updates in {format_duration(time.monotonic() - started_s)}"
     )
 
 
-def run_smoke_job(job: Sequence[str], within_s: float) -> str:
+def run_smoke_job(overrides: Sequence[str], timeout_s: float) -> str:
     """Run the job and describe what went wrong; empty on success."""
     from launcher.system.processes import kill_process_tree
     from launcher.system.signal_handlers import sigterm_as_keyboard_interrupt
 
-    argv = [sys.executable, "-m", "launcher", *job, "run.name=smoke"]
+    argv = [sys.executable, "-m", "launcher", *overrides, "run.name=smoke"]
     folder = tempfile.TemporaryDirectory(prefix="launcher-doctor-", ignore_cleanup_errors=True)
-    with sigterm_as_keyboard_interrupt(), folder as place, (Path(place) / "said").open("wb") as said:
-        env = os.environ | {"TMPDIR": place}  # a killed driver leaves its temporary files there
-        driver = subprocess.Popen(argv, cwd=place, env=env, stdout=said, stderr=said, start_new_session=True)
+    with sigterm_as_keyboard_interrupt(), folder as job_dir, (Path(job_dir) / "output").open("wb") as output:
+        env = os.environ | {"TMPDIR": job_dir}  # a killed driver leaves its temporary files there
+        driver = subprocess.Popen(argv, cwd=job_dir, env=env, stdout=output, stderr=output, start_new_session=True)
         try:
-            driver.wait(within_s)
+            driver.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            return f"the job did not finish within {format_duration(within_s)} and was killed"
+            return f"the job did not finish within {format_duration(timeout_s)} and was killed"
         finally:
             kill_process_tree(driver)
-        return diagnose_job(Path(place), driver.returncode)
+        return diagnose_job(Path(job_dir), driver.returncode)
 
 
-def diagnose_job(place: Path, status: int) -> str:
-    """Describe what is wrong with a job that ended in `place`; empty if both workers trained it to the end."""
+def diagnose_job(job_dir: Path, status: int) -> str:
+    """Describe what is wrong with a job that ended in `job_dir`; empty if both workers trained it to the end."""
     if status != EXIT_OK:
-        lines = (place / "said").read_text(errors="replace").splitlines()
-        errors = [
-            LOG_HINT_PATTERN.sub("", line.removeprefix("error: ")) for line in lines if line.startswith("error: ")
-        ]
+        lines = (job_dir / "output").read_text(errors="replace").splitlines()
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        errors = [LOG_HINT_PATTERN.sub("", error) for error in errors]
         first, last = (errors[0], errors[-1]) if errors else ("", describe_exit("the driver", status))
-        return (
-            f"{last}: {first}" if first not in last else last
-        )  # the first error is from a worker without a failure record
-    run = RunDirectory(place / "runs" / "smoke")
+        # the first error is from a worker without a failure record
+        return f"{last}: {first}" if first not in last else last
+    run = RunDirectory(job_dir / "runs" / "smoke")
     try:
-        worlds = {row.get("world") for row in read_run_metrics(str(run.path)).rows}
+        world_sizes = {row.get("world") for row in read_run_metrics(str(run.path)).rows}
         done = run.read_done()
     except UsageError as error:
         return str(error)
-    if worlds != {2} or done is None:
-        return f"the job trained with world sizes {worlds} instead of 2" if done else "the job ended without done.json"
+    if world_sizes != {2} or done is None:
+        return (
+            f"the job trained with world sizes {world_sizes} instead of 2"
+            if done
+            else "the job ended without done.json"
+        )
     return ""

@@ -44,7 +44,7 @@ IMPORT_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of a check; if it failed, `mend` says what to type."""
+    """The result of a check; if it failed, `fix` says what to type."""
 
     name: str
     ok: bool
@@ -54,49 +54,49 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class TorchInfo:
-    """What torch reports: the CUDA version it was built for, the number of GPUs that compute, and why others fail."""
+    """What torch reports: the CUDA version it was built for, the number of GPUs that compute, and why others do not."""
 
     version: str
     cuda: str | None
     gpus: int
     backends: Sequence[str]
-    why: str = ""
+    problems: str = ""
 
 
 def check_address(name: str, host: str) -> CheckResult:
     """Whether ranks can connect there: torchrun and gloo fail if the host name resolves to another machine."""
-    why = ""
+    problem = ""
     try:
-        for family, _, _, _, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+        for family, _, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
             try:
-                with socket.socket(family, socket.SOCK_STREAM) as own:
-                    own.bind(place)
-                return CheckResult(name, True, f"{host} resolves to {place[0]}" if host != place[0] else host)
-            except OSError as problem:
-                why = f"{host} resolves to {place[0]}, which is not an address of this machine ({problem.strerror})"
-    except (OSError, UnicodeError) as problem:  # UnicodeError: the name is too long to resolve
-        why = f"{host} does not resolve ({getattr(problem, 'strerror', None) or problem})"
-    mend = "ip link set lo up" if name == "loopback" else f"as root: echo '127.0.0.1 {host}' >> /etc/hosts"
-    return CheckResult(name, False, why, mend)
+                with socket.socket(family, socket.SOCK_STREAM) as probe:
+                    probe.bind(address)
+                return CheckResult(name, True, f"{host} resolves to {address[0]}" if host != address[0] else host)
+            except OSError as error:
+                problem = f"{host} resolves to {address[0]}, which is not an address of this machine ({error.strerror})"
+    except (OSError, UnicodeError) as error:  # UnicodeError: the name is too long to resolve
+        problem = f"{host} does not resolve ({getattr(error, 'strerror', None) or error})"
+    fix = "ip link set lo up" if name == "loopback" else f"as root: echo '127.0.0.1 {host}' >> /etc/hosts"
+    return CheckResult(name, False, problem, fix)
 
 
-def check_shared_memory(place: Path) -> CheckResult:
+def check_shared_memory(folder: Path) -> CheckResult:
     """Check shared memory: loader processes pass batches through it and die with a bus error when it is full.
 
     Nothing else needs it, so this check never fails.
     """
-    free = shutil.disk_usage(place).free if place.is_dir() else 0
-    few = "" if free >= MIN_SHM_BYTES else ", too little for data.num_workers=1 or more: docker run --shm-size=2g"
-    return CheckResult("shm", True, f"{format_bytes(free)} free in {place}{few}")
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    hint = "" if free >= MIN_SHM_BYTES else ", too little for data.num_workers=1 or more: docker run --shm-size=2g"
+    return CheckResult("shm", True, f"{format_bytes(free)} free in {folder}{hint}")
 
 
 def check_open_files(soft: int, hard: int) -> CheckResult:
     if soft >= MIN_OPEN_FILES or soft == resource.RLIM_INFINITY:
         return CheckResult("open files", True, "no limit" if soft == resource.RLIM_INFINITY else f"up to {soft:,}")
-    raised = hard >= MIN_OPEN_FILES or hard == resource.RLIM_INFINITY
-    mend = f"ulimit -n {4 * MIN_OPEN_FILES if hard < 0 else min(hard, 4 * MIN_OPEN_FILES)}"
+    can_raise = hard >= MIN_OPEN_FILES or hard == resource.RLIM_INFINITY
+    fix = f"ulimit -n {4 * MIN_OPEN_FILES if hard < 0 else min(hard, 4 * MIN_OPEN_FILES)}"
     return CheckResult(
-        "open files", False, f"up to {soft:,}", mend if raised else "raise nofile in limits.conf, as root"
+        "open files", False, f"up to {soft:,}", fix if can_raise else "raise nofile in limits.conf, as root"
     )
 
 
@@ -109,33 +109,32 @@ def cgroup_cpu_limit(cpu_max: Path) -> float | None:
         return None
 
 
-def check_cores(own: int, given: float | None, env: Mapping[str, str]) -> CheckResult:
+def check_cores(cores: int, limit: float | None, env: Mapping[str, str]) -> CheckResult:
     """Check OMP_NUM_THREADS: with more threads than cores, the threads wait for each other at every step."""
-    most = max(1, min(own, int(given or own)))
-    told = format_plural(own, "core") + ("" if most == own else f", limited by the container to {given:g}")
-    asked = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if not asked.isdecimal():
-        return CheckResult(
-            "cores", True, told if most == own else f"{told}: use launch.threads={most}, or fewer for several workers"
-        )
-    mend = "" if int(asked) <= most else f"unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={most}"
-    return CheckResult("cores", not mend, f"{told}, OMP_NUM_THREADS={asked}", mend)
+    usable = max(1, min(cores, int(limit or cores)))
+    detail = format_plural(cores, "core") + ("" if usable == cores else f", limited by the container to {limit:g}")
+    threads = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if not threads.isdecimal():
+        hint = "" if usable == cores else f": use launch.threads={usable}, or fewer for several workers"
+        return CheckResult("cores", True, detail + hint)
+    fix = "" if int(threads) <= usable else f"unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={usable}"
+    return CheckResult("cores", not fix, f"{detail}, OMP_NUM_THREADS={threads}", fix)
 
 
-def check_run_folder(place: Path) -> CheckResult:
+def check_run_folder(folder: Path) -> CheckResult:
     """Check that runs/ can be written here, with a temporary file that leaves no name behind."""
     try:
-        with tempfile.TemporaryFile(dir=place):
-            free = shutil.disk_usage(place).free
-    except OSError as problem:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
         return CheckResult(
             "folder",
             False,
-            f"{place} cannot be written ({problem.strerror})",
+            f"{folder} cannot be written ({error.strerror})",
             "cd to a folder that you can write to",
         )
-    mend = "" if free >= MIN_DISK_BYTES else "cd to a larger disk, or type run.dir=/path/on/it/NAME"
-    return CheckResult("folder", not mend, f"{format_bytes(free)} free in {place}", mend)
+    fix = "" if free >= MIN_DISK_BYTES else "cd to a larger disk, or type run.dir=/path/on/it/NAME"
+    return CheckResult("folder", not fix, f"{format_bytes(free)} free in {folder}", fix)
 
 
 def check_wandb(env: Mapping[str, str]) -> CheckResult:
@@ -154,22 +153,22 @@ def check_wandb(env: Mapping[str, str]) -> CheckResult:
 
 
 def check_slurm() -> CheckResult:
-    there = [name for name in ("sbatch", "srun", "squeue", "scancel", "scontrol") if shutil.which(name)]
-    return CheckResult("slurm", True, ", ".join(there) or "sbatch is not installed; only launch=slurm needs it")
+    commands = [name for name in ("sbatch", "srun", "squeue", "scancel", "scontrol") if shutil.which(name)]
+    return CheckResult("slurm", True, ", ".join(commands) or "sbatch is not installed; only launch=slurm needs it")
 
 
 # --- torch and GPUs -----------------------------------------------------------------------------------------------
 
 
-def inspect_torch_in_subprocess(here: Path, torch: str) -> TorchInfo | CheckResult:
+def inspect_torch_in_subprocess(folder: Path, requirement: str) -> TorchInfo | CheckResult:
     """Inspect torch in a subprocess, because importing a broken torch may crash the process.
 
-    `torch`: the requirement to pass to pip.
+    `requirement` is what to pass to pip.
     """
     argv = [sys.executable, "-B", "-m", "launcher.cli.machine_checks"]  # -B: write no bytecode into this folder
     try:
-        said = subprocess.run(
-            argv, cwd=here, capture_output=True, text=True, errors="replace", timeout=IMPORT_TIMEOUT_S, check=False
+        completed = subprocess.run(
+            argv, cwd=folder, capture_output=True, text=True, errors="replace", timeout=IMPORT_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
         return CheckResult(
@@ -178,14 +177,14 @@ def inspect_torch_in_subprocess(here: Path, torch: str) -> TorchInfo | CheckResu
             f"the import took longer than {format_duration(IMPORT_TIMEOUT_S)}",
             "copy the environment to a local disk",
         )
-    if said.returncode == EXIT_OK:
-        return TorchInfo(**json.loads(said.stdout.splitlines()[-1]))
-    lines = [line for line in said.stderr.splitlines() if line.strip()] if said.returncode > 0 else []
-    why = lines[-1] if lines else describe_exit("importing it", said.returncode)
-    mend = f"pip install --force-reinstall '{torch}'"
+    if completed.returncode == EXIT_OK:
+        return TorchInfo(**json.loads(completed.stdout.splitlines()[-1]))
+    lines = [line for line in completed.stderr.splitlines() if line.strip()] if completed.returncode > 0 else []
+    problem = lines[-1] if lines else describe_exit("importing it", completed.returncode)
+    fix = f"pip install --force-reinstall '{requirement}'"
     for name in ("torch.py", "torch/__init__.py"):
-        mend = f"rename {name} in this folder: it shadows torch" if (here / name).exists() else mend
-    return CheckResult("torch", False, why, mend)
+        fix = f"rename {name} in this folder: it shadows torch" if (folder / name).exists() else fix
+    return CheckResult("torch", False, problem, fix)
 
 
 def inspect_torch() -> TorchInfo:
@@ -195,43 +194,45 @@ def inspect_torch() -> TorchInfo:
     import torch
     import torch.distributed as dist
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    why, able = [str(one.message) for one in said], 0
-    for index in range(there):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    problems, computing = [str(warning.message) for warning in caught], 0
+    for index in range(count):
         try:
-            able += int(torch.ones(1, device=f"cuda:{index}").item())
+            computing += int(torch.ones(1, device=f"cuda:{index}").item())
         except RuntimeError as error:
-            why.append(str(error).splitlines()[0])
+            problems.append(str(error).splitlines()[0])
     available = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available} if dist.is_available() else {}
-    backends = [name for name, here in available.items() if here()]
-    return TorchInfo(str(torch.__version__), torch.version.cuda or torch.version.hip, able, backends, " ".join(why))
+    backends = [name for name, is_available in available.items() if is_available()]
+    return TorchInfo(
+        str(torch.__version__), torch.version.cuda or torch.version.hip, computing, backends, " ".join(problems)
+    )
 
 
-def check_gpus(seen: TorchInfo, listed: int) -> CheckResult:
+def check_gpus(info: TorchInfo, listed: int) -> CheckResult:
     """Check that torch computes on all GPUs. `listed`: the number the NVIDIA driver has; each would get a worker."""
-    if listed <= seen.gpus:
+    if listed <= info.gpus:
         return CheckResult(
-            "gpus", True, format_plural(seen.gpus, "GPU") if seen.gpus else "none: training runs on the CPU"
+            "gpus", True, format_plural(info.gpus, "GPU") if info.gpus else "none: training runs on the CPU"
         )
-    told = f"{format_plural(listed, 'GPU')} found, torch computes on {seen.gpus}"
-    if seen.cuda is None:
-        mend = "install torch built for CUDA; or export CUDA_VISIBLE_DEVICES= to train on the CPU"
-        return CheckResult("gpus", False, f"{told}: it is a CPU-only build", mend)
-    mend = f"check the driver with nvidia-smi; launch.workers={max(1, seen.gpus)} trains on the GPUs that work"
-    return CheckResult("gpus", False, " ".join([told + ",", f"built for {seen.cuda}", seen.why]).strip(), mend)
+    detail = f"{format_plural(listed, 'GPU')} found, torch computes on {info.gpus}"
+    if info.cuda is None:
+        fix = "install torch built for CUDA; or export CUDA_VISIBLE_DEVICES= to train on the CPU"
+        return CheckResult("gpus", False, f"{detail}: it is a CPU-only build", fix)
+    fix = f"check the driver with nvidia-smi; launch.workers={max(1, info.gpus)} trains on the GPUs that work"
+    return CheckResult("gpus", False, " ".join([detail + ",", f"built for {info.cuda}", info.problems]).strip(), fix)
 
 
-def check_backends(seen: TorchInfo) -> CheckResult:
+def check_backends(info: TorchInfo) -> CheckResult:
     # per-update statistics always use gloo, whatever the gradients use
-    needed = ["gloo", *(["nccl"] if seen.gpus else [])]
-    told = ", ".join(seen.backends) or "none"
-    mend = "install a build of torch with " + " and ".join(needed)
+    needed = ["gloo", *(["nccl"] if info.gpus else [])]
+    detail = ", ".join(info.backends) or "none"
+    fix = "install a build of torch with " + " and ".join(needed)
     return (
-        CheckResult("backends", True, told)
-        if {*needed} <= {*seen.backends}
-        else CheckResult("backends", False, told, mend)
+        CheckResult("backends", True, detail)
+        if {*needed} <= {*info.backends}
+        else CheckResult("backends", False, detail, fix)
     )
 
 

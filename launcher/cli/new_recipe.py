@@ -8,15 +8,16 @@ from __future__ import annotations
 import keyword
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher.errors import UsageError
+from launcher.cli.arguments import handle_help_flag
+from launcher.errors import EXIT_OK, UsageError
 
-__all__ = ["make_class_name", "make_file_texts", "write_skeleton"]
+__all__ = ["make_class_name", "make_file_texts", "run_new", "write_skeleton"]
 
 #: The folder to pass to --config-dir; the documentation uses it too.
 CONFIG_NAME = "mine"
@@ -26,27 +27,37 @@ NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")  # also used in run nam
 YAML_VALUES = frozenset({"null", "true", "false", "nan", "inf"})
 
 
+def run_new(args: Sequence[str]) -> int:
+    """Write the skeleton of a custom recipe into the current folder."""
+    if handle_help_flag(args):
+        return EXIT_OK
+    if len(args) != 1 or args[0].startswith("-"):
+        raise UsageError(f"new takes one name, not {' '.join(args) or 'none'}: type launcher new my_recipe")
+    print(write_skeleton(args[0], Path()))
+    return EXIT_OK
+
+
 def write_skeleton(name: str, here: Path) -> str:
     """Write NAME.py and its YAML into the folder `here`; return the message with the files and the next commands.
 
     Raises:
         UsageError: the name cannot be used, or a file already exists; nothing was written.
     """
-    why = name_error(name, here)
-    if why is not None:
+    problem = name_error(name, here)
+    if problem is not None:
         raise UsageError(
-            f"{' '.join(name.split()) or repr(name)} {why}: type launcher new {find_free_name(name, here)}"
+            f"{' '.join(name.split()) or repr(name)} {problem}: type launcher new {find_free_name(name, here)}"
         )
-    made = make_file_texts(name)
-    write_new_files({here / path: text for path, text in made.items()})
-    words = f"--config-dir {CONFIG_NAME} recipe={name}"
+    texts = make_file_texts(name)
+    write_new_files({here / path: text for path, text in texts.items()})
+    args = f"--config-dir {CONFIG_NAME} recipe={name}"
     head = "The recipe trains unchanged. To train it, check its loss, or choose its batch:"
     commands = (
-        f"launcher {words} launch.workers=2",
-        f"launcher verify {words}",
-        f"launcher tune {words} launch.workers=2",
+        f"launcher {args} launch.workers=2",
+        f"launcher verify {args}",
+        f"launcher tune {args} launch.workers=2",
     )
-    return "\n".join([*made, "", head, "", *commands])
+    return "\n".join([*texts, "", head, "", *commands])
 
 
 def make_file_texts(name: str) -> Mapping[str, str]:
@@ -59,9 +70,9 @@ def make_file_texts(name: str) -> Mapping[str, str]:
 
 def make_class_name(name: str) -> str:
     """Convert my_net to MyNet; append Recipe if the name is a Python keyword or occurs in the template."""
-    made = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
-    used = keyword.iskeyword(made) or made in re.findall(r"\w+", _read_template("recipe.py"))
-    return f"{made}Recipe" if used and made != TEMPLATE_CLASS else made
+    class_name = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    is_taken = keyword.iskeyword(class_name) or class_name in re.findall(r"\w+", _read_template("recipe.py"))
+    return f"{class_name}Recipe" if is_taken and class_name != TEMPLATE_CLASS else class_name
 
 
 def name_error(name: str, here: Path) -> str | None:
@@ -85,15 +96,15 @@ def shadowing_module(name: str, here: Path) -> str | None:
     spec = find_spec(name)
     if spec is None:
         return None
-    places = [Path(place) for place in spec.submodule_search_locations or ()]
-    if spec.origin is None and places == [here.resolve() / name]:
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if spec.origin is None and folders == [here.resolve() / name]:
         return None  # a plain folder without __init__.py: the file takes precedence
-    return f"is an installed module ({spec.origin or places[0]}), which a file of that name would shadow"
+    return f"is an installed module ({spec.origin or folders[0]}), which a file of that name would shadow"
 
 
 def find_free_name(name: str, here: Path) -> str:
     """Return a valid, unused name that is close to `name`."""
-    return next(found for found in _iter_candidate_names(name) if name_error(found, here) is None)
+    return next(free for free in _iter_candidate_names(name) if name_error(free, here) is None)
 
 
 def _iter_candidate_names(name: str) -> Iterator[str]:
@@ -112,7 +123,7 @@ def list_shipped_recipes() -> frozenset[str]:
 
 def _fill_template(template: str, name: str) -> str:
     names = {TEMPLATE_MODULE: name, TEMPLATE_CLASS: make_class_name(name)}
-    return re.sub(rf"\b({TEMPLATE_MODULE}|{TEMPLATE_CLASS})\b", lambda found: names[found[0]], _read_template(template))
+    return re.sub(rf"\b({TEMPLATE_MODULE}|{TEMPLATE_CLASS})\b", lambda match: names[match[0]], _read_template(template))
 
 
 def _read_template(name: str) -> str:
@@ -129,19 +140,19 @@ def write_new_files(files: Mapping[Path, str]) -> None:
     Raises:
         UsageError: a file cannot be written.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         for path, text in files.items():
             absent = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-            made += reversed(absent)
+            created += reversed(absent)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as file:
-                made.append(path)
+                created.append(path)
                 file.write(text)
-    except OSError as problem:
-        for path in reversed(made):
+    except OSError as error:
+        for path in reversed(created):
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
         raise UsageError(
-            f"{problem.filename or path} cannot be written ({problem.strerror}): cd to a folder that you can write to"
-        ) from problem
+            f"{error.filename or path} cannot be written ({error.strerror}): cd to a folder that you can write to"
+        ) from error

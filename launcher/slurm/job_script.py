@@ -68,7 +68,7 @@ def render_sbatch_script(config: RunConfig, words: Sequence[str], python: str) -
     """Render the sbatch script. `words`: the arguments after the command; `python`: the interpreter on the nodes.
 
     Raises:
-        RequestError: a launch key has a value that cannot be passed to Slurm.
+        UsageError: a launch key has a value that cannot be passed to Slurm.
     """
     check_launch_keys(config.launch)
     low, high = parse_node_range(config.launch.nodes)

@@ -37,7 +37,7 @@ def submit_run(config: RunConfig, words: Sequence[str]) -> int:
     """Submit the run as a Slurm job; with launch.dry_run=true only print the script.
 
     Raises:
-        RequestError: the request is wrong, or sbatch rejects it; nothing was submitted.
+        UsageError: the request is wrong, or sbatch rejects it; nothing was submitted.
     """
     text = render_sbatch_script(
         config, [word for word in words if not word.startswith("launch.dry_run=")], sys.executable
@@ -86,7 +86,7 @@ def job_run_directory(config: RunConfig, job: str | None, *, restarted: bool) ->
     """Create the job's run directory and mark it as the job's; a restarted job gets its previous directory.
 
     Raises:
-        RequestError: the request is wrong.
+        UsageError: the request is wrong.
     """
     if job is None:
         raise UsageError("the folder command is for Slurm job scripts only: type sbatch slurm/train.sbatch ...")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import linear_regression
 
 __all__ = ["MIN_BATCH_SIZES", "CriticalBatchFit", "describe_fit", "fit_critical_batch"]
 
@@ -12,10 +13,10 @@ MIN_BATCH_SIZES = 4
 
 @dataclass(frozen=True)
 class CriticalBatchFit:
-    """updates = least · (1 + noise / batch): McCandlish et al. 2018, "An Empirical Model of Large-Batch Training".
+    """updates = min_updates · (1 + noise / batch): McCandlish et al. 2018, An Empirical Model of Large-Batch Training.
 
-    `least` is the number of updates at infinite batch size. `noise` is the critical batch size in samples: there both
-    updates and samples are twice their minimum, and above it the extra samples outweigh the saved updates.
+    `min_updates` is the number of updates at infinite batch size. `noise` is the critical batch size in samples: there
+    both updates and samples are twice their minimum, and above it the extra samples outweigh the saved updates.
     """
 
     min_updates: float
@@ -28,33 +29,30 @@ class CriticalBatchFit:
 def fit_critical_batch(points: Sequence[tuple[int, float]]) -> CriticalBatchFit | None:
     """Least-squares fit of updates over 1/batch. Points are (batch, updates); None with fewer than four batch sizes.
 
-    `least` ≤ 0 means that updates fall at least as fast as the batch grows, `noise` ≤ 0 that they do not fall at all.
+    `min_updates` ≤ 0 means that updates fall at least as fast as the batch grows, `noise` ≤ 0 that they do not fall at
+    all.
     """
     if len({batch for batch, _ in points}) < MIN_BATCH_SIZES:
         return None
-    inverse = [1 / batch for batch, _ in points]
-    middle, mean = sum(inverse) / len(points), sum(updates for _, updates in points) / len(points)
-    slope = sum((x - middle) * (updates - mean) for x, (_, updates) in zip(inverse, points, strict=True))
-    slope /= sum((x - middle) ** 2 for x in inverse)
-    least = mean - slope * middle
-    return CriticalBatchFit(least, slope / least if least else float("inf"))
+    slope, min_updates = linear_regression([1 / batch for batch, _ in points], [updates for _, updates in points])
+    return CriticalBatchFit(min_updates, slope / min_updates if min_updates else float("inf"))
 
 
 def describe_fit(points: Sequence[tuple[int, float]]) -> Iterator[str]:
     """Describe the fit in lines of at most 80 columns; no lines without a fit."""
-    needs, sizes = fit_critical_batch(points), sorted({batch for batch, _ in points})
-    if needs is None:
+    fit, sizes = fit_critical_batch(points), sorted({batch for batch, _ in points})
+    if fit is None:
         return
-    if needs.min_updates <= 0:
+    if fit.min_updates <= 0:
         yield f"updates to the target fall as fast as the batch grows from {sizes[0]:,} to {sizes[-1]:,}:"
         yield "none of these batches wastes samples"
-    elif needs.noise <= 0:
+    elif fit.noise <= 0:
         yield f"updates to the target do not fall from a batch of {sizes[0]:,} to {sizes[-1]:,}:"
         yield f"batches above {sizes[0]:,} waste samples"
     else:
-        model = f"{needs.min_updates:,.0f} * (1 + {needs.noise:,.3g} / batch)"
+        model = f"{fit.min_updates:,.0f} * (1 + {fit.noise:,.3g} / batch)"
         yield f"updates to the target: {model}, over {len(sizes)} batches:"
-        yield describe_wasted_samples(needs.noise, sizes)
+        yield describe_wasted_samples(fit.noise, sizes)
 
 
 def describe_wasted_samples(noise: float, sizes: Sequence[int]) -> str:

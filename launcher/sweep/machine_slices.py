@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
+from launcher.system.formatting import format_plural
 from launcher.system.gpus import count_gpus
 
 __all__ = ["MachineResources", "MachineSlice", "divide_machine"]
@@ -27,7 +28,7 @@ class MachineResources:
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> MachineResources:
         visible = env.get(VISIBLE_DEVICES_VARIABLE)
         count = count_gpus(env)
-        names = [name.strip() for name in visible.split(",")] if visible else [str(at) for at in range(count)]
+        names = [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
         return cls(tuple(sorted(os.sched_getaffinity(0))), tuple(names[:count]))
 
 
@@ -50,27 +51,29 @@ class MachineSlice:
         return 1 if config.train.device == "cpu" else max(1, len(self.gpus))
 
     def __str__(self) -> str:
-        words = [f"{len(self.cores)} core{'s' * (len(self.cores) != 1)}"]
-        words += [f"{len(self.gpus)} GPU{'s' * (len(self.gpus) != 1)}"] if self.gpus else []
-        return " and ".join(words)
+        parts = [format_plural(len(self.cores), "core")]
+        parts += [format_plural(len(self.gpus), "GPU")] if self.gpus else []
+        return " and ".join(parts)
 
 
-def divide_machine(at_once: int, runs: Sequence[RunConfig], machine: MachineResources) -> tuple[MachineSlice, ...]:
-    """Divide the machine into `at_once` slices, as even as whole cores and GPUs allow, larger ones first.
+def divide_machine(count: int, configs: Sequence[RunConfig], machine: MachineResources) -> tuple[MachineSlice, ...]:
+    """Divide the machine into `count` slices, as even as whole cores and GPUs allow, larger ones first.
 
     Raises:
-        RequestError: a point needs more than the smallest slice. The message names the largest sweep.max_parallel that fits.
+        UsageError: a point needs more than the smallest slice; the message names the largest fitting max_parallel.
     """
-    parts = make_slices(at_once, machine)
-    for config in runs:
-        if (lack := missing_resources(config, parts[-1], machine)) is not None and at_once > 1:
-            fewer = [
-                count
-                for count in range(2, at_once)
-                if missing_resources(config, make_slices(count, machine)[-1], machine) is None
+    slices = make_slices(count, machine)
+    for config in configs:
+        if (problem := missing_resources(config, slices[-1], machine)) is not None and count > 1:
+            fitting = [
+                fewer
+                for fewer in range(2, count)
+                if missing_resources(config, make_slices(fewer, machine)[-1], machine) is None
             ]
-            raise UsageError(f"sweep.max_parallel={at_once}: {lack}: type sweep.max_parallel={max(fewer, default=1)}")
-    return parts
+            raise UsageError(
+                f"sweep.max_parallel={count}: {problem}: type sweep.max_parallel={max(fitting, default=1)}"
+            )
+    return slices
 
 
 def missing_resources(config: RunConfig, machine_slice: MachineSlice, machine: MachineResources) -> str | None:
@@ -82,15 +85,15 @@ def missing_resources(config: RunConfig, machine_slice: MachineSlice, machine: M
     if on_gpus and workers > len(machine_slice.gpus):
         return f"each point needs {workers} GPUs but gets {len(machine_slice.gpus)} of {len(machine.gpus)}"
     if cores > len(machine_slice.cores):
-        each = f"launch.workers={workers} x (launch.threads={threads} + data.num_workers={config.data.num_workers})"
-        return f"each point needs {cores} cores ({each}) but gets {len(machine_slice.cores)} of {len(machine.cores)}"
+        formula = f"launch.workers={workers} x (launch.threads={threads} + data.num_workers={config.data.num_workers})"
+        return f"each point needs {cores} cores ({formula}) but gets {len(machine_slice.cores)} of {len(machine.cores)}"
     return None
 
 
 def make_slices(count: int, machine: MachineResources) -> tuple[MachineSlice, ...]:
     return tuple(
-        MachineSlice(tuple(machine.cores[slice(*part)]), tuple(machine.gpus[slice(*gpus)]))
-        for part, gpus in zip(
+        MachineSlice(tuple(machine.cores[slice(*cores)]), tuple(machine.gpus[slice(*gpus)]))
+        for cores, gpus in zip(
             split_into_ranges(len(machine.cores), count), split_into_ranges(len(machine.gpus), count), strict=True
         )
     )
@@ -98,6 +101,5 @@ def make_slices(count: int, machine: MachineResources) -> tuple[MachineSlice, ..
 
 def split_into_ranges(length: int, count: int) -> list[tuple[int, int]]:
     """Split `length` items into `count` contiguous ranges (start, end)."""
-    share, more = divmod(length, count)
-    ends = [at * share + min(at, more) for at in range(count + 1)]
-    return list(pairwise(ends))
+    size, rest = divmod(length, count)
+    return list(pairwise(index * size + min(index, rest) for index in range(count + 1)))

@@ -34,7 +34,7 @@ class OptunaSearch:
     """Optuna study of a sweep. `asked` is the fingerprint of the search, which must not change between commands.
 
     Raises:
-        RequestError: the folder holds a different search.
+        UsageError: the folder holds a different search.
     """
 
     def __init__(

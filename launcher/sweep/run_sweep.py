@@ -34,7 +34,7 @@ def run_sweep(args: Sequence[str], point: PointFunction) -> int:
     function, since a Hydra launcher plugin may call it in another process. A failed point does not end the sweep.
 
     Raises:
-        RequestError: the configuration of a point is wrong; nothing was created.
+        UsageError: the configuration of a point is wrong; nothing was created.
     """
     arguments = HydraArgs.parse(args)
     composer = ConfigComposer(arguments.config_dirs)

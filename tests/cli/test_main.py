@@ -42,27 +42,27 @@ lr: {base: 0.1, base_batch: 64}
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
+def cwd(tmp_path: Path) -> Path:
     """An empty current folder, next to a folder with the user's recipe and its YAML."""
     (tmp_path / "mine" / "recipe").mkdir(parents=True)
     (tmp_path / "mine" / "recipe" / "tiny.yaml").write_text(TINY_YAML)
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "tiny.py").write_text(TINY)
-    here = tmp_path / "here"
-    here.mkdir()
-    return here
+    cwd = tmp_path / "here"
+    cwd.mkdir()
+    return cwd
 
 
 @pytest.fixture
-def launcher(here: Path) -> Callable[..., Result]:
+def launcher(cwd: Path) -> Callable[..., Result]:
     """Run the real command in the empty folder, outside any job."""
 
     def start(*args: str, env: dict[str, str] | None = None, python: Sequence[str] = ("-m", "launcher")) -> Result:
         clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        clean["PYTHONPATH"] = str(here.parent / "code")
+        clean["PYTHONPATH"] = str(cwd.parent / "code")
         return subprocess.run(
             [sys.executable, *python, *args],
-            cwd=here,
+            cwd=cwd,
             env={**clean, **(env or {})},
             capture_output=True,
             text=True,
@@ -76,21 +76,21 @@ def launcher(here: Path) -> Callable[..., Result]:
 MINE = ("--config-dir", "../mine", "recipe=tiny")
 
 
-def assert_refused(result: Result, here: Path, said: str) -> None:
+def assert_refused(result: Result, cwd: Path, message: str) -> None:
     """Assert exit status 2, one line on stderr, nothing on stdout, and nothing created."""
     assert result.returncode == EXIT_USAGE, result.stderr
     assert result.stdout == ""
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ")
-    assert said in line
-    assert list(here.iterdir()) == []
+    assert message in line
+    assert list(cwd.iterdir()) == []
 
 
 # --- errors are one line ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["tran"], "tran is not a verb: did you mean train?"),
         (["frobnicate"], "frobnicate is not a verb: choose from train, plan"),
@@ -127,19 +127,19 @@ def assert_refused(result: Result, here: Path, said: str) -> None:
         (["watch", "nowhere"], "nowhere is not a run: there are no runs in runs/"),
     ],
 )
-def test_a_wrong_request_is_one_line_and_status_2(
-    launcher: Callable[..., Result], here: Path, args: list[str], said: str
+def test_usage_error_is_one_line_and_status_2(
+    launcher: Callable[..., Result], cwd: Path, args: list[str], message: str
 ) -> None:
-    assert_refused(launcher(*args), here, said)
+    assert_refused(launcher(*args), cwd, message)
 
 
-def test_secrets_are_masked_in_what_is_told(launcher: Callable[..., Result], here: Path) -> None:
+def test_secrets_are_masked_in_error_messages(launcher: Callable[..., Result], cwd: Path) -> None:
     result = launcher("recipe.password=hunter2,hunter3")
-    assert_refused(result, here, "recipe.password=***")
+    assert_refused(result, cwd, "recipe.password=***")
     assert "hunter" not in result.stderr
 
 
-def test_debug_shows_the_traceback_before_the_line(launcher: Callable[..., Result], here: Path) -> None:
+def test_debug_prints_traceback_before_error_line(launcher: Callable[..., Result], cwd: Path) -> None:
     result = launcher(*MINE, "debug=true", "seed=s3://u:hunter2@h")
     assert result.returncode == EXIT_USAGE
     assert "Traceback (most recent call last)" in result.stderr
@@ -147,16 +147,16 @@ def test_debug_shows_the_traceback_before_the_line(launcher: Callable[..., Resul
     assert "hunter2" not in result.stderr
 
 
-def test_under_torchrun_rank_0_alone_tells(launcher: Callable[..., Result], here: Path) -> None:
+def test_only_rank_0_prints_under_torchrun(launcher: Callable[..., Result], cwd: Path) -> None:
     job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     assert_refused(
         launcher("-m", "seed=1,2", env={**job, "RANK": "0", "LOCAL_RANK": "0"}),
-        here,
+        cwd,
         "-m does not work in torchrun: type launcher -m seed=1,2 without torchrun",
     )
     assert_refused(
         launcher("tune", "-m", "seed=1,2", env={**job, "RANK": "0", "LOCAL_RANK": "0"}),
-        here,
+        cwd,
         "-m does not work in torchrun: type launcher tune -m seed=1,2 launch.workers=2 without torchrun",
     )
     silent = launcher("-m", "seed=1,2", env={**job, "RANK": "1", "LOCAL_RANK": "1"})
@@ -169,41 +169,43 @@ def test_under_torchrun_rank_0_alone_tells(launcher: Callable[..., Result], here
 @pytest.mark.parametrize(
     "args", [["--help"], ["-h"], ["train", "--help"], ["plan", "-h"], ["new", "-h"], ["watch", "-h"]]
 )
-def test_help_is_on_stdout_and_fits_80_columns(launcher: Callable[..., Result], here: Path, args: list[str]) -> None:
+def test_help_goes_to_stdout_within_80_columns(launcher: Callable[..., Result], cwd: Path, args: list[str]) -> None:
     result = launcher(*args, env={"COLUMNS": "80"})
     assert (result.returncode, result.stderr) == (EXIT_OK, "")
     assert "batch.per_device=32" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert list(here.iterdir()) == []
+    assert list(cwd.iterdir()) == []
 
 
-def test_help_needs_neither_hydra_nor_torch(launcher: Callable[..., Result]) -> None:
-    assert imported(launcher, ["--help"]).isdisjoint({"torch", "hydra", "omegaconf", "wandb", "rich", "numpy"})
+def test_help_imports_neither_hydra_nor_torch(launcher: Callable[..., Result]) -> None:
+    assert list_imported_modules(launcher, ["--help"]).isdisjoint(
+        {"torch", "hydra", "omegaconf", "wandb", "rich", "numpy"}
+    )
 
 
-def test_version(launcher: Callable[..., Result]) -> None:
+def test_version_flag_prints_version(launcher: Callable[..., Result]) -> None:
     result = launcher("--version")
     assert result.returncode == EXIT_OK
     assert result.stdout.startswith("launcher ")
 
 
-def test_the_configuration_is_shown_whole(launcher: Callable[..., Result], here: Path) -> None:
+def test_cfg_flag_prints_whole_config(launcher: Callable[..., Result], cwd: Path) -> None:
     result = launcher(*MINE, "--cfg", "job")
     assert (result.returncode, result.stderr) == (EXIT_OK, "")
     assert "batch:\n  policy: scale\n  per_device: 32\n" in result.stdout
-    assert list(here.iterdir()) == []
+    assert list(cwd.iterdir()) == []
 
 
-def test_a_reader_that_leaves_early_is_no_error(here: Path) -> None:
+def test_closed_stdout_pipe_is_not_an_error(cwd: Path) -> None:
     piped = f"{shlex.quote(sys.executable)} -m launcher --help | head -n 1"
-    result = subprocess.run(["bash", "-c", piped], cwd=here, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(["bash", "-c", piped], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stderr) == (EXIT_OK, "")
 
 
 # --- plan ---------------------------------------------------------------------------------------------------------
 
 
-def test_plan_prints_one_json_document_and_notes_elsewhere(launcher: Callable[..., Result], here: Path) -> None:
+def test_plan_prints_json_to_stdout_notes_to_stderr(launcher: Callable[..., Result], cwd: Path) -> None:
     result = launcher("plan", *MINE, "batch.global=250", "plan.world_sizes=[1,3,300]", "format=json")
     assert result.returncode == EXIT_OK, result.stderr
     document = json.loads(result.stdout)
@@ -211,31 +213,31 @@ def test_plan_prints_one_json_document_and_notes_elsewhere(launcher: Callable[..
     assert [(row["world"], row["feasible"]) for row in document["plans"]] == [(1, True), (3, True), (300, False)]
     assert document["plans"][1]["shares"] == [84, 83, 83]
     assert "note: batch.global=250 selects batch=hold" in result.stderr
-    assert list(here.iterdir()) == []
+    assert list(cwd.iterdir()) == []
 
 
-def test_plan_prints_a_table_of_80_columns(launcher: Callable[..., Result], here: Path) -> None:
+def test_plan_table_fits_80_columns(launcher: Callable[..., Result], cwd: Path) -> None:
     result = launcher("plan", *MINE, "plan.world_sizes=[1,2,8]")
     assert result.returncode == EXIT_OK, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert list(here.iterdir()) == []
+    assert list(cwd.iterdir()) == []
 
 
-def test_plan_needs_no_torch(launcher: Callable[..., Result]) -> None:
-    assert imported(launcher, ["plan", *MINE]).isdisjoint({"torch", "wandb"})
+def test_plan_imports_no_torch(launcher: Callable[..., Result]) -> None:
+    assert list_imported_modules(launcher, ["plan", *MINE]).isdisjoint({"torch", "wandb"})
 
 
-def test_new_and_watch_need_neither_torch_nor_hydra(launcher: Callable[..., Result], here: Path) -> None:
+def test_new_and_watch_import_neither_torch_nor_hydra(launcher: Callable[..., Result], cwd: Path) -> None:
     slow = {"torch", "wandb", "numpy", "hydra", "omegaconf"}
-    assert imported(launcher, ["new", "my_recipe"]).isdisjoint(slow)
+    assert list_imported_modules(launcher, ["new", "my_recipe"]).isdisjoint(slow)
     facts = {"samples": 64, "updates": 1, "seconds": 1.0}
-    written.write(here / "runs" / "x", [written.row(1)], [{"time": 1001.0, "event": "done", **facts}])
-    (here / "runs" / "x" / "run.yaml").touch()
-    (here / "runs" / "x" / "done.json").write_text(json.dumps(facts))
-    assert imported(launcher, ["watch", "x"]).isdisjoint(slow)
+    written.write(cwd / "runs" / "x", [written.row(1)], [{"time": 1001.0, "event": "done", **facts}])
+    (cwd / "runs" / "x" / "run.yaml").touch()
+    (cwd / "runs" / "x" / "done.json").write_text(json.dumps(facts))
+    assert list_imported_modules(launcher, ["watch", "x"]).isdisjoint(slow)
 
 
-def imported(launcher: Callable[..., Result], args: list[str]) -> set[str]:
+def list_imported_modules(launcher: Callable[..., Result], args: list[str]) -> set[str]:
     """Return the modules that a command imports."""
     code = "import sys; from launcher.cli.main import main; main(sys.argv[1:]); print('modules', *sys.modules)"
     result = launcher(*args, python=("-c", code))
@@ -247,7 +249,7 @@ def imported(launcher: Callable[..., Result], args: list[str]) -> set[str]:
 
 
 @pytest.fixture
-def ends_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run main() with a training function that returns a status or raises an exception."""
 
     def run(ending: object, *args: str) -> int:
@@ -257,7 +259,7 @@ def ends_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             assert isinstance(ending, int)
             return ending
 
-        monkeypatch.setattr(command, "VERBS", {**command.VERBS, "train": train})
+        monkeypatch.setattr("launcher.cli.train.run_train", train)
         return command.main(list(args))
 
     return run
@@ -273,33 +275,33 @@ def ends_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         (KeyboardInterrupt(), EXIT_INTERRUPTED),
     ],
 )
-def test_how_training_ends_is_the_exit_status(ends_with: Callable[..., int], ending: object, status: int) -> None:
-    assert ends_with(ending, "seed=1") == status
-    assert ends_with(ending, "train", "seed=1") == status
-    assert ends_with(ending) == status
+def test_training_outcome_sets_exit_status(run_main: Callable[..., int], ending: object, status: int) -> None:
+    assert run_main(ending, "seed=1") == status
+    assert run_main(ending, "train", "seed=1") == status
+    assert run_main(ending) == status
 
 
-def test_an_unexpected_error_is_a_short_line(ends_with: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    ends_with(RuntimeError("boom\nat s3://u:hunter2@h"))
+def test_unexpected_error_prints_one_line(run_main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    run_main(RuntimeError("boom\nat s3://u:hunter2@h"))
     assert capsys.readouterr().err == "error: RuntimeError: boom at s3://u:***@h (debug=true shows where)\n"
-    ends_with(RuntimeError("boom"), "debug=true")
+    run_main(RuntimeError("boom"), "debug=true")
     assert capsys.readouterr().err.startswith("Traceback")
 
 
-def test_a_worker_shows_where_it_failed(
-    ends_with: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_worker_prints_traceback(
+    run_main: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     assert Topology.from_env() is not None
-    ends_with(RuntimeError("boom"))
+    run_main(RuntimeError("boom"))
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("word", ["train", "plan", "frob", "a/b"])
-def test_a_first_word_without_a_value_is_a_verb(word: str) -> None:
-    assert command.is_verb(word)
+@pytest.mark.parametrize("argument", ["train", "plan", "frob", "a/b"])
+def test_first_argument_without_value_is_a_verb(argument: str) -> None:
+    assert command.is_verb(argument)
 
 
-@pytest.mark.parametrize("word", ["seed=1", "-m", "--help", "+recipe.x=1", "~optimizer.momentum"])
-def test_an_override_or_a_flag_is_no_verb(word: str) -> None:
-    assert not command.is_verb(word)
+@pytest.mark.parametrize("argument", ["seed=1", "-m", "--help", "+recipe.x=1", "~optimizer.momentum"])
+def test_override_or_flag_is_not_a_verb(argument: str) -> None:
+    assert not command.is_verb(argument)

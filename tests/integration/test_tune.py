@@ -14,14 +14,14 @@ import pytest
 
 from tests.helpers.jobs import environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 TWO = ("recipe=mlp", "tune.sizes=[20,45]", "launch.workers=2", "tune.budget_s=1")
 RECIPES = '''
 import os, time
 from dataclasses import dataclass
 import torch
-from launcher.errors import RequestError
+from launcher.errors import UsageError
 from launcher.recipe import Loss
 from launcher.recipes.mlp import Mlp
 
@@ -98,7 +98,7 @@ class Pictures(Mlp):
 
     def __post_init__(self):
         if self.image_size < 1:
-            raise RequestError(f"recipe.image_size={self.image_size} is no size: type pixels")
+            raise UsageError(f"recipe.image_size={self.image_size} is no size: type pixels")
 
     def loss(self, model, batch):
         large = torch.nn.functional.interpolate(batch[0], self.image_size)
@@ -119,8 +119,8 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def started(here: Path, command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
-    """A folder that may contain the profiles afterwards and nothing else, next to one for temporary files."""
+def run_module(here: Path, command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a module in a folder that afterwards contains profiles at most, next to one for temporary files."""
     places = {"PYTHONPATH": str(here / "lib"), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(here / "tmp")}
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -128,7 +128,7 @@ def started(here: Path, command: Sequence[str], **env: str) -> subprocess.Comple
         env=environment(**places, **env),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=600,
         check=False,
     )
     assert not [path for path in (here / "work").rglob("*") if path.is_file() and path.parent.name != ".profiles"]
@@ -136,8 +136,8 @@ def started(here: Path, command: Sequence[str], **env: str) -> subprocess.Comple
     return done
 
 
-def tuned(here: Path, *args: str, **env: str) -> dict[str, Any]:
-    done = started(here, ["launcher", "tune", *args, "format=json"], **env)
+def run_tune(here: Path, *args: str, **env: str) -> dict[str, Any]:
+    done = run_module(here, ["launcher", "tune", *args, "format=json"], **env)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -147,8 +147,9 @@ def by_size(found: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {point["per_device"]: point for point in found["points"]}
 
 
+@pytest.mark.core
 def test_two_sizes_on_two_workers(here: Path) -> None:
-    found = tuned(here, *TWO)
+    found = run_tune(here, *TWO)
     points = by_size(found)
     assert list(points) == [20, 45]
     for size, point in points.items():
@@ -162,8 +163,8 @@ def test_two_sizes_on_two_workers(here: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_single_rank_out_of_memory_hangs_nobody(here: Path, where: str) -> None:
-    found = tuned(here, *TWO, *own("Greedy", f"+recipe.where={where}"))
+def test_one_rank_out_of_memory_hangs_nothing(here: Path, where: str) -> None:
+    found = run_tune(here, *TWO, *own("Greedy", f"+recipe.where={where}"))
     points = by_size(found)
     assert points[20]["samples_per_s"] > 0
     assert (points[45]["label"], points[45]["where"], points[45]["predicted"]) == ("oom", where, False)
@@ -171,36 +172,38 @@ def test_a_single_rank_out_of_memory_hangs_nobody(here: Path, where: str) -> Non
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-def test_out_of_memory_in_the_rehearsal_of_every_size(here: Path, phase: str) -> None:
-    found = tuned(here, *TWO, LAUNCHER_TEST_FAULTS="1", FAULT=f"oom@{phase}:1:1:0")
+def test_out_of_memory_in_every_dry_run(here: Path, phase: str) -> None:
+    found = run_tune(here, *TWO, LAUNCHER_TEST_FAULTS="1", FAULT=f"oom@{phase}:1:1:0")
     assert [point["label"] for point in found["points"]] == ["oom", "oom"]
     assert found["recommended"] is None
 
 
-def test_out_of_memory_where_others_wait_in_a_collective(here: Path) -> None:
+def test_out_of_memory_while_others_wait_in_a_collective(here: Path) -> None:
     """Update 6 only occurs at sizes that are timed; the second start of the workers has no fault."""
-    found = tuned(here, *TWO, LAUNCHER_TEST_FAULTS="1", FAULT="oom@backward:1:6:1")
+    found = run_tune(here, *TWO, LAUNCHER_TEST_FAULTS="1", FAULT="oom@backward:1:6:1")
     points = by_size(found)
     assert points[20]["label"] == "oom"
     assert points[45]["samples_per_s"] > 0
 
 
-def test_an_error_that_is_not_about_memory_surfaces_as_it_is(here: Path) -> None:
-    done = started(here, ["launcher", "tune", *TWO, *own("Greedy", "+recipe.where=wrong"), "format=json"])
+def test_error_other_than_memory_is_shown(here: Path) -> None:
+    done = run_module(here, ["launcher", "tune", *TWO, *own("Greedy", "+recipe.where=wrong"), "format=json"])
     assert (done.returncode, done.stdout) == (1, "")
     assert "RuntimeError: shapes do not go together" in done.stderr
 
 
-def test_a_data_loader_slowed_on_purpose_is_named(here: Path) -> None:
-    found = tuned(here, "recipe=mlp", "tune.sizes=[16]", "launch.workers=1", "tune.budget_s=1", *own("SlowData"))
+@pytest.mark.alone
+def test_slow_data_loader_is_named(here: Path) -> None:
+    found = run_tune(here, "recipe=mlp", "tune.sizes=[16]", "launch.workers=1", "tune.budget_s=1", *own("SlowData"))
     assert found["bottleneck"] == "data"
     assert found["synthetic"][0]["samples_per_s"] > found["points"][0]["samples_per_s"]
     assert "would keep up" in found["why"]
 
 
-def test_the_operator_that_makes_a_size_slower_is_named_and_the_better_one_is_divided(here: Path) -> None:
-    asked = ("recipe=mlp", "tune.sizes=[20,45]", "launch.workers=2", "tune.budget_s=14", *own("Uneven"))
-    found = tuned(here, *asked)
+@pytest.mark.alone
+def test_slowing_operator_is_named_and_splits_measured(here: Path) -> None:
+    arguments = ("recipe=mlp", "tune.sizes=[20,45]", "launch.workers=2", "tune.budget_s=14", *own("Uneven"))
+    found = run_tune(here, *arguments)
     assert by_size(found)[45]["label"] == "regressed"
     assert "the forward pass takes" in found["why"]
     sine = found["operators"][0]
@@ -214,18 +217,18 @@ def test_the_operator_that_makes_a_size_slower_is_named_and_the_better_one_is_di
         assert one["sync_ms"] > 0
 
 
-def test_under_a_torchrun_of_ones_own_one_document_is_on_stdout(here: Path) -> None:
+def test_own_torchrun_prints_one_document(here: Path) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launcher", "tune"]
-    asked = ["recipe=mlp", "tune.sizes=[20,25]", "tune.budget_s=1", "format=json", *own("Greedy")]
-    done = started(here, [*torchrun, *asked])
+    arguments = ["recipe=mlp", "tune.sizes=[20,25]", "tune.budget_s=1", "format=json", *own("Greedy")]
+    done = run_module(here, [*torchrun, *arguments])
     assert done.returncode == 0, done.stderr
     assert list(by_size(json.loads(done.stdout))) == [20, 25]
     assert "a recipe that talks" in done.stderr
 
 
-def test_a_search_ends_with_a_table_and_files_where_they_were_asked_for(here: Path) -> None:
+def test_search_prints_a_table_and_writes_files(here: Path) -> None:
     out = Path(tempfile.mkdtemp(dir=here)) / "tuned"
-    done = started(
+    done = run_module(
         here,
         ["launcher", "tune", "recipe=mlp", "launch.workers=1", "tune.max=6", "tune.budget_s=20", f"tune.out={out}"],
     )
@@ -237,12 +240,12 @@ def test_a_search_ends_with_a_table_and_files_where_they_were_asked_for(here: Pa
     assert "<svg" in (out / "tune.html").read_text()
 
 
-def test_points_one_after_the_other_make_one_document(here: Path) -> None:
+def test_several_points_make_one_document(here: Path) -> None:
     """Images of two sizes; a third point is invalid, which is shown and does not stop the others."""
     out = here / "tuned"
     small = ("recipe=mlp", "launch.workers=1", "tune.sizes=[16,64]", "tune.budget_s=1", *own("Pictures"))
-    asked = [*small, "+recipe.image_size=8,0,512", "format=json", f"tune.out={out}"]
-    done = started(here, ["launcher", "tune", "-m", *asked])
+    arguments = [*small, "+recipe.image_size=8,0,512", "format=json", f"tune.out={out}"]
+    done = run_module(here, ["launcher", "tune", "-m", *arguments])
     assert done.returncode == 2, done.stderr
     found = json.loads(done.stdout)
     assert [one["overrides"]["recipe.image_size"] for one in found["points"]] == [8, 0, 512]

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from launcher.analysis.html_style import STYLESHEET
-from launcher.analysis.svg_charts import (
-    EventMarker,
-    Series,
-    escape_html,
-    render_legend,
-    render_line_chart,
-    render_stack_chart,
-)
+from launcher.analysis.html_page import escape_html, render_figure, render_page
+from launcher.analysis.svg_charts import EventMarker, Series, render_legend, render_line_chart, render_stack_chart
 from launcher.system.formatting import (
     format_bytes,
     format_count,
@@ -35,26 +26,20 @@ SPLIT_COLUMNS = ("one batch as", "samples/s", "low", "high", "sync ms", "memory"
 
 def render_tune_page(found: Mapping[str, Any]) -> str:
     """The complete HTML document."""
-    digest = base64.b64encode(hashlib.sha256(STYLESHEET.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = f"{found['recipe']}: batch sizes"
     timed = [point for point in found["points"] if point["samples_per_s"]]
     charts = "".join(_render_charts(found, timed)) if timed else ""
     slow = describe_slow_operators(found["operators"])
     said = [*([f"{slow[:1].upper()}{slow[1:]}."] if slow else []), *found["notes"]]
     notes = "".join(f"<p>{escape_html(note)}</p>" for note in said)
     workers = format_plural(found["world"], "worker")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape_html(title)}</title>\n<style>{STYLESHEET}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{escape_html(title)}</h1><p>{escape_html(workers)} · {escape_html(found['device'])} · {escape_html(found['precision'])} · "
-        f"{escape_html(found['measured'])}</p></header>\n<section><p>{escape_html(found['why'])}.</p>{notes}</section>\n"
-        f'<div class="charts">{charts}</div>\n{_render_table(POINT_COLUMNS, map(_format_point_cells, found["points"]))}\n'
-        f"{_render_splits(found)}</main>\n</body>\n</html>\n"
-    )
+    subtitle = " · ".join((workers, found["device"], found["precision"], found["measured"]))
+    sections = [
+        f"<section><p>{escape_html(found['why'])}.</p>{notes}</section>",
+        f'<div class="charts">{charts}</div>',
+        _render_table(POINT_COLUMNS, map(_format_point_cells, found["points"])),
+        *_render_splits(found),
+    ]
+    return render_page(f"{found['recipe']}: batch sizes", subtitle, sections)
 
 
 def _render_charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -64,15 +49,14 @@ def _render_charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]])
     series = [_make_throughput_series("samples/s", 0, timed)]
     beside = [one for one in found["synthetic"] if one["samples_per_s"]]
     series += [_make_throughput_series("on synthetic data", 1, beside)] if beside else []
-    yield _render_figure(
+    yield _render_chart_figure(
         "Samples/s by per_device", render_line_chart(series, end, "samples per second", marks, zero=True), series
     )
     if found.get("goodput"):
         yield _render_goodput_chart(found["goodput"], end)
     layers = [(stage, n, [point["stages"][stage] for point in timed]) for n, stage in enumerate(STAGES)]
     drawn = render_stack_chart(layers, sizes, end, "milliseconds per update by stage", marks)
-    yield f"<figure><figcaption>Milliseconds per update</figcaption>{drawn}{render_legend([(a, n) for a, n, _ in layers])}"
-    yield "</figure>"
+    yield render_figure("Milliseconds per update", drawn, render_legend([(stage, n) for stage, n, _ in layers]))
     memory = [
         Series(
             "memory, MB",
@@ -84,7 +68,7 @@ def _render_charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]])
     if found["limit_bytes"] and max(point["memory_bytes"] for point in timed) > 0.1 * found["limit_bytes"]:
         limit = found["limit_bytes"] / 1e6
         memory.append(Series("limit", 3, ((0.0, limit), (end, limit))))
-    yield _render_figure(
+    yield _render_chart_figure(
         "Memory per worker, MB", render_line_chart(memory, end, "memory in megabytes", marks, zero=True), memory
     )
 
@@ -101,23 +85,23 @@ def _render_goodput_chart(goodput: Mapping[str, Any], end: float) -> str:
     series = [_make_throughput_series("goodput", 4, points)]
     marks = [EventMarker(goodput["best"], "resize", "most progress")]
     title = f"Goodput at a noise scale of {goodput['noise']['scale']:.3g} samples ({goodput['noise']['source']})"
-    return _render_figure(
+    return _render_chart_figure(
         title, render_line_chart(series, end, "progress per second, in samples", marks, zero=True), series
     )
 
 
-def _render_figure(title: str, drawn: str, series: Sequence[Series]) -> str:
+def _render_chart_figure(title: str, drawn: str, series: Sequence[Series]) -> str:
     keys = render_legend([(one.label, one.colour) for one in series])
-    return f"<figure><figcaption>{escape_html(title)}</figcaption>{drawn}{keys}</figure>"
+    return render_figure(title, drawn, keys)
 
 
-def _render_splits(found: Mapping[str, Any]) -> str:
-    """Section on the same batch at different accumulation; empty if not measured."""
+def _render_splits(found: Mapping[str, Any]) -> Iterator[str]:
+    """The same batch at different accumulation, if it was measured."""
     said = describe_splits(found)
-    if not said:
-        return ""
-    heading = f"<h2>The same batch, split differently</h2>\n<p>{escape_html(said[:1].upper() + said[1:])}.</p>\n"
-    return f"{heading}{_render_table(SPLIT_COLUMNS, map(_format_split_cells, found['splits']))}\n"
+    if said:
+        yield "<h2>The same batch, split differently</h2>"
+        yield f"<p>{escape_html(said[:1].upper() + said[1:])}.</p>"
+        yield _render_table(SPLIT_COLUMNS, map(_format_split_cells, found["splits"]))
 
 
 def _format_split_cells(one: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from launcher.system.processes import handles_signal, kill_process_tree, list_ch
 from launcher.system.signal_handlers import forward_signals_to
 from launcher.system.stderr import print_stderr
 from launcher.telemetry.sinks.jsonl import append_line
-from launcher.train.assignment import JobSpec
+from launcher.train.job_spec import JobSpec
 
 __all__ = ["describe_killed", "launch_job", "print_stderr"]
 
@@ -85,7 +85,7 @@ def resolve_auto_values(config: RunConfig, workers: int) -> ResolvedConfig:
     from launcher.tune import driver as tuning
 
     print_stderr(f"note: {auto_batch.lookup_note(config)}")
-    document = tuning.measure(auto_batch.tuning_config(config), workers, look=True)
+    document = tuning.measure(auto_batch.tuning_config(config), workers, use_cache=True)
     return resolve_from_measurement(config, document, run_path(config, None, 1))
 
 

@@ -182,7 +182,7 @@ class PhaseTimeouts:
     """
 
     def __init__(self, limits: HangTimeouts, *, compiles: bool = False) -> None:
-        self._limits = limits
+        self.limits = limits
         self._compiles = compiles
         self._usual_s = limits.hang_s
         self._updates: deque[float] = deque(maxlen=NUM_TIMED_UPDATES)
@@ -202,12 +202,12 @@ class PhaseTimeouts:
         if self._kind is not None:
             longest = self._longest.get(self._kind)
             return (
-                self._limits.first_s
+                self.limits.first_s
                 if longest is None
-                else max(ALL_STALLED_FACTOR * self._limits.hang_s, PHASE_TIMEOUT_FACTOR * longest)
+                else max(ALL_STALLED_FACTOR * self.limits.hang_s, PHASE_TIMEOUT_FACTOR * longest)
             )
         if update == self._first or (self._compiles and phase in COMPILED_PHASES):
-            return self._limits.first_s
+            return self.limits.first_s
         return self._usual_s
 
     def _get_duration_kind(self, phase: str) -> str | None:
@@ -222,6 +222,6 @@ class PhaseTimeouts:
         if self._update:
             self._updates.append(now - self._update_began)
             median_s = sorted(self._updates)[len(self._updates) // 2]
-            self._usual_s = max(self._limits.hang_s, PHASE_TIMEOUT_FACTOR * median_s)
+            self._usual_s = max(self.limits.hang_s, PHASE_TIMEOUT_FACTOR * median_s)
         self._first = self._first or update
         self._update, self._update_began = update, now

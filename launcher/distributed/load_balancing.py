@@ -14,7 +14,7 @@ from launcher.plan.batch import BatchPlan, PlanError
 from launcher.plan.timeline import Update
 from launcher.telemetry.stages import PER_SAMPLE_STAGES, STAGES
 
-__all__ = ["BALANCE_WINDOW", "LoadBalancer", "NullBalancer", "SpeedWindow", "faster_shares"]
+__all__ = ["BALANCE_WINDOW", "LoadBalancer", "SpeedWindow", "faster_shares"]
 
 BALANCE_WINDOW = 20
 MIN_SPEEDUP = 1.05
@@ -42,7 +42,7 @@ class SpeedWindow:
         return tuple(share / ms for share, ms in zip(self.plan.shares, work_ms, strict=True))
 
 
-def faster_shares(measured: SpeedWindow, planned: Callable[[Sequence[float]], BatchPlan]) -> tuple[float, ...] | None:
+def faster_shares(measured: SpeedWindow, make_plan: Callable[[Sequence[float]], BatchPlan]) -> tuple[float, ...] | None:
     """Return the measured speeds if planning with them makes the slowest rank more than 5 % faster; else None.
 
     A smaller gain is noise, and every change discards the data that the loaders have prefetched.
@@ -51,7 +51,7 @@ def faster_shares(measured: SpeedWindow, planned: Callable[[Sequence[float]], Ba
     if speeds is None:
         return None
     try:
-        plan = planned(speeds)
+        plan = make_plan(speeds)
     except PlanError:  # a rank is so slow that it would get no samples
         return None
     before, after = (compute_slowest_ms(shares, speeds) for shares in (measured.plan.shares, plan.shares))
@@ -66,30 +66,22 @@ def compute_slowest_ms(shares: Sequence[int], speeds: Sequence[float]) -> float:
 class LoadBalancer:
     """Collects stage times during a run; sets `new_speeds` once a plan based on them beats the current plan."""
 
-    def __init__(self, plan: BatchPlan, planned: Callable[[Sequence[float]], BatchPlan]) -> None:
+    def __init__(self, plan: BatchPlan, make_plan: Callable[[Sequence[float]], BatchPlan]) -> None:
         self.new_speeds: tuple[float, ...] | None = None
-        self._planned = planned
+        self._make_plan = make_plan
         self._speeds = SpeedWindow(plan)
         self._seen = 0
-        self._before: Update | None = None
+        self._previous: Update | None = None
 
     def on_gathered(self, stages_ms: Sequence[Sequence[float]], update: Update) -> None:
         """Record the statistics gathered in `update`; the stage times belong to the previous update."""
-        before, self._before = self._before, update
-        if before is None or before.is_partial:
+        previous, self._previous = self._previous, update
+        if previous is None or previous.is_partial:
             return
-        if before.full_plan != self._speeds.plan:  # batch.ramp has entered a new stage
-            self._speeds = SpeedWindow(before.full_plan)
-        own = [STAGES.index(stage) for stage in PER_SAMPLE_STAGES]
-        self._speeds = self._speeds.with_update([sum(times[stage] for stage in own) for times in stages_ms])
+        if previous.full_plan != self._speeds.plan:  # batch.ramp has entered a new stage
+            self._speeds = SpeedWindow(previous.full_plan)
+        work_stages = [STAGES.index(stage) for stage in PER_SAMPLE_STAGES]
+        self._speeds = self._speeds.with_update([sum(times[stage] for stage in work_stages) for times in stages_ms])
         self._seen += 1
         if self._seen % BALANCE_WINDOW == 0:
-            self.new_speeds = faster_shares(self._speeds, self._planned)
-
-
-class NullBalancer:
-    """Never changes the planned shares."""
-
-    new_speeds: tuple[float, ...] | None = None
-
-    def on_gathered(self, stages_ms: Sequence[Sequence[float]], update: Update) -> None: ...
+            self.new_speeds = faster_shares(self._speeds, self._make_plan)

@@ -16,34 +16,39 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from launcher.distributed.stop_requests import GO_ON
+from launcher.distributed.stop_requests import StopLevel
 from launcher.plan.virtual_shards import compute_tree_sum
+from launcher.telemetry.deferred_scalars import UpdateScalars
 from launcher.telemetry.stages import STAGES
 
-__all__ = ["GatheredStats", "RankStats", "StatsAllGather"]
+__all__ = ["GatheredStats", "PendingStats", "RankStats", "StatsAllGather"]
 
 
 @dataclass(frozen=True)
 class RankStats:
     """One rank's statistics.
 
-    Values computed on the device belong to the previous update: they are read one update late. `count` is the loss
-    count (samples or tokens) of *this* update; the fields from `loss` on and the stage times (milliseconds) belong to
-    the previous one. `norm`, `spread` and `groups` come from its `strategies.Step`.
+    `count` is the loss count (samples or tokens) of *this* update. The `previous` scalars and the stage times
+    (milliseconds) belong to the update before: values computed on the device are read one update late.
     """
 
     count: float = 0.0
-    stop: float = GO_ON
+    stop: float = StopLevel.CONTINUE
     save: float = 0.0
-    loss: float = 0.0
-    loss_count: float = 0.0
-    finite: float = 1.0
-    norm: float = 0.0
-    group_grad_norm_sum: float = 0.0
-    groups: float = 0.0
+    previous: UpdateScalars = UpdateScalars()
+
+    def to_row(self) -> tuple[float, ...]:
+        """All values as a flat row of numbers."""
+        return (self.count, self.stop, self.save, *astuple(self.previous))
+
+    @classmethod
+    def from_row(cls, row: Sequence[float]) -> RankStats:
+        """Inverse of `to_row`."""
+        return cls(*row[:NUM_OWN_FIELDS], UpdateScalars(*row[NUM_OWN_FIELDS:]))
 
 
-NUM_FIELDS = len(fields(RankStats))
+NUM_OWN_FIELDS = len(fields(RankStats)) - 1
+NUM_FIELDS = NUM_OWN_FIELDS + len(fields(UpdateScalars))
 
 
 @dataclass(frozen=True)
@@ -55,50 +60,50 @@ class GatheredStats:
 
     @property
     def count(self) -> float:
-        return float(compute_tree_sum(ballot.count for ballot in self.rank_stats))
+        return float(compute_tree_sum(stats.count for stats in self.rank_stats))
 
     @property
-    def stop(self) -> int:
-        return int(max(ballot.stop for ballot in self.rank_stats))
+    def stop(self) -> StopLevel:
+        return StopLevel(int(max(stats.stop for stats in self.rank_stats)))
 
     @property
     def save(self) -> bool:
-        return any(ballot.save for ballot in self.rank_stats)
+        return any(stats.save for stats in self.rank_stats)
 
     @property
     def loss(self) -> float:
         """Summed loss of the previous update, over all ranks."""
-        return float(compute_tree_sum(ballot.loss for ballot in self.rank_stats))
+        return float(compute_tree_sum(stats.previous.loss for stats in self.rank_stats))
 
     @property
     def loss_count(self) -> float:
         """Loss count (samples or tokens) of the previous update, over all ranks."""
-        return float(compute_tree_sum(ballot.loss_count for ballot in self.rank_stats))
+        return float(compute_tree_sum(stats.previous.loss_count for stats in self.rank_stats))
 
     @property
-    def norm(self) -> float:
+    def grad_norm(self) -> float:
         """Norm of the previous update's mean gradient; rank 0's value, so that all ranks use the same bits."""
-        return self.rank_stats[0].norm
+        return float(self.rank_stats[0].previous.grad_norm)
 
     @property
     def group_grad_norm_sum(self) -> float:
         """The sum of |h|²/c over the groups of the previous update."""
-        return float(compute_tree_sum(ballot.group_grad_norm_sum for ballot in self.rank_stats))
+        return float(compute_tree_sum(stats.previous.group_grad_norm_sum for stats in self.rank_stats))
 
     @property
     def groups(self) -> int:
         """Number of groups of the previous update's batch whose gradient norms were measured separately."""
-        return int(sum(ballot.groups for ballot in self.rank_stats))
+        return int(sum(stats.previous.groups for stats in self.rank_stats))
 
     @property
     def not_finite(self) -> tuple[int, ...]:
         """The ranks whose own loss of the previous update was NaN or infinite."""
-        return tuple(rank for rank, ballot in enumerate(self.rank_stats) if not math.isfinite(ballot.loss))
+        return tuple(rank for rank, stats in enumerate(self.rank_stats) if not math.isfinite(stats.previous.loss))
 
     @property
     def finite(self) -> bool:
         """Whether the previous update was applied."""
-        return all(ballot.finite for ballot in self.rank_stats)
+        return all(stats.previous.finite for stats in self.rank_stats)
 
 
 #: The name changed in torch 2.13.
@@ -118,9 +123,9 @@ class StatsAllGather:
         self._all = torch.zeros(world * (NUM_FIELDS + len(STAGES)), dtype=torch.float64)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world > 1 else None
 
-    def all_gather_async(self, ballot: RankStats, stages_ms: Sequence[float]) -> PendingStats:
+    def all_gather_async(self, stats: RankStats, stages_ms: Sequence[float]) -> PendingStats:
         """Start the exchange. Only one may be in flight: the buffers are reused."""
-        self._values[:] = torch.tensor((*astuple(ballot), *stages_ms), dtype=torch.float64)
+        self._values[:] = torch.tensor((*stats.to_row(), *stages_ms), dtype=torch.float64)
         if self._group is None:
             self._all[:] = self._values
             return _PendingGather(self._all, None)
@@ -138,6 +143,6 @@ class _PendingGather:
             self.work.wait()
         rows = self.values.view(-1, NUM_FIELDS + len(STAGES)).tolist()
         return GatheredStats(
-            rank_stats=tuple(RankStats(*row[:NUM_FIELDS]) for row in rows),
+            rank_stats=tuple(RankStats.from_row(row[:NUM_FIELDS]) for row in rows),
             stages_ms=tuple(tuple(row[NUM_FIELDS:]) for row in rows),
         )

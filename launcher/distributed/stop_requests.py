@@ -11,17 +11,30 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from enum import IntEnum
 from types import FrameType
 from typing import Protocol
 
 from launcher.errors import EXIT_INTERRUPTED, EXIT_RESTART
 
-__all__ = ["GO_ON", "JOIN", "LEAVE", "STOP", "StopRequests", "StopSource"]
-
-GO_ON, JOIN, STOP, LEAVE = 0, 1, 2, 3  # LEAVE: save, exit, and let the agent restart; the largest value wins
+__all__ = ["StopLevel", "StopRequests", "StopSource"]
 
 STOP_POLL_S = 0.2
 SIGTERM_GRACE_S = 5.0
+
+
+class StopLevel(IntEnum):
+    """How far training is asked to stop; the ranks agree on the largest level that any of them requests.
+
+    ADMIT_NODES saves, waits for nodes to join, and continues. RESTART saves and exits, and the agent then restarts the
+    workers. REPLAN is never gathered: each rank derives it from the gathered statistics.
+    """
+
+    REPLAN = -1
+    CONTINUE = 0
+    ADMIT_NODES = 1
+    STOP = 2
+    RESTART = 3
 
 
 class StopSource(Protocol):
@@ -36,15 +49,15 @@ class StopRequests:
 
     SIGTERM keeps its default action until `handle_sigterm`: before training there is nothing to save, and a rank that
     waits for the others inside torch would react late, while its agent waits 30 s for it. A rank that receives SIGTERM
-    and reaches no agreement with the others within `leave_s` exits without saving: the other ranks are gone or stuck.
+    and reaches no agreement with the others within `grace_s` exits without saving: the other ranks are gone or stuck.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, leave_s: float = SIGTERM_GRACE_S) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, grace_s: float = SIGTERM_GRACE_S) -> None:
         self.reason: str | None = None
-        self._level = GO_ON
+        self._level = StopLevel.CONTINUE
         self._clock = clock
         self._last_poll_s = float("-inf")
-        self._grace_s = leave_s
+        self._grace_s = grace_s
         self._acknowledged = threading.Event()
 
     def install(self) -> None:
@@ -63,44 +76,44 @@ class StopRequests:
         """Ignore SIGUSR1 from now on: a late one must not end the interpreter during its cleanup."""
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    def poll(self, folder: StopSource | None) -> int:
-        """Return the current request level. `folder` is passed on rank 0 only and is polled a few times per second."""
+    def poll(self, source: StopSource | None) -> StopLevel:
+        """Return the current level. `source` is passed on rank 0 only and is polled a few times per second."""
         now = self._clock()
-        if folder is not None and self._level == GO_ON and now - self._last_poll_s >= STOP_POLL_S:
+        if source is not None and self._level == StopLevel.CONTINUE and now - self._last_poll_s >= STOP_POLL_S:
             self._last_poll_s = now
-            if folder.stop_requested():
-                self._raise_level(STOP, "the stop file")
-            elif folder.join_requested():
-                self._level = JOIN
+            if source.stop_requested():
+                self._raise_level(StopLevel.STOP, "the stop file")
+            elif source.join_requested():
+                self._level = StopLevel.ADMIT_NODES
         return self._level
 
     @property
-    def level(self) -> int:
-        """The current request level, without polling the run directory."""
+    def level(self) -> StopLevel:
+        """The current level, without polling the run directory."""
         return self._level
 
     def clear_admit(self) -> None:
         """Clear a request to admit nodes after the time to join has passed."""
         self._acknowledged.clear()
-        if self._level == JOIN:
-            self._level = GO_ON
+        if self._level == StopLevel.ADMIT_NODES:
+            self._level = StopLevel.CONTINUE
 
-    def _raise_level(self, wish: int, why: str) -> None:
-        self._level = max(self._level, wish)
-        self.reason = self.reason or why
+    def _raise_level(self, level: StopLevel, reason: str) -> None:
+        self._level = max(self._level, level)
+        self.reason = self.reason or reason
 
     def _on_sigusr1(self, _: int, __: FrameType | None) -> None:
-        self._raise_level(STOP, "SIGUSR1")
+        self._raise_level(StopLevel.STOP, "SIGUSR1")
 
     def _on_sigterm(self, _: int, __: FrameType | None) -> None:
-        self._raise_level(LEAVE, "SIGTERM")
-        threading.Thread(target=self._exit_if_unacknowledged, name="leave", daemon=True).start()
+        self._raise_level(StopLevel.RESTART, "SIGTERM")
+        threading.Thread(target=self._exit_if_unacknowledged, name="exit-unsaved", daemon=True).start()
 
     def _exit_if_unacknowledged(self) -> None:
         if not self._acknowledged.wait(self._grace_s):
             os._exit(EXIT_RESTART)
 
     def _on_sigint(self, _: int, __: FrameType | None) -> None:
-        if self._level != GO_ON and self.reason == "Ctrl-C":
+        if self._level != StopLevel.CONTINUE and self.reason == "Ctrl-C":
             os._exit(EXIT_INTERRUPTED)
-        self._raise_level(STOP, "Ctrl-C")
+        self._raise_level(StopLevel.STOP, "Ctrl-C")

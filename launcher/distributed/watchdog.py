@@ -40,7 +40,7 @@ from launcher.telemetry.records import Event
 from launcher.telemetry.sinks.jsonl import append_line_concurrently
 from launcher.topology import Topology
 
-__all__ = ["NullWatchdog", "SharedHeartbeats", "Watchdog"]
+__all__ = ["SharedHeartbeats", "Watchdog"]
 
 HEARTBEAT_INTERVAL_S = 0.25
 STALE_HEARTBEAT_S = 1.0  # for a heartbeat older than this, ask the kernel for the state of the process
@@ -63,15 +63,15 @@ class SharedHeartbeats:
         """
         self._path = path
         self._count = count
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            found = os.fstat(number)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
                 raise PermissionError(f"{path} is not a regular file of this user")
-            os.ftruncate(number, SLOT_BYTES * count)
-            self._map = mmap.mmap(number, SLOT_BYTES * count)
+            os.ftruncate(fd, SLOT_BYTES * count)
+            self._map = mmap.mmap(fd, SLOT_BYTES * count)
         finally:
-            os.close(number)
+            os.close(fd)
 
     def set_phase(self, slot: int, phase: str, update: int, since: float, allowed_s: float) -> None:
         PHASE_STRUCT.pack_into(self._map, slot * SLOT_BYTES, PHASE_CODES[phase], update, since, allowed_s)
@@ -102,7 +102,7 @@ def open_shared_heartbeats(folder: Path, topology: Topology) -> SharedHeartbeats
 class Watchdog:
     """Publishes this rank's phase to its node, and acts when another rank has hung.
 
-    `leave` ends this process without torch's cleanup, which a collective that waits for a dead rank would block.
+    `exit_process` ends this process without torch's cleanup, which a collective that waits for a dead rank would block.
     """
 
     def __init__(
@@ -110,20 +110,19 @@ class Watchdog:
         slots: SharedHeartbeats,
         run_dir: RunDirectory,
         topology: Topology,
-        pace: PhaseTimeouts,
-        limits: HangTimeouts,
-        screen: TextIO | None = None,
+        timeouts: PhaseTimeouts,
+        terminal: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
-        leave: Callable[[int], None] = os._exit,
+        exit_process: Callable[[int], None] = os._exit,
     ) -> None:
         self._slots = slots
         self._run_dir = run_dir
         self._topology = topology
-        self._timeouts = pace
-        self._limits = limits
-        self._screen = screen
+        self._timeouts = timeouts
+        self._limits = timeouts.limits
+        self._terminal = terminal
         self._clock = clock
-        self._leave = leave
+        self._exit_process = exit_process
         self._update = 0
         self._last_check_s = self._resumed_s = clock()
         self._suspected: HangVerdict | None = None
@@ -133,20 +132,20 @@ class Watchdog:
 
     @classmethod
     def start(
-        cls, run_dir: RunDirectory, topology: Topology, limits: HangTimeouts, *, compiles: bool, screen: TextIO | None
-    ) -> Watchdog | NullWatchdog:
-        """Start the watchdog thread; on a node without a usable temp directory, log a warning and return a no-op.
+        cls, run_dir: RunDirectory, topology: Topology, limits: HangTimeouts, *, compiles: bool, terminal: TextIO | None
+    ) -> Watchdog | None:
+        """Start the watchdog thread; on a node without a usable temp directory, log a warning and return None.
 
-        `screen` is the stream on which a hang is reported; None if the driver reports it, from the run directory.
+        `terminal` is the stream on which a hang is reported; None if the driver reports it, from the run directory.
         """
         try:
             slots = open_shared_heartbeats(run_dir.path, topology)
             stacks = run_dir.get_log_path(*topology.rank_and_generation).open("a")
         except OSError as problem:
             logging.getLogger(__name__).warning("hung workers on this node will not be detected: %s", problem)
-            return NullWatchdog()
+            return None
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True, chain=False)
-        watchdog = cls(slots, run_dir, topology, PhaseTimeouts(limits, compiles=compiles), limits, screen)
+        watchdog = cls(slots, run_dir, topology, PhaseTimeouts(limits, compiles=compiles), terminal)
         watchdog.enter_phase("start")
         watchdog.publish_heartbeat()
         watchdog.unlink_when_all_joined()
@@ -187,9 +186,9 @@ class Watchdog:
         if now - self._last_check_s > LATE_CHECK_S:
             self._resumed_s = now
         self._last_check_s = now
-        gone = next((state for state in states if state.gone), None)
-        if gone is not None:
-            self._exit_if_blocked(gone, states, now)
+        dead_rank = next((state for state in states if state.gone), None)
+        if dead_rank is not None:
+            self._exit_if_blocked(dead_rank, states, now)
         present = [state for state in states if not state.gone]
         verdict = detect_hang(present, now, self._limits, self._resumed_s)
         suspected, self._suspected = self._suspected, verdict
@@ -209,7 +208,7 @@ class Watchdog:
         states = self._slots.read_states(first)
         return [state if now - state.beat < STALE_HEARTBEAT_S else with_process_state(state) for state in states]
 
-    def _exit_if_blocked(self, gone: RankState, states: list[RankState], now: float) -> None:
+    def _exit_if_blocked(self, dead_rank: RankState, states: list[RankState], now: float) -> None:
         """Exit because a rank has died and this rank is blocked; never while it writes a checkpoint or final files.
 
         Most calls that communicate fail by themselves when a peer dies; this handles those that do not.
@@ -218,20 +217,20 @@ class Watchdog:
         if own is None or own.phase in ("checkpoint", "finish") or now - own.since < STALE_HEARTBEAT_S:
             return
         message = "rank %d has died and this rank is blocked in %s: exiting"
-        logging.getLogger(__name__).warning(message, gone.rank, own.phase)
+        logging.getLogger(__name__).warning(message, dead_rank.rank, own.phase)
         self._exit_for_restart()
 
     def _kill_hung_ranks(self, verdict: HangVerdict, states: list[RankState]) -> None:
         """Dump the stacks, report the hang, and kill the hung ranks: the agent then restarts the workers."""
         self._acted = True  # all workers will be restarted: nothing more to detect
         stopped = [state for state in states if state.stopped]  # a stopped process could not exit with the others
-        ended = states if verdict.kind == "all" else list({verdict.state, *stopped})
-        for state in ended:
+        hung_ranks = states if verdict.kind == "all" else list({verdict.state, *stopped})
+        for state in hung_ranks:
             if not state.stopped:
                 signal_rank(state, signal.SIGUSR2)
         time.sleep(STACK_DUMP_WAIT_S)
         self._report_hang(verdict)
-        for state in ended:
+        for state in hung_ranks:
             if state.rank != self._topology.rank:
                 signal_rank(state, signal.SIGKILL)
         if verdict.kind == "all":
@@ -252,22 +251,12 @@ class Watchdog:
         with suppress(OSError):
             append_line_concurrently(self._run_dir.events, alarm)
         with suppress(OSError):
-            if self._screen is not None:
-                print(f"warning: {detail}{stacks}", file=self._screen, flush=True)
+            if self._terminal is not None:
+                print(f"warning: {detail}{stacks}", file=self._terminal, flush=True)
 
     def _exit_for_restart(self) -> None:
         self._slots.unlink()
-        self._leave(EXIT_RESTART)
-
-
-class NullWatchdog:
-    """No-op watchdog for nodes without a usable temp directory."""
-
-    def enter_phase(self, phase: str, update: int = 0) -> None: ...
-
-    def enter_wait(self) -> None: ...
-
-    def stop(self, *, finished: bool = False) -> None: ...
+        self._exit_process(EXIT_RESTART)
 
 
 def with_process_state(state: RankState) -> RankState:
@@ -276,8 +265,8 @@ def with_process_state(state: RankState) -> RankState:
     return replace(state, stopped=letter in ("T", "t"), gone=letter in (None, "Z", "X"))
 
 
-def signal_rank(state: RankState, number: int) -> None:
-    """Send signal `number` to a rank if its pid still belongs to a process of our own agent."""
+def signal_rank(state: RankState, signum: int) -> None:
+    """Send signal `signum` to a rank if its pid still belongs to a process of our own agent."""
     if sibling_state(state.pid) is not None:
         with suppress(ProcessLookupError):
-            os.kill(state.pid, number)
+            os.kill(state.pid, signum)

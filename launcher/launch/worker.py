@@ -32,13 +32,13 @@ from launcher.slurm.claim import read_claim
 from launcher.system.processes import die_with_parent
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
-from launcher.train.assignment import JobSpec
+from launcher.train.job_spec import JobSpec
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
     from launcher.distributed.stop_requests import StopRequests
-    from launcher.distributed.watchdog import NullWatchdog, Watchdog
+    from launcher.distributed.watchdog import Watchdog
 
 __all__ = ["main", "main_handover"]
 
@@ -184,11 +184,12 @@ def run_rank(topology: Topology, assign: DecideFn, *, loopback: bool) -> int:
     screen = log_files.redirect_output(
         job_spec.run_dir.get_log_path(*topology.rank_and_generation), topology.rank, debug=job_spec.config.debug
     )
-    heart = start_watchdog(job_spec, topology, screen)
+    watchdog = start_watchdog(job_spec, topology, screen)
     try:
-        return session.run(job_spec, topology, store, stop_requests, heart)
+        return session.run(job_spec, topology, store, stop_requests, watchdog)
     except Exception as error:
-        heart.stop()
+        if watchdog is not None:
+            watchdog.stop()
         status = handle_failure(job_spec, topology, error, screen)
         if claim is not None and status == EXIT_USAGE:
             claim.discard()
@@ -269,14 +270,15 @@ def exit_immediately(status: int) -> NoReturn:
     os._exit(status)
 
 
-def start_watchdog(job_spec: JobSpec, topology: Topology, screen: TextIO) -> Watchdog | NullWatchdog:
+def start_watchdog(job_spec: JobSpec, topology: Topology, screen: TextIO) -> Watchdog | None:
     from launcher.distributed.hang_detection import HangTimeouts
     from launcher.distributed.watchdog import Watchdog
 
     elastic, compiles = job_spec.config.elastic, job_spec.config.train.compile
     limits = HangTimeouts(elastic.hang_timeout_s, elastic.first_timeout_s)
-    told = None if job_spec.loopback else screen
-    return Watchdog.start(job_spec.run_dir, topology, limits, compiles=compiles, screen=told)
+    return Watchdog.start(
+        job_spec.run_dir, topology, limits, compiles=compiles, terminal=None if job_spec.loopback else screen
+    )
 
 
 def install_stop_requests() -> StopRequests:

@@ -63,27 +63,15 @@ class TrainComponents:
             self.recipe,
             training_plan.timeline,
             position,
-            seed=training_plan.config.seed,
+            training_plan.config,
             rank=topology.rank,
-            data=training_plan.config.data,
             pin=self.device.type == "cuda",
         )
 
     def make_validator(self, training_plan: TrainingPlan, topology: Topology) -> Validator | None:
         if not len(self.val_data):
             return None
-        return Validator(
-            self.val_data,
-            self.recipe,
-            rank=topology.rank,
-            world=topology.world,
-            chunks=training_plan.config.elastic.shards if training_plan.config.elastic.exact else topology.world,
-            batch=training_plan.plan.per_device,
-            seed=training_plan.config.seed,
-            data=training_plan.config.data,
-            precision=self.precision,
-            even=training_plan.timeline.even,
-        )
+        return Validator(self.val_data, self.recipe, training_plan, topology, self.precision)
 
 
 def resolve_device(config: RunConfig, topology: Topology) -> torch.device:

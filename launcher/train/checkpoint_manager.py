@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,26 @@ from launcher.run_dir.run_directory import RunDirectory
 from launcher.strategies.interface import ReplicaProtocol, ReplicaState
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.metrics_logger import MetricsLogger
-from launcher.train.metrics_recorder import NullRecorder, plan_to_dict
+from launcher.topology import Topology
+from launcher.train.metrics_recorder import plan_to_dict
 from launcher.train.state import TrainState
 
-__all__ = ["CheckpointManager", "checkpoint_name"]
+__all__ = ["CheckpointManager", "CheckpointOptions", "checkpoint_name"]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """How a run saves.
+
+    `sharded`: every rank writes its own shard. `every_s` is `checkpoint.every` if that is a time. Rank 0 waits up to
+    `shard_timeout_s` for the other ranks' shards. `identity` is stored in the checkpoint: the recipe and the seed.
+    """
+
+    settings: CheckpointConfig
+    sharded: bool
+    every_s: float | None
+    shard_timeout_s: float
+    identity: Mapping[str, Any]
 
 
 class CheckpointManager:
@@ -30,39 +47,24 @@ class CheckpointManager:
     Training waits only until the state is copied; a thread then writes it, one save at a time, without collectives. A
     checkpoint is renamed to its final name only once the row of its update is in metrics.jsonl, so that neither exists
     without the other. A failed save raises an alarm; if it was the last save, it is an error. With `sharded`, every
-    rank writes its own shard in a thread, and rank 0 merges them.
-    `every_s` is `checkpoint.every` if that is a time: rank 0 then requests the save in its gathered statistics.
+    rank writes its own shard in a thread, and rank 0 merges them. If `checkpoint.every` is a time, rank 0 requests the
+    save in its gathered statistics.
     """
 
     def __init__(
         self,
         run_dir: RunDirectory,
-        settings: CheckpointConfig,
-        journal: MetricsLogger | NullRecorder,
-        *,
-        rank: int,
-        world: int,
-        sharded: bool,
-        generation: int,
-        patience_s: float,
-        every_s: float | None,
-        identity: dict[str, Any],
+        options: CheckpointOptions,
+        topology: Topology,
+        logger: MetricsLogger | None,
         faults: FaultInjector,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.journal = journal
-        self.folder = run_dir.path
-        self.stop_source: RunDirectory | None = run_dir if rank == 0 else None
         self._run_dir = run_dir
-        self._generation = generation
-        self._checkpoints = run_dir.resolve_checkpoints_dir(settings.dir)
-        self._settings = settings
-        self._rank = rank
-        self._world = world
-        self._sharded = sharded
-        self._patience_s = patience_s
-        self._every_s = every_s
-        self._identity = identity
+        self._checkpoints = run_dir.resolve_checkpoints_dir(options.settings.dir)
+        self._options = options
+        self._topology = topology
+        self._logger = logger
         self._faults = faults
         self._clock = clock
         self._saved_at = clock()
@@ -74,7 +76,8 @@ class CheckpointManager:
 
     def is_due(self) -> bool:
         """Return whether a timed save is due; decided by rank 0 for all ranks."""
-        return self._rank == 0 and self._every_s is not None and self._clock() - self._saved_at >= self._every_s
+        every_s = self._options.every_s
+        return self._topology.rank == 0 and every_s is not None and self._clock() - self._saved_at >= every_s
 
     def save(self, replica: ReplicaProtocol, training_plan: TrainingPlan, state: TrainState, plan: BatchPlan) -> None:
         """Copy the state and start writing it; every rank must call this, since the state may have to be gathered.
@@ -87,8 +90,8 @@ class CheckpointManager:
         self._join_writer()
         if self._problem is not None and not isinstance(self._problem, tensor_io.CheckpointError):
             raise self._problem
-        (model, optimizer, facts), part = self._get_state(replica)
-        if self._rank > 0 and part is None:
+        (model, optimizer, facts), shard = self._get_state(replica)
+        if self._topology.rank > 0 and shard is None:
             return
         position = state.position
         saved = tensor_io.CheckpointState(
@@ -97,28 +100,29 @@ class CheckpointManager:
             position={"samples": position.samples, "update": position.update},
             plan=plan_to_dict(training_plan, state.schedule, plan),
             world=plan.world,
-            facts={**self._identity, **facts, "standing": state.state_dict()},
+            facts={**self._options.identity, **facts, "standing": state.state_dict()},
         )
         protect = frozenset([state.best_checkpoint] if state.best_checkpoint else [])
         self._rows_are_written.clear()
         name = checkpoint_name(state)
         self._writer = threading.Thread(
-            target=self._write_checkpoint, args=(name, saved, part, protect), name="checkpoint"
+            target=self._write_checkpoint, args=(name, saved, shard, protect), name="checkpoint"
         )
         self._writer.start()
 
     def _get_state(self, replica: ReplicaProtocol) -> tuple[ReplicaState, ShardInfo | None]:
         """The full state, or with `sharded` this rank's shard."""
-        if not self._sharded:
+        if not self._options.sharded:
             return replica.full_state(), None
         state, places = replica.sharded_state()
-        until_s = self._clock() + self._patience_s
+        deadline_s = self._clock() + self._options.shard_timeout_s
 
-        def patience() -> None:
-            if self._closing.is_set() or self._clock() > until_s:
+        def check_timeout() -> None:
+            if self._closing.is_set() or self._clock() > deadline_s:
                 raise tensor_io.CheckpointError("the other ranks have not written their checkpoint shards")
 
-        return state, ShardInfo(self._rank, self._world, str(self._generation), places, patience)
+        topology = self._topology
+        return state, ShardInfo(topology.rank, topology.world, str(topology.generation), places, check_timeout)
 
     def rows_written(self) -> None:
         """Signal that the rows of all finished updates have been recorded."""
@@ -146,33 +150,38 @@ class CheckpointManager:
             self._writer = None
 
     def _write_checkpoint(
-        self, name: str, saved: tensor_io.CheckpointState, part: ShardInfo | None, protect: frozenset[str]
+        self, name: str, saved: tensor_io.CheckpointState, shard: ShardInfo | None, protect: frozenset[str]
     ) -> None:
         self._problem = None
         try:
             self._snapshot.wait()
             phase = partial(self._on_phase, saved.position["update"])
-            if self._rank > 0 and part is not None:
-                save_shard(self._checkpoints, name, saved, part, phase)
+            if self._topology.rank > 0 and shard is not None:
+                save_shard(self._checkpoints, name, saved, shard, phase)
                 return
-            options = tensor_io.SaveOptions(self._settings.keep, protect, phase)
-            if part is None:
+            options = tensor_io.SaveOptions(self._options.settings.keep, protect, phase)
+            if shard is None:
                 report = tensor_io.save_checkpoint(self._checkpoints, name, saved, options)
             else:
-                report = save_sharded_checkpoint(self._checkpoints, name, saved, part, options)
+                report = save_sharded_checkpoint(self._checkpoints, name, saved, shard, options)
         except Exception as problem:
             self._problem = problem
-            self.journal.log_event("alarm", kind="checkpoint", detail=str(problem))
+            self._log_event("alarm", kind="checkpoint", detail=str(problem))
             return
-        self._run_dir.record_saved_generation(self._generation)
+        self._run_dir.record_saved_generation(self._topology.generation)
         size = {"seconds": report.seconds, "bytes": report.bytes}
-        self.journal.log_event("checkpoint", name=name, **saved.position, **size)
+        self._log_event("checkpoint", name=name, **saved.position, **size)
 
     def _on_phase(self, update: int, phase: str) -> None:
         if phase == "checkpoint-rename":
             self._rows_are_written.wait()
-            self.journal.flush()
+            if self._logger is not None:
+                self._logger.flush()
         self._faults(phase, update)
+
+    def _log_event(self, name: str, /, **facts: Any) -> None:
+        if self._logger is not None:
+            self._logger.log_event(name, **facts)
 
 
 def checkpoint_name(state: TrainState) -> str:

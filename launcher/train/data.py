@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from torch.utils.data.dataloader import default_collate
 
-from launcher.config.schema import DataConfig
+from launcher.config.schema import DataConfig, RunConfig
 from launcher.errors import UsageError
 from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import Position, Timeline
@@ -45,13 +45,13 @@ def derive_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def seed_sample(seed: int, address: SampleKey) -> None:
+def seed_sample(seed: int, key: SampleKey) -> None:
     """Seed the generators a dataset's `__getitem__` may use: random, numpy (if imported) and torch."""
-    number = derive_seed(seed, *address)
-    random.seed(number)
-    torch.default_generator.manual_seed(number)
+    sample_seed = derive_seed(seed, *key)
+    random.seed(sample_seed)
+    torch.default_generator.manual_seed(sample_seed)
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(number & 0xFFFFFFFF)
+        sys.modules["numpy"].random.seed(sample_seed & 0xFFFFFFFF)
 
 
 class SeededDataset(Dataset[Any]):
@@ -62,21 +62,21 @@ class SeededDataset(Dataset[Any]):
         self._seed = seed
         self._deterministic = isinstance(items, TensorDataset) or bool(getattr(items, "deterministic", False))
 
-    def __getitems__(self, addresses: Sequence[SampleKey]) -> Any:
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
         if self._deterministic and hasattr(self._items, "__getitems__"):
-            return self._items.__getitems__([sample for _, sample in addresses])
-        return [self[address] for address in addresses]
+            return self._items.__getitems__([sample for _, sample in keys])
+        return [self[key] for key in keys]
 
-    def __getitem__(self, address: SampleKey) -> Any:
+    def __getitem__(self, key: SampleKey) -> Any:
         if not self._deterministic:
-            seed_sample(self._seed, address)
+            seed_sample(self._seed, key)
         try:
-            return self._items[address[1]]
+            return self._items[key[1]]
         except UsageError:
             raise
         except Exception as problem:
             kind = type(problem).__name__
-            raise UsageError(f"sample {address[1]} cannot be read: {kind}: {problem}; fix or remove it") from problem
+            raise UsageError(f"sample {key[1]} cannot be read: {kind}: {problem}; fix or remove it") from problem
 
 
 class MicroBatchSampler(Sampler[list[SampleKey]]):
@@ -92,12 +92,12 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
         orders: dict[int, SamplePermutation] = {}
         for update in self._timeline.iter_updates(self._position):
             for micro in update.micro_batches(self._rank):
-                addresses: list[SampleKey] = []
+                keys: list[SampleKey] = []
                 for epoch, start, stop in micro.spans:
                     if epoch not in orders:
                         orders = {epoch: SamplePermutation(self._timeline.size, self._seed, epoch)}
-                    addresses += [(epoch, sample) for sample in orders[epoch][start:stop]]
-                yield addresses
+                    keys += [(epoch, sample) for sample in orders[epoch][start:stop]]
+                yield keys
 
 
 def prepare_loader_process(_: int) -> None:
@@ -235,7 +235,7 @@ class MicroBatchLoader:
             with self.loading:
                 return next(self.batches)
         except UsageError as error:  # a loader process prepends its traceback; the last line is the message
-            raise UsageError(str(error).strip().rpartition("RequestError: ")[2]) from error
+            raise UsageError(str(error).strip().rpartition("UsageError: ")[2]) from error
 
     @classmethod
     def from_dataset(
@@ -244,13 +244,12 @@ class MicroBatchLoader:
         recipe: Any,
         timeline: Timeline,
         position: Position,
+        config: RunConfig,
         *,
-        seed: int,
         rank: int,
-        data: DataConfig,
         pin: bool,
     ) -> MicroBatchLoader:
-        order = MicroBatchSampler(timeline, seed, rank, position)
-        batches = make_data_loader(SeededDataset(items, seed), order, data, get_collate_fn(recipe), pin)
-        loading = iter(batches)
-        return cls(loading, LoaderCpuUsage([process.pid for process in getattr(loading, "_workers", ())]))
+        """Load from `items` in the order of the timeline, from `position` on; `pin` copies batches to pinned memory."""
+        sampler, dataset = MicroBatchSampler(timeline, config.seed, rank, position), SeededDataset(items, config.seed)
+        batches = iter(make_data_loader(dataset, sampler, config.data, get_collate_fn(recipe), pin))
+        return cls(batches, LoaderCpuUsage([process.pid for process in getattr(batches, "_workers", ())]))

@@ -2,288 +2,168 @@
 
 from __future__ import annotations
 
-import math
-import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
-import torch
-
-from launcher.distributed.load_balancing import LoadBalancer, NullBalancer
-from launcher.distributed.rank_stats import GatheredStats, RankStats, StatsAllGather
-from launcher.distributed.stop_requests import GO_ON, StopRequests
-from launcher.distributed.watchdog import NullWatchdog, Watchdog
-from launcher.goodput.policy import GoodputPolicy, NullGoodputPolicy
+from launcher.distributed.rank_stats import GatheredStats, PendingStats, RankStats
+from launcher.distributed.stop_requests import StopLevel
+from launcher.plan.batch import BatchPlan
 from launcher.plan.lr_schedule import LrSchedule
 from launcher.plan.timeline import Update
-from launcher.plan.training_plan import TrainingPlan
-from launcher.plan.virtual_shards import compute_tree_sum
-from launcher.recipe import Loss
-from launcher.strategies.interface import ReplicaProtocol
-from launcher.strategies.precision import Precision
-from launcher.system.fault_injection import FaultInjector
-from launcher.telemetry.deferred_scalars import DeferredScalars
-from launcher.telemetry.resource_meter import ResourceMeter
-from launcher.telemetry.stage_clock import StageClock
-from launcher.topology import Topology
-from launcher.train.checkpoint_manager import CheckpointManager, checkpoint_name
-from launcher.train.data import MicroBatchLoader, derive_seed, to_device
-from launcher.train.metrics_recorder import MetricsRecorder, NullRecorder, UpdateResult, plan_to_dict
+from launcher.telemetry.deferred_scalars import DeferredScalars, UpdateScalars
+from launcher.train.checkpoint_manager import checkpoint_name
+from launcher.train.context import TrainContext
+from launcher.train.metrics_recorder import UpdateResult, plan_to_dict
+from launcher.train.micro_batches import LossSums, backward, forward, iter_micro_batches, loss_normalizer
 from launcher.train.profiler import profile_updates
 from launcher.train.state import MetricTarget, TrainState
-from launcher.train.validation import Validator
 
-__all__ = [
-    "REPLAN",
-    "StepContext",
-    "TrainContext",
-    "TrainingFailed",
-    "forward",
-    "iter_micro_batches",
-    "loss_normalizer",
-    "train",
-]
+__all__ = ["TrainingFailed", "train"]
 
-REPLAN = -1
+MAX_SKIPS = 3  # consecutive non-finite updates before training fails
+FP16_SKIPS_BEFORE_ALARM = 20  # fp16 skips updates while its loss scale adapts
 
 
 class TrainingFailed(RuntimeError):
     """Training cannot continue, and a restart would fail again."""
 
 
-class StepContext(Protocol):
-    """What the forward and backward passes of one update need; shared by training and by `tune` probes."""
-
-    @property
-    def training_plan(self) -> TrainingPlan: ...
-    @property
-    def topology(self) -> Topology: ...
-    @property
-    def recipe(self) -> Any: ...
-    @property
-    def replica(self) -> ReplicaProtocol: ...
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def loader(self) -> MicroBatchLoader: ...
-    @property
-    def clock(self) -> StageClock: ...
-    @property
-    def faults(self) -> FaultInjector: ...
-
-    def enter_phase(self, phase: str, update: Update) -> None: ...
-
-
-@dataclass(frozen=True)
-class TrainContext:
-    """Everything the training loop uses; made by `launcher.train.session`."""
-
-    training_plan: TrainingPlan
-    topology: Topology
-    recipe: Any
-    replica: ReplicaProtocol
-    precision: Precision
-    loader: MicroBatchLoader
-    validator: Validator | None
-    stats_gather: StatsAllGather
-    clock: StageClock
-    recorder: MetricsRecorder | NullRecorder
-    meter: ResourceMeter
-    checkpoint_manager: CheckpointManager
-    stop_requests: StopRequests
-    balance: LoadBalancer | NullBalancer = field(default_factory=NullBalancer)
-    goodput: GoodputPolicy | NullGoodputPolicy = field(default_factory=NullGoodputPolicy)
-    faults: FaultInjector = field(default_factory=FaultInjector)
-    watchdog: Watchdog | NullWatchdog = field(default_factory=NullWatchdog)
-
-    def enter_phase(self, phase: str, update: Update) -> None:
-        """Enter a phase: publish it to the watchdog, and inject a fault if one is configured."""
-        self.watchdog.enter_phase(phase, update.index + 1)
-        self.faults(phase, update.index + 1)
-
-
-def train(context: TrainContext, state: TrainState) -> tuple[TrainState, int]:
+def train(context: TrainContext, state: TrainState) -> tuple[TrainState, StopLevel]:
     """Train to the end of the timeline, or until the ranks agree to stop.
 
-    Returns the training state and the outcome: finished (`CONTINUE`), stop, restart, admit new nodes, or continue with
-    other shares or another batch (`REPLAN`).
+    Returns the training state and what comes next: nothing, as training is complete (`CONTINUE`), to stop, to restart,
+    to admit new nodes, or to continue with other shares or another batch (`REPLAN`).
 
     Raises:
         TrainingFailed: three updates in a row were not finite.
     """
-    clock, replica, deferred, gathered = context.clock, context.replica, DeferredScalars(), None
-    clock.start()
+    previous, gathered = DeferredScalars(), None
+    context.clock.start()
     context.meter.start()
-    updates = context.training_plan.timeline.iter_updates(state.position)
-    for update in profile_updates(
-        updates, context.training_plan.config.train.profile, context.checkpoint_manager.folder, context.topology.rank
-    ):
-        sums = LossSums()
+    for update in iter_updates(context, state):
+        losses = LossSums()
         for micro in iter_micro_batches(context, update):
-            with replica.micro_batch(last=micro.last, is_padding=micro.is_padding, shard=micro.shard):
+            with context.replica.micro_batch(last=micro.last, is_padding=micro.is_padding, shard=micro.shard):
                 loss = forward(context, micro, update)
-                sums = sums.with_micro_batch(loss, micro)
+                losses = losses.with_micro_batch(loss, micro)
                 if micro.last:
-                    pending = context.stats_gather.all_gather_async(
-                        make_rank_stats(context, sums, deferred), clock.times_ms()
-                    )
-                context.enter_phase("backward", update)
-                replica.backward(loss.total, update.samples, noise_loss_count(context, loss, update))
-                clock.lap_backward()
-        context.enter_phase("sync", update)
-        gathered = pending.wait()
-        clock.lap("sync")
-        context.recorder.on_gathered(gathered)
-        context.balance.on_gathered(gathered.stages_ms, update)
-        state = apply_batch_change(
-            context, apply_gathered_stats(context, state, gathered, deferred.update), deferred.update, update
-        )
+                    pending = start_stats_gather(context, losses, previous)
+                backward(context, loss, update)
+        gathered = wait_for_stats(context, pending, update)
+        state = apply_gathered_stats(context, state, gathered, previous.update)
+        state = apply_batch_change(context, state, previous.update, update)
 
-        context.enter_phase("optimizer", update)
-        rate = lr_at(state.schedule, update)
-        step = replica.step(
-            rate.lr, rate.momentum, loss_normalizer(update, gathered), context.training_plan.config.train.clip_norm
-        )
-        deferred = DeferredScalars(
-            (sums.total, step.norm, step.group_grad_norm_sum, step.finite), sums.count, step.groups, update
-        )
-        clock.lap("optimizer")
-
-        state, measured = validate_if_due(context, state.advance(update), update)
-        stop = gathered.stop != GO_ON or state.should_stop_at_target(context.training_plan)
-        saved = save_if_due(
-            context,
-            state,
-            update,
-            deferred,
-            asked=gathered.save or (stop and update.end < context.training_plan.duration),
-        )
-        clock.end_update()
-        spent = (time.time(), context.meter.measure_wall_s())
-        known = (state.noise, state.schedule.base_batch)
-        done = UpdateResult(
-            update, rate.lr, rate.scale, *spent, deferred, *known, saved, context.meter.values(), measured
-        )
-        context.recorder.on_update_end(done)
-        context.goodput.on_noise(state.noise)
-        if stop or context.balance.new_speeds or context.goodput.has_change:
+        lr = lr_at(state.schedule, update)
+        previous = step_optimizer(context, update, lr, losses, gathered)
+        state, metrics = validate_if_due(context, state.advance(update), update)
+        stop = gathered.stop != StopLevel.CONTINUE or state.should_stop_at_target(context.training_plan)
+        requested = gathered.save or (stop and update.end < context.training_plan.duration)
+        saved = save_if_due(context, state, update, previous, requested=requested)
+        context.clock.end_update()
+        record_update(context, state, update, lr, previous, metrics, saved=saved)
+        if needs_replan(context, state) or stop:
             break
     if gathered is None:
-        return state, GO_ON
-    context.watchdog.enter_wait()
-    last = context.stats_gather.all_gather_async(
-        make_rank_stats(context, LossSums(), deferred), clock.times_ms()
-    ).wait()
-    context.recorder.on_gathered(last)
-    context.recorder.flush()
-    ended = state.position.samples >= context.training_plan.duration or state.should_stop_at_target(
-        context.training_plan
-    )
-    return apply_gathered_stats(context, state, last, deferred.update), GO_ON if ended else gathered.stop or REPLAN
+        return state, StopLevel.CONTINUE
+    return gather_last_update(context, state, previous, gathered.stop)
 
 
-@dataclass(frozen=True)
-class DeviceMicroBatch:
-    batch: Any
-    last: bool
-    is_padding: bool
-    shard: int
+def iter_updates(context: TrainContext, state: TrainState) -> Iterator[Update]:
+    """Yield the updates from the current position to the end of the timeline, profiled if train.profile is set."""
+    updates = context.training_plan.timeline.iter_updates(state.position)
+    return profile_updates(updates, context.config.train.profile, context.run_dir.path, context.topology.rank)
 
 
-def iter_micro_batches(context: StepContext, update: Update) -> Iterator[DeviceMicroBatch]:
-    """Yield this rank's micro-batches on the device, seeding the generators for each from its position."""
-    parts = update.micro_batches(context.topology.rank)
-    for index, part in enumerate(parts):
-        context.enter_phase("data", update)
-        batch = context.loader.next_batch()
-        context.clock.lap("data")
-        batch = to_device(batch, context.precision.device, context.precision.dtype)
-        seed_generators(
-            derive_seed(context.training_plan.config.seed, update.index, part.shard, part.index),
-            context.precision.device,
-        )
-        context.clock.lap("transfer")
-        yield DeviceMicroBatch(batch, last=index == len(parts) - 1, is_padding=part.is_padding, shard=part.shard)
-
-
-def seed_generators(number: int, device: torch.device) -> None:
-    """Seed the generators a forward pass uses; torch.manual_seed is slower, as it seeds every kind of device."""
-    random.seed(number)
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)
-
-
-def forward(context: StepContext, micro: DeviceMicroBatch, update: Update) -> Loss:
-    context.enter_phase("forward", update)
-    with context.precision.autocast():
-        loss = context.recipe.loss(context.replica.model, micro.batch)
-    if context.faults.injects_nan("forward", update.index + 1):
-        loss = replace(loss, total=loss.total * math.nan)
-    context.clock.lap("forward")
-    return loss
-
-
-def noise_loss_count(context: TrainContext, loss: Loss, update: Update) -> float:
-    """The loss count if the gradient noise of this update is measured, else 0."""
-    return float(loss.count) if context.replica.measures_noise_at(update.index) else 0.0
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """Loss sums of this rank's micro-batches without padding: first per shard, then as a tree sum over shards."""
-
-    sums_by_shard: Mapping[int, tuple[Any, float]] = field(default_factory=dict)
-
-    def with_micro_batch(self, loss: Loss, micro: DeviceMicroBatch) -> LossSums:
-        if micro.is_padding:
-            return self
-        total, count = self.sums_by_shard.get(micro.shard, (0.0, 0.0))
-        both = (total + loss.total.detach().double(), count + float(loss.count))
-        return LossSums({**self.sums_by_shard, micro.shard: both})
-
-    @property
-    def total(self) -> Any:
-        return compute_tree_sum(total for total, _ in self.sums_by_shard.values())
-
-    @property
-    def count(self) -> float:
-        return float(compute_tree_sum(count for _, count in self.sums_by_shard.values()))
-
-
-def make_rank_stats(context: TrainContext, sums: LossSums, deferred: DeferredScalars) -> RankStats:
-    return replace(
-        stats_of_previous_update(deferred),
-        count=sums.count,
-        stop=context.stop_requests.poll(context.checkpoint_manager.stop_source),
+def start_stats_gather(context: TrainContext, losses: LossSums, previous: DeferredScalars) -> PendingStats:
+    """Start to gather this rank's loss count and requests, and its results of the previous update."""
+    stats = RankStats(
+        count=losses.count,
+        stop=context.stop_requests.poll(context.stop_source),
         save=float(context.checkpoint_manager.is_due()),
+        previous=previous.read(),
     )
+    return context.stats_gather.all_gather_async(stats, context.clock.times_ms())
 
 
-def stats_of_previous_update(deferred: DeferredScalars) -> RankStats:
-    """This rank's statistics of the previous update, to be gathered."""
-    loss, norm, spread, finite = deferred.read()
-    return RankStats(
-        loss=loss,
-        loss_count=deferred.count,
-        finite=finite,
-        norm=norm,
-        group_grad_norm_sum=spread,
-        groups=deferred.groups,
-    )
+def wait_for_stats(context: TrainContext, pending: PendingStats, update: Update) -> GatheredStats:
+    """Wait for the other ranks' statistics, and pass all of them to the recorder and the load balancer."""
+    context.enter_phase("sync", update)
+    gathered = pending.wait()
+    context.clock.lap("sync")
+    if context.recorder is not None:
+        context.recorder.on_gathered(gathered)
+    if context.load_balancer is not None:
+        context.load_balancer.on_gathered(gathered.stages_ms, update)
+    return gathered
 
 
-def loss_normalizer(update: Update, gathered: GatheredStats) -> float:
-    """Factor from a mean over samples to a mean over the loss count; NaN, and so a skipped update, for a count of 0."""
-    if gathered.count == update.samples:
-        return 1.0
-    return update.samples / gathered.count if gathered.count else math.nan
+def apply_gathered_stats(
+    context: TrainContext, state: TrainState, gathered: GatheredStats, previous: Update | None
+) -> TrainState:
+    """Apply the gathered statistics of the previous update: count non-finite skips, update the noise scale."""
+    if gathered.stop != StopLevel.CONTINUE:
+        context.stop_requests.acknowledge()
+    updated = state.with_gathered_stats(gathered, previous, context.training_plan)
+    log_lr_change_from_noise(context, state, updated)
+    updated = updated.with_skip_count(0 if gathered.finite else updated.skips + 1)
+    if updated.skips:
+        handle_skipped_update(context, updated, gathered.not_finite)
+    return updated
+
+
+def handle_skipped_update(context: TrainContext, state: TrainState, not_finite: tuple[int, ...]) -> None:
+    """Log an alarm that the previous update was skipped; `not_finite` are the ranks whose loss was not finite.
+
+    Raises:
+        TrainingFailed: three updates in a row were not finite, except under fp16.
+    """
+    is_fp16 = context.precision.name == "fp16"
+    if is_fp16 and state.skips != FP16_SKIPS_BEFORE_ALARM:
+        return
+    ranks = ", ".join(map(str, not_finite))
+    source = f"the loss of rank {ranks}" if ranks else "the gradient, though every loss was finite"
+    detail = f"update {state.position.update} was skipped: NaN or infinity in {source}"
+    context.log_event("alarm", kind="not_finite", detail=detail, ranks=list(not_finite))
+    if state.skips == MAX_SKIPS and not is_fp16:
+        raise TrainingFailed(f"{MAX_SKIPS} updates in a row were not finite; the last: {detail}")
+
+
+def log_lr_change_from_noise(context: TrainContext, before: TrainState, after: TrainState) -> None:
+    """Log a plan event if the learning rate follows a noise scale that is newly known or has changed."""
+    noise, previous_noise = after.schedule.noise, before.schedule.noise
+    if noise == previous_noise or noise is None:
+        return
+    plan = context.training_plan.plan_at(after.position.samples)
+    old, new = (plan_to_dict(context.training_plan, state.schedule, plan) for state in (before, after))
+    earlier = "unknown" if previous_noise is None else f"{previous_noise:.3g}"
+    why = f"the gradient's noise scale is {noise:.3g} samples, {earlier} before"
+    context.log_event("plan", why=why, **new, **{"from": old})
+
+
+def apply_batch_change(context: TrainContext, state: TrainState, previous: Update | None, update: Update) -> TrainState:
+    """Log the start of a batch.ramp stage, and rescale Adam's second moment after any change of batch."""
+    if previous is not None and previous.full_plan != update.full_plan:
+        log_ramp_stage(context, state, previous.full_plan, update)
+    state, factor = state.advance_second_moment(update)
+    if factor != 1.0:
+        context.replica.rescale_moments(factor)
+    return state
+
+
+def log_ramp_stage(context: TrainContext, state: TrainState, previous: BatchPlan, update: Update) -> None:
+    """Log a plan event for a new stage of batch.ramp."""
+    plan = update.full_plan
+    old, new = (plan_to_dict(context.training_plan, state.schedule, batch) for batch in (previous, plan))
+    moments = state.second_moment_factor(plan.global_batch)
+    why = f"batch.ramp: new stage at sample {update.start}"
+    context.log_event("plan", why=why, **new, **{"from": old}, moments=moments)
 
 
 @dataclass(frozen=True)
 class LrAndMomentum:
+    """The learning rate of an update, its `scale` relative to lr.base, and the momentum if the schedule sets it."""
+
     lr: float
     scale: float
     momentum: float | None
@@ -296,101 +176,73 @@ def lr_at(schedule: LrSchedule, update: Update) -> LrAndMomentum:
     return LrAndMomentum(lr, lr / schedule.base, schedule.momentum(update.start))
 
 
-def apply_gathered_stats(
-    context: TrainContext, state: TrainState, gathered: GatheredStats, before: Update | None
-) -> TrainState:
-    """Apply the gathered statistics of the previous update: count non-finite skips, update the noise scale."""
-    if gathered.stop != GO_ON:
-        context.stop_requests.acknowledge()
-    state = log_lr_change_from_noise(context, state, state.with_gathered_stats(gathered, before, context.training_plan))
-    patience = 20 if context.precision.name == "fp16" else 3
-    state = state.with_skip_count(0 if gathered.finite else state.skips + 1)
-    if state.skips and (context.precision.name != "fp16" or state.skips == patience):
-        ranks = ", ".join(map(str, gathered.not_finite))
-        where = f"the loss of rank {ranks}" if ranks else "the gradient, though every loss was finite"
-        detail = f"update {state.position.update} was skipped: NaN or infinity in {where}"
-        context.checkpoint_manager.journal.log_event(
-            "alarm", kind="not_finite", detail=detail, ranks=list(gathered.not_finite)
-        )
-        if state.skips == patience and context.precision.name != "fp16":
-            raise TrainingFailed(f"{patience} updates in a row were not finite; the last: {detail}")
-    return state
-
-
-def log_lr_change_from_noise(context: TrainContext, before: TrainState, after: TrainState) -> TrainState:
-    """Log a plan event if the learning rate follows a noise scale that is newly known or has changed."""
-    known, was = after.schedule.noise, before.schedule.noise
-    if known != was and known is not None:
-        plan = context.training_plan.plan_at(after.position.samples)
-        old, new = (plan_to_dict(context.training_plan, one.schedule, plan) for one in (before, after))
-        why = f"the gradient's noise scale is {known:.3g} samples, {'unknown' if was is None else f'{was:.3g}'} before"
-        context.checkpoint_manager.journal.log_event("plan", why=why, **new, **{"from": old})
-    return after
-
-
-def apply_batch_change(context: TrainContext, state: TrainState, before: Update | None, update: Update) -> TrainState:
-    """Log the start of a batch.ramp stage, and rescale Adam's second moment after any change of batch."""
-    plan = update.full_plan
-    if before is not None and before.full_plan != plan:
-        old, new = (plan_to_dict(context.training_plan, state.schedule, one) for one in (before.full_plan, plan))
-        moments = state.second_moment_factor(plan.global_batch)
-        why = f"batch.ramp: new stage at sample {update.start}"
-        context.checkpoint_manager.journal.log_event("plan", why=why, **new, **{"from": old}, moments=moments)
-    state, factor = state.advance_second_moment(update)
-    if factor != 1.0:
-        context.replica.rescale_moments(factor)
-    return state
+def step_optimizer(
+    context: TrainContext, update: Update, lr: LrAndMomentum, losses: LossSums, gathered: GatheredStats
+) -> DeferredScalars:
+    """Take the optimizer step, and start to copy the scalars of the update to the host."""
+    context.enter_phase("optimizer", update)
+    normalizer = loss_normalizer(update, gathered)
+    step = context.replica.step(lr.lr, lr.momentum, normalizer, context.config.train.clip_norm)
+    scalars = UpdateScalars(
+        loss=losses.total,
+        loss_count=losses.count,
+        finite=step.finite,
+        grad_norm=step.norm,
+        group_grad_norm_sum=step.group_grad_norm_sum,
+        groups=step.groups,
+    )
+    deferred = DeferredScalars(scalars, update)
+    context.clock.lap("optimizer")
+    return deferred
 
 
 def validate_if_due(context: TrainContext, state: TrainState, update: Update) -> tuple[TrainState, Mapping[str, float]]:
     """Validate if due, and pass the metrics to the schedule, the best checkpoint and the target."""
-    if context.validator is None or not is_interval_due(
-        update, context.training_plan.validate_every, context.training_plan.duration
-    ):
+    plan = context.training_plan
+    if context.validator is None or not is_interval_due(update, plan.validate_every, plan.duration):
         return state, {}
     context.enter_phase("validate", update)
-    measured = context.validator.run(context.replica)
-    state = state.with_validation(measured, update.end, context.training_plan.config.schedule.metric)
-    settings = context.training_plan.config.checkpoint
-    state = state.with_best_checkpoint(measured, settings.best, settings.best_mode, checkpoint_name(state))
-    return check_target(context, state, measured), measured
+    metrics = context.validator.run(context.replica)
+    state = state.with_validation(metrics, update.end, context.config.schedule.metric)
+    settings = context.config.checkpoint
+    state = state.with_best_checkpoint(metrics, settings.best, settings.best_mode, checkpoint_name(state))
+    return check_target(context, state, metrics), metrics
 
 
-def check_target(context: TrainContext, state: TrainState, measured: Mapping[str, float]) -> TrainState:
-    target = MetricTarget.from_settings(context.training_plan.config.train.target)
-    if target is None or state.target_reached is not None or not target.is_met(measured):
+def check_target(context: TrainContext, state: TrainState, metrics: Mapping[str, float]) -> TrainState:
+    """Record in the state, and as an event, the first time that the target metric is reached."""
+    target = MetricTarget.from_settings(context.config.train.target)
+    if target is None or state.target_reached is not None or not target.is_met(metrics):
         return state
     facts = {
         "metric": target.metric,
-        "value": measured[target.metric],
+        "value": metrics[target.metric],
         "samples": state.position.samples,
         "update": state.position.update,
         "seconds": context.meter.seconds(),
     }
-    context.checkpoint_manager.journal.log_event("target", **facts)
+    context.log_event("target", **facts)
     return replace(state, target_reached=facts)
 
 
 def save_if_due(
-    context: TrainContext, state: TrainState, update: Update, deferred: DeferredScalars, *, asked: bool
+    context: TrainContext, state: TrainState, update: Update, scalars: DeferredScalars, *, requested: bool
 ) -> bool:
     """Save a checkpoint if one is due or requested; return whether one was saved.
 
     The checkpoint's noise scale must include this update, whose gradient statistics are normally gathered with the next
     update and would be missing after a restart. They are therefore gathered an additional time for the checkpoint.
     """
-    best = state.best_checkpoint == checkpoint_name(state)
-    if not (
-        asked or best or is_interval_due(update, context.training_plan.checkpoint_every, context.training_plan.duration)
-    ):
+    plan = context.training_plan
+    is_best = state.best_checkpoint == checkpoint_name(state)
+    if not (requested or is_best or is_interval_due(update, plan.checkpoint_every, plan.duration)):
         return False
     context.clock.lap("other")
     context.enter_phase("checkpoint", update)
-    gathered = context.stats_gather.all_gather_async(
-        stats_of_previous_update(deferred), context.clock.times_ms()
-    ).wait()
-    heard = replace(state.with_gathered_stats(gathered, update, context.training_plan), seconds=context.meter.seconds())
-    context.checkpoint_manager.save(context.replica, context.training_plan, heard, update.full_plan)
+    stats = RankStats(previous=scalars.read())
+    gathered = context.stats_gather.all_gather_async(stats, context.clock.times_ms()).wait()
+    state = replace(state.with_gathered_stats(gathered, update, plan), seconds=context.meter.seconds())
+    context.checkpoint_manager.save(context.replica, plan, state, update.full_plan)
     context.clock.lap("checkpoint")
     return True
 
@@ -398,3 +250,59 @@ def save_if_due(
 def is_interval_due(update: Update, every: int | None, duration: int) -> bool:
     """Return whether this update passes a multiple of `every` samples, or ends the run."""
     return update.end >= duration or (every is not None and update.start // every < update.end // every)
+
+
+def record_update(
+    context: TrainContext,
+    state: TrainState,
+    update: Update,
+    lr: LrAndMomentum,
+    scalars: DeferredScalars,
+    metrics: Mapping[str, float],
+    *,
+    saved: bool,
+) -> None:
+    """On rank 0, hand the update to the recorder, which writes its row once the statistics have been gathered."""
+    if context.recorder is None:
+        return
+    result = UpdateResult(
+        update=update,
+        lr=lr.lr,
+        lr_scale=lr.scale,
+        time=time.time(),
+        wall_s=context.meter.measure_wall_s(),
+        deferred=scalars,
+        noise=state.noise,
+        base_batch=state.schedule.base_batch,
+        saved=saved,
+        resource_metrics=context.meter.values(),
+        validation=metrics,
+    )
+    context.recorder.on_update_end(result)
+
+
+def needs_replan(context: TrainContext, state: TrainState) -> bool:
+    """Return whether other shares are now faster, or another batch has a higher goodput at the current noise scale.
+
+    It is called after every update, since the goodput policy follows the noise scale.
+    """
+    if context.goodput is not None:
+        context.goodput.on_noise(state.noise)
+    balanced = context.load_balancer is not None and context.load_balancer.new_speeds is not None
+    return balanced or (context.goodput is not None and context.goodput.has_change)
+
+
+def gather_last_update(
+    context: TrainContext, state: TrainState, previous: DeferredScalars, stop: StopLevel
+) -> tuple[TrainState, StopLevel]:
+    """Gather and record the results of the last update, which no later update does; return what `train` returns."""
+    if context.watchdog is not None:
+        context.watchdog.enter_wait()
+    gathered = start_stats_gather(context, LossSums(), previous).wait()
+    if context.recorder is not None:
+        context.recorder.on_gathered(gathered)
+        context.recorder.flush()
+    plan = context.training_plan
+    is_complete = state.position.samples >= plan.duration or state.should_stop_at_target(plan)
+    level = StopLevel.CONTINUE if is_complete else stop or StopLevel.REPLAN
+    return apply_gathered_stats(context, state, gathered, previous.update), level

@@ -24,7 +24,6 @@ from launcher.topology import Topology
 
 __all__ = [
     "MetricsRecorder",
-    "NullRecorder",
     "UpdateResult",
     "make_batch_metrics",
     "make_stage_metrics",
@@ -100,8 +99,8 @@ class MetricsRecorder:
     """Holds an update until its statistics have been gathered from all ranks, then writes its row.
 
     With `every` above 1 a row covers a window of updates; an update with validation or a checkpoint always ends its
-    window. `rows_written` is called once a finished update has been recorded; `restart` adds the cost of the restart to
-    the first row.
+    window. `on_rows_written` is called once a finished update has been recorded; `restart` adds the cost of the restart
+    to the first row.
     """
 
     def __init__(
@@ -110,45 +109,44 @@ class MetricsRecorder:
         topology: Topology,
         every: int,
         tokens_per_sample: int | None,
-        told: Callable[[], None] = lambda: None,
+        on_rows_written: Callable[[], None] = lambda: None,
         restart: RestartCost = RestartCost(),  # noqa: B008 (frozen)
     ) -> None:
         self._logger = logger
-        self._on_rows_written = told
+        self._on_rows_written = on_rows_written
         self._restart: RestartCost | None = restart
         self._topology = topology
         self._every = every
         self._tokens = tokens_per_sample
         self._stragglers = StragglerDetector()
-        self._waiting: UpdateResult | None = None
+        self._pending: UpdateResult | None = None
         self._window: list[tuple[UpdateResult, GatheredStats]] = []
 
-    def on_update_end(self, update: UpdateResult) -> None:
-        self._waiting = update
+    def on_update_end(self, result: UpdateResult) -> None:
+        self._pending = result
 
     def on_gathered(self, gathered: GatheredStats) -> None:
         """Take the gathered losses and stage times of the pending update."""
-        if self._waiting is None:
+        if self._pending is None:
             return
-        last, self._waiting = self._waiting, None
-        self._window.append((last, gathered))
-        if last.validation or last.saved or (last.update.index + 1) % self._every == 0:
+        result, self._pending = self._pending, None
+        self._window.append((result, gathered))
+        if result.validation or result.saved or (result.update.index + 1) % self._every == 0:
             self._write_row()
         self._on_rows_written()
-        if not last.update.is_partial:
-            self._check_stragglers(gathered, last.update.plan.shares)
+        if not result.update.is_partial:
+            self._check_stragglers(gathered, result.update.plan.shares)
 
     def _check_stragglers(self, gathered: GatheredStats, shares: Sequence[int]) -> None:
-        self._stragglers, slow = self._stragglers.with_update(gathered.stages_ms, shares)
-        if slow is not None:
-            self._logger.log_event("alarm", kind="straggler", detail=slow.detail, **vars(slow))
+        self._stragglers, straggler = self._stragglers.with_update(gathered.stages_ms, shares)
+        if straggler is not None:
+            self._logger.log_event("alarm", kind="straggler", detail=straggler.detail, **vars(straggler))
 
     def flush_unfinished(self) -> None:
         """Training was interrupted: write the pending row with rank 0's values only."""
-        if self._waiting is not None:
-            nobody = GatheredStats((), ())
-            self._window.append((self._waiting, nobody))
-            self._waiting = None
+        if self._pending is not None:
+            self._window.append((self._pending, GatheredStats((), ())))
+            self._pending = None
         self.flush()
 
     def flush(self) -> None:
@@ -162,15 +160,15 @@ class MetricsRecorder:
 
     def _make_row(self) -> MetricsRow:
         last = self._window[-1][0]
-        voted = [gathered for _, gathered in self._window if gathered.rank_stats]
+        gathered_stats = [gathered for _, gathered in self._window if gathered.rank_stats]
         values: dict[str, Any] = {
-            **(compute_mean_loss(voted) if voted else {}),
-            "train/grad_norm": last.deferred.read()[1],
+            **(compute_mean_loss(gathered_stats) if gathered_stats else {}),
+            "train/grad_norm": last.deferred.read().grad_norm,
             "lr/value": last.lr,
             "lr/scale": last.lr_scale,
             **make_batch_metrics(last.update.full_plan),
             **self._compute_throughput(),
-            **(compute_mean_stages(voted, self._window) if voted else {}),
+            **(compute_mean_stages(gathered_stats, self._window) if gathered_stats else {}),
             **last.resource_metrics,
             **last.noise.to_metrics(last.update.full_plan.global_batch, last.base_batch),
             **last.validation,
@@ -200,34 +198,18 @@ class MetricsRecorder:
         return values
 
 
-def compute_mean_loss(voted: Sequence[GatheredStats]) -> dict[str, float]:
+def compute_mean_loss(gathered_stats: Sequence[GatheredStats]) -> dict[str, float]:
     """Mean loss over all samples (or tokens) of all ranks; NaN if there were none."""
-    count = sum(gathered.loss_count for gathered in voted)
-    return {"train/loss": sum(gathered.loss for gathered in voted) / count if count else math.nan}
+    count = sum(gathered.loss_count for gathered in gathered_stats)
+    return {"train/loss": sum(gathered.loss for gathered in gathered_stats) / count if count else math.nan}
 
 
 def compute_mean_stages(
-    voted: Sequence[GatheredStats], window: Sequence[tuple[UpdateResult, GatheredStats]]
+    gathered_stats: Sequence[GatheredStats], window: Sequence[tuple[UpdateResult, GatheredStats]]
 ) -> dict[str, float]:
     """Stage values from each rank's mean stage times over the window."""
     mean_ms = tuple(
-        tuple(sum(times) / len(voted) for times in zip(*rows, strict=True))
-        for rows in zip(*(gathered.stages_ms for gathered in voted), strict=True)
+        tuple(sum(times) / len(gathered_stats) for times in zip(*rows, strict=True))
+        for rows in zip(*(gathered.stages_ms for gathered in gathered_stats), strict=True)
     )
     return make_stage_metrics(mean_ms, sum(finished.update.samples for finished, _ in window) // len(window))
-
-
-class NullRecorder:
-    """No-op metrics logger and recorder for all ranks except 0."""
-
-    def on_update_end(self, update: UpdateResult) -> None: ...
-
-    def on_gathered(self, gathered: GatheredStats) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def flush_unfinished(self) -> None: ...
-
-    def log_event(self, name: str, /, **facts: Any) -> None: ...
-
-    def close(self) -> None: ...

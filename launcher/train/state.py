@@ -182,4 +182,4 @@ def update_noise_scale(noise: NoiseScale, gathered: GatheredStats, update: Updat
     if update is None or update.is_partial or groups < 2 or not count or not gathered.finite:
         return noise
     mean = gathered.group_grad_norm_sum * update.samples**2 / count
-    return noise.update([count / groups] * groups, [mean] * groups, gathered.norm**2, update.samples)
+    return noise.update([count / groups] * groups, [mean] * groups, gathered.grad_norm**2, update.samples)

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
-from launcher.config.schema import DataConfig
+from launcher.plan.training_plan import TrainingPlan
 from launcher.strategies.interface import ReplicaProtocol
 from launcher.strategies.precision import Precision
+from launcher.topology import Topology
 from launcher.train.data import SampleKey, SeededDataset, get_collate_fn, make_data_loader, to_device
 
 __all__ = ["Validator"]
@@ -25,10 +26,10 @@ class ValidationSampler(Sampler[list[SampleKey]]):
     """
 
     def __init__(self, size: int, rank: int, world: int, chunks: int, batch: int, *, even: bool = False) -> None:
-        cuts = [make_batch_ranges(size, one, world, chunks, batch) for one in range(world)]
-        pads = max(1, max(map(len, cuts)) if even else 0) - len(cuts[rank])
-        self.chunks: list[int | None] = [chunk for chunk, _, _ in cuts[rank]] + [None] * pads
-        self._batches = [(start, stop) for _, start, stop in cuts[rank]] + [(0, 1)] * pads
+        ranges = [make_batch_ranges(size, each_rank, world, chunks, batch) for each_rank in range(world)]
+        pads = max(1, max(map(len, ranges)) if even else 0) - len(ranges[rank])
+        self.chunks: list[int | None] = [chunk for chunk, _, _ in ranges[rank]] + [None] * pads
+        self._batches = [(start, stop) for _, start, stop in ranges[rank]] + [(0, 1)] * pads
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for start, stop in self._batches:
@@ -37,8 +38,8 @@ class ValidationSampler(Sampler[list[SampleKey]]):
 
 def make_batch_ranges(size: int, rank: int, world: int, chunks: int, batch: int) -> list[tuple[int, int, int]]:
     """Return (chunk, start, stop) of each batch of a rank."""
-    own = range(chunks)[chunks * rank // world : chunks * (rank + 1) // world]
-    ends = [(chunk, size * chunk // chunks, size * (chunk + 1) // chunks) for chunk in own]
+    chunk_range = range(chunks)[chunks * rank // world : chunks * (rank + 1) // world]
+    ends = [(chunk, size * chunk // chunks, size * (chunk + 1) // chunks) for chunk in chunk_range]
     return [(chunk, at, min(at + batch, stop)) for chunk, start, stop in ends for at in range(start, stop, batch)]
 
 
@@ -53,23 +54,20 @@ class Validator:
         self,
         items: Any,
         recipe: Any,
-        *,
-        rank: int,
-        world: int,
-        chunks: int,
-        batch: int,
-        seed: int,
-        data: DataConfig,
+        training_plan: TrainingPlan,
+        topology: Topology,
         precision: Precision,
-        even: bool = False,
     ) -> None:
+        config, world = training_plan.config, topology.world
+        batch, even = training_plan.plan.per_device, training_plan.timeline.even
         self._recipe = recipe
         self._world = world
         self._precision = precision
-        self._chunks = chunks
-        self._slice = ValidationSampler(len(items), rank, world, chunks, batch, even=even)
+        self._chunks = config.elastic.shards if config.elastic.exact else world
+        self._sampler = ValidationSampler(len(items), topology.rank, world, self._chunks, batch, even=even)
+        dataset, pin = SeededDataset(items, config.seed), precision.device.type == "cuda"
         self._batches: DataLoader[Any] = make_data_loader(
-            SeededDataset(items, seed), self._slice, data, get_collate_fn(recipe), precision.device.type == "cuda"
+            dataset, self._sampler, config.data, get_collate_fn(recipe), pin
         )
 
     @torch.no_grad()
@@ -85,20 +83,20 @@ class Validator:
         table = torch.stack([sums[name] for name in names])
         if self._world > 1:
             dist.all_reduce(table)  # each chunk is nonzero on one rank only: exact in any order
-        found = {name: sum(row) for name, row in zip(names, table.tolist(), strict=True)}
-        count = found.pop("count")
-        return {f"val/{name}": value / count for name, value in found.items()}
+        totals = {name: sum(row) for name, row in zip(names, table.tolist(), strict=True)}
+        count = totals.pop("count")
+        return {f"val/{name}": value / count for name, value in totals.items()}
 
     def _compute_sums(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The per-chunk sums of each value, with zeros for the chunks of other ranks."""
         sums: dict[str, torch.Tensor] = {}
-        for chunk, batch in zip(self._slice.chunks, self._batches, strict=True):
+        for chunk, batch in zip(self._sampler.chunks, self._batches, strict=True):
             batch = to_device(batch, self._precision.device, self._precision.dtype)
             with self._precision.autocast():
                 loss = self._recipe.loss(model, batch)
             for name, value in {"loss": loss.total, "count": loss.count, **loss.metrics}.items():
-                number = torch.as_tensor(value, device=self._precision.device).detach().double()
-                row = sums.setdefault(name, number.new_zeros(self._chunks))
+                scalar = torch.as_tensor(value, device=self._precision.device).detach().double()
+                row = sums.setdefault(name, scalar.new_zeros(self._chunks))
                 if chunk is not None:
-                    row[chunk] += number
+                    row[chunk] += scalar
         return sums

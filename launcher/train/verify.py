@@ -27,7 +27,7 @@ from launcher.plan.training_plan import make_training_plan
 from launcher.system.formatting import format_plural
 from launcher.train.build import build_model
 from launcher.train.data import SeededDataset, derive_seed, get_collate_fn, get_dataset, to_device
-from launcher.train.loop import seed_generators
+from launcher.train.micro_batches import seed_generators
 
 __all__ = ["MAX_SPLIT_BATCH", "VerifyResult", "format_verify_result", "verify"]
 

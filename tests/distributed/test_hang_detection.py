@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher.distributed import watchdog as hearts
+from launcher.distributed import watchdog
 from launcher.distributed.hang_detection import HangTimeouts, PhaseTimeouts, RankState, detect_hang, elect_reporter
 from launcher.distributed.watchdog import SharedHeartbeats, Watchdog
 from launcher.run_dir.failures import first_failure
@@ -23,7 +23,7 @@ LIMITS = HangTimeouts(hang_s=8.0, first_s=600.0)
 NOW = 1000.0
 
 
-def rank(
+def rank_state(
     number: int, phase: str, for_s: float, *, silent_s: float = 0.1, allowed_s: float = 8.0, **more: Any
 ) -> RankState:
     """A rank that has been in a phase for some time, with its last heartbeat `silent_s` ago."""
@@ -36,47 +36,67 @@ STOPPED = {"silent_s": 4.5, "stopped": True}
 @pytest.mark.parametrize(
     ("states", "expected"),
     [
-        pytest.param([rank(0, "forward", 3), rank(1, "sync", 3)], None, id="an update of 3 s"),
-        pytest.param([rank(0, "data", 9), rank(1, "sync", 9)], (0, "stuck"), id="a stuck loader, the other waits"),
-        pytest.param([rank(0, "data", 9), rank(1, "sync", 1)], None, id="both were slow: nobody has waited for long"),
-        pytest.param([rank(0, "data", 9), rank(1, "data", 9)], None, id="slow data everywhere"),
-        pytest.param([rank(0, "data", 33), rank(1, "data", 40)], (1, "all"), id="data that never come"),
-        pytest.param([rank(0, "sync", 31), rank(1, "sync", 31)], None, id="a slow collective"),
-        pytest.param([rank(0, "sync", 33), rank(1, "sync", 34)], (1, "all"), id="a stuck collective"),
-        pytest.param([rank(0, "backward", 33)], (0, "all"), id="a rank that hangs alone"),
-        pytest.param([rank(0, "sync", 5), rank(1, "forward", 5, **STOPPED)], (1, "stopped"), id="SIGSTOP"),
-        pytest.param([rank(0, "data", 5), rank(1, "sync", 5, **STOPPED)], (1, "stopped"), id="SIGSTOP while it waits"),
-        pytest.param([rank(0, "sync", 7), rank(1, "forward", 7, silent_s=7)], None, id="it computes without a pause"),
-        pytest.param([rank(0, "sync", 9), rank(1, "forward", 9, silent_s=9)], (1, "stuck"), id="too long, however"),
-        pytest.param([rank(0, "data", 2), rank(1, "sync", 9, silent_s=9)], (1, "silent"), id="waits without a beat"),
+        pytest.param([rank_state(0, "forward", 3), rank_state(1, "sync", 3)], None, id="an update of 3 s"),
         pytest.param(
-            [rank(0, "sync", 9), rank(1, "forward", 10), rank(2, "data", 9.5)], (1, "stuck"), id="the first of several"
+            [rank_state(0, "data", 9), rank_state(1, "sync", 9)], (0, "stuck"), id="a stuck loader, the other waits"
         ),
         pytest.param(
-            [rank(0, "checkpoint", 50, allowed_s=600), rank(1, "sync", 50)], None, id="the first save takes its time"
+            [rank_state(0, "data", 9), rank_state(1, "sync", 1)], None, id="both were slow: nobody has waited for long"
         ),
-        pytest.param([rank(0, "validate", 90, allowed_s=100), rank(1, "validate", 90, allowed_s=100)], None, id="val"),
-        pytest.param([rank(0, "sync", 300, allowed_s=600), rank(1, "sync", 300)], None, id="all in the first update"),
+        pytest.param([rank_state(0, "data", 9), rank_state(1, "data", 9)], None, id="slow data everywhere"),
+        pytest.param([rank_state(0, "data", 33), rank_state(1, "data", 40)], (1, "all"), id="data that never come"),
+        pytest.param([rank_state(0, "sync", 31), rank_state(1, "sync", 31)], None, id="a slow collective"),
+        pytest.param([rank_state(0, "sync", 33), rank_state(1, "sync", 34)], (1, "all"), id="a stuck collective"),
+        pytest.param([rank_state(0, "backward", 33)], (0, "all"), id="a rank that hangs alone"),
+        pytest.param([rank_state(0, "sync", 5), rank_state(1, "forward", 5, **STOPPED)], (1, "stopped"), id="SIGSTOP"),
+        pytest.param(
+            [rank_state(0, "data", 5), rank_state(1, "sync", 5, **STOPPED)], (1, "stopped"), id="SIGSTOP while it waits"
+        ),
+        pytest.param(
+            [rank_state(0, "sync", 7), rank_state(1, "forward", 7, silent_s=7)], None, id="it computes without a pause"
+        ),
+        pytest.param(
+            [rank_state(0, "sync", 9), rank_state(1, "forward", 9, silent_s=9)], (1, "stuck"), id="too long, however"
+        ),
+        pytest.param(
+            [rank_state(0, "data", 2), rank_state(1, "sync", 9, silent_s=9)], (1, "silent"), id="waits without a beat"
+        ),
+        pytest.param(
+            [rank_state(0, "sync", 9), rank_state(1, "forward", 10), rank_state(2, "data", 9.5)],
+            (1, "stuck"),
+            id="the first of several",
+        ),
+        pytest.param(
+            [rank_state(0, "checkpoint", 50, allowed_s=600), rank_state(1, "sync", 50)],
+            None,
+            id="the first save takes its time",
+        ),
+        pytest.param(
+            [rank_state(0, "validate", 90, allowed_s=100), rank_state(1, "validate", 90, allowed_s=100)], None, id="val"
+        ),
+        pytest.param(
+            [rank_state(0, "sync", 300, allowed_s=600), rank_state(1, "sync", 300)], None, id="all in the first update"
+        ),
         pytest.param([], None, id="nobody is there yet"),
     ],
 )
-def test_the_verdict(states: list[RankState], expected: tuple[int, str] | None) -> None:
+def test_hang_verdict(states: list[RankState], expected: tuple[int, str] | None) -> None:
     found = detect_hang(states, NOW, LIMITS)
     assert (None if found is None else (found.state.rank, found.kind)) == expected
 
 
-def test_what_the_judge_slept_through_is_held_against_nobody() -> None:
+def test_time_asleep_does_not_count_as_hang() -> None:
     """A suspended job: all ranks were stopped, and the first to wake sees outdated heartbeats of the others."""
-    states = [rank(0, "sync", 3600), rank(1, "forward", 3600, silent_s=3600, stopped=True)]
+    states = [rank_state(0, "sync", 3600), rank_state(1, "forward", 3600, silent_s=3600, stopped=True)]
     assert detect_hang(states, NOW, LIMITS, awake=NOW - 1) is None
     found = detect_hang(states, NOW, LIMITS, awake=NOW - 5)
     assert found is not None
     assert found.seconds == 5
 
 
-def test_one_rank_acts_and_another_stands_in_for_it() -> None:
-    hung = rank(2, "forward", 20)
-    others = [rank(0, "sync", 20), rank(1, "sync", 20), rank(3, "sync", 20)]
+def test_exactly_one_healthy_rank_reports() -> None:
+    hung = rank_state(2, "forward", 20)
+    others = [rank_state(0, "sync", 20), rank_state(1, "sync", 20), rank_state(3, "sync", 20)]
     verdict = detect_hang([*others, hung], NOW, LIMITS)
     assert verdict is not None
     assert elect_reporter([*others, hung], verdict, NOW, LIMITS) == 1, "each watches the next"
@@ -86,10 +106,10 @@ def test_one_rank_acts_and_another_stands_in_for_it() -> None:
     assert elect_reporter([hung], verdict, NOW, LIMITS) is None
 
 
-def test_a_verdict_counts_when_it_is_reached_twice() -> None:
-    first_look = detect_hang([rank(0, "data", 9), rank(1, "sync", 9)], NOW, LIMITS)
-    again = detect_hang([rank(0, "data", 9), rank(1, "sync", 9)], NOW + 1, LIMITS)
-    moved_on = detect_hang([rank(0, "forward", 9), rank(1, "sync", 9)], NOW + 1, LIMITS)
+def test_verdict_needs_confirmation() -> None:
+    first_look = detect_hang([rank_state(0, "data", 9), rank_state(1, "sync", 9)], NOW, LIMITS)
+    again = detect_hang([rank_state(0, "data", 9), rank_state(1, "sync", 9)], NOW + 1, LIMITS)
+    moved_on = detect_hang([rank_state(0, "forward", 9), rank_state(1, "sync", 9)], NOW + 1, LIMITS)
     assert again is not None
     assert moved_on is not None
     assert again.confirms(first_look)
@@ -97,54 +117,54 @@ def test_a_verdict_counts_when_it_is_reached_twice() -> None:
     assert not again.confirms(None)
 
 
-def updates(pace: PhaseTimeouts, count: int, each_s: float, start: int = 1, now: float = 0.0) -> float:
+def run_updates(timeouts: PhaseTimeouts, count: int, each_s: float, start: int = 1, now: float = 0.0) -> float:
     for update in range(start, start + count):
         for phase in ("data", "forward", "backward", "sync", "optimizer"):
-            pace.record_phase(phase, update, now)
+            timeouts.record_phase(phase, update, now)
         now += each_s
     return now
 
 
-def test_a_phase_may_take_10_median_updates_but_at_least_hang_s() -> None:
-    pace = PhaseTimeouts(LIMITS)
-    assert pace.record_phase("rendezvous", 0, 0.0) == 600
-    assert pace.record_phase("data", 1, 5.0) == 600, "the first update sets up what the others use"
-    now = updates(pace, 5, 0.1)
-    assert pace.record_phase("forward", 6, now) == 8
-    pace = PhaseTimeouts(LIMITS)
-    now = updates(pace, 30, 2.0)
-    assert pace.record_phase("forward", 31, now) == pytest.approx(20)
+def test_phase_timeout_is_10_median_updates() -> None:
+    timeouts = PhaseTimeouts(LIMITS)
+    assert timeouts.record_phase("rendezvous", 0, 0.0) == 600
+    assert timeouts.record_phase("data", 1, 5.0) == 600, "the first update sets up what the others use"
+    now = run_updates(timeouts, 5, 0.1)
+    assert timeouts.record_phase("forward", 6, now) == 8
+    timeouts = PhaseTimeouts(LIMITS)
+    now = run_updates(timeouts, 30, 2.0)
+    assert timeouts.record_phase("forward", 31, now) == pytest.approx(20)
 
 
-def test_validation_and_saving_are_held_to_their_own_past() -> None:
-    pace = PhaseTimeouts(LIMITS)
-    now = updates(pace, 3, 0.1)
-    assert pace.record_phase("validate", 3, now) == 600
-    now = updates(pace, 3, 0.1, start=4, now=now + 30)
-    assert pace.record_phase("validate", 6, now) == pytest.approx(300)
-    assert pace.record_phase("data", 7, now + 3) == 8, "an update's phases are not"
-    assert pace.record_phase("checkpoint", 7, now + 4) == 600
+def test_validation_and_checkpoint_timeouts_follow_own_history() -> None:
+    timeouts = PhaseTimeouts(LIMITS)
+    now = run_updates(timeouts, 3, 0.1)
+    assert timeouts.record_phase("validate", 3, now) == 600
+    now = run_updates(timeouts, 3, 0.1, start=4, now=now + 30)
+    assert timeouts.record_phase("validate", 6, now) == pytest.approx(300)
+    assert timeouts.record_phase("data", 7, now + 3) == 8, "an update's phases are not"
+    assert timeouts.record_phase("checkpoint", 7, now + 4) == 600
 
 
-def test_who_waits_after_a_save_may_wait_longer_since_another_node_may_still_save() -> None:
-    pace = PhaseTimeouts(LIMITS)
-    now = updates(pace, 3, 0.1)
-    pace.record_phase("checkpoint", 3, now)
-    pace.record_phase("data", 4, now)
-    assert pace.record_phase("sync", 4, now + 1) >= 8
-    pace.record_phase("optimizer", 4, now + 21)
-    pace.record_phase("checkpoint", 4, now + 22)
-    pace.record_phase("data", 5, now + 22)
-    assert pace.record_phase("sync", 5, now + 22) == pytest.approx(200)
-    pace.record_phase("optimizer", 5, now + 22)
-    assert pace.record_phase("sync", 6, now + 23) == 8
+def test_sync_after_checkpoint_gets_longer_timeout() -> None:
+    timeouts = PhaseTimeouts(LIMITS)
+    now = run_updates(timeouts, 3, 0.1)
+    timeouts.record_phase("checkpoint", 3, now)
+    timeouts.record_phase("data", 4, now)
+    assert timeouts.record_phase("sync", 4, now + 1) >= 8
+    timeouts.record_phase("optimizer", 4, now + 21)
+    timeouts.record_phase("checkpoint", 4, now + 22)
+    timeouts.record_phase("data", 5, now + 22)
+    assert timeouts.record_phase("sync", 5, now + 22) == pytest.approx(200)
+    timeouts.record_phase("optimizer", 5, now + 22)
+    assert timeouts.record_phase("sync", 6, now + 23) == 8
 
 
-def test_a_compiled_pass_may_have_to_be_compiled_again() -> None:
-    pace = PhaseTimeouts(LIMITS, compiles=True)
-    now = updates(pace, 5, 0.1)
-    assert pace.record_phase("forward", 6, now) == 600
-    assert pace.record_phase("optimizer", 6, now) == 8
+def test_compiled_phases_get_first_timeout() -> None:
+    timeouts = PhaseTimeouts(LIMITS, compiles=True)
+    now = run_updates(timeouts, 5, 0.1)
+    assert timeouts.record_phase("forward", 6, now) == 600
+    assert timeouts.record_phase("optimizer", 6, now) == 8
 
 
 # --- the heartbeat file, the thread, and its actions --------------------------------------------------------------
@@ -157,33 +177,35 @@ class Node:
         self.now = NOW
         self.run_dir = RunDirectory(tmp_path / "run")
         self.run_dir.create()
-        self.letters = {os.getpid(): "S", 200: "S", 201: "S"}
-        self.sent: list[tuple[int, int]] = []
-        self.left: list[int] = []
+        self.process_states = {os.getpid(): "S", 200: "S", 201: "S"}
+        self.signals: list[tuple[int, int]] = []
+        self.exit_codes: list[int] = []
         self.slots = SharedHeartbeats(tmp_path / "beat", 2)
         self.screen = io.StringIO()
-        monkeypatch.setattr(hearts, "sibling_state", self.letters.get)
-        monkeypatch.setattr(hearts.time, "sleep", lambda _: None)
-        monkeypatch.setattr(hearts.os, "kill", lambda pid, number: self.sent.append((pid, number)))
-        self.ranks = [self.heart(number) for number in (0, 1)]
+        monkeypatch.setattr(watchdog, "sibling_state", self.process_states.get)
+        monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
+        monkeypatch.setattr(watchdog.os, "kill", lambda pid, number: self.signals.append((pid, number)))
+        self.ranks = [self.make_watchdog(number) for number in (0, 1)]
         for number, one in enumerate(self.ranks):
             one.enter_phase("data", 1)
             self.slots.set_heartbeat(number, 200 + number, self.now)
 
-    def heart(self, number: int) -> Watchdog:
+    def make_watchdog(self, number: int) -> Watchdog:
         where = Topology(rank=number, world=2, local_rank=number, local_world=2, generation=1)
-        pace = PhaseTimeouts(LIMITS)
-        return Watchdog(self.slots, self.run_dir, where, pace, LIMITS, self.screen, lambda: self.now, self.left.append)
+        timeouts = PhaseTimeouts(LIMITS)
+        return Watchdog(
+            self.slots, self.run_dir, where, timeouts, self.screen, lambda: self.now, self.exit_codes.append
+        )
 
-    def passes(self, seconds: float, beating: tuple[int, ...] = (0, 1), looking: tuple[int, ...] = (0,)) -> None:
+    def advance(self, seconds: float, beating: tuple[int, ...] = (0, 1), checking: tuple[int, ...] = (0,)) -> None:
         for _ in range(round(seconds / 0.25)):
             self.now += 0.25
             for number in beating:
                 self.slots.set_heartbeat(number, 200 + number, self.now)
-            for number in looking:
+            for number in checking:
                 self.ranks[number].check_peers()
 
-    def alarms(self) -> list[dict[str, Any]]:
+    def read_alarms(self) -> list[dict[str, Any]]:
         text = self.run_dir.events.read_text() if self.run_dir.events.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
@@ -193,17 +215,17 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     return Node(tmp_path, monkeypatch)
 
 
-def test_a_stopped_rank_is_killed_and_named_once(node: Node) -> None:
+def test_stopped_rank_is_killed_and_reported_once(node: Node) -> None:
     for number in (0, 1):
         node.ranks[number].enter_phase("data", 6)
     node.ranks[1].enter_phase("forward", 6)
     node.ranks[0].enter_wait()
-    node.letters[201] = "T"
-    node.passes(4.75, beating=(0,))
-    assert node.sent == [(201, signal.SIGKILL)]
-    node.letters[201] = "Z"
-    node.passes(0.5, beating=(0,))
-    (alarm,) = node.alarms()
+    node.process_states[201] = "T"
+    node.advance(4.75, beating=(0,))
+    assert node.signals == [(201, signal.SIGKILL)]
+    node.process_states[201] = "Z"
+    node.advance(0.5, beating=(0,))
+    (alarm,) = node.read_alarms()
     assert (alarm["event"], alarm["kind"], alarm["rank"], alarm["phase"], alarm["update"]) == (
         *("alarm", "hang", 1),
         *("forward", 6),
@@ -214,17 +236,17 @@ def test_a_stopped_rank_is_killed_and_named_once(node: Node) -> None:
     assert failure.summary().startswith("rank 1 failed in forward of update 6: Hang: its process is stopped")
 
 
-def test_a_rank_that_still_runs_is_asked_for_its_stacks_first(node: Node) -> None:
+def test_running_rank_dumps_stacks_before_kill(node: Node) -> None:
     for update in (1, 2):
         for one in node.ranks:
             one.enter_phase("data", update)
     node.ranks[0].enter_wait()
-    node.passes(9)
-    assert node.sent == [(201, signal.SIGUSR2), (201, signal.SIGKILL)]
-    assert "stacks in" in node.alarms()[0]["detail"]
+    node.advance(9)
+    assert node.signals == [(201, signal.SIGUSR2), (201, signal.SIGKILL)]
+    assert "stacks in" in node.read_alarms()[0]["detail"]
 
 
-def test_where_a_collective_is_stuck_the_first_rank_ends_all(node: Node) -> None:
+def test_stuck_collective_ends_the_node(node: Node) -> None:
     for update in (1, 2):
         for one in node.ranks:
             one.enter_phase("data", update)
@@ -232,34 +254,34 @@ def test_where_a_collective_is_stuck_the_first_rank_ends_all(node: Node) -> None
     for one in node.ranks:
         one.enter_phase("optimizer", 2)
         one.enter_wait()
-    node.passes(32, looking=(0, 1))
-    assert not node.sent
-    node.passes(1, looking=(0, 1))
-    assert node.sent == [(200, signal.SIGUSR2), (201, signal.SIGUSR2), (201, signal.SIGKILL)]
-    assert node.left == [75]
-    assert "no rank of this node makes progress" in node.alarms()[0]["detail"]
+    node.advance(32, checking=(0, 1))
+    assert not node.signals
+    node.advance(1, checking=(0, 1))
+    assert node.signals == [(200, signal.SIGUSR2), (201, signal.SIGUSR2), (201, signal.SIGKILL)]
+    assert node.exit_codes == [75]
+    assert "no rank of this node makes progress" in node.read_alarms()[0]["detail"]
 
 
-def test_survivors_follow_a_dead_rank_unless_they_are_writing(node: Node) -> None:
-    node.letters[201] = "Z"
+def test_survivors_exit_after_dead_rank_unless_saving(node: Node) -> None:
+    node.process_states[201] = "Z"
     node.ranks[0].enter_phase("checkpoint", 3)
-    node.passes(3, beating=(0,))
-    assert not node.left
+    node.advance(3, beating=(0,))
+    assert not node.exit_codes
     node.ranks[0].enter_wait()
-    node.passes(1.5, beating=(0,))
-    assert node.left[0] == 75
-    assert not node.sent
+    node.advance(1.5, beating=(0,))
+    assert node.exit_codes[0] == 75
+    assert not node.signals
 
 
-def test_a_rank_that_has_finished_is_not_missed(node: Node) -> None:
+def test_finished_rank_is_not_reported(node: Node) -> None:
     node.ranks[0].enter_wait()
     node.ranks[1].stop(finished=True)
-    node.letters[201] = "Z"
-    node.passes(5, beating=(0,))
-    assert not node.left
+    node.process_states[201] = "Z"
+    node.advance(5, beating=(0,))
+    assert not node.exit_codes
 
 
-def test_the_file_loses_its_name_once_all_have_it(node: Node, tmp_path: Path) -> None:
+def test_heartbeat_file_is_unlinked_after_all_joined(node: Node, tmp_path: Path) -> None:
     node.slots.set_heartbeat(1, 0, NOW)
     node.ranks[0].unlink_when_all_joined()
     assert (tmp_path / "beat").exists()
@@ -268,7 +290,7 @@ def test_the_file_loses_its_name_once_all_have_it(node: Node, tmp_path: Path) ->
     assert not (tmp_path / "beat").exists()
 
 
-def test_a_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
+def test_heartbeat_file_refuses_symlink(tmp_path: Path) -> None:
     (tmp_path / "beat").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="beat"):
         SharedHeartbeats(tmp_path / "beat", 2)

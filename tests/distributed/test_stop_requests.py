@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from launcher.distributed.stop_requests import GO_ON, JOIN, LEAVE, STOP, StopRequests
+from launcher.distributed.stop_requests import StopLevel, StopRequests
 from launcher.run_dir.run_directory import RunDirectory
 
-WAITING = """
+PROGRAM = """
 import sys, threading
 from launcher.distributed.stop_requests import StopRequests
-stop_requests = StopRequests(leave_s={leave_s})
+stop_requests = StopRequests(grace_s={grace_s})
 stop_requests.install()
 stop_requests.handle_sigterm()
 print("ready", flush=True)
 {then}
 """
 STUCK = "threading.Event().wait()"
-HEARD = """
+ACKNOWLEDGE = """
 while not stop_requests.poll(None): pass
 stop_requests.acknowledge()
 print(stop_requests.reason, stop_requests.poll(None), flush=True)
@@ -31,30 +31,30 @@ threading.Event().wait(0.5)
 """
 
 
-def waiting(then: str, leave_s: float = 0.2) -> subprocess.Popen[str]:
-    code = WAITING.format(then=then, leave_s=leave_s)
+def start_process(then: str, grace_s: float = 0.2) -> subprocess.Popen[str]:
+    code = PROGRAM.format(then=then, grace_s=grace_s)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
 
-def test_told_to_leave_and_stuck_among_others_it_leaves_unsaved_to_be_started_again() -> None:
-    process = waiting(STUCK)
+def test_sigterm_without_agreement_exits_unsaved() -> None:
+    process = start_process(STUCK)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 75
 
 
-@pytest.mark.parametrize(("number", "wish"), [(signal.SIGTERM, LEAVE), (signal.SIGUSR1, STOP)])
-def test_once_the_ranks_have_agreed_saving_takes_as_long_as_it_takes(number: signal.Signals, wish: int) -> None:
-    process = waiting(HEARD)
+@pytest.mark.parametrize(("number", "level"), [(signal.SIGTERM, StopLevel.RESTART), (signal.SIGUSR1, StopLevel.STOP)])
+def test_acknowledged_request_has_no_time_limit(number: signal.Signals, level: int) -> None:
+    process = start_process(ACKNOWLEDGE)
     process.send_signal(number)
     output, _ = process.communicate(timeout=20)
-    assert (output.strip(), process.returncode) == (f"{number.name} {wish}", 0)
+    assert (output.strip(), process.returncode) == (f"{number.name} {level}", 0)
 
 
-def test_a_second_interrupt_leaves_at_once() -> None:
-    process = waiting("while not stop_requests.poll(None): pass\nprint('asked', flush=True)\n" + STUCK)
+def test_second_sigint_exits_at_once() -> None:
+    process = start_process("while not stop_requests.poll(None): pass\nprint('asked', flush=True)\n" + STUCK)
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
     assert process.stdout.readline() == "asked\n"
@@ -68,33 +68,31 @@ def clock() -> Callable[[], float]:
     return lambda: float(next(ticks))
 
 
-def test_the_stop_file_is_a_wish_and_only_rank_0_looks_for_it(tmp_path: Path, clock: Callable[[], float]) -> None:
+def test_only_rank_0_polls_stop_file(tmp_path: Path, clock: Callable[[], float]) -> None:
     stop_requests, others = StopRequests(clock), StopRequests(clock)
-    assert stop_requests.poll(RunDirectory(tmp_path)) == GO_ON
+    assert stop_requests.poll(RunDirectory(tmp_path)) == StopLevel.CONTINUE
     (tmp_path / "stop").touch()
-    assert stop_requests.poll(RunDirectory(tmp_path)) == STOP
+    assert stop_requests.poll(RunDirectory(tmp_path)) == StopLevel.STOP
     assert stop_requests.reason == "the stop file"
-    assert others.poll(None) == GO_ON
+    assert others.poll(None) == StopLevel.CONTINUE
 
 
-def test_the_stop_file_is_not_looked_for_at_every_update(tmp_path: Path) -> None:
+def test_stop_file_polling_is_rate_limited(tmp_path: Path) -> None:
     stop_requests = StopRequests(clock=lambda: 1.0)
-    assert stop_requests.poll(RunDirectory(tmp_path)) == GO_ON
+    assert stop_requests.poll(RunDirectory(tmp_path)) == StopLevel.CONTINUE
     (tmp_path / "stop").touch()
-    assert stop_requests.poll(RunDirectory(tmp_path)) == GO_ON, "no time has passed since"
+    assert stop_requests.poll(RunDirectory(tmp_path)) == StopLevel.CONTINUE, "no time has passed since"
 
 
-def test_a_node_at_the_gate_is_let_in_once_and_does_not_outweigh_a_stop(
-    tmp_path: Path, clock: Callable[[], float]
-) -> None:
+def test_join_request_is_admitted_once_below_stop(tmp_path: Path, clock: Callable[[], float]) -> None:
     run_dir, stop_requests = RunDirectory(tmp_path), StopRequests(clock)
-    assert stop_requests.poll(run_dir) == GO_ON
+    assert stop_requests.poll(run_dir) == StopLevel.CONTINUE
     run_dir.join_requests_dir.mkdir()
     (run_dir.join_requests_dir / "node7-123").touch()
-    assert stop_requests.poll(run_dir) == JOIN
+    assert stop_requests.poll(run_dir) == StopLevel.ADMIT_NODES
     assert run_dir.admit_nodes() == ["node7-123"]
     stop_requests.clear_admit()
-    assert stop_requests.poll(run_dir) == GO_ON, "it has gone on and joins"
+    assert stop_requests.poll(run_dir) == StopLevel.CONTINUE, "it has gone on and joins"
     (run_dir.join_requests_dir / "node8-5").touch()
     run_dir.stop_file.touch()
-    assert stop_requests.poll(run_dir) == STOP
+    assert stop_requests.poll(run_dir) == StopLevel.STOP

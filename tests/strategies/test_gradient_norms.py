@@ -22,6 +22,7 @@ from launcher.strategies.exact import ExactReplica
 from launcher.strategies.gradient_norms import compute_norms
 from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol, StepResult
 from launcher.strategies.precision import Precision
+from launcher.telemetry.deferred_scalars import UpdateScalars
 from launcher.telemetry.stage_clock import HostTimer, StageClock
 from launcher.train.state import update_noise_scale
 
@@ -31,7 +32,7 @@ SAMPLES = 12
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """A process group of one rank: DDP's hooks run as with many."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -65,27 +66,27 @@ def square_norm(parts: Sequence[slice], counts: float) -> float:
     return float(sum(gradient.square().sum() for gradient in gradients))
 
 
-def cut(sizes: Sequence[int]) -> list[slice]:
+def slice_samples(sizes: Sequence[int]) -> list[slice]:
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def updated(
+def run_update(
     replica: ReplicaProtocol,
     sizes: Sequence[int],
     *,
     samples: int = SAMPLES,
-    places: Sequence[int] | None = None,
+    shards: Sequence[int] | None = None,
     tokens: float = 1.0,
     clip_norm: float | None = None,
     dtype: torch.dtype = torch.float64,
-    heard: bool = True,
+    measured: bool = True,
 ) -> StepResult:
     """Run one update with these micro-batch sizes, as the loop does; a loss counts `tokens` per sample."""
-    for index, part in enumerate(cut(sizes)):
-        place = places[index] if places else 0
-        with replica.micro_batch(last=index == len(sizes) - 1, is_padding=False, shard=place):
-            replica.backward(total(replica.model, part, dtype), samples, tokens * sizes[index] * heard)
+    for index, part in enumerate(slice_samples(sizes)):
+        shard = shards[index] if shards else 0
+        with replica.micro_batch(last=index == len(sizes) - 1, is_padding=False, shard=shard):
+            replica.backward(total(replica.model, part, dtype), samples, tokens * sizes[index] * measured)
     return replica.step(0.01, None, 1 / tokens, clip_norm)
 
 
@@ -100,31 +101,31 @@ def exact() -> ExactReplica:
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 4, 3), (7, 5), (1,) * 12])
-def test_alone_the_micro_batches_are_the_groups(sizes: Sequence[int]) -> None:
-    step = updated(ddp(), sizes)
-    by_hand = sum(size * square_norm([part], size) for size, part in zip(sizes, cut(sizes), strict=True))
+def test_single_worker_groups_are_micro_batches(sizes: Sequence[int]) -> None:
+    step = run_update(ddp(), sizes)
+    by_hand = sum(size * square_norm([part], size) for size, part in zip(sizes, slice_samples(sizes), strict=True))
     assert step.groups == len(sizes)
     assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
     assert float(step.norm) ** 2 == pytest.approx(square_norm([slice(0, SAMPLES)], SAMPLES), rel=1e-12)
 
 
-def test_a_single_micro_batch_is_no_group() -> None:
-    assert updated(ddp(), [SAMPLES]).groups == 0
+def test_single_micro_batch_gives_no_group() -> None:
+    assert run_update(ddp(), [SAMPLES]).groups == 0
 
 
-def test_every_update_begins_anew() -> None:
+def test_groups_reset_every_update() -> None:
     replica = ddp()
-    assert [updated(replica, sizes).groups for sizes in ((6, 6), (12,), (4, 4, 4))] == [2, 0, 3]
+    assert [run_update(replica, sizes).groups for sizes in ((6, 6), (12,), (4, 4, 4))] == [2, 0, 3]
 
 
-def test_among_ranks_each_gives_what_it_adds_before_the_sum() -> None:
+def test_rank_contributes_its_local_gradient_norm() -> None:
     """This rank has 7 of 12 samples in two micro-batches; a group of one receives no other gradients."""
-    step = updated(ddp(world=2), [4, 3], samples=SAMPLES)
+    step = run_update(ddp(world=2), [4, 3], samples=SAMPLES)
     assert step.groups == 1
     assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(7 * square_norm([slice(0, 7)], 7), rel=1e-12)
 
 
-def test_a_rank_without_samples_is_no_group() -> None:
+def test_rank_without_samples_gives_no_group() -> None:
     replica = ddp(world=2)
     with replica.micro_batch(last=True, is_padding=True, shard=0):
         replica.backward(total(replica.model, slice(0, 1)) * torch.nan, SAMPLES, 1.0)
@@ -132,56 +133,56 @@ def test_a_rank_without_samples_is_no_group() -> None:
     assert (step.groups, float(step.group_grad_norm_sum)) == (0, 0.0)
 
 
-@pytest.mark.parametrize("places", [(0, 1, 2), (0, 0, 1)])
-def test_in_exact_mode_the_shards_are_the_groups(places: Sequence[int]) -> None:
+@pytest.mark.parametrize("shards", [(0, 1, 2), (0, 0, 1)])
+def test_exact_mode_groups_are_shards(shards: Sequence[int]) -> None:
     sizes = (5, 4, 3)
-    step = updated(exact(), sizes, places=places)
+    step = run_update(exact(), sizes, shards=shards)
     by_hand = 0.0
-    for place in set(places):
-        parts = [part for part, where in zip(cut(sizes), places, strict=True) if where == place]
+    for shard in set(shards):
+        parts = [part for part, where in zip(slice_samples(sizes), shards, strict=True) if where == shard]
         count = sum(part.stop - part.start for part in parts)
         by_hand += count * square_norm(parts, count)
-    assert step.groups == len(set(places))
+    assert step.groups == len(set(shards))
     assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
 
 
-def test_clipping_comes_after() -> None:
-    free, clipped = (updated(ddp(), [6, 6], clip_norm=clip) for clip in (None, 1e-3))
+def test_clipping_does_not_affect_norms() -> None:
+    free, clipped = (run_update(ddp(), [6, 6], clip_norm=clip) for clip in (None, 1e-3))
     assert (clipped.group_grad_norm_sum, clipped.norm) == (free.group_grad_norm_sum, free.norm)
 
 
-def test_a_loss_scale_is_taken_out() -> None:
+def test_loss_scale_is_divided_out() -> None:
     """fp16 scales its losses by 65536."""
-    plain, scaled = (updated(ddp(precision=name), [7, 5], dtype=torch.float32) for name in ("fp32", "fp16"))
+    plain, scaled = (run_update(ddp(precision=name), [7, 5], dtype=torch.float32) for name in ("fp32", "fp16"))
     assert float(scaled.group_grad_norm_sum) == pytest.approx(float(plain.group_grad_norm_sum), rel=1e-5)
     assert float(scaled.norm) == pytest.approx(float(plain.norm), rel=1e-5)
 
 
-def test_small_and_large_gradients_are_all_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = updated(ddp(), [6, 6]).group_grad_norm_sum
+def test_chunking_does_not_affect_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_update(ddp(), [6, 6]).group_grad_norm_sum
     monkeypatch.setattr("launcher.strategies.gradient_norms.CHUNK_NUMEL", 10)
-    assert float(updated(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
-    monkeypatch.setattr("launcher.strategies.gradient_norms.PIECE", 10)
-    assert float(updated(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
+    assert float(run_update(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
+    monkeypatch.setattr("launcher.strategies.gradient_norms.PIECE_NUMEL", 10)
+    assert float(run_update(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
 
 
 @pytest.mark.parametrize(("world", "first"), [(1, 40), (2, 200)])
-def test_every_update_is_heard_at_first_and_then_every_fourth(world: int, first: int) -> None:
+def test_later_updates_are_measured_every_fourth(world: int, first: int) -> None:
     """One worker needs statistics of each micro-batch, and gathers every update for a shorter time."""
     replica = ddp(world=world)
     skipped = [update for update in range(first + 10) if not replica.measures_noise_at(update)]
     assert skipped == [first + later for later in (1, 2, 3, 5, 6, 7, 9)]
 
 
-def test_an_update_that_is_not_measured_has_no_groups() -> None:
+def test_unmeasured_update_has_no_groups() -> None:
     """A single worker, several ranks (of two, this is one), and exact mode."""
     for replica, groups in ((ddp(), 2), (ddp(world=2), 1), (exact(), 2)):
-        assert updated(replica, [6, 6], places=[0, 1]).groups == groups
-        assert updated(replica, [6, 6], places=[0, 1], heard=False).groups == 0
-        assert updated(replica, [6, 6], places=[0, 1]).groups == groups
+        assert run_update(replica, [6, 6], shards=[0, 1]).groups == groups
+        assert run_update(replica, [6, 6], shards=[0, 1], measured=False).groups == 0
+        assert run_update(replica, [6, 6], shards=[0, 1]).groups == groups
 
 
-def test_a_long_gradient_keeps_its_digits() -> None:
+def test_norm_of_long_gradient_is_precise() -> None:
     """A single fp32 sum would be 1e-4 too small: enough to hide the noise of a batch far above its scale."""
     torch.manual_seed(0)
     long = torch.randn(1_000, 3_000)
@@ -192,49 +193,51 @@ def test_a_long_gradient_keeps_its_digits() -> None:
 # --- from the gathered statistics to the estimate -------------------------------------------------------------------
 
 
-def told(steps: Sequence[StepResult], counts: Sequence[float], finite: float = 1.0) -> GatheredStats:
+def gather(steps: Sequence[StepResult], counts: Sequence[float], finite: float = 1.0) -> GatheredStats:
     norm = float(steps[0].norm)
-    ballots = [
+    rank_stats = [
         RankStats(
-            loss_count=count,
-            finite=finite,
-            norm=norm,
-            group_grad_norm_sum=float(step.group_grad_norm_sum),
-            groups=step.groups,
+            previous=UpdateScalars(
+                loss_count=count,
+                finite=finite,
+                grad_norm=norm,
+                group_grad_norm_sum=float(step.group_grad_norm_sum),
+                groups=step.groups,
+            )
         )
         for step, count in zip(steps, counts, strict=True)
     ]
-    return GatheredStats(tuple(ballots), ())
+    return GatheredStats(tuple(rank_stats), ())
 
 
-def update_of(samples: int = SAMPLES, nominal: int = SAMPLES) -> Update:
+def make_update(samples: int = SAMPLES, nominal: int = SAMPLES) -> Update:
     plan = BatchPlan(world=1, shares=(nominal,), per_device=nominal, accumulation=1)
     return Update(0, 0, plan, plan.truncated(samples), size=1000)
 
 
 def estimate_by_hand(sizes: Sequence[int]) -> tuple[float, float]:
-    squares = [square_norm([part], size) for size, part in zip(sizes, cut(sizes), strict=True)]
+    squares = [square_norm([part], size) for size, part in zip(sizes, slice_samples(sizes), strict=True)]
     return estimate_variance_and_square(sizes, squares, square_norm([slice(0, SAMPLES)], SAMPLES))
 
 
 @pytest.mark.parametrize("tokens", [1.0, 50.0])
-def test_the_estimate_is_the_formulas(tokens: float) -> None:
+def test_estimate_matches_formula(tokens: float) -> None:
     """Return S and |G|² of one update, in samples, whatever the losses count."""
     sizes = (5, 4, 3)
-    step = updated(ddp(), sizes, tokens=tokens)
-    learned = update_noise_scale(NoiseScale(), told([step], [tokens * SAMPLES]), update_of())
+    step = run_update(ddp(), sizes, tokens=tokens)
+    noise = update_noise_scale(NoiseScale(), gather([step], [tokens * SAMPLES]), make_update())
     variance, square = estimate_by_hand(sizes)
-    assert learned.block == (pytest.approx((variance / tokens**2, square / tokens**2), rel=1e-9),)
+    assert noise.block == (pytest.approx((variance / tokens**2, square / tokens**2), rel=1e-9),)
 
 
-def test_ranks_and_micro_batches_of_the_same_samples_tell_the_same() -> None:
+def test_ranks_and_micro_batches_give_same_estimate() -> None:
     """Two ranks with 7 and 5 samples, or one worker with micro-batches of 7 and 5."""
-    step = updated(ddp(), [7, 5])
-    mine, other = ([updated(ddp(world=2), sizes)] for sizes in ([7], [5]))
+    step = run_update(ddp(), [7, 5])
+    mine, other = ([run_update(ddp(world=2), sizes)] for sizes in ([7], [5]))
     theirs = replace_spread(other[0], 5 * square_norm([slice(7, 12)], 5) / SAMPLES**2)
-    ranks = told([replace_norm(mine[0], step), theirs], [7, 5])
-    assert update_noise_scale(NoiseScale(), ranks, update_of()).block == (
-        pytest.approx(update_noise_scale(NoiseScale(), told([step], [12]), update_of()).block[0], rel=1e-12),
+    ranks = gather([replace_norm(mine[0], step), theirs], [7, 5])
+    assert update_noise_scale(NoiseScale(), ranks, make_update()).block == (
+        pytest.approx(update_noise_scale(NoiseScale(), gather([step], [12]), make_update()).block[0], rel=1e-12),
     )
 
 
@@ -247,20 +250,24 @@ def replace_norm(step: StepResult, other: StepResult) -> StepResult:
     return replace(step, norm=other.norm)
 
 
-def silent() -> Mapping[str, partial[NoiseScale]]:
+def uninformative_updates() -> Mapping[str, partial[NoiseScale]]:
     step = StepResult(torch.tensor(1.0), torch.tensor(True), torch.tensor(0.5), 2)
     return {
-        "the first vote, before any update": partial(update_noise_scale, gathered=told([step], [12]), update=None),
-        "a tail": partial(update_noise_scale, gathered=told([step], [5]), update=update_of(samples=5)),
-        "one group": partial(update_noise_scale, gathered=told([replace(step, groups=1)], [12]), update=update_of()),
-        "an update that was skipped": partial(
-            update_noise_scale, gathered=told([step], [12], finite=0.0), update=update_of()
+        "the first vote, before any update": partial(update_noise_scale, gathered=gather([step], [12]), update=None),
+        "a tail": partial(update_noise_scale, gathered=gather([step], [5]), update=make_update(samples=5)),
+        "one group": partial(
+            update_noise_scale, gathered=gather([replace(step, groups=1)], [12]), update=make_update()
         ),
-        "an update that counted nothing": partial(update_noise_scale, gathered=told([step], [0]), update=update_of()),
+        "an update that was skipped": partial(
+            update_noise_scale, gathered=gather([step], [12], finite=0.0), update=make_update()
+        ),
+        "an update that counted nothing": partial(
+            update_noise_scale, gathered=gather([step], [0]), update=make_update()
+        ),
     }
 
 
-@pytest.mark.parametrize("case", silent())
-def test_what_says_nothing_changes_nothing(case: str) -> None:
+@pytest.mark.parametrize("case", uninformative_updates())
+def test_uninformative_updates_change_nothing(case: str) -> None:
     noise = NoiseScale()
-    assert silent()[case](noise) is noise
+    assert uninformative_updates()[case](noise) is noise

@@ -1,0 +1,51 @@
+"""The end of training on rank 0: the final parameters and done.json, or the event that training was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.checkpoint import tensor_io
+from launcher.checkpoint.manifest import open_checkpoint
+from launcher.distributed.stop_requests import StopLevel
+from launcher.run_dir.restart_cost import sum_restart_costs
+from launcher.train.checkpoint_manager import checkpoint_name
+from launcher.train.context import TrainContext
+from launcher.train.rank_setup import RankJob
+from launcher.train.state import TrainState
+
+__all__ = ["finish_run"]
+
+
+def finish_run(job: RankJob, context: TrainContext, state: TrainState, level: StopLevel) -> None:
+    """On rank 0, write the final parameters and done.json, or log that training was stopped."""
+    run_dir, position = context.run_dir, state.position
+    if level != StopLevel.CONTINUE:
+        why = run_dir.read_stop_reason() or context.stop_requests.reason or "another rank"
+        context.log_event("preempt", why=why, samples=position.samples, update=position.update)
+        return
+    export_parameters(job, state, run_dir.resolve_checkpoints_dir(context.config.checkpoint.dir))
+    done = {
+        "samples": position.samples,
+        "updates": position.update,
+        "seconds": context.meter.seconds(),
+        "metrics": dict(state.metrics),
+        "restarts": run_dir.read_restarts(),
+        **sum_restart_costs(run_dir.metrics),
+    }
+    if state.target_reached is not None:
+        done["target"] = dict(state.target_reached)
+    context.log_event("done", **done)
+    run_dir.write_done(done)
+
+
+def export_parameters(job: RankJob, state: TrainState, checkpoints_dir: Path) -> None:
+    """Write the parameters of the final checkpoint, and of the best one if there is one, as safetensors files."""
+    run_dir = job.spec.run_dir
+    final_path = checkpoints_dir / checkpoint_name(state)
+    resumed = job.setup.checkpoint
+    # The final checkpoint is absent if training had already ended at a checkpoint that the user named.
+    final = resumed if resumed is not None and not final_path.is_dir() else open_checkpoint(final_path)
+    tensor_io.export_safetensors(run_dir.model, tensor_io.load_checkpoint(final).model)
+    if state.best_checkpoint is not None:
+        best = open_checkpoint(checkpoints_dir / state.best_checkpoint)
+        tensor_io.export_safetensors(run_dir.best_model, tensor_io.load_checkpoint(best).model)

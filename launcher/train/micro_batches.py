@@ -1,0 +1,139 @@
+"""The forward and backward passes of one update: micro-batches, losses and their sums; shared with `launcher tune`."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from launcher.distributed.rank_stats import GatheredStats
+from launcher.plan.timeline import Update
+from launcher.plan.training_plan import TrainingPlan
+from launcher.plan.virtual_shards import compute_tree_sum
+from launcher.recipe import Loss
+from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.precision import Precision
+from launcher.system.fault_injection import FaultInjector
+from launcher.telemetry.stage_clock import StageClock
+from launcher.topology import Topology
+from launcher.train.data import MicroBatchLoader, derive_seed, to_device
+
+__all__ = [
+    "DeviceMicroBatch",
+    "LossSums",
+    "StepContext",
+    "backward",
+    "forward",
+    "iter_micro_batches",
+    "loss_normalizer",
+    "seed_generators",
+]
+
+
+class StepContext(Protocol):
+    """What the forward and backward passes of one update need; shared by training and by `tune` probes."""
+
+    @property
+    def training_plan(self) -> TrainingPlan: ...
+    @property
+    def topology(self) -> Topology: ...
+    @property
+    def recipe(self) -> Any: ...
+    @property
+    def replica(self) -> ReplicaProtocol: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def loader(self) -> MicroBatchLoader: ...
+    @property
+    def clock(self) -> StageClock: ...
+    @property
+    def faults(self) -> FaultInjector: ...
+
+    def enter_phase(self, phase: str, update: Update) -> None: ...
+
+
+@dataclass(frozen=True)
+class DeviceMicroBatch:
+    """A micro-batch on the device. `last`: the last one of this rank in its update."""
+
+    batch: Any
+    last: bool
+    is_padding: bool
+    shard: int
+
+
+def iter_micro_batches(context: StepContext, update: Update) -> Iterator[DeviceMicroBatch]:
+    """Yield this rank's micro-batches on the device, seeding the generators for each from its position."""
+    micro_batches = update.micro_batches(context.topology.rank)
+    device, seed = context.precision.device, context.training_plan.config.seed
+    for index, micro in enumerate(micro_batches):
+        context.enter_phase("data", update)
+        batch = context.loader.next_batch()
+        context.clock.lap("data")
+        batch = to_device(batch, device, context.precision.dtype)
+        seed_generators(derive_seed(seed, update.index, micro.shard, micro.index), device)
+        context.clock.lap("transfer")
+        last = index == len(micro_batches) - 1
+        yield DeviceMicroBatch(batch, last=last, is_padding=micro.is_padding, shard=micro.shard)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators a forward pass uses; torch.manual_seed is slower, as it seeds every kind of device."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def forward(context: StepContext, micro: DeviceMicroBatch, update: Update) -> Loss:
+    """Compute the loss of one micro-batch."""
+    context.enter_phase("forward", update)
+    with context.precision.autocast():
+        loss = context.recipe.loss(context.replica.model, micro.batch)
+    if context.faults.injects_nan("forward", update.index + 1):
+        loss = replace(loss, total=loss.total * math.nan)
+    context.clock.lap("forward")
+    return loss
+
+
+def backward(context: StepContext, loss: Loss, update: Update) -> None:
+    """Run the backward pass of one micro-batch; its loss count is passed on if this update measures the noise scale."""
+    context.enter_phase("backward", update)
+    count = float(loss.count) if context.replica.measures_noise_at(update.index) else 0.0
+    context.replica.backward(loss.total, update.samples, count)
+    context.clock.lap_backward()
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Loss sums of this rank's micro-batches without padding: first per shard, then as a tree sum over shards."""
+
+    sums_by_shard: Mapping[int, tuple[Any, float]] = field(default_factory=dict)
+
+    def with_micro_batch(self, loss: Loss, micro: DeviceMicroBatch) -> LossSums:
+        """Add the loss of one micro-batch."""
+        if micro.is_padding:
+            return self
+        total, count = self.sums_by_shard.get(micro.shard, (0.0, 0.0))
+        sums = (total + loss.total.detach().double(), count + float(loss.count))
+        return LossSums({**self.sums_by_shard, micro.shard: sums})
+
+    @property
+    def total(self) -> Any:
+        return compute_tree_sum(total for total, _ in self.sums_by_shard.values())
+
+    @property
+    def count(self) -> float:
+        return float(compute_tree_sum(count for _, count in self.sums_by_shard.values()))
+
+
+def loss_normalizer(update: Update, gathered: GatheredStats) -> float:
+    """Factor from a mean over samples to a mean over the loss count; NaN, and so a skipped update, for a count of 0."""
+    if gathered.count == update.samples:
+        return 1.0
+    return update.samples / gathered.count if gathered.count else math.nan

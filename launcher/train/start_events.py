@@ -1,0 +1,109 @@
+"""The events that rank 0 logs when training starts: start, the current plan, and resume or resize if they apply."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from launcher.checkpoint.manifest import VerifiedCheckpoint
+from launcher.run_dir.restart_cost import RestartCost
+from launcher.train.build import TrainComponents
+from launcher.train.context import TrainContext
+from launcher.train.metrics_recorder import plan_to_dict
+from launcher.train.rank_setup import RankJob
+from launcher.train.state import TrainState
+
+__all__ = ["log_start_events"]
+
+
+def log_start_events(
+    job: RankJob,
+    context: TrainContext,
+    components: TrainComponents,
+    state: TrainState,
+    backend: str,
+    restart_cost: RestartCost,
+) -> None:
+    """Log the start events: start, the current plan, and resume or resize if they apply."""
+    if context.logger is None:
+        return
+    checkpoint = job.setup.checkpoint
+    goodput_why = "" if context.goodput is None else context.goodput.why
+    plan = plan_to_dict(context.training_plan, state.schedule, context.training_plan.plan_at(state.position.samples))
+    logged_plan = job.spec.run_dir.read_plan()  # read before the plan event, which overwrites it
+    start = make_start_facts(context, components, state)
+    run_dir = str(job.spec.run_dir.path)
+    context.log_event("start", run_dir=run_dir, backend=backend, threads=job.threads, **start)
+    context.log_event("plan", why="; ".join(filter(None, (goodput_why, job.spec.why))), **plan, **{"from": None})
+    if checkpoint is not None:
+        resume = make_resume_facts(checkpoint, state)
+        context.log_event("resume", **resume, changed=job.spec.changed, lost_samples=restart_cost.lost_samples)
+        for detail in checkpoint_warnings(checkpoint, state):
+            context.log_event("alarm", kind="checkpoint", detail=detail)
+    previous = previous_plan(checkpoint, logged_plan)
+    if previous and any(previous[name] != plan[name] for name in ("world", "global", "lr_scale")):
+        moments = state.second_moment_factor(plan["global"])
+        why = "; ".join(filter(None, (resize_reason(previous, plan), goodput_why)))
+        context.log_event("resize", why=why, **{"from": previous, "to": plan}, moments=moments)
+
+
+def make_start_facts(context: TrainContext, components: TrainComponents, state: TrainState) -> dict[str, Any]:
+    """The fields of the start event."""
+    plan, config, position = context.training_plan, context.config, state.position
+    device = context.precision.device
+    return {
+        "recipe": type(components.recipe).__name__,
+        "data": {"train": plan.sizes.train, "val": plan.sizes.val},
+        "parameters": components.parameters,
+        "trainable": components.trainable,
+        "strategy": config.strategy.name,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "precision": config.train.precision,
+        "world": context.topology.world,
+        "nodes": context.topology.nodes,
+        "seed": config.seed,
+        "duration_samples": plan.duration,
+        "updates": position.update + plan.timeline.count_updates(position),
+        "updates_per_epoch": plan.sizes.train / plan.plan.global_batch,
+        "generation": context.topology.generation,
+        "optimizer": type(context.replica.optimizer).__name__,
+        "decay": config.schedule.decay,
+    }
+
+
+def make_resume_facts(checkpoint: VerifiedCheckpoint, state: TrainState) -> dict[str, Any]:
+    """The fields of the resume event."""
+    return {
+        "checkpoint": checkpoint.path.name,
+        "samples": state.position.samples,
+        "update": state.position.update,
+        "passed_over": [{"name": name, "why": why} for name, why in checkpoint.skipped],
+    }
+
+
+def checkpoint_warnings(checkpoint: VerifiedCheckpoint, state: TrainState) -> Iterator[str]:
+    """Yield warnings about checkpoints that are missing or were skipped."""
+    best = checkpoint.manifest.facts["standing"]["best_checkpoint"]
+    if best != state.best_checkpoint:
+        yield f"the best checkpoint so far, {best}, is missing from this run's directory"
+    for name, why in checkpoint.skipped:
+        yield f"{name} was passed over: {why}"
+
+
+def previous_plan(
+    checkpoint: VerifiedCheckpoint | None, logged_plan: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """The plan before this start: the checkpoint's, or the last logged one if the world size has changed since."""
+    if checkpoint is None or (logged_plan is not None and logged_plan["world"] != checkpoint.manifest.plan["world"]):
+        return logged_plan
+    return dict(checkpoint.manifest.plan)
+
+
+def resize_reason(previous: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    if previous["world"] != plan["world"]:
+        return f"{previous['world']} workers before, {plan['world']} now"
+    return "the plan changed at the same number of workers"

@@ -1,0 +1,97 @@
+"""What follows when the training loop returns before the end: another plan, or the admission of waiting nodes."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+from launcher.distributed.join_gate import GATE_POLL_S
+from launcher.distributed.stop_requests import StopLevel
+from launcher.plan.training_plan import make_training_plan
+from launcher.telemetry.resource_meter import ResourceMeter
+from launcher.train.build import TrainComponents
+from launcher.train.context import TrainContext
+from launcher.train.context_setup import make_load_balancer
+from launcher.train.loop import train
+from launcher.train.metrics_recorder import plan_to_dict
+from launcher.train.state import TrainState
+
+__all__ = ["JOIN_TIMEOUT_S", "admit_waiting_nodes", "replan", "train_until_stop"]
+
+JOIN_TIMEOUT_S = 60.0  # time for a node's torchrun to start and to reach the rendezvous
+
+
+def train_until_stop(
+    context: TrainContext, components: TrainComponents, state: TrainState
+) -> tuple[TrainContext, TrainState, StopLevel]:
+    """Train to the end or to a stop or restart, through changes of plan and the admission of nodes.
+
+    Returns the last context and state, and CONTINUE if training is complete, else STOP or RESTART.
+    """
+    state, level = train(context, state)
+    while level in (StopLevel.REPLAN, StopLevel.ADMIT_NODES):
+        if level == StopLevel.REPLAN:
+            context, state = replan(context, state)
+        elif admit_waiting_nodes(context, state) == StopLevel.RESTART:
+            return context, state, StopLevel.RESTART
+        context = continue_with_plan(context, components, state)
+        state, level = train(context, state)
+    return context, state, level
+
+
+def replan(context: TrainContext, state: TrainState) -> tuple[TrainContext, TrainState]:
+    """Switch to another plan; all ranks compute the same one, as it depends only on gathered statistics.
+
+    Either another batch now has the highest goodput, and the learning rate follows as in any resize; or the shares are
+    adapted to the measured speeds.
+    """
+    previous_plan, goodput, config = context.training_plan, context.goodput, context.config
+    why = "shares follow the measured speeds of the workers"
+    if goodput is not None and goodput.successor is not None:
+        goodput = goodput.successor
+        config, why = goodput.config, goodput.why
+    speeds = None if context.load_balancer is None else context.load_balancer.new_speeds
+    plan = make_training_plan(config, previous_plan.sizes, previous_plan.world, speeds)
+    samples, previous_schedule = state.position.samples, state.schedule
+    schedule = plan.with_lr_history(previous_schedule.to_facts(), samples).schedule
+    state = replace(state, schedule=schedule)
+    old = plan_to_dict(previous_plan, previous_schedule, previous_plan.plan_at(samples))
+    new = plan_to_dict(plan, schedule, plan.plan_at(samples))
+    moments = {} if new["global"] == old["global"] else {"moments": state.second_moment_factor(new["global"])}
+    context.log_event("plan", why=why, **new, **{"from": old}, **moments)
+    return replace(context, training_plan=plan, goodput=goodput), state
+
+
+def continue_with_plan(context: TrainContext, components: TrainComponents, state: TrainState) -> TrainContext:
+    """Continue under the current plan, with a new loader that starts at the current position."""
+    loader = components.make_loader(context.training_plan, context.topology, state.position)
+    meter = context.meter
+    return replace(
+        context,
+        loader=loader,
+        meter=ResourceMeter(meter.device, meter.threads, meter.seconds(), loader.loading.measure_share),
+        load_balancer=make_load_balancer(context.training_plan),
+    )
+
+
+def admit_waiting_nodes(context: TrainContext, state: TrainState) -> StopLevel:
+    """Admit the waiting nodes after the save. Return RESTART once a node has joined and the agents end the workers.
+
+    Return ADMIT_NODES if no node joined in time: training continues. A failed save has already raised an alarm and is
+    retried when the next checkpoint is due.
+    """
+    with suppress(OSError):
+        context.checkpoint_manager.wait()
+    names = ", ".join(context.stop_source.admit_nodes()) if context.stop_source else ""
+    deadline_s = time.monotonic() + JOIN_TIMEOUT_S
+    while context.stop_requests.level <= StopLevel.ADMIT_NODES and time.monotonic() < deadline_s:
+        if context.watchdog is not None:
+            context.watchdog.enter_phase("checkpoint", state.position.update)
+        time.sleep(GATE_POLL_S)
+    if context.stop_requests.level == StopLevel.RESTART:
+        return StopLevel.RESTART
+    detail = f"{names} asked to join but did not connect within {JOIN_TIMEOUT_S:g} s"
+    context.log_event("alarm", kind="gate", detail=detail)
+    context.stop_requests.clear_admit()
+    return StopLevel.ADMIT_NODES

@@ -1,0 +1,150 @@
+"""Train several small jobs in sequence on the same ranks, so that torch is imported once.
+
+`train_in_sequence` starts this file with torchrun and a file of jobs, a JSON object per line. Each job has its own
+process group and run folder; one with `carry` trains nothing, but loads that checkpoint and saves it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from launcher.checkpoint.manifest import open_checkpoint
+from launcher.config.compose import resolve
+from launcher.distributed import rendezvous
+from launcher.distributed.stop_requests import StopRequests
+from launcher.plan.training_plan import make_training_plan
+from launcher.run_dir.open_run import open_run, write_run_files
+from launcher.system.fault_injection import FaultInjector
+from launcher.topology import Topology
+from launcher.train import session
+from launcher.train.build import build_components
+from launcher.train.job_spec import JobSpec
+from launcher.train.rank_outputs import make_checkpoint_manager
+from launcher.train.rank_setup import prepare_rank, restore_state
+
+__all__ = ["Job", "train_in_sequence"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Arguments of a training, or of a job that loads the checkpoint `carry` and saves it again.
+
+    `fault` is injected into this job only. A later job in the run folder `name` continues the earlier one; without a
+    `name`, the run folder has the name of the job.
+    """
+
+    arguments: Sequence[str]
+    carry: Path | None = None
+    fault: str = ""
+    name: str = ""
+
+
+def train_in_sequence(folder: Path, world_size: int, jobs: Mapping[str, Job], **env: str) -> None:
+    """Run each of `jobs` on `world_size` workers, in sequence, in a subfolder of `folder`."""
+    from tests.helpers.jobs import environment
+
+    file = folder / f"jobs-{world_size}.json"
+    lines = [
+        {
+            "arguments": [*job.arguments, f"run.dir={folder / (job.name or name)}"],
+            "carry": job.carry and str(job.carry),
+            "fault": job.fault,
+        }
+        for name, job in jobs.items()
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    completed = subprocess.run(
+        [*torchrun, __file__, str(file)],
+        check=False,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=800,
+    )
+    stderr = [line for line in completed.stderr.splitlines() if not line.startswith("E1")]
+    assert completed.returncode == 0, "\n".join(stderr[:60])
+
+
+def main(jobs: Path) -> None:
+    topology = Topology.from_env(os.environ)
+    assert topology is not None
+    port = int(os.environ["MASTER_PORT"]) + 1
+    store = dist.TCPStore("127.0.0.1", port, topology.world, topology.rank == 0)
+    for number, line in enumerate(jobs.read_text().splitlines()):
+        own, job = dist.PrefixStore(str(number), store), json.loads(line)
+        if topology.rank == 0:
+            own.set("assignment", composed(job["arguments"], topology.world).to_json())
+        job_spec = JobSpec.from_json(own.get("assignment").decode())
+        here = topology.with_generation(job_spec.generation)
+        if job["carry"]:
+            carry(job_spec, here, own, Path(job["carry"]))
+        else:
+            with injected(job["fault"]):
+                train(job_spec, here, own)
+        forget()
+
+
+@contextmanager
+def injected(fault: str) -> Iterator[None]:
+    """Set the environment variables of a fault for one job."""
+    if fault:
+        os.environ.update(LAUNCHER_TEST_FAULTS="1", FAULT=fault)
+    yield
+    if fault:
+        del os.environ["LAUNCHER_TEST_FAULTS"], os.environ["FAULT"]
+
+
+def train(job_spec: JobSpec, topology: Topology, store: dist.Store) -> None:
+    """Train one job; a fault may stop it with SIGUSR1, as the driver does."""
+    stop_requests = StopRequests()
+    stop_requests.install()
+    assert session.run(job_spec, topology, store, stop_requests, None) == 0
+    stop_requests.ignore_late_signals()
+
+
+def forget() -> None:
+    """DeepSpeed keeps the groups of the first process group for the life of the process."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        groups._release_process_group_references()
+        comm.cdb = None
+
+
+def composed(args: list[str], world: int) -> JobSpec:
+    found = open_run(resolve(args).config, world)
+    found.run_dir.create()
+    write_run_files(found)
+    return JobSpec.from_opened(found, loopback=True).start_generation()
+
+
+def carry(job_spec: JobSpec, topology: Topology, store: dist.Store, checkpoint: Path) -> None:
+    ready = prepare_rank(job_spec, topology)
+    plan = make_training_plan(job_spec.config, ready.sizes, topology.world)
+    rendezvous.init_process_group(store, topology, ready.device, "gloo", 60.0)
+    components = build_components(ready.recipe, job_spec.config, topology, ready.device, ready.datasets)
+    state = restore_state(components, plan, open_checkpoint(checkpoint), checkpoint.parent)
+    checkpoint_manager = make_checkpoint_manager(
+        job_spec, plan, components, None, topology, FaultInjector()
+    )
+    checkpoint_manager.save(components.replica, plan, state, plan.plan)
+    checkpoint_manager.rows_written()
+    checkpoint_manager.wait()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

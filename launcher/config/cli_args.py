@@ -145,8 +145,7 @@ def _parse_shard(value: str) -> tuple[int, int]:
 def _describe_unknown_flag(flag: str) -> str:
     if flag in UNSUPPORTED_FLAGS:
         return f"{flag} is not supported: type {UNSUPPORTED_FLAGS[flag]}"
-    known = [*SWITCHES, *OPTIONS]
-    meant = closest_match(flag, known)
-    if meant:
-        return f"{flag} is not a flag: did you mean {meant}?"
+    match = closest_match(flag, [*SWITCHES, *OPTIONS])
+    if match:
+        return f"{flag} is not a flag: did you mean {match}?"
     return f"{flag} is not a flag: overrides are typed without dashes, e.g. batch.per_device=32; see launcher --help"

@@ -85,9 +85,9 @@ def _coerce_mapping(value: Any, kind: Any) -> dict[str, Any]:
 def _coerce_item(name: Any, value: Any, kind: Any) -> Any:
     try:
         return coerce(value, kind)
-    except CoercionError as misfit:
-        where = f"{name}.{misfit.where}" if misfit.where else f"{name}"
-        raise CoercionError(misfit.value, misfit.expected or describe_type(kind), where) from None
+    except CoercionError as error:
+        where = f"{name}.{error.where}" if error.where else f"{name}"
+        raise CoercionError(error.value, error.expected or describe_type(kind), where) from None
 
 
 def _check_holds(value: Any, holds: bool) -> Any:

@@ -1,4 +1,6 @@
-"""Compose the frozen `RunConfig` from the command line. Only this module and `points` depend on Hydra.
+"""Compose the frozen `RunConfig` from the command line.
+
+Only this module, `overrides` and `launcher.sweep.points` depend on Hydra.
 
 Hydra composes the files of conf/ and of the user's own folders with the overrides. The result is then converted
 according to the annotations of the configuration classes, so that a wrong key or value is reported in one line, by
@@ -23,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -31,9 +33,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config.cli_args import HydraArgs
-from launcher.config.coercion import format_value
-from launcher.config.hydra_errors import format_hydra_error, unknown_choice_message
-from launcher.config.keys import config_keys, flatten, from_mapping, to_mapping, unknown_key_error
+from launcher.config.hydra_errors import format_hydra_error
+from launcher.config.keys import from_mapping, to_mapping
+from launcher.config.overrides import (
+    RUN_DIR_KEYS,
+    check_key,
+    get_typed_value,
+    parse_axis,
+    parse_overrides,
+    refuse_outside_sweeps,
+    refuse_unsweepable_keys,
+    with_force_add,
+)
 from launcher.config.schema import RunConfig
 from launcher.config.search_space import SearchAxis
 from launcher.config.validation import validate_composed
@@ -42,33 +53,22 @@ from launcher.system.redaction import mask_nested_secrets, mask_secrets
 
 __all__ = [
     "PRIMARY_CONFIG_NAME",
-    "RUN_DIR_KEYS",
     "ComposedConfig",
     "ConfigComposer",
     "SweepRequest",
     "compose",
     "finalize",
-    "flatten",
-    "from_mapping",
     "from_yaml",
     "hydra_errors_as_usage_errors",
-    "parse_overrides",
     "resolve",
     "show_config",
     "to_container",
-    "to_mapping",
     "to_yaml",
-    "with_force_add",
 ]
 
 PRIMARY_CONFIG_NAME = "launcher"
-BUILTIN_GROUPS = ("strategy", "batch", "optimizer", "schedule", "launch", "sink", "recipe", "experiment")
-#: The keys that set the folder of a run or of a whole sweep.
-RUN_DIR_KEYS = ("run.name", "run.dir")
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-#: Sections with free keys: the recipe's fields, the optimizer's arguments, a sink's options, environment variables.
-FREE_FORM_GROUPS = ("recipe.", "optimizer.", "sink.", "launch.env.")
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def resolve(args: Sequence[str]) -> ComposedConfig:
         UsageError: a flag, key or choice is unknown, a value is missing or has a wrong type or value.
     """
     arguments = HydraArgs.parse(args)
-    for word in arguments.overrides:
-        if word.startswith("sweep.") and not arguments.multirun:
-            raise UsageError(f"{word} has no effect on a single run: add -m")
+    for override in arguments.overrides:
+        if override.startswith("sweep.") and not arguments.multirun:
+            raise UsageError(f"{override} has no effect on a single run: add -m")
     if arguments.multirun:
         raise UsageError(
             "-m starts several runs and works only for training and tune: type launcher -m ... or launcher tune -m ..."
@@ -137,10 +137,12 @@ class ConfigComposer:
         """Parse the overrides in Hydra's grammar and check that every key exists."""
         with hydra_errors_as_usage_errors():
             parsed = parse_overrides(overrides)
-            wider = [override for override in overrides if override.startswith("hydra.searchpath=")]
-            known = self._loader.get_group_options("", ObjectType.GROUP, None, wider)
-            names = {override.key_or_group for override in parsed}.intersection(known)
-            groups = {name: self._loader.get_group_options(name, ObjectType.CONFIG, None, wider) for name in names}
+            search_path = [override for override in overrides if override.startswith("hydra.searchpath=")]
+            all_groups = self._loader.get_group_options("", ObjectType.GROUP, None, search_path)
+            names = {override.key_or_group for override in parsed}.intersection(all_groups)
+            groups = {
+                name: self._loader.get_group_options(name, ObjectType.CONFIG, None, search_path) for name in names
+            }
         for override in parsed:
             check_key(override, groups)
         return parsed
@@ -158,10 +160,10 @@ class ConfigComposer:
         """
         parsed = self.parse_and_check(overrides)
         config = self.compose_hydra(overrides, RunMode.MULTIRUN)
-        _refuse_own_keys(parsed, config)
+        refuse_unsweepable_keys(parsed, config)
         own = [str(o.input_line) for o in parsed if o.key_or_group not in RUN_DIR_KEYS]
-        place = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
-        settings = from_mapping({"run": place, "sweep": OmegaConf.to_container(config.sweep, resolve=True)})
+        run_section = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
+        settings = from_mapping({"run": run_section, "sweep": OmegaConf.to_container(config.sweep, resolve=True)})
         return SweepRequest(settings, tuple(own), config.hydra.launcher._target_ == BASIC_LAUNCHER, config)
 
     def expand_points(self, config: DictConfig) -> list[list[str]]:
@@ -204,21 +206,6 @@ def searchpath_overrides(config: DictConfig) -> list[str]:
     return [line for line in config.hydra.overrides.hydra if line.startswith("hydra.searchpath=")]
 
 
-def parse_axis(override: Override) -> SearchAxis:
-    """The search axis of `lr.base=interval(0.01,1)`, `tag(log,interval(…))`, `range(…)` or `a,b`.
-
-    Raises:
-        UsageError: the bounds are not ascending, or not above 0 under tag(log,...).
-    """
-    key, value = override.get_key_element(), override.value()
-    if isinstance(value, IntervalSweep):
-        low, high, log = value.start or 0, value.end or 0, "log" in value.tags
-        if not low < high or (log and low <= 0):
-            raise UsageError(f"{override.input_line}: type the lower end first, and one above 0 under tag(log,...)")
-        return SearchAxis(key, low=low, high=high, whole=isinstance(low, int) and isinstance(high, int), log=log)
-    return SearchAxis(key, choices=tuple(override.sweep_string_iterator()))
-
-
 def build_search_path(config_dirs: Sequence[str]) -> ConfigSearchPath:
     """Hydra's search path with the user's folders first, so that their files win over shipped ones of the same name."""
     path = create_config_search_path("pkg://launcher.conf")
@@ -229,87 +216,11 @@ def build_search_path(config_dirs: Sequence[str]) -> ConfigSearchPath:
             )
         if (Path(folder) / f"{PRIMARY_CONFIG_NAME}.yaml").exists():
             raise UsageError(
-                f"--config-dir {folder} contains {PRIMARY_CONFIG_NAME}.yaml, a name reserved for the program: rename that file"
+                f"--config-dir {folder} contains {PRIMARY_CONFIG_NAME}.yaml, a name reserved for the program: "
+                "rename that file"
             )
         path.prepend("command-line", f"file://{Path(folder).absolute()}")
     return path
-
-
-# --- overrides ----------------------------------------------------------------------------------------------------
-
-
-def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    for override in overrides:
-        name, equals, _ = override.partition("=")
-        if not name or not (equals or name.startswith("~")):
-            raise UsageError(
-                f"{override or repr('')} is not an override: type the verb first, then KEY=VALUE, e.g. seed=1"
-            )
-    return list(parser.parse_overrides(list(overrides)))
-
-
-def with_force_add(overrides: Sequence[str]) -> list[str]:
-    """Prefix overrides of free-form keys with ++, so that the user need not type a +.
-
-    These are launch.env, which is empty, and the fields of a custom recipe (recipe=own), which no YAML lists; they
-    are checked when the recipe is built.
-    """
-    chosen = [override for override in overrides if override.startswith("recipe=")]
-    own = ("recipe.",) if chosen[-1:] == ["recipe=own"] else ()
-    free = ("launch.env.", "launch.env=", *own)
-    return [f"++{override}" if override.startswith(free) else override for override in overrides]
-
-
-def refuse_outside_sweeps(override: Override) -> None:
-    line, name = str(override.input_line), override.key_or_group
-    if override.is_sweep_override():
-        values = line.partition("=")[2]
-        raise UsageError(f"{line} is a sweep: add -m for one run per value, or type {name}=[{values}] for a list")
-    if override.is_hydra_override() and name != "hydra.searchpath":
-        raise UsageError(f"{line} has no effect on a single run: add -m, or set the run's folder with run.dir=")
-
-
-def check_key(override: Override, groups: Mapping[str, Sequence[str]]) -> None:
-    """Refuse an unknown key with the closest known one as a hint; values are checked after composition."""
-    name = override.key_or_group
-    if override.input_line == "hydra/sweeper=optuna":
-        raise UsageError("hydra/sweeper=optuna: Optuna is enabled by a key: type sweep.trials=20 instead")
-    if name in groups:
-        _check_choice(override, groups[name])
-    elif name == "optimizer.lr":
-        raise UsageError(
-            f"{override.input_line}: the learning rate is set by lr.base and the schedule: "
-            f"type lr.base={_get_typed_value(override)}"
-        )
-    elif "/" not in name and not override.is_hydra_override() and not name.startswith(FREE_FORM_GROUPS):
-        _check_settings_key(override)
-
-
-def _check_choice(override: Override, options: Sequence[str]) -> None:
-    name, value = override.key_or_group, override.value()
-    if override.is_add() and name in BUILTIN_GROUPS:
-        raise UsageError(f"{override.input_line}: {name} exists already: type it without +")
-    if override.is_delete() or override.is_sweep_override() or isinstance(value, Mapping):
-        return
-    for choice in value if isinstance(value, list) else [value]:
-        if not isinstance(choice, str) or (choice not in options and "/" not in choice):
-            raise UsageError(unknown_choice_message(name, format_value(choice), options))
-
-
-def _check_settings_key(override: Override) -> None:
-    name = override.key_or_group
-    if name not in config_keys():
-        raise unknown_key_error(name)
-    if override.is_delete():
-        raise UsageError(f"{override.input_line}: {name} can't be removed: type {config_keys()[name].format_example()}")
-    if override.is_add() and not override.is_force_add():
-        raise UsageError(f"{override.input_line}: {name} exists already: type it without +")
-
-
-def _get_typed_value(override: Override) -> str:
-    """The override's value as it was typed."""
-    return str(override.input_line).partition("=")[2]
 
 
 # --- from Hydra's result to the configuration ---------------------------------------------------------------------
@@ -360,10 +271,10 @@ def finalize(mapping: Mapping[str, Any], parsed: Sequence[Override]) -> Composed
 def _set_batch_auto(config: RunConfig, parsed: Sequence[Override]) -> RunConfig:
     """Set the batch sizes to auto under goodput; values from a recipe are ignored, those the user typed are refused."""
     for override in parsed:
-        name, value = override.key_or_group, _get_typed_value(override)
+        name, value = override.key_or_group, get_typed_value(override)
         if name in ("batch.per_device", "batch.accumulation") and value != "auto":
-            mend = f"type tune.max={value} to stay below" if name == "batch.per_device" else "remove it"
-            raise UsageError(f"{name}={value} does not work with batch=goodput, which chooses it: {mend}")
+            fix = f"type tune.max={value} to stay below" if name == "batch.per_device" else "remove it"
+            raise UsageError(f"{name}={value} does not work with batch=goodput, which chooses it: {fix}")
     return replace(config, batch=replace(config.batch, per_device="auto", accumulation="auto"))
 
 
@@ -416,27 +327,8 @@ def _capture_hydra_info(info: str, composer: ConfigComposer, overrides: Sequence
     from hydra._internal.hydra import Hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    with redirect_stdout(io.StringIO()) as told, hydra_errors_as_usage_errors():
+    with redirect_stdout(io.StringIO()) as output, hydra_errors_as_usage_errors():
         GlobalHydra.instance().clear()
         hydra = Hydra.create_main_hydra2(PRIMARY_CONFIG_NAME, composer.search_path)
         hydra.show_info(info, PRIMARY_CONFIG_NAME, list(overrides))
-    return told.getvalue()
-
-
-# --- sweeps -------------------------------------------------------------------------------------------------------
-
-
-def _refuse_own_keys(parsed: Sequence[Override], config: DictConfig) -> None:
-    """Refuse sweeps over the folder or name, and Hydra's folder keys: points are numbered in the sweep's folder."""
-    params = config.hydra.sweeper.get("params") or {}
-    swept = [o.key_or_group for o in parsed if o.is_sweep_override()] + [str(name) for name in params]
-    for name in swept:
-        if name in RUN_DIR_KEYS:
-            raise UsageError(
-                f"{name} can't be swept over: it names the sweep's folder, in which the points are numbered"
-            )
-        if name.startswith("sweep."):
-            raise UsageError(f"{name} can't be swept over, it configures the sweep itself: type one value")
-    for override in parsed:
-        if override.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode"):
-            raise UsageError(f"{override.input_line}: the sweep's folder is set by run.name= or run.dir=")
+    return output.getvalue()

@@ -24,7 +24,8 @@ def validate_for_plan(config: RunConfig) -> None:
         _check_exact(config)
     elif config.elastic.shards != ElasticConfig().shards:
         raise UsageError(
-            f"elastic.shards={config.elastic.shards} has no effect without elastic.exact=true: type that too, or neither"
+            f"elastic.shards={config.elastic.shards} has no effect without elastic.exact=true: "
+            "type that too, or neither"
         )
     if config.tune.sizes is not None and config.tune.max is not None:
         raise UsageError(f"tune.max={config.tune.max} has no effect if tune.sizes is set: remove one of them")
@@ -57,7 +58,8 @@ def validate_dataset_sizes(config: RunConfig, train: int, val: int) -> None:
     global_batch = config.batch.global_batch
     if isinstance(global_batch, int) and global_batch > train:
         raise UsageError(
-            f"batch.global={global_batch} exceeds the {train} training samples: type batch.global=full, or {train} or less"
+            f"batch.global={global_batch} exceeds the {train} training samples: "
+            f"type batch.global=full, or {train} or less"
         )
 
 
@@ -71,6 +73,11 @@ def _check_lr(config: RunConfig) -> None:
 
 def _check_batch(config: RunConfig) -> None:
     batch = config.batch
+    if batch.policy in ("scale", "hold") and batch.global_batch == "divisible":
+        raise UsageError(
+            "batch.global=divisible works only with launcher plan, which finds the batch: type launcher plan "
+            "batch.global=divisible batch.max_global=4096, and then batch.global=N with the number that it shows"
+        )
     bound = next((key for key in ("batch.min_global", "batch.max_global") if get_value(config, key) is not None), None)
     if batch.policy == "bounded":
         if bound is None:

@@ -29,13 +29,13 @@ def format_hydra_error(error: Any) -> str:
 
 def unknown_choice_message(group: str, choice: str, options: Sequence[str]) -> str:
     """The message for a choice that its configuration group doesn't have."""
-    known = f"choose from {', '.join(sorted(options))}"
+    choices = f"choose from {', '.join(sorted(options))}"
     if group == "batch" and choice.isdigit():
-        return f"batch={choice}: {known}; for a number type batch.per_device={choice} or batch.global={choice}"
+        return f"batch={choice}: {choices}; for a number type batch.per_device={choice} or batch.global={choice}"
     if group == "strategy" and choice.lower().replace("_", "").removesuffix("parallel") in MODEL_PARALLEL:
-        return f"strategy={choice}: model parallelism within one sample is not supported: {known}"
-    meant = closest_match(choice, options)
-    return f"{group}={choice}: " + (f"did you mean {meant}? " if meant else "") + known
+        return f"strategy={choice}: model parallelism within one sample is not supported: {choices}"
+    match = closest_match(choice, options)
+    return f"{group}={choice}: " + (f"did you mean {match}? " if match else "") + choices
 
 
 def one_line(text: str) -> str:
@@ -68,7 +68,7 @@ def _describe_unknown_field(name: str, parent: Any) -> str:
     if "/" in name:
         return f"{name} is not a configuration group: launcher --help lists them"
     prefix, _, field = name.rpartition(".")
-    known = [str(key) for key in parent] if prefix and parent is not None else []
-    meant = closest_match(field, known)
-    hint = f"did you mean {prefix}.{meant}? " if meant else f"known keys are {', '.join(known)}; " if known else ""
+    names = [str(key) for key in parent] if prefix and parent is not None else []
+    match = closest_match(field, names)
+    hint = f"did you mean {prefix}.{match}? " if match else f"known keys are {', '.join(names)}; " if names else ""
     return f"{name} is not a key here: {hint}type +{name}= to add a new one"

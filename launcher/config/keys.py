@@ -113,10 +113,10 @@ def _get_default(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def closest_match(word: str, words: Iterable[str]) -> str | None:
-    """The closest match to `word`, or None."""
-    found = get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return found[0] if found else None
+def closest_match(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is closest to `name`, or None."""
+    matches = get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
 
 def unknown_key_error(name: str) -> UsageError:
@@ -128,14 +128,13 @@ def unknown_key_error(name: str) -> UsageError:
         )
     within = [key for key in config_keys() if key.startswith(name + ".")]
     if within:
-        return UsageError(
-            f"{name} is a section, not a key: type {COMMON_MISNAMES.get(name, within[0])}= or one of its {len(within)} keys"
-        )
+        usual = COMMON_MISNAMES.get(name, within[0])
+        return UsageError(f"{name} is a section, not a key: type {usual}= or one of its {len(within)} keys")
     same_end = [key for key in config_keys() if key.rpartition(".")[2] == last]
-    meant = COMMON_MISNAMES.get(last) if "." not in name else None
-    meant = meant or (same_end[0] if len(same_end) == 1 else closest_match(name, config_keys()))
+    match = COMMON_MISNAMES.get(last) if "." not in name else None
+    match = match or (same_end[0] if len(same_end) == 1 else closest_match(name, config_keys()))
     return UsageError(
-        f"{name} is not a key: " + (f"did you mean {meant}?" if meant else "launcher --help lists them all")
+        f"{name} is not a key: " + (f"did you mean {match}?" if match else "launcher --help lists them all")
     )
 
 
@@ -171,10 +170,10 @@ def _build_value(kind: Any, value: Any, name: str) -> Any:
         return _build(kind, value, name + ".")
     try:
         return coerce(value, kind)
-    except CoercionError as misfit:
-        where = f"{name}.{misfit.where}" if misfit.where else name
+    except CoercionError as error:
+        where = f"{name}.{error.where}" if error.where else name
         raise UsageError(
-            f"{where}={format_value(misfit.value)}: expected {_describe_expected(name, kind, misfit)}"
+            f"{where}={format_value(error.value)}: expected {_describe_expected(name, kind, error)}"
         ) from None
 
 
@@ -182,15 +181,15 @@ def _find_first_example(prefix: str) -> str:
     return next(key.format_example() for name, key in config_keys().items() if name.startswith(prefix))
 
 
-def _describe_expected(name: str, kind: Any, misfit: CoercionError) -> str:
-    if misfit.expected:
-        return misfit.expected
-    if describe_type(kind).startswith("text") and isinstance(misfit.value, bool | float):
-        return f"""text, in quotes: "{name}='{format_value(misfit.value)}'\""""
+def _describe_expected(name: str, kind: Any, error: CoercionError) -> str:
+    if error.expected:
+        return error.expected
+    if describe_type(kind).startswith("text") and isinstance(error.value, bool | float):
+        return f"""text, in quotes: "{name}='{format_value(error.value)}'\""""
     expected = f"{describe_type(kind)}, e.g. {config_keys()[name].format_example()}"
     named = [choice for choice in list_choices(kind) if isinstance(choice, str)]
-    meant = closest_match(misfit.value, named) if isinstance(misfit.value, str) else None
-    return f"{describe_type(kind)}: did you mean {name}={meant}?" if meant else expected
+    match = closest_match(error.value, named) if isinstance(error.value, str) else None
+    return f"{describe_type(kind)}: did you mean {name}={match}?" if match else expected
 
 
 # --- to plain values ----------------------------------------------------------------------------------------------

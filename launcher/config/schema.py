@@ -60,8 +60,10 @@ class BatchConfig:
     accumulation: int | Literal["auto"] = option(
         "auto", "micro-batches per update; auto: 1 under scale, the fewest that fit under hold"
     )
-    global_batch: int | Literal["full"] | None = option(
-        None, "samples per update under hold; full: the whole training set"
+    global_batch: int | Literal["full", "divisible"] | None = option(
+        None,
+        "samples per update under hold; full: the whole training set; divisible, for launcher plan: the batch up to "
+        "max_global that most world sizes divide",
     )
     min_global: int | None = option(None, "lower bound of the global batch under bounded and goodput")
     max_global: int | None = option(None, "upper bound of the global batch under bounded and goodput")

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from launcher.config.schema import RunConfig
-
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,8 +31,8 @@ def iter_fsdp_errors(config: RunConfig) -> Iterator[str]:
         yield "strategy=fsdp does not work with elastic.exact=true: type strategy=ddp"
     if config.strategy.param_dtype == "bf16" and config.train.precision != "bf16":
         yield (
-            f"strategy.param_dtype=bf16 computes in bf16, which contradicts train.precision={config.train.precision}: type "
-            "train.precision=bf16, or strategy.param_dtype=fp32"
+            f"strategy.param_dtype=bf16 computes in bf16, which contradicts train.precision={config.train.precision}: "
+            "type train.precision=bf16, or strategy.param_dtype=fp32"
         )
     if config.strategy.offload and config.train.device == "cpu":
         yield "strategy.offload=true with train.device=cpu has no effect: type strategy.offload=false"
@@ -163,16 +157,16 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read, or is not a JSON object.
     """
-    mend = "name a DeepSpeed JSON file, or leave strategy.config out"
+    fix = "name a DeepSpeed JSON file, or leave strategy.config out"
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+            document = json.load(file)
     except (OSError, ValueError) as problem:
-        raise UsageError(f"strategy.config={path} cannot be read: {problem}; {mend}") from problem
-    if not isinstance(found, dict) or not isinstance(found.get("zero_optimization", {}), dict):
-        raise UsageError(f"strategy.config={path} is not a DeepSpeed configuration: {mend}")
-    zero = {name: value for name, value in found.pop("zero_optimization", {}).items() if not _is_unset(value)}
-    return {**{name: value for name, value in found.items() if not _is_unset(value)}, "zero_optimization": zero}
+        raise UsageError(f"strategy.config={path} cannot be read: {problem}; {fix}") from problem
+    if not isinstance(document, dict) or not isinstance(document.get("zero_optimization", {}), dict):
+        raise UsageError(f"strategy.config={path} is not a DeepSpeed configuration: {fix}")
+    zero = {name: value for name, value in document.pop("zero_optimization", {}).items() if not _is_unset(value)}
+    return {**{name: value for name, value in document.items() if not _is_unset(value)}, "zero_optimization": zero}
 
 
 def _is_unset(value: Any) -> bool:

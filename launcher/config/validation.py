@@ -19,10 +19,10 @@ from launcher.config.schema import LaunchConfig, RunConfig
 from launcher.config.slurm_syntax import check_launch_keys
 from launcher.config.strategy_checks import config_errors
 from launcher.errors import UsageError
+from launcher.system.run_files import RUN_NAME_PATTERN
 
-__all__ = ["RUN_NAME", "validate_composed"]
+__all__ = ["validate_composed"]
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 #: Sink name -> its options and their types.
 SINK_OPTION_TYPES: Mapping[str, Mapping[str, Any]] = {
@@ -61,8 +61,11 @@ def _iter_problems(config: RunConfig) -> Iterator[str]:
 
 def _check_run_and_launch(config: RunConfig) -> Iterator[str]:
     name = config.run.name
-    if name is not None and not RUN_NAME.fullmatch(name):
-        yield f"run.name={format_value(name)}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+    if name is not None and not RUN_NAME_PATTERN.fullmatch(name):
+        yield (
+            f"run.name={format_value(name)}: "
+            "type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
     if config.run.dir == "":
         yield "run.dir= is empty: type a folder, e.g. run.dir=runs/first"
     if config.launch.kind == "slurm":
@@ -79,13 +82,14 @@ def _check_run_and_launch(config: RunConfig) -> Iterator[str]:
 def _check_slurm_only_keys(launch: LaunchConfig) -> Iterator[str]:
     for name in ("time", "partition", "account", "qos", "constraint", "extra"):
         if value := getattr(launch, name):
-            yield f"launch.{name}={format_value(value)} has no effect under launch=local: type launch=slurm, or remove it"
+            setting = f"launch.{name}={format_value(value)}"
+            yield f"{setting} has no effect under launch=local: type launch=slurm, or remove it"
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:
     if "lr" in optimizer:
-        rate = format_value(optimizer["lr"])
-        yield f"optimizer.lr={rate}: the learning rate is set by lr.base and the schedule: type lr.base={rate}"
+        lr = format_value(optimizer["lr"])
+        yield f"optimizer.lr={lr}: the learning rate is set by lr.base and the schedule: type lr.base={lr}"
     if not isinstance(optimizer.get("_target_"), str):
         yield "optimizer._target_ names no class: type optimizer=sgd or optimizer._target_=torch.optim.RAdam"
     for name, value in optimizer.items():
@@ -106,8 +110,8 @@ def _check_sink(name: str, options: Any) -> Iterator[str]:
 def _check_sink_option(name: str, option: str, value: Any) -> Iterator[str]:
     kinds = SINK_OPTION_TYPES[name]
     if option not in kinds:
-        meant = closest_match(option, kinds)
-        hint = f"did you mean sink.{name}.{meant}?" if meant else f"{name} takes {', '.join(kinds) or 'none'}"
+        match = closest_match(option, kinds)
+        hint = f"did you mean sink.{name}.{match}?" if match else f"{name} takes {', '.join(kinds) or 'none'}"
         yield f"sink.{name}.{option} is not a key: {hint}"
         return
     try:

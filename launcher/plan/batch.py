@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -253,13 +253,18 @@ def _divide_rounding_up(amount: int, per: int) -> int:
 
 
 def most_divisible_batch(
-    micro_batches: Iterable[int], max_batch: int, min_world: int, max_world: int
+    micro_batches: Iterable[int],
+    max_batch: int,
+    min_world: int,
+    max_world: int,
+    world_sizes: Collection[int] | None = None,
 ) -> tuple[int, tuple[int, ...]]:
     """The batch size of at most `max_batch` that fits the most world sizes, and those world sizes, ascending.
 
-    A world size fits if some micro-batch divides batch / world size; ties go to the larger batch. This is the problem
-    of DeepSpeed's elastic training (v0.1); here every batch size is tried. Time grows as
-    max_batch x log(max_world / min_world), memory as max_batch.
+    The world sizes are those from `min_world` to `max_world`, or those of `world_sizes` within that range. A world size
+    fits if some micro-batch divides batch / world size; ties go to the larger batch. This is the problem of DeepSpeed's
+    elastic training (v0.1); here every batch size is tried. Time grows as max_batch x log(max_world / min_world),
+    memory as max_batch.
 
     Raises:
         PlanError: no world size in the range fits, or an argument is invalid.
@@ -270,27 +275,30 @@ def most_divisible_batch(
             f"micro-batches {micros} on {min_world} to {max_world} workers: "
             "give micro-batches >= 1 and an ascending range of workers from 1"
         )
-    least = micros[0] * min_world
+    in_range = range(min_world, max_world + 1)
+    candidates = in_range if world_sizes is None else sorted(set(world_sizes).intersection(in_range))
+    least = micros[0] * min(candidates, default=min_world)
     if max_batch < least:
         raise PlanError(
             f"no batch of at most {max_batch} divides into micro-batches of {micros} on {min_world} to {max_world} "
             f"workers: allow a batch of {least} or more"
         )
-    counts = _count_fitting_worlds(micros, max_batch, range(min_world, min(max_world, max_batch // micros[0]) + 1))
+    counts = _count_fitting_worlds(micros, max_batch, candidates)
     batch = max(range(least, max_batch + 1), key=lambda size: (counts[size], size))
-    worlds = range(min_world, min(max_world, batch) + 1)
-    return batch, tuple(world for world in worlds if any(batch % (micro * world) == 0 for micro in micros))
+    return batch, tuple(size for size in candidates if any(batch % (micro * size) == 0 for micro in micros))
 
 
-def _count_fitting_worlds(micros: Sequence[int], max_batch: int, worlds: range) -> list[int]:
+def _count_fitting_worlds(micros: Sequence[int], max_batch: int, world_sizes: Sequence[int]) -> list[int]:
     """For each batch size the number of world sizes that fit, by a sieve over the multiples of world x micro-batch."""
     prime = [micro for micro in micros if not any(micro % other == 0 for other in micros if other < micro)]
     counts = [0] * (max_batch + 1)
     latest = [0] * (max_batch + 1)
-    for world in worlds:
+    for world_size in world_sizes:
+        if world_size * micros[0] > max_batch:
+            break
         for micro in prime:
-            for batch in range(world * micro, max_batch + 1, world * micro):
-                if latest[batch] != world:
-                    latest[batch] = world
+            for batch in range(world_size * micro, max_batch + 1, world_size * micro):
+                if latest[batch] != world_size:
+                    latest[batch] = world_size
                     counts[batch] += 1
     return counts

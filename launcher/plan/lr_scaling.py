@@ -85,12 +85,12 @@ def max_batch_ratio(config: RunConfig, rule: Rule) -> int | None:
 
 def batch_ratio_warning(config: RunConfig, rule: Rule, kappa: float) -> str:
     """A one-line warning if a batch of `kappa` base batches is beyond the rule's validity, otherwise empty."""
-    far = max_batch_ratio(config, rule)
-    if far is None or kappa <= far:
+    ratio = max_batch_ratio(config, rule)
+    if ratio is None or kappa <= ratio:
         return ""
     return (
-        f"the global batch is more than {far} x lr.base_batch={config.lr.base_batch}, where lr.rule={rule} often fails: "
-        "tune lr.base at a larger lr.base_batch, or use a smaller batch"
+        f"the global batch is more than {ratio} x lr.base_batch={config.lr.base_batch}, where lr.rule={rule} often "
+        "fails: tune lr.base at a larger lr.base_batch, or use a smaller batch"
     )
 
 
@@ -103,6 +103,6 @@ def check_warmup_length(config: RunConfig, warmup: int, duration: int, batch: in
     if warmup >= min(updates * batch, duration / 10):
         return ""
     return (
-        f"schedule.warmup={config.schedule.warmup} is shorter than the {updates:.0f} updates, 2/(1 - beta2), that Adam's "
-        "second moment needs to settle, and than 10 % of train.duration: consider schedule.warmup=0.1dur"
+        f"schedule.warmup={config.schedule.warmup} is shorter than the {updates:.0f} updates, 2/(1 - beta2), that "
+        "Adam's second moment needs to settle, and than 10 % of train.duration: consider schedule.warmup=0.1dur"
     )

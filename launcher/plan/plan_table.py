@@ -11,8 +11,9 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.plan.batch import PlanError
 from launcher.plan.compare_policies import compare_policies
+from launcher.plan.divisible_batch import DivisibleBatch, find_divisible_batch, hold_divisible_batch
 from launcher.plan.memory_model import format_memory_lines
-from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
+from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan, resolve_batch_policy
 
 __all__ = ["format_plan_table", "format_world_sizes", "make_plan_document", "make_plan_row", "wrap_with_indent"]
 
@@ -28,14 +29,19 @@ def make_plan_document(config: RunConfig, sizes: DatasetSizes, worlds: Sequence[
     `schedule` is the batch and the learning rate over time at the smallest feasible world size, which each entry
     names; warmup and decay have the same shape at all world sizes. A world size that does not fit is
     `feasible: false` with the reason in `why`. `policies` has the same world sizes under each batch policy, with
-    missing numbers derived from lr.base_batch.
+    missing numbers derived from lr.base_batch. `divisible` is the answer to batch.global=divisible: the `global` batch
+    of at most `max_global` and which `world_sizes`, out of those in `of`, divide it; the plans are for that batch.
 
     Raises:
         UsageError: the request is wrong at every world size.
     """
-    asked = worlds or config.plan.world_sizes or _DEFAULT_WORLD_SIZES
-    studies = [_try_make_plan(config, sizes, world) for world in asked]
-    feasible = [each for each in studies if isinstance(each, TrainingPlan)]
+    world_sizes = worlds or config.plan.world_sizes or _DEFAULT_WORLD_SIZES
+    divisible = None
+    if config.batch.global_batch == "divisible" and resolve_batch_policy(config) == "hold":
+        divisible = find_divisible_batch(config, sizes.train, world_sizes)
+        config = hold_divisible_batch(config, divisible)
+    plans = [_try_make_plan(config, sizes, world_size) for world_size in world_sizes]
+    feasible = [plan for plan in plans if isinstance(plan, TrainingPlan)]
     return {
         "policy": feasible[0].policy if feasible else config.batch.policy,
         "data": {"train": sizes.train, "val": sizes.val},
@@ -44,20 +50,31 @@ def make_plan_document(config: RunConfig, sizes: DatasetSizes, worlds: Sequence[
         "lr_rule": feasible[0].rule if feasible else config.lr.rule,
         "decay": config.schedule.decay,
         "plans": [
-            make_plan_row(each) if isinstance(each, TrainingPlan) else {"world": world, "feasible": False, "why": each}
-            for world, each in zip(asked, studies, strict=True)
+            make_plan_row(plan) if isinstance(plan, TrainingPlan) else {"world": size, "feasible": False, "why": plan}
+            for size, plan in zip(world_sizes, plans, strict=True)
         ],
-        "schedule": _make_schedule_points(min(feasible, key=lambda each: each.world)) if feasible else [],
-        "policies": compare_policies(config, sizes, asked),
+        "schedule": _make_schedule_points(min(feasible, key=lambda plan: plan.world)) if feasible else [],
+        "policies": compare_policies(config, sizes, world_sizes),
+        **({} if divisible is None else {"divisible": _make_divisible_row(divisible)}),
+    }
+
+
+def _make_divisible_row(divisible: DivisibleBatch) -> dict[str, Any]:
+    return {
+        "global": divisible.global_batch,
+        "max_global": divisible.max_global,
+        "world_sizes": list(divisible.world_sizes),
+        "of": list(divisible.candidates),
     }
 
 
 def format_plan_table(document: Mapping[str, Any]) -> str:
-    """Format `plan_document` as text of at most 80 columns."""
+    """Format the document of `make_plan_document` as text of at most 80 columns."""
     lines = [
         f"{document['data']['train']:,} training samples, batch.policy={document['policy']}, "
         f"lr.rule={document['lr_rule']}",
         f"lr.base={_format_short_number(document['lr_base'])} at lr.base_batch={document['lr_base_batch']}",
+        *(_format_divisible_lines(document["divisible"]) if "divisible" in document else []),
         "",
         _format_columns("world", "shares", "micro", "accum", "global", "rate", "updates/ep"),
         *_format_plan_lines(document["plans"]),
@@ -118,6 +135,14 @@ def _format_plan_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield from wrap_with_indent(
                 f"{format_world_sizes([row['world'] for row in group]):>7}  ", f"no plan: {group[0]['why']}"
             )
+
+
+def _format_divisible_lines(row: Mapping[str, Any]) -> list[str]:
+    text = (
+        f"batch.global={row['global']} is the batch of at most {row['max_global']:,} samples that most world sizes "
+        f"divide, {len(row['world_sizes'])} of {len(row['of'])}: {format_world_sizes(row['world_sizes'])}"
+    )
+    return wrap_with_indent("", text)
 
 
 def _get_failure_kind(row: Mapping[str, Any]) -> str:

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, cast
 
-from launcher.config.coercion import format_value
 from launcher.config.consistency import validate_dataset_sizes, validate_for_plan
-from launcher.config.schema import BatchConfig, RunConfig, StrategyConfig
+from launcher.config.schema import BatchConfig, RunConfig
 from launcher.config.strategy_checks import needs_equal_micro_batches
 from launcher.errors import UsageError
 from launcher.plan.batch import BatchPlan, BatchPolicy, PlanError, plan_batch
 from launcher.plan.duration import Duration, Units
 from launcher.plan.lr_scaling import (
     Rule,
-    batch_ratio_warning,
-    check_warmup_length,
     noise_exponent,
     optimizer_name,
     resolve_lr_rule,
 )
 from launcher.plan.lr_schedule import Decay, LrSchedule
+from launcher.plan.plan_advice import collect_plan_advice
 from launcher.plan.timeline import Timeline
 from launcher.plan.virtual_shards import ShardPlan, num_training_ranks
 
 __all__ = ["DatasetSizes", "TrainingPlan", "make_training_plan", "resolve_batch_policy"]
-
-#: Keys of the section `strategy` that only one strategy uses -> that strategy.
-STRATEGY_OWNING_KEY = {
-    "find_unused_parameters": "ddp",
-    **dict.fromkeys(("reshard_after_forward", "param_dtype", "meta_init"), "fsdp"),
-    **dict.fromkeys(("stage", "config"), "deepspeed"),
-}
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ def make_training_plan(
         validate_every=validate_every,
         checkpoint_every=every,
         checkpoint_every_s=every_s,
-        advice=_collect_advice(config, rule, schedule, stages),
+        advice=collect_plan_advice(config, rule, schedule, stages),
     )
 
 
@@ -179,11 +170,12 @@ def _make_batch_policy(config: RunConfig, sizes: DatasetSizes) -> BatchPolicy:
     if kind == "goodput" and batch.accumulation == "auto":  # nothing is chosen yet: start with the base batch
         usual = min(max(config.lr.base_batch or 1, batch.min_global or 1), batch.max_global or sizes.train, sizes.train)
         batch = replace(batch, per_device=usual, min_global=usual, max_global=usual)
+    full_batch = sizes.train if batch.global_batch == "full" else None
     return BatchPolicy(
         kind="bounded" if kind == "goodput" else kind,
         per_device=_require_per_device(batch),
         accumulation=None if batch.accumulation == "auto" else batch.accumulation,
-        global_batch=sizes.train if batch.global_batch == "full" else batch.global_batch,
+        global_batch=batch.global_batch if isinstance(batch.global_batch, int) else full_batch,
         min_global=batch.min_global,
         max_global=batch.max_global,
         allow_idle=config.elastic.allow_idle or config.elastic.exact,
@@ -334,75 +326,3 @@ def _make_decay(config: RunConfig, units: Units) -> Decay:
         mode=schedule.mode,
         patience=schedule.patience,
     )
-
-
-def _collect_advice(
-    config: RunConfig, rule: Rule, schedule: LrSchedule, stages: Sequence[tuple[int, BatchPlan]]
-) -> tuple[str, ...]:
-    largest = max(plan.global_batch for _, plan in stages)
-    lines = [
-        _advise_on_hold(config),
-        _advise_on_goodput(config),
-        *_advise_on_strategy(config),
-        *_advise_on_exact(config, stages[-1][1]),
-        _advise_on_noise(rule, stages[-1][1]),
-        batch_ratio_warning(config, rule, largest / schedule.base_batch),
-        check_warmup_length(config, schedule.warmup_samples, schedule.duration, largest),
-    ]
-    if schedule.warmup > schedule.duration:
-        lines.append("schedule.warmup is longer than train.duration: the learning rate never reaches its target")
-    if stages[-1][0] >= schedule.duration:
-        lines.append("batch.ramp has stages after train.duration: they are never reached")
-    return tuple(line for line in lines if line)
-
-
-def _advise_on_exact(config: RunConfig, plan: BatchPlan) -> Iterator[str]:
-    """Warn about the cost of elastic.exact, and about ranks that do not train."""
-    if not config.elastic.exact:
-        return
-    shards, world = config.elastic.shards, plan.world
-    yield (
-        f"elastic.exact=true is slower: an update is {shards} backward passes or more of at most "
-        f"{plan.per_device} samples, with one thread per worker and no overlap of communication and computation"
-    )
-    active = num_training_ranks(world, shards)
-    if active < world:
-        yield (
-            f"elastic.exact=true trains on {active} of {world} workers, a power of two up to elastic.shards={shards}; "
-            f"{world - active} get no samples"
-        )
-
-
-def _advise_on_noise(rule: Rule, plan: BatchPlan) -> str:
-    """Explain what lr.rule=noise does until the noise scale is known, and warn if it never will be."""
-    if rule != "noise":
-        return ""
-    until = "until then the learning rate scales as for infinite noise"
-    if sum(share > 0 for share in plan.shares) < 2 and plan.accumulation < 2:
-        return f"lr.rule=noise needs at least 2 workers or micro-batches; {until}: type batch.accumulation=2"
-    return f"lr.rule=noise: the gradient noise scale is known after about twenty updates or more; {until}"
-
-
-def _advise_on_goodput(config: RunConfig) -> str:
-    if config.batch.policy != "goodput" or config.train.stop_at_target:
-        return ""
-    return (
-        "batch.policy=goodput: train.duration counts samples, and each sample of a larger batch contributes less: set "
-        "a longer train.duration, and to stop at a target train.target.metric=val/accuracy "
-        "train.target.at_least=0.95 train.stop_at_target=true"
-    )
-
-
-def _advise_on_strategy(config: RunConfig) -> Iterator[str]:
-    """Warn about keys of another strategy; an error would break sweeps over strategies, where some points have them."""
-    usual, here = StrategyConfig(), config.strategy.name
-    for name, strategy in STRATEGY_OWNING_KEY.items():
-        value = getattr(config.strategy, name)
-        if value != getattr(usual, name) and here != strategy:
-            yield f"strategy.{name}={format_value(value)} has no effect under strategy={here}: it is for strategy={strategy}"
-
-
-def _advise_on_hold(config: RunConfig) -> str:
-    if config.batch.policy == "scale" and config.batch.global_batch is not None:
-        return f"batch.global={config.batch.global_batch} selects batch.policy=hold: the global batch is fixed"
-    return ""

@@ -15,15 +15,13 @@ from omegaconf import DictConfig
 
 from launcher.config.compose import (
     PRIMARY_CONFIG_NAME,
-    RUN_DIR_KEYS,
     ComposedConfig,
     ConfigComposer,
     finalize,
     hydra_errors_as_usage_errors,
-    parse_overrides,
     to_container,
-    with_force_add,
 )
+from launcher.config.overrides import RUN_DIR_KEYS, parse_overrides, with_force_add
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
 from launcher.sweep import outcome

@@ -1,0 +1,140 @@
+"""Hydra's override grammar: parsing the overrides of the command line, and refusing wrong ones by name.
+
+Values are checked after composition, in `launcher.config.validation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import DictConfig
+
+from launcher.config.coercion import format_value
+from launcher.config.hydra_errors import unknown_choice_message
+from launcher.config.keys import config_keys, unknown_key_error
+from launcher.config.search_space import SearchAxis
+from launcher.errors import UsageError
+
+__all__ = [
+    "RUN_DIR_KEYS",
+    "check_key",
+    "get_typed_value",
+    "parse_axis",
+    "parse_overrides",
+    "refuse_outside_sweeps",
+    "refuse_unsweepable_keys",
+    "with_force_add",
+]
+
+#: The keys that set the folder of a run or of a whole sweep.
+RUN_DIR_KEYS = ("run.name", "run.dir")
+BUILTIN_GROUPS = ("strategy", "batch", "optimizer", "schedule", "launch", "sink", "recipe", "experiment")
+#: Sections with free keys: the recipe's fields, the optimizer's arguments, a sink's options, environment variables.
+FREE_FORM_GROUPS = ("recipe.", "optimizer.", "sink.", "launch.env.")
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not name or not (equals or name.startswith("~")):
+            raise UsageError(
+                f"{override or repr('')} is not an override: type the verb first, then KEY=VALUE, e.g. seed=1"
+            )
+    return list(parser.parse_overrides(list(overrides)))
+
+
+def with_force_add(overrides: Sequence[str]) -> list[str]:
+    """Prefix overrides of free-form keys with ++, so that the user need not type a +.
+
+    These are launch.env, which is empty, and the fields of a custom recipe (recipe=own), which no YAML lists; they
+    are checked when the recipe is built.
+    """
+    chosen = [override for override in overrides if override.startswith("recipe=")]
+    own = ("recipe.",) if chosen[-1:] == ["recipe=own"] else ()
+    free = ("launch.env.", "launch.env=", *own)
+    return [f"++{override}" if override.startswith(free) else override for override in overrides]
+
+
+def refuse_outside_sweeps(override: Override) -> None:
+    line, name = str(override.input_line), override.key_or_group
+    if override.is_sweep_override():
+        values = line.partition("=")[2]
+        raise UsageError(f"{line} is a sweep: add -m for one run per value, or type {name}=[{values}] for a list")
+    if override.is_hydra_override() and name != "hydra.searchpath":
+        raise UsageError(f"{line} has no effect on a single run: add -m, or set the run's folder with run.dir=")
+
+
+def check_key(override: Override, groups: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an unknown key with the closest known one as a hint; values are checked after composition."""
+    name = override.key_or_group
+    if override.input_line == "hydra/sweeper=optuna":
+        raise UsageError("hydra/sweeper=optuna: Optuna is enabled by a key: type sweep.trials=20 instead")
+    if name in groups:
+        _check_choice(override, groups[name])
+    elif name == "optimizer.lr":
+        raise UsageError(
+            f"{override.input_line}: the learning rate is set by lr.base and the schedule: "
+            f"type lr.base={get_typed_value(override)}"
+        )
+    elif "/" not in name and not override.is_hydra_override() and not name.startswith(FREE_FORM_GROUPS):
+        _check_settings_key(override)
+
+
+def _check_choice(override: Override, options: Sequence[str]) -> None:
+    name, value = override.key_or_group, override.value()
+    if override.is_add() and name in BUILTIN_GROUPS:
+        raise UsageError(f"{override.input_line}: {name} exists already: type it without +")
+    if override.is_delete() or override.is_sweep_override() or isinstance(value, Mapping):
+        return
+    for choice in value if isinstance(value, list) else [value]:
+        if not isinstance(choice, str) or (choice not in options and "/" not in choice):
+            raise UsageError(unknown_choice_message(name, format_value(choice), options))
+
+
+def _check_settings_key(override: Override) -> None:
+    name = override.key_or_group
+    if name not in config_keys():
+        raise unknown_key_error(name)
+    if override.is_delete():
+        raise UsageError(f"{override.input_line}: {name} can't be removed: type {config_keys()[name].format_example()}")
+    if override.is_add() and not override.is_force_add():
+        raise UsageError(f"{override.input_line}: {name} exists already: type it without +")
+
+
+def get_typed_value(override: Override) -> str:
+    """The override's value as it was typed."""
+    return str(override.input_line).partition("=")[2]
+
+
+def parse_axis(override: Override) -> SearchAxis:
+    """The search axis of `lr.base=interval(0.01,1)`, `tag(log,interval(…))`, `range(…)` or `a,b`.
+
+    Raises:
+        UsageError: the bounds are not ascending, or not above 0 under tag(log,...).
+    """
+    key, value = override.get_key_element(), override.value()
+    if isinstance(value, IntervalSweep):
+        low, high, log = value.start or 0, value.end or 0, "log" in value.tags
+        if not low < high or (log and low <= 0):
+            raise UsageError(f"{override.input_line}: type the lower end first, and one above 0 under tag(log,...)")
+        return SearchAxis(key, low=low, high=high, whole=isinstance(low, int) and isinstance(high, int), log=log)
+    return SearchAxis(key, choices=tuple(override.sweep_string_iterator()))
+
+
+def refuse_unsweepable_keys(parsed: Sequence[Override], config: DictConfig) -> None:
+    """Refuse sweeps over the folder or name, and Hydra's folder keys: points are numbered in the sweep's folder."""
+    params = config.hydra.sweeper.get("params") or {}
+    swept = [o.key_or_group for o in parsed if o.is_sweep_override()] + [str(name) for name in params]
+    for name in swept:
+        if name in RUN_DIR_KEYS:
+            raise UsageError(
+                f"{name} can't be swept over: it names the sweep's folder, in which the points are numbered"
+            )
+        if name.startswith("sweep."):
+            raise UsageError(f"{name} can't be swept over, it configures the sweep itself: type one value")
+    for override in parsed:
+        if override.key_or_group in ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.mode"):
+            raise UsageError(f"{override.input_line}: the sweep's folder is set by run.name= or run.dir=")

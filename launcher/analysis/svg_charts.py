@@ -31,7 +31,7 @@ MAX_TOOLTIP_STRIPS = 80
 MIN_LOG_RATIO = 30.0  # max/min ratio above which a logarithmic axis is used
 CLIP_QUANTILE, CLIP_ROOM = 0.98, 1.5
 
-Points = Sequence[tuple[float, float]]
+CurvePoints = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class PlotArea:
 
 
 def downsample(
-    points: Points, bins: int = MAX_BINS
+    points: CurvePoints, bins: int = MAX_BINS
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
     """Average neighbouring points into at most `bins` bins; returns the means and (x, min, max) of each bin.
 
@@ -227,8 +227,8 @@ def _render_line(frame: PlotArea, series: Series) -> Iterator[str]:
             yield f'<circle class="dot f{series.colour}" {centre} r="3"/>'
 
 
-def _iter_step_corners(points: Points) -> Iterator[tuple[float, float]]:
-    """Points of a step line: each value holds until the next one, with corners only where it changes."""
+def _iter_step_corners(points: CurvePoints) -> Iterator[tuple[float, float]]:
+    """CurvePoints of a step line: each value holds until the next one, with corners only where it changes."""
     previous: float | None = None
     for index, (x, y) in enumerate(points):
         if previous is not None and y != previous:
@@ -238,7 +238,7 @@ def _iter_step_corners(points: Points) -> Iterator[tuple[float, float]]:
         previous = y
 
 
-def _render_tooltip_strips(frame: PlotArea, curves: Sequence[tuple[str, Points]]) -> Iterator[str]:
+def _render_tooltip_strips(frame: PlotArea, curves: Sequence[tuple[str, CurvePoints]]) -> Iterator[str]:
     """Invisible columns with tooltips for the values under the pointer."""
     xs = sorted({x for _, points in curves for x, _ in points})
     xs = xs[:: max(1, -(-len(xs) // MAX_TOOLTIP_STRIPS))]
@@ -254,7 +254,7 @@ def _render_tooltip_strips(frame: PlotArea, curves: Sequence[tuple[str, Points]]
         )
 
 
-def _is_within_curve(points: Points, x: float, step: float) -> bool:
+def _is_within_curve(points: CurvePoints, x: float, step: float) -> bool:
     """Whether x is within the curve's range, extended by half a step on both sides."""
     if not points:
         return False
@@ -263,7 +263,7 @@ def _is_within_curve(points: Points, x: float, step: float) -> bool:
     return begin - first / 2 <= x <= end + last / 2
 
 
-def _find_nearest_value(points: Points, x: float) -> float:
+def _find_nearest_value(points: CurvePoints, x: float) -> float:
     """The value of the point nearest to x."""
     index = bisect_left(points, (x, -math.inf))
     return min(points[max(0, index - 1) : index + 1], key=lambda point: abs(point[0] - x))[1]

@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -q
 
-.PHONY: help env train test test-fast lint types format clean
+.PHONY: help env train test test-fast test-rest test-all lint types format clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1\t\2/p' Makefile
@@ -19,13 +20,18 @@ env: .venv/ready ## create the environment
 train: env       ## train the main recipe with two workers: summary, runs/<name>/done.json, wandb run
 	$(BIN)/launcher recipe=resnet launch.workers=$(WORKERS)
 
-test: env        ## the whole suite
-	$(BIN)/python -m pytest -q -m "not slow" -n 2
-	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist loadscope --durations=15
-	$(BIN)/python -m pytest -q -m "slow and alone" --durations=15
+test: env        ## the fast tests and one real job of each kind; ten minutes on two cores
+	$(PYTEST) -m "not slow" -n 2
+	$(PYTEST) -m "core" -n 2 --dist loadscope --durations=10
 
-test-fast: env   ## under a minute: no real jobs
-	$(BIN)/python -m pytest -q -m "not slow" -n 2
+test-fast: env   ## the tests that start no jobs; under a minute
+	$(PYTEST) -m "not slow" -n 2
+
+test-rest: env   ## the tests that `make test` leaves out: Slurm, timings and the long jobs
+	$(PYTEST) -m "slow and not core and not alone" -n 2 --dist loadscope --durations=15
+	$(PYTEST) -m "slow and alone" --durations=15
+
+test-all: test test-rest ## every test
 
 lint: env        ## ruff
 	$(BIN)/ruff check .

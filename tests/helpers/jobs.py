@@ -72,7 +72,7 @@ def hearing() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def wait_for(state: Callable[[], object], within_s: float = 60.0) -> None:
+def wait_for(state: Callable[[], object], within_s: float = 300.0) -> None:
     """Poll with at most a fifth of one core, since the awaited processes need the rest."""
     begun_s = looked_s = time.monotonic()
     while not state():

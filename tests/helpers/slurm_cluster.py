@@ -96,7 +96,7 @@ class Slurm:
             self._start("slurmctld", "slurmctld", "-D", "-f", self.env["SLURM_CONF"])
             for node in NODES:
                 self.up(node)
-            wait_for(lambda: self.states() == dict.fromkeys(NODES, "idle"), within_s=40)
+            wait_for(lambda: self.states() == dict.fromkeys(NODES, "idle"))
             self._ending = self._ending.pop_all()
         return self
 
@@ -146,12 +146,12 @@ class Slurm:
         """Bring a lost node back."""
         self.up(node)
         self.ask("scontrol", "update", f"nodename={node}", "state=resume")
-        wait_for(lambda: self.states()[node] == "idle", within_s=40)
+        wait_for(lambda: self.states()[node] == "idle")
 
     def clear(self) -> None:
         """Cancel every job and wait until the nodes are free."""
         subprocess.run(["scancel", "--user=root"], env=os.environ | self.env, check=False)
-        wait_for(lambda: not self.ask("squeue", "-h"), within_s=60)
+        wait_for(lambda: not self.ask("squeue", "-h"))
 
     # --- how it is made -----------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Slurm:
                 argv, env=os.environ | self.env, stdout=log, stderr=log, start_new_session=True
             )
         if name == "munged":
-            wait_for((self.folder / "munge.socket").exists, within_s=10)
+            wait_for((self.folder / "munge.socket").exists)
 
     def _steps(self, node: str) -> list[int]:
         """Return the processes of every step on a node: the step daemons, recognised by name, and their descendants."""

@@ -1,4 +1,4 @@
-"""The Slurm cluster shared by the tests: started once, when first used."""
+"""Fixtures of the integration tests: a folder with the small recipe, and the Slurm cluster."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.slurm_cluster import Slurm, missing
+from tests.helpers.small_job import RECIPE
 
 NEEDED = "LAUNCHER_NEEDS_SLURM"
 
 
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """A folder with the small recipe in own.py."""
+    (tmp_path / "own.py").write_text(RECIPE)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Slurm]:
-    """Skip if Slurm is not available; where it is required, as in .ci/run, fail."""
+    """The Slurm cluster, started when first used. Without Slurm, skip; where it is required, as in .ci/run, fail."""
     why = missing()
     if why is not None:
         (pytest.fail if os.environ.get(NEEDED) else pytest.skip)(f"no Slurm here: {why}")

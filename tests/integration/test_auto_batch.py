@@ -3,73 +3,54 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.helpers.jobs import environment, events, furthest, rows
+from tests.helpers.jobs import events, furthest, rows
+from tests.helpers.small_job import TORCHRUN, run_command, run_launcher
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SIZES = "tune.sizes=[8,16]"
 MLP = ["recipe=mlp", "recipe.subset=300", "sink=[]", "train.duration=10ba", "tune.budget_s=0.5"]
 AUTO = "batch.per_device=auto"
+ON_TWO = [*TORCHRUN, "--nproc-per-node=2", "-m", "launcher"]
 
 
-def trained(here: Path, command: list[str], *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*command, "-m", "launcher", *args],
-        cwd=here,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-
-
-def well(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def taken(run_dir: Path) -> int:
+def chosen_size(run_dir: Path) -> int:
     """Return the number in run.yaml, which the plan event also contains."""
     size = yaml.safe_load((run_dir / "run.yaml").read_text())["batch"]["per_device"]
     assert events(run_dir, "plan")[0]["per_device"] == size
     return int(size)
 
 
-def test_the_drivers_workers_measure_and_train_as_with_the_number_typed(tmp_path: Path) -> None:
-    driver = [sys.executable]
-    well(trained(tmp_path, driver, *MLP, SIZES, AUTO, "run.name=one"))
+@pytest.mark.core
+def test_driver_measures_and_trains_like_the_chosen_size(tmp_path: Path) -> None:
+    run_launcher(tmp_path, *MLP, SIZES, AUTO, "run.name=one")
     one = tmp_path / "runs" / "one"
-    size = taken(one)
+    size = chosen_size(one)
     assert events(one, "plan")[0]["why"].startswith(f"batch.per_device=auto chose {size}: ")
-    well(trained(tmp_path, driver, *MLP, f"batch.per_device={size}", "run.name=typed"))
+    run_launcher(tmp_path, *MLP, f"batch.per_device={size}", "run.name=typed")
     assert furthest(one, tmp_path / "runs" / "typed") == 0.0
 
 
-def test_a_torchrun_of_ones_own_measures_beside_its_workers_and_keeps_what_it_found(tmp_path: Path) -> None:
-    two = [*TORCHRUN, "--nproc-per-node=2"]
-    well(trained(tmp_path, two, *MLP, SIZES, AUTO, "run.name=one"))
+def test_own_torchrun_measures_and_keeps_the_size(tmp_path: Path) -> None:
+    run_command([*ON_TWO, *MLP, SIZES, AUTO, "run.name=one"], tmp_path)
     one = tmp_path / "runs" / "one"
-    size = taken(one)
+    size = chosen_size(one)
     profile = next((tmp_path / "runs" / ".profiles").iterdir())
     found = json.loads(profile.read_text())["found"]
     assert found["recommended"] == size
-    assert found["splits"] == [], "training waits for a number, and not for what explains it"
-    well(trained(tmp_path, two, *MLP, f"batch.per_device={size}", "run.name=typed"))
+    assert found["splits"] == [], "training waits for the size, and not for what explains it"
+    run_command([*ON_TWO, *MLP, f"batch.per_device={size}", "run.name=typed"], tmp_path)
     assert furthest(one, tmp_path / "runs" / "typed") == 0.0
 
     profile.unlink()
-    again = trained(tmp_path, two, *MLP, SIZES, AUTO, "run.name=one")
-    assert "is complete" in again.stdout, "a run that has a number asks nobody"
-    assert taken(one) == size
+    again = run_command([*ON_TWO, *MLP, SIZES, AUTO, "run.name=one"], tmp_path)
+    assert "is complete" in again.stdout, "a run that has a size measures nothing"
+    assert chosen_size(one) == size
     assert not profile.exists()
 
 
@@ -93,19 +74,33 @@ class Late(Mlp):
 """
 
 
-def test_a_worker_out_of_memory_where_others_wait_for_it_hangs_nobody(tmp_path: Path) -> None:
+def test_out_of_memory_in_a_collective_hangs_nothing(tmp_path: Path) -> None:
     """Rank 1 fails at 16 samples after the dry run: the sidecar processes are restarted without 16."""
     (tmp_path / "late.py").write_text(LATE)
     own = ["recipe._target_=late.Late", "recipe.trust=[late]", SIZES, "run.name=one"]
-    two = [*TORCHRUN, "--nproc-per-node=2"]
-    well(trained(tmp_path, two, *MLP, *own, AUTO))
-    assert taken(tmp_path / "runs" / "one") == 8
+    run_command([*ON_TWO, *MLP, *own, AUTO], tmp_path)
+    assert chosen_size(tmp_path / "runs" / "one") == 8
 
 
-def test_goodput_begins_with_the_base_batch_and_chooses_once_the_noise_is_known(tmp_path: Path) -> None:
-    asked = ["recipe=mlp", "sink=[]", "batch=goodput", "tune.sizes=[8,16,64]", "tune.budget_s=0.5", "run.name=one"]
-    well(trained(tmp_path, [sys.executable], *asked, "launch.workers=2", "train.duration=120ba"))
-    one = tmp_path / "runs" / "one"
+GOODPUT = ["recipe=mlp", "sink=[]", "batch=goodput", "tune.sizes=[8,16,64]", "tune.budget_s=0.5"]
+
+
+@pytest.fixture(scope="module")
+def goodput_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/one, which two workers began."""
+    folder = tmp_path_factory.mktemp("goodput")
+    begun = run_launcher(folder, *GOODPUT, "run.name=one", "launch.workers=2", "train.duration=120ba")
+    assert "measured" in begun.stderr
+    return folder
+
+
+def noise_scales(run_dir: Path) -> list[float]:
+    """Return the logged estimates of the noise scale; later in a run they are not in every row."""
+    return [row["noise/scale"] for row in rows(run_dir) if "noise/scale" in row]
+
+
+def test_goodput_batch_changes_once_the_noise_is_known(goodput_folder: Path) -> None:
+    one = goodput_folder / "runs" / "one"
     first, *later = events(one, "plan")
     assert (first["policy"], first["global"]) == ("goodput", 64)
     assert "the noise scale is unknown" in first["why"]
@@ -117,23 +112,23 @@ def test_goodput_begins_with_the_base_batch_and_chooses_once_the_noise_is_known(
     used = [row["batch/global"] for row in rows(one)]
     assert list(dict.fromkeys(used))[:2] == [64, later[0]["global"]]
     assert json.loads((one / "profile.json").read_text())["cap"] == 64
-    known = next(row["noise/scale"] for row in rows(one) if "noise/scale" in row)
+    known = noise_scales(one)[0]
     again = ["launch.workers=2", "train.duration=5ba", "plan.noise=one", "run.name=two"]
-    well(trained(tmp_path, [sys.executable], *asked[:-1], *again))
-    begun = events(tmp_path / "runs" / "two", "plan")[0]
+    run_launcher(goodput_folder, *GOODPUT, *again)
+    begun = events(goodput_folder / "runs" / "two", "plan")[0]
     assert f"at a noise scale of {known:.3g} samples (plan.noise), " in begun["why"]
     assert begun["global"] > 64
 
 
-def test_goodput_chooses_anew_where_workers_come_or_go_and_measures_nothing_again(tmp_path: Path) -> None:
-    """Two workers, then one, then three: update times from the run folder, and a known noise scale."""
-    asked = ["recipe=mlp", "sink=[]", "batch=goodput", "tune.sizes=[8,16,64]", "tune.budget_s=0.5", "run.name=one"]
-    one = tmp_path / "runs" / "one"
-    for workers, updates in ((2, 120), (1, 140), (3, 160)):
+def test_goodput_batch_follows_the_workers_unmeasured(goodput_folder: Path) -> None:
+    """Then one worker, then three: update times from the run folder, and the known noise scale."""
+    one = goodput_folder / "runs" / "one"
+    assert noise_scales(one)[-1] > 0, "it is known by then"
+    for workers, updates in ((1, 140), (3, 160)):
         duration = f"train.duration={updates}ba"  # in base batches: fewer and larger updates
-        said = well(trained(tmp_path, [sys.executable], *asked, f"launch.workers={workers}", duration))
-        assert ("measured" in said) == (workers == 2), said
-        assert rows(one)[-1]["noise/scale"] > 0, "it is known by then"
+        completed = run_launcher(goodput_folder, *GOODPUT, "run.name=one", f"launch.workers={workers}", duration)
+        assert "measured" not in completed.stderr
+        assert noise_scales(one)[-1] > 0
     for resize, (before, now) in zip(events(one, "resize"), ((2, 1), (1, 3)), strict=True):
         assert (resize["from"]["world"], resize["to"]["world"]) == (before, now)
         assert resize["why"].startswith(f"{before} workers before, {now} now; goodput: at a noise scale of ")

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_main_job import HELD, driven, here  # noqa: F401 (a fixture)
 
 from tests.helpers.jobs import environment, events, furthest, rows
+from tests.helpers.small_job import HELD, TORCHRUN, run_launcher
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+ZERO_CASES = Path(__file__).parents[1] / "helpers/zero_cases.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,37 +26,38 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("states")
 
 
-def outcomes(folder: Path, world: int) -> dict[str, str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    argv = [*torchrun, str(HERE / "zero_cases.py"), str(folder)]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, str] = json.loads((folder / f"outcomes-{world}.json").read_text())
-    return found
+def run_cases(folder: Path, world_size: int) -> dict[str, str]:
+    """Return the traceback of each case, empty if it passed."""
+    command = [*TORCHRUN, f"--nproc-per-node={world_size}", str(ZERO_CASES), str(folder)]
+    completed = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=800, check=False)
+    assert completed.returncode == 0, completed.stderr[-4000:]
+    outcomes: dict[str, str] = json.loads((folder / f"outcomes-{world_size}.json").read_text())
+    return outcomes
 
 
-@pytest.mark.parametrize("world", [2, 3, 1])
-def test_every_stage_is_plain_torch_in_another_layout(states: Path, world: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 3, 1])
+def test_every_stage_equals_plain_torch(states: Path, world_size: int) -> None:
     """Run in this order: world size 3 takes over what 2 left, and 1 takes over what 3 left."""
-    found = outcomes(states, world)
+    found = run_cases(states, world_size)
     assert len(found) > 100
     wrong = {name: text[-1500:] for name, text in found.items() if text}
     assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
 
 
-def test_a_job_changes_to_stage_3_and_back_and_loses_a_worker(here: Path) -> None:  # noqa: F811
+@pytest.mark.core
+def test_job_changes_to_stage_3_and_back(workdir: Path) -> None:
     """DDP on 2, stage 3 on 3 with a worker killed in between, DDP on 1: equal to one DDP process."""
     job = [*HELD, "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]
-    driven(here, *job, "launch.workers=1", "run.name=whole")
+    run_launcher(workdir, *job, "launch.workers=1", "run.name=whole")
     fault = {"LAUNCHER_TEST_FAULTS": "1"}
-    driven(here, *job, "launch.workers=2", "run.name=parts", **fault, FAULT="stop@forward:0:6:1")
+    run_launcher(workdir, *job, "launch.workers=2", "run.name=parts", **fault, FAULT="stop@forward:0:6:1")
     zero = ["strategy=deepspeed", "strategy.stage=3", "checkpoint.sharded=true", "launch.workers=3", "run.name=parts"]
-    said = driven(here, *job, *zero, **fault, FAULT="kill@backward:1:9:2,stop@forward:0:14:3")
-    assert "DeepSpeed" not in said.stdout + said.stderr, "its own messages are off"
-    driven(here, *job, "launch.workers=1", "run.name=parts")
-    assert furthest(here / "runs/whole", here / "runs/parts") <= 1e-5
-    assert list({row["update"]: row for row in rows(here / "runs/parts")}) == list(range(1, 26))
-    changed = [event["changed"] for event in events(here / "runs/parts", "resume")]
+    completed = run_launcher(workdir, *job, *zero, **fault, FAULT="kill@backward:1:9:2,stop@forward:0:14:3")
+    assert "DeepSpeed" not in completed.stdout + completed.stderr, "its own messages are off"
+    run_launcher(workdir, *job, "launch.workers=1", "run.name=parts")
+    assert furthest(workdir / "runs/whole", workdir / "runs/parts") <= 1e-5
+    assert list({row["update"]: row for row in rows(workdir / "runs/parts")}) == list(range(1, 26))
+    changed = [event["changed"] for event in events(workdir / "runs/parts", "resume")]
     assert [change.get("strategy.name") for change in changed] == [["ddp", "deepspeed"], None, ["deepspeed", "ddp"]]
-    alarms = [event["kind"] for event in events(here / "runs/parts", "alarm")]
-    assert alarms == ["peer"], "those who lost it say so, and nothing else went wrong"
+    alarms = [event["kind"] for event in events(workdir / "runs/parts", "alarm")]
+    assert alarms == ["peer"], "the ranks that lost it report so, and nothing else went wrong"

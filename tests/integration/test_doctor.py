@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.jobs import alive, descendants, environment, hearing, kill_all, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 DOCTOR = [sys.executable, "-m", "launcher", "doctor"]
 
@@ -33,7 +33,7 @@ def own(here: Path, **more: str) -> dict[str, str]:
 
 def typed(here: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [*DOCTOR, *words], cwd=here, env=own(here, **more), capture_output=True, text=True, timeout=200, check=False
+        [*DOCTOR, *words], cwd=here, env=own(here, **more), capture_output=True, text=True, timeout=600, check=False
     )
     assert list((here.parent / "tmp").iterdir()) == [], "nothing is left of the job"
     return done
@@ -43,7 +43,8 @@ def by_name(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
 
 
-def test_a_machine_that_can_train_is_fine_and_nothing_is_left(here: Path) -> None:
+@pytest.mark.core
+def test_working_machine_passes_and_nothing_is_left(here: Path) -> None:
     done = typed(here, "format=json")
     found = by_name(done)
     assert [check for check in found.values() if not check["ok"]] == []
@@ -58,7 +59,7 @@ def test_a_machine_that_can_train_is_fine_and_nothing_is_left(here: Path) -> Non
     assert max(map(len, table)) <= 80
 
 
-def test_what_is_broken_is_named_with_its_mend(here: Path) -> None:
+def test_broken_parts_are_named_with_a_fix(here: Path) -> None:
     """Too many threads for the cores, and a user's file that shadows torch, which the job elsewhere cannot see."""
     (here / "torch.py").write_text("import no_such_module")
     done = typed(here, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0)) + 1))
@@ -67,13 +68,13 @@ def test_what_is_broken_is_named_with_its_mend(here: Path) -> None:
     failed = [line.split(maxsplit=1)[1] for line in lines if line.startswith("FAIL ")]
     assert [line.split()[0] for line in failed[:2]] == ["torch", "cores"]
     assert "No module named 'no_such_module'" in failed[0]
-    mends = [line.removeprefix("     fix:").strip() for line in lines if line.startswith("     fix:")]
-    assert mends[0] == "rename torch.py in this folder: it shadows torch"
-    assert mends[1].startswith("unset OMP_NUM_THREADS, or export OMP_NUM_THREADS=")
+    fixes = [line.removeprefix("     fix:").strip() for line in lines if line.startswith("     fix:")]
+    assert fixes[0] == "rename torch.py in this folder: it shadows torch"
+    assert fixes[1].startswith("unset OMP_NUM_THREADS, or export OMP_NUM_THREADS=")
     assert [path.name for path in here.iterdir()] == ["torch.py"]
 
 
-def test_a_job_that_cannot_be_trained_is_told_by_its_error_line(here: Path) -> None:
+def test_failing_job_is_shown_by_its_error_line(here: Path) -> None:
     """A system library that fails in the workers only, as in a broken installation."""
     (here.parent / "broken" / "safetensors").mkdir(parents=True)
     (here.parent / "broken" / "safetensors" / "__init__.py").write_text("raise ImportError('libfoo.so: not found')")
@@ -82,12 +83,12 @@ def test_a_job_that_cannot_be_trained_is_told_by_its_error_line(here: Path) -> N
     wrong = [check for check in by_name(done).values() if not check["ok"]]
     assert [check["name"] for check in wrong] == ["smoke job"]
     assert "ImportError: libfoo.so: not found" in wrong[0]["detail"]
-    assert wrong[0]["mend"].startswith("launcher recipe=mlp launch.workers=2 'sink=[]'")
+    assert wrong[0]["fix"].startswith("launcher recipe=mlp launch.workers=2 'sink=[]'")
     assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ended_on_the_way_it_takes_its_job_with_it(here: Path, number: signal.Signals) -> None:
+def test_signal_ends_doctor_and_its_job(here: Path, number: signal.Signals) -> None:
     null = subprocess.DEVNULL
     process = subprocess.Popen(
         DOCTOR,
@@ -99,10 +100,10 @@ def test_ended_on_the_way_it_takes_its_job_with_it(here: Path, number: signal.Si
     )
     try:
         wait_for(lambda: len(descendants(process.pid)) >= 4)  # the driver, its agent and two workers
-        everyone = descendants(process.pid)
+        processes = descendants(process.pid)
         process.send_signal(number)
-        assert process.wait(timeout=20) == 130
-        wait_for(lambda: not [pid for pid in everyone if alive(pid)], within_s=3)
+        assert process.wait(timeout=200) == 130
+        wait_for(lambda: not [pid for pid in processes if alive(pid)])
         assert list((here.parent / "tmp").iterdir()) == []
         assert list(here.iterdir()) == []
     finally:

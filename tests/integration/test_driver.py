@@ -5,41 +5,47 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.jobs import alive, descendants, environment, events, hearing, kill_all, rows, training, wait_for
+from tests.helpers.small_job import LAUNCHER, TORCHRUN, run_launcher
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
-JOB = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
-LONG = [*JOB, "lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]
+LONG = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
+LONG += ["lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]
+
+StartDriver = Callable[..., "subprocess.Popen[str]"]
+
+
+def ignore_hangup() -> None:
+    """Ignore the closing of the terminal, as nohup does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a driver in a folder of its own; what is left of it is killed with the test."""
+def start_driver(tmp_path: Path) -> Iterator[StartDriver]:
+    """Start the long job in a folder of its own; what is left of it is killed with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*overrides: str) -> subprocess.Popen[str]:
-        env = environment()
-        argv = [sys.executable, "-m", "launcher", *overrides]
-        pipe = subprocess.PIPE
+    def start(prepare: Callable[[], None] = hearing) -> subprocess.Popen[str]:
         started.append(
             subprocess.Popen(
-                argv,
+                [*LAUNCHER, *LONG],
                 cwd=tmp_path,
-                env=env,
+                env=environment(),
                 text=True,
-                stdout=pipe,
-                stderr=pipe,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=hearing,  # noqa: PLW1509 (single-threaded here)
+                preexec_fn=prepare,  # noqa: PLW1509 (single-threaded here)
             )
         )
+        wait_for(training(tmp_path / "runs/x"))
         return started[-1]
 
     yield start
@@ -48,16 +54,37 @@ def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_stops_with_status_0(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals
+def all_ended(pids: list[int]) -> Callable[[], bool]:
+    """Whether none of the processes is alive."""
+    return lambda: not [pid for pid in pids if alive(pid)]
+
+
+def listening_addresses(pids: list[int]) -> set[str]:
+    """Return the hex addresses on which any of these processes listens, over IPv4 and IPv6."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(link) if link.is_symlink() else ""
+            inodes |= {target[8:-1]} if target.startswith("socket:[") else set()
+    sockets = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {words[1].split(":")[0] for words in sockets if words[3] == "0A" and words[9] in inodes}
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.core), signal.SIGTERM, signal.SIGUSR1]
+)
+def test_signal_saves_and_stops_with_status_0(
+    start_driver: StartDriver, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = driver(*LONG)
-    wait_for(training(tmp_path / "runs/x"))
-    everyone = descendants(process.pid)
-    assert len(everyone) >= 3, "the agent and two workers"
+    """While it trains, no process listens beyond the loopback address."""
+    process = start_driver()
+    processes = descendants(process.pid)
+    assert len(processes) >= 3, "the agent and two workers"
+    assert listening_addresses([process.pid, *processes]) == {"0100007F"}
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
     assert f"{number.name}: saving at the next update" in stderr
     assert "run.name=x continues from there" in stderr
@@ -65,215 +92,75 @@ def test_a_signal_saves_and_stops_with_status_0(
     assert not (tmp_path / "runs/x/stop").exists(), "the next start is not asked to stop"
     assert [event["why"] for event in events(tmp_path / "runs/x", "preempt")] == [number.name]
     assert list((tmp_path / "runs/x/checkpoints").glob("*/manifest.json"))
-    assert not [pid for pid in everyone if alive(pid)]
+    assert all_ended(processes)()
 
 
-def test_a_second_interrupt_ends_at_once(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    process = driver(*LONG)
-    wait_for(training(tmp_path / "runs/x"))
-    everyone = descendants(process.pid)
-    for pid in everyone[1:]:
+def test_second_interrupt_ends_without_saving(start_driver: StartDriver, tmp_path: Path) -> None:
+    process = start_driver()
+    processes = descendants(process.pid)
+    for pid in processes[1:]:
         os.kill(pid, signal.SIGSTOP)  # workers that cannot save
     process.send_signal(signal.SIGINT)
     wait_for((tmp_path / "runs/x/stop").exists)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=200)
     assert process.returncode == 130
-    wait_for(lambda: not [pid for pid in everyone if alive(pid)], within_s=3)
+    wait_for(all_ended(processes))
 
 
-@pytest.mark.parametrize("victim", ["driver", "agent"])
-def test_nobody_outlives_a_killed_driver_or_agent(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, victim: str
-) -> None:
-    process = driver(*LONG)
-    wait_for(training(tmp_path / "runs/x"))
-    everyone = descendants(process.pid)
-    os.kill(process.pid if victim == "driver" else everyone[0], signal.SIGKILL)
-    wait_for(lambda: not [pid for pid in everyone if alive(pid)], within_s=3)
-    _, stderr = process.communicate(timeout=20)
-    if victim == "agent":
-        assert process.returncode == 1
-        assert stderr.splitlines()[-1].startswith("error: ")
+def test_no_process_outlives_a_killed_driver(start_driver: StartDriver) -> None:
+    process = start_driver()
+    processes = descendants(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(all_ended(processes))
 
 
-def test_under_nohup_a_closed_terminal_ends_nothing(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(globals(), "hearing", lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    process = driver(*LONG)
-    wait_for(training(tmp_path / "runs/x"))
+def test_nohup_run_survives_hangup_but_not_its_agent(start_driver: StartDriver, tmp_path: Path) -> None:
+    """A closed terminal ends nothing under nohup; if the agent is killed, every process ends, with an error."""
+    process = start_driver(ignore_hangup)
     process.send_signal(signal.SIGHUP)
-    before = len(rows(tmp_path / "runs/x"))
-    wait_for(training(tmp_path / "runs/x", before + 20))
+    wait_for(training(tmp_path / "runs/x", len(rows(tmp_path / "runs/x")) + 20))
     assert process.poll() is None
+    processes = descendants(process.pid)
+    os.kill(processes[0], signal.SIGKILL)
+    wait_for(all_ended(processes))
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert stderr.splitlines()[-1].startswith("error: ")
 
 
-def verb(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "launcher", *words]
-    return subprocess.run(argv, cwd=here, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_stop_asks_a_run_started_elsewhere_to_save(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    process = driver(*LONG)
-    wait_for(training(tmp_path / "runs/x"))
-    assert f"is run by process {process.pid} on " in verb(tmp_path, "status", "x").stdout
-    stopped = verb(tmp_path, "stop", "x")
-    assert process.wait(timeout=20) == 0
+def test_stop_saves_a_run_started_elsewhere(start_driver: StartDriver, tmp_path: Path) -> None:
+    process = start_driver()
+    assert f"is run by process {process.pid} on " in run_launcher(tmp_path, "status", "x").stdout
+    stopped = run_launcher(tmp_path, "stop", "x")
+    assert process.wait(timeout=200) == 0
     assert [event["why"] for event in events(tmp_path / "runs/x", "preempt")] == ["launcher stop"]
     assert "runs/x stopped: at update " in stopped.stdout
     assert "nothing saved" not in stopped.stdout
-    again = verb(tmp_path, "stop", "runs/x")
+    again = run_launcher(tmp_path, "stop", "runs/x")
     assert "is not running: at update " in again.stdout
     assert not (tmp_path / "runs/x/stop").exists()
 
 
-@pytest.mark.parametrize("torchrun", [False, True])
-def test_stop_now_ends_it_whoever_started_it(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, torchrun: bool
-) -> None:
-    if torchrun:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        job = [*launch, "--max-restarts=3", "-m", "launcher", *(word for word in LONG if "launch." not in word)]
-        env = environment()
-        process = subprocess.Popen(job, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    else:
-        process = driver(*LONG)  # type: ignore[assignment]
-    wait_for(training(tmp_path / "runs/x"))
-    everyone = descendants(process.pid)
-    assert "runs/x ended: at update " in verb(tmp_path, "stop", "x", "--now").stdout
-    process.wait(timeout=20)
-    wait_for(lambda: not [pid for pid in everyone if alive(pid)], within_s=3)
+def test_stop_now_ends_a_driver(start_driver: StartDriver, tmp_path: Path) -> None:
+    check_stop_now(start_driver(), tmp_path)
 
 
-@pytest.mark.parametrize("words", [["stop"], ["stop", "nothing"], ["stop", "x", "y"], ["stop", "x", "--soon"]])
-def test_a_wrong_stop_says_what_to_type(tmp_path: Path, words: list[str]) -> None:
-    done = verb(tmp_path, *words)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+def test_stop_now_ends_the_users_torchrun(tmp_path: Path) -> None:
+    job = [argument for argument in LONG if not argument.startswith("launch.")]
+    command = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=3", "-m", "launcher", *job]
+    null = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=null, stdout=null) as process:
+        try:
+            wait_for(training(tmp_path / "runs/x"))
+            check_stop_now(process, tmp_path)
+        finally:
+            kill_all(process.pid)
 
 
-def listening(pids: list[int]) -> set[str]:
-    """Return the hex addresses on which any of these processes listens, over IPv4 and IPv6."""
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(link) if link.is_symlink() else ""
-            inodes |= {target[8:-1]} if target.startswith("socket:[") else set()
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
-
-
-def test_nothing_listens_beyond_the_loopback(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    process = driver(*LONG)
-    wait_for(training(tmp_path / "runs/x"))
-    assert listening([process.pid, *descendants(process.pid)]) == {"0100007F"}
-
-
-def own_mlp(here: Path, method: str) -> list[str]:
-    """Create a recipe with one `method` replaced, and the job that trains it, with one restart."""
-    (here / "own.py").write_text(
-        "import os\nfrom dataclasses import dataclass\nfrom launcher.recipes.mlp import Mlp\n\n"
-        f"@dataclass(frozen=True)\nclass Own(Mlp):\n    {method}\n"
-    )
-    own = ["recipe._target_=own.Own", "recipe.trust=[own,launcher.recipes]", "elastic.max_restarts=1"]
-    return [*JOB, "lr.base=0.1", "lr.base_batch=64", *own]
-
-
-def test_a_crash_loop_ends_with_its_first_error(driver: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    process = driver(*own_mlp(tmp_path, "def loss(self, model, batch): raise ValueError('no such thing')"))
-    _, stderr = process.communicate(timeout=90)
-    assert process.returncode == 1
-    assert "own.py:7: ValueError: no such thing" in stderr.splitlines()[-1]
-    assert [path.name for path in sorted((tmp_path / "runs/x/logs").glob("rank0-*.log"))] == [
-        "rank0-g1.log",
-        "rank0-g2.log",
-    ], "one restart and no more"
-    told = verb(tmp_path, "status", "x").stdout
-    assert "is not running: no update finished yet; rank " in told
-    assert "failed in own.py:7: ValueError: no such thing" in told
-
-
-LOST = "raise ConnectionResetError('Connection reset by peer')"  # the error of a rank whose peer was killed before
-
-
-@pytest.mark.parametrize(
-    ("method", "word"),
-    [
-        ("def model(self): os.kill(os.getpid(), 9)", ""),
-        (
-            f"def model(self):\n        if os.environ['RANK'] == '1': {LOST}\n        os.kill(os.getpid(), 9)",
-            "rank 1 failed",
-        ),
-    ],
-)
-def test_workers_that_are_killed_without_a_word_are_not_started_for_ever(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, method: str, word: str
-) -> None:
-    process = driver(*own_mlp(tmp_path, method))
-    _, stderr = process.communicate(timeout=90)
-    assert process.returncode == 1
-    assert "restart 1: a worker was killed" in stderr
-    assert stderr.splitlines()[-1].startswith("error: the workers were killed repeatedly")
-    assert word in stderr.splitlines()[-1]
-
-
-WRONG = [
-    (["recipe=resnett"], "resnet"),
-    (["batch.per_devise=3"], "batch.per_device"),
-    (["batch.per_device=many"], "batch.per_device"),
-    (["batch=hold", "batch.global=1", "launch.workers=2"], "batch.global"),
-    (["batch.global=99999999"], "batch.global"),
-    (["recipe.data=nowhere"], "nowhere"),
-    (["recipe.data=empty"], "empty"),
-    (["recipe=own", "recipe._target_=nowhere.Own", "recipe.trust=[nowhere]"], "nowhere"),
-    (["run.name=../x"], "run.name"),
-    (["elastic.min_workers=3", "launch.workers=2"], "elastic.min_workers"),
-    (["train.duration=-1ep"], "train.duration"),
-    (["lr.base=nan"], "lr.base"),
-    (["checkpoint.keep=0"], "checkpoint.keep"),
-    (["resume=must"], "resume"),
-    (["optimizer=rprop"], "rprop"),
-    (["model.init=nowhere.safetensors"], "nowhere.safetensors"),
-    (["model.init=nowhere.safetensors", "run.dir=a/b/c"], "nowhere.safetensors"),
-    (["launch.backend=nccl", "train.device=cpu"], "launch.backend"),
-]
-
-
-@pytest.mark.parametrize(("overrides", "named"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
-def test_a_wrong_request_is_one_line_status_2_and_leaves_nothing(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path, overrides: list[str], named: str
-) -> None:
-    (tmp_path / "empty").mkdir()
-    process = driver("recipe=resnet", *overrides)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2, stderr
-    last = stderr.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert named in last
-    assert not [line for line in stderr.splitlines()[:-1] if not line.startswith("note: ")]
-    assert stdout == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-
-
-def test_a_dry_run_prints_the_command_and_starts_nothing(
-    driver: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    process = driver("recipe=mlp", "launch.workers=2", "launch.dry_run=true")
-    stdout, _ = process.communicate(timeout=30)
-    assert "-m launcher.launch.torchrun_agent" in stdout
-    assert "--nproc-per-node=2" in stdout
-    assert process.returncode == 0
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_sweep_inside_torchrun_is_refused_with_what_to_type(tmp_path: Path) -> None:
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "launcher", "-m", "recipe=mlp", "seed=0,1"]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "launcher -m" in done.stderr
-    assert not list(tmp_path.iterdir())
+def check_stop_now(process: subprocess.Popen[Any], folder: Path) -> None:
+    """Assert that `launcher stop --now` ends the process and its descendants."""
+    processes = descendants(process.pid)
+    assert "runs/x ended: at update " in run_launcher(folder, "stop", "x", "--now").stdout
+    process.wait(timeout=200)
+    wait_for(all_ended(processes))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import environment, rows
+from tests.helpers.jobs import rows
+from tests.helpers.small_job import run_launcher
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 RECIPE = '''
 from dataclasses import dataclass
@@ -70,13 +70,8 @@ JOB = [
 ]
 
 
-def driven(here: Path, *overrides: str, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "launcher", *JOB, *overrides]
-    done = subprocess.run(
-        argv, cwd=here, env=environment(**env), capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def train(folder: Path, *overrides: str, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    return run_launcher(folder, *JOB, *overrides, status=status, **env)
 
 
 def parameters(run_dir: Path) -> dict[str, bytes]:
@@ -86,70 +81,74 @@ def parameters(run_dir: Path) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in load_file(run_dir / "model.safetensors").items()}
 
 
-def moments(run_dir: Path) -> dict[str, str]:
+def hash_checkpoint(run_dir: Path) -> dict[str, str]:
     """Return the hashes of the files of the newest checkpoint, including the optimizer state."""
     newest = sorted((run_dir / "checkpoints").iterdir())[-1]
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in newest.glob("*.safetensors")}
 
 
-def figures(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the logged training metrics: losses, norms, learning rates and validations."""
+def training_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the last row of each update: losses, norms, learning rates and validations."""
     kept = ("update", "samples", "train/loss", "train/grad_norm", "lr/value", "val/loss", "val/surprise")
-    return [{name: row[name] for name in kept if name in row} for row in rows(run_dir)]
+    last = {row["update"]: row for row in rows(run_dir)}
+    return [{name: row[name] for name in kept if name in row} for row in last.values()]
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the reference run: one worker, undisturbed."""
     path = tmp_path_factory.mktemp("exact")
     (path / "exactly.py").write_text(RECIPE)
-    driven(path, "launch.workers=1", "run.name=w1")
+    train(path, "launch.workers=1", "run.name=w1")
     return path
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_any_number_of_workers_trains_bitwise_the_same_model(here: Path, world: int) -> None:
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.core), 3])
+def test_world_size_changes_no_bit(folder: Path, world_size: int) -> None:
     """Convolutions, BatchNorm, dropout, AdamW, clipping, weighted losses, tails of 3 samples, plateau schedule."""
-    said = driven(here, f"launch.workers={world}", f"run.name=w{world}").stderr
-    one, other = here / "runs/w1", here / f"runs/w{world}"
+    stderr = train(folder, f"launch.workers={world_size}", f"run.name=w{world_size}").stderr
+    one, other = folder / "runs/w1", folder / f"runs/w{world_size}"
     assert parameters(one) == parameters(other)
-    assert moments(one) == moments(other)
-    assert figures(one) == figures(other)
-    assert "costs speed" in said
-    assert ("trains on 2 of 3 workers" in said) == (world == 3)
+    assert hash_checkpoint(one) == hash_checkpoint(other)
+    assert training_metrics(one) == training_metrics(other)
+    assert "costs speed" in stderr
+    assert ("trains on 2 of 3 workers" in stderr) == (world_size == 3)
 
 
-def test_it_trains_and_leaves_alone_what_it_should(here: Path) -> None:
+def test_training_changes_only_what_it_should(folder: Path) -> None:
     from safetensors.torch import load_file
 
-    model = load_file(here / "runs/w1/model.safetensors")
-    learned = figures(here / "runs/w1")
+    model = load_file(folder / "runs/w1/model.safetensors")
+    learned = training_metrics(folder / "runs/w1")
     assert learned[-1]["train/loss"] < learned[0]["train/loss"]
     assert set(model["ten"].double().tolist()) == {0.10000000149011612}, "0.1 as a single, not a mean of three of them"
     assert set(model["unused"].flatten().tolist()) == {1.0}
     assert int(model["1.num_batches_tracked"]) == 15, "shard 0: two micro-batches in a whole update, one in a tail"
-    assert len({row["lr/value"] for row in learned}) > 1, "the plateau moved the rate"
+    assert len({row["lr/value"] for row in learned}) > 1, "the plateau changed the learning rate"
 
 
-def test_a_kill_a_stop_and_another_world_size_change_nothing(here: Path) -> None:
+def test_kill_stop_and_resize_change_no_bit(folder: Path) -> None:
+    """Killed and stopped on two workers, and continued on four."""
     fault = "kill@backward:1:3,stop@forward:1:6:2"
-    driven(here, "launch.workers=2", "run.name=broken", LAUNCHER_TEST_FAULTS="1", FAULT=fault)
-    assert not (here / "runs/broken/done.json").exists()
-    driven(here, "launch.workers=4", "run.name=broken")
-    assert parameters(here / "runs/w1") == parameters(here / "runs/broken")
-    assert moments(here / "runs/w1") == moments(here / "runs/broken")
-    assert figures(here / "runs/w1")[-1] == figures(here / "runs/broken")[-1]
+    train(folder, "launch.workers=2", "run.name=broken", LAUNCHER_TEST_FAULTS="1", FAULT=fault)
+    assert not (folder / "runs/broken/done.json").exists()
+    stderr = train(folder, "launch.workers=4", "run.name=broken").stderr
+    assert "costs speed" in stderr
+    assert "trains on 2 of" not in stderr
+    assert parameters(folder / "runs/w1") == parameters(folder / "runs/broken")
+    assert hash_checkpoint(folder / "runs/w1") == hash_checkpoint(folder / "runs/broken")
+    assert training_metrics(folder / "runs/w1") == training_metrics(folder / "runs/broken")
 
 
-def test_other_arithmetic_is_refused_on_resume(here: Path) -> None:
-    shutil.copytree(here / "runs/w1", here / "runs/moved")
-    for path in (here / "runs/moved/checkpoints").glob("*/manifest.json"):
-        rewritten(path)
-    refused = driven(here, "run.name=moved", "train.duration=4ep", status=2)
+def test_another_torch_is_refused_on_resume(folder: Path) -> None:
+    shutil.copytree(folder / "runs/w1", folder / "runs/moved")
+    for path in (folder / "runs/moved/checkpoints").glob("*/manifest.json"):
+        replace_torch_version(path)
+    refused = train(folder, "run.name=moved", "train.duration=4ep", status=2)
     assert "error: elastic.exact=true: torch was 1.0 in the checkpoint" in refused.stderr
 
 
-def rewritten(manifest: Path) -> None:
+def replace_torch_version(manifest: Path) -> None:
     """Change the manifest as if another version of torch had written it."""
     from launcher.checkpoint.manifest import Manifest
 

@@ -12,12 +12,12 @@ import pytest
 
 from tests.helpers.jobs import alive, descendants, environment, hearing, kill_all, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ASKED = ["recipe._target_=watched.Watched", "recipe.trust=[watched]", "tune.sizes=[8,16]", "tune.budget_s=0.5"]
-TUNE = ["-m", "launcher", "tune", "recipe=mlp", "launch.workers=2", *ASKED]
-AUTO = ["-m", "launcher", "recipe=mlp", "sink=[]", "batch.per_device=auto", "train.duration=2ba", *ASKED]
+MEASURED = ["recipe._target_=watched.Watched", "recipe.trust=[watched]", "tune.sizes=[8,16]", "tune.budget_s=0.5"]
+TUNE = ["-m", "launcher", "tune", "recipe=mlp", "launch.workers=2", *MEASURED]
+AUTO = ["-m", "launcher", "recipe=mlp", "sink=[]", "batch.per_device=auto", "train.duration=2ba", *MEASURED]
 WATCHED = '''
 import os, signal, threading
 from dataclasses import dataclass
@@ -83,9 +83,9 @@ def pids(seen: Path) -> list[int]:
     return [int(path.name.partition("-")[2]) for path in seen.iterdir()]
 
 
-def test_a_rank_that_is_killed_is_named_and_leaves_nothing_running(start: Start, seen: Path) -> None:
+def test_killed_rank_is_named_and_nothing_is_left(start: Start, seen: Path) -> None:
     process = start(*TUNE, "+recipe.then=killed")
-    stdout, stderr = process.communicate(timeout=100)
+    stdout, stderr = process.communicate(timeout=2000)
     assert (process.returncode, stdout) == (1, "")
     assert stderr.splitlines()[-1] == (
         "error: rank 1 was killed by SIGKILL: out of memory? (while measuring per_device=8)"
@@ -95,9 +95,9 @@ def test_a_rank_that_is_killed_is_named_and_leaves_nothing_running(start: Start,
     assert not list((seen.parent / "tmp").glob("launcher-*"))
 
 
-def test_one_beside_a_worker_is_named_too_and_ends_the_job(start: Start, seen: Path) -> None:
+def test_killed_sidecar_is_named_and_ends_the_job(start: Start, seen: Path) -> None:
     process = start(*TORCHRUN, *AUTO, "+recipe.then=killed")
-    _, stderr = process.communicate(timeout=100)
+    _, stderr = process.communicate(timeout=2000)
     assert process.returncode == 1
     assert [line for line in stderr.splitlines() if line.startswith("error: ")] == [
         "error: rank 1 was killed by SIGKILL: out of memory? (while measuring per_device=8)"
@@ -113,21 +113,19 @@ def test_no_rank_outlives_its_driver(start: Start, seen: Path, number: signal.Si
     below = descendants(process.pid)
     assert set(pids(seen)) < set(below)
     process.send_signal(number)
-    process.wait(timeout=30)
-    wait_for(lambda: not [pid for pid in below if alive(pid)], within_s=5)
+    process.wait(timeout=200)
+    wait_for(lambda: not [pid for pid in below if alive(pid)])
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert not list((seen.parent / "tmp").glob("launcher-*"))
 
 
-@pytest.mark.parametrize(("threads", "anew"), [("1", False), ("2", True)])
-def test_beside_a_worker_a_process_is_started_anew_where_a_copy_might_hang(
-    start: Start, seen: Path, threads: str, anew: bool
-) -> None:
+@pytest.mark.parametrize(("threads", "new_process"), [("1", False), ("2", True)])
+def test_sidecar_is_forked_only_without_threads(start: Start, seen: Path, threads: str, new_process: bool) -> None:
     process = start(*TORCHRUN, *AUTO, OMP_NUM_THREADS=threads)
-    _, stderr = process.communicate(timeout=100)
+    _, stderr = process.communicate(timeout=2000)
     assert process.returncode == 0, stderr
     for rank in "01":
         commands = [path.read_bytes().split(b"\0") for path in seen.glob(f"{rank}-*")]
         assert len(commands) == 2, "one process that measured, and the worker"
-        assert sum(b"probe" in words for words in commands) == anew
+        assert sum(b"probe" in words for words in commands) == new_process

@@ -8,18 +8,16 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.jobs import descendants, environment, events, hearing, kill_all, rows, training, wait_for
-from tests.helpers.slurm_cluster import Slurm
+from tests.helpers.small_job import LAUNCHER
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.slow
 
-LAUNCHER = [sys.executable, "-m", "launcher"]
 LONG = ["recipe=mlp", "launch.workers=2", "sink=[]", "run.name=x", "batch=hold", "batch.global=64", "optimizer=sgd"]
 LONG += ["lr.base=0.01", "lr.base_batch=64", "train.duration=100000ep", "train.validate_every=100000ep"]
 LONG += ["checkpoint.every=20ba"]
@@ -63,13 +61,13 @@ def typed(here: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]
     assert line.startswith("launcher "), line
     command = f"{shlex.join(LAUNCHER)} {line.removeprefix('launcher ')} {shlex.join(more)}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=here, env=environment(), capture_output=True, text=True, timeout=180, check=False
+        ["bash", "-c", command], cwd=here, env=environment(), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def test_what_new_prints_runs_as_it_stands(here: Path) -> None:
+def test_commands_that_new_prints_run_unchanged(here: Path) -> None:
     """Train, verify and tune, without editing, in a folder with a space in its path."""
     told = typed(here, "launcher new my_disc").stdout
     train, verify, tune = (line for line in told.splitlines() if line.startswith("launcher "))
@@ -90,9 +88,7 @@ def test_what_new_prints_runs_as_it_stands(here: Path) -> None:
     assert again.stderr.startswith("error: my_disc is taken: my_disc.py already exists")
 
 
-def test_a_run_is_watched_from_before_its_start_through_a_kill_to_its_stop(
-    start: Callable[..., subprocess.Popen[str]], here: Path
-) -> None:
+def test_watch_shows_a_run_from_start_to_stop(start: Callable[..., subprocess.Popen[str]], here: Path) -> None:
     run, out = here / "runs/x", here / "watched.txt"
     driver = start(*LONG, "elastic.max_restarts=1")
     wait_for((run / "run.yaml").exists)
@@ -109,8 +105,8 @@ def test_a_run_is_watched_from_before_its_start_through_a_kill_to_its_stop(
     assert watching.poll() is None
     stopped = subprocess.run([*LAUNCHER, "stop", "x"], cwd=here, capture_output=True, text=True, check=False)
     assert stopped.returncode == 0, stopped.stderr
-    assert driver.wait(timeout=30) == 0, "nobody was in the way of it"
-    assert watching.wait(timeout=30) == 0
+    assert driver.wait(timeout=200) == 0, "nobody was in the way of it"
+    assert watching.wait(timeout=200) == 0
     text = out.read_text()
     resumed, end = text[text.index("start 2") :], text[text.rindex("stopped at update") :]
     assert re.search(r"resumed +update-\d+ at update \d+ · [\d,]+ samples are run again", resumed)
@@ -123,16 +119,14 @@ def test_a_run_is_watched_from_before_its_start_through_a_kill_to_its_stop(
     assert (after.returncode, after.stdout) == (0, end.splitlines()[-1] + "\n")
 
 
-def test_ctrl_c_ends_the_watching_alone_and_a_killed_driver_ends_both(
-    start: Callable[..., subprocess.Popen[str]], here: Path
-) -> None:
+def test_watch_ends_by_ctrl_c_or_with_the_driver(start: Callable[..., subprocess.Popen[str]], here: Path) -> None:
     run = here / "runs/x"
     driver = start(*LONG)
     wait_for(training(run))
     watchers = [start("watch", str(run), out=here / f"{number}.txt") for number in range(3)]
     wait_for(lambda: all("Mlp on 2 workers" in (here / f"{number}.txt").read_text() for number in range(3)))
     watchers[0].send_signal(signal.SIGINT)
-    assert watchers[0].wait(timeout=20) == 0
+    assert watchers[0].wait(timeout=200) == 0
     told = (here / "0.txt").read_text().splitlines()[-1]
     assert told == f"stopped watching {run}: type launcher stop {shlex.quote(str(run))} to save and stop the run"
     wait_for(training(run, len(rows(run)) + 20))
@@ -140,51 +134,17 @@ def test_ctrl_c_ends_the_watching_alone_and_a_killed_driver_ends_both(
     assert not (run / "stop").exists()
     os.kill(driver.pid, signal.SIGKILL)
     for number in (1, 2):
-        assert watchers[number].wait(timeout=30) == 0
+        assert watchers[number].wait(timeout=200) == 0
         last = (here / f"{number}.txt").read_text().splitlines()[-1]
         assert re.fullmatch(
             rf"{re.escape(str(run))} is not running: at update [\d,]+, [\d,]+ samples(, nothing saved)?", last
         )
 
 
-def test_a_finished_run_is_shown_with_its_closing_figures(here: Path) -> None:
+def test_watch_shows_the_summary_of_a_finished_run(here: Path) -> None:
     typed(here, "launcher recipe=mlp train.duration=2ep train.validate_every=1ep sink=[] run.name=x")
     shown = typed(here, "launcher watch x").stdout
     assert re.search(r"^finished [\d,]+ samples", shown, re.MULTILINE)
     assert "bottleneck" in shown
     assert shown.count("val accuracy") >= 3, "two validations and the last word"
     assert "runs/x: model.safetensors, checkpoints" in shown
-
-
-def test_a_slurm_job_is_watched_while_it_waits_and_over_a_requeue(slurm: Slurm, here: Path) -> None:
-    run, out = here / "runs/s", here / "watched.txt"
-    above = ["--partition=high", "--nodes=3", "--exclusive"]
-    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    blocker = slurm.submit(*above, "--wrap=sleep 600", cwd=here, env=environment(**path))
-    wait_for(lambda: slurm.state(blocker) == "RUNNING", 60)
-    words = [word for word in LONG if not word.startswith(("launch.workers", "run.name"))]
-    submitted = [*LAUNCHER, "launch=slurm", "launch.workers=1", "run.name=s", *words]
-    subprocess.run(submitted, cwd=here, env=environment(**path, **slurm.env), check=True, capture_output=True)
-    job = json.loads((run / "slurm.json").read_text())["job"]
-    with out.open("w") as file:
-        argv = [*LAUNCHER, "watch", "s"]
-        watching = subprocess.Popen(argv, cwd=here, env=environment(**slurm.env), stdout=file, stderr=subprocess.STDOUT)
-    try:
-        wait_for(lambda: re.search(rf"Slurm job {job}, PENDING .*waiting for it to start", out.read_text()))
-        slurm.ask("scancel", blocker)
-        wait_for(lambda: "Mlp on 1 worker\n" in out.read_text(), 100)
-        wait_for(training(run))
-        short = slurm.submit(*above, "--wrap=true", cwd=here, env=environment(**path))
-        wait_for(lambda: "Mlp on 1 worker · start 2\n" in out.read_text(), 120)
-        assert slurm.state(short) == "COMPLETED"
-        assert watching.poll() is None
-        stop = [*LAUNCHER, "stop", "s"]
-        subprocess.run(stop, cwd=here, env=environment(**slurm.env), check=True, capture_output=True, timeout=100)
-        assert watching.wait(timeout=60) == 0
-    finally:
-        watching.kill()
-        watching.wait()
-    text = out.read_text()
-    assert len(events(run, "preempt")) == text.count("\nstopped at update") == 2
-    assert [event["why"] for event in events(run, "preempt")][-1] == "launcher stop"
-    assert "runs/s is not running: at update" in text.splitlines()[-1]

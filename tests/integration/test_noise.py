@@ -6,14 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
-from test_strategies import Job, sessions
 
 from launcher.checkpoint.manifest import latest_valid
 from launcher.checkpoint.tensor_io import load_checkpoint
 from launcher.plan.lr_schedule import noise_gain
+from tests.helpers.job_sequence import Job, train_in_sequence
 from tests.helpers.jobs import events, furthest, rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 PHI = 30.0
 RECIPE = '''
@@ -63,60 +63,59 @@ SCALED = [*MOVING, "batch.policy=scale", "batch.global=null", "batch.accumulatio
 RAMPED = [*JOB, "train.precision=fp32", "batch.per_device=25", "optimizer=adamw", "lr.base=1e-4"]
 RAMPED += ["batch.ramp=[[0dur,0.5],[0.6dur,1]]"]
 LAYOUTS = {"ddp": [], "fsdp": ["strategy=fsdp"], "zero": ["strategy=deepspeed", "strategy.stage=2"]}
-MOVING = [*JOB, "batch.per_device=25", "lr.rule=noise", "optimizer=adamw", "lr.base=1e-4", "checkpoint.every=750sp"]
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every job of this module, in as few starts of workers as possible."""
     folder = tmp_path_factory.mktemp("noise")
     (folder / "quadratic.py").write_text(RECIPE)
     env = {"PYTHONPATH": str(folder)}
     first = {"parts": Job([*EXACT, "train.duration=2650sp"]), "grown": Job([*SCALED, "train.duration=3000sp"])}
-    sessions(folder, 1, {"thirds1": Job(THIRDS), **first}, **env)
+    train_in_sequence(folder, 1, {"thirds1": Job(THIRDS), **first}, **env)
     layouts = {name: Job([*RAMPED, *strategy]) for name, strategy in LAYOUTS.items()}
-    sessions(folder, 2, {"parts": Job(EXACT), "whole": Job(EXACT), **layouts}, **env)
-    sessions(folder, 3, {"thirds3": Job(THIRDS), "grown": Job(SCALED)}, **env)
+    train_in_sequence(folder, 2, {"parts": Job(EXACT), "whole": Job(EXACT), **layouts}, **env)
+    train_in_sequence(folder, 3, {"thirds3": Job(THIRDS), "grown": Job(SCALED)}, **env)
     return folder
 
 
-def told(run_dir: Path) -> dict[int, dict[str, float]]:
+def noise_by_update(run_dir: Path) -> dict[int, dict[str, float]]:
     """Return the noise values of each row, by update."""
     return {row["update"]: {key: row[key] for key in row if key.startswith("noise/")} for row in rows(run_dir)}
 
 
-def close(one: Path, other: Path, rel: float) -> None:
-    a, b = told(one), told(other)
+def assert_close(one: Path, other: Path, rel: float) -> None:
+    a, b = noise_by_update(one), noise_by_update(other)
     assert len(a) == len(b) >= 100
     for update, values in list(a.items())[:40]:  # later: only in every fourth update
         assert values == pytest.approx(b[update], rel=rel), update
 
 
 @pytest.mark.parametrize("name", ["thirds1", "thirds3"])
-def test_a_known_noise_scale_is_found(here: Path, name: str) -> None:
-    last = told(here / name)[100]
+def test_known_noise_scale_is_estimated(runs: Path, name: str) -> None:
+    last = noise_by_update(runs / name)[100]
     assert last["noise/scale_low"] <= PHI <= last["noise/scale_high"]
     assert last["noise/efficiency"] == pytest.approx((last["noise/scale"] + 25) / (last["noise/scale"] + 50))
-    first = next(update for update, values in told(here / name).items() if values)
+    first = next(update for update, values in noise_by_update(runs / name).items() if values)
     assert 20 <= first <= 30, "four blocks of five updates"
 
 
-def test_ranks_tell_the_same_as_micro_batches_of_the_same_samples(here: Path) -> None:
+def test_ranks_and_micro_batches_give_equal_estimates(runs: Path) -> None:
     """17, 17 and 16."""
-    close(here / "thirds1", here / "thirds3", rel=1e-9)
+    assert_close(runs / "thirds1", runs / "thirds3", rel=1e-9)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero"])
-def test_another_strategy_tells_the_same(here: Path, strategy: str) -> None:
-    close(here / "ddp", here / strategy, rel=1e-3)
+def test_strategies_give_the_same_noise_scale(runs: Path, strategy: str) -> None:
+    assert_close(runs / "ddp", runs / strategy, rel=1e-3)
 
 
 @pytest.mark.parametrize("strategy", LAYOUTS)
-def test_a_stage_of_the_batch_rescales_adams_second_moment(here: Path, strategy: str) -> None:
+def test_batch_ramp_rescales_adams_second_moment(runs: Path, strategy: str) -> None:
     """From 25 samples to 50, under every strategy."""
-    (stage,) = [event for event in events(here / strategy, "plan") if "batch.ramp" in event["why"]]
+    (stage,) = [event for event in events(runs / strategy, "plan") if "batch.ramp" in event["why"]]
     assert 0.6 < stage["moments"] < 0.9
-    assert moments(here / strategy) == pytest.approx(moments(here / "ddp"), rel=1e-3)
+    assert moments(runs / strategy) == pytest.approx(moments(runs / "ddp"), rel=1e-3)
 
 
 def moments(run_dir: Path) -> list[float]:
@@ -127,29 +126,29 @@ def moments(run_dir: Path) -> list[float]:
     return squares
 
 
-def test_the_rate_follows_and_that_is_an_event(here: Path) -> None:
-    moves = [event for event in events(here / "whole", "plan") if "noise scale" in event["why"]]
-    assert moves[0]["from"]["lr_scale"] == pytest.approx(math.sqrt(2)), "unknown: as if noise were all there is"
-    found = rows(here / "whole")
-    for event in moves:
+def test_lr_follows_the_noise_scale_with_events(runs: Path) -> None:
+    changes = [event for event in events(runs / "whole", "plan") if "noise scale" in event["why"]]
+    assert changes[0]["from"]["lr_scale"] == pytest.approx(math.sqrt(2)), "unknown: as if noise were all there is"
+    found = rows(runs / "whole")
+    for event in changes:
         assert event["lr_scale"] == pytest.approx(math.sqrt(noise_gain(50, 25, event["lr_noise"])))
-    assert [row["lr/scale"] for row in found][-1] == pytest.approx(moves[-1]["lr_scale"])
-    assert len({row["lr/scale"] for row in found}) == 1 + len(moves)
+    assert [row["lr/scale"] for row in found][-1] == pytest.approx(changes[-1]["lr_scale"])
+    assert len({row["lr/scale"] for row in found}) == 1 + len(changes)
 
 
-def test_exact_training_goes_on_at_another_world_size_with_the_same_bits(here: Path) -> None:
+def test_exact_mode_is_bitwise_equal_after_a_resize(runs: Path) -> None:
     """53 updates on one worker and the rest on two, or all on two: same estimates, learning rates and parameters."""
-    assert len(rows(here / "parts")) == 100
-    assert told(here / "parts") == told(here / "whole")
-    assert furthest(here / "parts", here / "whole") == 0.0
-    assert [row["lr/value"] for row in rows(here / "parts")] == [row["lr/value"] for row in rows(here / "whole")]
+    assert len(rows(runs / "parts")) == 100
+    assert noise_by_update(runs / "parts") == noise_by_update(runs / "whole")
+    assert furthest(runs / "parts", runs / "whole") == 0.0
+    assert [row["lr/value"] for row in rows(runs / "parts")] == [row["lr/value"] for row in rows(runs / "whole")]
 
 
-def test_a_resize_keeps_what_is_known_and_rescales_adams_second_moment(here: Path) -> None:
+def test_resize_keeps_the_noise_scale_and_rescales_moments(runs: Path) -> None:
     """40 samples on one worker and 120 on three, with a known noise scale."""
-    found = told(here / "grown")
-    last = max(row["update"] for row in rows(here / "grown") if row["world"] == 1)
+    found = noise_by_update(runs / "grown")
+    last = max(row["update"] for row in rows(runs / "grown") if row["world"] == 1)
     assert found[last]["noise/scale"] == pytest.approx(found[last + 1]["noise/scale"], rel=0.1)
-    (resize,) = events(here / "grown", "resize")
+    (resize,) = events(runs / "grown", "resize")
     noise = resize["to"]["lr_noise"]
     assert resize["moments"] == pytest.approx((1 + noise / 120) / (1 + noise / 40))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_main_job import HELD, RECIPE, driven
 
 from launcher.slurm.job_script import SCRIPT_BODY
 from launcher.sweep.points import quote_override
 from tests.helpers import wandb_file
-from tests.helpers.jobs import environment, events, furthest, rows, wait_for
+from tests.helpers.jobs import environment, events, furthest, rows, training, wait_for
 from tests.helpers.slurm_cluster import Slurm
+from tests.helpers.small_job import HELD, LAUNCHER, RECIPE, run_launcher
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 LONG = [*HELD, "train.duration=100000ep", "checkpoint.every=200ba"]
@@ -38,23 +40,23 @@ def env(**more: str) -> dict[str, str]:
     return environment(**{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more})
 
 
-def over(slurm: Slurm, job: str) -> Callable[[], bool]:
+def has_ended(slurm: Slurm, job: str) -> Callable[[], bool]:
     return lambda: slurm.state(job) in OVER
 
 
-def printed(project: Path, job: str) -> str:
+def read_output(project: Path, job: str) -> str:
     return (project / f"{job}.out").read_text()
 
 
-def test_two_nodes_train_what_one_process_trains(slurm: Slurm, project: Path) -> None:
+def test_two_nodes_equal_one_process(slurm: Slurm, project: Path) -> None:
     script = str(SCRIPTS / "train.sbatch")
     job = slurm.submit(script, *HELD, "train.precision=fp64", cwd=project, env=env())
-    wait_for(over(slurm, job), 150)
-    assert slurm.state(job) == "COMPLETED", printed(project, job)
+    wait_for(has_ended(slurm, job))
+    assert slurm.state(job) == "COMPLETED", read_output(project, job)
     run_dir = project / f"runs/own-{job}"
     assert (run_dir / "done.json").exists()
     assert events(run_dir, "start")[0]["nodes"] == 2
-    driven(project, *HELD, "train.precision=fp64", "run.name=one")
+    run_launcher(project, *HELD, "train.precision=fp64", "run.name=one")
     assert furthest(run_dir, project / "runs/one") <= 1e-10
 
 
@@ -62,7 +64,7 @@ def saved(run_dir: Path) -> bool:
     return any(run_dir.glob("checkpoints/update-*/manifest.json"))
 
 
-def once_each(run_dir: Path) -> None:
+def assert_each_update_once(run_dir: Path) -> None:
     """Assert that no update is lost and none is trained twice."""
     updates = [row["update"] for row in rows(run_dir)]
     assert updates == list(range(1, len(updates) + 1))
@@ -78,42 +80,42 @@ def started(run_dir: Path, times: int) -> Callable[[], bool]:
     return state
 
 
-def verb(slurm: Slurm, project: Path, *words: str, status: int = 0) -> str:
+def run_on_slurm(slurm: Slurm, project: Path, *words: str, status: int = 0) -> str:
     """Return the output of the launcher, run where Slurm's commands are available."""
-    done = driven(project, *words, status=status, **slurm.env)
+    done = run_launcher(project, *words, status=status, **slurm.env)
     return done.stdout + done.stderr
 
 
-def test_five_preemptions_lose_no_update_and_repeat_none(slurm: Slurm, project: Path) -> None:
+def test_five_preemptions_lose_and_repeat_nothing(slurm: Slurm, project: Path) -> None:
     """Jobs of a higher partition take the nodes; then the user stops the run, which is not requeued."""
     script = str(SCRIPTS / "train.sbatch")
     job = slurm.submit("--nodes=1", script, *LONG, "run.name=p", cwd=project, env=env())
     run_dir = project / "runs/p"
     for times in range(1, 6):
-        wait_for(started(run_dir, times), 150)
+        wait_for(started(run_dir, times))
         above = slurm.submit("--partition=high", "--nodes=3", "--exclusive", "--wrap=true", cwd=project, env=env())
-        wait_for(over(slurm, above), 120)
+        wait_for(has_ended(slurm, above))
         assert slurm.state(above) == "COMPLETED"
         assert len(events(run_dir, "preempt")) == times
-    wait_for(started(run_dir, 6), 150)
-    assert "Slurm job" in verb(slurm, project, "status", "p")
-    verb(slurm, project, "stop", "p")
+    wait_for(started(run_dir, 6))
+    assert "Slurm job" in run_on_slurm(slurm, project, "status", "p")
+    run_on_slurm(slurm, project, "stop", "p")
     assert slurm.state(job) == "COMPLETED"
-    once_each(run_dir)
+    assert_each_update_once(run_dir)
 
 
-def test_a_job_at_its_time_limit_is_queued_again_and_stays_one_run_in_wandb(slurm: Slurm, project: Path) -> None:
+def test_time_limit_requeues_one_wandb_run(slurm: Slurm, project: Path) -> None:
     own = [*(word for word in LONG if word != "sink=[]"), "sink=wandb", "run.name=t"]
     offline = env(WANDB_MODE="offline")
     job = slurm.submit("--time=2", str(SCRIPTS / "train.sbatch"), *own, cwd=project, env=offline)
     run_dir = project / "runs/t"
-    wait_for(started(run_dir, 1), 150)
+    wait_for(started(run_dir, 1))
     slurm.ask("scontrol", "update", f"jobid={job}", "timelimit=1")
-    wait_for(lambda: slurm.facts(job)["Restarts"] == "1", 150)
-    once_each(run_dir)
-    wait_for(started(run_dir, 2), 150)
-    verb(slurm, project, "stop", "t")
-    once_each(run_dir)
+    wait_for(lambda: slurm.facts(job)["Restarts"] == "1")
+    assert_each_update_once(run_dir)
+    wait_for(started(run_dir, 2))
+    run_on_slurm(slurm, project, "stop", "t")
+    assert_each_update_once(run_dir)
     one_wandb_run(run_dir)
 
 
@@ -123,72 +125,70 @@ def one_wandb_run(run_dir: Path) -> None:
     assert len(files) == 2
     ids = {record.run.run_id for path in files for record in wandb_file.records(path) if record.HasField("run")}
     assert ids == {(run_dir / "wandb-id").read_text().strip()}
-    told = [row["update"] for path in files for row in wandb_file.rows(path) if "train/loss" in row]
-    assert told == sorted(set(told))
+    updates = [row["update"] for path in files for row in wandb_file.rows(path) if "train/loss" in row]
+    assert updates == sorted(set(updates))
 
 
-def test_a_job_that_fails_three_times_at_the_same_place_is_not_queued_again(slurm: Slurm, project: Path) -> None:
+def test_job_failing_three_times_is_not_requeued(slurm: Slurm, project: Path) -> None:
     script = str(SCRIPTS / "train.sbatch")
     job = slurm.submit("--nodes=1", script, *HELD, "+recipe.fail_on=0", cwd=project, env=env())
-    wait_for(over(slurm, job), 240)
+    wait_for(has_ended(slurm, job))
     assert slurm.state(job) == "FAILED"
-    last = printed(project, job).splitlines()[-1]
+    last = read_output(project, job).splitlines()[-1]
     assert last.startswith("error: failed 3 times since the same checkpoint, not requeued: rank 0 failed in own.py:")
     assert "boom" in last
     assert slurm.facts(job)["Restarts"] == "0", "torchrun has tried three times in the first job"
 
 
-def test_a_wrong_request_ends_the_job_at_once(slurm: Slurm, project: Path) -> None:
+def test_wrong_request_ends_the_job(slurm: Slurm, project: Path) -> None:
     job = slurm.submit(str(SCRIPTS / "elastic.sbatch"), *HELD, "batch.global=900", cwd=project, env=env())
-    wait_for(over(slurm, job), 120)
+    wait_for(has_ended(slurm, job))
     assert slurm.facts(job)["ExitCode"] == "2:0"
-    [line] = [line for line in printed(project, job).splitlines() if line.startswith("error: ")]
+    [line] = [line for line in read_output(project, job).splitlines() if line.startswith("error: ")]
     assert "batch.global=900 exceeds the 203 training samples" in line
     assert not (project / "runs").exists()
 
 
-def test_a_node_is_lost_and_the_others_go_on(slurm: Slurm, project: Path) -> None:
+def test_job_survives_a_lost_node(slurm: Slurm, project: Path) -> None:
     """Three nodes, then two: the batch is constant, the event describes the change, and lost work is repeated."""
     own = [*LONG, "run.name=e", "checkpoint.every=3ba"]
     job = slurm.submit("--nodes=3", str(SCRIPTS / "elastic.sbatch"), *own, cwd=project, env=env())
     run_dir = project / "runs/e"
-    wait_for(lambda: saved(run_dir), 150)
+    wait_for(lambda: saved(run_dir))
     try:
         slurm.lose("node3")
-        wait_for(started(run_dir, 2), 150)
+        wait_for(started(run_dir, 2))
     finally:
         slurm.recover("node3")
     assert slurm.state(job) == "RUNNING"
     [resize] = events(run_dir, "resize")
     assert (resize["from"]["shares"], resize["to"]["shares"]) == ([17, 17, 16], [25, 25])
     assert resize["why"] == "3 workers before, 2 now"
-    verb(slurm, project, "stop", "e")
+    run_on_slurm(slurm, project, "stop", "e")
     assert slurm.state(job) in ("COMPLETED", "NODE_FAIL")
     found = rows(run_dir)
     assert {row["batch/global"] for row in found} == {50}
     assert {row["update"] for row in found} == set(range(1, max(row["update"] for row in found) + 1))
 
 
-def test_a_pool_grows_from_one_node_to_three_and_goes_on_when_the_one_with_the_rendezvous_goes(
-    slurm: Slurm, project: Path
-) -> None:
+def test_pool_grows_and_survives_its_rendezvous_node(slurm: Slurm, project: Path) -> None:
     """Tasks of two arrays, one with two workers: shares as for four workers. Joining costs no update."""
     script = str(SCRIPTS / "pool.sbatch")
     job = slurm.submit("--exclusive", "--array=0-1%1", script, *LONG, "run.name=pool", cwd=project, env=env())
     run_dir = project / "runs/pool"
-    wait_for(lambda: bool(rows(run_dir)), 150)
+    wait_for(lambda: bool(rows(run_dir)))
     assert rows(run_dir)[-1]["world"] == 1
     slurm.ask("scontrol", "update", f"jobid={job}", "arraytaskthrottle=2")
     more = env(LAUNCHER_WORKERS="2")
     slurm.submit("--exclusive", "--array=0-0", script, *LONG, "run.name=pool", cwd=project, env=more)
-    wait_for(lambda: rows(run_dir)[-1]["world"] == 4, 150)
-    once_each(run_dir)
-    before = serves(run_dir)
+    wait_for(lambda: rows(run_dir)[-1]["world"] == 4)
+    assert_each_update_once(run_dir)
+    before = read_rendezvous_node(run_dir)
     [first] = [line.split()[0] for line in slurm.ask("squeue", "-h", "-o", "%i %N").splitlines() if before in line]
-    assert first == f"{job}_0", "the first one there serves"
+    assert first == f"{job}_0", "the first task serves the rendezvous"
     slurm.ask("scancel", first)
-    wait_for(lambda: rows(run_dir)[-1]["world"] == 3 and serves(run_dir) != before, 150)
-    verb(slurm, project, "stop", "pool")
+    wait_for(lambda: rows(run_dir)[-1]["world"] == 3 and read_rendezvous_node(run_dir) != before)
+    run_on_slurm(slurm, project, "stop", "pool")
     found = rows(run_dir)
     assert {row["batch/global"] for row in found} == {50}
     assert {row["update"] for row in found} == set(range(1, found[-1]["update"] + 1))
@@ -198,7 +198,7 @@ def test_a_pool_grows_from_one_node_to_three_and_goes_on_when_the_one_with_the_r
     assert not [event for event in events(run_dir, "alarm") if event["kind"] == "gate"]
 
 
-def serves(run_dir: Path) -> str:
+def read_rendezvous_node(run_dir: Path) -> str:
     """Return the node of the pool's rendezvous."""
     return (run_dir / "rendezvous").read_text().partition(":")[0] if (run_dir / "rendezvous").exists() else ""
 
@@ -206,54 +206,54 @@ def serves(run_dir: Path) -> str:
 HOSTILE = "a b'; touch hacked; echo \"$(touch hacked)`touch hacked` \\ # %j é"
 
 
-def test_what_launch_slurm_submits_trains_on_two_nodes_whatever_the_values_hold(slurm: Slurm, project: Path) -> None:
+def test_launch_slurm_passes_any_value_unchanged(slurm: Slurm, project: Path) -> None:
     """Values with shell and Slurm metacharacters reach the training unchanged and execute nothing."""
     own = [*HELD, "launch=slurm", "launch.nodes=2", "launch.time=10min", "run.dir=here and/there $HOME"]
     own = [*own, f"launch.env.MARK={quote_override(HOSTILE)}", f"sink.wandb.group={quote_override(HOSTILE)}"]
     own.remove("sink=[]")
-    shown = verb(slurm, project, *own, "launch.dry_run=true")
+    shown = run_on_slurm(slurm, project, *own, "launch.dry_run=true")
     assert "#SBATCH --nodes=2\n" in shown
     assert "#SBATCH --time=10\n" in shown
     assert sorted(path.name for path in project.iterdir()) == ["own.py"], "a dry run leaves nothing behind"
-    told = verb(slurm, project, *own)
-    job = told.partition("Slurm job ")[2].partition(",")[0]
-    wait_for(over(slurm, job), 150)
+    printed = run_on_slurm(slurm, project, *own)
+    job = printed.partition("Slurm job ")[2].partition(",")[0]
+    wait_for(has_ended(slurm, job))
     run_dir = project / "here and/there $HOME"
     assert (run_dir / "done.json").exists(), (project / f"runs/.slurm/{job}.out").read_text()
     assert not (project / "hacked").exists()
     kept = yaml.safe_load((run_dir / "run.yaml").read_text())
     assert kept["launch"]["env"]["MARK"] == HOSTILE
     assert kept["sink"]["wandb"]["group"] == HOSTILE
-    assert "complete" in verb(slurm, project, "status", str(run_dir))
-    assert "no sbatch here" in driven(project, *own, status=2, PATH="/nowhere").stderr
+    assert "complete" in run_on_slurm(slurm, project, "status", str(run_dir))
+    assert "no sbatch here" in run_launcher(project, *own, status=2, PATH="/nowhere").stderr
 
 
-def test_a_sweep_of_four_through_submitit_goes_on_past_points_that_fail(slurm: Slurm, project: Path) -> None:
+def test_submitit_sweep_continues_past_failed_points(slurm: Slurm, project: Path) -> None:
     """Failed points are shown, and the others finish."""
     if os.environ.get("LAUNCHER_NEEDS_SLURM") is None:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     own = ["-m", *HELD, "train.duration=1ep", "run.name=s", "recipe.fail_on=-1,0", "seed=0,1", "elastic.max_restarts=0"]
     through = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10", "hydra.launcher.cpus_per_task=1"]
     own = [word.replace("recipe.fail_on", "+recipe.fail_on") for word in own]
-    told = verb(slurm, project, *own, *through, status=1)
-    lines = [line.split() for line in told.splitlines() if line[:4].strip() in {"0", "1", "2", "3"}]
+    printed = run_on_slurm(slurm, project, *own, *through, status=1)
+    lines = [line.split() for line in printed.splitlines() if line[:4].strip() in {"0", "1", "2", "3"}]
     assert [line[3] == "failed" for line in lines] == [False, False, True, True]
     assert [(project / f"runs/s/{point}/done.json").exists() for point in range(4)] == [True, True, False, False]
     starts = [len(events(project / f"runs/s/{point}", "start")) for point in (0, 1)]
     assert starts == [1, 1]
-    assert "time-optimal: point" in told
-    assert "accuracy-optimal: point" in told
+    assert "time-optimal: point" in printed
+    assert "accuracy-optimal: point" in printed
 
 
-def test_the_tasks_of_an_array_share_a_sweep(slurm: Slurm, project: Path) -> None:
+def test_array_tasks_share_a_sweep(slurm: Slurm, project: Path) -> None:
     own = [*HELD, "train.duration=1ep", "seed=0,1", "run.name=a"]
     job = slurm.submit(str(SCRIPTS / "sweep.sbatch"), *own, cwd=project, env=env())
-    wait_for(lambda: all((project / f"runs/a/{point}/done.json").exists() for point in range(2)), 150)
-    wait_for(lambda: not slurm.ask("squeue", "-h", "-t", "R,PD", "-j", job), 60)
-    assert "not run" in printed(project, job)
+    wait_for(lambda: all((project / f"runs/a/{point}/done.json").exists() for point in range(2)))
+    wait_for(lambda: not slurm.ask("squeue", "-h", "-t", "R,PD", "-j", job))
+    assert "not run" in read_output(project, job)
 
 
-def test_the_scripts_are_sound() -> None:
+def test_scripts_are_sound() -> None:
     """The scripts pass bash and shellcheck, and end like the ones that launch=slurm submits."""
     scripts = sorted(SCRIPTS.glob("*.sbatch"))
     assert [path.stem for path in scripts] == ["elastic", "pool", "sweep", "train"]
@@ -262,3 +262,33 @@ def test_the_scripts_are_sound() -> None:
         assert ("elastic" in path.stem or "train" in path.stem) == path.read_text().endswith(SCRIPT_BODY)
     if shutil.which("shellcheck") or os.environ.get("LAUNCHER_NEEDS_SLURM"):
         subprocess.run(["shellcheck", *scripts], check=True)
+
+
+def test_watch_shows_a_waiting_and_requeued_job(slurm: Slurm, project: Path) -> None:
+    run, out = project / "runs/s", project / "watched.txt"
+    above = ["--partition=high", "--nodes=3", "--exclusive"]
+    blocker = slurm.submit(*above, "--wrap=sleep 600", cwd=project, env=env())
+    wait_for(lambda: slurm.state(blocker) == "RUNNING")
+    run_on_slurm(slurm, project, *LONG, "launch=slurm", "launch.workers=1", "run.name=s")
+    job = json.loads((run / "slurm.json").read_text())["job"]
+    with out.open("w") as file:
+        argv = [*LAUNCHER, "watch", "s"]
+        watching = subprocess.Popen(argv, cwd=project, env=env(**slurm.env), stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: re.search(rf"Slurm job {job}, PENDING .*waiting for it to start", out.read_text()))
+        slurm.ask("scancel", blocker)
+        wait_for(lambda: "Own on 1 worker\n" in out.read_text())
+        wait_for(training(run))
+        short = slurm.submit(*above, "--wrap=true", cwd=project, env=env())
+        wait_for(lambda: "Own on 1 worker · start 2\n" in out.read_text())
+        assert slurm.state(short) == "COMPLETED"
+        assert watching.poll() is None
+        run_on_slurm(slurm, project, "stop", "s")
+        assert watching.wait(timeout=200) == 0
+    finally:
+        watching.kill()
+        watching.wait()
+    text = out.read_text()
+    assert len(events(run, "preempt")) == text.count("\nstopped at update") == 2
+    assert [event["why"] for event in events(run, "preempt")][-1] == "launcher stop"
+    assert "runs/s is not running: at update" in text.splitlines()[-1]

@@ -1,25 +1,28 @@
-"""Strategies are layouts of the same training: same parameters and checkpoints, at any world size."""
+"""Strategies are layouts of the same training: same parameters and checkpoints, at any world size.
+
+Most jobs run in four starts of workers, at world sizes 1, 2, 3 and 1.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
-from test_main_job import HELD as HELD_JOB
-from test_main_job import driven, here  # noqa: F401 (a fixture)
 
 from launcher.checkpoint.manifest import VerifiedCheckpoint, latest_valid
 from launcher.checkpoint.tensor_io import load_checkpoint
+from tests.helpers.job_sequence import Job, train_in_sequence
 from tests.helpers.jobs import environment, events, furthest, rows
+from tests.helpers.small_job import HELD as HELD_JOB
+from tests.helpers.small_job import run_launcher
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 #: Sizes that nothing divides and two parameter groups; the tail of each epoch is 2 samples, the last update 34.
 HELD = [
@@ -35,52 +38,89 @@ FSDP = ["strategy=fsdp", "strategy.meta_init=true"]
 LAYOUTS = {"fsdp": FSDP, **{f"zero{n}": ["strategy=deepspeed", f"strategy.stage={n}"] for n in range(4)}}
 
 
-@dataclass(frozen=True)
-class Job:
-    """Arguments of a training, or of a job that loads the checkpoint `carry` and saves it again."""
-
-    arguments: Sequence[str]
-    carry: Path | None = None
-
-
-def sessions(folder: Path, world: int, jobs: Mapping[str, Job], **env: str) -> None:
-    """Run each of `jobs` on `world` workers, in sequence, in the folder of its name."""
-    told = folder / f"jobs-{world}.json"
-    lines = [
-        {"arguments": [*job.arguments, f"run.dir={folder / name}"], "carry": job.carry and str(job.carry)}
-        for name, job in jobs.items()
-    ]
-    told.write_text("\n".join(map(json.dumps, lines)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    script = Path(__file__).parents[1] / "helpers" / "sessions.py"
-    command = [*torchrun, str(script), str(told)]
-    done = subprocess.run(
-        command, check=False, env=environment(**env), capture_output=True, text=True, cwd=folder, timeout=580
-    )
-    said = [line for line in done.stderr.splitlines() if not line.startswith("E1")]
-    assert done.returncode == 0, "\n".join(said[:60])
+GPT = [
+    *("recipe=gpt", "recipe.layers=2", "recipe.width=30", "recipe.heads=3", "recipe.block=16", "sink=[]"),
+    *("batch.global=8", "batch.per_device=4", "train.duration=40sp", "train.validate_every=null"),
+    *("lr.base_batch=8", "checkpoint.every=null", "recipe.text_bytes=4000"),
+]
+RESNET = [
+    *("recipe=resnet", "recipe.subset=60", "recipe.width=5", "sink=[]", "batch.global=20", "batch.per_device=10"),
+    *("train.duration=60sp", "train.validate_every=null", "checkpoint.every=null"),
+]
+MODELS = {"gpt": GPT, "resnet": RESNET}
+PARALLEL = {"ddp": [], **LAYOUTS}
+UNSHARDED_BLOCKS = ["strategy=fsdp", "strategy.reshard_after_forward=false"]
+VALIDATED = {"kept": UNSHARDED_BLOCKS, **PARALLEL}
+RECOMPUTED = {"gpt": [*GPT, "recipe.dropout=0.2"], "resnet": RESNET}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference: DDP on one worker."""
-    folder = tmp_path_factory.mktemp("alone")
-    sessions(folder, 1, {name: Job([*HELD, *options]) for name, options in OPTIMIZERS.items()})
-    return folder
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_parameters_are_those_of_ddp_on_one_worker(alone: Path, tmp_path: Path, world: int) -> None:
-    """Uneven shares, with three workers also unequal numbers of micro-batches, and tails without samples for a rank."""
-    jobs = {
-        f"{layout}-{name}": Job([*HELD, *options, *strategy])
+def compared_jobs(world_size: int) -> dict[str, Job]:
+    """The jobs whose parameters are compared with DDP on one worker."""
+    return {
+        f"{layout}-{name}-{world_size}": Job([*HELD, *options, *strategy])
         for layout, strategy in LAYOUTS.items()
         for name, options in OPTIMIZERS.items()
     }
-    sessions(tmp_path, world, jobs)
-    for job in jobs:
-        assert furthest(alone / job.split("-")[1], tmp_path / job) <= 1e-5, job
-        assert [row["update"] for row in rows(tmp_path / job)] == list(range(1, 22))
+
+
+def carrying_jobs(folder: Path, world_size: int, before: str) -> dict[str, Job]:
+    """The jobs that load the last checkpoint written at the world size `before`, and save it again."""
+    return {
+        f"{name}-{layout}-{world_size}-{sharded}": Job(
+            [*arguments, *strategy, f"checkpoint.sharded={sharded}"], newest_of(folder / f"{name}{before}").path
+        )
+        for layout, strategy in PARALLEL.items()
+        for name, arguments in MODELS.items()
+        for sharded in ("false", "true")
+    }
+
+
+def validated_jobs() -> dict[str, Job]:
+    every = ["train.validate_every=1ba", "checkpoint.sharded=true"]
+    plain = {f"plain-{layout}": Job([*GPT, *strategy]) for layout, strategy in VALIDATED.items()}
+    return plain | {f"validated-{layout}": Job([*GPT, *strategy, *every]) for layout, strategy in VALIDATED.items()}
+
+
+def recomputing_jobs() -> dict[str, Job]:
+    jobs = {}
+    for layout, strategy in PARALLEL.items():
+        for name, arguments in RECOMPUTED.items():
+            jobs[f"stored-{name}-{layout}"] = Job([*arguments, *strategy])
+            jobs[f"recomputed-{name}-{layout}"] = Job([*arguments, *strategy, "train.activation_checkpointing=true"])
+    return jobs
+
+
+def straggling_jobs(folder: Path) -> dict[str, Job]:
+    """Rank 1 sleeps 50 ms per micro-batch; in `gathering` all parameters are gathered in forward and backward."""
+    config = folder / "gathering.json"
+    config.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    layouts = {**LAYOUTS, "gathering": [*LAYOUTS["zero3"], f"strategy.config={config}"]}
+    return {
+        f"straggling-{layout}": Job([*GPT, *strategy, "train.duration=160sp"], fault="slow@data:1:0")
+        for layout, strategy in layouts.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the finished runs of every job; those of DDP on one worker are the reference."""
+    folder = tmp_path_factory.mktemp("strategies")
+    reference = {name: Job([*HELD, *options]) for name, options in OPTIMIZERS.items()}
+    models = {name: Job(arguments) for name, arguments in MODELS.items()}
+    train_in_sequence(folder, 1, reference | models | compared_jobs(1))
+    on_two = compared_jobs(2) | validated_jobs() | recomputing_jobs() | straggling_jobs(folder)
+    train_in_sequence(folder, 2, on_two | carrying_jobs(folder, 2, before=""))
+    train_in_sequence(folder, 3, compared_jobs(3) | carrying_jobs(folder, 3, before="-zero3-2-true"))
+    train_in_sequence(folder, 1, carrying_jobs(folder, 1, before="-zero3-3-true"))
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_parameters_equal_ddp_on_one_worker(runs: Path, world_size: int) -> None:
+    """Uneven shares, with three workers also unequal numbers of micro-batches, and tails without samples for a rank."""
+    for job in compared_jobs(world_size):
+        assert furthest(runs / job.split("-")[1], runs / job) <= 1e-5, job
+        assert [row["update"] for row in rows(runs / job)] == list(range(1, 22))
 
 
 def newest_of(run_dir: Path) -> VerifiedCheckpoint:
@@ -111,158 +151,102 @@ def aliases(found: VerifiedCheckpoint) -> dict[str, list[str]]:
     return {name: facts["aliases"] for name, facts in found.manifest.tensors.items() if "/" not in name}
 
 
-GPT = [
-    *("recipe=gpt", "recipe.layers=2", "recipe.width=30", "recipe.heads=3", "recipe.block=16", "sink=[]"),
-    *("batch.global=8", "batch.per_device=4", "train.duration=40sp", "train.validate_every=null"),
-    *("lr.base_batch=8", "checkpoint.every=null", "recipe.text_bytes=4000"),
-]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_gpus_they_are_those_of_the_cpu(alone: Path, tmp_path: Path) -> None:
+def test_parameters_on_gpus_equal_the_cpus(tmp_path: Path) -> None:
     """As many workers as GPUs, up to three, over NCCL."""
+    train_in_sequence(tmp_path, 1, {name: Job([*HELD, *options]) for name, options in OPTIMIZERS.items()})
     jobs = {
         f"{layout}-{name}": Job([*HELD, *options, *strategy, "train.device=cuda"])
-        for layout, strategy in {"ddp": [], **LAYOUTS}.items()
+        for layout, strategy in PARALLEL.items()
         for name, options in OPTIMIZERS.items()
     }
-    sessions(tmp_path, min(3, torch.cuda.device_count()), jobs)
+    train_in_sequence(tmp_path, min(3, torch.cuda.device_count()), jobs)
     for job in jobs:
-        assert furthest(alone / job.split("-")[1], tmp_path / job) <= 1e-4, job
+        assert furthest(tmp_path / job.split("-")[1], tmp_path / job) <= 1e-4, job
 
 
-RESNET = [
-    *("recipe=resnet", "recipe.subset=60", "recipe.width=5", "sink=[]", "batch.global=20", "batch.per_device=10"),
-    *("train.duration=60sp", "train.validate_every=null", "checkpoint.every=null"),
-]
+def test_checkpoints_equal_whichever_layout_wrote_them(runs: Path) -> None:
+    """A tied embedding, buffers, groups: from DDP through each layout at 2, 3 and 1 workers, whole and sharded."""
+    start = {name: newest_of(runs / name) for name in MODELS}
+    for world_size in (2, 3, 1):
+        for layout in PARALLEL:
+            for name in MODELS:
+                for sharded in ("false", "true"):
+                    found = newest_of(runs / f"{name}-{layout}-{world_size}-{sharded}")
+                    assert_same(start[name], found)
+                    files = [file for file in found.manifest.files if file.startswith("model")]
+                    assert len(files) == (world_size if sharded == "true" else 1)
 
 
-def test_a_checkpoint_is_the_same_whoever_wrote_it(tmp_path: Path) -> None:
-    """A tied embedding, buffers, groups: from DDP through each layout at 2, 1 and 3 workers, whole and sharded."""
-    models = {"gpt": GPT, "resnet": RESNET}
-    sessions(tmp_path, 1, {name: Job(arguments) for name, arguments in models.items()})
-    start = {name: newest_of(tmp_path / name) for name in models}
-    last = dict(start)
-    for world in (2, 1, 3):
-        jobs = {}
-        for layout, strategy in {"ddp": [], **LAYOUTS}.items():
-            for name, arguments in models.items():
-                for parts in ("false", "true"):
-                    settings = [*arguments, *strategy, f"checkpoint.sharded={parts}"]
-                    jobs[f"{name}-{layout}-{world}-{parts}"] = Job(settings, last[name].path)
-        sessions(tmp_path, world, jobs)
-        for job in jobs:
-            found = newest_of(tmp_path / job)
-            name, _, _, parts = job.split("-")
-            assert_same(start[name], found)
-            files = [file for file in found.manifest.files if file.startswith("model")]
-            assert len(files) == (world if parts == "true" else 1)
-            last[name] = found
+def test_validation_does_not_change_checkpoints(runs: Path) -> None:
+    """FSDP leaves some blocks gathered: the outermost one, and with reshard_after_forward=false all of them."""
+    for layout in VALIDATED:
+        assert_same_tensors(newest_of(runs / f"plain-{layout}"), newest_of(runs / f"validated-{layout}"))
+        assert furthest(runs / "plain-ddp", runs / f"plain-{layout}") <= 1e-5, layout
 
 
-def test_a_validation_between_changes_nothing_of_what_is_saved(tmp_path: Path) -> None:
-    """FSDP leaves some blocks gathered: the outermost one, and with reshard=false all of them."""
-    layouts = {"ddp": [], "kept": ["strategy=fsdp", "strategy.reshard_after_forward=false"], **LAYOUTS}
-    jobs = {}
-    for layout, strategy in layouts.items():
-        jobs[layout] = Job([*GPT, *strategy])
-        jobs[f"{layout}-validated"] = Job([*GPT, *strategy, "train.validate_every=1ba", "checkpoint.sharded=true"])
-    sessions(tmp_path, 2, jobs)
-    for layout in layouts:
-        assert_same_tensors(newest_of(tmp_path / layout), newest_of(tmp_path / f"{layout}-validated"))
-        assert furthest(tmp_path / "ddp", tmp_path / layout) <= 1e-5, layout
-
-
-def test_activations_computed_anew_change_nothing(tmp_path: Path) -> None:
+def test_activation_checkpointing_changes_nothing(runs: Path) -> None:
     """Bitwise equal, with dropout (same draws) and BatchNorm (statistics updated once), in each layout."""
-    models = {"gpt": [*GPT, "recipe.dropout=0.2"], "resnet": RESNET}
-    anew = "train.activation_checkpointing=true"
-    jobs = {}
-    for layout, strategy in {"ddp": [], **LAYOUTS}.items():
-        for name, arguments in models.items():
-            jobs[f"{name}-{layout}"] = Job([*arguments, *strategy])
-            jobs[f"{name}-{layout}-anew"] = Job([*arguments, *strategy, anew])
-    sessions(tmp_path, 2, jobs)
-    for job in jobs:
-        if not job.endswith("-anew"):
-            assert furthest(tmp_path / job, tmp_path / f"{job}-anew") == 0.0, job
+    for layout in PARALLEL:
+        for name in RECOMPUTED:
+            job = f"{name}-{layout}"
+            assert furthest(runs / f"stored-{job}", runs / f"recomputed-{job}") == 0.0, job
 
 
-def test_who_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
-    """Rank 1 sleeps 50 ms per micro-batch; rank 0 waits for rank 1, wherever the strategy synchronises.
+@pytest.mark.parametrize("layout", [*LAYOUTS, "gathering"])
+def test_rank_that_delays_the_others_is_named(runs: Path, layout: str) -> None:
+    """Rank 1 sleeps; rank 0 waits for it, wherever the strategy synchronises.
 
     Not in every update: while a strategy starts up, rank 0 has more work and is briefly the late one.
     """
-    (tmp_path / "small_too.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
-    gathering = [*LAYOUTS["zero3"], f"strategy.config={tmp_path}/small_too.json"]
-    layouts = {**LAYOUTS, "gathering": gathering}
-    jobs = {layout: Job([*GPT, *strategy, "train.duration=160sp"]) for layout, strategy in layouts.items()}
-    sessions(tmp_path, 2, jobs, LAUNCHER_TEST_FAULTS="1", FAULT="slow@data:1:0")
-    for layout in jobs:
-        named = [row for row in rows(tmp_path / layout) if row["stage/rank"] == 1]
-        assert len(named) > 10, layout  # of twenty updates
-        assert all(row["stage/data/ms"] >= 50 for row in named), layout
-        assert median(row["stage/sync/ms_max"] for row in named) >= 40, layout
+    named = [row for row in rows(runs / f"straggling-{layout}") if row["stage/rank"] == 1]
+    assert len(named) > 10  # of twenty updates
+    assert all(row["stage/data/ms"] >= 50 for row in named)
+    assert median(row["stage/sync/ms_max"] for row in named) >= 40
 
 
 MEMORY = Path(__file__).parents[2] / "benchmarks/memory.py"
 
 
-def weighed(*arguments: str) -> dict[str, float]:
-    """The result of benchmarks/memory.py for two real workers and a GPT of 32 million parameters, 128 MB."""
+@cache
+def measure_memory(*arguments: str) -> dict[str, float]:
+    """Return the result of benchmarks/memory.py for two real workers and a GPT of 32 million parameters, 128 MB."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(MEMORY)]
     large = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is returned to the system
     command = [*torchrun, *arguments, "recipe.layers=10"]
-    done = subprocess.run(command, check=True, env=environment(**large), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, check=True, env=environment(**large), capture_output=True, text=True, timeout=600)
     found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return found
 
 
-def test_rank_0_alone_ever_holds_the_whole_model() -> None:
+def test_meta_init_builds_the_model_on_rank_0_only() -> None:
     """FSDP with strategy.meta_init=true; otherwise every rank first builds the whole model."""
     whole_mb = 128.0
-    assert weighed("strategy=fsdp", "strategy.meta_init=false")["start_peak_last_rank_MB"] > whole_mb
-    assert weighed(*FSDP)["start_peak_last_rank_MB"] < 0.75 * whole_mb
+    assert measure_memory("strategy=fsdp", "strategy.meta_init=false")["start_peak_last_rank_MB"] > whole_mb
+    assert measure_memory(*LAYOUTS["fsdp"])["start_peak_last_rank_MB"] < 0.75 * whole_mb
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "zero2"])
-def test_the_memory_that_a_plan_predicts_is_what_it_takes(layout: str) -> None:
+def test_memory_is_as_predicted_by_the_plan(layout: str) -> None:
     """Resident memory of two real workers, increased by 32 million parameters, gradients and AdamW state."""
-    found = weighed(*LAYOUTS[layout])
+    found = measure_memory(*LAYOUTS[layout])
     assert found["layout"] == layout
     assert 0.9 <= found["total_over_predicted"] <= 1.1
 
 
-SMALL = [
-    *("recipe.layers=2", "recipe.width=64", "recipe.heads=4", "recipe.block=64", "recipe.text_bytes=60000"),
-    *("batch.global=32", "lr.base_batch=32", "train.duration=8ba"),
-]
-
-
-@pytest.mark.parametrize(("experiment", "strategy"), [("gpt2_fsdp", "fsdp"), ("gpt2_zero3", "deepspeed")])
-def test_the_experiments_train_at_a_small_size(here: Path, experiment: str, strategy: str) -> None:  # noqa: F811
-    """In bf16 as at full size; the output names the strategy, and the loss falls."""
-    said = driven(here, f"experiment={experiment}", *SMALL, "launch.workers=2", "run.name=small")
-    assert strategy in said.stdout + said.stderr
-    [start] = events(here / "runs/small", "start")
-    assert (start["strategy"], start["precision"], start["world"]) == (strategy, "bf16", 2)
-    losses = [row["train/loss"] for row in rows(here / "runs/small")]
-    assert len(losses) == 8
-    assert losses[-1] < losses[0]
-
-
-def test_a_job_changes_its_strategy_and_its_workers_on_the_way(here: Path) -> None:  # noqa: F811
+@pytest.mark.core
+def test_job_changes_to_fsdp_and_back(workdir: Path) -> None:
     """DDP on 2, FSDP on 3 with sharded saving and a lost worker, DDP on 1: the parameters of one process."""
     job = [*HELD_JOB, "train.precision=fp64", "optimizer=adamw", "lr.base=0.01", "schedule=cosine"]
-    driven(here, *job, "launch.workers=1", "run.name=whole")
+    run_launcher(workdir, *job, "launch.workers=1", "run.name=whole")
     fault = {"LAUNCHER_TEST_FAULTS": "1"}
-    driven(here, *job, "launch.workers=2", "run.name=parts", **fault, FAULT="stop@forward:0:6:1")
+    run_launcher(workdir, *job, "launch.workers=2", "run.name=parts", **fault, FAULT="stop@forward:0:6:1")
     fsdp = ["strategy=fsdp", "checkpoint.sharded=true", "launch.workers=3", "run.name=parts"]
-    driven(here, *job, *fsdp, **fault, FAULT="kill@backward:1:9:2,stop@forward:0:14:3")
-    driven(here, *job, "launch.workers=1", "run.name=parts")
-    assert furthest(here / "runs/whole", here / "runs/parts") <= 1e-10
-    found = {row["update"]: row for row in rows(here / "runs/parts")}
+    run_launcher(workdir, *job, *fsdp, **fault, FAULT="kill@backward:1:9:2,stop@forward:0:14:3")
+    run_launcher(workdir, *job, "launch.workers=1", "run.name=parts")
+    assert furthest(workdir / "runs/whole", workdir / "runs/parts") <= 1e-10
+    found = {row["update"]: row for row in rows(workdir / "runs/parts")}
     assert list(found) == list(range(1, 26))
-    changed = [event["changed"] for event in events(here / "runs/parts", "resume")]
+    changed = [event["changed"] for event in events(workdir / "runs/parts", "resume")]
     assert [change.get("strategy.name") for change in changed] == [["ddp", "fsdp"], None, ["fsdp", "ddp"]]

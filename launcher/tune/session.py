@@ -147,7 +147,10 @@ def measure_on_rank(
 
 
 def lookup_cached(key: Mapping[str, Any], allowed: float | None) -> tuple[dict[str, Any] | None, list[str]]:
-    """Look up the cache for this key: the document or None, and notes. Only rank 0 reads it, as nodes' copies differ."""
+    """Look up the cache for this key: the document or None, and notes.
+
+    Only rank 0 calls it, as the copies of the nodes may differ.
+    """
     found = cache.lookup(key)
     if found.profile is None:
         return None, list(found.notes)

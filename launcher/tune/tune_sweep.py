@@ -43,34 +43,34 @@ def tune_sweep(args: Sequence[str], measure: MeasureFunction | None = None) -> i
     """
     arguments = HydraArgs.parse(args)
     composer = ConfigComposer(arguments.config_dirs)
-    asked = composer.read_sweep_request(arguments.overrides)
-    refuse_sweep_options(asked, arguments.shard)
-    points = composer.expand_points(asked.config)
+    request = composer.read_sweep_request(arguments.overrides)
+    refuse_sweep_options(request, arguments.shard)
+    points = composer.expand_points(request.config)
     check_sweep_points(points)
-    composed = [composer.compose_single(words) for words in points]
+    composed = [composer.compose_single(overrides) for overrides in points]
     first = composed[0].config
     if first.launch.dry_run:
-        return max(tuning.tune_batch_size(one.config) for one in composed)
+        return max(tuning.tune_batch_size(point.config) for point in composed)
     with sigterm_as_keyboard_interrupt():  # covers the time between two points too
-        each = zip(points, composed, strict=True)
-        found = [
-            measure_point(number, point_overrides(words), one, measure) for number, (words, one) in enumerate(each)
+        results = [
+            measure_point(number, point_overrides(overrides), point, measure)
+            for number, (overrides, point) in enumerate(zip(points, composed, strict=True))
         ]
-        print_points(found, first)
-    return max(point.status for point in found)
+        print_points(results, first)
+    return max(result.status for result in results)
 
 
-def refuse_sweep_options(asked: SweepRequest, share: tuple[int, int]) -> None:
+def refuse_sweep_options(request: SweepRequest, shard: tuple[int, int]) -> None:
     """Reject options of training sweeps that `tune -m` does not support."""
-    for name, value in vars(asked.settings.sweep).items():
+    for name, value in vars(request.settings.sweep).items():
         if value != getattr(SweepConfig(), name):
             raise UsageError(
                 f"sweep.{name}={value} is only for training: tune measures the listed points one after the other, "
                 "each on the whole machine: leave it out"
             )
-    if share[1] > 1:
-        raise UsageError(f"--shard={share[0]}/{share[1]} is only for training (tune prints one table): leave it out")
-    if not asked.here:
+    if shard[1] > 1:
+        raise UsageError(f"--shard={shard[0]}/{shard[1]} is only for training (tune prints one table): leave it out")
+    if not request.here:
         raise UsageError(UNSUPPORTED_PLUGIN.format("launcher"))
 
 
@@ -79,33 +79,35 @@ def check_sweep_points(points: Sequence[Sequence[str]]) -> None:
     if not points:
         raise UsageError(UNSUPPORTED_PLUGIN.format("sweeper"))
     for key in OUTPUT_KEYS:
-        if len({word for words in points for word in words if word.partition("=")[0] == key}) > 1:
+        if len({override for point in points for override in point if override.partition("=")[0] == key}) > 1:
             raise UsageError(f"{key} can't be swept over, as all points go into one table: type one value")
 
 
 def measure_point(
-    number: int, words: Sequence[str], composed: ComposedConfig, measure: MeasureFunction | None
+    number: int, overrides: Sequence[str], composed: ComposedConfig, measure: MeasureFunction | None
 ) -> MeasuredPoint:
     """Measure one point. An error is printed and returned, so that the next point is still measured."""
-    print_stderr(f"point {number}: {' '.join(words)}")
+    print_stderr(f"point {number}: {' '.join(overrides)}")
     for note in composed.notes:
         print_stderr(f"note: {note}")
-    config, values = composed.config, parse_point_values(words)
+    config, values = composed.config, parse_point_values(overrides)
     try:
-        found = (measure or measure_on_this_machine)(config)
-        for line in found["said"]:
-            print_stderr(f"note: {line}")
-        print_stderr(f"point {number}: {found['why']}")
-        return MeasuredPoint(tuple(words), values, tuning.with_goodput(found, config), image=get_image_size(config))
+        document = (measure or measure_on_this_machine)(config)
+        for note in document["said"]:
+            print_stderr(f"note: {note}")
+        print_stderr(f"point {number}: {document['why']}")
+        return MeasuredPoint(
+            tuple(overrides), values, tuning.with_goodput(document, config), image=get_image_size(config)
+        )
     except UsageError as error:
-        status, why = EXIT_USAGE, str(error)
-        print_stderr(f"error: {why}")
+        status, message = EXIT_USAGE, str(error)
+        print_stderr(f"error: {message}")
     except MeasurementError as error:
-        status, why = report_unmeasured(error, config), str(error)
+        status, message = report_unmeasured(error, config), str(error)
     except Exception as error:
-        status, why = EXIT_FAILED, f"{type(error).__name__}: {error}"
-        print_stderr(f"error: {why}")
-    return MeasuredPoint(tuple(words), values, status=status, error=" ".join(why.split()))
+        status, message = EXIT_FAILED, f"{type(error).__name__}: {error}"
+        print_stderr(f"error: {message}")
+    return MeasuredPoint(tuple(overrides), values, status=status, error=" ".join(message.split()))
 
 
 def measure_on_this_machine(config: RunConfig) -> Mapping[str, Any]:
@@ -113,35 +115,34 @@ def measure_on_this_machine(config: RunConfig) -> Mapping[str, Any]:
     return tuning.measure(config, workers)
 
 
-def parse_point_values(words: Sequence[str]) -> dict[str, Any]:
+def parse_point_values(overrides: Sequence[str]) -> dict[str, Any]:
     """The overrides of a point by key, as plain values, without the output keys."""
-    asked = [
-        one for one in parse_overrides(words) if not one.is_hydra_override() and one.key_or_group not in OUTPUT_KEYS
-    ]
-    return {one.key_or_group: one.value() for one in asked}
+    parsed = [override for override in parse_overrides(overrides) if not override.is_hydra_override()]
+    return {override.key_or_group: override.value() for override in parsed if override.key_or_group not in OUTPUT_KEYS}
 
 
 def get_image_size(config: RunConfig) -> tuple[int, int] | None:
     """Height and width in pixels from recipe.image_size (one number or two); None if the recipe does not have it."""
-    asked = config.recipe.get("image_size")
-    if isinstance(asked, int):
-        return asked, asked
-    return (asked[0], asked[1]) if isinstance(asked, list | tuple) and len(asked) == 2 else None
+    size = config.recipe.get("image_size")
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[1]) if isinstance(size, list | tuple) and len(size) == 2 else None
 
 
 def print_points(points: Sequence[MeasuredPoint], config: RunConfig) -> None:
     """Print a table or one JSON document; with `tune.out`, write tune.json for all points and a page for each."""
-    found = make_points_document(points)
-    written = (
-        json.dumps(found) + "\n" if config.format == "json" else encodable(format_points_table(points), sys.stdout)
-    )
-    print(written, end="")
+    summary = make_points_document(points)
+    if config.format == "json":
+        print(json.dumps(summary))
+    else:
+        print(encodable(format_points_table(points), sys.stdout), end="")
     if config.tune.out is None:
         return
     folder = Path(config.tune.out)
-    tuning.write_outputs(folder, {"tune.json": json.dumps(found, indent=1) + "\n"})
-    told = [(number, point.found) for number, point in enumerate(points) if point.found is not None]
-    for number, one in told:
-        tuning.write_outputs(folder / str(number), {"tune.html": render_tune_page(one)})
-    pages = "".join(f", {folder / str(number) / 'tune.html'}" for number, _ in told)
-    print_stderr(f"written: {folder / 'tune.json'}{pages}")
+    written = [folder / "tune.json"]
+    tuning.write_outputs(folder, {"tune.json": json.dumps(summary, indent=1) + "\n"})
+    for number, point in enumerate(points):
+        if point.document is not None:
+            tuning.write_outputs(folder / str(number), {"tune.html": render_tune_page(point.document)})
+            written.append(folder / str(number) / "tune.html")
+    print_stderr(f"written: {', '.join(map(str, written))}")

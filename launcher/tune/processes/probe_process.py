@@ -55,7 +55,10 @@ class ProcessHandle(Protocol):
 
 
 class ForkedProcess:
-    """`ProcessHandle` for a multiprocessing fork. It exits by os._exit, so no cleanup of the parent process runs in the copy."""
+    """`ProcessHandle` for a multiprocessing fork.
+
+    It exits by os._exit, so no cleanup of the parent process runs in the copy.
+    """
 
     def __init__(self, process: ForkProcess) -> None:
         self._process = process

@@ -24,36 +24,36 @@ POINT_COLUMNS = ("per_device", "samples/s", "low", "high", "ms/update", "epoch",
 SPLIT_COLUMNS = ("one batch as", "samples/s", "low", "high", "sync ms", "memory")
 
 
-def render_tune_page(found: Mapping[str, Any]) -> str:
+def render_tune_page(document: Mapping[str, Any]) -> str:
     """The complete HTML document."""
-    timed = [point for point in found["points"] if point["samples_per_s"]]
-    charts = "".join(_render_charts(found, timed)) if timed else ""
-    slow = describe_slow_operators(found["operators"])
-    said = [*([f"{slow[:1].upper()}{slow[1:]}."] if slow else []), *found["notes"]]
-    notes = "".join(f"<p>{escape_html(note)}</p>" for note in said)
-    workers = format_plural(found["world"], "worker")
-    subtitle = " · ".join((workers, found["device"], found["precision"], found["measured"]))
+    timed = [point for point in document["points"] if point["samples_per_s"]]
+    charts = "".join(_render_charts(document, timed)) if timed else ""
+    slow = describe_slow_operators(document["operators"])
+    sentences = [*([f"{slow[:1].upper()}{slow[1:]}."] if slow else []), *document["notes"]]
+    notes = "".join(f"<p>{escape_html(note)}</p>" for note in sentences)
+    workers = format_plural(document["world"], "worker")
+    subtitle = " · ".join((workers, document["device"], document["precision"], document["measured"]))
     sections = [
-        f"<section><p>{escape_html(found['why'])}.</p>{notes}</section>",
+        f"<section><p>{escape_html(document['why'])}.</p>{notes}</section>",
         f'<div class="charts">{charts}</div>',
-        _render_table(POINT_COLUMNS, map(_format_point_cells, found["points"])),
-        *_render_splits(found),
+        _render_table(POINT_COLUMNS, map(_format_point_cells, document["points"])),
+        *_render_splits(document),
     ]
-    return render_page(f"{found['recipe']}: batch sizes", subtitle, sections)
+    return render_page(f"{document['recipe']}: batch sizes", subtitle, sections)
 
 
-def _render_charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _render_charts(document: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     sizes = [float(point["per_device"]) for point in timed]
-    marks = [] if found["recommended"] is None else [EventMarker(found["recommended"], "resize", "recommended")]
+    marks = [] if document["recommended"] is None else [EventMarker(document["recommended"], "resize", "recommended")]
     end = max(sizes)
     series = [_make_throughput_series("samples/s", 0, timed)]
-    beside = [one for one in found["synthetic"] if one["samples_per_s"]]
-    series += [_make_throughput_series("on synthetic data", 1, beside)] if beside else []
+    synthetic = [point for point in document["synthetic"] if point["samples_per_s"]]
+    series += [_make_throughput_series("on synthetic data", 1, synthetic)] if synthetic else []
     yield _render_chart_figure(
         "Samples/s by per_device", render_line_chart(series, end, "samples per second", marks, zero=True), series
     )
-    if found.get("goodput"):
-        yield _render_goodput_chart(found["goodput"], end)
+    if document.get("goodput"):
+        yield _render_goodput_chart(document["goodput"], end)
     layers = [(stage, n, [point["stages"][stage] for point in timed]) for n, stage in enumerate(STAGES)]
     drawn = render_stack_chart(layers, sizes, end, "milliseconds per update by stage", marks)
     yield render_figure("Milliseconds per update", drawn, render_legend([(stage, n) for stage, n, _ in layers]))
@@ -65,8 +65,8 @@ def _render_charts(found: Mapping[str, Any], timed: Sequence[Mapping[str, Any]])
             dots=True,
         )
     ]
-    if found["limit_bytes"] and max(point["memory_bytes"] for point in timed) > 0.1 * found["limit_bytes"]:
-        limit = found["limit_bytes"] / 1e6
+    if document["limit_bytes"] and max(point["memory_bytes"] for point in timed) > 0.1 * document["limit_bytes"]:
+        limit = document["limit_bytes"] / 1e6
         memory.append(Series("limit", 3, ((0.0, limit), (end, limit))))
     yield _render_chart_figure(
         "Memory per worker, MB", render_line_chart(memory, end, "memory in megabytes", marks, zero=True), memory
@@ -91,24 +91,24 @@ def _render_goodput_chart(goodput: Mapping[str, Any], end: float) -> str:
 
 
 def _render_chart_figure(title: str, drawn: str, series: Sequence[Series]) -> str:
-    keys = render_legend([(one.label, one.colour) for one in series])
+    keys = render_legend([(line.label, line.colour) for line in series])
     return render_figure(title, drawn, keys)
 
 
-def _render_splits(found: Mapping[str, Any]) -> Iterator[str]:
+def _render_splits(document: Mapping[str, Any]) -> Iterator[str]:
     """The same batch at different accumulation, if it was measured."""
-    said = describe_splits(found)
-    if said:
+    sentence = describe_splits(document)
+    if sentence:
         yield "<h2>The same batch, split differently</h2>"
-        yield f"<p>{escape_html(said[:1].upper() + said[1:])}.</p>"
-        yield _render_table(SPLIT_COLUMNS, map(_format_split_cells, found["splits"]))
+        yield f"<p>{escape_html(sentence[:1].upper() + sentence[1:])}.</p>"
+        yield _render_table(SPLIT_COLUMNS, map(_format_split_cells, document["splits"]))
 
 
-def _format_split_cells(one: Mapping[str, Any]) -> list[str]:
-    if one["samples_per_s"] is None:
-        return [format_split_name(one), "", "", "", "", f"out of memory ({one['where']})"]
-    speeds = [format_rate(one[name]) for name in ("samples_per_s", "low", "high")]
-    return [format_split_name(one), *speeds, format_number(one["sync_ms"]), format_bytes(one["memory_bytes"])]
+def _format_split_cells(split: Mapping[str, Any]) -> list[str]:
+    if split["samples_per_s"] is None:
+        return [format_split_name(split), "", "", "", "", f"out of memory ({split['where']})"]
+    speeds = [format_rate(split[name]) for name in ("samples_per_s", "low", "high")]
+    return [format_split_name(split), *speeds, format_number(split["sync_ms"]), format_bytes(split["memory_bytes"])]
 
 
 def _render_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

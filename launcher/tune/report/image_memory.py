@@ -51,7 +51,7 @@ class ImageMemoryModel:
             return None
         model = fit_memory(probes)
         within = max(abs(model.predict_bytes(product).value - measured) / measured for product, measured in probes)
-        sizes = sorted({(peak.height, peak.width) for peak in peaks}, key=lambda one: (one[0] * one[1], one))
+        sizes = sorted({(peak.height, peak.width) for peak in peaks}, key=lambda size: (size[0] * size[1], size))
         return cls(model, within, tuple(sizes))
 
     @property
@@ -65,22 +65,19 @@ class ImageMemoryModel:
 
     def describe(self) -> str:
         """The formula and its error. It is not evaluated at unmeasured sizes; that is left to the reader."""
-        fixed, each = self.fixed_bytes.value, self.pixel_bytes.value
-        named = ",".join(str(h) if h == w else f"[{h},{w}]" for h, w in self.sizes)
-        far = f"within {max(1, math.ceil(100 * self.within))} % of what was measured at recipe.image_size={named}"
-        if not each:
-            return f"A worker's memory is about {format_bytes(fixed)} regardless of per_device and image size, {far}."
-        return f"A worker's memory is about {format_bytes(fixed)} + {format_bytes(each)} x per_device x height x width, {far}."
+        fixed, per_pixel = self.fixed_bytes.value, self.pixel_bytes.value
+        sizes = ",".join(str(h) if h == w else f"[{h},{w}]" for h, w in self.sizes)
+        error = f"within {max(1, math.ceil(100 * self.within))} % of what was measured at recipe.image_size={sizes}"
+        if not per_pixel:
+            return f"A worker's memory is about {format_bytes(fixed)} regardless of per_device and image size, {error}."
+        memory = f"{format_bytes(fixed)} + {format_bytes(per_pixel)} x per_device x height x width"
+        return f"A worker's memory is about {memory}, {error}."
 
     def to_facts(self) -> dict[str, Any]:
         """Both coefficients for JSON, with their 95 % intervals (null where there is none)."""
         return {
-            "fixed_bytes": _make_interval(self.fixed_bytes),
-            "pixel_bytes": _make_interval(self.pixel_bytes),
+            "fixed_bytes": self.fixed_bytes.to_facts(),
+            "pixel_bytes": self.pixel_bytes.to_facts(),
             "within": self.within,
-            "sizes": [list(one) for one in self.sizes],
+            "sizes": [list(size) for size in self.sizes],
         }
-
-
-def _make_interval(found: Estimate) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}

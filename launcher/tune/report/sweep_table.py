@@ -25,14 +25,14 @@ CONDITION_KEYS = ("recipe", "world", "device", "precision")
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """One point: its overrides (`words`) and the document of `tune`, or its exit status and error.
+    """One point: its `overrides` and the document of `tune`, or its exit status and error.
 
-    `values`: its overrides by key, as plain values. `image`: height and width of its images in pixels, if known.
+    `values`: the overrides by key, as plain values. `image`: height and width of its images in pixels, if known.
     """
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     values: Mapping[str, Any]
-    found: Mapping[str, Any] | None = None
+    document: Mapping[str, Any] | None = None
     status: int = EXIT_OK
     error: str | None = None
     image: tuple[int, int] | None = None
@@ -45,7 +45,7 @@ def make_points_document(points: Sequence[MeasuredPoint]) -> dict[str, Any]:
         "points": [
             {
                 "overrides": mask_nested_secrets(point.values),
-                "found": point.found,
+                "found": point.document,
                 "error": None if point.error is None else mask_secrets(point.error),
             }
             for point in points
@@ -56,13 +56,13 @@ def make_points_document(points: Sequence[MeasuredPoint]) -> dict[str, Any]:
 
 def format_points_table(points: Sequence[MeasuredPoint]) -> str:
     """The table, at most 80 columns wide unless swept values are longer."""
-    swept = find_swept_values([point.words for point in points])
+    swept = find_swept_values([point.overrides for point in points])
     rows = [(str(number), *_format_point_cells(point)) for number, point in enumerate(points)]
     memory = fit_image_memory(points)
-    below = [*_describe_failures(points), *([] if memory is None else [memory.describe()])]
+    notes = [*_describe_failures(points), *([] if memory is None else [memory.describe()])]
     wrapped = [
         line
-        for text in below
+        for text in notes
         for line in textwrap.wrap(mask_secrets(text), MAX_TUNE_TABLE_WIDTH, break_on_hyphens=False)
     ]
     lines = [*_format_headline(points), *align_table(TABLE_HEADS, rows, swept), *wrapped]
@@ -71,27 +71,27 @@ def format_points_table(points: Sequence[MeasuredPoint]) -> str:
 
 def fit_image_memory(points: Sequence[MeasuredPoint]) -> ImageMemoryModel | None:
     """Fit memory over all points if only the image size was swept, as other keys may change memory too."""
-    keys = {key for values in find_swept_values([point.words for point in points]) for key in values}
+    keys = {key for values in find_swept_values([point.overrides for point in points]) for key in values}
     return ImageMemoryModel.from_peaks(list(_iter_peaks(points))) if keys == {IMAGE_SIZE_KEY} else None
 
 
 def _iter_peaks(points: Sequence[MeasuredPoint]) -> Iterator[PeakMemory]:
     for point in points:
-        if point.found is not None and point.image is not None:
+        if point.document is not None and point.image is not None:
             height, width = point.image
-            fitting = [one for one in point.found["points"] if one["memory_bytes"]]
-            yield from (PeakMemory(height, width, one["per_device"], one["memory_bytes"]) for one in fitting)
+            for size in point.document["points"]:
+                if size["memory_bytes"]:
+                    yield PeakMemory(height, width, size["per_device"], size["memory_bytes"])
 
 
 def _format_headline(points: Sequence[MeasuredPoint]) -> Iterator[str]:
     """The conditions that all points share, and the total time."""
-    found = [point.found for point in points if point.found is not None]
-    if found:
-        shared = [key for key in CONDITION_KEYS if len({one[key] for one in found}) == 1]
-        named = [_format_condition(key, found[0][key]) for key in shared]
-        yield (
-            ", ".join([*named, f"{len(points)} points"]) + f"; {format_duration(sum(one['spent_s'] for one in found))}"
-        )
+    documents = [point.document for point in points if point.document is not None]
+    if documents:
+        shared = [key for key in CONDITION_KEYS if len({document[key] for document in documents}) == 1]
+        conditions = [_format_condition(key, documents[0][key]) for key in shared]
+        spent_s = sum(document["spent_s"] for document in documents)
+        yield ", ".join([*conditions, f"{len(points)} points"]) + f"; {format_duration(spent_s)}"
 
 
 def _format_condition(key: str, value: Any) -> str:
@@ -100,22 +100,21 @@ def _format_condition(key: str, value: Any) -> str:
 
 def _format_point_cells(point: MeasuredPoint) -> tuple[str, str, str, str, str]:
     """The recommended size with its speed and memory, the largest working size and the bottleneck."""
-    if point.found is None:
+    if point.document is None:
         return (f"failed ({point.status})", "-", "-", "-", "-")
-    found = point.found
-    if found["recommended"] is None:
+    document = point.document
+    if document["recommended"] is None:
         return ("-", "-", "-", "-", "memory")
-    at = find_recommended_point(found)
-    if at is None or not at["samples_per_s"]:  # the largest working size may not have been timed
-        speed, memory = "-", "-"
-    else:
-        speed, memory = format_rate(at["samples_per_s"]), format_bytes(at["memory_bytes"])
+    size = find_recommended_point(document)
+    speed, memory = "-", "-"
+    if size is not None and size["samples_per_s"]:  # the largest working size may not have been timed
+        speed, memory = format_rate(size["samples_per_s"]), format_bytes(size["memory_bytes"])
     return (
-        format_count(found["recommended"]),
+        format_count(document["recommended"]),
         speed,
         memory,
-        format_count(found["memory_max"]),
-        str(found["bottleneck"]),
+        format_count(document["memory_max"]),
+        str(document["bottleneck"]),
     )
 
 
@@ -124,5 +123,5 @@ def _describe_failures(points: Sequence[MeasuredPoint]) -> Iterator[str]:
     for number, point in enumerate(points):
         if point.error is not None:
             yield f"point {number}: {point.error}"
-        elif point.found is not None and point.found["recommended"] is None:
-            yield f"point {number}: {point.found['why']}"
+        elif point.document is not None and point.document["recommended"] is None:
+            yield f"point {number}: {point.document['why']}"

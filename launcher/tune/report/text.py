@@ -26,32 +26,36 @@ POINTS_HEADER = f"{'per_device':>10} {'samples/s':>10} {'+-':>6} {'ms/update':>1
 SPLITS_HEADER = f"{'one batch as':>12} {'samples/s':>10} {'+-':>6} {'sync ms':>10} {'memory':>8}"
 
 
-def format_tune_text(found: Mapping[str, Any]) -> str:
+def format_tune_text(document: Mapping[str, Any]) -> str:
     """The complete text."""
-    points = found["points"]
-    lines = [_format_headline(found), "", POINTS_HEADER, *(_format_point_row(point) for point in points), ""]
-    lines += _format_chart(points, found["recommended"])
-    lines += _format_stage_shares(found)
-    lines += _describe_synthetic(found["synthetic"])
-    lines += _describe_goodput(found.get("goodput"))
-    lines += _format_splits(found)
-    wrapped = [found["why"], describe_slow_operators(found["operators"]), *(f"note: {note}" for note in found["notes"])]
-    lines += [line for one in wrapped if one for line in _wrap_sentence(one)]
+    points = document["points"]
+    lines = [_format_headline(document), "", POINTS_HEADER, *(_format_point_row(point) for point in points), ""]
+    lines += _format_chart(points, document["recommended"])
+    lines += _format_stage_shares(document)
+    lines += _describe_synthetic(document["synthetic"])
+    lines += _describe_goodput(document.get("goodput"))
+    lines += _format_splits(document)
+    sentences = [
+        document["why"],
+        describe_slow_operators(document["operators"]),
+        *(f"note: {note}" for note in document["notes"]),
+    ]
+    lines += [line for sentence in sentences if sentence for line in _wrap_sentence(sentence)]
     return "\n".join(lines) + "\n"
 
 
-def describe_splits(found: Mapping[str, Any]) -> str:
+def describe_splits(document: Mapping[str, Any]) -> str:
     """A sentence on the same batch at different accumulation; empty if not measured."""
-    splits = found["splits"]
-    timed = [one for one in splits if one["samples_per_s"]]
+    splits = document["splits"]
+    timed = [split for split in splits if split["samples_per_s"]]
     if not timed:
         return ""
-    best = max(timed, key=lambda one: float(one["samples_per_s"]))
-    workers = "" if found["world"] == 1 else f"{found['world']} x "
+    best = max(timed, key=lambda split: float(split["samples_per_s"]))
+    workers = "" if document["world"] == 1 else f"{document['world']} x "
     whole = f"one batch of {workers}{format_count(best['per_device'] * best['accumulation'])}"
-    others = [_compare_splits(one, best) for one in splits if one is not best]
-    named = ", ".join(format_split_name(one) for one in splits)
-    return f"{whole} split as {named}: {', '.join([f'{format_split_name(best)} is the fastest', *others])}"
+    others = [_compare_splits(split, best) for split in splits if split is not best]
+    names = ", ".join(format_split_name(split) for split in splits)
+    return f"{whole} split as {names}: {', '.join([f'{format_split_name(best)} is the fastest', *others])}"
 
 
 def format_split_name(split: Mapping[str, Any]) -> str:
@@ -74,13 +78,13 @@ def _compare_splits(split: Mapping[str, Any], best: Mapping[str, Any]) -> str:
 
 
 def describe_slow_operators(operators: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence on the operators that make a larger size slower; empty if none were found."""
+    """A sentence on the operators that make a larger size slower; empty if none were document."""
     if not operators:
         return ""
     first = operators[0]
     sizes = f"at {first['per_device_after']} compared with {first['per_device_before']}"
     where = f"{STAGE_DESCRIPTIONS[first['stage']]} {sizes}"
-    return f"in {where}, {', '.join(_describe_operator(one) for one in operators)}"
+    return f"in {where}, {', '.join(_describe_operator(operator) for operator in operators)}"
 
 
 def _describe_operator(operator: Mapping[str, Any]) -> str:
@@ -98,21 +102,21 @@ def _wrap_sentence(text: str) -> list[str]:
     return textwrap.wrap(text[:1].upper() + text[1:] + ".", TEXT_WIDTH)
 
 
-def _format_headline(found: Mapping[str, Any]) -> str:
-    steps = "" if found["accumulation"] == 1 else f", {found['accumulation']} micro-batches"
-    here = f"{found['recipe']} on {format_plural(found['world'], 'worker')}, {found['device']}, {found['precision']}"
-    return f"{here}{steps}; {format_duration(found['spent_s'])}"
+def _format_headline(document: Mapping[str, Any]) -> str:
+    steps = "" if document["accumulation"] == 1 else f", {document['accumulation']} micro-batches"
+    machine = f"{format_plural(document['world'], 'worker')}, {document['device']}"
+    setup = f"{document['recipe']} on {machine}, {document['precision']}{steps}"
+    return f"{setup}; {format_duration(document['spent_s'])}"
 
 
 def _format_point_row(point: Mapping[str, Any]) -> str:
+    size = f"{format_count(point['per_device']):>10}"
     if point["samples_per_s"] is None:
-        why = "predicted, not run" if point["predicted"] else f"in {point['where']}"
-        return f"{format_count(point['per_device']):>10} {'':>10} {'':>6} {'':>10} {'':>8} {'':>8}  oom ({why})"
-    return (
-        f"{format_count(point['per_device']):>10} {format_rate(point['samples_per_s']):>10} {_format_relative_error(point):>6} "
-        f"{format_number(point['ms_per_update']):>10} {format_duration(point['epoch_s']):>8} {format_bytes(point['memory_bytes']):>8}  "
-        f"{point['label']}"
-    )
+        reason = "predicted, not run" if point["predicted"] else f"in {point['where']}"
+        return f"{size} {'':>10} {'':>6} {'':>10} {'':>8} {'':>8}  oom ({reason})"
+    speed = f"{format_rate(point['samples_per_s']):>10} {_format_relative_error(point):>6}"
+    times = f"{format_number(point['ms_per_update']):>10} {format_duration(point['epoch_s']):>8}"
+    return f"{size} {speed} {times} {format_bytes(point['memory_bytes']):>8}  {point['label']}"
 
 
 def _format_relative_error(point: Mapping[str, Any]) -> str:
@@ -134,43 +138,44 @@ def _format_bars(points: Sequence[Mapping[str, Any]], marked: int | None, mark: 
     for point in points:
         solid = round(CHART_BAR_WIDTH * point["low"] / full)
         light = round(CHART_BAR_WIDTH * point["high"] / full) - solid
-        said = f"  {mark}" if point["per_device"] == marked else ""
-        yield f"{format_count(point['per_device']):>10} {'█' * solid}{'─' * light}{said}"
+        suffix = f"  {mark}" if point["per_device"] == marked else ""
+        yield f"{format_count(point['per_device']):>10} {'█' * solid}{'─' * light}{suffix}"
 
 
-def _format_stage_shares(found: Mapping[str, Any]) -> Iterator[str]:
+def _format_stage_shares(document: Mapping[str, Any]) -> Iterator[str]:
     """Shares of the stages in an update at the recommended size."""
-    point = find_recommended_point(found)
+    point = find_recommended_point(document)
     if point is None or not point["stages"]:
         return
-    whole = sum(point["stages"].values()) or 1.0
-    parts = sorted(point["stages"].items(), key=lambda item: -item[1])
-    told = ", ".join(f"{stage} {100 * ms / whole:.0f} %" for stage, ms in parts if ms >= 0.01 * whole)
-    yield from textwrap.wrap(f"Time per update at {point['per_device']}: {told}.", TEXT_WIDTH)
+    update_ms = sum(point["stages"].values()) or 1.0
+    stages = sorted(point["stages"].items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{stage} {100 * ms / update_ms:.0f} %" for stage, ms in stages if ms >= 0.01 * update_ms)
+    yield from textwrap.wrap(f"Time per update at {point['per_device']}: {shares}.", TEXT_WIDTH)
 
 
 def _describe_synthetic(synthetic: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    told = [f"{one['per_device']}: {format_rate(one['samples_per_s'])}" for one in synthetic if one["samples_per_s"]]
-    if told:
-        yield from textwrap.wrap(f"On synthetic data, samples/s at {', '.join(told)}.", TEXT_WIDTH)
+    speeds = [
+        f"{point['per_device']}: {format_rate(point['samples_per_s'])}" for point in synthetic if point["samples_per_s"]
+    ]
+    if speeds:
+        yield from textwrap.wrap(f"On synthetic data, samples/s at {', '.join(speeds)}.", TEXT_WIDTH)
 
 
-def _format_splits(found: Mapping[str, Any]) -> Iterator[str]:
+def _format_splits(document: Mapping[str, Any]) -> Iterator[str]:
     """The same batch at different accumulation: one row per split, and a sentence."""
-    said = describe_splits(found)
-    if not said:
+    sentence = describe_splits(document)
+    if not sentence:
         return
     yield ""
     yield SPLITS_HEADER
-    for one in found["splits"]:
-        if one["samples_per_s"] is None:
-            yield f"{format_split_name(one):>12}  out of memory (in {one['where']})"
+    for split in document["splits"]:
+        if split["samples_per_s"] is None:
+            yield f"{format_split_name(split):>12}  out of memory (in {split['where']})"
             continue
-        yield (
-            f"{format_split_name(one):>12} {format_rate(one['samples_per_s']):>10} {_format_relative_error(one):>6} "
-            f"{format_number(one['sync_ms']):>10} {format_bytes(one['memory_bytes']):>8}"
-        )
-    yield from _wrap_sentence(said)
+        speed = f"{format_rate(split['samples_per_s']):>10} {_format_relative_error(split):>6}"
+        memory = f"{format_bytes(split['memory_bytes']):>8}"
+        yield f"{format_split_name(split):>12} {speed} {format_number(split['sync_ms']):>10} {memory}"
+    yield from _wrap_sentence(sentence)
     yield ""
 
 
@@ -179,10 +184,10 @@ def _describe_goodput(goodput: Mapping[str, Any] | None) -> Iterator[str]:
     if goodput is None:
         return
     noise, best = goodput["noise"], goodput["best"]
-    point = next(one for one in goodput["points"] if one["per_device"] == best)
-    known = f"at a noise scale of {noise['scale']:.3g} samples ({noise['source']})"
+    point = next(point for point in goodput["points"] if point["per_device"] == best)
+    basis = f"at a noise scale of {noise['scale']:.3g} samples ({noise['source']})"
     yield ""
-    yield from textwrap.wrap(f"Goodput (samples/s x efficiency) {known}:", TEXT_WIDTH)
+    yield from textwrap.wrap(f"Goodput (samples/s x efficiency) {basis}:", TEXT_WIDTH)
     yield from _format_bars(goodput["points"], best, "most progress")
     speed = f"equivalent to {format_rate(point['goodput'])} samples/s at lr.base_batch={goodput['base_batch']}"
     share = f"with a batch of {format_count(point['global'])} at {100 * point['efficiency']:.0f} % efficiency"

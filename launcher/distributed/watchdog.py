@@ -35,7 +35,7 @@ from launcher.distributed.hang_detection import (
 from launcher.errors import EXIT_RESTART
 from launcher.run_dir import failures
 from launcher.run_dir.run_directory import RunDirectory
-from launcher.system.processes import sibling_state
+from launcher.system.processes import read_sibling_state
 from launcher.telemetry.records import Event
 from launcher.telemetry.sinks.jsonl import append_line_concurrently
 from launcher.topology import Topology
@@ -261,12 +261,12 @@ class Watchdog:
 
 def with_process_state(state: RankState) -> RankState:
     """Add what the kernel reports about the process: stopped or gone."""
-    letter = sibling_state(state.pid)
+    letter = read_sibling_state(state.pid)
     return replace(state, stopped=letter in ("T", "t"), gone=letter in (None, "Z", "X"))
 
 
 def signal_rank(state: RankState, signum: int) -> None:
     """Send signal `signum` to a rank if its pid still belongs to a process of our own agent."""
-    if sibling_state(state.pid) is not None:
+    if read_sibling_state(state.pid) is not None:
         with suppress(ProcessLookupError):
             os.kill(state.pid, signum)

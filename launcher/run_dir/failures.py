@@ -100,10 +100,10 @@ def write_failure(
     return failure
 
 
-def write_hang_failure(logs: Path, rank: int, generation: int, where: str, why: str, log: Path) -> None:
+def write_hang_failure(logs: Path, rank: int, generation: int, where: str, message: str, log: Path) -> None:
     """Write the failure of a rank that hangs; called by the rank that detected the hang."""
     write_failure_json(
-        logs, RankFailure(rank, generation, HANG, why, where, time.time(), EXIT_FAILED, False, str(log), "")
+        logs, RankFailure(rank, generation, HANG, message, where, time.time(), EXIT_FAILED, False, str(log), "")
     )
 
 
@@ -155,17 +155,18 @@ def read_failures(logs: Path, generation: int | None = None) -> list[RankFailure
     return failures
 
 
-def should_report(logs: Path, own: RankFailure, within_s: float = ROOT_CAUSE_WAIT_S) -> bool:
+def should_report(logs: Path, failure: RankFailure, within_s: float = ROOT_CAUSE_WAIT_S) -> bool:
     """Whether this rank should report to the user: the lowest rank whose failure is not a peer failure.
 
     Rank 0 reports its own error at once; the other ranks first wait for records of lower ranks. A rank with a peer
     failure waits twice as long, because torchrun terminates the waiting ranks as soon as it exits.
     """
-    if own.rank == 0 and not is_peer_failure(own.message):
+    lost_peer = is_peer_failure(failure.message)
+    if failure.rank == 0 and not lost_peer:
         return True
-    time.sleep(2 * within_s if is_peer_failure(own.message) else within_s)
-    chosen = min((own, *read_failures(logs, own.generation)), key=lambda f: (is_peer_failure(f.message), f.rank))
-    return chosen.rank == own.rank
+    time.sleep(2 * within_s if lost_peer else within_s)
+    failures = (failure, *read_failures(logs, failure.generation))
+    return min(failures, key=lambda f: (is_peer_failure(f.message), f.rank)).rank == failure.rank
 
 
 def is_peer_failure(message: str) -> bool:

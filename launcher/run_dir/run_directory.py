@@ -43,6 +43,11 @@ __all__ = [
 
 RUNS_DIR = Path("runs")
 MAX_SUGGESTED_RUNS = 5
+# Small files that only this class reads and writes; `launcher.system.run_files` has the others.
+GENERATION_FILE = "generation"
+RESTARTS_FILE = "restarts"
+SAVED_GENERATION_FILE = "saved"
+WANDB_ID_FILE = "wandb-id"
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,12 @@ class RunDirectory:
         """The parameters with the best validation result, if the recipe names one."""
         return self.path / BEST_MODEL_FILE
 
-    def resolve_checkpoints_dir(self, elsewhere: str | None) -> Path:
+    def resolve_checkpoints_dir(self, checkpoint_dir: str | None) -> Path:
         """Return the checkpoint folder: a subfolder per run if `checkpoint.dir` is set, so that runs do not mix."""
-        if not elsewhere:
+        if not checkpoint_dir:
             return self.checkpoints
-        return Path(elsewhere) / (
-            self.path.relative_to(RUNS_DIR) if self.path.is_relative_to(RUNS_DIR) else self.path.name
-        )
+        is_named = self.path.is_relative_to(RUNS_DIR)
+        return Path(checkpoint_dir) / (self.path.relative_to(RUNS_DIR) if is_named else self.path.name)
 
     @property
     def slurm_json(self) -> Path:
@@ -128,7 +132,7 @@ class RunDirectory:
         Raises:
             UsageError: it cannot be created, or a subfolder is a symbolic link.
         """
-        absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             for folder in (self.path, self.logs, self.checkpoints):
                 make_private_dir(folder)
@@ -139,15 +143,15 @@ class RunDirectory:
         for folder in (self.logs, self.checkpoints):
             if folder.is_symlink() or not folder.is_dir():
                 raise UsageError(f"{folder} is a link or not a folder: remove it, or type another run.name=")
-        return absent[-1] if absent else None
+        return missing[-1] if missing else None
 
-    def discard(self, made: Path) -> None:
-        """Remove the directory if nothing was trained in it, and its empty parents up to `made`."""
+    def discard(self, created: Path) -> None:
+        """Remove the directory if nothing was trained in it, and its empty parents up to `created`."""
         if any(self.checkpoints.iterdir()) or (self.metrics.exists() and self.metrics.stat().st_size):
             return
         shutil.rmtree(self.path)
         for parent in self.path.parents:
-            if not parent.is_relative_to(made):
+            if not parent.is_relative_to(created):
                 break
             with suppress(OSError):
                 parent.rmdir()
@@ -158,46 +162,46 @@ class RunDirectory:
         Raises:
             UsageError: the file is damaged; with a wrong number, rows of metrics.jsonl would supersede wrong rows.
         """
-        kept = self.path / "generation"
+        file = self.path / GENERATION_FILE
         try:
-            return int(kept.read_text())
+            return int(file.read_text())
         except FileNotFoundError:
             return 0
         except ValueError:
-            raise UsageError(f"{kept} has no number: write the last generation of metrics.jsonl into it") from None
+            raise UsageError(f"{file} has no number: write the last generation of metrics.jsonl into it") from None
 
     def increment_generation(self) -> int:
-        number = self.read_generation() + 1
-        atomic_write_text(self.path / "generation", f"{number}\n")
-        return number
+        generation = self.read_generation() + 1
+        atomic_write_text(self.path / GENERATION_FILE, f"{generation}\n")
+        return generation
 
     def read_restarts(self) -> int:
         """Return how many of those starts were restarts within a job rather than new commands."""
-        try:
-            return int((self.path / "restarts").read_text())
-        except (FileNotFoundError, ValueError):
-            return 0
+        return self._read_number(RESTARTS_FILE)
 
     def increment_restarts(self) -> None:
-        atomic_write_text(self.path / "restarts", f"{self.read_restarts() + 1}\n")
+        atomic_write_text(self.path / RESTARTS_FILE, f"{self.read_restarts() + 1}\n")
 
     def read_saved_generation(self) -> int:
         """Return the last generation that saved a checkpoint; 0 before the first checkpoint."""
-        try:
-            return int((self.path / "saved").read_text())
-        except (FileNotFoundError, ValueError):
-            return 0
+        return self._read_number(SAVED_GENERATION_FILE)
 
     def record_saved_generation(self, generation: int) -> None:
-        atomic_write_text(self.path / "saved", f"{generation}\n")
+        atomic_write_text(self.path / SAVED_GENERATION_FILE, f"{generation}\n")
+
+    def _read_number(self, name: str) -> int:
+        try:
+            return int((self.path / name).read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
 
     def clear_stop(self) -> None:
         self.stop_file.unlink(missing_ok=True)
 
-    def request_stop(self, why: str) -> None:
-        """Request a stop; `why` names its origin. On a full disk an empty file is created, which still works."""
+    def request_stop(self, source: str) -> None:
+        """Request a stop that `source` is reported as the origin of; on a full disk an empty file still requests it."""
         try:
-            atomic_write_text(self.stop_file, why)
+            atomic_write_text(self.stop_file, source)
         except OSError:
             self.stop_file.touch(0o600)
 
@@ -214,17 +218,17 @@ class RunDirectory:
     def join_requested(self) -> bool:
         """Whether a node is waiting to join."""
         try:
-            with os.scandir(self.join_requests_dir) as waiting:
-                return next(waiting, None) is not None
+            with os.scandir(self.join_requests_dir) as requests:
+                return next(requests, None) is not None
         except FileNotFoundError:
             return False
 
     def admit_nodes(self) -> list[str]:
         """Admit the waiting nodes and return their names. Call it only after a checkpoint has been saved."""
-        waiting = sorted(self.join_requests_dir.iterdir()) if self.join_requests_dir.is_dir() else []
-        for mark in waiting:
-            mark.unlink(missing_ok=True)
-        return [mark.name for mark in waiting]
+        requests = sorted(self.join_requests_dir.iterdir()) if self.join_requests_dir.is_dir() else []
+        for request in requests:
+            request.unlink(missing_ok=True)
+        return [request.name for request in requests]
 
     def read_done(self) -> dict[str, Any] | None:
         """Return the content of done.json; None if training is not complete.
@@ -256,10 +260,10 @@ class RunDirectory:
 
     def ensure_wandb_id(self) -> str:
         """Return the W&B run id; created once and kept in the directory, so that restarts use the same id."""
-        kept = self.path / "wandb-id"
-        if not kept.exists():
-            atomic_write_text(kept, os.urandom(4).hex())
-        return kept.read_text().strip()
+        file = self.path / WANDB_ID_FILE
+        if not file.exists():
+            atomic_write_text(file, os.urandom(4).hex())
+        return file.read_text().strip()
 
     def lock(self, torchrun: int | None = None) -> RunDirLock:
         """Lock the directory for this process. `torchrun`: pid of the torchrun that the user started, if any.
@@ -280,9 +284,9 @@ def resolve_named_dir(name: str) -> Path:
         UsageError: the name is invalid, or is a symbolic link that points outside runs/.
     """
     if not RUN_NAME_PATTERN.fullmatch(name):
-        given = " ".join(name.split())  # error messages are one line
+        one_line = " ".join(name.split())
         raise UsageError(
-            f"run.name={given}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+            f"run.name={one_line}: type up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
         )
     folder = RUNS_DIR / name
     if folder.is_symlink() and folder.resolve().parent != RUNS_DIR.resolve():
@@ -299,9 +303,8 @@ def unique_run_name(recipe: str, job: str | None, now: datetime) -> str:
     if job is not None:
         return resolve_named_dir(f"{recipe}-{job}").name
     name = f"{recipe}-{now:%Y%m%d-%H%M%S}"
-    return next(
-        n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if not os.path.lexists(resolve_named_dir(n))
-    )
+    candidates = (name, *(f"{name}-{i}" for i in range(2, 10_000)))
+    return next(candidate for candidate in candidates if not os.path.lexists(resolve_named_dir(candidate)))
 
 
 def format_recipe_name(target: str) -> str:
@@ -312,8 +315,8 @@ def format_recipe_name(target: str) -> str:
 
 def suggest_runs(file: str) -> str:
     """List the runs that contain `file`, newest first, for error messages about an unknown run name."""
-    found = [(path.stat().st_mtime, path.parent.name) for path in RUNS_DIR.glob(f"*/{file}") if path.is_file()]
-    names = [name for _, name in sorted(found, reverse=True)]
+    runs = [(path.stat().st_mtime, path.parent.name) for path in RUNS_DIR.glob(f"*/{file}") if path.is_file()]
+    names = [name for _, name in sorted(runs, reverse=True)]
     if not names:
         return f"there are no runs in {RUNS_DIR}/"
     more = f" and {len(names) - MAX_SUGGESTED_RUNS} more" if len(names) > MAX_SUGGESTED_RUNS else ""

@@ -49,14 +49,14 @@ class HashedFile:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[HashedFile]:
     """Write to a temporary file, fsync it and rename it over `path`; after an error the old file remains."""
-    fresh = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    fresh.unlink(missing_ok=True)
+    tmp_file = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    tmp_file.unlink(missing_ok=True)
     try:
-        with HashedFile(fresh) as file:
+        with HashedFile(tmp_file) as file:
             yield file
-        os.replace(fresh, path)
+        os.replace(tmp_file, path)
     except BaseException:
-        fresh.unlink(missing_ok=True)
+        tmp_file.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
 
@@ -79,8 +79,8 @@ def make_private_dir(path: Path) -> None:
 
 def fsync_dir(folder: Path) -> None:
     """Fsync a folder, so that renames and new entries in it are durable."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(number)
+        os.fsync(fd)
     finally:
-        os.close(number)
+        os.close(fd)

@@ -36,8 +36,8 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        kind, _, where = text.partition("@")
-        phase, rank, update, *generation = where.split(":")
+        kind, _, trigger = text.partition("@")
+        phase, rank, update, *generation = trigger.split(":")
         if phase not in FAULT_PHASES:
             raise ValueError(f"FAULT={text}: {phase} is not a phase, choose from {', '.join(FAULT_PHASES)}")
         return cls(kind, phase, int(rank), int(update), int(generation[0]) if generation else 1)

@@ -19,9 +19,9 @@ __all__ = [
     "kill_process_tree",
     "list_child_pids",
     "read_cpu_seconds",
+    "read_sibling_state",
     "read_start_time",
     "reset_after_fork",
-    "sibling_state",
     "write_memfd",
 ]
 
@@ -36,9 +36,9 @@ def die_with_parent(parent: int | None = None) -> None:
     The parent may have ended between its fork and this call; then this process kills itself at once. Pass the
     parent's pid as `parent` where it is known, e.g. in a forked process.
     """
-    before = parent or os.getppid()
+    expected = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != before:
+    if os.getppid() != expected:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -48,9 +48,9 @@ def reset_after_fork(parent: int) -> None:
     Python signal handlers inherited from the parent are reset; ignored signals stay ignored, as they do after exec.
     """
     die_with_parent(parent)
-    for number in signal.valid_signals():
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_DFL)
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.SIG_DFL)
 
 
 def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
@@ -66,53 +66,53 @@ def kill_process_tree(process: subprocess.Popen[bytes]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    end_s = time.monotonic() + CHILD_EXIT_TIMEOUT_S
-    while any(map(is_running, pids)) and time.monotonic() < end_s:
+    deadline_s = time.monotonic() + CHILD_EXIT_TIMEOUT_S
+    while any(map(is_running, pids)) and time.monotonic() < deadline_s:
         time.sleep(CHILD_POLL_INTERVAL_S)
 
 
-def has_open_file(device: Callable[[str], bool]) -> bool:
-    """Whether this process has an open file whose path satisfies `device`."""
-    for number in os.listdir("/proc/self/fd"):
+def has_open_file(matches: Callable[[str], bool]) -> bool:
+    """Whether this process has an open file whose path satisfies `matches`."""
+    for fd in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # the listing's own descriptor is closed by now
-            if device(os.readlink(f"/proc/self/fd/{number}")):
+            if matches(os.readlink(f"/proc/self/fd/{fd}")):
                 return True
     return False
 
 
 def list_child_pids(pid: int) -> list[int]:
     """The pids of a process's children; empty if the process is gone."""
-    found: list[int] = []
+    pids: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found += [int(child) for child in task.read_text().split()]
+            pids += [int(child) for child in task.read_text().split()]
         except OSError:
             continue
-    return found
+    return pids
 
 
 def read_start_time(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot; with the pid it identifies a process uniquely."""
-    known = read_proc_stat(pid)
-    return None if known is None else int(known[19])
+    stat = read_proc_stat(pid)
+    return None if stat is None else int(stat[19])
 
 
 def read_cpu_seconds(pid: int) -> float | None:
     """CPU seconds that a process has used so far, with a resolution of 10 ms; None if it is gone."""
-    known = read_proc_stat(pid)
-    return None if known is None else (int(known[11]) + int(known[12])) / os.sysconf("SC_CLK_TCK")
+    stat = read_proc_stat(pid)
+    return None if stat is None else (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def is_running(pid: int) -> bool:
     """Whether a process exists and has not ended; a zombie (not yet waited for) does not count."""
-    known = read_proc_stat(pid)
-    return known is not None and known[0] not in ("Z", "X")
+    stat = read_proc_stat(pid)
+    return stat is not None and stat[0] not in ("Z", "X")
 
 
-def sibling_state(pid: int) -> str | None:
+def read_sibling_state(pid: int) -> str | None:
     """The kernel's state letter (T: stopped, Z: zombie) of a child of our own parent; None if it is gone."""
-    known = read_proc_stat(pid)
-    return None if known is None or int(known[1]) != os.getppid() else known[0]
+    stat = read_proc_stat(pid)
+    return None if stat is None or int(stat[1]) != os.getppid() else stat[0]
 
 
 def read_proc_stat(pid: int) -> list[str] | None:
@@ -123,18 +123,18 @@ def read_proc_stat(pid: int) -> list[str] | None:
         return None
 
 
-def handles_signal(pid: int, number: int) -> bool:
+def handles_signal(pid: int, signum: int) -> bool:
     """Whether a process has installed a handler for a signal, so that the signal would not just kill it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return False
     caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (number - 1) & 1)
+    return bool(int(caught, 16) >> (signum - 1) & 1)
 
 
 def write_memfd(text: str) -> int:
     """Write `text` to a memfd: private to this user, never on disk, gone with this process, as it holds secrets."""
-    number = os.memfd_create("handover")
-    os.write(number, text.encode())
-    return number
+    fd = os.memfd_create("handover")
+    os.write(fd, text.encode())
+    return fd

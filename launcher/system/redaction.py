@@ -45,10 +45,10 @@ def _mask_password(address: str) -> str:
     """Turn `user:password@host/path` into `user:***@host/path`; a password may contain an unescaped @ or /."""
     authority = re.split(r"[/?#]", address, maxsplit=1)[0]
     if "@" in authority:
-        who, _, _ = authority.rpartition("@")
-        user, _, password = who.partition(":")
-        hidden = f"{user}:{MASK}" if password else MASK if TOKEN_PATTERN.fullmatch(who) else who
-        return hidden + address[len(who) :]
+        userinfo, _, _ = authority.rpartition("@")
+        user, _, password = userinfo.partition(":")
+        masked = f"{user}:{MASK}" if password else MASK if TOKEN_PATTERN.fullmatch(userinfo) else userinfo
+        return masked + address[len(userinfo) :]
     user, _, rest = address.partition(":")
     if "@" in rest and not re.search(r"[/?#[]", user) and not PORT_PATTERN.match(rest):
         return f"{user}:{MASK}@{rest.partition('@')[2]}"

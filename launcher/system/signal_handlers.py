@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -12,19 +12,13 @@ __all__ = ["forward_signals_to", "sigterm_as_keyboard_interrupt"]
 
 
 @contextmanager
-def forward_signals_to(ask: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Route the driver's signals to `ask` within the block; restore the previous handlers afterwards.
+def forward_signals_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Route the driver's signals to `handler` within the block; restore the previous handlers afterwards.
 
     SIGINT and SIGHUP stay ignored if they were: under nohup or in a script's background they are not meant for us.
     """
-    terminals = (signal.SIGINT, signal.SIGHUP)
-    heard = [number for number in terminals if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in (*heard, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with install_handler(handler, [*list_not_ignored(signal.SIGINT, signal.SIGHUP), signal.SIGTERM, signal.SIGUSR1]):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -34,10 +28,21 @@ def sigterm_as_keyboard_interrupt() -> Iterator[None]:
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heard}
+    with install_handler(interrupt, list_not_ignored(signal.SIGTERM, signal.SIGHUP)):
+        yield
+
+
+@contextmanager
+def install_handler(
+    handler: Callable[[int, FrameType | None], Any], signals: Iterable[signal.Signals]
+) -> Iterator[None]:
+    previous = {signum: signal.signal(signum, handler) for signum in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, previous_handler in previous.items():
+            signal.signal(signum, previous_handler)
+
+
+def list_not_ignored(*signals: signal.Signals) -> list[signal.Signals]:
+    return [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]

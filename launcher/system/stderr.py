@@ -6,9 +6,16 @@ import sys
 
 from launcher.system.redaction import mask_secrets
 
-__all__ = ["print_stderr"]
+__all__ = ["print_over_progress_bar", "print_stderr"]
 
 
 def print_stderr(text: str, *, multiline: bool = False) -> None:
     """Print a message on stderr: as one line, or with `multiline` (a traceback, a table) as it is."""
     print(mask_secrets(text if multiline else " ".join(text.split())), file=sys.stderr, flush=True)
+
+
+def print_over_progress_bar(text: str) -> None:
+    """Print one line to stderr, first clearing a progress bar that may be on the line."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")
+    print_stderr(text)

@@ -12,7 +12,10 @@ __all__ = ["ResourceMeter", "measure_utilization", "read_memory_metrics"]
 
 
 class ResourceMeter:
-    """Wall time, memory and utilisation of this rank; memory and utilisation are sampled at most twice a second."""
+    """Wall time, memory and utilisation of this rank; memory and utilisation are sampled at most twice a second.
+
+    `before_s`: seconds of training in earlier generations.
+    """
 
     SAMPLE_EVERY_S = 0.5
 
@@ -21,14 +24,14 @@ class ResourceMeter:
         device: torch.device,
         threads: int,
         before_s: float = 0.0,
-        loading: Callable[[], float | None] = lambda: None,
+        measure_loader_cpu: Callable[[], float | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device = device
         self.threads = threads
         self._clock = clock
         self._before_s = before_s
-        self._loading = loading
+        self._measure_loader_cpu = measure_loader_cpu
         self._values: dict[str, float] = {}
         self.start()
 
@@ -51,12 +54,11 @@ class ResourceMeter:
         now = self._clock()
         if not self._values or now - self._sampled >= self.SAMPLE_EVERY_S:
             busy_s = time.process_time()
-            share = measure_utilization(self.device, busy_s - self._busy_s, now - self._sampled, self.threads)
+            utilization = measure_utilization(self.device, busy_s - self._busy_s, now - self._sampled, self.threads)
             self._sampled, self._busy_s = now, busy_s
-            beside = {"device/utilization": share, "data/loader_cpu": self._loading()}
-            self._values = read_memory_metrics(self.device) | {
-                key: value for key, value in beside.items() if value is not None
-            }
+            optional = {"device/utilization": utilization, "data/loader_cpu": self._measure_loader_cpu()}
+            measured = {key: value for key, value in optional.items() if value is not None}
+            self._values = read_memory_metrics(self.device) | measured
         return self._values
 
 

@@ -1,4 +1,4 @@
-"""Stage timing, deferred device scalars and resource metrics of an update.
+"""Stage times of an update.
 
 The training loop calls `lap` on a `StageClock`: each lap assigns the time since the previous lap to a stage, so the
 stages add up to the wall time by construction. On a GPU the laps are CUDA events on the stream, read one update later,
@@ -55,13 +55,13 @@ class StageClock:
         self._timer = timer
         self._laps: list[tuple[str, Any]] = []
         self._last = timer.stamp()
-        self._mark: Any = None
-        self._waits: Callable[[], None] = lambda: None
+        self._wait_began: Any = None
+        self._on_mark: Callable[[], None] = lambda: None
         self._finished: tuple[Any, list[tuple[str, Any]]] | None = None
 
-    def on_mark(self, waits: Callable[[], None]) -> None:
-        """Register `waits`, which is called at each mark."""
-        self._waits = waits
+    def on_mark(self, callback: Callable[[], None]) -> None:
+        """Register a function that is called at each mark."""
+        self._on_mark = callback
 
     def start(self) -> None:
         """Start timing now; earlier time is not attributed to any update."""
@@ -73,14 +73,14 @@ class StageClock:
 
     def mark(self) -> None:
         """Mark the start of waiting: called from the communication hook of the last gradient bucket."""
-        self._mark = self._timer.stamp()
-        self._waits()
+        self._wait_began = self._timer.stamp()
+        self._on_mark()
 
     def lap_backward(self) -> None:
         """Assign the time up to the mark to `backward` and the rest, exposed communication, to `sync`."""
-        if self._mark is not None:
-            self._laps.append(("backward", self._mark))
-            self._mark = None
+        if self._wait_began is not None:
+            self._laps.append(("backward", self._wait_began))
+            self._wait_began = None
             self.lap("sync")
         else:
             self.lap("backward")

@@ -182,7 +182,7 @@ class Node:
         self.exit_codes: list[int] = []
         self.slots = SharedHeartbeats(tmp_path / "beat", 2)
         self.screen = io.StringIO()
-        monkeypatch.setattr(watchdog, "sibling_state", self.process_states.get)
+        monkeypatch.setattr(watchdog, "read_sibling_state", self.process_states.get)
         monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
         monkeypatch.setattr(watchdog.os, "kill", lambda pid, number: self.signals.append((pid, number)))
         self.ranks = [self.make_watchdog(number) for number in (0, 1)]

@@ -1,31 +1,19 @@
-"""Metric sinks: a table from each sink name to the function that opens it. Sinks are imported only when used."""
+"""Where rows and events go: JSONL files (always), the console, TensorBoard and W&B; `open_sinks` opens the chosen ones.
+
+A sink is imported only when it is used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import UsageError
-from launcher.telemetry.metrics_logger import Sink
+from launcher.telemetry.sink import Sink, SinkContext
 
-__all__ = ["SINK_FACTORIES", "Sink", "SinkContext", "open_sinks"]
+__all__ = ["SINK_FACTORIES", "SinkContext", "open_sinks"]
 
 SinkOptions = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class SinkContext:
-    """What the sinks need to know about a run.
-
-    `wandb_id` stays the same across all restarts; `config` must not contain secrets.
-    """
-
-    folder: Path
-    name: str
-    wandb_id: str
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _make_console(_: SinkContext, __: SinkOptions) -> Sink:
@@ -34,16 +22,16 @@ def _make_console(_: SinkContext, __: SinkOptions) -> Sink:
     return ConsoleSink()
 
 
-def _make_tensorboard(to: SinkContext, _: SinkOptions) -> Sink:
+def _make_tensorboard(context: SinkContext, _: SinkOptions) -> Sink:
     from launcher.telemetry.sinks.tensorboard import TensorboardSink
 
-    return TensorboardSink(to.folder)
+    return TensorboardSink(context.folder)
 
 
-def _make_wandb(to: SinkContext, options: SinkOptions) -> Sink:
+def _make_wandb(context: SinkContext, options: SinkOptions) -> Sink:
     from launcher.telemetry.sinks.wandb import WandbSink
 
-    return WandbSink(to.folder, to.wandb_id, to.name, to.config, **options)
+    return WandbSink(context, **options)
 
 
 SINK_FACTORIES: Mapping[str, Callable[[SinkContext, SinkOptions], Sink]] = {
@@ -53,7 +41,7 @@ SINK_FACTORIES: Mapping[str, Callable[[SinkContext, SinkOptions], Sink]] = {
 }
 
 
-def open_sinks(chosen: Mapping[str, SinkOptions | None], to: SinkContext) -> list[Sink]:
+def open_sinks(chosen: Mapping[str, SinkOptions | None], context: SinkContext) -> list[Sink]:
     """Open the chosen sinks with their options, preceded by the JSONL sink, which is always on.
 
     Raises:
@@ -65,5 +53,8 @@ def open_sinks(chosen: Mapping[str, SinkOptions | None], to: SinkContext) -> lis
     for name in chosen:
         if name not in SINK_FACTORIES:
             raise UsageError(f"sink={name} is not a sink: choose from {', '.join(sorted(SINK_FACTORIES))}")
-    others = [SINK_FACTORIES[name](to, options or {}) for name, options in chosen.items()]
-    return [JsonlSink(to.folder), *others]  # JSONL is opened last: if another sink fails to open, no file is created
+    others = [SINK_FACTORIES[name](context, options or {}) for name, options in chosen.items()]
+    return [
+        JsonlSink(context.folder),
+        *others,
+    ]  # JSONL is opened last: if another sink fails to open, no file is created

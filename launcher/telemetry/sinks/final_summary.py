@@ -11,6 +11,7 @@ from launcher.system.formatting import (
     format_duration,
     format_labelled_rows,
     format_number,
+    format_plural,
     format_rate,
 )
 from launcher.system.run_files import (
@@ -100,8 +101,8 @@ def describe_bottleneck(stages: Sequence[StageShare], facts: Facts) -> str:
         grouped[name] = grouped.get(name, 0.0) + stage.share
     name, share = max(grouped.items(), key=lambda item: item[1])
     if name == "compute":
-        good = ", as it should be" if share >= DOMINANT_SHARE else ", the largest part"
-        return f"compute, {share:.0%}{good}. Faster: {_suggest_speedup(facts)}"
+        verdict = "as it should be" if share >= DOMINANT_SHARE else "the largest part"
+        return f"compute, {share:.0%}, {verdict}. Faster: {_suggest_speedup(facts)}"
     return f"{name}, {share:.0%}: {STAGE_ADVICE.get(name, 'the longest stage')}"
 
 
@@ -121,33 +122,33 @@ def suggest_next_steps(facts: Facts, finished: bool) -> list[str]:
 
 def _make_metric_rows(stats: RunningStats, metrics: Mapping[str, float]) -> list[LabelledText]:
     last = {**stats.values, **metrics}
-    shown = [
-        "train/loss",
-        *sorted((key for key in last if key.startswith("val/")), key=lambda key: ("loss" not in key, key)),
-    ]
-    return [
-        (key.replace("/", " "), _format_metric(key, last[key], stats)) for key in shown if last.get(key) is not None
-    ]
+    validated = sorted((key for key in last if key.startswith("val/")), key=lambda key: ("loss" not in key, key))
+    keys = [key for key in ("train/loss", *validated) if last.get(key) is not None]
+    return [(key.replace("/", " "), _format_metric(key, last[key], stats)) for key in keys]
 
 
 def _make_noise_rows(stats: RunningStats) -> list[LabelledText]:
     """The gradient noise scale next to the batch size, if measured; otherwise its lower bound, if known."""
-    # Only the last row counts: an estimate that is no longer known is not shown.
+    # Only the last row counts: an estimate that is no longer valid is not shown.
     values = {} if stats.last is None else stats.last.values
     scale, low, high = (values.get(f"noise/scale{end}") for end in ("", "_low", "_high"))
     if low is None:
         return []
-    known = f"at least {format_number(low)}" if scale is None or high is None else f"{format_number(scale)}"
-    interval = f" ({format_number(low)} to {format_number(high)})" if scale is not None and high is not None else ""
-    return [("noise scale", f"{known} samples{interval} · batch {format_number(values['batch/global'])}")]
+    if scale is None or high is None:
+        samples = f"at least {format_number(low)} samples"
+    else:
+        samples = f"{format_number(scale)} samples ({format_number(low)} to {format_number(high)})"
+    return [("noise scale", f"{samples} · batch {format_number(values['batch/global'])}")]
 
 
 def _make_restart_rows(stats: RunningStats, done: Facts) -> list[LabelledText]:
     """The cost of restarts: over the whole run if `done` has it, else since this process started."""
-    restarts, lost = done.get("restarts", 0), done.get("lost_samples", stats.lost_samples)
-    again = f"{format_count(restarts)} restart{'' if restarts == 1 else 's'}"
-    parts = [f"{again} took {format_duration(done.get('recovery_s', 0.0))}"] if restarts else []
-    parts += [f"{format_count(lost)} samples were run again"] if lost else []
+    restarts, lost_samples = done.get("restarts", 0), done.get("lost_samples", stats.lost_samples)
+    parts = []
+    if restarts:
+        parts.append(f"{format_plural(restarts, 'restart')} took {format_duration(done.get('recovery_s', 0.0))}")
+    if lost_samples:
+        parts.append(f"{format_count(lost_samples)} samples were run again")
     return [("lost", ", ".join(parts))] if parts else []
 
 
@@ -163,9 +164,9 @@ def _format_stages(stats: RunningStats, facts: Facts, style: Style, width: int) 
     if not stages:
         return []
     total = format_number(sum(stage.ms for stage in stages))
-    head = f"  time per update: {total} ms (mean of {format_count(stats.updates)} updates)"
-    last = format_labelled_rows([("bottleneck", describe_bottleneck(stages, facts))], width, style)
-    return [style.dim(head[:width]), *format_stage_table(stages, style, width), *last]
+    heading = f"  time per update: {total} ms (mean of {format_count(stats.updates)} updates)"
+    bottleneck = format_labelled_rows([("bottleneck", describe_bottleneck(stages, facts))], width, style)
+    return [style.dim(heading[:width]), *format_stage_table(stages, style, width), *bottleneck]
 
 
 def _make_file_rows(facts: Facts, finished: bool) -> list[LabelledText]:
@@ -173,9 +174,9 @@ def _make_file_rows(facts: Facts, finished: bool) -> list[LabelledText]:
         return []
     steps = suggest_next_steps(facts, finished)
     folder = Path(str(facts["run_dir"]))
-    there = ", ".join(name for name in LISTED_FILES if (folder / name).exists())
+    files = ", ".join(name for name in LISTED_FILES if (folder / name).exists())
     return [
-        ("files", f"{folder}: {there}" if there else str(folder)),
+        ("files", f"{folder}: {files}" if files else str(folder)),
         ("next", steps[0]),
         *(("", step) for step in steps[1:]),
     ]

@@ -16,21 +16,21 @@ class RowRateLimiter:
     """Accepts at most `rows_per_s` rows per second of training, plus every validation and every restart."""
 
     def __init__(self, rows_per_s: float = ROWS_PER_S) -> None:
-        self._gap_s = 1.0 / rows_per_s
+        self._interval_s = 1.0 / rows_per_s
         self._next_s = float("-inf")
         self._held: MetricsRow | None = None
-        self._passed: MetricsRow | None = None
+        self._accepted: MetricsRow | None = None
 
     def accept(self, row: MetricsRow) -> bool:
-        if row is self._passed:  # the sink retries this row after a failed write
+        if row is self._accepted:  # the sink retries this row after a failed write
             return True
-        passes = due = row.time >= self._next_s
-        if due:
-            self._next_s = row.time + self._gap_s
+        accepted = row.time >= self._next_s
+        if accepted:
+            self._next_s = row.time + self._interval_s
         else:
-            passes = any(key.startswith(UNTHROTTLED_PREFIXES) for key in row.values)
-        self._held, self._passed = (None, row) if passes else (row, self._passed)
-        return passes
+            accepted = any(key.startswith(UNTHROTTLED_PREFIXES) for key in row.values)
+        self._held, self._accepted = (None, row) if accepted else (row, self._accepted)
+        return accepted
 
     def get_held_row(self) -> MetricsRow | None:
         """Return the newest row if it was held back, so that the end of the curve is logged."""

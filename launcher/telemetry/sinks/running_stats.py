@@ -10,7 +10,7 @@ from launcher.telemetry.records import MetricsRow
 __all__ = ["BestValue", "RunningStats", "StageShare"]
 
 WARMUP_UPDATES = 3
-#: Above this many rows, the first WARM_UP rows (library start-up) are excluded from the stage times.
+#: Above this many rows, the first WARMUP_UPDATES rows (library start-up) are excluded from the stage times.
 MIN_ROWS_TO_SKIP_WARMUP = 10
 SPEED_SMOOTHING_S = 20.0
 
@@ -67,7 +67,7 @@ class RunningStats:
 
     @property
     def updates(self) -> int:
-        """Number of updates that `stages` averages over."""
+        """Number of updates that `compute_stage_shares` averages over."""
         return self._rows - WARMUP_UPDATES if self._rows > MIN_ROWS_TO_SKIP_WARMUP else self._rows
 
     def compute_stage_shares(self) -> list[StageShare]:
@@ -88,16 +88,18 @@ class RunningStats:
         """Update the current speed, smoothed over about 20 s; used to estimate the time left."""
         if self.last is None or row.time <= self.last.time:
             return
-        passed_s = row.time - self.last.time
-        now = (row.samples - self.last.samples) / passed_s
-        weight = 1.0 if self.samples_per_s == 0 else passed_s / (passed_s + SPEED_SMOOTHING_S)
+        elapsed_s = row.time - self.last.time
+        speed = (row.samples - self.last.samples) / elapsed_s
+        weight = 1.0 if self.samples_per_s == 0 else elapsed_s / (elapsed_s + SPEED_SMOOTHING_S)
         # The first rows arrive irregularly: use the plain average of all rows until the smoothing reacts more slowly.
         weight = max(weight, 1.0 / self._rows)
-        self.samples_per_s += weight * (now - self.samples_per_s)
+        self.samples_per_s += weight * (speed - self.samples_per_s)
 
     def _track_best(self, key: str, value: float, update: int) -> None:
         """Track the best value of a metric whose name shows its direction (loss, error, acc)."""
-        known = self.best.get(key)
-        lower, higher = "loss" in key or "error" in key, "acc" in key
-        if (lower or higher) and (known is None or (value < known.value if lower else value > known.value)):
+        best = self.best.get(key)
+        lower_is_better, higher_is_better = "loss" in key or "error" in key, "acc" in key
+        if not lower_is_better and not higher_is_better:
+            return
+        if best is None or (value < best.value if lower_is_better else value > best.value):
             self.best[key] = BestValue(value, update)

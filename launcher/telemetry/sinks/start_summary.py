@@ -32,8 +32,8 @@ LabelledText = tuple[str, str]
 def format_title(facts: Facts) -> str:
     """Title of the run, e.g. resnet on 2 workers; restarts append · start N."""
     world, generation = facts.get("world", 1), facts.get("generation", 1)
-    again = f" · start {generation}" if generation > 1 else ""
-    return f"{facts.get('recipe', 'training')} on {format_plural(world, 'worker')}{again}"
+    start = f" · start {generation}" if generation > 1 else ""
+    return f"{facts.get('recipe', 'training')} on {format_plural(world, 'worker')}{start}"
 
 
 def make_start_rows(facts: Facts) -> list[LabelledText]:
@@ -51,19 +51,17 @@ def make_start_rows(facts: Facts) -> list[LabelledText]:
 
 def make_plan_rows(facts: Facts, train_samples: int | None) -> list[LabelledText]:
     """Rows of the first plan, printed below the start rows."""
-    batch, rate = (
-        ("batch", format_plan(facts)),
-        f"{format_lr_scaling(facts)} · {_describe_warmup(facts, train_samples)}",
-    )
-    return [batch, ("lr", rate), *([("", str(facts["why"]))] if facts.get("why") else [])]
+    lr = f"{format_lr_scaling(facts)} · {_describe_warmup(facts, train_samples)}"
+    reason = [("", str(facts["why"]))] if facts.get("why") else []
+    return [("batch", format_plan(facts)), ("lr", lr), *reason]
 
 
 def format_replan(facts: Facts) -> str:
     """Format a plan change, e.g. 128 -> 256 = 2 workers x 128 · lr 0.2 (x2 of 0.1 at 128) · why."""
     before = facts.get("from") or {}
-    was = f"{format_count(before['global'])} -> " if "global" in before else ""
+    old_batch = f"{format_count(before['global'])} -> " if "global" in before else ""
     parts = [
-        f"{was}{format_plan(facts)}",
+        f"{old_batch}{format_plan(facts)}",
         f"lr {format_lr_scaling(facts)}",
         strip_control_characters(facts.get("why") or ""),
     ]
@@ -72,10 +70,11 @@ def format_replan(facts: Facts) -> str:
 
 def format_plan(facts: Facts) -> str:
     """Format a batch plan, e.g. 256 = 3 workers x (86, 85x2) in 2 micro-batches."""
-    parts = facts.get("shares") or [facts["global"]]
-    steps = facts.get("accumulation") or 1
-    text = f"{format_count(facts['global'])} = {format_plural(facts.get('world', len(parts)), 'worker')} x {format_shares(parts)}"
-    return f"{text} in {steps} micro-batches" if steps > 1 else text
+    shares = facts.get("shares") or [facts["global"]]
+    workers = format_plural(facts.get("world", len(shares)), "worker")
+    text = f"{format_count(facts['global'])} = {workers} x {format_shares(shares)}"
+    micro_batches = facts.get("accumulation") or 1
+    return f"{text} in {micro_batches} micro-batches" if micro_batches > 1 else text
 
 
 def format_lr_scaling(facts: Facts) -> str:

@@ -30,20 +30,20 @@ class TensorboardSink:
                 "sink=tensorboard needs a package that is not installed: "
                 "type pip install 'elastic-batch-launcher[report]', or remove it from sink="
             )
-        self.every_s = SLOW_SINK_INTERVAL_S
+        self.write_interval_s = SLOW_SINK_INTERVAL_S
         self._folder = folder / TENSORBOARD_DIR
-        self._thinner = RowRateLimiter()
+        self._rate_limiter = RowRateLimiter()
         self._samples = 0
         self._writer: SummaryWriter | None = None
 
     def write(self, entry: MetricsRow | Event) -> None:
         if isinstance(entry, Event):
             self._write_event_text(entry)
-        elif self._thinner.accept(entry):
+        elif self._rate_limiter.accept(entry):
             self._write_scalars(entry)
 
     def close(self) -> None:
-        if (last := self._thinner.get_held_row()) is not None:
+        if (last := self._rate_limiter.get_held_row()) is not None:
             self._write_scalars(last)
         if self._writer is not None:
             self._writer.close()  # type: ignore[no-untyped-call]

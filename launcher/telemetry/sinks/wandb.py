@@ -13,12 +13,13 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from launcher.system.redaction import mask_secrets
-from launcher.telemetry.metrics_logger import SINK_TIMEOUT_S, print_over_progress_bar
+from launcher.system.run_files import STOP_FILE, WANDB_DIR
+from launcher.system.stderr import print_over_progress_bar
 from launcher.telemetry.records import Event, MetricsRow
+from launcher.telemetry.sink import SINK_TIMEOUT_S, SinkContext
 from launcher.telemetry.sinks.rate_limit import SLOW_SINK_INTERVAL_S, RowRateLimiter
 
 __all__ = ["WandbSink", "is_reachable"]
@@ -51,36 +52,33 @@ QUIET_WANDB_SETTINGS: Mapping[str, Any] = {
 
 
 class WandbSink:
-    """One W&B run across all restarts: `run_id` is stored in the run folder. `config` must not contain secrets."""
+    """One W&B run across all restarts; its id is stored in the run folder."""
 
     def __init__(
         self,
-        folder: Path,
-        run_id: str,
-        name: str,
-        config: Mapping[str, Any],
+        context: SinkContext,
         project: str | None = "launcher",
         entity: str | None = None,
         group: str | None = None,
         tags: Sequence[str] = (),
         mode: str | None = None,
-        say: Callable[[str], None] = print_over_progress_bar,
+        report: Callable[[str], None] = print_over_progress_bar,
     ) -> None:
-        self.every_s = SLOW_SINK_INTERVAL_S
-        self.patience_s = LOCAL_TIMEOUT_S
-        self._folder = folder
+        self.write_interval_s = SLOW_SINK_INTERVAL_S
+        self.close_timeout_s = LOCAL_TIMEOUT_S
+        self._folder = context.folder
         self._identity: Mapping[str, Any] = {
-            "id": run_id,
-            "name": name,
-            "config": dict(config),
+            "id": context.wandb_id,
+            "name": context.name,
+            "config": dict(context.config),
             "project": project,
             "entity": entity,
             "group": group,
             "tags": list(tags) or None,
         }
         self._mode = mode or os.environ.get("WANDB_MODE")  # read here because wandb is imported only later
-        self._say = say
-        self._thinner = RowRateLimiter()
+        self._report = report
+        self._rate_limiter = RowRateLimiter()
         self._events: dict[str, Any] = {}
         self._run: Any = None
         self._abandoned = False
@@ -90,19 +88,19 @@ class WandbSink:
             return
         if isinstance(entry, Event):
             self._record_event(entry)
-        elif self._thinner.accept(entry):
+        elif self._rate_limiter.accept(entry):
             self._log_row(entry)
 
     def close(self) -> None:
         """Finish normally if offline or if the server responds; otherwise leave what is not uploaded on disk."""
         if self._run is None:
             return
-        if (last := self._thinner.get_held_row()) is not None:
+        if (last := self._rate_limiter.get_held_row()) is not None:
             self._log_row(last)
         if self._run.offline:
             self._finish_run()
         elif is_reachable(self._run.settings.base_url, PROBE_TIMEOUT_S):
-            self.patience_s = UPLOAD_TIMEOUT_S + LOCAL_TIMEOUT_S
+            self.close_timeout_s = UPLOAD_TIMEOUT_S + LOCAL_TIMEOUT_S
             self._finish_run()
         else:
             finishing = threading.Thread(target=self._try_to_finish, daemon=True)
@@ -119,22 +117,22 @@ class WandbSink:
             if child.name().startswith("wandb-core"):
                 child.kill()
         _tear_down()
-        self._say(f"wandb: no response from the server; to upload later: {self._format_sync_command('')}")
+        self._report(f"wandb: no response from the server; to upload later: {self._format_sync_command('')}")
 
-    def _log_row(self, reading: MetricsRow) -> None:
+    def _log_row(self, row: MetricsRow) -> None:
         if self._run is None:
             self._run = self._start_run()
-        row = {
-            "samples": reading.samples,
-            "update": reading.update,
-            "epoch": reading.epoch,
-            "world": reading.world,
-            "generation": reading.generation,
-            **reading.values,
-            "_timestamp": reading.time,
+        fields = {
+            "samples": row.samples,
+            "update": row.update,
+            "epoch": row.epoch,
+            "world": row.world,
+            "generation": row.generation,
+            **row.values,
+            "_timestamp": row.time,
         }
         # Offline files of one run are uploaded one after another: using the update as step keeps them from overlapping.
-        self._run.log(row, step=reading.update if self._run.offline else None)
+        self._run.log(fields, step=row.update if self._run.offline else None)
 
     def _record_event(self, event: Event) -> None:
         self._events[event.event] = event
@@ -144,10 +142,10 @@ class WandbSink:
     def _start_run(self) -> Any:
         import wandb
 
-        known = wandb.Settings.model_fields
-        settings = wandb.Settings(**{name: value for name, value in QUIET_WANDB_SETTINGS.items() if name in known})
-        if "stop_fn" in known:
-            settings.stop_fn = (self._folder / "stop").touch
+        supported = wandb.Settings.model_fields
+        settings = wandb.Settings(**{name: value for name, value in QUIET_WANDB_SETTINGS.items() if name in supported})
+        if "stop_fn" in supported:
+            settings.stop_fn = (self._folder / STOP_FILE).touch
         session = wandb.setup(settings).settings
         run = None
         if (self._mode or session.mode) not in ("offline", "dryrun"):
@@ -161,27 +159,27 @@ class WandbSink:
 
     def _try_online(self, wandb: Any, settings: Any, url: str) -> Any:
         """Start the run online; None (offline) if there is no API key or no response."""
-        why = "no API key"
+        reason = "no API key"
         try:
             if _has_key(wandb):
-                why = f"no response from {url}"
+                reason = f"no response from {url}"
                 if is_reachable(url, PROBE_TIMEOUT_S):
                     return self._connect(wandb, settings)
         except wandb.Error as error:
-            why = " ".join(str(error).split())[:MAX_REASON_CHARS]
+            reason = " ".join(str(error).split())[:MAX_REASON_CHARS]
             _tear_down()  # the partly started run would conflict with the same run id offline
-        return self._say(
-            f"wandb: offline, {mask_secrets(why)}; to upload later: {self._format_sync_command('offline-')}"
+        return self._report(
+            f"wandb: offline, {mask_secrets(reason)}; to upload later: {self._format_sync_command('offline-')}"
         )
 
     def _connect(self, wandb: Any, settings: Any) -> Any:
-        """Connect to the server. While it connects, closing at the end of training waits only PATIENCE_S."""
-        self.patience_s = SINK_TIMEOUT_S
+        """Connect to the server. While it connects, closing at the end of training waits only SINK_TIMEOUT_S."""
+        self.close_timeout_s = SINK_TIMEOUT_S
         try:
             run = self._init_wandb(wandb, settings, "online")
         finally:
-            self.patience_s = LOCAL_TIMEOUT_S
-        self._say(f"wandb: {run.url}")
+            self.close_timeout_s = LOCAL_TIMEOUT_S
+        self._report(f"wandb: {run.url}")
         return run
 
     def _init_wandb(self, wandb: Any, settings: Any, mode: str) -> Any:
@@ -191,17 +189,17 @@ class WandbSink:
 
     def _finish_run(self) -> None:
         try:
-            ended = self._events.keys() & {"done", "preempt"}  # neither event exists if another rank died
-            self._run.finish(exit_code=0 if ended else 1)
+            ended_well = self._events.keys() & {"done", "preempt"}  # neither event exists if another rank died
+            self._run.finish(exit_code=0 if ended_well else 1)
         except TimeoutError:
-            self._say(f"wandb: the upload takes too long; to upload the rest later: {self._format_sync_command('')}")
+            self._report(f"wandb: the upload takes too long; to upload the rest later: {self._format_sync_command('')}")
 
     def _try_to_finish(self) -> None:
         with suppress(Exception):  # interrupted by `abandon`, which reports it; the data is on disk
             self._finish_run()
 
     def _format_sync_command(self, kind: str) -> str:
-        return f"wandb sync {self._folder / 'wandb'}/{kind}run-*"
+        return f"wandb sync {self._folder / WANDB_DIR}/{kind}run-*"
 
 
 def _has_key(wandb: Any) -> bool:

@@ -9,13 +9,16 @@ strictly, a YAML list is not a tuple and 1e2 is not 100), and it would add 0.13 
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, Union, get_args, get_origin
 
 __all__ = ["CoercionError", "coerce", "describe_type", "example_value", "format_value", "list_choices"]
+
+
+_LARGEST = sys.float_info.max
 
 
 class CoercionError(Exception):
@@ -97,14 +100,15 @@ def _check_holds(value: Any, holds: bool) -> Any:
 
 
 def _coerce_integer(value: Any) -> int:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
-    return int(_check_holds(value, whole))
+    is_whole = (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, float) and value.is_integer()
+    )
+    return int(_check_holds(value, is_whole))
 
 
 def _coerce_number(value: Any) -> float:
-    return float(
-        _check_holds(value, isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
-    )
+    _check_holds(value, isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST)
+    return float(value)
 
 
 def _coerce_text(value: Any) -> str:

@@ -105,13 +105,14 @@ def resolve(args: Sequence[str]) -> ComposedConfig:
 class SweepRequest:
     """A sweep requested with -m.
 
-    `settings`: a configuration of which only the sections `run` and `sweep` are filled. `own`: the overrides except
-    those that set the folder. `here`: whether Hydra's basic launcher is selected, i.e. the points run on this machine.
+    `settings`: a configuration of which only the sections `run` and `sweep` are filled. `overrides`: those typed,
+    except the ones that set the folder. `is_local`: whether Hydra's basic launcher is selected, i.e. the points run on
+    this machine.
     """
 
     settings: RunConfig
-    own: tuple[str, ...]
-    here: bool
+    overrides: tuple[str, ...]
+    is_local: bool
     config: DictConfig
 
 
@@ -161,10 +162,10 @@ class ConfigComposer:
         parsed = self.parse_and_check(overrides)
         config = self.compose_hydra(overrides, RunMode.MULTIRUN)
         refuse_unsweepable_keys(parsed, config)
-        own = [str(o.input_line) for o in parsed if o.key_or_group not in RUN_DIR_KEYS]
+        typed = [str(o.input_line) for o in parsed if o.key_or_group not in RUN_DIR_KEYS]
         run_section = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
         settings = from_mapping({"run": run_section, "sweep": OmegaConf.to_container(config.sweep, resolve=True)})
-        return SweepRequest(settings, tuple(own), config.hydra.launcher._target_ == BASIC_LAUNCHER, config)
+        return SweepRequest(settings, tuple(typed), config.hydra.launcher._target_ == BASIC_LAUNCHER, config)
 
     def expand_points(self, config: DictConfig) -> list[list[str]]:
         """The overrides of every point of a plain sweep; empty if the user chose another sweeper, which decides."""

@@ -99,12 +99,12 @@ def _check_batch(config: RunConfig) -> None:
 def _check_goodput(config: RunConfig) -> None:
     """Refuse settings that the goodput policy chooses itself or that would conflict with it."""
     batch = config.batch
-    wrong = {
+    conflicts = {
         "batch.global": (batch.global_batch is not None, "batch=hold, or remove it"),
         "batch.ramp": (batch.ramp is not None, "batch=bounded, or remove it"),
         "elastic.balance": (config.elastic.balance, "elastic.balance=false"),
     }
-    for key, (refused, fix) in wrong.items():
+    for key, (refused, fix) in conflicts.items():
         if refused:
             value = str(get_value(config, key)).lower()
             raise UsageError(f"{key}={value} does not work with batch.policy=goodput: type {fix}")
@@ -145,7 +145,7 @@ def _check_exact(config: RunConfig) -> None:
             f"batch.policy={batch.policy} with elastic.exact=true: the batch must be the same at every world size: "
             "type batch.policy=hold batch.global=256"
         )
-    wrong = {
+    conflicts = {
         "batch.accumulation": (batch.accumulation != "auto", "auto"),
         "train.precision": (config.train.precision == "fp16", "bf16"),
         "train.compile": (config.train.compile, "false"),
@@ -153,7 +153,7 @@ def _check_exact(config: RunConfig) -> None:
         "elastic.balance": (config.elastic.balance, "false"),
         "launch.threads": (config.launch.threads not in (None, 1), "1"),
     }
-    for key, (refused, fix) in wrong.items():
+    for key, (refused, fix) in conflicts.items():
         if refused:
             value = str(get_value(config, key)).lower()
             raise UsageError(f"{key}={value} does not work with elastic.exact=true: type {key}={fix}")

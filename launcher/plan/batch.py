@@ -202,7 +202,7 @@ def _empty_rank_error(policy: BatchPolicy, source: str, shares: Sequence[int], s
     """The error for a rank that is too slow to get a sample, with the batch size at which it would get one.
 
     At that size every rank has floor(its speed / the slowest speed) samples; the quotient is increased by 1e-12,
-    since the quotients compared in `_split` are floats.
+    since the quotients compared in `_split_by_speed` are floats.
     """
     weights = _scale_to_integers(speeds)
     slowest = min(weights)

@@ -28,41 +28,42 @@ class PolicyView:
     derived: str = ""
 
 
-def compare_policies(config: RunConfig, sizes: DatasetSizes, worlds: Sequence[int]) -> dict[str, Any]:
+def compare_policies(config: RunConfig, sizes: DatasetSizes, world_sizes: Sequence[int]) -> dict[str, Any]:
     """For each policy: whether it was `asked` for, the numbers `derived` for it, and `plans`, one row per world size.
 
     A row's `changes` are relative to the previous feasible row. A policy that cannot be met anywhere has the reason
     in each row. The request itself must be valid: it was checked before.
     """
     return {
-        kind: _compare_world_sizes(config_under_policy(config, sizes, kind), sizes, worlds) for kind in POLICY_KINDS
+        kind: _compare_world_sizes(config_under_policy(config, sizes, kind), sizes, world_sizes)
+        for kind in POLICY_KINDS
     }
 
 
-def _compare_world_sizes(reading: PolicyView, sizes: DatasetSizes, worlds: Sequence[int]) -> dict[str, Any]:
+def _compare_world_sizes(view: PolicyView, sizes: DatasetSizes, world_sizes: Sequence[int]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    before: dict[str, Any] | None = None
-    for world in worlds:
-        row = _make_row(reading.config, sizes, world)
+    previous: dict[str, Any] | None = None
+    for world_size in world_sizes:
+        row = _make_row(view.config, sizes, world_size)
         if row["feasible"]:
-            row["changes"] = [] if before is None else describe_changes(before, row)
-            before = row
+            row["changes"] = [] if previous is None else describe_changes(previous, row)
+            previous = row
         rows.append(row)
-    return {"asked": not reading.derived, "derived": reading.derived, "plans": rows}
+    return {"asked": not view.derived, "derived": view.derived, "plans": rows}
 
 
 def config_under_policy(config: RunConfig, sizes: DatasetSizes, kind: PolicyKind) -> PolicyView:
     """The request under another policy: per_device is kept, missing numbers are derived from lr.base_batch."""
     if kind == resolve_batch_policy(config):
         return PolicyView(config)
-    asked, base = config.batch, config.lr.base_batch or 1
-    batch = BatchConfig(policy=kind, per_device=asked.per_device, ramp=asked.ramp)
+    request, base = config.batch, config.lr.base_batch or 1
+    batch = BatchConfig(policy=kind, per_device=request.per_device, ramp=request.ramp)
     if kind == "hold":
         return _make_policy_view(config, replace(batch, global_batch=base), f"batch.global={base} (lr.base_batch)")
-    batch = replace(batch, accumulation=asked.accumulation)
+    batch = replace(batch, accumulation=request.accumulation)
     if kind == "scale":
-        steps = "" if asked.accumulation == "auto" else f" x batch.accumulation={asked.accumulation}"
-        return _make_policy_view(config, batch, f"workers x batch.per_device={asked.per_device}{steps}")
+        steps = "" if request.accumulation == "auto" else f" x batch.accumulation={request.accumulation}"
+        return _make_policy_view(config, batch, f"workers x batch.per_device={request.per_device}{steps}")
     high, why = _find_max_batch(config, sizes, base)
     derived = f"batch.min_global={base} (lr.base_batch), batch.max_global={high} ({why})"
     return _make_policy_view(config, replace(batch, min_global=base, max_global=high), derived)
@@ -70,9 +71,9 @@ def config_under_policy(config: RunConfig, sizes: DatasetSizes, kind: PolicyKind
 
 def _find_max_batch(config: RunConfig, sizes: DatasetSizes, base: int) -> tuple[int, str]:
     """The largest batch for which lr.rule is valid, limited by the training set, and how it was derived."""
-    far = max_batch_ratio(config, resolve_lr_rule(config))
-    if far is not None and far * base < sizes.train:
-        return far * base, f"{far} x lr.base_batch"
+    ratio = max_batch_ratio(config, resolve_lr_rule(config))
+    if ratio is not None and ratio * base < sizes.train:
+        return ratio * base, f"{ratio} x lr.base_batch"
     return sizes.train, "training set size"
 
 
@@ -80,12 +81,12 @@ def _make_policy_view(config: RunConfig, batch: BatchConfig, derived: str) -> Po
     return PolicyView(replace(config, batch=batch), derived)
 
 
-def _make_row(config: RunConfig, sizes: DatasetSizes, world: int) -> dict[str, Any]:
+def _make_row(config: RunConfig, sizes: DatasetSizes, world_size: int) -> dict[str, Any]:
     try:
-        planned = make_training_plan(config, sizes, world)
+        planned = make_training_plan(config, sizes, world_size)
     except UsageError as error:  # also errors at every world size: the request was not written for this policy
-        return {"world": world, "feasible": False, "why": str(error)}
-    return {"world": world, "feasible": True, **_describe_plan(planned)}
+        return {"world": world_size, "feasible": False, "why": str(error)}
+    return {"world": world_size, "feasible": True, **_describe_plan(planned)}
 
 
 def _describe_plan(planned: TrainingPlan) -> dict[str, Any]:
@@ -101,16 +102,16 @@ def _describe_plan(planned: TrainingPlan) -> dict[str, Any]:
     }
 
 
-def describe_changes(before: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """The changes from the previous world size: batch x2, rate x2, accumulation 2 -> 1, shares uneven."""
-    found = [
-        f"{name} x{row[key] / before[key]:.3g}"
-        for name, key in (("batch", "global"), ("rate", "lr"))
-        if row[key] != before[key]
+def describe_changes(previous: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """The changes from the previous world size: batch x2, lr x2, accumulation 2 -> 1, shares uneven."""
+    changes = [
+        f"{name} x{row[key] / previous[key]:.3g}"
+        for name, key in (("batch", "global"), ("lr", "lr"))
+        if row[key] != previous[key]
     ]
-    if row["accumulation"] != before["accumulation"]:
-        found.append(f"accumulation {before['accumulation']} -> {row['accumulation']}")
-    even, was_even = (one["share_min"] == one["share_max"] for one in (row, before))
+    if row["accumulation"] != previous["accumulation"]:
+        changes.append(f"accumulation {previous['accumulation']} -> {row['accumulation']}")
+    even, was_even = (plan["share_min"] == plan["share_max"] for plan in (row, previous))
     if even != was_even:
-        found.append("shares even" if even else "shares uneven")
-    return found
+        changes.append("shares even" if even else "shares uneven")
+    return changes

@@ -67,46 +67,48 @@ class MemoryEstimate:
         return self.parameters + self.gradients + self.optimizer + self.buffers
 
 
-def estimate_memory(weights: ModelSize, layout: str, world: int) -> MemoryEstimate:
+def estimate_memory(weights: ModelSize, layout: str, world_size: int) -> MemoryEstimate:
     """Estimate memory by ZeRO's formulas (Rajbhandari 2020, arXiv 1910.02054, section 5).
 
     Parameters and gradients have the same number of bytes per element. DeepSpeed's stages 1 to 3 step on a copy of
     each worker's part of the parameters, whatever their precision.
     """
-    lies = LAYOUTS[layout]
+    sharding = LAYOUTS[layout]
 
-    def held(elements: int, divided: bool) -> int:
-        return weights.element_bytes * (math.ceil(elements / world) if divided else elements)
+    def count_bytes(elements: int, sharded: bool) -> int:
+        return weights.element_bytes * (math.ceil(elements / world_size) if sharded else elements)
 
-    own = held(weights.trainable + weights.frozen, lies.parameters)
+    parameters = count_bytes(weights.trainable + weights.frozen, sharding.parameters)
     return MemoryEstimate(
-        parameters=own + (held(weights.trainable, True) if lies.copy else 0),
-        gradients=held(weights.trainable, lies.gradients),
-        optimizer=held(weights.trainable * weights.slots, lies.optimizer),
-        buffers=lies.buffers * held(min(weights.trainable, MAX_BUCKET_ELEMENTS), False) if world > 1 else 0,
+        parameters=parameters + (count_bytes(weights.trainable, True) if sharding.copy else 0),
+        gradients=count_bytes(weights.trainable, sharding.gradients),
+        optimizer=count_bytes(weights.trainable * weights.slots, sharding.optimizer),
+        buffers=sharding.buffers * count_bytes(min(weights.trainable, MAX_BUCKET_ELEMENTS), False)
+        if world_size > 1
+        else 0,
     )
 
 
-def make_memory_document(weights: ModelSize, worlds: Sequence[int]) -> dict[str, Any]:
+def make_memory_document(weights: ModelSize, world_sizes: Sequence[int]) -> dict[str, Any]:
     """Bytes per worker for each strategy and world size, as a JSON document."""
     return {
         "trainable": weights.trainable,
         "frozen": weights.frozen,
         "optimizer_slots": weights.slots,
         "strategies": {
-            layout: [{"world": world, **_make_bytes_row(estimate_memory(weights, layout, world))} for world in worlds]
+            layout: [{"world": size, **_make_bytes_row(estimate_memory(weights, layout, size))} for size in world_sizes]
             for layout in LAYOUTS
         },
     }
 
 
-def _make_bytes_row(found: MemoryEstimate) -> dict[str, int]:
+def _make_bytes_row(estimate: MemoryEstimate) -> dict[str, int]:
     return {
-        "parameters_bytes": found.parameters,
-        "gradients_bytes": found.gradients,
-        "optimizer_bytes": found.optimizer,
-        "buffers_bytes": found.buffers,
-        "total_bytes": found.total,
+        "parameters_bytes": estimate.parameters,
+        "gradients_bytes": estimate.gradients,
+        "optimizer_bytes": estimate.optimizer,
+        "buffers_bytes": estimate.buffers,
+        "total_bytes": estimate.total,
     }
 
 
@@ -117,7 +119,7 @@ def format_memory_lines(document: Mapping[str, Any]) -> Iterator[str]:
     yield "the optimizer's state; activations are not included"
     yield f"{'world':>7}" + "".join(f"{layout:>12}" for layout in strategies)
     for row in zip(*strategies.values(), strict=True):
-        yield f"{row[0]['world']:>7}" + "".join(f"{_format_size(one['total_bytes']):>12}" for one in row)
+        yield f"{row[0]['world']:>7}" + "".join(f"{_format_size(cell['total_bytes']):>12}" for cell in row)
 
 
 def _format_size(size: float) -> str:

@@ -20,11 +20,13 @@ __all__ = ["format_plan_table", "format_world_sizes", "make_plan_document", "mak
 _DEFAULT_WORLD_SIZES = range(1, 65)
 _WIDTH = 80
 _SHARES_WIDTH = 24
-_GLOBAL_WIDTH, _RATE_WIDTH = 8, 9
+_GLOBAL_WIDTH, _LR_WIDTH = 8, 9
 
 
-def make_plan_document(config: RunConfig, sizes: DatasetSizes, worlds: Sequence[int] | None = None) -> dict[str, Any]:
-    """The plans at the world sizes `worlds` (default: plan.world_sizes, then 1 to 64) as a JSON document.
+def make_plan_document(
+    config: RunConfig, sizes: DatasetSizes, world_sizes: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The plans at the world sizes `world_sizes` (default: plan.world_sizes, then 1 to 64) as a JSON document.
 
     `schedule` is the batch and the learning rate over time at the smallest feasible world size, which each entry
     names; warmup and decay have the same shape at all world sizes. A world size that does not fit is
@@ -35,7 +37,7 @@ def make_plan_document(config: RunConfig, sizes: DatasetSizes, worlds: Sequence[
     Raises:
         UsageError: the request is wrong at every world size.
     """
-    world_sizes = worlds or config.plan.world_sizes or _DEFAULT_WORLD_SIZES
+    world_sizes = world_sizes or config.plan.world_sizes or _DEFAULT_WORLD_SIZES
     divisible = None
     if config.batch.global_batch == "divisible" and resolve_batch_policy(config) == "hold":
         divisible = find_divisible_batch(config, sizes.train, world_sizes)
@@ -76,7 +78,7 @@ def format_plan_table(document: Mapping[str, Any]) -> str:
         f"lr.base={_format_short_number(document['lr_base'])} at lr.base_batch={document['lr_base_batch']}",
         *(_format_divisible_lines(document["divisible"]) if "divisible" in document else []),
         "",
-        _format_columns("world", "shares", "micro", "accum", "global", "rate", "updates/ep"),
+        _format_columns("world", "shares", "micro", "accum", "global", "lr", "updates/ep"),
         *_format_plan_lines(document["plans"]),
         *_format_schedule_lines(document),
         *_format_advice_lines(document["plans"]),
@@ -86,9 +88,9 @@ def format_plan_table(document: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _try_make_plan(config: RunConfig, sizes: DatasetSizes, world: int) -> TrainingPlan | str:
+def _try_make_plan(config: RunConfig, sizes: DatasetSizes, world_size: int) -> TrainingPlan | str:
     try:
-        return make_training_plan(config, sizes, world)
+        return make_training_plan(config, sizes, world_size)
     except PlanError as error:
         return str(error)
 
@@ -165,62 +167,62 @@ def _format_schedule_lines(document: Mapping[str, Any]) -> Iterator[str]:
     points = document["schedule"]
     if not points:
         return
-    title = f"schedule={document['decay']} at world {points[0]['world']}"
+    title = f"schedule={document['decay']} at world size {points[0]['world']}"
     yield ""
-    yield f"{title:<33}{'samples':>20}{'global':>10}{'rate':>11}"
+    yield f"{title:<38}{'samples':>15}{'global':>10}{'lr':>11}"
     for point in points:
-        counts = f"{_format_count_to_width(point['samples'], 20)}{_format_count_to_width(point['global'], 10)}"
-        yield f"{'  ' + point['at']:<33}{counts}{_format_short_number(point['lr']):>11}"
+        counts = f"{_format_count_to_width(point['samples'], 15)}{_format_count_to_width(point['global'], 10)}"
+        yield f"{'  ' + point['at']:<38}{counts}{_format_short_number(point['lr']):>11}"
 
 
 def _format_advice_lines(plans: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    worlds: dict[str, list[int]] = {}
+    world_sizes: dict[str, list[int]] = {}
     for row in plans:
         for line in row.get("advice", ()):
-            worlds.setdefault(line, []).append(row["world"])
-    for line, where in worlds.items():
+            world_sizes.setdefault(line, []).append(row["world"])
+    for line, concerned in world_sizes.items():
         yield ""
-        yield from wrap_with_indent("", f"Advice at world size {format_world_sizes(where)}: {line}")
+        yield from wrap_with_indent("", f"Advice at world size {format_world_sizes(concerned)}: {line}")
 
 
 def _format_policy_lines(policies: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """One line per world size: batch and learning rate under every policy, and the changes under the selected one."""
-    asked = next(kind for kind, found in policies.items() if found["asked"])
-    rows = list(zip(*(found["plans"] for found in policies.values()), strict=True))
+    selected = next(kind for kind, view in policies.items() if view["asked"])
+    rows = list(zip(*(view["plans"] for view in policies.values()), strict=True))
     first = max(5, *(len(str(row[0]["world"])) for row in rows))
-    width = first + len(policies) * (_GLOBAL_WIDTH + _RATE_WIDTH) + 1
+    width = first + len(policies) * (_GLOBAL_WIDTH + _LR_WIDTH) + 1
     yield ""
-    heads = "".join(f"{kind:>{_GLOBAL_WIDTH}}{'rate':>{_RATE_WIDTH}}" for kind in policies)
-    yield f"{'world':>{first}}{heads} changes under {asked}"
+    heads = "".join(f"{kind:>{_GLOBAL_WIDTH}}{'lr':>{_LR_WIDTH}}" for kind in policies)
+    yield f"{'world':>{first}}{heads} changes under {selected}"
     for row in rows:
-        figures = "".join(map(_format_batch_and_lr, row))
-        what = next(one for kind, one in zip(policies, row, strict=True) if kind == asked).get("changes", ())
-        yield from wrap_with_indent(f"{row[0]['world']:>{first}}{figures}".ljust(width), ", ".join(what))
-    said = {row.get("why") for row in policies[asked]["plans"]}
-    for kind, found in policies.items():
-        yield from _format_view_lines(kind, found, said)
+        columns = "".join(map(_format_batch_and_lr, row))
+        changes = row[list(policies).index(selected)].get("changes", ())
+        yield from wrap_with_indent(f"{row[0]['world']:>{first}}{columns}".ljust(width), ", ".join(changes))
+    shown_reasons = {row.get("why") for row in policies[selected]["plans"]}
+    for kind, view in policies.items():
+        yield from _format_view_lines(kind, view, shown_reasons)
 
 
 def _format_batch_and_lr(row: Mapping[str, Any]) -> str:
     if not row["feasible"]:
-        return f"{'-':>{_GLOBAL_WIDTH}}{'-':>{_RATE_WIDTH}}"
-    return f"{_format_count_to_width(row['global'], _GLOBAL_WIDTH)}{row['lr']:>{_RATE_WIDTH}.3g}"
+        return f"{'-':>{_GLOBAL_WIDTH}}{'-':>{_LR_WIDTH}}"
+    return f"{_format_count_to_width(row['global'], _GLOBAL_WIDTH)}{row['lr']:>{_LR_WIDTH}.3g}"
 
 
-def _format_view_lines(kind: str, found: Mapping[str, Any], said: Collection[str | None]) -> Iterator[str]:
-    """The numbers derived for a policy that was not selected, and why it has no plan; reasons in `said` are skipped."""
-    if found["asked"]:
+def _format_view_lines(kind: str, view: Mapping[str, Any], shown_reasons: Collection[str | None]) -> Iterator[str]:
+    """The numbers derived for a policy that was not selected, and why it has no plan, unless that was shown already."""
+    if view["asked"]:
         return
-    yield from wrap_with_indent("  ", f"{kind}: {found['derived']}")
-    refused = (row for row in found["plans"] if not row["feasible"] and row["why"] not in said)
+    yield from wrap_with_indent("  ", f"{kind}: {view['derived']}")
+    refused = (row for row in view["plans"] if not row["feasible"] and row["why"] not in shown_reasons)
     for _, group in groupby(refused, key=_get_failure_kind):
         rows = list(group)
-        where = format_world_sizes([row["world"] for row in rows])
-        yield from wrap_with_indent("    ", f"no plan at world size {where}: {rows[0]['why']}")
+        world_sizes = format_world_sizes([row["world"] for row in rows])
+        yield from wrap_with_indent("    ", f"no plan at world size {world_sizes}: {rows[0]['why']}")
 
 
-def _format_columns(world: str, shares: str, micro: str, accum: str, size: str, rate: str, updates: str) -> str:
-    return f"{world:>7}  {shares:<{_SHARES_WIDTH}}{micro:>6}{accum:>7}{size:>10}{rate:>11}{updates:>12}"
+def _format_columns(world: str, shares: str, micro: str, accum: str, size: str, lr: str, updates: str) -> str:
+    return f"{world:>7}  {shares:<{_SHARES_WIDTH}}{micro:>6}{accum:>7}{size:>10}{lr:>11}{updates:>12}"
 
 
 def _group_equal_shares(shares: Iterable[int]) -> str:
@@ -230,11 +232,11 @@ def _group_equal_shares(shares: Iterable[int]) -> str:
     return text if len(text) <= _SHARES_WIDTH else textwrap.shorten(text, _SHARES_WIDTH, placeholder=" ...")
 
 
-def format_world_sizes(worlds: Sequence[int]) -> str:
+def format_world_sizes(world_sizes: Sequence[int]) -> str:
     """Format world sizes with consecutive ones grouped: 1-4, 8."""
     texts = []
-    for _, numbered in groupby(enumerate(worlds), key=lambda pair: pair[1] - pair[0]):
-        group = [world for _, world in numbered]
+    for _, numbered in groupby(enumerate(world_sizes), key=lambda pair: pair[1] - pair[0]):
+        group = [size for _, size in numbered]
         texts.append(f"{group[0]}-{group[-1]}" if len(group) > 1 else f"{group[0]}")
     return ", ".join(texts)
 

@@ -44,34 +44,34 @@ class SamplePermutation:
         return self.size
 
     @overload
-    def __getitem__(self, place: int) -> int: ...
+    def __getitem__(self, position: int) -> int: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, position: slice) -> list[int]: ...
 
-    def __getitem__(self, place: int | slice) -> int | list[int]:
-        if isinstance(place, slice):
-            start, stop = self._resolve_slice(place)
+    def __getitem__(self, position: int | slice) -> int | list[int]:
+        if isinstance(position, slice):
+            start, stop = self._resolve_slice(position)
             return self._permute_range(start, stop)
-        if not 0 <= place < self.size:
-            raise IndexError(f"position {place} is outside a permutation of {self.size} samples")
-        return self._permute_range(place, place + 1)[0]
+        if not 0 <= position < self.size:
+            raise IndexError(f"position {position} is outside a permutation of {self.size} samples")
+        return self._permute_range(position, position + 1)[0]
 
     def __iter__(self) -> Iterator[int]:
         for start in range(0, self.size, _CHUNK):
             yield from self._permute_range(start, min(start + _CHUNK, self.size))
 
-    def _resolve_slice(self, places: slice) -> tuple[int, int]:
-        start = 0 if places.start is None else places.start
-        stop = self.size if places.stop is None else places.stop
-        if places.step not in (None, 1):
-            raise ValueError(f"only slices of step 1 are supported, not {places.step}")
+    def _resolve_slice(self, positions: slice) -> tuple[int, int]:
+        start = 0 if positions.start is None else positions.start
+        stop = self.size if positions.stop is None else positions.stop
+        if positions.step not in (None, 1):
+            raise ValueError(f"only slices of step 1 are supported, not {positions.step}")
         if start < 0 or stop < 0 or max(start, stop) > self.size:
             raise IndexError(f"positions {start} to {stop} are outside a permutation of {self.size} samples")
         return start, stop
 
     @cached_property
-    def _factor_radix(self) -> tuple[int, int]:
+    def _radix(self) -> tuple[int, int]:
         """(left, right), about equal, with size <= left x right < size + left.
 
         `left` is even, since rounds on two odd radices produce only even permutations.
@@ -81,7 +81,7 @@ class SamplePermutation:
         return left, -(-self.size // left)
 
     @cached_property
-    def _derive_round_keys(self) -> tuple[tuple[int, int], ...]:
+    def _round_keys(self) -> tuple[tuple[int, int], ...]:
         """Two 64-bit round keys for each pair of rounds."""
         pairs = _SMALL_PAIRS if self.size < _SMALL else _PAIRS
         names = [f"order/{self.size}/{self.seed}/{self.epoch}/{pair}".encode() for pair in range(pairs)]
@@ -92,7 +92,7 @@ class SamplePermutation:
 
         Each round adds a hash of one half to the other, which is invertible, so the result is a permutation.
         """
-        (left_size, right_size), size, keys = self._factor_radix, self.size, self._derive_round_keys
+        (left_size, right_size), size, keys = self._radix, self.size, self._round_keys
         images = []
         for image in range(start, stop):
             while True:

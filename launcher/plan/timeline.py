@@ -95,13 +95,13 @@ class Update:
         first = self.start + sum(self.plan.shares[:rank])
         sizes = self.plan.micro_batches(rank)
         cuts = zip(pairwise(accumulate(sizes, initial=first)), self.plan.rng_keys(rank), strict=True)
-        own = tuple(MicroBatch(self._make_spans(*ends), shard=place, index=index) for ends, (place, index) in cuts)
-        pads = range(len(own), max(1, self._count_most_micro_batches if self.even else 0))
+        own = tuple(MicroBatch(self._make_spans(*ends), shard=shard, index=index) for ends, (shard, index) in cuts)
+        padding = range(len(own), max(1, self._most_micro_batches if self.even else 0))
         sample = self._make_spans(self.start, self.start + 1)
-        return own + tuple(MicroBatch(sample, is_padding=True, shard=rank, index=index) for index in pads)
+        return own + tuple(MicroBatch(sample, is_padding=True, shard=rank, index=index) for index in padding)
 
     @cached_property
-    def _count_most_micro_batches(self) -> int:
+    def _most_micro_batches(self) -> int:
         return max(len(self.plan.micro_batches(rank)) for rank in range(self.plan.world))
 
     def _make_spans(self, start: int, stop: int) -> tuple[Span, ...]:
@@ -155,7 +155,7 @@ class Timeline:
         return min(left, self.size - start % self.size) if self.tail == "flush" else left
 
     def count_updates(self, position: Position = Position()) -> int:
-        """The number of updates in `updates(position)`, computed in time proportional to the number of stages."""
+        """The number of updates in `iter_updates(position)`, computed in time proportional to the number of stages."""
         start, total = position.samples, 0
         for begin, end, batch in self._iter_stage_ranges():
             if begin <= start < end:
@@ -180,7 +180,7 @@ class Timeline:
         return first + epochs * -(-self.size // batch) + last, after
 
     def _count_updates_in_epoch(self, start: int, end: int, batch: int) -> tuple[int, int]:
-        """As `_run_through`, limited to the epoch that contains `start`."""
+        """As `_count_updates_in_range`, limited to the epoch that contains `start`."""
         epoch_end = start + self.size - start % self.size
         updates = max(0, -(-(min(end, epoch_end) - start) // batch))
         return updates, min(start + updates * batch, epoch_end)

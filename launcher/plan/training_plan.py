@@ -168,8 +168,8 @@ def resolve_batch_policy(config: RunConfig) -> Literal["scale", "hold", "bounded
 def _make_batch_policy(config: RunConfig, sizes: DatasetSizes) -> BatchPolicy:
     batch, kind = config.batch, resolve_batch_policy(config)
     if kind == "goodput" and batch.accumulation == "auto":  # nothing is chosen yet: start with the base batch
-        usual = min(max(config.lr.base_batch or 1, batch.min_global or 1), batch.max_global or sizes.train, sizes.train)
-        batch = replace(batch, per_device=usual, min_global=usual, max_global=usual)
+        base = min(max(config.lr.base_batch or 1, batch.min_global or 1), batch.max_global or sizes.train, sizes.train)
+        batch = replace(batch, per_device=base, min_global=base, max_global=base)
     full_batch = sizes.train if batch.global_batch == "full" else None
     return BatchPolicy(
         kind="bounded" if kind == "goodput" else kind,
@@ -210,14 +210,14 @@ def _check_plan(config: RunConfig, sizes: DatasetSizes, plan: BatchPlan) -> None
         return
     fits = sizes.train // (plan.world * (1 if config.batch.accumulation == "auto" else config.batch.accumulation))
     if config.batch.policy in ("bounded", "goodput"):
-        mend = f"type batch.max_global={sizes.train} or less"
+        fix = f"type batch.max_global={sizes.train} or less"
     elif fits:
-        mend = f"type batch.per_device={fits} or less, or batch.global={sizes.train}"
+        fix = f"type batch.per_device={fits} or less, or batch.global={sizes.train}"
     else:
-        mend = f"start {sizes.train} workers or fewer, or lower batch.accumulation"
+        fix = f"start {sizes.train} workers or fewer, or lower batch.accumulation"
     raise PlanError(
         f"batch.per_device={config.batch.per_device} makes a global batch of {plan.global_batch} at {plan.world} "
-        f"worker{'s' * (plan.world > 1)}, more than the {sizes.train} training samples: {mend}"
+        f"worker{'s' * (plan.world > 1)}, more than the {sizes.train} training samples: {fix}"
     )
 
 
@@ -260,27 +260,27 @@ def _parse_batch_ramp(config: RunConfig, units: Units) -> list[tuple[int, Fracti
     """batch.ramp as (start sample, share), ascending from 0; if it is not set, the full batch from 0 on."""
     if config.batch.ramp is None:
         return [(0, Fraction(1))]
-    mend = "type batch.ramp=[[0dur,0.25],[0.1dur,0.5],[0.2dur,1]]"
+    fix = "type batch.ramp=[[0dur,0.25],[0.1dur,0.5],[0.2dur,1]]"
     ramp: list[tuple[int, Fraction]] = []
     for entry in config.batch.ramp:
         if isinstance(entry, str) or len(entry) != 2:
-            raise UsageError(f"batch.ramp: {entry} is not a time and a share: {mend}")
-        begin, share = _parse_samples(entry[0], "batch.ramp", units), _parse_share(entry[1], mend)
+            raise UsageError(f"batch.ramp: {entry} is not a time and a share: {fix}")
+        begin, share = _parse_samples(entry[0], "batch.ramp", units), _parse_share(entry[1], fix)
         if begin <= ramp[-1][0] if ramp else begin != 0:
-            raise UsageError(f"batch.ramp: {entry[0]} is out of order, times must ascend from 0: {mend}")
+            raise UsageError(f"batch.ramp: {entry[0]} is out of order, times must ascend from 0: {fix}")
         ramp.append((begin, share))
     if not ramp:
-        raise UsageError(f"batch.ramp=[] has no stage: {mend}, or batch.ramp=null")
+        raise UsageError(f"batch.ramp=[] has no stage: {fix}, or batch.ramp=null")
     return ramp
 
 
-def _parse_share(value: Any, mend: str) -> Fraction:
+def _parse_share(value: Any, fix: str) -> Fraction:
     try:
         share = Fraction(str(value))
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if share <= 0:
-        raise UsageError(f"batch.ramp: {value} is not a share above 0 of the global batch: {mend}")
+        raise UsageError(f"batch.ramp: {value} is not a share above 0 of the global batch: {fix}")
     return share
 
 

@@ -74,14 +74,14 @@ class ShardPlan(BatchPlan):
     def from_batch_size(cls, samples: int, world: int, shards: int, cap: int) -> ShardPlan:
         """Split `samples` into shards that differ by at most one, larger first; few samples leave some shards empty."""
         sizes = split_evenly(samples, shards)
-        own = shards // num_training_ranks(world, shards)
+        per_rank = shards // num_training_ranks(world, shards)
         largest = _split_to_micro_batches(sizes[0], cap)[0]
         pieces = [len(_split_to_micro_batches(size, largest)) for size in sizes]
         return cls(
             world=world,
-            shares=tuple(sum(sizes[rank * own : (rank + 1) * own]) for rank in range(world)),
+            shares=tuple(sum(sizes[rank * per_rank : (rank + 1) * per_rank]) for rank in range(world)),
             per_device=largest,
-            accumulation=max(sum(pieces[start : start + own]) for start in range(0, shards, own)),
+            accumulation=max(sum(pieces[start : start + per_rank]) for start in range(0, shards, per_rank)),
             minimal_micro_batches=True,
             shards=sizes,
         )

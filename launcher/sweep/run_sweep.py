@@ -14,12 +14,13 @@ from launcher.config.schema import RunConfig, SweepConfig
 from launcher.config.search_space import SearchAxis
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError
 from launcher.run_dir.run_directory import RunDirectory
-from launcher.sweep import optuna_search as searching
-from launcher.sweep import outcome, results_table
+from launcher.sweep import outcome
 from launcher.sweep.machine_slices import MachineResources, divide_machine
-from launcher.sweep.optuna_search import OptunaSearch
+from launcher.sweep.optuna_search import OptunaSearch, check_optuna
 from launcher.sweep.parallel_points import ParallelRunner, PointJob
+from launcher.sweep.point_metrics import is_lower_better, read_objective, read_point_metrics
 from launcher.sweep.points import PointFunction, PointTask, point_overrides, run_in_directory, run_points
+from launcher.sweep.results_table import format_sweep_table
 from launcher.system.atomic_files import make_private_dir
 from launcher.system.redaction import mask_secrets
 from launcher.system.stderr import print_stderr
@@ -38,57 +39,57 @@ def run_sweep(args: Sequence[str], point: PointFunction) -> int:
     """
     arguments = HydraArgs.parse(args)
     composer = ConfigComposer(arguments.config_dirs)
-    asked = composer.read_sweep_request(arguments.overrides)
-    flags = [word for one in arguments.config_dirs for word in ("--config-dir", one)]
+    request = composer.read_sweep_request(arguments.overrides)
+    flags = [word for folder in arguments.config_dirs for word in ("--config-dir", folder)]
     task = PointTask(point, tuple(flags), arguments.shard)
-    folder = outcome.choose_sweep_directory(asked.settings.run)
-    settings = asked.settings.sweep
-    require_local(settings, asked, task)
+    folder = outcome.choose_sweep_directory(request.settings.run)
+    settings = request.settings.sweep
+    require_local(settings, request, task)
     if settings.trials is not None:
-        outcomes = run_search(composer, task, folder, asked)
+        outcomes = run_search(composer, task, folder, request)
     else:
-        points = composer.expand_points(asked.config)
+        points = composer.expand_points(request.config)
         composed = [composer.compose_single(overrides) for overrides in points]
         if settings.max_parallel > 1 and points:
             outcomes = run_in_parallel(task, folder, points, composed, settings.max_parallel)
         else:
-            outcomes = run_points(composer, task, folder, asked.own)
-    print(results_table.format_sweep_table(folder, outcomes))
+            outcomes = run_points(composer, task, folder, asked.overrides)
+    print(format_sweep_table(folder, outcomes))
     return outcome.worst_status(outcomes)
 
 
-def require_local(settings: SweepConfig, asked: SweepRequest, task: PointTask) -> None:
+def require_local(settings: SweepConfig, request: SweepRequest, task: PointTask) -> None:
     """Refuse parallel and Optuna sweeps elsewhere: they run on the local machine only."""
-    given = f"sweep.trials={settings.trials}" if settings.trials else f"sweep.max_parallel={settings.max_parallel}"
+    option = f"sweep.trials={settings.trials}" if settings.trials else f"sweep.max_parallel={settings.max_parallel}"
     if settings.trials is None and settings.max_parallel == 1:
         return
-    if not asked.here or asked.config.launch.kind == "slurm":
-        other = "launch=slurm" if asked.here else "hydra/launcher="
-        raise UsageError(f"{given} runs points on this machine only: leave it out, or {other}")
-    if settings.trials is not None and task.share[1] > 1:
-        raise UsageError(f"{given}: each point depends on all earlier ones: leave --shard out")
+    if not asked.is_local or asked.config.launch.kind == "slurm":
+        other = "launch=slurm" if asked.is_local else "hydra/launcher="
+        raise UsageError(f"{option} runs points on this machine only: leave it out, or {other}")
+    if settings.trials is not None and task.shard[1] > 1:
+        raise UsageError(f"{option}: each point depends on all earlier ones: leave --shard out")
 
 
 # --- parallel sweeps ----------------------------------------------------------------------------------------------
 
 
 def run_in_parallel(
-    task: PointTask, folder: Path, points: Sequence[Sequence[str]], composed: Sequence[ComposedConfig], at_once: int
+    task: PointTask, folder: Path, points: Sequence[Sequence[str]], composed: Sequence[ComposedConfig], max_parallel: int
 ) -> list[outcome.PointOutcome]:
-    """Run this process's share of the points, `at_once` at a time, each in its own process and machine slice."""
-    ours = [number for number in range(len(points)) if task.is_in_share(number)]
-    parts = divide_machine(
-        max(1, min(at_once, len(ours))),
-        [composed[number].config for number in ours],
+    """Run this process's shard of the points, `max_parallel` at a time, each in its own process and machine slice."""
+    numbers = [number for number in range(len(points)) if task.is_in_shard(number)]
+    slices = divide_machine(
+        max(1, min(max_parallel, len(numbers))),
+        [composed[number].config for number in numbers],
         MachineResources.from_environment(),
     )
-    print_stderr(f"running {len(parts)} points in parallel, each on {parts[-1]}")
-    crew, progress = ParallelRunner(parts, print_stderr), SweepProgress(folder)
+    print_stderr(f"running {len(slices)} points in parallel, each on {slices[-1]}")
+    runner, progress = ParallelRunner(slices, print_stderr), SweepProgress(folder)
     jobs = (
         progress.make_job(task, number, points[number], functools.partial(composed.__getitem__, number))
-        for number in ours
+        for number in numbers
     )
-    crew.run(jobs, progress.record_exit)
+    runner.run(jobs, progress.record_exit)
     progress.raise_interrupted()
     return [progress.make_outcome(number, overrides) for number, overrides in enumerate(points)]
 
@@ -108,13 +109,12 @@ class SweepProgress:
 
     def record_exit(self, job: PointJob, status: int) -> None:
         self._statuses[job.number] = status
-        figures = results_table.read_point_metrics(self._folder / str(job.number))
-        facts = [f"{figures.seconds:.1f} s"] if figures.seconds else []
-        facts += [f"{figures.metric} {figures.best:.4g}"] if figures.metric else []
+        metrics = read_point_metrics(self._folder / str(job.number))
+        facts = [self.make_outcome(job.number, ()).ended]
+        facts += [f"{metrics.seconds:.1f} s"] if metrics.seconds else []
+        facts += [f"{metrics.metric} {metrics.best:.4g}"] if metrics.metric else []
         facts += [find_last_error(job.log)] if status else []
-        print_stderr(
-            f"point {job.number} {', '.join([self.make_outcome(job.number, ()).ended, *facts])} (log: {job.log})"
-        )
+        print_stderr(f"point {job.number} {', '.join(facts)} (log: {job.log})")
 
     def make_outcome(self, number: int, overrides: Sequence[str]) -> outcome.PointOutcome:
         status, words = self._statuses.get(number), tuple(point_overrides(overrides))
@@ -149,27 +149,27 @@ def find_last_error(log: Path) -> str:
 
 @dataclass(frozen=True)
 class Objective:
-    """Metric to optimise; `most`: maximise it, else minimise."""
+    """Metric to optimise; `maximize`: whether a higher value is better."""
 
     metric: str
-    most: bool
+    maximize: bool
 
     @classmethod
     def from_settings(cls, settings: SweepConfig, config: RunConfig) -> Objective:
         metric = settings.metric or config.train.target.metric
         if metric is None:
             raise UsageError(f"sweep.trials={settings.trials} needs a metric: type e.g. sweep.metric=val/accuracy")
-        most = not results_table.is_lower_better(metric) if settings.mode == "auto" else settings.mode == "max"
-        return cls(metric, most)
+        maximize = not is_lower_better(metric) if settings.mode == "auto" else settings.mode == "max"
+        return cls(metric, maximize)
 
 
 def run_search(
-    composer: ConfigComposer, task: PointTask, folder: Path, asked: SweepRequest
+    composer: ConfigComposer, task: PointTask, folder: Path, request: SweepRequest
 ) -> list[outcome.PointOutcome]:
     """Run up to sweep.trials points, including those of earlier commands. Failed points count as trials."""
     settings = asked.settings.sweep
     trials = settings.trials or 1
-    if (lack := searching.check_optuna(trials)) is not None:
+    if (lack := check_optuna(trials)) is not None:
         raise UsageError(lack)
     fixed, axes = composer.split_axes(asked.config)
     runs = [composer.compose_single([*fixed, *words]).config for words in boundary_points(axes)]
@@ -185,7 +185,7 @@ def run_search(
         for number, own in found.iter_points(trials)
         for words in [[*fixed, *own]]
     )
-    crew.run(jobs, functools.partial(record_point, progress, folder, found, goal))
+    runner.run(jobs, functools.partial(record_point, progress, folder, found, goal))
     progress.raise_interrupted()
     print_best_point(found, goal)
     return [
@@ -219,7 +219,7 @@ def record_point(
     point = folder / str(job.number)
     if status == EXIT_INTERRUPTED or (status == EXIT_OK and not RunDirectory(point).done_json.exists()):
         return
-    value = results_table.read_objective(point, goal.metric, goal.most)
+    value = read_objective(point, goal.metric, goal.most)
     if value is None and status == EXIT_OK:
         print_stderr(f"point {job.number} reported no {goal.metric}; it is excluded from the search")
     found.report_value(job.number, value)

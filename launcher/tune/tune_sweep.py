@@ -70,7 +70,7 @@ def refuse_sweep_options(request: SweepRequest, shard: tuple[int, int]) -> None:
             )
     if shard[1] > 1:
         raise UsageError(f"--shard={shard[0]}/{shard[1]} is only for training (tune prints one table): leave it out")
-    if not request.here:
+    if not request.is_local:
         raise UsageError(UNSUPPORTED_PLUGIN.format("launcher"))
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.config.keys import config_keys
+from launcher.config.keys import config_keys, from_mapping
 from launcher.config.limits import LIMITS, get_value, iter_limit_errors
 from launcher.config.schema import BatchConfig, ElasticConfig, PlanConfig, RunConfig, ScheduleConfig
+from launcher.errors import UsageError
 
 DEFAULTS = RunConfig()
 
@@ -61,3 +62,9 @@ def test_default_values_are_within_the_limits() -> None:
 )
 def test_error_names_key_value_and_fix(config: RunConfig, message: str) -> None:
     assert list(iter_limit_errors(config)) == [message]
+
+
+def test_number_beyond_every_float_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^lr\.base=10+\.\.\.: expected a number or null, e\.g\. lr\.base=0\.1$"):
+        from_mapping({"lr": {"base": 10**400}})
+    assert from_mapping({"seed": 10**400}).seed == 10**400

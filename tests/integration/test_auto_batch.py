@@ -32,8 +32,8 @@ def test_driver_measures_and_trains_like_the_chosen_size(tmp_path: Path) -> None
     one = tmp_path / "runs" / "one"
     size = chosen_size(one)
     assert events(one, "plan")[0]["why"].startswith(f"batch.per_device=auto chose {size}: ")
-    run_launcher(tmp_path, *MLP, f"batch.per_device={size}", "run.name=typed")
-    assert furthest(one, tmp_path / "runs" / "typed") == 0.0
+    run_launcher(tmp_path, *MLP, f"batch.per_device={size}", "run.name=fixed")
+    assert furthest(one, tmp_path / "runs" / "fixed") == 0.0
 
 
 def test_own_torchrun_measures_and_keeps_the_size(tmp_path: Path) -> None:
@@ -44,8 +44,8 @@ def test_own_torchrun_measures_and_keeps_the_size(tmp_path: Path) -> None:
     found = json.loads(profile.read_text())["found"]
     assert found["recommended"] == size
     assert found["splits"] == [], "training waits for the size, and not for what explains it"
-    run_command([*ON_TWO, *MLP, f"batch.per_device={size}", "run.name=typed"], tmp_path)
-    assert furthest(one, tmp_path / "runs" / "typed") == 0.0
+    run_command([*ON_TWO, *MLP, f"batch.per_device={size}", "run.name=fixed"], tmp_path)
+    assert furthest(one, tmp_path / "runs" / "fixed") == 0.0
 
     profile.unlink()
     again = run_command([*ON_TWO, *MLP, SIZES, AUTO, "run.name=one"], tmp_path)
@@ -104,7 +104,7 @@ def test_goodput_batch_changes_once_the_noise_is_known(goodput_folder: Path) -> 
     first, *later = events(one, "plan")
     assert (first["policy"], first["global"]) == ("goodput", 64)
     assert "the noise scale is unknown" in first["why"]
-    assert later, "the noise scale became known to no avail"
+    assert later, "the known noise scale changes the batch"
     for event in later:
         assert "at a noise scale of" in event["why"]
         assert event["from"]["global"] != event["global"] or event["from"]["per_device"] != event["per_device"]

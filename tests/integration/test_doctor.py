@@ -27,34 +27,40 @@ def here(tmp_path: Path) -> Path:
     return tmp_path / "here"
 
 
-def own(here: Path, **more: str) -> dict[str, str]:
+def make_env(here: Path, **more: str) -> dict[str, str]:
     return environment(TMPDIR=str(here.parent / "tmp"), **more)
 
 
-def typed(here: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*DOCTOR, *words], cwd=here, env=own(here, **more), capture_output=True, text=True, timeout=600, check=False
+def run_doctor(here: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    completed = subprocess.run(
+        [*DOCTOR, *arguments],
+        cwd=here,
+        env=make_env(here, **more),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert list((here.parent / "tmp").iterdir()) == [], "nothing is left of the job"
-    return done
+    return completed
 
 
-def by_name(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+def by_name(completed: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    return {check["name"]: check for check in json.loads(completed.stdout)["checks"]}
 
 
 @pytest.mark.core
 def test_working_machine_passes_and_nothing_is_left(here: Path) -> None:
-    done = typed(here, "format=json")
-    found = by_name(done)
+    completed = run_doctor(here, "format=json")
+    found = by_name(completed)
     assert [check for check in found.values() if not check["ok"]] == []
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["ok"] is True
+    assert completed.returncode == 0
+    assert json.loads(completed.stdout)["ok"] is True
     assert found["smoke job"]["detail"].startswith("2 workers trained 8 updates in ")
     assert {"python", "packages", "torch", "gpus", "backends", "loopback", "host name", "shm", "folder"} <= set(found)
     assert {"deepspeed", "optuna", "submitit", "tensorboard", "wandb", "slurm"} <= set(found)
     assert list(here.iterdir()) == []
-    table = done.stderr.splitlines()
+    table = completed.stderr.splitlines()
     assert table[-1] == "all required checks passed"
     assert max(map(len, table)) <= 80
 
@@ -62,9 +68,9 @@ def test_working_machine_passes_and_nothing_is_left(here: Path) -> None:
 def test_broken_parts_are_named_with_a_fix(here: Path) -> None:
     """Too many threads for the cores, and a user's file that shadows torch, which the job elsewhere cannot see."""
     (here / "torch.py").write_text("import no_such_module")
-    done = typed(here, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0)) + 1))
-    assert (done.returncode, done.stderr) == (1, "")
-    lines = done.stdout.splitlines()
+    completed = run_doctor(here, OMP_NUM_THREADS=str(len(os.sched_getaffinity(0)) + 1))
+    assert (completed.returncode, completed.stderr) == (1, "")
+    lines = completed.stdout.splitlines()
     failed = [line.split(maxsplit=1)[1] for line in lines if line.startswith("FAIL ")]
     assert [line.split()[0] for line in failed[:2]] == ["torch", "cores"]
     assert "No module named 'no_such_module'" in failed[0]
@@ -78,9 +84,9 @@ def test_failing_job_is_shown_by_its_error_line(here: Path) -> None:
     """A system library that fails in the workers only, as in a broken installation."""
     (here.parent / "broken" / "safetensors").mkdir(parents=True)
     (here.parent / "broken" / "safetensors" / "__init__.py").write_text("raise ImportError('libfoo.so: not found')")
-    done = typed(here, "format=json", PYTHONPATH=str(here.parent / "broken"))
-    assert done.returncode == 1
-    wrong = [check for check in by_name(done).values() if not check["ok"]]
+    completed = run_doctor(here, "format=json", PYTHONPATH=str(here.parent / "broken"))
+    assert completed.returncode == 1
+    wrong = [check for check in by_name(completed).values() if not check["ok"]]
     assert [check["name"] for check in wrong] == ["smoke job"]
     assert "ImportError: libfoo.so: not found" in wrong[0]["detail"]
     assert wrong[0]["fix"].startswith("launcher recipe=mlp launch.workers=2 'sink=[]'")
@@ -93,7 +99,7 @@ def test_signal_ends_doctor_and_its_job(here: Path, number: signal.Signals) -> N
     process = subprocess.Popen(
         DOCTOR,
         cwd=here,
-        env=own(here),
+        env=make_env(here),
         stdout=null,
         stderr=null,
         preexec_fn=hearing,  # noqa: PLW1509 (single-threaded here)

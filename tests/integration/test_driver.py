@@ -89,7 +89,7 @@ def test_signal_saves_and_stops_with_status_0(
     assert f"{number.name}: saving at the next update" in stderr
     assert "run.name=x continues from there" in stderr
     assert not (tmp_path / "runs/x/done.json").exists()
-    assert not (tmp_path / "runs/x/stop").exists(), "the next start is not asked to stop"
+    assert not (tmp_path / "runs/x/stop").exists(), "the next start does not stop"
     assert [event["why"] for event in events(tmp_path / "runs/x", "preempt")] == [number.name]
     assert list((tmp_path / "runs/x/checkpoints").glob("*/manifest.json"))
     assert all_ended(processes)()

@@ -95,7 +95,7 @@ LOST = "raise ConnectionResetError('Connection reset by peer')"  # the error of 
     ],
     ids=["all ranks", "rank 0"],
 )
-def test_workers_killed_silently_are_not_restarted_for_ever(tmp_path: Path, method: str, reported: str) -> None:
+def test_silently_killed_workers_end_the_job(tmp_path: Path, method: str, reported: str) -> None:
     completed = run_launcher(tmp_path, *make_mlp_job(tmp_path, method), status=1)
     assert "restart 1: a worker was killed" in completed.stderr
     last = completed.stderr.splitlines()[-1]
@@ -165,7 +165,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", range(len(WRONG)), ids=[" ".join(overrides) for overrides, _ in WRONG])
-def test_wrong_request_is_one_line_and_leaves_nothing(refusals: Path, number: int) -> None:
+def test_wrong_request_is_refused_in_one_line(refusals: Path, number: int) -> None:
     stderr = (refusals / f"{number}.stderr").read_text()
     assert (refusals / f"{number}.status").read_text() == "2", stderr
     last = stderr.splitlines()[-1]

@@ -56,7 +56,7 @@ def start(here: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
 
 
-def typed(here: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]:
+def run_printed(here: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]:
     """Run a printed command in a shell; `launcher` is the one of this Python."""
     assert line.startswith("launcher "), line
     command = f"{shlex.join(LAUNCHER)} {line.removeprefix('launcher ')} {shlex.join(more)}"
@@ -69,26 +69,26 @@ def typed(here: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]
 
 def test_commands_that_new_prints_run_unchanged(here: Path) -> None:
     """Train, verify and tune, without editing, in a folder with a space in its path."""
-    told = typed(here, "launcher new my_disc").stdout
-    train, verify, tune = (line for line in told.splitlines() if line.startswith("launcher "))
-    shown = typed(here, train).stdout
-    assert "MyDisc on 2 workers" in shown
+    printed = run_printed(here, "launcher new my_disc").stdout
+    train, verify, tune = (line for line in printed.splitlines() if line.startswith("launcher "))
+    output = run_printed(here, train).stdout
+    assert "MyDisc on 2 workers" in output
     [done] = here.glob("runs/*/done.json")
     facts = json.loads(done.read_text())
     assert facts["samples"] == 40_000
     assert facts["metrics"]["val/accuracy"] > 0.9, "it learns something"
     assert "loss" not in [event["kind"] for event in events(done.parent, "alarm")], "its loss is a sum"
-    verdict = json.loads(typed(here, verify, "format=json").stdout)
+    verdict = json.loads(run_printed(here, verify, "format=json").stdout)
     assert verdict["equal"] is True
     assert verdict["breakers"] == []
-    table = typed(here, tune, "tune.sizes=[16,32]", "tune.budget_s=10", "format=json").stdout
+    table = run_printed(here, tune, "tune.sizes=[16,32]", "tune.budget_s=10", "format=json").stdout
     assert {point["per_device"] for point in json.loads(table)["points"]} == {16, 32}
     again = subprocess.run([*LAUNCHER, "new", "my_disc"], cwd=here, capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("error: my_disc is taken: my_disc.py already exists")
 
 
-def test_watch_shows_a_run_from_start_to_stop(start: Callable[..., subprocess.Popen[str]], here: Path) -> None:
+def test_watch_follows_a_run_to_its_stop(start: Callable[..., subprocess.Popen[str]], here: Path) -> None:
     run, out = here / "runs/x", here / "watched.txt"
     driver = start(*LONG, "elastic.max_restarts=1")
     wait_for((run / "run.yaml").exists)
@@ -105,7 +105,7 @@ def test_watch_shows_a_run_from_start_to_stop(start: Callable[..., subprocess.Po
     assert watching.poll() is None
     stopped = subprocess.run([*LAUNCHER, "stop", "x"], cwd=here, capture_output=True, text=True, check=False)
     assert stopped.returncode == 0, stopped.stderr
-    assert driver.wait(timeout=200) == 0, "nobody was in the way of it"
+    assert driver.wait(timeout=200) == 0, "watching does not delay it"
     assert watching.wait(timeout=200) == 0
     text = out.read_text()
     resumed, end = text[text.index("start 2") :], text[text.rindex("stopped at update") :]
@@ -119,7 +119,7 @@ def test_watch_shows_a_run_from_start_to_stop(start: Callable[..., subprocess.Po
     assert (after.returncode, after.stdout) == (0, end.splitlines()[-1] + "\n")
 
 
-def test_watch_ends_by_ctrl_c_or_with_the_driver(start: Callable[..., subprocess.Popen[str]], here: Path) -> None:
+def test_watch_ends_with_ctrl_c_or_its_run(start: Callable[..., subprocess.Popen[str]], here: Path) -> None:
     run = here / "runs/x"
     driver = start(*LONG)
     wait_for(training(run))
@@ -127,8 +127,8 @@ def test_watch_ends_by_ctrl_c_or_with_the_driver(start: Callable[..., subprocess
     wait_for(lambda: all("Mlp on 2 workers" in (here / f"{number}.txt").read_text() for number in range(3)))
     watchers[0].send_signal(signal.SIGINT)
     assert watchers[0].wait(timeout=200) == 0
-    told = (here / "0.txt").read_text().splitlines()[-1]
-    assert told == f"stopped watching {run}: type launcher stop {shlex.quote(str(run))} to save and stop the run"
+    last = (here / "0.txt").read_text().splitlines()[-1]
+    assert last == f"stopped watching {run}: type launcher stop {shlex.quote(str(run))} to save and stop the run"
     wait_for(training(run, len(rows(run)) + 20))
     assert driver.poll() is None
     assert not (run / "stop").exists()
@@ -141,10 +141,10 @@ def test_watch_ends_by_ctrl_c_or_with_the_driver(start: Callable[..., subprocess
         )
 
 
-def test_watch_shows_the_summary_of_a_finished_run(here: Path) -> None:
-    typed(here, "launcher recipe=mlp train.duration=2ep train.validate_every=1ep sink=[] run.name=x")
-    shown = typed(here, "launcher watch x").stdout
+def test_watch_shows_a_finished_run(here: Path) -> None:
+    run_printed(here, "launcher recipe=mlp train.duration=2ep train.validate_every=1ep sink=[] run.name=x")
+    shown = run_printed(here, "launcher watch x").stdout
     assert re.search(r"^finished [\d,]+ samples", shown, re.MULTILINE)
     assert "bottleneck" in shown
-    assert shown.count("val accuracy") >= 3, "two validations and the last word"
+    assert shown.count("val accuracy") >= 3, "two validations and the summary"
     assert "runs/x: model.safetensors, checkpoints" in shown

@@ -144,7 +144,7 @@ def test_exact_mode_is_bitwise_equal_after_a_resize(runs: Path) -> None:
     assert [row["lr/value"] for row in rows(runs / "parts")] == [row["lr/value"] for row in rows(runs / "whole")]
 
 
-def test_resize_keeps_the_noise_scale_and_rescales_moments(runs: Path) -> None:
+def test_resize_keeps_noise_scale_and_rescales_moments(runs: Path) -> None:
     """40 samples on one worker and 120 on three, with a known noise scale."""
     found = noise_by_update(runs / "grown")
     last = max(row["update"] for row in rows(runs / "grown") if row["world"] == 1)

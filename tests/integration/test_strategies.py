@@ -220,7 +220,7 @@ def measure_memory(*arguments: str) -> dict[str, float]:
     return found
 
 
-def test_meta_init_builds_the_model_on_rank_0_only() -> None:
+def test_meta_init_builds_only_on_rank_0() -> None:
     """FSDP with strategy.meta_init=true; otherwise every rank first builds the whole model."""
     whole_mb = 128.0
     assert measure_memory("strategy=fsdp", "strategy.meta_init=false")["start_peak_last_rank_MB"] > whole_mb

@@ -178,7 +178,7 @@ def test_out_of_memory_in_every_dry_run(here: Path, phase: str) -> None:
     assert found["recommended"] is None
 
 
-def test_out_of_memory_while_others_wait_in_a_collective(here: Path) -> None:
+def test_out_of_memory_in_a_collective(here: Path) -> None:
     """Update 6 only occurs at sizes that are timed; the second start of the workers has no fault."""
     found = run_tune(here, *TWO, LAUNCHER_TEST_FAULTS="1", FAULT="oom@backward:1:6:1")
     points = by_size(found)

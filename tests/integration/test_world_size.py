@@ -97,7 +97,7 @@ def parameters(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_workers_1_2_3_train_the_same_model(runs: Path, variant: str) -> None:
+def test_every_world_size_trains_the_same_model(runs: Path, variant: str) -> None:
     """Uneven shares (17, 17, 16), accumulation, tails of 3 samples, counts other than samples, clipping: fp64."""
     for world_size in (2, 3):
         assert furthest(runs / f"{variant}-1", runs / f"{variant}-{world_size}") <= 1e-10
@@ -116,7 +116,7 @@ def test_rank_without_samples_takes_part(runs: Path) -> None:
     assert furthest(runs / "idle-1", runs / "idle-3") <= 1e-10
 
 
-def test_resize_to_2_1_3_4_workers_changes_nothing(runs: Path) -> None:
+def test_resizes_change_nothing(runs: Path) -> None:
     """Adam, a cosine schedule and unequal shares (13, 13, 12, 12): parameters equal those of one process."""
     assert furthest(runs / "whole", runs / "resized") <= 1e-10
     resized = rows(runs / "resized")

@@ -12,20 +12,20 @@ from launcher.cli.main import main
 from tests.helpers.written_runs import row, write
 
 
-def read(text: str) -> list[dict[str, str]]:
+def read_csv(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def test_each_update_once_as_it_was_last_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_superseded_updates_export_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row(update) for update in range(1, 6)] + [row(update, generation=2) for update in range(4, 8)]
     assert main(["export", str(write(tmp_path / "run", rows))]) == 0
-    read_back = read(capsys.readouterr().out)
+    read_back = read_csv(capsys.readouterr().out)
     assert [(line["update"], line["generation"]) for line in read_back] == [
         (str(update), "1" if update < 4 else "2") for update in range(1, 8)
     ]
 
 
-def test_the_columns_are_all_keys_in_the_documented_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_follow_documented_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row(1), row(2, val__loss=0.5, val__f1=0.25, noise__scale=30.0), row(3, elastic__recovery_s=1.5)]
     assert main(["export", str(write(tmp_path / "run", rows))]) == 0
     header = capsys.readouterr().out.splitlines()[0].split(",")
@@ -35,43 +35,43 @@ def test_the_columns_are_all_keys_in_the_documented_order(tmp_path: Path, capsys
     assert header.index("stage/data/ms") < header.index("stage/other/ms") < header.index("noise/scale")
 
 
-def test_numbers_keep_their_digits_and_what_is_absent_is_empty(
+def test_numbers_keep_precision_and_missing_values_are_empty(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [row(1, train__loss=0.1234567890123456), row(2, train__loss=None, val__loss=1e-30)]
     assert main(["export", str(write(tmp_path / "run", rows))]) == 0
-    first, second = read(capsys.readouterr().out)
+    first, second = read_csv(capsys.readouterr().out)
     assert (float(first["train/loss"]), first["val/loss"]) == (0.1234567890123456, "")
     assert (second["train/loss"], float(second["val/loss"])) == ("", 1e-30)
 
 
-def test_a_file_is_written_whole_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_file_is_replaced_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Arguments are paths even if they contain `=`."""
     folder, file = write(tmp_path / "lr=0.1", [row(1)]), tmp_path / "out.csv"
     file.write_text("old")
     assert main(["export", str(folder), "-o", str(file)]) == 0
-    assert len(read(file.read_text())) == 1
+    assert len(read_csv(file.read_text())) == 1
     assert capsys.readouterr().out == f"{file}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lr=0.1", "out.csv"]
 
 
-def test_a_metrics_name_is_no_formula(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metric_names_are_escaped_as_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "run", [{**row(1), '=HYPERLINK("http://x","y")': 1.0, 'a,"b"': 2.0}])
     assert main(["export", str(folder)]) == 0
-    [line] = read(capsys.readouterr().out)
+    [line] = read_csv(capsys.readouterr().out)
     assert line['a,"b"'] == "2.0"
     assert line['\'=HYPERLINK("http://x","y")'] == "1.0"
 
 
-def test_csv_and_jsonl_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv_equals_metrics_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "run", [row(update, stage__rank=1) for update in range(1, 4)])
     assert main(["export", str(folder)]) == 0
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [{key: float(value) for key, value in line.items()} for line in read(capsys.readouterr().out)] == kept
+    assert [{key: float(value) for key, value in line.items()} for line in read_csv(capsys.readouterr().out)] == kept
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         ([], "type launcher export RUN"),
         (["a", "b"], "type launcher export RUN"),
@@ -82,9 +82,9 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["run", "format=json"], "format=json has no effect for export"),
     ],
 )
-def test_a_wrong_request_is_one_line_and_writes_nothing(
+def test_usage_error_is_one_line_and_writes_nothing(
     args: list[str],
-    said: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -92,7 +92,7 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "run", [row(1)])
     assert main(["export", *args]) == 2
-    told = capsys.readouterr()
-    assert said in told.err
-    assert (told.out, len(told.err.splitlines())) == ("", 1)
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.out, len(captured.err.splitlines())) == ("", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

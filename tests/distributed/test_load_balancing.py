@@ -14,11 +14,11 @@ from launcher.plan.batch import BatchPlan, BatchPolicy, plan_batch
 HOLD = BatchPolicy(kind="hold", per_device=64, global_batch=60)
 
 
-def planned(speeds: Sequence[float]) -> BatchPlan:
+def make_plan(speeds: Sequence[float]) -> BatchPlan:
     return plan_batch(HOLD, len(speeds), speeds)
 
 
-def measured(plan: BatchPlan, *work_ms: float, updates: int = BALANCE_WINDOW) -> SpeedWindow:
+def make_window(plan: BatchPlan, *work_ms: float, updates: int = BALANCE_WINDOW) -> SpeedWindow:
     speeds = SpeedWindow(plan)
     for _ in range(updates):
         speeds = speeds.with_update(work_ms)
@@ -28,47 +28,47 @@ def measured(plan: BatchPlan, *work_ms: float, updates: int = BALANCE_WINDOW) ->
 EVEN = plan_batch(HOLD, 3)
 
 
-def test_a_rank_at_half_the_speed_gets_half_the_samples() -> None:
-    speeds = faster_shares(measured(EVEN, 10.0, 10.0, 20.0), planned)
+def test_half_speed_rank_gets_half_the_samples() -> None:
+    speeds = faster_shares(make_window(EVEN, 10.0, 10.0, 20.0), make_plan)
     assert speeds is not None
-    assert planned(speeds).shares == (24, 24, 12)
-    assert planned(speeds).global_batch == 60
+    assert make_plan(speeds).shares == (24, 24, 12)
+    assert make_plan(speeds).global_batch == 60
 
 
-def test_a_gain_of_up_to_five_percent_is_left_alone() -> None:
-    assert faster_shares(measured(EVEN, 10.0, 10.0, 10.7), planned) is None
-    assert faster_shares(measured(EVEN, 10.0, 10.0, 11.5), planned) is not None
+def test_gain_below_five_percent_changes_nothing() -> None:
+    assert faster_shares(make_window(EVEN, 10.0, 10.0, 10.7), make_plan) is None
+    assert faster_shares(make_window(EVEN, 10.0, 10.0, 11.5), make_plan) is not None
 
 
-def test_nothing_is_decided_before_the_window_is_full() -> None:
-    assert faster_shares(measured(EVEN, 10.0, 10.0, 90.0, updates=BALANCE_WINDOW - 1), planned) is None
+def test_shares_stay_until_window_is_full() -> None:
+    assert faster_shares(make_window(EVEN, 10.0, 10.0, 90.0, updates=BALANCE_WINDOW - 1), make_plan) is None
 
 
-def test_one_slow_update_is_no_slow_rank() -> None:
-    speeds = measured(EVEN, 10.0, 10.0, 10.0).with_update((10.0, 10.0, 500.0))
-    assert faster_shares(speeds, planned) is None
+def test_single_slow_update_changes_nothing() -> None:
+    speeds = make_window(EVEN, 10.0, 10.0, 10.0).with_update((10.0, 10.0, 500.0))
+    assert faster_shares(speeds, make_plan) is None
 
 
-def test_a_rank_so_slow_that_it_would_get_nothing_keeps_its_share() -> None:
-    assert faster_shares(measured(EVEN, 1.0, 1.0, 1e6), planned) is None
+def test_rank_too_slow_for_samples_keeps_share() -> None:
+    assert faster_shares(make_window(EVEN, 1.0, 1.0, 1e6), make_plan) is None
 
 
-def test_after_a_change_it_is_measured_anew_and_settles() -> None:
+def test_shares_settle_after_one_change() -> None:
     """Speeds per sample stay the same, so the next measurement finds nothing to gain."""
-    speeds = faster_shares(measured(EVEN, 10.0, 10.0, 20.0), planned)
+    speeds = faster_shares(make_window(EVEN, 10.0, 10.0, 20.0), make_plan)
     assert speeds is not None
-    plan = planned(speeds)
-    again = measured(plan, *(share / speed for share, speed in zip(plan.shares, speeds, strict=True)))
-    assert faster_shares(again, planned) is None
+    plan = make_plan(speeds)
+    again = make_window(plan, *(share / speed for share, speed in zip(plan.shares, speeds, strict=True)))
+    assert faster_shares(again, make_plan) is None
 
 
 @given(st.lists(st.floats(0.2, 5.0), min_size=2, max_size=8))
-def test_a_change_always_makes_the_slowest_rank_faster(true_speeds: list[float]) -> None:
-    plan = planned([1.0] * len(true_speeds))
+def test_new_shares_speed_up_slowest_rank(true_speeds: list[float]) -> None:
+    plan = make_plan([1.0] * len(true_speeds))
     times = [share / speed for share, speed in zip(plan.shares, true_speeds, strict=True)]
-    speeds = faster_shares(measured(plan, *times), planned)
+    speeds = faster_shares(make_window(plan, *times), make_plan)
     if speeds is not None:
-        changed = planned(speeds)
+        changed = make_plan(speeds)
         assert changed.global_batch == plan.global_batch
         assert compute_slowest_ms(changed.shares, true_speeds) * 1.05 < compute_slowest_ms(plan.shares, true_speeds) * (
             1 + 1e-9

@@ -36,39 +36,39 @@ FOUND: dict[str, Any] = {
 }
 
 
-def test_only_auto_is_an_open_question() -> None:
+def test_only_auto_needs_measurement() -> None:
     assert auto_batch.needs_measurement(RUN)
     assert not auto_batch.needs_measurement(replace(RUN, batch=BatchConfig(per_device=24)))
 
 
-def test_one_line_says_what_was_taken_and_why() -> None:
-    measured = auto_batch.apply_tuning_result(RUN, FOUND, HERE)
-    assert measured.config.batch.per_device == 24
-    assert measured.why == (
+def test_choice_is_explained_in_one_line() -> None:
+    resolved = auto_batch.apply_tuning_result(RUN, FOUND, HERE)
+    assert resolved.config.batch.per_device == 24
+    assert resolved.why == (
         "batch.per_device=auto chose 24: 11,000 samples/s, 92 % of what 64 reaches on 2 workers, measured now in 12.3 s"
     )
     again = auto_batch.apply_tuning_result(RUN, {**FOUND, "cached": True, "world": 1}, HERE)
     assert again.why.endswith("on 1 worker, stored on 2026-11-21 16:40 UTC")
 
 
-def test_nothing_but_the_number_is_changed() -> None:
+def test_tuning_result_changes_only_per_device() -> None:
     typed = replace(RUN, batch=BatchConfig(per_device=24))
     assert auto_batch.apply_tuning_result(RUN, FOUND, HERE).config == typed
 
 
-def test_where_no_size_fits_it_is_refused() -> None:
+def test_no_fitting_size_is_refused() -> None:
     with pytest.raises(UsageError, match=r"^batch\.per_device=auto: no size fits into memory"):
         auto_batch.apply_tuning_result(
             RUN, {**FOUND, "recommended": None, "why": "no size fits into memory: a smaller model"}, HERE
         )
 
 
-def test_measuring_takes_half_a_minute_unless_a_budget_is_given() -> None:
+def test_default_tuning_budget_is_30_seconds() -> None:
     assert auto_batch.tuning_config(RUN).tune.budget_s == 30
     assert auto_batch.tuning_config(replace(RUN, tune=TuneConfig(budget_s=3.0))).tune.budget_s == 3
 
 
-def test_what_is_measured_knows_no_policy() -> None:
+def test_tuning_config_drops_the_policy() -> None:
     held = replace(RUN, batch=BatchConfig(policy="hold", per_device="auto", global_batch=256, accumulation=4))
     assert auto_batch.tuning_config(held).batch == BatchConfig(policy="scale", per_device=1, accumulation="auto")
     scaled = replace(RUN, batch=BatchConfig(per_device="auto", accumulation=4))
@@ -84,14 +84,14 @@ def test_what_is_measured_knows_no_policy() -> None:
     ],
     ids=lambda batch: batch.policy,
 )
-def test_a_number_stands_in_that_refuses_nothing_by_itself(batch: BatchConfig) -> None:
+def test_placeholder_batch_passes_planning(batch: BatchConfig) -> None:
     config = replace(RUN, batch=batch)
     with pytest.raises(UsageError, match=r"^batch\.per_device=auto is only resolved when training starts"):
         make_training_plan(config, SIZES, 2)
     make_training_plan(auto_batch.with_placeholder_batch(config), SIZES, 2)
 
 
-def test_shards_are_not_measured() -> None:
+def test_auto_is_refused_with_exact_mode() -> None:
     exact = replace(RUN, elastic=ElasticConfig(exact=True))
     with pytest.raises(UsageError, match=r"^batch\.per_device=auto does not work with elastic\.exact=true"):
         auto_batch.with_placeholder_batch(exact)
@@ -100,19 +100,19 @@ def test_shards_are_not_measured() -> None:
 # --- an existing run ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_has_a_number_keeps_it(tmp_path: Path) -> None:
-    begun = replace(RUN, batch=BatchConfig(per_device=24))
-    (tmp_path / "run.yaml").write_text(to_yaml(begun))
+def test_existing_run_keeps_its_batch(tmp_path: Path) -> None:
+    existing = replace(RUN, batch=BatchConfig(per_device=24))
+    (tmp_path / "run.yaml").write_text(to_yaml(existing))
     assert reuse_resolved_batch(RUN, tmp_path).batch.per_device == 24
     assert resolve_directory(RUN, tmp_path)[0].batch.per_device == 24
     answer = auto_batch.from_existing_run(reuse_resolved_batch(RUN, tmp_path), tmp_path, 1, 1)
     assert answer is not None
-    assert answer.config == begun
+    assert answer.config == existing
     assert answer.why == f"batch.per_device=auto is 24, read from {tmp_path}/run.yaml: nothing was measured"
     assert auto_batch.from_existing_run(RUN, tmp_path, 1, 1) is None
 
 
-def test_a_new_run_beside_it_does_not(tmp_path: Path) -> None:
+def test_new_run_does_not_reuse_batch(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(to_yaml(replace(RUN, batch=BatchConfig(per_device=24))))
     assert reuse_resolved_batch(replace(RUN, resume="never"), tmp_path).batch.per_device == "auto"
     assert reuse_resolved_batch(RUN, tmp_path / "none").batch.per_device == "auto"
@@ -123,7 +123,7 @@ def test_a_new_run_beside_it_does_not(tmp_path: Path) -> None:
 GOODPUT = replace(RUN, batch=BatchConfig(policy="goodput", per_device="auto"))
 
 
-def measured(world: int) -> dict[str, Any]:
+def make_tuning_result(world: int) -> dict[str, Any]:
     points = [
         {
             "per_device": size,
@@ -139,8 +139,8 @@ def measured(world: int) -> dict[str, Any]:
     return {**FOUND, "world": world, "nodes": 1, "accumulation": 1, "points": points}
 
 
-def test_what_was_measured_is_kept_in_the_runs_folder_and_asked_first(tmp_path: Path) -> None:
-    answer = auto_batch.apply_tuning_result(GOODPUT, measured(1), tmp_path)
+def test_profile_is_stored_in_run_folder_and_reused(tmp_path: Path) -> None:
+    answer = auto_batch.apply_tuning_result(GOODPUT, make_tuning_result(1), tmp_path)
     assert answer.config == GOODPUT
     assert (answer.profile or {})["cap"] == 32
     assert answer.why == "batch.policy=goodput: update times on 1 worker, measured now in 12.3 s"
@@ -152,23 +152,23 @@ def test_what_was_measured_is_kept_in_the_runs_folder_and_asked_first(tmp_path: 
     assert json.dumps(again.profile) == json.dumps(answer.profile)
 
 
-def test_more_workers_than_were_measured_for_are_measured_and_added(tmp_path: Path) -> None:
-    first = auto_batch.apply_tuning_result(GOODPUT, measured(1), tmp_path)
+def test_larger_world_size_is_measured_and_merged(tmp_path: Path) -> None:
+    first = auto_batch.apply_tuning_result(GOODPUT, make_tuning_result(1), tmp_path)
     RunDirectory(tmp_path).profile_json.write_text(json.dumps(first.profile))
     assert auto_batch.from_existing_run(first.config, tmp_path, 2, 1) is None
-    both = auto_batch.apply_tuning_result(first.config, measured(2), tmp_path)
+    both = auto_batch.apply_tuning_result(first.config, make_tuning_result(2), tmp_path)
     RunDirectory(tmp_path).profile_json.write_text(json.dumps(both.profile))
     assert auto_batch.from_existing_run(first.config, tmp_path, 4, 1) is not None
     assert auto_batch.from_existing_run(first.config, tmp_path, 5, 1) is None
 
 
-def test_a_damaged_profile_of_a_run_is_measured_anew(tmp_path: Path) -> None:
-    answer = auto_batch.apply_tuning_result(GOODPUT, measured(1), tmp_path)
+def test_damaged_profile_is_measured_again(tmp_path: Path) -> None:
+    answer = auto_batch.apply_tuning_result(GOODPUT, make_tuning_result(1), tmp_path)
     for text in ("", "{", "[]", json.dumps({**(answer.profile or {}), "cap": 0})):
         RunDirectory(tmp_path).profile_json.write_text(text)
         assert auto_batch.from_existing_run(answer.config, tmp_path, 1, 1) is None
 
 
-def test_before_the_first_choice_it_is_the_base_batch() -> None:
-    planned = make_training_plan(GOODPUT, SIZES, 3)
-    assert (planned.policy, planned.plan.global_batch) == ("goodput", 64)
+def test_goodput_policy_starts_at_base_batch() -> None:
+    training_plan = make_training_plan(GOODPUT, SIZES, 3)
+    assert (training_plan.policy, training_plan.plan.global_batch) == ("goodput", 64)

@@ -14,19 +14,18 @@ from hypothesis import strategies as st
 
 from launcher.goodput.noise_scale import NoiseScale, changed_by_factor, compute_efficiency, estimate_variance_and_square
 from launcher.plan.lr_schedule import noise_gain
-from launcher.system.statistics import student_t_quantile
 
 DIMENSIONS = 20
 
 
-def observed(gradients: Sequence[Sequence[float]], shares: Sequence[int]) -> tuple[list[float], float]:
+def square_norms(gradients: Sequence[Sequence[float]], shares: Sequence[int]) -> tuple[list[float], float]:
     """Squared norms of the mean gradients of the groups and of the update."""
     batch = sum(shares)
     mean = [sum(b * g for b, g in zip(shares, column, strict=True)) / batch for column in zip(*gradients, strict=True)]
     return [sum(x * x for x in gradient) for gradient in gradients], sum(x * x for x in mean)
 
 
-def seen(
+def simulate_updates(
     seed: int, noise: float, shares: Sequence[int], updates: int, norm: float = 1.0
 ) -> Iterator[tuple[list[float], float]]:
     """A quadratic with a true gradient of this norm and sample gradients that vary to give this noise scale."""
@@ -35,12 +34,12 @@ def seen(
     spread = norm * math.sqrt(noise / DIMENSIONS)
     for _ in range(updates):
         gradients = [[draw.gauss(true, spread / math.sqrt(b)) for _ in range(DIMENSIONS)] for b in shares]
-        yield observed(gradients, shares)
+        yield square_norms(gradients, shares)
 
 
-def trained(seed: int, noise: float, shares: Sequence[int], updates: int) -> NoiseScale:
+def train_scale(seed: int, noise: float, shares: Sequence[int], updates: int) -> NoiseScale:
     scale = NoiseScale()
-    for norms, mean in seen(seed, noise, shares, updates):
+    for norms, mean in simulate_updates(seed, noise, shares, updates):
         scale = scale.update(shares, norms, mean)
     return scale
 
@@ -48,7 +47,7 @@ def trained(seed: int, noise: float, shares: Sequence[int], updates: int) -> Noi
 # --- one update ---------------------------------------------------------------------------------------------------
 
 
-def test_two_groups_by_hand() -> None:
+def test_estimate_of_two_groups_by_hand() -> None:
     variance, square = estimate_variance_and_square([4, 4], [3.0, 1.0], 1.5)
     assert variance == 4 * 3.0 + 4 * 1.0 - 8 * 1.5
     assert square == 1.5 - 4.0 / 8
@@ -58,7 +57,7 @@ def test_two_groups_by_hand() -> None:
     st.lists(st.integers(-9, 9), min_size=5, max_size=5),
     st.sampled_from([(1, 1), (1, 2), (2, 2), (3, 1), (1, 1, 1), (2, 1, 1), (1, 1, 1, 1)]),
 )
-def test_every_grouping_is_unbiased(samples: list[int], shares: tuple[int, ...]) -> None:
+def test_estimate_is_unbiased_for_any_grouping(samples: list[int], shares: tuple[int, ...]) -> None:
     """Over all orders of a data set the mean of S is its variance, and that of |G|^2 its squared mean minus S / N."""
     mean = sum(samples) / 5
     variance = sum((x - mean) ** 2 for x in samples) / 4
@@ -66,7 +65,7 @@ def test_every_grouping_is_unbiased(samples: list[int], shares: tuple[int, ...])
     for order in permutations(samples):
         rest = iter(order)
         groups = [[sum(next(rest) for _ in range(share)) / share] for share in shares]
-        found.append(estimate_variance_and_square(shares, *observed(groups, shares)))
+        found.append(estimate_variance_and_square(shares, *square_norms(groups, shares)))
     assert math.isclose(sum(s for s, _ in found) / len(found), variance, rel_tol=1e-9, abs_tol=1e-9)
     assert math.isclose(sum(g for _, g in found) / len(found), mean**2 - variance / 5, rel_tol=1e-9, abs_tol=1e-9)
 
@@ -75,11 +74,9 @@ GROUPS = st.lists(st.tuples(st.integers(1, 64), st.floats(-10, 10)), min_size=2,
 
 
 @given(GROUPS, st.randoms(use_true_random=False))
-def test_neither_the_order_of_groups_nor_empty_ones_matter(
-    groups: list[tuple[int, float]], shuffle: random.Random
-) -> None:
+def test_estimate_ignores_group_order_and_empty_groups(groups: list[tuple[int, float]], shuffle: random.Random) -> None:
     shares, values = zip(*groups, strict=True)
-    norms, mean = observed([[value] for value in values], shares)
+    norms, mean = square_norms([[value] for value in values], shares)
     mixed = [*zip(shares, norms, strict=True), (0, 1e9)]
     shuffle.shuffle(mixed)
     again = estimate_variance_and_square([share for share, _ in mixed], [norm for _, norm in mixed], mean)
@@ -87,9 +84,9 @@ def test_neither_the_order_of_groups_nor_empty_ones_matter(
 
 
 @given(st.floats(1e-6, 1e6), st.integers(1, 50))
-def test_the_scale_is_in_samples_whatever_the_gradients_unit(unit: float, times: int) -> None:
+def test_scale_is_in_samples_for_any_unit(unit: float, times: int) -> None:
     plain, scaled, larger = NoiseScale(), NoiseScale(), NoiseScale()
-    for norms, mean in seen(3, 5.0, (8, 8), 30):
+    for norms, mean in simulate_updates(3, 5.0, (8, 8), 30):
         plain = plain.update((8, 8), norms, mean)
         scaled = scaled.update((8, 8), [unit * norm for norm in norms], unit * mean)
         larger = larger.update((8 * times, 8 * times), norms, mean)
@@ -102,8 +99,8 @@ def test_the_scale_is_in_samples_whatever_the_gradients_unit(unit: float, times:
 
 
 @pytest.mark.parametrize("shares", [(16, 16), (10, 7, 3), (1, 31), (8, 8, 8, 8), (0, 16, 16)])
-def test_a_known_noise_scale_is_found_within_a_fifth(shares: tuple[int, ...]) -> None:
-    found = [trained(seed, 30.0, [b for b in shares if b], 150).scale for seed in range(9)]
+def test_known_scale_is_estimated_within_20_percent(shares: tuple[int, ...]) -> None:
+    found = [train_scale(seed, 30.0, [b for b in shares if b], 150).scale for seed in range(9)]
     known = sorted(scale for scale in found if scale is not None)
     assert len(known) >= 8
     assert known[len(known) // 2] == pytest.approx(30.0, rel=0.2)
@@ -113,17 +110,17 @@ def test_a_known_noise_scale_is_found_within_a_fifth(shares: tuple[int, ...]) ->
     ("noise", "shares", "updates"),
     [(30.0, (16, 16), 120), (30.0, (10, 7, 3), 120), (5.0, (16, 16, 16), 40), (300.0, (8, 8), 120)],
 )
-def test_the_interval_covers_the_truth(noise: float, shares: tuple[int, ...], updates: int) -> None:
+def test_interval_covers_true_scale(noise: float, shares: tuple[int, ...], updates: int) -> None:
     """Includes infinity: where noise hides the gradient, the interval is a lower bound (`at least`)."""
     trials = 60
-    intervals = [trained(seed, noise, shares, updates).interval for seed in range(trials)]
+    intervals = [train_scale(seed, noise, shares, updates).interval for seed in range(trials)]
     covered = sum(interval is None or interval[0] <= noise <= interval[1] for interval in intervals)
     assert covered >= 0.9 * trials
     assert sum(interval is None for interval in intervals) <= 0.1 * trials
 
 
-def test_without_a_gradient_the_scale_is_unknown_but_has_a_lower_bound() -> None:
-    noisy = trained(1, 1e6, (8, 8), 150)
+def test_vanishing_gradient_gives_only_a_lower_bound() -> None:
+    noisy = train_scale(1, 1e6, (8, 8), 150)
     assert noisy.scale is None
     assert noisy.interval is not None
     assert noisy.interval[0] > 16
@@ -131,40 +128,40 @@ def test_without_a_gradient_the_scale_is_unknown_but_has_a_lower_bound() -> None
     assert noisy.to_metrics(16, 16) == {"noise/scale_low": noisy.interval[0]}
 
 
-def test_too_few_updates_say_nothing() -> None:
-    few = trained(0, 5.0, (16, 16), 15)
+def test_too_few_updates_give_no_scale() -> None:
+    few = train_scale(0, 5.0, (16, 16), 15)
     assert (few.scale, few.interval, few.to_metrics(32, 32)) == (None, None, {})
 
 
-def test_it_follows_a_gradient_that_fades() -> None:
+def test_scale_follows_fading_gradient() -> None:
     """Five half-lives after the gradient has halved, the scale has quadrupled."""
     shares = (16, 16, 16, 16)
-    scale = trained(0, 10.0, shares, 125)
+    scale = train_scale(0, 10.0, shares, 125)
     before = scale.scale
-    for norms, mean in seen(1, 40.0, shares, 125, norm=0.5):
+    for norms, mean in simulate_updates(1, 40.0, shares, 125, norm=0.5):
         scale = scale.update(shares, norms, mean)
     assert before == pytest.approx(10.0, rel=0.2)
     assert scale.scale == pytest.approx(40.0, rel=0.3)
 
 
-def test_the_window_is_bounded() -> None:
+def test_window_is_bounded() -> None:
     """After eight half-lives, in blocks of five updates."""
-    assert len(trained(0, 5.0, (4, 4), 303).window) == 40
-    assert len(trained(0, 5.0, (4, 4), 303).block) == 3
+    assert len(train_scale(0, 5.0, (4, 4), 303).window) == 40
+    assert len(train_scale(0, 5.0, (4, 4), 303).block) == 3
 
 
-def test_skipped_updates_and_single_groups_change_nothing() -> None:
-    scale = trained(0, 5.0, (4, 4), 20)
+def test_skipped_updates_and_single_groups_are_ignored() -> None:
+    scale = train_scale(0, 5.0, (4, 4), 20)
     assert scale.update((4, 4), [math.nan, 1.0], 1.0) is scale
     assert scale.update((4, 4), [math.inf, 1.0], math.inf) is scale
     assert scale.update((8,), [1.0], 1.0) is scale
     assert scale.update((8, 0), [1.0, 0.0], 1.0) is scale
 
 
-def test_tokens_become_samples() -> None:
+def test_token_counts_convert_to_samples() -> None:
     """The same gradients over 100 tokens per sample: 32 samples are 3200 tokens, the scale stays in samples."""
     samples, tokens = NoiseScale(), NoiseScale()
-    for norms, mean in seen(0, 20.0, (16, 16), 60):
+    for norms, mean in simulate_updates(0, 20.0, (16, 16), 60):
         samples = samples.update((16, 16), norms, mean)
         tokens = tokens.update((1600, 1600), norms, mean, samples=32)
     assert tokens.scale == pytest.approx(samples.scale)
@@ -173,16 +170,16 @@ def test_tokens_become_samples() -> None:
 # --- small data sets ----------------------------------------------------------------------------------------------
 
 
-def test_drawing_without_replacement_is_taken_out_again() -> None:
+def test_finite_population_correction_is_applied() -> None:
     """50 samples with a true noise scale of 3.69: 4.07 before the finite-population correction, 3.69 after it."""
-    seen, truth = drawn(NoiseScale()), 3.69
-    corrected = drawn(NoiseScale(dataset_size=50))
-    assert seen == pytest.approx(truth * 50 / (49 - truth), rel=0.02)
+    uncorrected, truth = estimate_on_small_dataset(NoiseScale()), 3.69
+    corrected = estimate_on_small_dataset(NoiseScale(dataset_size=50))
+    assert uncorrected == pytest.approx(truth * 50 / (49 - truth), rel=0.02)
     assert corrected == pytest.approx(truth, rel=0.02)
-    assert abs(corrected - truth) < abs(seen - truth) / 3
+    assert abs(corrected - truth) < abs(uncorrected - truth) / 3
 
 
-def drawn(scale: NoiseScale) -> float:
+def estimate_on_small_dataset(scale: NoiseScale) -> float:
     """Mean over many windows of updates of two times 10 samples out of 50."""
     draw = random.Random(0)
     spread = [draw.gauss(0, 1) for _ in range(50)]
@@ -193,7 +190,7 @@ def drawn(scale: NoiseScale) -> float:
     for _ in range(10_000):
         chosen = draw.sample(data, 20)
         halves = [[sum(chosen[:10]) / 10], [sum(chosen[10:]) / 10]]
-        variance, square = estimate_variance_and_square((10, 10), *observed(halves, (10, 10)))
+        variance, square = estimate_variance_and_square((10, 10), *square_norms(halves, (10, 10)))
         variances, squares = variances + variance, squares + square
     variance, square = variances / 10_000, squares / 10_000
     for _ in range(200):
@@ -202,8 +199,8 @@ def drawn(scale: NoiseScale) -> float:
     return scale.scale
 
 
-def test_no_small_data_set_has_a_scale_beyond_its_size() -> None:
-    noisy = trained(1, 1e6, (8, 8), 150)
+def test_interval_is_capped_by_dataset_size() -> None:
+    noisy = train_scale(1, 1e6, (8, 8), 150)
     small = NoiseScale(dataset_size=50, window=noisy.window)
     assert small.interval is not None
     assert small.interval[1] == 49
@@ -212,7 +209,7 @@ def test_no_small_data_set_has_a_scale_beyond_its_size() -> None:
 # --- logging and use of the scale ---------------------------------------------------------------------------------
 
 
-def test_it_is_acted_on_when_it_moved_by_two() -> None:
+def test_change_is_applied_at_factor_two() -> None:
     assert [changed_by_factor(None, None), changed_by_factor(8, None), changed_by_factor(None, 8)] == [
         False,
         False,
@@ -221,9 +218,9 @@ def test_it_is_acted_on_when_it_moved_by_two() -> None:
     assert [changed_by_factor(8, now) for now in (4, 4.1, 15.9, 16)] == [True, False, False, True]
 
 
-def test_what_is_acted_on_stands_still_between_moves() -> None:
+def test_applied_scale_is_constant_between_changes() -> None:
     scale, acted = NoiseScale(), set()
-    for norms, mean in seen(2, 20.0, (16, 16), 200):
+    for norms, mean in simulate_updates(2, 20.0, (16, 16), 200):
         scale = scale.update((16, 16), norms, mean)
         acted.add(scale.applied)
     assert len(acted) <= 3
@@ -231,10 +228,10 @@ def test_what_is_acted_on_stands_still_between_moves() -> None:
     assert scale.applied / 2 < (scale.scale or 0) < scale.applied * 2
 
 
-def test_what_it_is_at_least_is_acted_on_until_it_is_known() -> None:
+def test_lower_bound_applies_until_scale_is_known() -> None:
     """Before both ends of the interval are known, the lower bound is logged in steps of two, until a scale applies."""
     scale, least = NoiseScale(), []
-    for norms, mean in seen(2, 100.0, (16, 16), 400):
+    for norms, mean in simulate_updates(2, 100.0, (16, 16), 400):
         scale = scale.update((16, 16), norms, mean)
         if scale.applied is None and scale.lower_bound not in (None, *least[-1:]):
             assert scale.interval is not None
@@ -247,8 +244,8 @@ def test_what_it_is_at_least_is_acted_on_until_it_is_known() -> None:
     assert all(changed_by_factor(before, now) for before, now in pairwise(least))
 
 
-def test_it_goes_into_a_checkpoint_and_comes_back() -> None:
-    scale = trained(5, 20.0, (16, 16), 60)
+def test_state_round_trips_through_json() -> None:
+    scale = train_scale(5, 20.0, (16, 16), 60)
     again = NoiseScale.from_facts(json.loads(json.dumps(scale.to_facts())))
     assert again == scale
     assert (again.scale, again.interval, again.applied) == (scale.scale, scale.interval, scale.applied)
@@ -256,28 +253,21 @@ def test_it_goes_into_a_checkpoint_and_comes_back() -> None:
 
 
 @given(st.floats(1, 1e4), st.floats(1, 1e4), st.floats(0, 1e6))
-def test_efficiency_is_progress_per_sample(batch: float, base: float, noise: float) -> None:
+def test_efficiency_equals_gain_per_sample(batch: float, base: float, noise: float) -> None:
     """Gain per update over the relative size of the updates."""
     assert compute_efficiency(batch, base, noise) == pytest.approx(noise_gain(batch, base, noise) * base / batch)
     assert compute_efficiency(base, base, noise) == pytest.approx(1.0)
 
 
-def test_the_keys_of_a_row() -> None:
-    scale = trained(0, 20.0, (16, 16), 60)
+def test_metric_keys_of_noise() -> None:
+    scale = train_scale(0, 20.0, (16, 16), 60)
     values = scale.to_metrics(32, 64)
     assert list(values) == ["noise/scale", "noise/efficiency", "noise/scale_low", "noise/scale_high"]
     assert values["noise/scale_low"] < values["noise/scale"] < values["noise/scale_high"]
     assert values["noise/efficiency"] > 1
 
 
-@pytest.mark.parametrize(
-    ("freedom", "reach"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)]
-)
-def test_students_t_as_in_the_tables(freedom: float, reach: float) -> None:
-    assert student_t_quantile(freedom) == pytest.approx(reach, rel=2e-3)
-
-
 @pytest.mark.parametrize("wrong", [{"half_life": 0}, {"half_life": math.nan}, {"dataset_size": 1}])
-def test_what_cannot_be_meant_is_refused(wrong: dict[str, float]) -> None:
+def test_invalid_arguments_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"must be (more than 0|at least 2)$"):
         NoiseScale(**wrong)  # type: ignore[arg-type]

@@ -25,59 +25,59 @@ from launcher.goodput.policy import (
 )
 from launcher.plan.batch import PlanError
 from launcher.plan.training_plan import make_training_plan
-from tests.helpers.update_times import ALPHA_S, BETA_S, RUN, SIZES, chooser, tuned, update_s
+from tests.helpers.update_times import ALPHA_S, BETA_S, RUN, SIZES, compute_update_s, make_chooser, tune_result
 
 # --- measurements -------------------------------------------------------------------------------------------------
 
 
-def test_the_fit_gives_back_what_was_measured() -> None:
-    model = chooser().profile.model
+def test_fit_reproduces_measured_times() -> None:
+    model = make_chooser().profile.model
     for size, world in ((8, 1), (64, 2), (128, 4)):
-        assert model.predict(size, 1, world).value == pytest.approx(update_s(size, world), rel=0.02)
-    assert model.predict(32, 4, 2).value == pytest.approx(update_s(32, 2, 4), rel=0.05)
+        assert model.predict(size, 1, world).value == pytest.approx(compute_update_s(size, world), rel=0.02)
+    assert model.predict(32, 4, 2).value == pytest.approx(compute_update_s(32, 2, 4), rel=0.05)
 
 
-def test_two_workers_alone_tell_computing_from_communicating() -> None:
+def test_two_workers_separate_compute_from_communication() -> None:
     """Each measurement has a counterpart without waiting."""
-    model = chooser(2).profile.model
-    assert model.predict(64, 1, 1).value == pytest.approx(update_s(64, 1), rel=0.03)
-    assert model.predict(64, 3, 2).value == pytest.approx(update_s(64, 2, 3), rel=0.06)
+    model = make_chooser(2).profile.model
+    assert model.predict(64, 1, 1).value == pytest.approx(compute_update_s(64, 1), rel=0.03)
+    assert model.predict(64, 3, 2).value == pytest.approx(compute_update_s(64, 2, 3), rel=0.06)
 
 
-def test_nothing_is_chosen_past_twice_the_most_workers_measured() -> None:
-    assert chooser(1, 2).profile.covers(4)
-    assert not chooser(1, 2).profile.covers(5)
+def test_choice_is_limited_to_twice_measured_workers() -> None:
+    assert make_chooser(1, 2).profile.covers(4)
+    assert not make_chooser(1, 2).profile.covers(5)
     with pytest.raises(PlanError, match="5 workers are beyond twice the 2 measured"):
-        chooser(1, 2).choose(5, 1, NoiseKnowledge(100.0))
+        make_chooser(1, 2).choose(5, 1, NoiseKnowledge(100.0))
 
 
-def test_a_profile_is_the_same_after_json() -> None:
-    profile = chooser().profile
+def test_profile_round_trips_through_json() -> None:
+    profile = make_chooser().profile
     assert TimingProfile.from_facts(json.loads(json.dumps(profile.to_facts()))) == profile
     for broken in ({}, {**profile.to_facts(), "tables": [{"world": 1}]}, {**profile.to_facts(), "cap": 0}):
         with pytest.raises(ValueError, match=r"a field is missing|a value is missing or out of range"):
             TimingProfile.from_facts(broken)
 
 
-def test_measurements_at_another_world_size_are_added_and_those_of_the_same_one_replaced() -> None:
-    one, two = TimingProfile.from_documents([tuned(1)]), TimingProfile.from_documents([tuned(2)])
+def test_profiles_merge_by_world_size() -> None:
+    one, two = TimingProfile.from_documents([tune_result(1)]), TimingProfile.from_documents([tune_result(2)])
     both = one.merged_with(two)
     assert both.worlds == ((1, 1), (2, 1))
     assert both.merged_with(two) == both
     assert [table.world for table in both.tables] == [1, 2]
 
 
-def test_what_regressed_is_neither_fitted_nor_chosen() -> None:
-    document = tuned(1)
+def test_regressed_sizes_are_excluded() -> None:
+    document = tune_result(1)
     document["points"][-1]["label"] = "regressed"
     profile = TimingProfile.from_documents([document])
     assert profile.cap == 64
     assert max(each.per_device for each in profile.tables[0].updates) == 64
 
 
-def test_one_size_is_too_few() -> None:
+def test_single_size_is_refused() -> None:
     with pytest.raises(UsageError, match=r"^batch\.policy=goodput: only one micro-batch size was timed"):
-        BatchChooser(TimingProfile.from_documents([tuned(1, (8,))]), RUN, SIZES.train).choose(
+        BatchChooser(TimingProfile.from_documents([tune_result(1, (8,))]), RUN, SIZES.train).choose(
             1, 1, NoiseKnowledge(10.0)
         )
 
@@ -87,49 +87,49 @@ def test_one_size_is_too_few() -> None:
 
 @settings(max_examples=20)
 @given(st.floats(10, 700))
-def test_one_worker_takes_the_root_of_noise_times_constant_over_slope(noise: float) -> None:
+def test_single_worker_choice_matches_closed_form(noise: float) -> None:
     best = compute_best_batch(noise, ALPHA_S, BETA_S)
     assert best == math.sqrt(noise * ALPHA_S / BETA_S)
-    assert chooser(1).choose(1, 1, NoiseKnowledge(noise)).global_batch == pytest.approx(best, rel=0.06, abs=1)
+    assert make_chooser(1).choose(1, 1, NoiseKnowledge(noise)).global_batch == pytest.approx(best, rel=0.06, abs=1)
 
 
 @settings(max_examples=20)
 @given(st.floats(1, 1e4), st.integers(1, 8))
-def test_no_batch_of_the_grid_is_worth_more(noise: float, world: int) -> None:
-    policy = chooser()
+def test_choice_beats_every_grid_batch(noise: float, world: int) -> None:
+    policy = make_chooser()
     choice, model = policy.choose(world, 1, NoiseKnowledge(noise)), policy.profile.model
     for size in (1, 2, 7, 16, 33, 64, 100, 128):
         for steps in (1, 2, 5):
             batch = world * size * steps
             if batch <= compute_batch_bounds(RUN, SIZES.train, world).high:
-                worth = batch / model.compute_seconds(size, steps, world) * compute_efficiency(batch, 64, noise)
-                assert worth <= choice.goodput * (1 + 1e-9)
+                goodput = batch / model.compute_seconds(size, steps, world) * compute_efficiency(batch, 64, noise)
+                assert goodput <= choice.goodput * (1 + 1e-9)
 
 
-def test_more_noise_takes_a_larger_batch() -> None:
-    batches = [chooser().choose(2, 1, NoiseKnowledge(noise)).global_batch for noise in (1.0, 100.0, 10_000.0)]
+def test_more_noise_gives_larger_batch() -> None:
+    batches = [make_chooser().choose(2, 1, NoiseKnowledge(noise)).global_batch for noise in (1.0, 100.0, 10_000.0)]
     assert batches == sorted(set(batches))
 
 
-def test_an_unknown_noise_scale_takes_the_base_batch_in_its_fastest_form() -> None:
-    choice = chooser().choose(2, 1, NoiseKnowledge())
+def test_unknown_noise_takes_fastest_base_batch() -> None:
+    choice = make_chooser().choose(2, 1, NoiseKnowledge())
     assert (choice.global_batch, choice.per_device, choice.accumulation) == (64, 32, 1)
     assert "unknown" in explain_choice(choice, NoiseKnowledge())
-    assert chooser().choose(8, 1, NoiseKnowledge()).global_batch == 64
+    assert make_chooser().choose(8, 1, NoiseKnowledge()).global_batch == 64
 
 
-def test_noise_that_is_at_least_so_much_takes_no_less_than_the_base_batch() -> None:
+def test_noise_lower_bound_never_shrinks_base_batch() -> None:
     """A possibly small noise scale is not a reason for a smaller batch; a large lower bound is one for a larger."""
     little, much = NoiseKnowledge(2.0, lower_bound=True), NoiseKnowledge(1000.0, lower_bound=True)
-    assert chooser().choose(2, 1, NoiseKnowledge(2.0)).global_batch < 64
-    assert chooser().choose(2, 1, little).global_batch == 64
-    assert chooser().choose(2, 1, much) == chooser().choose(2, 1, NoiseKnowledge(1000.0))
-    assert explain_choice(chooser().choose(2, 1, much), much).startswith(
+    assert make_chooser().choose(2, 1, NoiseKnowledge(2.0)).global_batch < 64
+    assert make_chooser().choose(2, 1, little).global_batch == 64
+    assert make_chooser().choose(2, 1, much) == make_chooser().choose(2, 1, NoiseKnowledge(1000.0))
+    assert explain_choice(make_chooser().choose(2, 1, much), much).startswith(
         "goodput: at a noise scale of at least 1e+03 samples, "
     )
 
 
-def test_what_training_measures_comes_before_what_was_typed_and_a_bound_only_where_it_says_more() -> None:
+def test_measured_noise_takes_precedence_over_typed() -> None:
     assert NoiseKnowledge.from_estimates(None, None, None) == NoiseKnowledge()
     assert NoiseKnowledge.from_estimates(30.0, 500.0, 200.0) == NoiseKnowledge(30.0)
     assert NoiseKnowledge.from_estimates(None, 100.0, 200.0) == NoiseKnowledge(200.0, source=" (plan.noise)")
@@ -140,33 +140,33 @@ def test_what_training_measures_comes_before_what_was_typed_and_a_bound_only_whe
     )
 
 
-def test_a_batch_is_chosen_anew_as_more_becomes_known_of_the_noise() -> None:
-    policy = chooser()
-    watching = GoodputPolicy(policy, 2, 1, policy.combine_noise(None, None))
-    watching.on_noise(NoiseScale())
-    assert not watching.has_change
-    for noise, said_of in ((NoiseScale(lower_bound=400.0), "at least 400"), (NoiseScale(applied=900.0), "900")):
-        watching.on_noise(noise)
-        assert watching.successor is not None
-        watching = watching.successor
-        assert f"at a noise scale of {said_of} samples" in watching.why
-        assert make_training_plan(watching.config, SIZES, 2).plan.global_batch > 64
-        assert not watching.has_change
+def test_batch_is_chosen_again_as_noise_changes() -> None:
+    policy = make_chooser()
+    goodput_policy = GoodputPolicy(policy, 2, 1, policy.combine_noise(None, None))
+    goodput_policy.on_noise(NoiseScale())
+    assert not goodput_policy.has_change
+    for noise, described in ((NoiseScale(lower_bound=400.0), "at least 400"), (NoiseScale(applied=900.0), "900")):
+        goodput_policy.on_noise(noise)
+        assert goodput_policy.successor is not None
+        goodput_policy = goodput_policy.successor
+        assert f"at a noise scale of {described} samples" in goodput_policy.why
+        assert make_training_plan(goodput_policy.config, SIZES, 2).plan.global_batch > 64
+        assert not goodput_policy.has_change
 
 
-def test_training_begins_by_the_noise_scale_that_was_typed() -> None:
-    policy = chooser(config=replace(RUN, plan=PlanConfig(noise=900.0)))
-    begun = GoodputPolicy(policy, 2, 1, policy.combine_noise(None, None))
-    assert begun.why.startswith("goodput: at a noise scale of 900 samples (plan.noise), ")
+def test_initial_choice_uses_typed_noise() -> None:
+    policy = make_chooser(config=replace(RUN, plan=PlanConfig(noise=900.0)))
+    initial = GoodputPolicy(policy, 2, 1, policy.combine_noise(None, None))
+    assert initial.why.startswith("goodput: at a noise scale of 900 samples (plan.noise), ")
     assert policy.choose(2, 1, policy.combine_noise(None, None)) == policy.choose(2, 1, NoiseKnowledge(900.0))
 
 
-def test_the_cap_and_the_bounds_bind() -> None:
-    choice = chooser().choose(2, 1, NoiseKnowledge(1e6))
+def test_choice_respects_cap_and_bounds() -> None:
+    choice = make_chooser().choose(2, 1, NoiseKnowledge(1e6))
     assert choice.per_device <= 128
     assert choice.accumulation > 1
     narrow = replace(RUN, batch=replace(RUN.batch, min_global=100, max_global=128))
-    assert 100 <= chooser(config=narrow).choose(3, 1, NoiseKnowledge(1e6)).global_batch <= 128
+    assert 100 <= make_chooser(config=narrow).choose(3, 1, NoiseKnowledge(1e6)).global_batch <= 128
     assert compute_batch_bounds(RUN, SIZES.train, 2) == BatchBounds(2, 32 * 64)
     with pytest.raises(PlanError, match="no global batch for 200 workers lies between 200 and 128"):
         compute_batch_bounds(narrow, SIZES.train, 200)
@@ -174,33 +174,33 @@ def test_the_cap_and_the_bounds_bind() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(1, 8), st.one_of(st.none(), st.floats(1, 1e5)))
-def test_the_plan_that_is_trained_is_the_one_that_was_chosen(world: int, noise: float | None) -> None:
-    policy = chooser()
+def test_training_plan_equals_choice(world: int, noise: float | None) -> None:
+    policy = make_chooser()
     choice = policy.choose(world, 1, NoiseKnowledge(noise))
-    planned = make_training_plan(GoodputPolicy(policy, world, 1, NoiseKnowledge(noise)).config, SIZES, world)
-    assert planned.policy == "goodput"
-    assert planned.plan.global_batch == choice.global_batch
-    assert planned.plan.per_device == choice.per_device
-    assert planned.plan.accumulation == choice.accumulation
+    training_plan = make_training_plan(GoodputPolicy(policy, world, 1, NoiseKnowledge(noise)).config, SIZES, world)
+    assert training_plan.policy == "goodput"
+    assert training_plan.plan.global_batch == choice.global_batch
+    assert training_plan.plan.per_device == choice.per_device
+    assert training_plan.plan.accumulation == choice.accumulation
 
 
 @pytest.mark.parametrize(
-    ("batch", "mend"),
+    ("batch", "fix"),
     [
         (BatchConfig(policy="goodput", global_batch=64), "type batch=hold, or remove it"),
         (BatchConfig(policy="goodput", ramp=(("0dur", 0.5),)), "type batch=bounded, or remove it"),
     ],
     ids=["global", "ramp"],
 )
-def test_what_decides_against_the_policy_is_refused(batch: BatchConfig, mend: str) -> None:
-    with pytest.raises(UsageError, match=f"does not work with batch.policy=goodput: {mend}"):
+def test_conflicting_batch_keys_are_refused(batch: BatchConfig, fix: str) -> None:
+    with pytest.raises(UsageError, match=f"does not work with batch.policy=goodput: {fix}"):
         make_training_plan(replace(RUN, batch=replace(batch, per_device=8)), SIZES, 1)
 
 
 @pytest.mark.parametrize(
-    ("word", "mend"), [("batch.per_device=16", "tune.max=16"), ("batch.accumulation=2", "remove it")]
+    ("override", "fix"), [("batch.per_device=16", "tune.max=16"), ("batch.accumulation=2", "remove it")]
 )
-def test_a_number_on_the_command_line_is_refused_and_a_recipes_own_is_no_request(word: str, mend: str) -> None:
+def test_typed_batch_is_refused_but_recipe_default_ignored(override: str, fix: str) -> None:
     assert compose(["recipe=mlp", "batch=goodput"]).batch == BatchConfig(policy="goodput", per_device="auto")
-    with pytest.raises(UsageError, match=f"^{word} does not work with batch=goodput, which chooses it: .*{mend}"):
-        compose(["recipe=mlp", "batch=goodput", word])
+    with pytest.raises(UsageError, match=f"^{override} does not work with batch=goodput, which chooses it: .*{fix}"):
+        compose(["recipe=mlp", "batch=goodput", override])

@@ -24,7 +24,7 @@ from launcher.goodput.throughput_model import (
 TRACE = {10: 21.4, 14: 25.1, 20: 29.4, 28: 32.9, 40: 35.7, 57: 34.3, 80: 31.5}
 
 
-def points(trace: dict[int, float | None], within: float = 0.0) -> list[MeasuredSize]:
+def measured_sizes(trace: dict[int, float | None], within: float = 0.0) -> list[MeasuredSize]:
     return [
         MeasuredSize(size, speed, speed * (1 - within), speed * (1 + within)) if speed else MeasuredSize(size, None)
         for size, speed in trace.items()
@@ -34,8 +34,8 @@ def points(trace: dict[int, float | None], within: float = 0.0) -> list[Measured
 # --- labels -------------------------------------------------------------------------------------------------------
 
 
-def test_the_trace_that_the_question_comes_from() -> None:
-    advice = recommend_sizes(points({**TRACE, 113: None}))
+def test_example_trace_is_labelled() -> None:
+    advice = recommend_sizes(measured_sizes({**TRACE, 113: None}))
     assert (advice.knee, advice.fastest, advice.recommended, advice.memory_max) == (28, 40, 28, 80)
     assert advice.labels == {
         **dict.fromkeys((10, 14, 20), "rising"),
@@ -46,20 +46,20 @@ def test_the_trace_that_the_question_comes_from() -> None:
     }
 
 
-def test_a_fall_within_the_noise_is_no_regression() -> None:
-    assert label(points(TRACE, within=0.03))[57] == "saturated"
-    assert label(points(TRACE, within=0.03))[80] == "regressed"
+def test_drop_within_noise_is_not_a_regression() -> None:
+    assert label(measured_sizes(TRACE, within=0.03))[57] == "saturated"
+    assert label(measured_sizes(TRACE, within=0.03))[80] == "regressed"
 
 
-def test_45_against_20() -> None:
+def test_batch_45_is_compared_with_20() -> None:
     """Is a batch of 45 slower than one of 20? If so, that is reported and 20 is recommended."""
-    assert label(points({20: 100.0, 45: 92.0}, within=0.01)) == {20: "knee", 45: "regressed"}
-    assert label(points({20: 100.0, 45: 104.0}, within=0.01)) == {20: "knee", 45: "saturated"}
-    assert label(points({20: 100.0, 45: 130.0}, within=0.01)) == {20: "rising", 45: "knee"}
+    assert label(measured_sizes({20: 100.0, 45: 92.0}, within=0.01)) == {20: "knee", 45: "regressed"}
+    assert label(measured_sizes({20: 100.0, 45: 104.0}, within=0.01)) == {20: "knee", 45: "saturated"}
+    assert label(measured_sizes({20: 100.0, 45: 130.0}, within=0.01)) == {20: "rising", 45: "knee"}
 
 
-def test_a_knee_that_other_measurements_found_too_large_is_not_recommended() -> None:
-    assert recommend_sizes(points(TRACE), memory_max=24).recommended == 24
+def test_recommendation_respects_memory_max() -> None:
+    assert recommend_sizes(measured_sizes(TRACE), memory_max=24).recommended == 24
 
 
 @given(
@@ -68,7 +68,7 @@ def test_a_knee_that_other_measurements_found_too_large_is_not_recommended() -> 
     seed=st.integers(0, 1000),
     fall=st.floats(0.0, 0.5),
 )
-def test_noisy_traces_are_labelled_as_their_shape_is(alpha: float, beta: float, seed: int, fall: float) -> None:
+def test_noisy_traces_get_labels_of_their_shape(alpha: float, beta: float, seed: int, fall: float) -> None:
     """Speeds along m / (alpha + beta m), with a drop at the end: within the noise, or clearly above it."""
     sizes = [round(8 * math.sqrt(2) ** step) for step in range(10)]
     clean: dict[int, float] = {size: size / (alpha + beta * size) for size in sizes}
@@ -90,7 +90,7 @@ def test_noisy_traces_are_labelled_as_their_shape_is(alpha: float, beta: float, 
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ([MeasuredSize(8, None)], "no size works"),
         ([], "no size works"),
@@ -99,16 +99,16 @@ def test_noisy_traces_are_labelled_as_their_shape_is(alpha: float, beta: float, 
         ([MeasuredSize(8, math.nan, 1.0, 2.0)], "not a valid measurement"),
     ],
 )
-def test_what_is_no_measurement_is_refused(wrong: list[MeasuredSize], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_measurements_are_refused(wrong: list[MeasuredSize], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         label(wrong)
 
 
 # --- linear fits --------------------------------------------------------------------------------------------------
 
 
-def test_overhead_and_work_are_told_apart() -> None:
-    model = fit(points({size: size / (0.02 + 0.001 * size) for size in (8, 16, 32, 64)}))
+def test_fit_separates_overhead_from_work() -> None:
+    model = fit(measured_sizes({size: size / (0.02 + 0.001 * size) for size in (8, 16, 32, 64)}))
     assert model.alpha_s.value == pytest.approx(0.02)
     assert model.beta_s.value == pytest.approx(0.001)
     assert model.compute_overhead(20) == pytest.approx(0.5)
@@ -116,38 +116,38 @@ def test_overhead_and_work_are_told_apart() -> None:
     assert model.find_knee() == pytest.approx(180)
 
 
-def test_sizes_that_regressed_do_not_bend_the_line() -> None:
+def test_regressed_sizes_do_not_affect_fit() -> None:
     clean = {size: size / (0.02 + 0.001 * size) for size in (8, 16, 32, 64)}
-    assert fit(points({**clean, 128: 100.0})).beta_s.value == pytest.approx(0.001)
+    assert fit(measured_sizes({**clean, 128: 100.0})).beta_s.value == pytest.approx(0.001)
 
 
-def test_neither_constant_nor_slope_is_ever_negative() -> None:
+def test_fitted_constants_are_never_negative() -> None:
     assert fit_line([1, 2, 3], [1, 3, 5], [0, 0, 0]).intercept == 0
     assert fit_line([1, 2, 3], [5, 3, 1], [0, 0, 0]).slope == 0
     with pytest.raises(ValueError, match="needs two"):
         fit_line([2, 2], [1, 1], [0, 0])
 
 
-def test_two_sizes_without_intervals_make_a_line_that_knows_nothing_of_its_errors() -> None:
+def test_line_through_two_sizes_has_unbounded_error() -> None:
     line = fit_line([8, 16], [1.0, 1.5], [0, 0])
     assert line.predict(32).value == pytest.approx(2.5)
     assert line.predict(32).high == math.inf
 
 
-def test_the_fits_interval_covers() -> None:
+def test_fit_intervals_cover_true_values() -> None:
     """The constants and the time at an unmeasured size are covered in at least 90 of 100 noisy measurements."""
     covered = {"alpha": 0, "beta": 0, "time": 0}
     for seed in range(100):
         draw = random.Random(seed)
         trace = {size: size / ((0.02 + 0.001 * size) * draw.gauss(1, 0.02)) for size in (8, 11, 16, 23, 32, 45)}
-        model = fit(points(trace, within=0.04 if seed % 2 else 0.0))
+        model = fit(measured_sizes(trace, within=0.04 if seed % 2 else 0.0))
         covered["alpha"] += model.alpha_s.low <= 0.02 <= model.alpha_s.high
         covered["beta"] += model.beta_s.low <= 0.001 <= model.beta_s.high
         covered["time"] += model.predict_time_s(64).low <= 0.084 <= model.predict_time_s(64).high
     assert min(covered.values()) >= 90
 
 
-def test_memory_is_predicted_from_three_probes() -> None:
+def test_memory_is_predicted_from_three_sizes() -> None:
     model = fit_memory([(8, 3.0e9), (16, 4.0e9), (32, 6.0e9)])
     assert model.predict_bytes(64).value == pytest.approx(10.0e9)
     assert model.find_largest_size(16.0e9) == int((0.92 * 16e9 - 2e9) / 0.125e9)
@@ -157,7 +157,7 @@ def test_memory_is_predicted_from_three_probes() -> None:
         fit_memory([(8, 3.0e9), (16, 4.0e9)])
 
 
-def test_memory_of_images_grows_with_their_area() -> None:
+def test_image_memory_grows_with_area() -> None:
     """Size is m x H x W: probes at 32 pixels predict 64 pixels."""
     model = fit_memory([(m * 32 * 32, 1e9 + 5e4 * m * 32 * 32) for m in (8, 16, 32)])
     assert model.predict_bytes(8 * 64 * 64).value == pytest.approx(1e9 + 5e4 * 8 * 64 * 64)
@@ -166,5 +166,5 @@ def test_memory_of_images_grows_with_their_area() -> None:
 # --- the batch with the highest goodput ---------------------------------------------------------------------------
 
 
-def test_a_free_sample_has_no_knee() -> None:
+def test_zero_slope_has_no_knee() -> None:
     assert ThroughputModel(LinearFit(1.0, 0.0, (0, 0, 0), 2.0)).find_knee() == math.inf

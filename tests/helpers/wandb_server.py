@@ -19,7 +19,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.streamed: list[dict[str, Any]] = []
-        self.begun = threading.Event()
+        self.started = threading.Event()
 
     @property
     def url(self) -> str:
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer({"data": _data(json.loads(raw))})
         elif "/file_stream" in self.path:
             self.server.streamed.append(json.loads(raw))
-            self.server.begun.set()
+            self.server.started.set()
             self._answer({"limits": {}})
         else:
             self._answer({})

@@ -14,7 +14,7 @@ from launcher.run_dir.metrics_reader import find_runs, read_run_metrics
 from tests.helpers.written_runs import row, write
 
 
-def test_a_later_start_supersedes_what_it_trained_again(tmp_path: Path) -> None:
+def test_later_generation_supersedes_repeated_updates(tmp_path: Path) -> None:
     first = [row(update, train__loss=1.0) for update in range(1, 31)]
     again = [row(update, generation=2, train__loss=2.0) for update in range(24, 41)]
     run = read_run_metrics(str(write(tmp_path / "run", first + again)))
@@ -23,7 +23,7 @@ def test_a_later_start_supersedes_what_it_trained_again(tmp_path: Path) -> None:
     assert len(run.all_rows) == 47
 
 
-def test_a_start_at_another_batch_undoes_what_lay_beyond_its_checkpoint(tmp_path: Path) -> None:
+def test_resume_at_other_batch_supersedes_later_updates(tmp_path: Path) -> None:
     """Update 51 of 128 samples continues from update 50 of 64: all of updates 51 to 100 of 64 are undone."""
     first = [row(update) for update in range(1, 101)]
     again = [row(50 + step, batch=128, samples=3200 + 128 * step, generation=2) for step in range(1, 21)]
@@ -32,12 +32,12 @@ def test_a_start_at_another_batch_undoes_what_lay_beyond_its_checkpoint(tmp_path
     assert [each["samples"] for each in run.rows] == sorted(each["samples"] for each in run.rows)
 
 
-def test_a_repeated_row_counts_once(tmp_path: Path) -> None:
+def test_repeated_row_counts_once(tmp_path: Path) -> None:
     run = read_run_metrics(str(write(tmp_path / "run", [row(1), row(2), row(2, train__loss=7.0)])))
     assert [each["train/loss"] for each in run.rows] == [2.0, 7.0]
 
 
-def test_a_line_that_is_being_written_is_not_there_yet_and_one_that_is_broken_is_said(tmp_path: Path) -> None:
+def test_unreadable_lines_are_counted_and_skipped(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", [row(1), row(2)])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"samples": 3, \n[1]\nnull\n{"update": "x", "samples": 1}\n')
@@ -48,28 +48,28 @@ def test_a_line_that_is_being_written_is_not_there_yet_and_one_that_is_broken_is
     assert "4 unreadable lines were skipped" in (run.describe_unreadable() or "")
 
 
-def test_only_finite_numbers_are_values(tmp_path: Path) -> None:
+def test_only_finite_numbers_are_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", [])
     line = '{"update": 1, "samples": 8, "a": null, "b": NaN, "c": 1e999, "d": true, "e": "<b>", "f": [1], "g": 0.5}\n'
     (folder / "metrics.jsonl").write_text(line.replace("0.5", "0.5, " + '"h": ' + "9" * 400))
     assert read_run_metrics(str(folder)).rows[0] == {"update": 1, "samples": 8, "g": 0.5}
 
 
-def test_a_run_is_found_by_its_path_and_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_found_by_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "runs" / "lr=0.1", [row(1)])
     assert read_run_metrics("lr=0.1").folder == Path("runs/lr=0.1")
     assert read_run_metrics("runs/lr=0.1").name == "lr=0.1"
 
 
-def test_a_sweep_is_its_points_in_order(tmp_path: Path) -> None:
+def test_sweep_points_are_in_numeric_order(tmp_path: Path) -> None:
     for point in (10, 2, 1):
         write(tmp_path / "sweep" / str(point), [row(1)])
     assert [folder.name for folder in find_runs(str(tmp_path / "sweep"))] == ["1", "2", "10"]
     assert read_run_metrics(str(tmp_path / "sweep" / "2")).name == "sweep/2"
 
 
-def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="nowhere is not a run: there are no runs in runs/"):
         read_run_metrics("nowhere")

@@ -17,17 +17,17 @@ from launcher.errors import UsageError
 from launcher.run_dir.resume import ResumeDecision, decide_resume, find_changed_keys, is_change_allowed
 
 FOLDER = Path("runs/one")
-USUAL = flatten(
+DEFAULTS = flatten(
     RunConfig(recipe={"_target_": "launcher.recipes.mlp.Mlp", "width": 64}, optimizer={"_target_": "torch.optim.SGD"})
 )
 
 
-def asked(**changes: Any) -> dict[str, Any]:
+def config_with(**changes: Any) -> dict[str, Any]:
     """The default configuration with other values; `batch__per_device` is batch.per_device."""
-    return {**USUAL, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return {**DEFAULTS, **{name.replace("__", "."): value for name, value in changes.items()}}
 
 
-def decided(
+def decide(
     old: Mapping[str, Any] | None, new: Mapping[str, Any], resume: str = "auto", **options: Any
 ) -> ResumeDecision:
     return decide_resume(resume, FOLDER, old, new, **options)
@@ -36,60 +36,63 @@ def decided(
 # --- values of resume ---------------------------------------------------------------------------------------------
 
 
-def test_auto_begins_where_there_is_nothing_and_goes_on_where_there_is() -> None:
-    assert decided(None, USUAL) == ResumeDecision(fresh=True)
-    assert decided(USUAL, USUAL) == ResumeDecision()
+def test_auto_resumes_only_an_existing_run() -> None:
+    assert decide(None, DEFAULTS) == ResumeDecision(is_new_run=True)
+    assert decide(DEFAULTS, DEFAULTS) == ResumeDecision()
 
 
-def test_never_is_a_new_run_whatever_is_there() -> None:
-    assert decided(None, USUAL, "never") == ResumeDecision(fresh=True)
-    assert decided(USUAL, asked(seed=5), "never") == ResumeDecision(fresh=True)
+def test_never_starts_a_new_run() -> None:
+    assert decide(None, DEFAULTS, "never") == ResumeDecision(is_new_run=True)
+    assert decide(DEFAULTS, config_with(seed=5), "never") == ResumeDecision(is_new_run=True)
 
 
-def test_must_needs_something_to_go_on_from() -> None:
-    assert decided(USUAL, USUAL, "must") == ResumeDecision(require_checkpoint=True)
+def test_must_requires_an_existing_run() -> None:
+    assert decide(DEFAULTS, DEFAULTS, "must") == ResumeDecision(require_checkpoint=True)
     with pytest.raises(
         UsageError, match=r"^resume=must but runs/one contains no run: check run\.name, or type resume=a"
     ):
-        decided(None, USUAL, "must")
+        decide(None, DEFAULTS, "must")
 
 
-def test_a_path_is_a_checkpoint(tmp_path: Path) -> None:
+def test_path_selects_a_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "update-00000003"
     checkpoint.mkdir()
     (checkpoint / "manifest.json").write_text(Manifest({}, {}, {}, {}, 1, {}).to_json())
-    assert decided(None, USUAL, str(checkpoint)) == ResumeDecision(checkpoint=checkpoint)
-    assert decided(USUAL, USUAL, str(checkpoint)) == ResumeDecision(checkpoint=checkpoint)
+    assert decide(None, DEFAULTS, str(checkpoint)) == ResumeDecision(checkpoint=checkpoint)
+    assert decide(DEFAULTS, DEFAULTS, str(checkpoint)) == ResumeDecision(checkpoint=checkpoint)
     with pytest.raises(UsageError, match=r"other values of seed \(0 before, 5 now\)"):
-        decided(USUAL, asked(seed=5), str(checkpoint))
+        decide(DEFAULTS, config_with(seed=5), str(checkpoint))
 
 
-@pytest.mark.parametrize("word", ["alway", "", "true", "runs/gone/checkpoints/update-00000001"])
-def test_a_word_that_is_none_of_them_is_refused_before_anything_starts(word: str) -> None:
+@pytest.mark.parametrize("value", ["alway", "", "true", "runs/gone/checkpoints/update-00000001"])
+def test_invalid_resume_value_is_refused(value: str) -> None:
     with pytest.raises(
-        UsageError, match=rf"^resume={re.escape(word or '.')} is not a checkpoint: type auto, never, must"
+        UsageError, match=rf"^resume={re.escape(value or '.')} is not a checkpoint: type auto, never, must"
     ):
-        decided(None, USUAL, word)
+        decide(None, DEFAULTS, value)
 
 
 # --- keys that may change -----------------------------------------------------------------------------------------
 
 #: Every key of the configuration is in one of these; a new key has to be classified deliberately.
-MAY = {
+MAY_CHANGE = {
     "checkpoint.every", "checkpoint.keep", "checkpoint.sharded", "data.prefetch_factor", "data.num_workers", "debug",
-    "elastic.balance", "elastic.first_timeout_s", "elastic.hang_timeout_s", "elastic.allow_idle", "elastic.max_restarts",
+    "elastic.balance", "elastic.first_timeout_s", "elastic.hang_timeout_s", "elastic.allow_idle",
+    "elastic.max_restarts",
     "elastic.max_workers", "elastic.min_workers", "format", "launch.account", "launch.backend", "launch.constraint",
     "launch.dry_run", "launch.env", "launch.extra", "launch.kind", "launch.nodes", "launch.partition", "launch.qos",
     "launch.threads", "launch.time", "launch.timeout_s", "launch.workers", "log.every", "plan.memory", "plan.noise",
     "plan.world_sizes",
-    "resume", "run.dir", "run.name", "sink", "strategy.config", "strategy.find_unused_parameters", "strategy.param_dtype",
+    "resume", "run.dir", "run.name", "sink", "strategy.config", "strategy.find_unused_parameters",
+    "strategy.param_dtype",
     "strategy.meta_init",
-    "strategy.name", "strategy.offload", "strategy.reshard_after_forward", "strategy.stage", "sweep.max_parallel", "sweep.metric",
+    "strategy.name", "strategy.offload", "strategy.reshard_after_forward", "strategy.stage",
+    "sweep.max_parallel", "sweep.metric",
     "sweep.mode", "sweep.trials", "train.activation_checkpointing",
     "train.device", "train.profile", "train.stop_at_target", "train.target.at_least", "train.target.at_most",
     "train.target.metric", "train.validate_every", "tune.budget_s", "tune.max", "tune.out", "tune.sizes",
 }  # fmt: skip
-MAY_NOT = {
+MAY_NOT_CHANGE = {
     "batch.accumulation", "batch.global", "batch.max_global", "batch.min_global", "batch.per_device", "batch.policy",
     "batch.ramp", "checkpoint.best", "checkpoint.best_mode", "checkpoint.dir", "data.source", "data.tail",
     "elastic.exact", "elastic.shards", "lr.base",
@@ -101,73 +104,76 @@ MAY_NOT = {
 }  # fmt: skip
 
 
-def test_every_key_was_thought_of() -> None:
-    assert not MAY & MAY_NOT
-    assert set(config_keys()) == MAY | MAY_NOT | {"train.duration"}
+def test_every_key_is_classified() -> None:
+    assert not MAY_CHANGE & MAY_NOT_CHANGE
+    assert set(config_keys()) == MAY_CHANGE | MAY_NOT_CHANGE | {"train.duration"}
 
 
-@pytest.mark.parametrize("key", sorted(MAY))
-def test_what_does_not_alter_what_is_learned_may_change_and_is_told(key: str) -> None:
-    old, new = {**USUAL, key: "before"}, {**USUAL, key: "now"}
-    assert decided(old, new) == ResumeDecision(changed={key: ("before", "now")})
+@pytest.mark.parametrize("key", sorted(MAY_CHANGE))
+def test_harmless_keys_may_change(key: str) -> None:
+    old, new = {**DEFAULTS, key: "before"}, {**DEFAULTS, key: "now"}
+    assert decide(old, new) == ResumeDecision(changed={key: ("before", "now")})
 
 
-@pytest.mark.parametrize("key", sorted(MAY_NOT))
-def test_what_alters_it_is_refused_with_both_values_and_the_mend(key: str) -> None:
+@pytest.mark.parametrize("key", sorted(MAY_NOT_CHANGE))
+def test_training_keys_may_not_change(key: str) -> None:
     with pytest.raises(UsageError) as error:
-        decided({**USUAL, key: "before"}, {**USUAL, key: "now"})
+        decide({**DEFAULTS, key: "before"}, {**DEFAULTS, key: "now"})
     assert str(error.value) == (
         f"runs/one was trained with other values of {key} (before before, now now): "
         f"type run.name=... for a new run, or resume=never"
     )
 
 
-def test_all_wrong_keys_are_named_at_once() -> None:
+def test_all_refused_keys_are_named_at_once() -> None:
     with pytest.raises(
         UsageError, match=r"other values of lr\.base \(null before, 0\.1 now\), seed \(0 before, 5 now\): type"
     ):
-        decided(USUAL, asked(seed=5, lr__base=0.1, log__every=10))
+        decide(DEFAULTS, config_with(seed=5, lr__base=0.1, log__every=10))
 
 
 @pytest.mark.parametrize("key", ["recipe.width", "optimizer.momentum", "recipe.data"])
-def test_a_field_of_the_recipe_or_the_optimizer_is_what_is_learned(key: str) -> None:
+def test_recipe_and_optimizer_fields_may_not_change(key: str) -> None:
     with pytest.raises(UsageError, match=re.escape(f"{key} (null before, 0.5 now)")):
-        decided({**USUAL, key: None}, {**USUAL, key: 0.5})
+        decide({**DEFAULTS, key: None}, {**DEFAULTS, key: 0.5})
     with pytest.raises(UsageError, match=re.escape(f"{key} (null before, 0.5 now)")):
-        decided({name: value for name, value in USUAL.items() if name != key} | {key: None}, {**USUAL, key: 0.5})
+        decide({name: value for name, value in DEFAULTS.items() if name != key} | {key: None}, {**DEFAULTS, key: 0.5})
 
 
-def test_under_hold_the_batch_may_be_cut_up_otherwise() -> None:
-    held = asked(batch__policy="hold", batch__global=256)
+def test_hold_allows_other_micro_batches() -> None:
+    held = config_with(batch__policy="hold", batch__global=256)
     smaller = {**held, "batch.per_device": 16, "batch.accumulation": 4}
-    assert set(decided(held, smaller).changed) == {"batch.per_device", "batch.accumulation"}
+    assert set(decide(held, smaller).changed) == {"batch.per_device", "batch.accumulation"}
     with pytest.raises(UsageError, match=r"batch\.global \(256 before, 512 now\)"):
-        decided(held, {**smaller, "batch.global": 512})
+        decide(held, {**smaller, "batch.global": 512})
     with pytest.raises(UsageError, match=r"batch\.policy \(scale before, hold now\)"):
-        decided(USUAL, held)
+        decide(DEFAULTS, held)
 
 
 @pytest.mark.parametrize("policy", ["scale", "bounded"])
-def test_where_the_batch_follows_them_they_may_not(policy: str) -> None:
-    old = asked(batch__policy=policy)
+def test_other_policies_forbid_batch_changes(policy: str) -> None:
+    old = config_with(batch__policy=policy)
     for key in ("batch.per_device", "batch.accumulation", "batch.max_global"):
         with pytest.raises(UsageError, match=re.escape(key)):
-            decided(old, {**old, key: 7})
+            decide(old, {**old, key: 7})
 
 
-def test_validating_at_other_times_changes_a_rate_that_listens() -> None:
-    plateau = asked(schedule__decay="plateau")
+def test_plateau_schedule_forbids_other_validation_interval() -> None:
+    plateau = config_with(schedule__decay="plateau")
     with pytest.raises(UsageError, match=r"train\.validate_every \(1ep before, 2ep now\)"):
-        decided(plateau, {**plateau, "train.validate_every": "2ep"})
+        decide(plateau, {**plateau, "train.validate_every": "2ep"})
 
 
-def test_a_masked_secret_is_the_same_secret() -> None:
-    old, new = asked(recipe__data="https://me:***@host/data"), asked(recipe__data="https://me:***@host/data")
-    assert decided(old, new) == ResumeDecision()
+def test_masked_secrets_compare_equal() -> None:
+    old, new = (
+        config_with(recipe__data="https://me:***@host/data"),
+        config_with(recipe__data="https://me:***@host/data"),
+    )
+    assert decide(old, new) == ResumeDecision()
 
 
-def test_what_changed_can_be_an_event() -> None:
-    changed = decided(USUAL, asked(data__num_workers=2, run__name="one")).changed
+def test_changed_keys_serialize_to_json() -> None:
+    changed = decide(DEFAULTS, config_with(data__num_workers=2, run__name="one")).changed
     assert json.loads(json.dumps(changed)) == {"data.num_workers": [0, 2], "run.name": [None, "one"]}
     assert find_changed_keys({"a": 1}, {"b": 2}) == {"a": (1, None), "b": (None, 2)}
 
@@ -176,29 +182,29 @@ def test_what_changed_can_be_an_event() -> None:
 
 
 @pytest.mark.parametrize(("was", "now"), [("10ep", "20ep"), ("10ep", "10.0ep"), ("1e3sp", "2000sp"), ("500ba", "10ep")])
-def test_a_longer_duration_goes_on(was: str, now: str) -> None:
-    old, new = asked(train__duration=was), asked(train__duration=now)
-    assert decided(old, new).changed == {"train.duration": (was, now)}
+def test_longer_duration_resumes(was: str, now: str) -> None:
+    old, new = config_with(train__duration=was), config_with(train__duration=now)
+    assert decide(old, new).changed == {"train.duration": (was, now)}
 
 
 @pytest.mark.parametrize(("was", "now"), [("10ep", "5ep"), ("2000sp", "1e3sp")])
-def test_a_shorter_one_is_another_run_unless_all_is_done(was: str, now: str) -> None:
-    old, new = asked(train__duration=was), asked(train__duration=now)
+def test_shorter_duration_is_refused_unless_done(was: str, now: str) -> None:
+    old, new = config_with(train__duration=was), config_with(train__duration=now)
     with pytest.raises(UsageError, match=rf"train\.duration \({was} before, {now} now\)"):
-        decided(old, new)
-    assert decided(old, new, done=True).changed == {"train.duration": (was, now)}
+        decide(old, new)
+    assert decide(old, new, done=True).changed == {"train.duration": (was, now)}
     with pytest.raises(UsageError, match="other values of seed"):
-        decided(old, {**new, "seed": 1}, done=True)
+        decide(old, {**new, "seed": 1}, done=True)
 
 
-def test_durations_in_different_units_are_compared_in_samples() -> None:
+def test_mixed_duration_units_compare_in_samples() -> None:
     samples = {"10ep": 1000, "20ba": 640, "40ba": 1280}.__getitem__
-    old = asked(train__duration="10ep")
-    assert decided(old, asked(train__duration="40ba"), samples_of=samples).changed
+    old = config_with(train__duration="10ep")
+    assert decide(old, config_with(train__duration="40ba"), samples_of=samples).changed
     with pytest.raises(UsageError, match="20ba now"):
-        decided(old, asked(train__duration="20ba"), samples_of=samples)
+        decide(old, config_with(train__duration="20ba"), samples_of=samples)
 
 
-def test_the_rule_for_one_key_is_a_plain_function() -> None:
-    assert is_change_allowed("sink.wandb.project", ("a", "b"), USUAL, False, None)
-    assert not is_change_allowed("seed", (0, 1), USUAL, False, None)
+def test_single_key_rule() -> None:
+    assert is_change_allowed("sink.wandb.project", ("a", "b"), DEFAULTS, False, None)
+    assert not is_change_allowed("seed", (0, 1), DEFAULTS, False, None)

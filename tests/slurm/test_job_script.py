@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config.schema import LaunchConfig, RunConfig
-from launcher.config.slurm_syntax import format_time_limit, parse_node_range
 from launcher.errors import UsageError
 from launcher.slurm.job_script import SCRIPT_BODY, render_sbatch_script
 
@@ -22,18 +21,18 @@ RUN = RunConfig(
 )
 
 
-def text(words: list[str] | None = None, **launch: Any) -> str:
+def render(args: list[str] | None = None, **launch: Any) -> str:
     return render_sbatch_script(
-        replace(RUN, launch=replace(RUN.launch, **launch)), words or ["recipe=mlp"], "/venv/bin/python"
+        replace(RUN, launch=replace(RUN.launch, **launch)), args or ["recipe=mlp"], "/venv/bin/python"
     )
 
 
-def options(rendered: str) -> list[str]:
+def sbatch_options(rendered: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in rendered.splitlines() if line.startswith("#SBATCH ")]
 
 
-def test_every_key_is_an_option() -> None:
-    made = text(
+def test_every_key_becomes_an_sbatch_option() -> None:
+    made = render(
         *[[]],
         nodes="2-4",
         time="90min",
@@ -45,7 +44,7 @@ def test_every_key_is_an_option() -> None:
         workers=4,
         threads=2,
     )
-    assert options(made) == [
+    assert sbatch_options(made) == [
         "--job-name=mlp",
         "--nodes=2-4",
         "--ntasks-per-node=1",
@@ -66,21 +65,21 @@ def test_every_key_is_an_option() -> None:
     assert made.endswith(SCRIPT_BODY)
 
 
-def test_a_fixed_number_of_nodes_waits_for_all_of_them_a_range_goes_on_without_some() -> None:
-    assert "NODES=$SLURM_JOB_NUM_NODES\nsurvive=()\n" in text(nodes="2")
-    assert "NODES=2:$SLURM_JOB_NUM_NODES\nsurvive=(--no-kill --kill-on-bad-exit=0)\n" in text(nodes="2-4")
+def test_node_range_survives_lost_nodes() -> None:
+    assert "NODES=$SLURM_JOB_NUM_NODES\nsurvive=()\n" in render(nodes="2")
+    assert "NODES=2:$SLURM_JOB_NUM_NODES\nsurvive=(--no-kill --kill-on-bad-exit=0)\n" in render(nodes="2-4")
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1), max_size=4))
-def test_words_reach_the_shell_as_they_are(words: list[str]) -> None:
-    made = text(["recipe=mlp", *words])
+def test_arguments_are_quoted_for_the_shell(args: list[str]) -> None:
+    made = render(["recipe=mlp", *args])
     line = made.removesuffix(SCRIPT_BODY).partition("container=()\n")[2]
-    assert shlex.split(line) == ["set", "--", "recipe=mlp", *words]
+    assert shlex.split(line) == ["set", "--", "recipe=mlp", *args]
 
 
-def test_bash_reads_it_and_hostile_words_start_nothing(tmp_path: Any) -> None:
+def test_hostile_arguments_run_nothing(tmp_path: Any) -> None:
     hostile = ["a'b", '"; touch hacked', "$(touch hacked)", "`touch hacked`", "two\nlines", "\\"]
-    head = text(hostile, env={"MARK": hostile[1]}).removesuffix(SCRIPT_BODY)
+    head = render(hostile, env={"MARK": hostile[1]}).removesuffix(SCRIPT_BODY)
     script = 'printf "%s\\0" "$MARK" "$@"'
     done = subprocess.run(
         ["bash", "-c", head + script],
@@ -92,7 +91,7 @@ def test_bash_reads_it_and_hostile_words_start_nothing(tmp_path: Any) -> None:
     )
     assert done.stdout.split("\0")[:-1] == [hostile[1], *hostile]
     assert not list(tmp_path.iterdir())
-    assert subprocess.run(["bash", "-n"], input=text(hostile), text=True, check=False).returncode == 0
+    assert subprocess.run(["bash", "-n"], input=render(hostile), text=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -118,21 +117,9 @@ def test_bash_reads_it_and_hostile_words_start_nothing(tmp_path: Any) -> None:
         ("extra", ('--comment="a"',)),
     ],
 )
-def test_what_slurm_could_misread_is_refused_by_name(key: str, value: Any) -> None:
+def test_unsafe_values_are_refused_by_key(key: str, value: Any) -> None:
     with pytest.raises(UsageError) as caught:
-        text(**{key: value})
+        render(**{key: value})
     assert str(caught.value).startswith(f"launch.{key}")
     assert "\n" not in str(caught.value)
     assert "type" in str(caught.value) or "copy" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("typed", "told"),
-    [("4h", "240"), ("30min", "30"), ("90s", "2"), ("1.5h", "90"), ("2d", "2880"), ("45", "45"), ("1-12:00:00",) * 2],
-)
-def test_times(typed: str, told: str) -> None:
-    assert format_time_limit(typed) == told
-
-
-def test_node_ranges() -> None:
-    assert (parse_node_range("3"), parse_node_range("2-4")) == ((3, 3), (2, 4))

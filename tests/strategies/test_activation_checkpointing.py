@@ -31,7 +31,7 @@ def model() -> nn.Sequential:
     return nn.Sequential(Counted(), nn.ReLU(), Counted())
 
 
-def test_blocks_are_the_elements_of_the_outermost_lists_that_have_parameters() -> None:
+def test_blocks_are_elements_of_outermost_lists() -> None:
     gpt = GptModel(layers=3, heads=2, width=8, block=4, vocabulary=16, dropout=0.0)
     assert find_blocks(gpt) == list(gpt.blocks)
     net = resnet(18, 4, 1, 10, "batch", large=False)
@@ -40,30 +40,30 @@ def test_blocks_are_the_elements_of_the_outermost_lists_that_have_parameters() -
     assert find_blocks(nn.Linear(2, 2)) == []
 
 
-def test_a_recipe_may_name_them() -> None:
+def test_recipe_may_define_blocks() -> None:
     net = model()
     assert find_blocks(net, lambda model: [model[2]]) == [net[2]]
     with pytest.raises(UsageError, match=r"blocks\(model\) has Linear, which is not a submodule of the model"):
         find_blocks(net, lambda model: [nn.Linear(1, 1)])
 
 
-def test_a_block_is_computed_twice_and_leaves_the_same_as_one_that_is_not() -> None:
-    plain, anew = model(), model()
-    apply_activation_checkpointing(find_blocks(anew))
-    assert list(anew.state_dict()) == list(plain.state_dict())
+def test_recomputed_block_gives_same_results() -> None:
+    plain, recomputed = model(), model()
+    apply_activation_checkpointing(find_blocks(recomputed))
+    assert list(recomputed.state_dict()) == list(plain.state_dict())
     x = torch.randn(6, 8)
-    for net in (plain, anew):
+    for net in (plain, recomputed):
         torch.manual_seed(1)
         net(x).square().sum().backward()
-    assert (plain[0].times, anew[0].times) == (1, 2)
-    for one, other in zip(plain.parameters(), anew.parameters(), strict=True):
+    assert (plain[0].times, recomputed[0].times) == (1, 2)
+    for one, other in zip(plain.parameters(), recomputed.parameters(), strict=True):
         assert one.grad is not None
         assert torch.equal(one.grad, other.grad)
-    for one, other in zip(plain.buffers(), anew.buffers(), strict=True):
+    for one, other in zip(plain.buffers(), recomputed.buffers(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_nothing_is_computed_twice_where_nothing_is_kept() -> None:
+def test_no_recomputation_without_gradients() -> None:
     net = model().eval()
     apply_activation_checkpointing(find_blocks(net))
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_nothing_is_computed_twice_where_nothing_is_kept() -> None:
     assert net[0].times == 1
 
 
-def test_a_parameter_of_two_blocks_is_refused_under_fsdp_for_it_would_become_two() -> None:
+def test_parameter_tied_across_blocks_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     check_tied_parameters(model, list(model))
     model[2].weight = model[0].weight

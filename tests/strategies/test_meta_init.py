@@ -29,14 +29,14 @@ def tied() -> nn.Module:
     return model
 
 
-def test_rank_0_builds_the_model_and_the_others_its_outline() -> None:
+def test_other_ranks_build_on_meta_device() -> None:
     assert build_on_meta_device(Recipe(tied), FSDP, 0) is None
     model = build_on_meta_device(Recipe(tied), FSDP, 1)
     assert model is not None
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-def test_a_small_model_is_built_by_all_unless_asked_otherwise() -> None:
+def test_small_model_is_built_on_every_rank() -> None:
     assert build_on_meta_device(Recipe(tied), replace(FSDP, strategy=StrategyConfig(name="fsdp")), 1) is None
     assert (
         build_on_meta_device(Recipe(tied), replace(FSDP, strategy=StrategyConfig(name="fsdp", meta_init=False)), 1)
@@ -47,13 +47,13 @@ def test_a_small_model_is_built_by_all_unless_asked_otherwise() -> None:
     )
 
 
-def test_a_large_one_is_not_built_by_any_other() -> None:
+def test_large_model_is_built_on_rank_0_only() -> None:
     """5 GB of parameters that are never allocated here."""
     large = Recipe(lambda: nn.Linear(50_000, 25_000))
     assert build_on_meta_device(large, replace(FSDP, strategy=StrategyConfig(name="fsdp")), 1) is not None
 
 
-def test_memory_is_made_for_each_part_and_tied_tensors_stay_tied() -> None:
+def test_materialize_preserves_tied_tensors() -> None:
     model = build_on_meta_device(Recipe(tied), FSDP, 1)
     assert isinstance(model, nn.Sequential)
     materialize(model[1])
@@ -69,14 +69,14 @@ def test_memory_is_made_for_each_part_and_tied_tensors_stay_tied() -> None:
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-class Attribute(nn.Module):
+class PlainAttribute(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 3)
         self.tables = [torch.ones(3)]
 
 
-class Looks(nn.Module):
+class ReadsWeights(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 3)
@@ -84,11 +84,9 @@ class Looks(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [(Attribute, "tables is neither a parameter nor a buffer"), (Looks, "RuntimeError: ")]
+    ("kind", "why"), [(PlainAttribute, "tables is neither a parameter nor a buffer"), (ReadsWeights, "RuntimeError: ")]
 )
-def test_what_needs_its_numbers_is_built_by_all_or_refused_where_it_was_asked_for(
-    kind: type[nn.Module], why: str
-) -> None:
+def test_models_unfit_for_meta_device_are_refused(kind: type[nn.Module], why: str) -> None:
     assert build_on_meta_device(Recipe(kind), replace(FSDP, strategy=StrategyConfig(name="fsdp")), 1) is None
     with pytest.raises(UsageError, match=f"strategy.meta_init=true: .*{why}.*type strategy.meta_init=false"):
         build_on_meta_device(Recipe(kind), FSDP, 1)

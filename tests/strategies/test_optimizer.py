@@ -13,7 +13,7 @@ from launcher.errors import UsageError
 from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 
 
-def run_of(**optimizer: Any) -> RunConfig:
+def make_config(**optimizer: Any) -> RunConfig:
     return RunConfig(
         recipe={"_target_": "launcher.recipes.mlp.Mlp"},
         optimizer={"_target_": "torch.optim.SGD", **optimizer},
@@ -26,13 +26,13 @@ def model() -> nn.Module:
 
 
 def test_norms_and_biases_have_no_weight_decay() -> None:
-    decayed, bare = make_optimizer(model(), run_of(weight_decay=0.1)).param_groups
+    decayed, bare = make_optimizer(model(), make_config(weight_decay=0.1)).param_groups
     assert (decayed["weight_decay"], [p.ndim for p in decayed["params"]]) == (0.1, [2, 2])
     assert (bare["weight_decay"], {p.ndim for p in bare["params"]}) == (0.0, {1})
 
 
-def test_the_rate_is_zero_until_the_schedule_says_otherwise() -> None:
-    optimizer = make_optimizer(model(), run_of())
+def test_lr_is_zero_until_set() -> None:
+    optimizer = make_optimizer(model(), make_config())
     assert [group["lr"] for group in optimizer.param_groups] == [0.0]
     set_lr_and_momentum(optimizer, 0.25, momentum=None)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
@@ -43,28 +43,28 @@ def heads(net: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [*net[0].parameters(), *net[1].parameters()]}, {"params": net[2].parameters(), "lr": 0.01}]
 
 
-def test_a_recipes_own_groups_keep_their_proportion_to_the_rate() -> None:
-    optimizer = make_optimizer(model(), run_of(momentum=0.9), heads)
+def test_recipe_groups_keep_relative_lr() -> None:
+    optimizer = make_optimizer(model(), make_config(momentum=0.9), heads)
     set_lr_and_momentum(optimizer, 0.4, momentum=None)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.04])
     assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
 
 
-def test_a_parameter_that_no_group_has_is_named() -> None:
+def test_parameter_missing_from_groups_is_named() -> None:
     with pytest.raises(UsageError, match=r"2\.weight in none of its groups"):
-        make_optimizer(model(), run_of(), lambda net: heads(net)[:1])
+        make_optimizer(model(), make_config(), lambda net: heads(net)[:1])
     with pytest.raises(UsageError, match=r"0\.weight in more than one of its groups"):
-        make_optimizer(model(), run_of(), lambda net: [*heads(net), {"params": [net[0].weight]}])
+        make_optimizer(model(), make_config(), lambda net: [*heads(net), {"params": [net[0].weight]}])
 
 
-def test_an_argument_that_the_optimizer_does_not_know_is_a_wrong_request() -> None:
+def test_unknown_optimizer_argument_is_refused() -> None:
     with pytest.raises(UsageError, match="optimizer=SGD does not take these arguments"):
-        make_optimizer(model(), run_of(beta=0.5))
+        make_optimizer(model(), make_config(beta=0.5))
 
 
 def test_frozen_parameters_are_left_out() -> None:
     net = model()
     net[0].requires_grad_(False)
-    (group,) = make_optimizer(net, run_of()).param_groups
+    (group,) = make_optimizer(net, make_config()).param_groups
     assert not {id(p) for p in net[0].parameters()} & {id(p) for p in group["params"]}
     assert all(isinstance(p, torch.Tensor) for p in group["params"])

@@ -13,7 +13,7 @@ known = st.builds(CriticalBatchFit, st.floats(1, 1e5), st.floats(1, 1e4))
 
 
 @given(known, sizes)
-def test_exact_updates_give_their_own_law_back(law: CriticalBatchFit, batches: list[int]) -> None:
+def test_fit_recovers_exact_law(law: CriticalBatchFit, batches: list[int]) -> None:
     found = fit_critical_batch([(batch, law.predict_updates(batch)) for batch in batches])
     assert found is not None
     for batch in batches:
@@ -21,29 +21,29 @@ def test_exact_updates_give_their_own_law_back(law: CriticalBatchFit, batches: l
 
 
 @given(sizes, st.data())
-def test_no_other_line_is_nearer(batches: list[int], data: st.DataObject) -> None:
+def test_fit_is_least_squares(batches: list[int], data: st.DataObject) -> None:
     """Least squares: moving either parameter never reduces the sum of squares."""
     points = [(batch, data.draw(st.floats(1, 1e4))) for batch in batches]
     found = fit_critical_batch(points)
     assert found is not None
 
-    def off(least: float, slope: float) -> float:
+    def sum_of_squares(least: float, slope: float) -> float:
         return sum((updates - least - slope / batch) ** 2 for batch, updates in points)
 
     slope = found.noise * found.min_updates
-    here = off(found.min_updates, slope)
+    least_squares = sum_of_squares(found.min_updates, slope)
     for by in (-1.0, 1.0):
-        assert off(found.min_updates + by, slope) >= here - 1e-6 * (1 + here)
-        assert off(found.min_updates, slope + by) >= here - 1e-6 * (1 + here)
+        assert sum_of_squares(found.min_updates + by, slope) >= least_squares - 1e-6 * (1 + least_squares)
+        assert sum_of_squares(found.min_updates, slope + by) >= least_squares - 1e-6 * (1 + least_squares)
 
 
 @given(known)
-def test_at_the_noise_both_updates_and_samples_are_twice_the_least(law: CriticalBatchFit) -> None:
+def test_updates_and_samples_double_at_critical_batch(law: CriticalBatchFit) -> None:
     assert law.predict_updates(law.noise) == pytest.approx(2 * law.min_updates)
     assert law.predict_updates(law.noise) * law.noise == pytest.approx(2 * (law.min_updates * law.noise))
 
 
-def test_three_sizes_are_too_few_however_often_measured() -> None:
+def test_three_sizes_give_no_fit() -> None:
     assert fit_critical_batch([(8, 90.0), (16, 50.0), (32, 30.0), (32, 31.0)]) is None
     assert list(describe_fit([(8, 90.0), (16, 50.0), (32, 30.0)])) == []
 
@@ -53,7 +53,7 @@ def law(least: float, noise: float) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("points", "said"),
+    ("points", "messages"),
     [
         (law(100, 50), ["updates to the target: 100 * (1 + 50 / batch), over 4 batches:", "critical batch size ~50:"]),
         (law(100, 500), ["updates to the target: 100 * (1 + 500 / batch)", "none of these batches wastes samples:"]),
@@ -61,7 +61,7 @@ def law(least: float, noise: float) -> list[tuple[int, float]]:
         ([(b, 100.0 + b) for b in (16, 32, 64, 128)], ["do not fall from a batch of 16 to 128", "above 16 waste"]),
     ],
 )
-def test_the_batch_past_which_samples_are_wasted_is_named(points: list[tuple[int, float]], said: list[str]) -> None:
+def test_critical_batch_is_described(points: list[tuple[int, float]], messages: list[str]) -> None:
     lines = list(describe_fit(points))
-    assert all(words in line for words, line in zip(said, lines, strict=True))
+    assert all(words in line for words, line in zip(messages, lines, strict=True))
     assert max(map(len, lines)) <= 80

@@ -9,10 +9,11 @@ import pytest
 
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.sweep.outcome import PointOutcome
-from launcher.sweep.results_table import format_sweep_table, is_lower_better, read_objective
+from launcher.sweep.point_metrics import is_lower_better, read_objective
+from launcher.sweep.results_table import format_sweep_table
 
 
-def point(
+def write_point(
     folder: Path, seconds: float, accuracy: list[float], target: tuple[float, int] | None = None, batch: int = 128
 ) -> None:
     """`target`: seconds and updates until the target. The data set has 1,280 samples."""
@@ -29,14 +30,14 @@ def point(
     found.write_done(done)
 
 
-def outcomes(*overrides: str) -> list[PointOutcome]:
-    return [PointOutcome(number, ("recipe=mlp", *words.split()), 0) for number, words in enumerate(overrides)]
+def make_outcomes(*overrides: str) -> list[PointOutcome]:
+    return [PointOutcome(number, ("recipe=mlp", *overrides.split()), 0) for number, overrides in enumerate(overrides)]
 
 
-def test_a_line_a_point_and_the_best_named_apart(tmp_path: Path) -> None:
-    point(tmp_path / "0", 10.0, [0.5, 0.99, 0.97], (9.0, 90))
-    point(tmp_path / "1", 8.0, [0.9, 0.95], (2.5, 31))
-    lines = format_sweep_table(tmp_path, outcomes("lr.rule=sqrt", "lr.rule=none")).splitlines()
+def test_table_lists_points_and_names_best(tmp_path: Path) -> None:
+    write_point(tmp_path / "0", 10.0, [0.5, 0.99, 0.97], (9.0, 90))
+    write_point(tmp_path / "1", 8.0, [0.9, 0.95], (2.5, 31))
+    lines = format_sweep_table(tmp_path, make_outcomes("lr.rule=sqrt", "lr.rule=none")).splitlines()
     assert [line.split() for line in lines[1:4]] == [
         ["batch", "rate", "samples/s", "target", "s", "epochs", "updates", "best", "rule"],
         ["0", "128", "0.1", "1,280", "9.0", "9.0", "90", "0.99", "sqrt"],
@@ -48,25 +49,27 @@ def test_a_line_a_point_and_the_best_named_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_without_a_target_the_fastest_is_the_one_that_trained_the_shortest(tmp_path: Path) -> None:
-    point(tmp_path / "0", 10.0, [0.5])
-    point(tmp_path / "1", 12.0, [0.9])
-    assert "time-optimal: point 0, 10.0 s in total" in format_sweep_table(tmp_path, outcomes("lr.base=1", "lr.base=2"))
+def test_time_optimal_without_target_is_shortest(tmp_path: Path) -> None:
+    write_point(tmp_path / "0", 10.0, [0.5])
+    write_point(tmp_path / "1", 12.0, [0.9])
+    assert "time-optimal: point 0, 10.0 s in total" in format_sweep_table(
+        tmp_path, make_outcomes("lr.base=1", "lr.base=2")
+    )
 
 
-def test_points_that_have_not_finished_are_shown_and_win_nothing(tmp_path: Path) -> None:
-    point(tmp_path / "0", 10.0, [0.5])
-    found = [*outcomes("lr.base=1"), PointOutcome(1, ("recipe=mlp", "lr.base=2"), 1, "failed (1)")]
+def test_failed_points_are_shown_but_not_ranked(tmp_path: Path) -> None:
+    write_point(tmp_path / "0", 10.0, [0.5])
+    found = [*make_outcomes("lr.base=1"), PointOutcome(1, ("recipe=mlp", "lr.base=2"), 1, "failed (1)")]
     shown = format_sweep_table(tmp_path, found).splitlines()
     assert shown[3].split() == ["1", "-", "-", "failed", "(1)", "-", "-", "2"]
     assert len(shown) == 4
 
 
-def test_where_the_seed_is_swept_averages_stand_below_and_win(tmp_path: Path) -> None:
+def test_seed_averages_are_listed_and_ranked(tmp_path: Path) -> None:
     for number, (seconds, best) in enumerate([(8.0, 0.90), (12.0, 0.92), (9.0, 0.80), (9.5, 0.82)]):
-        point(tmp_path / str(number), 20.0, [best], (seconds, 10 * number + 10), batch=64 if number < 2 else 128)
-    words = [f"batch.per_device={size} seed={seed}" for size in (32, 64) for seed in (0, 1)]
-    lines = format_sweep_table(tmp_path, outcomes(*words)).splitlines()
+        write_point(tmp_path / str(number), 20.0, [best], (seconds, 10 * number + 10), batch=64 if number < 2 else 128)
+    overrides = [f"batch.per_device={size} seed={seed}" for size in (32, 64) for seed in (0, 1)]
+    lines = format_sweep_table(tmp_path, make_outcomes(*overrides)).splitlines()
     at = lines.index("averages over seed, with the standard deviation")
     assert [" ".join(line.split()) for line in lines[at + 1 : at + 4]] == [
         "seeds batch target s epochs updates best per_device",
@@ -80,22 +83,22 @@ def test_where_the_seed_is_swept_averages_stand_below_and_win(tmp_path: Path) ->
     assert max(map(len, lines)) <= 80
 
 
-def test_where_the_seed_alone_is_swept_the_points_are_compared(tmp_path: Path) -> None:
+def test_seed_only_sweep_ranks_points(tmp_path: Path) -> None:
     for number, seconds in enumerate((8.0, 12.0)):
-        point(tmp_path / str(number), 20.0, [0.9], (seconds, 10))
-    lines = format_sweep_table(tmp_path, outcomes("seed=0", "seed=1")).splitlines()
+        write_point(tmp_path / str(number), 20.0, [0.9], (seconds, 10))
+    lines = format_sweep_table(tmp_path, make_outcomes("seed=0", "seed=1")).splitlines()
     assert "averages over seed, with the standard deviation" in lines
     assert "time-optimal: point 0, 8.0 s to the target" in lines
 
 
-def test_four_sizes_tell_where_samples_are_wasted_for_each_rule_apart(tmp_path: Path) -> None:
-    words, number = [], 0
+def test_critical_batch_is_fitted_per_lr_rule(tmp_path: Path) -> None:
+    overrides, number = [], 0
     for rule, noise in (("sqrt", 48), ("none", 480)):
         for batch in (16, 32, 64, 128):
-            point(tmp_path / str(number), 20.0, [0.9], (1.0, round(1000 * (1 + noise / batch))), batch=batch)
-            words.append(f"+lr.rule={rule} batch.per_device={batch}")
+            write_point(tmp_path / str(number), 20.0, [0.9], (1.0, round(1000 * (1 + noise / batch))), batch=batch)
+            overrides.append(f"+lr.rule={rule} batch.per_device={batch}")
             number += 1
-    lines = format_sweep_table(tmp_path, outcomes(*words)).splitlines()
+    lines = format_sweep_table(tmp_path, make_outcomes(*overrides)).splitlines()
     assert lines[-6:] == [
         "lr.rule=sqrt:",
         "updates to the target: 1,000 * (1 + 48 / batch), over 4 batches:",
@@ -107,12 +110,14 @@ def test_four_sizes_tell_where_samples_are_wasted_for_each_rule_apart(tmp_path: 
     assert max(map(len, lines)) <= 80
 
 
-def test_many_keys_go_below_their_point_rather_than_past_80_columns(tmp_path: Path) -> None:
-    words = [f"recipe.hidden_width={at} optimizer.weight_decay={at} schedule.warmup={at}ep seed={at}" for at in (1, 2)]
+def test_long_overrides_wrap_below_their_point(tmp_path: Path) -> None:
+    overrides = [
+        f"recipe.hidden_width={at} optimizer.weight_decay={at} schedule.warmup={at}ep seed={at}" for at in (1, 2)
+    ]
     for at in (0, 1):
-        point(tmp_path / str(at), 10.0, [0.5], (1.0, 5))
-    lines = format_sweep_table(tmp_path, outcomes(*words)).splitlines()
-    assert lines[3].strip() == words[0]
+        write_point(tmp_path / str(at), 10.0, [0.5], (1.0, 5))
+    lines = format_sweep_table(tmp_path, make_outcomes(*overrides)).splitlines()
+    assert lines[3].strip() == overrides[0]
     assert max(map(len, lines)) <= 80
 
 
@@ -127,8 +132,8 @@ def test_many_keys_go_below_their_point_rather_than_past_80_columns(tmp_path: Pa
         ("nothing", None, False),
     ],
 )
-def test_what_a_point_came_to(tmp_path: Path, metric: str, value: float | None, least: bool) -> None:
-    point(tmp_path / "0", 10.0, [0.5, 0.99, 0.97], (9.0, 90))
+def test_objective_of_a_point(tmp_path: Path, metric: str, value: float | None, least: bool) -> None:
+    write_point(tmp_path / "0", 10.0, [0.5, 0.99, 0.97], (9.0, 90))
     assert read_objective(tmp_path / "0", metric, not least) == value
     assert is_lower_better(metric) == least
     assert read_objective(tmp_path / "1", metric, not least) is None

@@ -17,7 +17,7 @@ from launcher.telemetry.sinks import SinkContext, open_sinks
 from launcher.telemetry.sinks.jsonl import JsonlSink
 
 
-def reading(update: int) -> MetricsRow:
+def make_row(update: int) -> MetricsRow:
     return MetricsRow(100.0 + update, 64 * update, update, 0, 2, 1, {"train/loss": 1.0})
 
 
@@ -44,7 +44,7 @@ class Broken(Memory):
 
     def __init__(self, times: int) -> None:
         super().__init__()
-        self.every_s = 0.001
+        self.write_interval_s = 0.001
         self.times = times
 
     def write(self, entry: MetricsRow | Event) -> None:
@@ -57,7 +57,7 @@ class Broken(Memory):
 class Stuck(Memory):
     """A sink that hangs on its first row."""
 
-    patience_s = 0.05
+    close_timeout_s = 0.05
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,20 +68,20 @@ class Stuck(Memory):
         self.go.wait(60)
 
 
-def events(folder: Path) -> list[dict[str, Any]]:
+def read_events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
-def metrics(folder: Path) -> list[int]:
+def read_updates(folder: Path) -> list[int]:
     return [json.loads(line)["update"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_sink_gets_everything_in_order_and_is_closed() -> None:
+def test_sinks_get_all_entries_in_order() -> None:
     first, second = Memory(), Memory()
     logger = MetricsLogger([first, second], clock=lambda: 7.0)
     logger.log_event("start", world=2)
     for update in range(1, 301):
-        logger.log_metrics(reading(update))
+        logger.log_metrics(make_row(update))
     logger.log_event("done", samples=19200)
     logger.close()
     for sink in (first, second):
@@ -91,7 +91,7 @@ def test_every_sink_gets_everything_in_order_and_is_closed() -> None:
         assert sink.closed
 
 
-def test_a_fact_may_be_called_name() -> None:
+def test_event_field_may_be_called_name() -> None:
     sink = Memory()
     logger = MetricsLogger([sink], clock=lambda: 0.0)
     logger.log_event("checkpoint", name="u100", event="x")
@@ -99,61 +99,61 @@ def test_a_fact_may_be_called_name() -> None:
     assert sink.entries == [Event(0.0, "checkpoint", {"name": "u100", "event": "x"})]
 
 
-def test_an_event_is_on_the_disk_when_the_call_returns_and_so_are_the_rows_before_it(tmp_path: Path) -> None:
+def test_log_event_writes_synchronously(tmp_path: Path) -> None:
     logger = MetricsLogger([JsonlSink(tmp_path)])
-    logger.log_metrics(reading(1))
+    logger.log_metrics(make_row(1))
     logger.log_event("error", rank=1, message="as if the process ended now")
-    assert metrics(tmp_path) == [1]
-    assert [event["event"] for event in events(tmp_path)] == ["error"]
+    assert read_updates(tmp_path) == [1]
+    assert [event["event"] for event in read_events(tmp_path)] == ["error"]
     logger.close()
 
 
-def test_flush_writes_the_rows_that_a_checkpoint_counts(tmp_path: Path) -> None:
+def test_flush_writes_pending_rows(tmp_path: Path) -> None:
     logger = MetricsLogger([JsonlSink(tmp_path)])
-    logger.log_metrics(reading(1))
+    logger.log_metrics(make_row(1))
     logger.flush()
-    assert metrics(tmp_path) == [1]
+    assert read_updates(tmp_path) == [1]
     logger.close()
 
 
-def test_a_sink_that_fails_is_reported_once_and_tried_again(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_failing_sink_is_reported_once_and_retried(tmp_path: Path) -> None:
+    messages: list[str] = []
     broken = Broken(times=2)
-    logger = MetricsLogger([JsonlSink(tmp_path), broken], say=said.append)
+    logger = MetricsLogger([JsonlSink(tmp_path), broken], report=messages.append)
     for update in range(1, 6):
-        logger.log_metrics(reading(update))
+        logger.log_metrics(make_row(update))
     broken_through = time.monotonic() + 30
     while len(broken.entries) < 5 and time.monotonic() < broken_through:
         logger.flush()
     logger.close()
     assert broken.updates == [1, 2, 3, 4, 5]
-    assert said == ["warning: broken: ConnectionError: the line is dead (training continues)"]
-    (alarm,) = events(tmp_path)
+    assert messages == ["warning: broken: ConnectionError: the line is dead (training continues)"]
+    (alarm,) = read_events(tmp_path)
     assert (alarm["event"], alarm["kind"]) == ("alarm", "sink")
     assert "the line is dead" in alarm["detail"]
-    assert metrics(tmp_path) == [1, 2, 3, 4, 5]
+    assert read_updates(tmp_path) == [1, 2, 3, 4, 5]
 
 
-def test_a_sink_that_never_works_loses_rows_and_that_is_counted_and_said(tmp_path: Path) -> None:
-    said: list[str] = []
-    logger = MetricsLogger([JsonlSink(tmp_path), Broken(times=1000)], say=said.append)
+def test_broken_sink_reports_its_lost_rows(tmp_path: Path) -> None:
+    messages: list[str] = []
+    logger = MetricsLogger([JsonlSink(tmp_path), Broken(times=1000)], report=messages.append)
     for update in range(1, 6):
-        logger.log_metrics(reading(update))
+        logger.log_metrics(make_row(update))
     logger.close()
-    assert said[-1] == "warning: broken: 5 rows were not written; metrics.jsonl has them"
-    assert metrics(tmp_path) == [1, 2, 3, 4, 5]
-    assert [event["event"] for event in events(tmp_path)] == ["alarm", "alarm"]
+    assert messages[-1] == "warning: broken: 5 rows were not written; metrics.jsonl has them"
+    assert read_updates(tmp_path) == [1, 2, 3, 4, 5]
+    assert [event["event"] for event in read_events(tmp_path)] == ["alarm", "alarm"]
 
 
-def test_a_full_queue_loses_rows_for_that_sink_only(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_full_queue_affects_only_its_sink(tmp_path: Path) -> None:
+    messages: list[str] = []
     stuck, other = Stuck(), Memory()
-    logger = MetricsLogger([JsonlSink(tmp_path), stuck, other], say=said.append, queue_rows=10)
-    logger.log_metrics(reading(1))
+    logger = MetricsLogger([JsonlSink(tmp_path), stuck, other], report=messages.append, queue_rows=10)
+    logger.log_metrics(make_row(1))
     logger.log_event("plan")  # wakes the sinks
     assert stuck.reached.wait(10)
     for update in range(2, 31):
-        logger.log_metrics(reading(update))
+        logger.log_metrics(make_row(update))
         if update % 5 == 0:
             logger.log_event("tick")
             while len(other.updates) < update:
@@ -162,38 +162,38 @@ def test_a_full_queue_loses_rows_for_that_sink_only(tmp_path: Path) -> None:
     logger.close()
     assert time.monotonic() - start < 5
     stuck.go.set()
-    assert metrics(tmp_path) == other.updates == list(range(1, 31))
-    assert "warning: stuck: did not close in time and was abandoned" in said
-    assert any("rows were not written" in line for line in said)
+    assert read_updates(tmp_path) == other.updates == list(range(1, 31))
+    assert "warning: stuck: did not close in time and was abandoned" in messages
+    assert any("rows were not written" in line for line in messages)
 
 
-def test_a_sink_that_hangs_is_told_when_it_is_left_behind() -> None:
-    told = threading.Event()
+def test_hanging_sink_is_abandoned() -> None:
+    abandoned = threading.Event()
     stuck = Stuck()
-    stuck.abandon = told.set  # type: ignore[attr-defined]
-    said: list[str] = []
-    logger = MetricsLogger([stuck], say=said.append)
+    stuck.abandon = abandoned.set  # type: ignore[attr-defined]
+    messages: list[str] = []
+    logger = MetricsLogger([stuck], report=messages.append)
     logger.log_event("start")
     logger.close()
     stuck.go.set()
-    assert told.is_set()
-    assert said == []
+    assert abandoned.is_set()
+    assert messages == []
 
 
-def test_a_sink_that_fails_at_closing_breaks_nothing(tmp_path: Path) -> None:
+def test_sink_failing_at_close_is_reported(tmp_path: Path) -> None:
     class Fails(Memory):
         def close(self) -> None:
             raise RuntimeError("too late")
 
-    said: list[str] = []
-    logger = MetricsLogger([Fails(), JsonlSink(tmp_path)], say=said.append)
-    logger.log_metrics(reading(1))
+    messages: list[str] = []
+    logger = MetricsLogger([Fails(), JsonlSink(tmp_path)], report=messages.append)
+    logger.log_metrics(make_row(1))
     logger.close()
-    assert said == ["warning: fails: RuntimeError: too late (training continues)"]
-    assert events(tmp_path)[0]["detail"].startswith("fails: RuntimeError")
+    assert messages == ["warning: fails: RuntimeError: too late (training continues)"]
+    assert read_events(tmp_path)[0]["detail"].startswith("fails: RuntimeError")
 
 
-def test_an_event_after_closing_waits_for_nobody(tmp_path: Path) -> None:
+def test_event_after_close_does_not_block(tmp_path: Path) -> None:
     logger = MetricsLogger([JsonlSink(tmp_path)])
     logger.close()
     start = time.monotonic()
@@ -209,15 +209,13 @@ def test_jsonl_is_always_on_and_first(tmp_path: Path) -> None:
     assert isinstance(only, JsonlSink)
 
 
-def test_an_unknown_sink_is_refused_by_name(tmp_path: Path) -> None:
+def test_unknown_sink_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"sink=consol is not a sink: choose from console, tensorboard, wandb"):
         open_sinks({"consol": None}, SinkContext(tmp_path, "run", "id"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_that_is_not_installed_is_refused_with_what_to_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_tensorboard_is_refused_with_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.telemetry.sinks.tensorboard.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'elastic-batch-launcher\[report\]'"):
         open_sinks({"tensorboard": {}}, SinkContext(tmp_path, "run", "id"))

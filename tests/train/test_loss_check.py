@@ -48,7 +48,7 @@ SUMS: dict[str, Callable[[], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", MEANS)
-def test_a_mean_is_found_in_whatever_way_it_was_taken(name: str) -> None:
+def test_mean_losses_are_detected(name: str) -> None:
     why = mean_loss_warning(Loss(MEANS[name](), N))
     assert why is not None
     assert why.startswith("returns a mean (")
@@ -57,19 +57,19 @@ def test_a_mean_is_found_in_whatever_way_it_was_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_a_sum_is_left_in_peace(name: str) -> None:
+def test_summed_losses_get_no_warning(name: str) -> None:
     assert mean_loss_warning(Loss(SUMS[name](), N)) is None
 
 
-def test_of_a_single_sample_the_mean_is_the_sum() -> None:
+def test_single_sample_gets_no_warning() -> None:
     assert mean_loss_warning(Loss(functional.cross_entropy(X[:1], Y[:1]), 1)) is None
 
 
-def test_half_the_squares_of_two_samples_are_no_mean() -> None:
+def test_halved_squares_get_no_warning() -> None:
     assert mean_loss_warning(Loss(functional.mse_loss(X[:2], T[:2], reduction="sum") / 2, 2)) is None
 
 
-def test_a_count_may_be_a_tensor() -> None:
+def test_count_may_be_a_tensor() -> None:
     assert mean_loss_warning(Loss(functional.cross_entropy(X, Y), torch.tensor(N))) is not None
 
 
@@ -84,15 +84,15 @@ class Own:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_only_the_first_loss_is_looked_at_and_none_is_called_for_it(reduction: str) -> None:
+def test_only_first_loss_is_checked(reduction: str) -> None:
     calls: list[int] = []
-    told: list[str] = []
-    recipe = RecipeWithLossCheck(Own(reduction, calls), told.append)
+    warnings: list[str] = []
+    recipe = RecipeWithLossCheck(Own(reduction, calls), warnings.append)
     for _ in range(3):
         recipe.loss(None, [0] * N)
     assert calls == [N] * 3
-    assert [line.split(" (")[0] for line in told] == ["loss() of Own returns a mean"] * (reduction == "mean")
+    assert [line.split(" (")[0] for line in warnings] == ["loss() of Own returns a mean"] * (reduction == "mean")
 
 
-def test_all_else_is_the_recipes_own() -> None:
+def test_other_attributes_come_from_recipe() -> None:
     assert RecipeWithLossCheck(Own("sum", []), print).reduction == "sum"

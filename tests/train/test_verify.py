@@ -72,11 +72,11 @@ class Own:
         return Loss(F.cross_entropy(scores, labels, reduction="sum"), len(labels))
 '''
 
-Asked = Callable[..., tuple[int, dict[str, Any]]]
+Verify = Callable[..., tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Asked:
+def verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verify:
     """Run with format=json on the user's own recipe; return the document and the exit status."""
     (tmp_path / "verify_own.py").write_text(RECIPES)
     (tmp_path / "here").mkdir()
@@ -95,64 +95,64 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("kind", ["sum", "tokens"])
-def test_a_sum_over_samples_or_tokens_splits_exactly(asked: Asked, kind: str) -> None:
-    status, document = asked(f"+recipe.kind={kind}")
+def test_summed_loss_splits_exactly(verify: Verify, kind: str) -> None:
+    status, document = verify(f"+recipe.kind={kind}")
     assert status == 0
     assert (document["equal"], document["dtype"], document["breakers"]) == (True, "float64", [])
     assert document["relative"] < 1e-14
     assert 0 <= document["max_abs_diff"] < 1e-14
 
 
-def test_the_splits_are_real_plans_even_and_uneven(asked: Asked) -> None:
-    _, document = asked()
+def test_splits_are_even_and_uneven_plans(verify: Verify) -> None:
+    _, document = verify()
     shares = [split["shares"] for split in document["splits"]]
     assert all(sum(each) == document["samples"] == 32 for each in shares)
     assert [11, 11, 10] in shares
     assert {split["accumulation"] for split in document["splits"]} == {1, 2, 3, 4}
 
 
-def test_every_batchnorm_is_named_and_nothing_behind_it(asked: Asked) -> None:
-    status, document = asked("+recipe.layers=normed")
+def test_only_batchnorm_layers_are_named(verify: Verify) -> None:
+    status, document = verify("+recipe.layers=normed")
     assert status == 0  # a result with an explanation
     assert document["equal"] is False
     assert document["breakers"] == ["1 (BatchNorm1d)", "3 (BatchNorm1d)"]
     assert document["relative"] > 1e-3
 
 
-def test_dropout_is_named(asked: Asked) -> None:
-    assert asked("+recipe.layers=dropped")[1]["breakers"] == ["1 (Dropout)"]
+def test_dropout_is_named(verify: Verify) -> None:
+    assert verify("+recipe.layers=dropped")[1]["breakers"] == ["1 (Dropout)"]
 
 
-def test_a_layer_of_the_users_own_that_mixes_samples_is_named(asked: Asked) -> None:
-    assert asked("+recipe.layers=functional")[1]["breakers"] == ["1 (Functional)"]
+def test_custom_layer_mixing_samples_is_named(verify: Verify) -> None:
+    assert verify("+recipe.layers=functional")[1]["breakers"] == ["1 (Functional)"]
 
 
 @pytest.mark.parametrize("kind", ["mean", "pairs"])
-def test_a_loss_that_is_no_sum_over_samples_is_named(asked: Asked, kind: str) -> None:
-    status, document = asked(f"recipe.kind={kind}")
+def test_loss_that_is_not_a_sum_is_named(verify: Verify, kind: str) -> None:
+    status, document = verify(f"recipe.kind={kind}")
     assert status == 1  # layers may do so on purpose; a mean loss gives wrong gradients
     assert (document["equal"], document["breakers"]) == (False, ["loss"])
 
 
-def test_a_small_data_set_is_split_as_far_as_it_goes(asked: Asked) -> None:
-    _, document = asked("+recipe.samples=5", "batch.per_device=5")
+def test_small_dataset_is_split_into_fewer_parts(verify: Verify) -> None:
+    _, document = verify("+recipe.samples=5", "batch.per_device=5")
     assert document["equal"] is True
     assert [split["shares"] for split in document["splits"]] == [[5], [3, 2]]
 
 
-def test_one_sample_cannot_be_split(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:
-    status, _ = asked("+recipe.samples=1", "batch.per_device=1")
+def test_single_sample_is_refused(verify: Verify, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _ = verify("+recipe.samples=1", "batch.per_device=1")
     assert status == 2
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"), [("mlp", "The same gradient"), ("resnet", "(BatchNorm2d)"), ("gpt", "The same gradient")]
+    ("recipe", "message"), [("mlp", "The same gradient"), ("resnet", "(BatchNorm2d)"), ("gpt", "The same gradient")]
 )
-def test_the_shipped_recipes(
-    recipe: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_shipped_recipes_verify(
+    recipe: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["verify", f"recipe={recipe}"]) == 0
     out = capsys.readouterr().out
-    assert said in out
+    assert message in out
     assert max(map(len, out.splitlines())) <= 80

@@ -1,0 +1,93 @@
+"""Failure files of the ranks: which error is reported, and how."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.errors import UsageError
+from launcher.run_dir import failures
+from launcher.telemetry.sinks.jsonl import append_line
+
+
+def record_failure(logs: Path, rank: int, message: str, generation: int = 1) -> failures.RankFailure:
+    return failures.write_failure(logs, rank, generation, RuntimeError(message), logs / f"rank{rank}.log")
+
+
+def test_root_error_precedes_its_consequences(tmp_path: Path) -> None:
+    """The peer of a dead rank may record its error first, because it needs no unwinding; it is not the cause."""
+    record_failure(tmp_path, 0, "[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:21936")
+    record_failure(tmp_path, 1, "boom")
+    record_failure(tmp_path, 1, "another", generation=2)
+    found = failures.first_failure(tmp_path, since=1)
+    assert found is not None
+    assert (found.rank, found.message) == (1, "boom")
+
+
+def test_errors_of_earlier_generations_are_ignored(tmp_path: Path) -> None:
+    record_failure(tmp_path, 0, "old", generation=1)
+    assert failures.first_failure(tmp_path, since=2) is None
+
+
+def test_consequence_is_reported_if_alone(tmp_path: Path) -> None:
+    record_failure(tmp_path, 0, "Connection closed by peer")
+    found = failures.first_failure(tmp_path, since=1)
+    assert found is not None
+    assert "Connection closed" in found.summary()
+
+
+def test_root_cause_is_per_generation(tmp_path: Path) -> None:
+    record_failure(tmp_path, 0, "another", generation=1)
+    record_failure(tmp_path, 0, "Connection closed by peer", generation=2)
+    assert failures.root_cause(tmp_path, 2) is None, "nobody who could still say why"
+    record_failure(tmp_path, 1, "boom", generation=2)
+    found = failures.root_cause(tmp_path, 2)
+    assert found is not None
+    assert found.message == "boom"
+
+
+def test_failure_event_is_logged_once(tmp_path: Path) -> None:
+    events, found = tmp_path / "events.jsonl", record_failure(tmp_path, 1, "boom")
+    assert not failures.is_logged(events, found)
+    append_line(events, found.to_event())
+    assert failures.is_logged(events, found)
+    assert not failures.is_logged(events, record_failure(tmp_path, 1, "boom", generation=2))
+    assert not failures.is_logged(events, record_failure(tmp_path, 0, "boom"))
+
+
+def test_event_is_appended_after_torn_line(tmp_path: Path) -> None:
+    events, found = tmp_path / "events.jsonl", record_failure(tmp_path, 1, "boom")
+    events.write_text('{"event": "start", "rank": 0}\n{"event": "err')
+    append_line(events, found.to_event())
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "error"]
+
+
+def test_torn_failure_file_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "error-g1-r0.json").write_text('{"rank": 0')
+    assert failures.first_failure(tmp_path, since=1) is None
+
+
+def test_usage_error_is_fatal_with_own_message(tmp_path: Path) -> None:
+    found = failures.write_failure(tmp_path, 0, 1, UsageError("seed=x is no number"), tmp_path / "log")
+    assert (found.summary(), found.status, found.is_fatal) == ("seed=x is no number", 2, True)
+
+
+def test_secrets_are_masked_in_failures(tmp_path: Path) -> None:
+    found = record_failure(tmp_path, 0, "cannot reach https://user:hunter2@host/data?token=abc")
+    assert "hunter2" not in (text := (tmp_path / "error-g1-r0.json").read_text() + found.summary())
+    assert "token=abc" not in text
+
+
+def test_failure_summary_is_one_line(tmp_path: Path) -> None:
+    found = replace(record_failure(tmp_path, 0, "one\ntwo\n\tthree"), where="own.py:3")
+    assert "\n" not in found.summary()
+
+
+def test_later_root_error_precedes_earlier_consequence(tmp_path: Path) -> None:
+    record_failure(tmp_path, 0, "Connection closed by peer")
+    failures.write_failure(tmp_path, 1, 2, RuntimeError("boom"), tmp_path / "log")
+    found = failures.first_failure(tmp_path, since=1)
+    assert found is not None
+    assert "boom" in found.summary()

@@ -1,0 +1,84 @@
+"""Rows of metrics.jsonl from the statistics of all ranks."""
+
+from __future__ import annotations
+
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launcher.distributed.rank_stats import GatheredStats, RankStats
+from launcher.goodput.noise_scale import NoiseScale
+from launcher.plan.batch import BatchPlan
+from launcher.plan.timeline import Update
+from launcher.telemetry.deferred_scalars import UpdateScalars
+from launcher.telemetry.records import MetricsRow
+from launcher.telemetry.stages import STAGES
+from launcher.topology import Topology
+from launcher.train.metrics_recorder import MetricsRecorder, UpdateResult
+
+
+class RowCollector:
+    def __init__(self) -> None:
+        self.rows: list[MetricsRow] = []
+
+    def log_metrics(self, row: MetricsRow) -> None:
+        self.rows.append(row)
+
+
+PLAN = BatchPlan(world=2, shares=(6, 4), per_device=6, accumulation=1)
+
+
+def record_rows(updates: list[dict[str, Any]], every: int = 1) -> list[MetricsRow]:
+    """`updates`: losses and counts of both ranks, the seconds taken, and optionally a tail or a validation."""
+    rows: Any = RowCollector()
+    recorder = MetricsRecorder(rows, Topology(rank=0, world=2, generation=3), every, tokens_per_sample=None)
+    start = count(0, PLAN.global_batch)
+    for index, facts in enumerate(updates):
+        plan = PLAN.truncated(facts["tail"]) if "tail" in facts else PLAN
+        update = Update(index=index, start=next(start), plan=plan, full_plan=PLAN, size=1000)
+        deferred: Any = SimpleNamespace(read=lambda: UpdateScalars(grad_norm=1.5))
+        validation = facts.get("validation", {})
+        recorder.on_update_end(
+            UpdateResult(
+                update, 0.1, 1.0, 50.0, facts.get("wall_s", 1.0), deferred, NoiseScale(), 1, validation=validation
+            )
+        )
+        rank_stats = tuple(
+            RankStats(previous=UpdateScalars(loss=loss, loss_count=number)) for loss, number in facts["losses"]
+        )
+        recorder.on_gathered(GatheredStats(rank_stats, ((1.0,) * len(STAGES),) * 2))
+    recorder.flush()
+    return rows.rows
+
+
+def test_logged_loss_is_mean_over_all_samples() -> None:
+    """Rank 0 summed 12 over 6 samples and rank 1 had 2 over 4: the mean is 1.4, not the mean of 2 and 0.5."""
+    (row,) = record_rows([{"losses": [(12.0, 6), (2.0, 4)], "wall_s": 0.5}])
+    assert row.values["train/loss"] == pytest.approx(1.4)
+    assert row.values["throughput/samples_per_s"] == pytest.approx(20)
+    assert row.values["throughput/device/samples_per_s"] == pytest.approx(10)
+    assert (row.update, row.samples, row.world, row.generation) == (1, 10, 2, 3)
+    assert (row.values["batch/global"], row.values["batch/per_device"], row.values["batch/world"]) == (10, 6, 2)
+
+
+def test_log_every_averages_a_window() -> None:
+    first, second, rest = record_rows([{"losses": [(6.0, 6), (4.0 * n, 4)]} for n in range(1, 6)], every=2)
+    assert [row.update for row in (first, second, rest)] == [2, 4, 5]
+    assert first.values["train/loss"] == pytest.approx((6 + 4 + 6 + 8) / 20)
+
+
+def test_validated_update_gets_its_own_row() -> None:
+    rows = record_rows(
+        [{"losses": [(1.0, 6), (1.0, 4)], "validation": {"val/loss": 0.25}}] + 2 * [{"losses": [(1.0, 6), (1.0, 4)]}],
+        every=100,
+    )
+    assert [row.update for row in rows] == [1, 3]
+    assert rows[0].values["val/loss"] == 0.25
+
+
+def test_partial_update_has_no_throughput() -> None:
+    rows = record_rows([{"losses": [(1.0, 6), (1.0, 4)]}, {"losses": [(1.0, 2), (1.0, 1)], "tail": 3, "wall_s": 0.9}])
+    assert "throughput/samples_per_s" in rows[0].values
+    assert "throughput/samples_per_s" not in rows[1].values

@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.run_dir.restart_cost import read_last_row
+from launcher.system.jsonl import JsonlReader
 from launcher.system.processes import list_child_pids
+from launcher.system.run_files import EVENTS_FILE, METRICS_FILE
 
 HERE = Path(__file__).parent
 KILLS, JOINS, STOPS = 20, 20, 15
@@ -43,8 +45,8 @@ def launched(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
-    metrics = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in metrics.read_text().split("\n")[:-1]] if metrics.exists() else []
+    metrics = run_dir / METRICS_FILE
+    return list(JsonlReader(metrics))
 
 
 def wait_for(state: Callable[[], object], within_s: float = 240.0, every_s: float = 0.05) -> None:
@@ -61,7 +63,7 @@ def workers_of(driver: int) -> list[int]:
 
 
 def last(run_dir: Path) -> dict[str, Any]:
-    return read_last_row(run_dir / "metrics.jsonl") or {"generation": 0, "update": 0}
+    return read_last_row(run_dir / METRICS_FILE) or {"generation": 0, "update": 0}
 
 
 def trains(run_dir: Path, generation: int) -> int:
@@ -138,7 +140,7 @@ def resized(run_dir: Path, world: int, after: int) -> tuple[int, float, int]:
     """
 
     def there() -> bool:
-        row = read_last_row(run_dir / "metrics.jsonl")
+        row = read_last_row(run_dir / METRICS_FILE)
         return row is not None and row["world"] == world and row["generation"] > after
 
     wait_for(there)
@@ -167,7 +169,7 @@ def joins(folder: Path) -> None:
                 f"  join {grown[0]:.1f} s, {grown[1]} samples; loss {shrunk[0]:.1f} s, {shrunk[1]} samples", flush=True
             )
     except TimeoutError as problem:
-        print(f"{problem}\n{(run_dir / 'events.jsonl').read_text()[-3000:]}")
+        print(f"{problem}\n{(run_dir / EVENTS_FILE).read_text()[-3000:]}")
     finally:
         for one in reversed(agents):
             one.kill()
@@ -219,7 +221,7 @@ def save(folder: Path) -> None:
     overrides = ["recipe=mlp", "recipe.hidden=3500", "recipe.depth=3", "optimizer=adamw", "lr.base=0.0001"]
     sizes = ["batch.per_device=16", "lr.base_batch=32", "train.duration=42ba", "checkpoint.every=10ba"]
     launched(folder, *overrides, *sizes, "run.name=c").wait()
-    events = [json.loads(line) for line in (folder / "runs/c/events.jsonl").read_text().splitlines()]
+    events = list(JsonlReader(folder / "runs/c" / EVENTS_FILE))
     saved = [event for event in events if event["event"] == "checkpoint"][1:]  # the first one allocates the buffers
     stalls = [row["stage/checkpoint/ms"] / 1e3 for row in rows(folder / "runs/c") if row["stage/checkpoint/ms"] > 1][1:]
     stall_s, write_s = statistics.median(stalls), statistics.median(event["seconds"] for event in saved)

@@ -12,7 +12,6 @@ equally often per sample for every batch and would take much of such a short tra
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -21,6 +20,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from launcher.system.jsonl import JsonlReader
+from launcher.system.run_files import EVENTS_FILE, METRICS_FILE
 
 WORKERS = 2
 QUIET = ["train.validate_every=0.5ep", "sink=[]", "checkpoint.every=null"]
@@ -62,10 +64,7 @@ def seconds(folder: Path, options: argparse.Namespace, words: Sequence[str]) -> 
     target = [f"train.target.at_least={options.target}", "train.target.metric=val/accuracy"]
     more = [*target, "train.stop_at_target=true", f"train.duration={options.max_epochs}ep", f"run.dir={run_dir}"]
     launched(folder, options, [], [*words, *more, "schedule=constant", *QUIET])
-    events, rows = (
-        [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("events", "metrics")
-    )
+    events, rows = (list(JsonlReader(run_dir / name)) for name in (EVENTS_FILE, METRICS_FILE))
     changes = [event["global"] for event in events if event["event"] == "plan"]
     reached = [event for event in events if event["event"] == "target"]
     took, updates = (reached[0]["seconds"], reached[0]["update"]) if reached else (math.inf, 0)

@@ -8,7 +8,6 @@ python benchmarks/noise.py cost recipe=mlp batch.per_device=8 batch.accumulation
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -19,6 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from launcher.system.jsonl import JsonlReader
+from launcher.system.run_files import METRICS_FILE
 
 HERE = Path(__file__).resolve().parent
 QUADRATIC = [
@@ -63,7 +65,7 @@ def job(noise: float, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
         done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
-        return [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+        return list(JsonlReader(Path(folder, "run", METRICS_FILE)))
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------

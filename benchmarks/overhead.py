@@ -26,6 +26,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from launcher.system.jsonl import JsonlReader
+from launcher.system.run_files import METRICS_FILE
+
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -66,7 +69,7 @@ def launched(options: argparse.Namespace, folder: Path, driver: bool) -> tuple[f
     start = time.time()
     run(argv, folder)
     run_dir = Path(next(o for o in overrides if o.startswith("run.dir=")).partition("=")[2])
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = list(JsonlReader(run_dir / METRICS_FILE))
     walls = [row["batch/global"] / row["throughput/samples_per_s"] for row in rows[options.skip : -1]]
     return statistics.fmean(walls), rows[0]["time"] - start
 

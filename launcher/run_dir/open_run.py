@@ -88,7 +88,7 @@ def open_run(
     config, path, decision = resolve_directory(config, run_path(config, run_id, nodes))
     run_dir = RunDirectory(path)
     done = run_dir.read_done()
-    complete = done is not None and not decision.fresh and covers_request(done, config, plan)
+    complete = done is not None and not decision.is_new_run and covers_request(done, config, plan)
     return OpenedRun(config, recipe, sizes, plan, run_dir, decision, done if complete else None)
 
 
@@ -100,7 +100,7 @@ def resolve_directory(config: RunConfig, path: Path) -> tuple[RunConfig, Path, R
     """
     config = reuse_resolved_batch(with_directory(config, path), path)
     decision = decide_resume(config.resume, path, read_config(path), flatten(from_yaml(to_yaml(config))))
-    if decision.fresh and RunDirectory(path).run_yaml.exists():
+    if decision.is_new_run and RunDirectory(path).run_yaml.exists():
         path = next_free_path(path)
         config = with_directory(config, path)
     return config, path, decision

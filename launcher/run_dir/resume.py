@@ -23,12 +23,12 @@ CHANGEABLE_KEYS_BY_POLICY = dict.fromkeys(("hold", "goodput"), ("batch.per_devic
 class ResumeDecision:
     """How to start the run.
 
-    `fresh`: start a new run in a new directory. `require_checkpoint`: there has to be a checkpoint. `checkpoint`: the
-    one named by the user. `changed`: keys that differ from the configuration in the run directory and may differ, as
-    (old, new).
+    `is_new_run`: start a new run in a new directory. `require_checkpoint`: there has to be a checkpoint. `checkpoint`:
+    the one named by the user. `changed`: keys that differ from the configuration in the run directory and may differ,
+    as (old, new).
     """
 
-    fresh: bool = False
+    is_new_run: bool = False
     require_checkpoint: bool = False
     checkpoint: Path | None = None
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ def decide_resume(
         UsageError: a key that affects training was changed, or there is nothing to resume from.
     """
     if resume == "never" or (resume == "auto" and old is None):
-        return ResumeDecision(fresh=True)
+        return ResumeDecision(is_new_run=True)
     if resume == "must" and old is None:
         raise UsageError(f"resume=must but {folder} contains no run: check run.name, or type resume=auto")
     checkpoint = None if resume in ("auto", "must") else resolve_checkpoint_path(resume)
@@ -88,8 +88,8 @@ def is_shorter_training(was: str, now: str, samples_of: Callable[[str], int] | N
     """Whether `now` is less training than `was`; durations in different units need `samples_of`."""
     if samples_of is not None:
         return samples_of(now) < samples_of(was)
-    before, after = (Duration.parse(text, "train.duration") for text in (was, now))
-    return before.unit == after.unit and after.value < before.value
+    old, new = (Duration.parse(text, "train.duration") for text in (was, now))
+    return old.unit == new.unit and new.value < old.value
 
 
 def raise_if_changed(folder: Path, wrong: Mapping[str, tuple[Any, Any]]) -> None:

@@ -85,34 +85,37 @@ def tuning_config(config: RunConfig) -> RunConfig:
 
 
 def lookup_note(config: RunConfig) -> str:
-    asked = "batch.policy=goodput" if config.batch.policy == "goodput" else "batch.per_device=auto"
-    return f"{asked}: uses a stored measurement, else measures for up to {tuning_config(config).tune.budget_s:g} s"
+    request = "batch.policy=goodput" if config.batch.policy == "goodput" else "batch.per_device=auto"
+    return f"{request}: uses a stored measurement, else measures for up to {tuning_config(config).tune.budget_s:g} s"
 
 
-def apply_tuning_result(config: RunConfig, found: Mapping[str, Any], path: Path) -> ResolvedConfig:
+def apply_tuning_result(config: RunConfig, document: Mapping[str, Any], path: Path) -> ResolvedConfig:
     """Resolve the configuration from a `tune` result; `path` is the run directory, which may hold earlier measurements.
 
     Raises:
         UsageError: no size fits into memory.
     """
-    size = found["recommended"]
+    size = document["recommended"]
     if size is None:
         raise UsageError(
-            f"batch.per_device=auto: {found['why']}; sizes from {found['points'][0]['per_device']} upwards were tried"
+            f"batch.per_device=auto: {document['why']}; sizes from {document['points'][0]['per_device']} upwards were "
+            "tried"
         )
-    when = datetime.fromisoformat(found["measured"])
-    source = f"stored on {when:%Y-%m-%d %H:%M} UTC" if found["cached"] else f"measured now in {found['spent_s']:g} s"
-    workers = format_plural(found["world"], "worker")
+    when = datetime.fromisoformat(document["measured"])
+    source = f"measured now in {document['spent_s']:g} s"
+    if document["cached"]:
+        source = f"stored on {when:%Y-%m-%d %H:%M} UTC"
+    workers = format_plural(document["world"], "worker")
     if config.batch.policy == "goodput":
-        return _resolve_goodput(config, found, path, f"update times on {workers}, {source}")
-    because = found["why"].partition(";")[0].partition(": ")[2]
+        return _resolve_goodput(config, document, path, f"update times on {workers}, {source}")
+    reason = document["why"].partition(";")[0].partition(": ")[2]
     return ResolvedConfig(
-        with_size(config, size), f"batch.per_device=auto chose {size}: {because} on {workers}, {source}"
+        with_size(config, size), f"batch.per_device=auto chose {size}: {reason} on {workers}, {source}"
     )
 
 
-def _resolve_goodput(config: RunConfig, found: Mapping[str, Any], path: Path, source: str) -> ResolvedConfig:
-    profile = TimingProfile.from_documents([found], every_micro=needs_equal_micro_batches(config))
+def _resolve_goodput(config: RunConfig, document: Mapping[str, Any], path: Path, source: str) -> ResolvedConfig:
+    profile = TimingProfile.from_documents([document], every_micro=needs_equal_micro_batches(config))
     earlier = None if config.resume == "never" else read_timing_profile(path)
     profile = profile if earlier is None else earlier.merged_with(profile)
     return ResolvedConfig(config, f"batch.policy=goodput: {source}", profile.to_facts())
@@ -122,12 +125,10 @@ def from_existing_run(config: RunConfig, path: Path, world: int, nodes: int) -> 
     """Resolve from an existing run directory, whose batch size is already in `config`; None: to be measured."""
     size = config.batch.per_device
     if config.batch.policy == "goodput":
-        known = None if config.resume == "never" else read_timing_profile(path)
-        return (
-            ResolvedConfig(config, profile=known.to_facts())
-            if known is not None and known.covers(world, nodes)
-            else None
-        )
+        profile = None if config.resume == "never" else read_timing_profile(path)
+        if profile is None or not profile.covers(world, nodes):
+            return None
+        return ResolvedConfig(config, profile=profile.to_facts())
     if size == "auto":
         return None
     return ResolvedConfig(

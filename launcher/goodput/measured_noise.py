@@ -41,13 +41,12 @@ def find_noise_scale(config: RunConfig) -> MeasuredNoise | None:
     """
     if config.plan.noise is not None:
         return _resolve_configured_noise(config, last=True)
-    name = _get_recipe_class(config)
-    for folder in sorted(RUNS_DIR.glob(f"*/{METRICS_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True):
-        if (
-            _read_recipe_class(folder.parent) == name
-            and (found := _find_measured_noise(read_run_metrics(str(folder.parent)))) is not None
-        ):
-            return found
+    recipe_class = _get_recipe_class(config)
+    for metrics in sorted(RUNS_DIR.glob(f"*/{METRICS_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True):
+        if _read_recipe_class(metrics.parent) == recipe_class:
+            noise = _find_measured_noise(read_run_metrics(str(metrics.parent)))
+            if noise is not None:
+                return noise
     return None
 
 
@@ -71,8 +70,8 @@ def _resolve_configured_noise(config: RunConfig, *, last: bool) -> MeasuredNoise
         noise, recipe_class = _read_run_noise(setting, last=last)
         if recipe_class not in (None, _get_recipe_class(config)):
             raise UsageError(
-                f"plan.noise={setting}: that run trained {recipe_class}, not {_get_recipe_class(config)}: type a run of "
-                "this recipe, or a number of samples"
+                f"plan.noise={setting}: that run trained {recipe_class}, not {_get_recipe_class(config)}: type a run "
+                "of this recipe, or a number of samples"
             )
         if noise is None:
             raise UsageError(f"plan.noise={setting}: that run has measured no noise scale: type a number of samples")

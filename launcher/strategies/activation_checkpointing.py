@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: the units of FSDP sharding and of activation checkpointing."""
+"""Activation checkpointing, and the repeated blocks of a model that it and FSDP sharding work on."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def find_blocks(model: nn.Module, blocks: BlocksFn | None = None) -> list[nn.Mod
     """
     if blocks is None:
         return list(_iter_listed_modules(model))
-    parts, found = set(model.modules()), list(blocks(model))
-    if strange := [type(block).__name__ for block in found if block not in parts or block is model]:
+    submodules, chosen = set(model.modules()), list(blocks(model))
+    if others := [type(block).__name__ for block in chosen if block not in submodules or block is model]:
         raise UsageError(
-            f"the recipe's blocks(model) has {strange[0]}, which is not a submodule of the model: "
+            f"the recipe's blocks(model) has {others[0]}, which is not a submodule of the model: "
             "return submodules of the model only"
         )
-    return found
+    return chosen
 
 
 def _iter_listed_modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -71,10 +71,10 @@ class _CheckpointedForward:
 def preserve_buffers(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
     """Restore the buffers to their previous values after the block."""
     with torch.no_grad():
-        before = [(buffer, buffer.clone()) for buffer in buffers]
+        saved = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, old in before:
-                buffer.copy_(old)
+            for buffer, value in saved:
+                buffer.copy_(value)

@@ -38,20 +38,20 @@ class BaseReplica:
         self._world = world
         self._precision = precision
         self._is_padding = False
-        self._single: bool | None = None
+        self._is_only_micro_batch: bool | None = None
         self._save_pending = True
         self._buffers = [b for b in model.buffers() if b is not None]
         self._saved_buffers = [torch.empty_like(buffer) for buffer in self._buffers]
         self._group_norms = GroupGradNorms(precision.device)
         self._norm_hooks: GradNormHooks | None = None  # set if micro-batches are the groups for the noise scale
-        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._is_padding = is_padding
         if self._save_pending:
             self._save_buffers()
-        self._single = last and self._single is not False
+        self._is_only_micro_batch = last and self._is_only_micro_batch is not False
         with self._preserve_running_stats() if is_padding else nullcontext():
             yield
         if self._norm_hooks is not None and self._norm_hooks.enabled:
@@ -64,7 +64,7 @@ class BaseReplica:
 
         BatchNorm is in evaluation mode meanwhile, so that it accepts a single sample.
         """
-        training = [norm for norm in self._norms if norm.training]
+        training = [norm for norm in self._batch_norms if norm.training]
         for norm in training:
             norm.training = False
         try:
@@ -87,7 +87,7 @@ class BaseReplica:
 
     def _pop_group_norms(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
         """This rank's sum of group gradient norms and the number of groups; the gradients were scaled by `scale`."""
-        self._single = None
+        self._is_only_micro_batch = None
         return self._group_norms.pop(scale)
 
     def measures_noise_at(self, update: int) -> bool:
@@ -100,7 +100,7 @@ class BaseReplica:
         """Measure the next backward pass, with loss count `count`; a lone micro-batch has no other to compare with."""
         self._group_norms.add_count(count)
         if self._norm_hooks is not None:
-            self._norm_hooks.enabled = count > 0 and (self._world > 1 or not self._single)
+            self._norm_hooks.enabled = count > 0 and (self._world > 1 or not self._is_only_micro_batch)
 
     def _step_if_finite(self, finite: torch.Tensor) -> None:
         """Step if the gradient is finite; else leave parameters, moments, step counts and buffers unchanged.
@@ -111,13 +111,13 @@ class BaseReplica:
         if finite.device.type == "cuda" and supports_found_inf(self.optimizer) and self.optimizer.state:
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-            for kept, buffer in zip(self._saved_buffers, self._buffers, strict=True):
-                torch.where(finite, buffer, kept, out=buffer)
+            for saved, buffer in zip(self._saved_buffers, self._buffers, strict=True):
+                torch.where(finite, buffer, saved, out=buffer)
         elif bool(finite):
             self.optimizer.step()
         else:
-            for kept, buffer in zip(self._saved_buffers, self._buffers, strict=True):
-                buffer.copy_(kept)
+            for saved, buffer in zip(self._saved_buffers, self._buffers, strict=True):
+                buffer.copy_(saved)
         self._update_loss_scale(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self._save_pending = True
@@ -144,28 +144,28 @@ class BaseReplica:
                 dist.broadcast(buffer, src=0)
 
 
-def slice_evenly(group: Mapping[str, torch.Tensor], places: dict[str, TensorSlice]) -> dict[str, torch.Tensor]:
-    """Slice tensors that every rank holds in full into equal parts, one per rank; record their positions in `places`.
+def slice_evenly(group: Mapping[str, torch.Tensor], slices: dict[str, TensorSlice]) -> dict[str, torch.Tensor]:
+    """Slice tensors that every rank holds in full into equal parts, one per rank; record their positions in `slices`.
 
     Tensors that are not floating-point (counters) are taken from rank 0, since they are not synchronised across ranks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    cut: dict[str, torch.Tensor] = {}
+    local: dict[str, torch.Tensor] = {}
     for name, tensor in group.items():
         if not tensor.is_floating_point():
-            cut.update({name: tensor} if rank == 0 else {})
+            local.update({name: tensor} if rank == 0 else {})
             continue
-        start, stop = (tensor.numel() * one // world for one in (rank, rank + 1))
-        places[name] = TensorSlice(tuple(tensor.shape), start)
-        cut[name] = tensor.detach().reshape(-1)[start:stop]
-    return cut
+        start, stop = (tensor.numel() * part // world for part in (rank, rank + 1))
+        slices[name] = TensorSlice(tuple(tensor.shape), start)
+        local[name] = tensor.detach().reshape(-1)[start:stop]
+    return local
 
 
 def mark_wait_begin(clock: StageClock) -> Callable[..., None]:
     """A hook for the start of a wait for other ranks: the time before it counts as the current pass's own work."""
 
     def hook(*_: object) -> None:
-        if (stage := current_pass()) is not None:
+        if (stage := get_current_pass()) is not None:
             clock.lap(stage)
 
     return hook
@@ -175,13 +175,13 @@ def mark_wait_end(clock: StageClock) -> Callable[..., None]:
     """A hook for the end of a wait: the time since its start counts as `sync`."""
 
     def hook(*_: object) -> None:
-        if current_pass() is not None:
+        if get_current_pass() is not None:
             clock.lap("sync")
 
     return hook
 
 
-def current_pass() -> str | None:
+def get_current_pass() -> str | None:
     """The current pass, forward or backward; None outside training. Activation recomputation counts as backward."""
     if torch._C._current_graph_task_id() >= 0:
         return "backward"

@@ -47,15 +47,15 @@ class DdpReplica(BaseReplica):
     sharded = False
     by_micro_batch = True
 
-    def __init__(self, given: ReplicaArgs) -> None:
-        model, config = given.model, given.config
-        super().__init__(model.to(given.precision.device), given.world, given.precision)
-        self._clock = given.clock
-        self.model: nn.Module = model if given.world == 1 else self._wrap_in_ddp(model, config)
-        self.optimizer = make_optimizer(model, config, given.groups)
+    def __init__(self, args: ReplicaArgs) -> None:
+        model, config = args.model, args.config
+        super().__init__(model.to(args.precision.device), args.world, args.precision)
+        self._clock = args.clock
+        self.model: nn.Module = model if args.world == 1 else self._wrap_in_ddp(model, config)
+        self.optimizer = make_optimizer(model, config, args.groups)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._bucket_norms: list[torch.Tensor] = []
-        if given.world == 1 and self.by_micro_batch:
+        if args.world == 1 and self.by_micro_batch:
             self._norm_hooks = GradNormHooks(self._parameters)
 
     def _wrap_in_ddp(self, model: nn.Module, config: RunConfig) -> DistributedDataParallel:
@@ -77,12 +77,14 @@ class DdpReplica(BaseReplica):
         if bucket.is_last():
             self._clock.mark()
         work = dist.all_reduce(gradients, async_op=True)
-        return work.get_future().then(lambda done: done.value()[0])
+        return work.get_future().then(lambda future: future.value()[0])
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
-        silent = self.model.no_sync() if not last and isinstance(self.model, DistributedDataParallel) else nullcontext()
-        with silent, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
+        no_sync = (
+            self.model.no_sync() if not last and isinstance(self.model, DistributedDataParallel) else nullcontext()
+        )
+        with no_sync, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
 
     @torch.no_grad()
@@ -92,7 +94,7 @@ class DdpReplica(BaseReplica):
             torch._foreach_mul_(gradients, rescale)
         self._group_norms.close(self._bucket_norms)
         self._bucket_norms = []
-        spread, groups = self._pop_group_norms(self._precision.get_scale_tensor())
+        norm_sum, groups = self._pop_group_norms(self._precision.get_scale_tensor())
         self._precision.unscale(self.optimizer)
         norm = torch.linalg.vector_norm(torch.stack(compute_norms(gradients)))
         finite = torch.isfinite(norm)
@@ -100,7 +102,7 @@ class DdpReplica(BaseReplica):
             clip_grads_with_norm_(self._parameters, clip_norm, norm)
         set_lr_and_momentum(self.optimizer, lr, momentum)
         self._step_if_finite(finite)
-        return StepResult(norm=norm, finite=finite, group_grad_norm_sum=spread, groups=groups)
+        return StepResult(norm=norm, finite=finite, group_grad_norm_sum=norm_sum, groups=groups)
 
     def full_state(self) -> ReplicaState:
         facts = {"optimizer": get_optimizer_facts(self.optimizer, self.module), "scaler": self._precision.state_dict()}
@@ -109,8 +111,8 @@ class DdpReplica(BaseReplica):
     def sharded_state(self) -> ShardedState:
         """Every rank holds the full state and returns an equal slice of it."""
         model, optimizer, facts = self.full_state()
-        places: dict[str, TensorSlice] = {}
-        return ShardedState(ReplicaState(slice_evenly(model, places), slice_evenly(optimizer, places), facts), places)
+        slices: dict[str, TensorSlice] = {}
+        return ShardedState(ReplicaState(slice_evenly(model, slices), slice_evenly(optimizer, slices), facts), slices)
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         self.module.load_state_dict(dict(model))

@@ -45,33 +45,33 @@ class DeepSpeedReplica(BaseReplica):
     samples.
     """
 
-    def __init__(self, given: ReplicaArgs) -> None:
-        model, run, precision = given.model, given.config, given.precision
+    def __init__(self, args: ReplicaArgs) -> None:
+        model, config, precision = args.model, args.config, args.precision
         model.to(precision.device)
-        super().__init__(model, given.world, precision)
+        super().__init__(model, args.world, precision)
         for buffer in self._buffers:
             dist.broadcast(buffer, src=0)
-        self._clock = given.clock
+        self._clock = args.clock
         self._rank = dist.get_rank()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.optimizer = make_optimizer(model, run, given.groups)
+        self.optimizer = make_optimizer(model, config, args.groups)
         self._optimizer_facts = get_optimizer_facts(self.optimizer, model)
         if precision.name in ("bf16", "fp16"):
-            model.forward = under_autocast(precision.autocast, model.forward)  # type: ignore[method-assign]
-        config = make_deepspeed_config(run, sum(parameter.numel() for parameter in self._parameters))
-        self._engine = make_engine(model, self.optimizer, config, precision.device, debug=run.debug)
-        set_group_timeout(run.launch.timeout_s)
+            model.forward = wrap_in_autocast(precision.autocast, model.forward)  # type: ignore[method-assign]
+        ds_config = make_deepspeed_config(config, sum(parameter.numel() for parameter in self._parameters))
+        self._engine = make_engine(model, self.optimizer, ds_config, precision.device, debug=config.debug)
+        set_group_timeout(config.launch.timeout_s)
         self.model: nn.Module = self._engine
         self._norm_hooks = GradNormHooks(self._parameters)
         self._reduce = self._engine.allreduce_gradients
         self._engine.allreduce_gradients = self._reduce_and_mark_wait
         self._zero = self._engine.optimizer
-        stage = run.strategy.stage
+        stage = config.strategy.stage
         self.sharded = stage > 0
         if stage == 3:
-            time_param_gathering(self._zero.parameter_offload, given.clock)
-        self._state = ZeroState(self._zero, model, self._shapes, stage, given.world) if stage else None
+            time_param_gathering(self._zero.parameter_offload, args.clock)
+        self._state = ZeroState(self._zero, model, self._shapes, stage, args.world) if stage else None
 
     def _reduce_and_mark_wait(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's gradient reduction after a backward pass; marks the wait after the last one of an update."""
@@ -82,8 +82,8 @@ class DeepSpeedReplica(BaseReplica):
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
-        silent = zero_gradients_in_backward(self._parameters) if is_padding else nullcontext()
-        with silent, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
+        zero_gradients = zero_gradients_in_backward(self._parameters) if is_padding else nullcontext()
+        with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
@@ -93,18 +93,18 @@ class DeepSpeedReplica(BaseReplica):
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
         set_lr_and_momentum(self.optimizer, lr, momentum)
-        take = self._step_unsharded if self._state is None else self._step_sharded
+        run_step = self._step_unsharded if self._state is None else self._step_sharded
         scale = self._precision.scale()
-        spread, groups = self._pop_group_norms(scale)
-        norm, applied = take(rescale * self._world / scale, clip_norm)
+        norm_sum, groups = self._pop_group_norms(scale)
+        norm, applied = run_step(rescale * self._world / scale, clip_norm)
         if not applied:
-            for kept, buffer in zip(self._saved_buffers, self._buffers, strict=True):
-                buffer.copy_(kept)
+            for saved, buffer in zip(self._saved_buffers, self._buffers, strict=True):
+                buffer.copy_(saved)
         self._precision.update_scale(finite=applied)
         self._save_pending = True
         device = self._precision.device
         norm = torch.as_tensor(norm, dtype=torch.float32, device=device)
-        return StepResult(norm, torch.tensor(applied, device=device), spread, groups)
+        return StepResult(norm, torch.tensor(applied, device=device), norm_sum, groups)
 
     def _step_sharded(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
         """Step under stages 1 to 3: DeepSpeed itself skips a non-finite norm, on all ranks alike."""
@@ -154,42 +154,43 @@ class DeepSpeedReplica(BaseReplica):
 
     @torch.no_grad()
     def sharded_state(self) -> ShardedState:
-        places: dict[str, TensorSlice] = {}
+        slices: dict[str, TensorSlice] = {}
         if self._state is None:
             model, optimizer, facts = self.full_state()
             return ShardedState(
-                ReplicaState(slice_evenly(model, places), slice_evenly(optimizer, places), facts), places
+                ReplicaState(slice_evenly(model, slices), slice_evenly(optimizer, slices), facts), slices
             )
         slots: dict[str, Any] = {}
-        for key, value, place in self._state.iter_local_slots():
+        for key, value, tensor_slice in self._state.iter_local_slots():
             slots[key] = value
-            if place is not None:
-                places[key] = place
-        return ShardedState(ReplicaState(self._get_local_weights(places), *self._split_tensors(slots)), places)
+            if tensor_slice is not None:
+                slices[key] = tensor_slice
+        return ShardedState(ReplicaState(self._get_local_weights(slices), *self._split_tensors(slots)), slices)
 
-    def _get_local_weights(self, places: dict[str, TensorSlice]) -> dict[str, torch.Tensor]:
+    def _get_local_weights(self, slices: dict[str, TensorSlice]) -> dict[str, torch.Tensor]:
         """This rank's partitions under stage 3, without padding; an equal slice of tensors that all ranks hold."""
         tensors = self.module.state_dict(keep_vars=True)
-        own = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_id")}
-        cut = slice_evenly({name: tensor for name, tensor in tensors.items() if name not in own}, places)
-        for name, tensor in own.items():
+        partitioned = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_id")}
+        replicated = {name: tensor for name, tensor in tensors.items() if name not in partitioned}
+        local = slice_evenly(replicated, slices)
+        for name, tensor in partitioned.items():
             start = min(self._rank * tensor.ds_tensor.ds_numel, tensor.ds_numel)
-            places[name] = TensorSlice(tuple(tensor.ds_shape), start)
-            cut[name] = tensor.ds_tensor.detach()[: tensor.ds_numel - start]
-        return cut
+            slices[name] = TensorSlice(tuple(tensor.ds_shape), start)
+            local[name] = tensor.ds_tensor.detach()[: tensor.ds_numel - start]
+        return local
 
     def _iter_full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's tensors, tied ones shared under every name; under stage 3 gathered, for rank 0 only."""
-        seen: dict[int, torch.Tensor] = {}
+        gathered: dict[int, torch.Tensor] = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if not hasattr(tensor, "ds_id"):
                 yield name, tensor.detach()
                 continue
-            if id(tensor) not in seen:
-                with gathered_parameter(tensor, None):
+            if id(tensor) not in gathered:
+                with gather_parameter(tensor, None):
                     whole = tensor.detach()
-                    seen[id(tensor)] = whole.to("cpu", copy=True) if self._rank == 0 else whole.new_empty(0)
-            yield name, seen[id(tensor)]
+                    gathered[id(tensor)] = whole.to("cpu", copy=True) if self._rank == 0 else whole.new_empty(0)
+            yield name, gathered[id(tensor)]
 
     @torch.no_grad()
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
@@ -203,15 +204,15 @@ class DeepSpeedReplica(BaseReplica):
         self._precision.load_state_dict(facts["scaler"])
 
     def _load_weights(self, model: LazyTensors) -> None:
-        done: set[int] = set()
+        loaded: set[int] = set()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if id(tensor) in done:
+            if id(tensor) in loaded:
                 continue
-            done.add(id(tensor))
+            loaded.add(id(tensor))
             if not hasattr(tensor, "ds_id"):
                 tensor.copy_(model[name])
                 continue
-            with gathered_parameter(tensor, 0):
+            with gather_parameter(tensor, 0):
                 if self._rank == 0:
                     tensor.copy_(model[name])
         self._zero.refresh_fp32_params()
@@ -226,11 +227,11 @@ def make_engine(
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
-    from deepspeed.ops import __compatible_ops__ as compiled
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
 
-    compiled["deepspeed_shm_comm"] = False
+    compatible_ops["deepspeed_shm_comm"] = False
     if not debug:
-        # DeepSpeed warns about our autocast, which `under_autocast` restores in its forward pass; torch warns about
+        # DeepSpeed warns about our autocast, which `wrap_in_autocast` restores in its forward pass; torch warns about
         # deprecated names that DeepSpeed uses.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -245,24 +246,24 @@ def set_group_timeout(timeout_s: float) -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), groups._get_data_parallel_group())
 
 
-def time_param_gathering(gathering: Any, clock: StageClock) -> None:
+def time_param_gathering(parameter_offload: Any, clock: StageClock) -> None:
     """Count stage 3's gathering of a module's parameters before forward and backward as waiting, not computing."""
 
-    def timed(gather: Callable[..., None]) -> Callable[..., None]:
-        before, after = mark_wait_begin(clock), mark_wait_end(clock)
+    def add_timing(gather: Callable[..., None]) -> Callable[..., None]:
+        begin, end = mark_wait_begin(clock), mark_wait_end(clock)
 
         def timed_gather(*args: Any) -> None:
-            before()
+            begin()
             gather(*args)
-            after()
+            end()
 
         return timed_gather
 
-    gathering.pre_sub_module_forward_function = timed(gathering.pre_sub_module_forward_function)
-    gathering.pre_sub_module_backward_function = timed(gathering.pre_sub_module_backward_function)
+    for name in ("pre_sub_module_forward_function", "pre_sub_module_backward_function"):
+        setattr(parameter_offload, name, add_timing(getattr(parameter_offload, name)))
 
 
-def under_autocast(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_in_autocast(autocast: Callable[[], Any], forward: Callable[..., Any]) -> Callable[..., Any]:
     """Run `forward` under autocast: in its engine's forward, DeepSpeed disables any autocast but its own."""
 
     def autocast_forward(*args: Any, **kwargs: Any) -> Any:
@@ -273,7 +274,7 @@ def under_autocast(autocast: Callable[[], Any], forward: Callable[..., Any]) -> 
 
 
 @contextmanager
-def gathered_parameter(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
+def gather_parameter(parameter: torch.Tensor, changed_by: int | None) -> Iterator[None]:
     """Gather a stage 3 parameter on every rank; on exit, keep the changes made by rank `changed_by`, if given."""
     import deepspeed
 

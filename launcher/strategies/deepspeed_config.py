@@ -28,14 +28,14 @@ def make_deepspeed_config(config: RunConfig, numel: int) -> dict[str, Any]:
     Raises:
         UsageError: `strategy.config` cannot be read, or sets a key that this program controls.
     """
-    own = {} if config.strategy.config is None else read_deepspeed_json(config.strategy.config)
-    for problem in iter_deepspeed_json_conflicts(config, own):
+    user_json = {} if config.strategy.config is None else read_deepspeed_json(config.strategy.config)
+    for problem in iter_deepspeed_json_conflicts(config, user_json):
         raise UsageError(problem)
-    zero = {name: value for name, value in own.pop("zero_optimization", {}).items() if name in ALLOWED_ZERO_KEYS}
+    zero = {name: value for name, value in user_json.pop("zero_optimization", {}).items() if name in ALLOWED_ZERO_KEYS}
     offload = {"offload_optimizer": {"device": "cpu"}} if config.strategy.offload else {}
     return {
         "steps_per_print": None,
-        **{name: value for name, value in own.items() if name in ALLOWED_KEYS},
+        **{name: value for name, value in user_json.items() if name in ALLOWED_KEYS},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # our step clips; without this entry stage 0 would clip at 1.0

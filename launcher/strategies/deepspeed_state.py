@@ -55,12 +55,12 @@ def partition_slices(zero: Any, stage: int, rank: int) -> Iterator[tuple[nn.Para
         return
     for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         for parameter in group:
-            here = parameter._hp_mapping
-            if here is None:
+            mapping = parameter._hp_mapping
+            if mapping is None:
                 yield parameter, PartitionSlice(flat, 0, 0, 0)
             else:
-                address = here.hp_fragment_address
-                yield parameter, PartitionSlice(flat, address.start, here.lp_fragment_address.start, address.numel)
+                address = mapping.hp_fragment_address
+                yield parameter, PartitionSlice(flat, address.start, mapping.lp_fragment_address.start, address.numel)
 
 
 class ZeroState:
@@ -120,11 +120,11 @@ class ZeroState:
         Raises:
             UsageError: parameters of one group have different step counts, which a flat group cannot represent.
         """
-        known = group_slots_by_parameter((*tensors, *numbers))
+        slots_by_parameter = group_slots_by_parameter((*tensors, *numbers))
         self._zero.optimizer.state.clear()
         for name, piece in self._slices.items():
-            state = self._zero.optimizer.state[piece.flat] if name in known else {}
-            for slot in known.get(name, ()):
+            state = self._zero.optimizer.state[piece.flat] if name in slots_by_parameter else {}
+            for slot in slots_by_parameter.get(name, ()):
                 key = f"{name}/{slot}"
                 if key in numbers or is_scalar(slot, tensors.shape(key), self._shapes[name]):
                     self._set_group_value(state, name, slot, numbers[key] if key in numbers else tensors[key])
@@ -147,11 +147,11 @@ class ZeroState:
 
 def group_slots_by_parameter(keys: Iterable[str]) -> dict[str, list[str]]:
     """Group the keys `<parameter>/<slot>` into the slots of each parameter."""
-    found: dict[str, list[str]] = {}
+    slots: dict[str, list[str]] = {}
     for key in keys:
         name, slot = key.rsplit("/", 1)
-        found.setdefault(name, []).append(slot)
-    return found
+        slots.setdefault(name, []).append(slot)
+    return slots
 
 
 def is_flat(slot: str, value: Any, piece: PartitionSlice) -> bool:
@@ -159,6 +159,6 @@ def is_flat(slot: str, value: Any, piece: PartitionSlice) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == piece.flat.shape and slot not in SCALAR_SLOTS
 
 
-def is_scalar(slot: str, shape: tuple[int, ...], of: torch.Size) -> bool:
-    """Whether a slot of this shape is one value for a parameter of shape `of`."""
-    return not shape and (slot in SCALAR_SLOTS or len(of) > 0)
+def is_scalar(slot: str, shape: tuple[int, ...], parameter_shape: torch.Size) -> bool:
+    """Whether a slot of this shape is one value for a parameter of `parameter_shape`."""
+    return not shape and (slot in SCALAR_SLOTS or len(parameter_shape) > 0)

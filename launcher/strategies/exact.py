@@ -36,26 +36,28 @@ class ExactReplica(DdpReplica):
 
     by_micro_batch = False
 
-    def __init__(self, given: ReplicaArgs) -> None:
+    def __init__(self, args: ReplicaArgs) -> None:
         make_deterministic()
-        super().__init__(replace(given, world=1))  # no communication by DDP: each rank is a world of one
-        config, world = given.config, given.world
-        self._ranks = world
+        super().__init__(replace(args, world=1))  # no communication by DDP: each rank is a world of one
+        config, world = args.config, args.world
+        self._real_world = world
         self._rank = dist.get_rank() if world > 1 else 0
-        self._trainers = num_training_ranks(world, config.elastic.shards)
-        self._shards = config.elastic.shards // self._trainers if self._rank < self._trainers else 0
-        both = list(zip(self._buffers, self._saved_buffers, strict=True))
-        self._means = [(buffer, kept) for buffer, kept in both if buffer.is_floating_point()]
+        self._training_ranks = num_training_ranks(world, config.elastic.shards)
+        self._shards = config.elastic.shards // self._training_ranks if self._rank < self._training_ranks else 0
+        pairs = zip(self._buffers, self._saved_buffers, strict=True)
+        self._mean_buffers = [(buffer, saved) for buffer, saved in pairs if buffer.is_floating_point()]
         self._counters = [buffer for buffer in self._buffers if not buffer.is_floating_point()]
-        self._counted: list[torch.Tensor] = []
-        numbers = [*self._parameters, *(buffer for buffer, _ in self._means)]
-        self._dtype = reduce(torch.promote_types, (number.dtype for number in numbers), torch.float32)
-        self._learned = sum(parameter.numel() for parameter in self._parameters)
-        self._sizes = [number.numel() for number in numbers] + [1] * len(self._means) + [len(self._parameters) + 1]
+        self._shard0_counters: list[torch.Tensor] = []
+        summed = [*self._parameters, *(buffer for buffer, _ in self._mean_buffers)]
+        self._dtype = reduce(torch.promote_types, (tensor.dtype for tensor in summed), torch.float32)
+        self._gradient_numel = sum(parameter.numel() for parameter in self._parameters)
+        self._sizes = (
+            [tensor.numel() for tensor in summed] + [1] * len(self._mean_buffers) + [len(self._parameters) + 1]
+        )
         self._tree = TreeSum()
         self._shard: int | None = None
         if world > 1:
-            for tensor in (*given.model.parameters(), *self._buffers):
+            for tensor in (*args.model.parameters(), *self._buffers):
                 dist.broadcast(tensor.detach(), src=0)
 
     @contextmanager
@@ -81,9 +83,9 @@ class ExactReplica(DdpReplica):
         packed = self._pack_shard()
         self._tree.add(packed)
         if self._group_norms.measuring:
-            self._group_norms.close(compute_norms([packed[: self._learned]]))
+            self._group_norms.close(compute_norms([packed[: self._gradient_numel]]))
         if self._shard == 0:
-            self._counted = [counter.clone() for counter in self._counters]
+            self._shard0_counters = [counter.clone() for counter in self._counters]
         self.optimizer.zero_grad(set_to_none=True)
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._saved_buffers)
@@ -91,9 +93,9 @@ class ExactReplica(DdpReplica):
     def _pack_shard(self) -> torch.Tensor:
         device = self._precision.device
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        changed = [(buffer != kept).any() for buffer, kept in self._means]
+        changed = [(buffer != saved).any() for buffer, saved in self._mean_buffers]
         flags = torch.tensor([*(p.grad is not None for p in self._parameters), True], device=device)
-        parts = [*gradients, *(buffer for buffer, _ in self._means), *changed, flags]
+        parts = [*gradients, *(buffer for buffer, _ in self._mean_buffers), *changed, flags]
         return torch.cat([part.reshape(-1).to(self._dtype) for part in parts])
 
     @torch.no_grad()
@@ -104,50 +106,51 @@ class ExactReplica(DdpReplica):
             self._tree.add(zeros)
         total = self._reduce_to_rank0(self._tree.total()) if self._shards else zeros
         self._tree = TreeSum()
-        if self._ranks > 1:
+        if self._real_world > 1:
             dist.broadcast(total, src=0)
         self._load_summed_gradients(total)
         self._broadcast_counters()
 
-    def _reduce_to_rank0(self, own: torch.Tensor) -> torch.Tensor:
+    def _reduce_to_rank0(self, total: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks in a binary tree; rank 0 ends with the total."""
         step = 1
-        while step < self._trainers:
+        while step < self._training_ranks:
             if self._rank % (2 * step):
-                dist.send(own, self._rank - step)
+                dist.send(total, self._rank - step)
                 break
-            other = torch.empty_like(own)
+            other = torch.empty_like(total)
             dist.recv(other, self._rank + step)
-            own = own + other
+            total = total + other
             step *= 2
-        return own
+        return total
 
     def _load_summed_gradients(self, total: torch.Tensor) -> None:
-        parts, parameters, means = total.split(self._sizes), len(self._parameters), len(self._means)
-        *has, shards = parts[-1].tolist()
-        for parameter, gradient, there in zip(self._parameters, parts, has, strict=False):
+        parts, parameters, means = total.split(self._sizes), len(self._parameters), len(self._mean_buffers)
+        *has_gradient, shards = parts[-1].tolist()
+        for parameter, gradient, present in zip(self._parameters, parts, has_gradient, strict=False):
             # In the parameter's memory layout: the optimizer's fused kernel iterates over both together.
-            parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape)) if there else None
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape)) if present else None
         sums, changed = parts[parameters : parameters + means], parts[parameters + means : -1]
-        for (buffer, kept), whole, moved in zip(self._means, sums, changed, strict=True):
-            buffer.copy_(torch.where(moved > 0, (whole / shards).view(buffer.shape).to(buffer.dtype), kept))
+        for (buffer, saved), total_value, was_changed in zip(self._mean_buffers, sums, changed, strict=True):
+            mean = (total_value / shards).view(buffer.shape).to(buffer.dtype)
+            buffer.copy_(torch.where(was_changed > 0, mean, saved))
 
     def _broadcast_counters(self) -> None:
         """Broadcast the counters of shard 0 to every rank, as bytes in one message."""
         if not self._counters:
             return
-        mine = self._counted or self._counters
-        together = torch.cat([counter.reshape(-1).view(torch.uint8) for counter in mine])
-        if self._ranks > 1:
-            dist.broadcast(together, src=0)
+        values = self._shard0_counters or self._counters
+        message = torch.cat([counter.reshape(-1).view(torch.uint8) for counter in values])
+        if self._real_world > 1:
+            dist.broadcast(message, src=0)
         sizes = [counter.numel() * counter.element_size() for counter in self._counters]
-        for counter, part in zip(self._counters, together.split(sizes), strict=True):
+        for counter, part in zip(self._counters, message.split(sizes), strict=True):
             counter.copy_(part.clone().view(counter.dtype).view(counter.shape))
-        self._counted = []
+        self._shard0_counters = []
 
     def full_state(self) -> ReplicaState:
         model, optimizer, facts = super().full_state()
-        return ReplicaState(model, optimizer, {**facts, "exact": numeric_environment(self._precision.device)})
+        return ReplicaState(model, optimizer, {**facts, "exact": get_numeric_environment(self._precision.device)})
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         """Load a checkpoint.
@@ -155,11 +158,11 @@ class ExactReplica(DdpReplica):
         Raises:
             UsageError: the checkpoint is of an exact run in a different numeric environment.
         """
-        here, before = numeric_environment(self._precision.device), facts.get("exact", {})
-        for name, was in before.items():
-            if here.get(name) != was:
+        current, saved = get_numeric_environment(self._precision.device), facts.get("exact", {})
+        for name, was in saved.items():
+            if current.get(name) != was:
                 raise UsageError(
-                    f"elastic.exact=true: {name} was {was} in the checkpoint and is {here.get(name)} now, which "
+                    f"elastic.exact=true: {name} was {was} in the checkpoint and is {current.get(name)} now, which "
                     f"changes the last bits: continue with {was}, or start a new run with run.name=…"
                 )
         super().restore(model, optimizer, facts)
@@ -175,7 +178,7 @@ def make_deterministic() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def numeric_environment(device: torch.device) -> dict[str, Any]:
+def get_numeric_environment(device: torch.device) -> dict[str, Any]:
     """The environment that the last bits of a result depend on, besides the configuration."""
     cuda = device.type == "cuda"
     return {

@@ -42,36 +42,36 @@ class FsdpReplica(BaseReplica):
 
     sharded = True
 
-    def __init__(self, given: ReplicaArgs) -> None:
-        model, config, precision = given.model, given.config, given.precision
+    def __init__(self, args: ReplicaArgs) -> None:
+        model, config, precision = args.model, args.config, args.precision
         check_parameter_shapes(model)
-        check_tied_parameters(model, given.blocks)
-        self._sharded = apply_fully_shard(model, config, given.world, precision, given.blocks)
+        check_tied_parameters(model, args.blocks)
+        self._sharded = apply_fully_shard(model, config, args.world, precision, args.blocks)
         self.model = model
-        super().__init__(model, given.world, precision)
-        self.optimizer = make_optimizer(model, config, given.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
+        super().__init__(model, args.world, precision)
+        self.optimizer = make_optimizer(model, config, args.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
         self._norm_hooks = GradNormHooks()
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.register_forward_pre_hook(mark_wait_begin(given.clock), prepend=True)
-                module.register_forward_pre_hook(mark_wait_end(given.clock))
+                module.register_forward_pre_hook(mark_wait_begin(args.clock), prepend=True)
+                module.register_forward_pre_hook(mark_wait_end(args.clock))
                 module.register_forward_pre_hook(register_grad_norm_hooks(self._norm_hooks))
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._sharded.set_requires_gradient_sync(last)
         self._sharded.set_is_last_backward(last)
-        silent = zero_padding_gradients(self.module) if is_padding else nullcontext()
-        with silent, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
+        zero_gradients = zero_padding_gradients(self.module) if is_padding else nullcontext()
+        with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
         scale = self._precision.scale()
-        spread, groups = self._pop_group_norms(scale)
+        norm_sum, groups = self._pop_group_norms(scale)
         factor = rescale / scale
         if factor != 1.0:
             torch._foreach_mul_(rows, factor)
@@ -81,7 +81,7 @@ class FsdpReplica(BaseReplica):
         set_lr_and_momentum(self.optimizer, lr, momentum)
         finite = torch.isfinite(norm)
         self._step_if_finite(finite)
-        return StepResult(norm=norm, finite=finite, group_grad_norm_sum=spread, groups=groups)
+        return StepResult(norm=norm, finite=finite, group_grad_norm_sum=norm_sum, groups=groups)
 
     def _update_loss_scale(self, finite: torch.Tensor) -> None:
         if self._precision.scaler is not None:
@@ -109,34 +109,35 @@ class FsdpReplica(BaseReplica):
         return {"optimizer": get_optimizer_facts(self.optimizer, self.module), "scaler": self._precision.state_dict()}
 
     def sharded_state(self) -> ShardedState:
-        places: dict[str, TensorSlice] = {}
+        slices: dict[str, TensorSlice] = {}
 
-        def own(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            cut: dict[str, torch.Tensor] = {}
+        def take_local(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            local: dict[str, torch.Tensor] = {}
             for name, tensor in group.items():
                 if isinstance(tensor, DTensor):
-                    places[name] = TensorSlice(tuple(tensor.shape), local_flat_range(tensor, self._rank)[0])
-                    cut[name] = tensor.to_local().detach().reshape(-1)
+                    slices[name] = TensorSlice(tuple(tensor.shape), get_local_flat_range(tensor, self._rank)[0])
+                    local[name] = tensor.to_local().detach().reshape(-1)
                 elif self._rank == 0:
-                    cut[name] = tensor.detach()
-            return cut
+                    local[name] = tensor.detach()
+            return local
 
-        tensors = own(self.module.state_dict(keep_vars=True))
+        tensors = take_local(self.module.state_dict(keep_vars=True))
         return ShardedState(
-            ReplicaState(tensors, own(get_optimizer_tensors(self.optimizer, self.module)), self._make_facts()), places
+            ReplicaState(tensors, take_local(get_optimizer_tensors(self.optimizer, self.module)), self._make_facts()),
+            slices,
         )
 
     def _gather_full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """The full tensor in host memory on rank 0; an empty tensor on the other ranks."""
-        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-        return whole.cpu() if self._rank == 0 else whole.new_empty(0)
+        full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        return full.cpu() if self._rank == 0 else full.new_empty(0)
 
     @torch.no_grad()
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if isinstance(tensor, DTensor):
                 rows = tensor.to_local()
-                rows.copy_(model.read_range(name, *local_flat_range(tensor, self._rank)).view(rows.shape))
+                rows.copy_(model.read_range(name, *get_local_flat_range(tensor, self._rank)).view(rows.shape))
             else:
                 tensor.copy_(model[name])
         parameters = dict(self.module.named_parameters())
@@ -148,7 +149,9 @@ class FsdpReplica(BaseReplica):
         if not isinstance(parameter, DTensor) or optimizer.shape(key) != tuple(parameter.shape):
             return optimizer[key]
         rows = parameter.to_local()
-        values = optimizer.read_range(key, *local_flat_range(parameter, self._rank)).view(rows.shape).to(rows.device)
+        values = (
+            optimizer.read_range(key, *get_local_flat_range(parameter, self._rank)).view(rows.shape).to(rows.device)
+        )
         return DTensor.from_local(
             values,
             parameter.device_mesh,
@@ -159,19 +162,19 @@ class FsdpReplica(BaseReplica):
         )
 
 
-def register_grad_norm_hooks(listener: GradNormHooks) -> Callable[..., None]:
+def register_grad_norm_hooks(norm_hooks: GradNormHooks) -> Callable[..., None]:
     """A forward pre-hook that registers gradient norm hooks on a block's gathered parameters.
 
     They exist from the first forward pass on and stay the same tensors.
     """
-    known: set[int] = set()
+    registered: set[int] = set()
 
     def hook(block: nn.Module, *_: object) -> None:
-        if torch.is_grad_enabled() and id(block) not in known:
-            known.add(id(block))
+        if torch.is_grad_enabled() and id(block) not in registered:
+            registered.add(id(block))
             for parameter in block.parameters():
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
-                    listener.register(parameter)
+                    norm_hooks.register(parameter)
 
     return hook
 
@@ -189,10 +192,10 @@ def apply_fully_shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None),
         "offload_policy": CPUOffloadPolicy() if config.strategy.offload and cuda else OffloadPolicy(),
     }
-    for part in (*blocks, model):
-        materialize(part)
-        broadcast_from_rank0(part, precision.device)
-        fully_shard(part, **options)
+    for module in (*blocks, model):
+        materialize(module)
+        broadcast_from_rank0(module, precision.device)
+        fully_shard(module, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -206,9 +209,9 @@ def broadcast_from_rank0(model: nn.Module, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if isinstance(tensor, DTensor):
             continue  # belongs to a block that is already sharded
-        here = tensor.detach().to(device)
-        dist.broadcast(here, src=0)
-        tensor.copy_(here)
+        values = tensor.detach().to(device)
+        dist.broadcast(values, src=0)
+        tensor.copy_(values)
 
 
 def check_parameter_shapes(model: nn.Module) -> None:
@@ -232,19 +235,19 @@ def check_tied_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> None
         UsageError: a parameter is shared by two blocks, or by a block and the rest: torch would shard it twice and
             train two independent parameters.
     """
-    home = {module: number for number, block in enumerate(blocks) for module in block.modules()}
-    found: dict[nn.Parameter, tuple[int | None, str]] = {}
+    block_of = {module: number for number, block in enumerate(blocks) for module in block.modules()}
+    first_uses: dict[nn.Parameter, tuple[int | None, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        here = home.get(model.get_submodule(name.rpartition(".")[0]))
-        there, first = found.setdefault(parameter, (here, name))
-        if there != here:
+        block = block_of.get(model.get_submodule(name.rpartition(".")[0]))
+        first_block, first_name = first_uses.setdefault(parameter, (block, name))
+        if block != first_block:
             raise UsageError(
-                f"strategy=fsdp: {first} and {name} are one parameter in two blocks, which FSDP2 would train as two: "
-                "exclude the modules that hold it from the recipe's blocks(model), or type strategy=ddp"
+                f"strategy=fsdp: {first_name} and {name} are one parameter in two blocks, which FSDP2 would train as "
+                "two: exclude the modules that hold it from the recipe's blocks(model), or type strategy=ddp"
             )
 
 
-def local_flat_range(tensor: DTensor, rank: int) -> tuple[int, int]:
+def get_local_flat_range(tensor: DTensor, rank: int) -> tuple[int, int]:
     """The range [start, stop) of this rank's rows in the flat tensor: dimension 0 is divided as by torch.chunk."""
     width = tensor.numel() // tensor.shape[0] if tensor.shape[0] else 0
     rows = -(-tensor.shape[0] // tensor.device_mesh.size())
@@ -260,11 +263,11 @@ def zero_padding_gradients(model: nn.Module) -> Iterator[None]:
     """
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def catch(block: nn.Module, *_: object) -> None:
+    def register_hooks(block: nn.Module, *_: object) -> None:
         trained = (p for p in block.parameters() if p.requires_grad and not isinstance(p, DTensor))
         handles.extend(parameter.register_hook(torch.zeros_like) for parameter in trained)
 
-    handles.extend(m.register_forward_pre_hook(catch) for m in model.modules() if isinstance(m, FSDPModule))
+    handles.extend(m.register_forward_pre_hook(register_hooks) for m in model.modules() if isinstance(m, FSDPModule))
     try:
         yield
     finally:

@@ -17,7 +17,8 @@ __all__ = ["GradNormHooks", "GroupGradNorms", "compute_norms"]
 CHUNK_NUMEL = 1 << 20
 PIECE_NUMEL = 1 << 16
 #: Measuring every update would be noticeably slow: measure the first ones, for an early estimate, then every fourth.
-#: Measuring each micro-batch (FIRST_HEARD) costs more than measuring what ranks and shards contribute to the sum.
+#: Measuring each micro-batch (FIRST_UPDATES_WITH_HOOKS) costs more than measuring what ranks and shards contribute to
+#: the sum.
 FIRST_UPDATES, FIRST_UPDATES_WITH_HOOKS = 200, 40
 MEASURE_EVERY = 4
 
@@ -29,12 +30,12 @@ def compute_norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """
     pieces: list[torch.Tensor] = []
     for tensor in tensors:
-        pieces += [tensor] if tensor.numel() <= PIECE_NUMEL else contiguous_pieces(tensor)
+        pieces += [tensor] if tensor.numel() <= PIECE_NUMEL else split_contiguously(tensor)
     double = any(piece.dtype is torch.float64 for piece in pieces)
     return list(torch._foreach_norm(pieces, 2, torch.float64 if double else torch.float32)) if pieces else []
 
 
-def contiguous_pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+def split_contiguously(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """Split into views that are contiguous in memory, for any memory layout."""
     outer = max(range(tensor.ndim), key=tensor.stride)
     return tensor.split(max(1, PIECE_NUMEL * tensor.shape[outer] // tensor.numel()), outer)
@@ -86,7 +87,7 @@ class GradNormHooks:
 
     def __init__(self, parameters: Iterable[torch.Tensor] = ()) -> None:
         self.enabled = False
-        self._waiting: list[torch.Tensor] = []
+        self._pending: list[torch.Tensor] = []
         self._elements = 0
         self._norms: list[torch.Tensor] = []
         for parameter in parameters:
@@ -102,18 +103,18 @@ class GradNormHooks:
         if elements > PIECE_NUMEL:
             self._norms += compute_norms([gradient])
             return
-        self._waiting.append(gradient)  # the tensor itself, not a view: autograd then does not modify it in place
+        self._pending.append(gradient)  # the tensor itself, not a view: autograd then does not modify it in place
         self._elements += elements
         if self._elements >= CHUNK_NUMEL:
-            self._flush_waiting()
+            self._flush_pending()
 
-    def _flush_waiting(self) -> None:
-        if self._waiting:
-            self._norms += compute_norms([torch.cat([gradient.reshape(-1) for gradient in self._waiting])])
-        self._waiting, self._elements = [], 0
+    def _flush_pending(self) -> None:
+        if self._pending:
+            self._norms += compute_norms([torch.cat([gradient.reshape(-1) for gradient in self._pending])])
+        self._pending, self._elements = [], 0
 
     def pop_norms(self) -> list[torch.Tensor]:
         """Norms of the gradients since the last call."""
-        self._flush_waiting()
-        heard, self._norms = self._norms, []
-        return heard
+        self._flush_pending()
+        norms, self._norms = self._norms, []
+        return norms

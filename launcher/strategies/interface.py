@@ -29,9 +29,9 @@ LARGE_MODEL_BYTES = 4 << 30
 class StepResult:
     """Result of an optimizer step. All fields but `groups` are device scalars and are read one update late.
 
-    `norm` is the norm of the update's mean gradient before clipping, `finite` whether the update was applied. `spread`
-    is the sum of |h|²/c over the `groups` parts of the batch whose gradients this rank measured separately (see
-    `gauge.GroupGradNorms`).
+    `norm` is the norm of the update's mean gradient before clipping, `finite` whether the update was applied.
+    `group_grad_norm_sum` is the sum of |h|²/c over the `groups` parts of the batch whose gradients this rank measured
+    separately (see `gradient_norms.GroupGradNorms`).
     """
 
     norm: torch.Tensor
@@ -42,7 +42,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class ReplicaArgs:
-    """The arguments of `prepare`, from which a replica is built."""
+    """What a replica is built from.
+
+    `groups`: the recipe's own parameter groups. `blocks`: parts of the model to gather one at a time.
+    """
 
     model: nn.Module
     config: RunConfig
@@ -64,12 +67,12 @@ class ReplicaState(NamedTuple):
 class ShardedState(NamedTuple):
     """Flat ranges of tensors, and the position of each in the whole tensor.
 
-    A tensor without an entry in `places` is complete, and on rank 0 only. Optimizer tensors have entries under their
+    A tensor without an entry in `slices` is complete, and on rank 0 only. Optimizer tensors have entries under their
     own names.
     """
 
     state: ReplicaState
-    places: Mapping[str, TensorSlice]
+    slices: Mapping[str, TensorSlice]
 
 
 class ReplicaProtocol(Protocol):

@@ -30,27 +30,29 @@ def build_on_meta_device(recipe: Any, config: RunConfig, rank: int) -> nn.Module
     try:
         with torch.device("meta"):
             model: nn.Module = recipe.model()
-        why = next(unregistered_tensors(model), None)
+        reason = next(find_unregistered_tensors(model), None)
     except Exception as error:  # a recipe may read values, which meta tensors do not have, and raise anything
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    asked = config.strategy.meta_init is True
-    if why is None:
-        return model if asked or sum(p.nbytes for p in model.parameters()) > LARGE_MODEL_BYTES else None
-    if asked:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    required = config.strategy.meta_init is True
+    if reason is None:
+        return model if required or sum(p.nbytes for p in model.parameters()) > LARGE_MODEL_BYTES else None
+    if required:
         raise UsageError(
-            f"strategy.meta_init=true: the recipe's model cannot be built on the meta device ({why}): "
+            f"strategy.meta_init=true: the recipe's model cannot be built on the meta device ({reason}): "
             "type strategy.meta_init=false, which builds the whole model on every worker"
         )
-    logging.getLogger("launcher").info("every worker builds the whole model: %s", why)
+    logging.getLogger("launcher").info("every worker builds the whole model: %s", reason)
     return None
 
 
-def unregistered_tensors(model: nn.Module) -> Iterator[str]:
+def find_unregistered_tensors(model: nn.Module) -> Iterator[str]:
     """Find meta tensors that modules keep as plain attributes: they would never receive rank 0's values."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            if attribute not in ("_parameters", "_buffers") and any(_is_meta(one) for one in held):
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            )
+            if attribute not in ("_parameters", "_buffers") and any(map(_is_meta, values)):
                 yield f"{f'{name}.' if name else ''}{attribute} is neither a parameter nor a buffer"
 
 
@@ -58,22 +60,22 @@ def _is_meta(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_meta
 
 
-def materialize(part: nn.Module) -> None:
-    """Replace the meta tensors of `part` with uninitialised CPU tensors. Tied tensors stay tied."""
-    made: dict[torch.Tensor, torch.Tensor] = {}
-    for module in part.modules():
+def materialize(model: nn.Module) -> None:
+    """Replace the meta tensors of `model` with uninitialised CPU tensors. Tied tensors stay tied."""
+    replacements: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
         for group in (module._parameters, module._buffers):
             for name, tensor in group.items():
                 if tensor is None or not tensor.is_meta:
                     continue
-                if tensor not in made:
-                    made[tensor] = empty_like_on_cpu(tensor)
-                group[name] = made[tensor]  # type: ignore[assignment]
+                if tensor not in replacements:
+                    replacements[tensor] = make_empty_on_cpu(tensor)
+                group[name] = replacements[tensor]  # type: ignore[assignment]
 
 
-def empty_like_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    room = torch.empty_like(tensor, device="cpu")
+def make_empty_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="cpu")
     if isinstance(tensor, nn.Parameter):
-        room = nn.Parameter(room, tensor.requires_grad)
-    vars(room).update(vars(tensor))  # attributes that the recipe set on it, e.g. to select its parameter group
-    return room
+        empty = nn.Parameter(empty, tensor.requires_grad)
+    vars(empty).update(vars(tensor))  # attributes that the recipe set on it, e.g. to select its parameter group
+    return empty

@@ -1,4 +1,4 @@
-"""The configured optimizer, its state by parameter names, and the training precision."""
+"""The configured optimizer, and its state by parameter names."""
 
 from __future__ import annotations
 
@@ -47,15 +47,17 @@ def make_optimizer(
         UsageError: the class is unknown or not trusted, or refuses one of its arguments.
     """
     options = {name: value for name, value in config.optimizer.items() if name != "_target_"}
-    kind = load_class(str(config.optimizer["_target_"]), tuple(config.recipe.get("trust", ())))
-    if kind in fused and options.get("fused") is None and options.get("foreach") is None:
+    optimizer_class = load_class(str(config.optimizer["_target_"]), tuple(config.recipe.get("trust", ())))
+    if optimizer_class in fused and options.get("fused") is None and options.get("foreach") is None:
         options["fused"] = all(p.is_floating_point() for p in model.parameters())
     try:
-        optimizer = kind(
-            recipe_param_groups(model, config, groups) or make_param_groups(model, config, options), lr=0.0, **options
+        optimizer = optimizer_class(
+            get_recipe_param_groups(model, config, groups) or make_param_groups(model, config, options),
+            lr=0.0,
+            **options,
         )
     except (TypeError, ValueError) as problem:
-        raise UsageError(f"optimizer={kind.__name__} does not take these arguments: {problem}") from problem
+        raise UsageError(f"optimizer={optimizer_class.__name__} does not take these arguments: {problem}") from problem
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
             f"optimizer._target_={config.optimizer['_target_']} is not a torch.optim.Optimizer: name a subclass of it"
@@ -63,7 +65,7 @@ def make_optimizer(
     return optimizer
 
 
-def recipe_param_groups(model: nn.Module, config: RunConfig, groups: ParamGroupsFn | None) -> list[dict[str, Any]]:
+def get_recipe_param_groups(model: nn.Module, config: RunConfig, groups: ParamGroupsFn | None) -> list[dict[str, Any]]:
     """The recipe's parameter groups, each with its learning rate multiplier; empty if the recipe defines none.
 
     Raises:
@@ -71,17 +73,17 @@ def recipe_param_groups(model: nn.Module, config: RunConfig, groups: ParamGroups
     """
     if groups is None:
         return []
-    found = [dict(group) for group in groups(model)]
-    for group in found:
+    param_groups = [dict(group) for group in groups(model)]
+    for group in param_groups:
         group["params"] = list(group["params"]) if not isinstance(group["params"], torch.Tensor) else [group["params"]]
         if "lr" in group:
             group[LR_MULTIPLIER] = group.pop("lr") / float(config.lr.base or 1.0)
-    grouped = Counter(id(parameter) for group in found for parameter in group["params"])
+    grouped = Counter(id(parameter) for group in param_groups for parameter in group["params"])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and grouped[id(parameter)] != 1:
             times = "more than one" if grouped[id(parameter)] else "none"
             raise UsageError(f"the recipe's param_groups(model) has {name} in {times} of its groups: put it in one")
-    return found
+    return param_groups
 
 
 def make_param_groups(model: nn.Module, config: RunConfig, options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -154,9 +156,9 @@ def load_optimizer(
         name, slot = key.rsplit("/", 1)
         state.setdefault(name, {})[slot] = value
     order = [name for group in get_names_by_group(optimizer, model) for name in group]
-    present = optimizer.state_dict()
-    present["state"] = {index: state[name] for index, name in enumerate(order) if name in state}
-    optimizer.load_state_dict(present)
+    state_dict = optimizer.state_dict()
+    state_dict["state"] = {index: state[name] for index, name in enumerate(order) if name in state}
+    optimizer.load_state_dict(state_dict)
 
 
 def check_optimizer_class(optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:

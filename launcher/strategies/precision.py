@@ -52,11 +52,11 @@ class Precision:
             self.scaler.update()
 
     def get_scale_tensor(self) -> torch.Tensor | float:
-        """The loss scale that `scaled` multiplies by, without a device synchronisation."""
+        """The loss scale that `scale_loss` multiplies by, without a device synchronisation."""
         return 1.0 if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
     def scale(self) -> float:
-        """The loss scale that `scaled` multiplies by; synchronises with the device."""
+        """The loss scale that `scale_loss` multiplies by; synchronises with the device."""
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def update_scale(self, *, finite: bool) -> None:

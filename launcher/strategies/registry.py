@@ -1,40 +1,24 @@
-"""Parallel strategies (DDP, FSDP2, DeepSpeed, exact): their common protocol, and the selection of one by name."""
+"""Build the replica of the configured strategy; only the module of that strategy is imported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from launcher.config.schema import RunConfig
-    from launcher.strategies.optimizer import ParamGroupsFn
-    from launcher.strategies.precision import Precision
-    from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["build_replica"]
 
 
-def build_replica(
-    model: nn.Module,
-    config: RunConfig,
-    world: int,
-    precision: Precision,
-    clock: StageClock,
-    groups: ParamGroupsFn | None = None,
-    blocks: Sequence[nn.Module] = (),
-) -> ReplicaProtocol:
-    """Build the replica for `config.strategy.name`, or the exact one; the model is already on its device.
-
-    `groups`: the recipe's own parameter groups. `blocks`: parts of the model to gather one at a time.
-    """
-    return replica_class(config)(ReplicaArgs(model, config, world, precision, clock, groups, blocks))
+def build_replica(args: ReplicaArgs) -> ReplicaProtocol:
+    """Build the replica for `config.strategy.name`, or the exact one; the model is already on its device."""
+    return get_replica_class(args.config)(args)
 
 
-def replica_class(config: RunConfig) -> Callable[[ReplicaArgs], ReplicaProtocol]:
+def get_replica_class(config: RunConfig) -> Callable[[ReplicaArgs], ReplicaProtocol]:
     """The class for the configured strategy; only its module is imported."""
     if config.strategy.name == "fsdp":
         from launcher.strategies.fsdp import FsdpReplica

@@ -18,7 +18,7 @@ from launcher.errors import UsageError
 from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
-from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol
 from launcher.strategies.meta_init import build_on_meta_device
 from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
@@ -148,7 +148,7 @@ def build_components(
         precision=precision,
         clock=clock,
         replica=build_replica(
-            model, config, topology.world, precision, clock, getattr(recipe, "param_groups", None), blocks
+            ReplicaArgs(model, config, topology.world, precision, clock, getattr(recipe, "param_groups", None), blocks)
         ),
         train_data=data.train,
         val_data=data.val,

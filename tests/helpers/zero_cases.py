@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.config.schema import LaunchConfig, LrConfig, RunConfig, StrategyConfig, TrainConfig
 from launcher.errors import UsageError
-from launcher.strategies.interface import ReplicaProtocol, ReplicaState
+from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol, ReplicaState
 from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
 from launcher.telemetry.stage_clock import HostTimer, StageClock
@@ -76,7 +76,7 @@ def run_of(optimizer: str, precision: str = "fp32", **strategy: Any) -> RunConfi
 def made(config: RunConfig, world: int) -> ReplicaProtocol:
     torch.manual_seed(1)
     precision = Precision.from_name(config.train.precision, torch.device("cpu"))
-    return build_replica(Odd().train(), config, world, precision, StageClock(HostTimer()))
+    return build_replica(ReplicaArgs(Odd().train(), config, world, precision, StageClock(HostTimer())))
 
 
 def samples(update: int) -> tuple[torch.Tensor, torch.Tensor]:

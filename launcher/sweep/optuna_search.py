@@ -31,27 +31,27 @@ def check_optuna(trials: int) -> str | None:
 
 
 class OptunaSearch:
-    """Optuna study of a sweep. `asked` is the fingerprint of the search, which must not change between commands.
+    """Optuna study of a sweep. `fingerprint` identifies the search, which must not change between commands.
 
     Raises:
         UsageError: the folder holds a different search.
     """
 
     def __init__(
-        self, folder: Path, axes: Sequence[SearchAxis], asked: Mapping[str, str], *, most: bool, seed: int
+        self, folder: Path, axes: Sequence[SearchAxis], fingerprint: Mapping[str, str], *, maximize: bool, seed: int
     ) -> None:
         from optuna.samplers import TPESampler
 
         self._distributions = {axis.name: axis.make_distribution() for axis in axes}
         self._axes = axes
-        self._study = create_study(folder / JOURNAL_FILE, most)
-        before = self._study.user_attrs.get("asked")
-        changed = [name for name in {**asked, **(before or {})} if before and before.get(name) != asked.get(name)]
+        self._study = create_study(folder / JOURNAL_FILE, maximize)
+        earlier = self._study.user_attrs.get("asked") or fingerprint
+        changed = [name for name in {**fingerprint, **earlier} if earlier.get(name) != fingerprint.get(name)]
         if changed:
             raise UsageError(
                 f"{folder} holds a search with a different {', '.join(sorted(changed))}: type another run.name="
             )
-        self._study.set_user_attr("asked", dict(asked))
+        self._study.set_user_attr("asked", dict(fingerprint))
         self._study.sampler = TPESampler(seed=(seed + len(self._study.trials)) % 2**32)
 
     def iter_points(self, count: int) -> Iterator[tuple[int, list[str]]]:
@@ -61,14 +61,14 @@ class OptunaSearch:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             yield trial.number, self._make_overrides(trial.params)
         while len(self._study.get_trials(deepcopy=False)) < count:
-            fresh = self._study.ask(self._distributions)
-            yield fresh.number, self._make_overrides(fresh.params)
+            new_trial = self._study.ask(self._distributions)
+            yield new_trial.number, self._make_overrides(new_trial.params)
 
-    def results(self) -> list[tuple[int, list[str], str]]:
+    def list_results(self) -> list[tuple[int, list[str], str]]:
         """Number, overrides and outcome of every point, including those of earlier commands."""
-        words = {"COMPLETE": FINISHED, "FAIL": "failed", "RUNNING": STOPPED}
+        outcomes = {"COMPLETE": FINISHED, "FAIL": "failed", "RUNNING": STOPPED}
         trials = self._study.get_trials(deepcopy=False)
-        return [(trial.number, self._make_overrides(trial.params), words[trial.state.name]) for trial in trials]
+        return [(trial.number, self._make_overrides(trial.params), outcomes[trial.state.name]) for trial in trials]
 
     def report_value(self, number: int, value: float | None) -> None:
         """Report a point's value to Optuna; None or a non-finite value marks it as failed, but it counts as a trial."""
@@ -91,7 +91,7 @@ class OptunaSearch:
         return [axis.format_override(params[axis.name]) for axis in self._axes]
 
 
-def create_study(journal: Path, most: bool) -> Study:
+def create_study(journal: Path, maximize: bool) -> Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -100,7 +100,7 @@ def create_study(journal: Path, most: bool) -> Study:
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(journal))),
         study_name="sweep",
-        direction="maximize" if most else "minimize",
+        direction="maximize" if maximize else "minimize",
         load_if_exists=True,
     )
     journal.chmod(0o600)

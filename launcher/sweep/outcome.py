@@ -53,9 +53,9 @@ def choose_sweep_directory(run: RunDirConfig, now: float | None = None) -> Path:
         if not RUN_NAME_PATTERN.fullmatch(run.name):
             raise UsageError(f"run.name={run.name}: type up to 64 letters, digits, '.', '_' and '-'")
         return Path("runs") / run.name
-    named = Path("runs") / time.strftime("sweep-%Y%m%d-%H%M%S", time.localtime(now))
-    taken = [named, *(named.with_name(f"{named.name}-{count}") for count in range(2, 100))]
-    return next(folder for folder in taken if not folder.exists())
+    first = Path("runs") / time.strftime("sweep-%Y%m%d-%H%M%S", time.localtime(now))
+    candidates = [first, *(first.with_name(f"{first.name}-{count}") for count in range(2, 100))]
+    return next(folder for folder in candidates if not folder.exists())
 
 
 def point_config(config: RunConfig, folder: Path, number: int | str) -> RunConfig:
@@ -63,8 +63,8 @@ def point_config(config: RunConfig, folder: Path, number: int | str) -> RunConfi
     name = f"{folder.name}-{number}"
     if "wandb" in config.sink:
         options = config.sink["wandb"] or {}
-        grouped = {**options, "group": options.get("group") or folder.name}
-        config = replace(config, sink={**config.sink, "wandb": grouped})
+        options = {**options, "group": options.get("group") or folder.name}
+        config = replace(config, sink={**config.sink, "wandb": options})
     return replace(
         config, run=RunDirConfig(name=name if RUN_NAME_PATTERN.fullmatch(name) else None, dir=str(folder / str(number)))
     )
@@ -75,10 +75,10 @@ def mask_hydra_file(file: Path) -> None:
     if not file.is_file() or file.is_symlink():
         return
     masked = yaml.safe_dump(mask_nested_secrets(yaml.safe_load(file.read_text(encoding="utf-8"))), sort_keys=False)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(os.open(beside, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as sealed:
-        sealed.write(masked)
-    beside.replace(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as stream:
+        stream.write(masked)
+    temporary.replace(file)
 
 
 def worst_status(outcomes: Sequence[PointOutcome]) -> int:

@@ -37,32 +37,32 @@ class ParallelRunner:
     Ctrl-C and SIGTERM make all jobs save and stop, and no further job is started; a second Ctrl-C ends them at once.
     """
 
-    def __init__(self, lanes: Sequence[MachineSlice], tell: Callable[[str], None]) -> None:
-        self._free = list(lanes)
-        self._tell = tell
-        self._at_work: dict[BaseProcess, tuple[PointJob, MachineSlice]] = {}
-        self._asked: list[int] = []
-        self._owner = os.getpid()
+    def __init__(self, slices: Sequence[MachineSlice], report: Callable[[str], None]) -> None:
+        self._free = list(slices)
+        self._report = report
+        self._running: dict[BaseProcess, tuple[PointJob, MachineSlice]] = {}
+        self._signals: list[int] = []
+        self._parent_pid = os.getpid()
 
     @property
     def stop_requested(self) -> bool:
-        return bool(self._asked)
+        return bool(self._signals)
 
-    def run(self, jobs: Iterator[PointJob], ended: Callable[[PointJob, int], None]) -> None:
-        """Run all jobs, taking the next one only when a slice is free; call `ended` with each job and status."""
+    def run(self, jobs: Iterator[PointJob], on_exit: Callable[[PointJob, int], None]) -> None:
+        """Run all jobs, taking the next one only when a slice is free; call `on_exit` with each job and status."""
         with forward_signals_to(self._handle_signal):
             try:
                 while self._start_jobs(jobs):
-                    self._wait_for_jobs(ended)
+                    self._wait_for_jobs(on_exit)
             finally:
-                for process in self._at_work:
+                for process in self._running:
                     process.kill()  # its workers die with it
 
     def _start_jobs(self, jobs: Iterator[PointJob]) -> bool:
         """Start jobs on the free slices; return whether any job is running."""
-        while self._free and not self._asked and (job := next(jobs, None)) is not None:
+        while self._free and not self._signals and (job := next(jobs, None)) is not None:
             self._start_job(job, self._free.pop(0))
-        return bool(self._at_work)
+        return bool(self._running)
 
     def _start_job(self, job: PointJob, machine_slice: MachineSlice) -> None:
         make_private_dir(job.log.parent)
@@ -71,35 +71,35 @@ class ParallelRunner:
             target=run_isolated, args=(job, machine_slice), name=f"point {job.number}"
         )
         process.start()
-        self._at_work[process] = (job, machine_slice)
-        for number in self._asked:  # signals that arrived before the process was registered
-            self._forward_signal(number, process)
+        self._running[process] = (job, machine_slice)
+        for signum in self._signals:  # signals that arrived before the process was registered
+            self._forward_signal(signum, process)
 
-    def _wait_for_jobs(self, ended: Callable[[PointJob, int], None]) -> None:
-        connection.wait([process.sentinel for process in self._at_work])
-        for process in [one for one in self._at_work if not one.is_alive()]:
+    def _wait_for_jobs(self, on_exit: Callable[[PointJob, int], None]) -> None:
+        connection.wait([process.sentinel for process in self._running])
+        for process in [process for process in self._running if not process.is_alive()]:
             process.join()
-            job, machine_slice = self._at_work.pop(process)
+            job, machine_slice = self._running.pop(process)
             self._free.append(machine_slice)
             status = process.exitcode or EXIT_OK
-            ended(job, status if status >= 0 else EXIT_FAILED)
+            on_exit(job, status if status >= 0 else EXIT_FAILED)
 
-    def _handle_signal(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._owner:
+    def _handle_signal(self, signum: int, _: FrameType | None) -> None:
+        if os.getpid() != self._parent_pid:
             raise SystemExit(EXIT_OK)  # a forked point before or after its training: nothing to save
-        first = not self._asked
-        if first:
-            more = " (press Ctrl-C again to end at once)" if number == signal.SIGINT else ""
-            self._tell(f"{signal.Signals(number).name}: all points save at the next update, then stop{more}")
-        elif number != signal.SIGINT:
+        is_first = not self._signals
+        if is_first:
+            hint = " (press Ctrl-C again to end at once)" if signum == signal.SIGINT else ""
+            self._report(f"{signal.Signals(signum).name}: all points save at the next update, then stop{hint}")
+        elif signum != signal.SIGINT:
             return
-        self._asked.append(signal.SIGTERM if first else signal.SIGINT)
-        for process in list(self._at_work):
-            self._forward_signal(self._asked[-1], process)
+        self._signals.append(signal.SIGTERM if is_first else signal.SIGINT)
+        for process in list(self._running):
+            self._forward_signal(self._signals[-1], process)
 
-    def _forward_signal(self, number: int, process: BaseProcess) -> None:
+    def _forward_signal(self, signum: int, process: BaseProcess) -> None:
         with suppress(ProcessLookupError):
-            os.kill(process.pid or 0, number)
+            os.kill(process.pid or 0, signum)
 
 
 def run_isolated(job: PointJob, machine_slice: MachineSlice) -> None:

@@ -31,7 +31,6 @@ __all__ = [
     "PointFunction",
     "PointTask",
     "point_overrides",
-    "print_stderr",
     "quote_override",
     "run_in_directory",
     "run_point",
@@ -44,14 +43,14 @@ PointFunction = Callable[[RunConfig, Sequence[str]], int]
 
 @dataclass(frozen=True)
 class PointTask:
-    """How to run each point. `flags` precede its overrides; `share` (k, n): run every n-th point starting at k."""
+    """How to run each point. `flags` precede its overrides; `shard` (k, n): run every n-th point starting at k."""
 
     point: PointFunction
     flags: tuple[str, ...] = ()
-    share: tuple[int, int] = (0, 1)
+    shard: tuple[int, int] = (0, 1)
 
-    def is_in_share(self, number: int) -> bool:
-        return number % self.share[1] == self.share[0] % self.share[1]
+    def is_in_shard(self, number: int) -> bool:
+        return number % self.shard[1] == self.shard[0] % self.shard[1]
 
 
 def run_points(
@@ -60,20 +59,20 @@ def run_points(
     """Run every point through Hydra's sweeper and launcher, or the plugins selected by the user."""
     from hydra._internal.hydra import Hydra
 
-    here: list[outcome.PointOutcome] = []
+    outcomes: list[outcome.PointOutcome] = []
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2(PRIMARY_CONFIG_NAME, composer.search_path)
-    place = f"hydra.sweep.dir={quote_override(folder)}"
+    folder_override = f"hydra.sweep.dir={quote_override(folder)}"
     try:
         with hydra_errors_as_usage_errors():
-            job = functools.partial(run_point, task, here)
+            job = functools.partial(run_point, task, outcomes)
             returned = hydra.multirun(
-                PRIMARY_CONFIG_NAME, job, [*with_force_add(overrides), place], with_log_configuration=False
+                PRIMARY_CONFIG_NAME, job, [*with_force_add(overrides), folder_override], with_log_configuration=False
             )
     finally:
         GlobalHydra.instance().clear()
         outcome.mask_hydra_file(folder / "multirun.yaml")
-    return _collect_outcomes(returned) or here
+    return _collect_outcomes(returned) or outcomes
 
 
 def _collect_outcomes(returned: Any) -> list[outcome.PointOutcome]:
@@ -83,7 +82,7 @@ def _collect_outcomes(returned: Any) -> list[outcome.PointOutcome]:
     return [job.return_value for job in jobs if isinstance(job.return_value, outcome.PointOutcome)]
 
 
-def run_point(task: PointTask, here: list[outcome.PointOutcome], config: DictConfig) -> outcome.PointOutcome:
+def run_point(task: PointTask, outcomes: list[outcome.PointOutcome], config: DictConfig) -> outcome.PointOutcome:
     """Hydra's task function: run one point. A failure is printed and returned, so that the next point still runs.
 
     After a stopped point no further point is started.
@@ -93,17 +92,17 @@ def run_point(task: PointTask, here: list[outcome.PointOutcome], config: DictCon
     overrides = [str(override) for override in hydra.overrides.task]
     outcome.mask_hydra_file(folder / "multirun.yaml")
     job = int(hydra.job.num)
-    if not task.is_in_share(job) or any(outcome.stopped for outcome in here):
-        here.append(outcome.PointOutcome(job, tuple(overrides), EXIT_OK, outcome.NOT_RUN))
-        return here[-1]
+    if not task.is_in_shard(job) or any(earlier.stopped for earlier in outcomes):
+        outcomes.append(outcome.PointOutcome(job, tuple(overrides), EXIT_OK, outcome.NOT_RUN))
+        return outcomes[-1]
     print_stderr(f"point {number}: {' '.join(overrides)}")
     ended, status = run_in_directory(
         task, folder, number, lambda: finalize(to_container(config), parse_overrides(overrides)), overrides
     )
     if status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt  # ends the sweep
-    here.append(outcome.PointOutcome(job, tuple(overrides), status, ended))
-    return here[-1]
+    outcomes.append(outcome.PointOutcome(job, tuple(overrides), status, ended))
+    return outcomes[-1]
 
 
 def run_in_directory(
@@ -114,15 +113,15 @@ def run_in_directory(
         composed = compose()
         for note in composed.notes:
             print_stderr(f"note: {note}")
-        placed = outcome.point_config(composed.config, folder, number)
-        words = [
+        config = outcome.point_config(composed.config, folder, number)
+        args = [
             *task.flags,
             *point_overrides(overrides),
-            f"run.dir={quote_override(placed.run.dir)}",
-            *make_group_override(placed),
+            f"run.dir={quote_override(config.run.dir)}",
+            *make_group_override(config),
         ]
-        status = task.point(placed, words)
-        return outcome.outcome_word(placed, status), status
+        status = task.point(config, args)
+        return outcome.outcome_word(config, status), status
     except UsageError as error:
         print_stderr(f"error: {error}")
         return f"failed ({EXIT_USAGE})", EXIT_USAGE
@@ -144,4 +143,4 @@ def make_group_override(config: RunConfig) -> list[str]:
 
 def quote_override(value: object) -> str:
     """Quote any value for Hydra's override grammar, where backslashes are escapes only before a quote."""
-    return "'{}'".format(re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value)))
+    return "'{}'".format(re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), str(value)))

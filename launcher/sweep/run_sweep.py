@@ -53,7 +53,7 @@ def run_sweep(args: Sequence[str], point: PointFunction) -> int:
         if settings.max_parallel > 1 and points:
             outcomes = run_in_parallel(task, folder, points, composed, settings.max_parallel)
         else:
-            outcomes = run_points(composer, task, folder, asked.overrides)
+            outcomes = run_points(composer, task, folder, request.overrides)
     print(format_sweep_table(folder, outcomes))
     return outcome.worst_status(outcomes)
 
@@ -63,8 +63,8 @@ def require_local(settings: SweepConfig, request: SweepRequest, task: PointTask)
     option = f"sweep.trials={settings.trials}" if settings.trials else f"sweep.max_parallel={settings.max_parallel}"
     if settings.trials is None and settings.max_parallel == 1:
         return
-    if not asked.is_local or asked.config.launch.kind == "slurm":
-        other = "launch=slurm" if asked.is_local else "hydra/launcher="
+    if not request.is_local or request.config.launch.kind == "slurm":
+        other = "launch=slurm" if request.is_local else "hydra/launcher="
         raise UsageError(f"{option} runs points on this machine only: leave it out, or {other}")
     if settings.trials is not None and task.shard[1] > 1:
         raise UsageError(f"{option}: each point depends on all earlier ones: leave --shard out")
@@ -74,7 +74,11 @@ def require_local(settings: SweepConfig, request: SweepRequest, task: PointTask)
 
 
 def run_in_parallel(
-    task: PointTask, folder: Path, points: Sequence[Sequence[str]], composed: Sequence[ComposedConfig], max_parallel: int
+    task: PointTask,
+    folder: Path,
+    points: Sequence[Sequence[str]],
+    composed: Sequence[ComposedConfig],
+    max_parallel: int,
 ) -> list[outcome.PointOutcome]:
     """Run this process's shard of the points, `max_parallel` at a time, each in its own process and machine slice."""
     numbers = [number for number in range(len(points)) if task.is_in_shard(number)]
@@ -117,13 +121,12 @@ class SweepProgress:
         print_stderr(f"point {job.number} {', '.join(facts)} (log: {job.log})")
 
     def make_outcome(self, number: int, overrides: Sequence[str]) -> outcome.PointOutcome:
-        status, words = self._statuses.get(number), tuple(point_overrides(overrides))
+        status, own_overrides = self._statuses.get(number), tuple(point_overrides(overrides))
         if status is None:
-            return outcome.PointOutcome(number, words, EXIT_OK, outcome.NOT_RUN)
-        done = RunDirectory(self._folder / str(number)).done_json.exists()
-        return outcome.PointOutcome(
-            number, words, status, f"failed ({status})" if status else outcome.FINISHED if done else outcome.STOPPED
-        )
+            return outcome.PointOutcome(number, own_overrides, EXIT_OK, outcome.NOT_RUN)
+        is_done = RunDirectory(self._folder / str(number)).done_json.exists()
+        ended = f"failed ({status})" if status else outcome.FINISHED if is_done else outcome.STOPPED
+        return outcome.PointOutcome(number, own_overrides, status, ended)
 
     def raise_interrupted(self) -> None:
         """After a second Ctrl-C end the sweep without a table, as in sequential sweeps."""
@@ -167,68 +170,68 @@ def run_search(
     composer: ConfigComposer, task: PointTask, folder: Path, request: SweepRequest
 ) -> list[outcome.PointOutcome]:
     """Run up to sweep.trials points, including those of earlier commands. Failed points count as trials."""
-    settings = asked.settings.sweep
+    settings = request.settings.sweep
     trials = settings.trials or 1
-    if (lack := check_optuna(trials)) is not None:
-        raise UsageError(lack)
-    fixed, axes = composer.split_axes(asked.config)
-    runs = [composer.compose_single([*fixed, *words]).config for words in boundary_points(axes)]
-    parts, goal = (
-        divide_machine(min(settings.max_parallel, trials), runs, MachineResources.from_environment()),
-        Objective.from_settings(settings, runs[0]),
-    )
+    if (problem := check_optuna(trials)) is not None:
+        raise UsageError(problem)
+    fixed, axes = composer.split_axes(request.config)
+    configs = [composer.compose_single([*fixed, *overrides]).config for overrides in iter_boundary_points(axes)]
+    slices = divide_machine(min(settings.max_parallel, trials), configs, MachineResources.from_environment())
+    objective = Objective.from_settings(settings, configs[0])
     make_private_dir(folder)
-    found = OptunaSearch(folder, axes, search_fingerprint(fixed, axes, goal), most=goal.most, seed=runs[0].seed)
-    progress, crew = SweepProgress(folder), ParallelRunner(parts, print_stderr)
+    fingerprint = make_search_fingerprint(fixed, axes, objective)
+    search = OptunaSearch(folder, axes, fingerprint, maximize=objective.maximize, seed=configs[0].seed)
+    progress, runner = SweepProgress(folder), ParallelRunner(slices, print_stderr)
     jobs = (
-        progress.make_job(task, number, words, functools.partial(composer.compose_single, words))
-        for number, own in found.iter_points(trials)
-        for words in [[*fixed, *own]]
+        progress.make_job(task, number, overrides, functools.partial(composer.compose_single, overrides))
+        for number, chosen in search.iter_points(trials)
+        for overrides in [[*fixed, *chosen]]
     )
-    runner.run(jobs, functools.partial(record_point, progress, folder, found, goal))
+    runner.run(jobs, functools.partial(record_point, progress, folder, search, objective))
     progress.raise_interrupted()
-    print_best_point(found, goal)
+    print_best_point(search, objective)
     return [
-        outcome.PointOutcome(number, tuple(point_overrides([*fixed, *own])), EXIT_FAILED * (word == "failed"), word)
-        for number, own, word in found.results()
+        outcome.PointOutcome(
+            number, tuple(point_overrides([*fixed, *chosen])), EXIT_FAILED * (ended == "failed"), ended
+        )
+        for number, chosen, ended in search.list_results()
     ]
 
 
-def boundary_points(axes: Sequence[SearchAxis]) -> Iterator[list[str]]:
+def iter_boundary_points(axes: Sequence[SearchAxis]) -> Iterator[list[str]]:
     """Points that cover both ends of each axis (the other axes at their first value), to check every value up front."""
     if not axes:
         raise UsageError("sweep.trials: no key is searched over: type e.g. lr.base='tag(log,interval(0.01,1))'")
     first = [axis.list_extremes()[0] for axis in axes]
-    for at, axis in enumerate(axes):
-        for word in axis.list_extremes():
-            yield [*first[:at], word, *first[at + 1 :]]
+    for index, axis in enumerate(axes):
+        for override in axis.list_extremes():
+            yield [*first[:index], override, *first[index + 1 :]]
 
 
-def search_fingerprint(fixed: Sequence[str], axes: Sequence[SearchAxis], goal: Objective) -> dict[str, str]:
+def make_search_fingerprint(fixed: Sequence[str], axes: Sequence[SearchAxis], objective: Objective) -> dict[str, str]:
     """Fingerprint of the search; a change means that it is a different search."""
-    asked = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in point_overrides(fixed))}
-    asked = {key: mask_secrets(value) for key, value in asked.items() if not may_change_on_resume(key)}
-    return {**asked, **{axis.name: repr(axis) for axis in axes}, "sweep.metric": goal.metric}
+    values = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in point_overrides(fixed))}
+    values = {key: mask_secrets(value) for key, value in values.items() if not may_change_on_resume(key)}
+    return {**values, **{axis.name: repr(axis) for axis in axes}, "sweep.metric": objective.metric}
 
 
 def record_point(
-    progress: SweepProgress, folder: Path, found: OptunaSearch, goal: Objective, job: PointJob, status: int
+    progress: SweepProgress, folder: Path, search: OptunaSearch, objective: Objective, job: PointJob, status: int
 ) -> None:
     """Report a finished point to Optuna; a stopped point is skipped, since the same command continues it."""
     progress.record_exit(job, status)
     point = folder / str(job.number)
     if status == EXIT_INTERRUPTED or (status == EXIT_OK and not RunDirectory(point).done_json.exists()):
         return
-    value = read_objective(point, goal.metric, goal.most)
+    value = read_objective(point, objective.metric, objective.maximize)
     if value is None and status == EXIT_OK:
-        print_stderr(f"point {job.number} reported no {goal.metric}; it is excluded from the search")
-    found.report_value(job.number, value)
+        print_stderr(f"point {job.number} reported no {objective.metric}; it is excluded from the search")
+    search.report_value(job.number, value)
 
 
-def print_best_point(found: OptunaSearch, goal: Objective) -> None:
-    best, so_far = found.find_best(), found.results()
+def print_best_point(search: OptunaSearch, objective: Objective) -> None:
+    best, results = search.find_best(), search.list_results()
     if best is not None:
         number, value = best
-        print_stderr(
-            f"best of {len(so_far)} points: point {number}, {goal.metric} {value:.4g}: {' '.join(so_far[number][1])}"
-        )
+        overrides = " ".join(results[number][1])
+        print_stderr(f"best of {len(results)} points: point {number}, {objective.metric} {value:.4g}: {overrides}")

@@ -354,8 +354,8 @@ def read_manifest(path: Path) -> Manifest:
                     raise CorruptCheckpointError(f"{entry.name} {reason}")
         text = (path / MANIFEST).read_text()
     except (OSError, UnicodeDecodeError) as problem:
-        reason = problem.strerror if isinstance(problem, OSError) else "it is not text"
-        raise CorruptCheckpointError(f"its {MANIFEST} cannot be read: {reason}") from problem
+        detail = problem.strerror if isinstance(problem, OSError) else "it is not text"
+        raise CorruptCheckpointError(f"its {MANIFEST} cannot be read: {detail}") from problem
     return Manifest.from_json(text)
 
 

@@ -144,7 +144,8 @@ def save_checkpoint(
         CheckpointError: the disk is full or not writable; existing checkpoints are unchanged.
         UsageError: the model's state holds something that is not a dense numeric tensor.
     """
-    start, token, suffix = options.clock(), shards and shards.token, shards.suffix if shards else ""
+    start = options.clock()
+    token, suffix = (None, "") if shards is None else (shards.token, shards.suffix)
     with raise_as_checkpoint_error(f"checkpoint {name}", folder):
         with atomic_directory(folder, name, options.inject_fault, token) as tmp_dir:
             files, tensors = write_groups(tmp_dir, state, options.inject_fault, suffix)

@@ -24,12 +24,12 @@ PIXEL_MEAN, PIXEL_STD = 4.884, 6.017
 
 
 @lru_cache(maxsize=1)
-def table() -> Any:
+def load_table() -> Any:
     """All rows: 64 pixels from 0 to 16, and the label. Read without importing scikit-learn, which would take 1.5 s."""
     import numpy
 
-    found = find_spec("sklearn")
-    folders = list(found.submodule_search_locations or ()) if found else []
+    spec = find_spec("sklearn")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
     path = Path(folders[0]) / "datasets" / "data" / "digits.csv.gz" if folders else None
     if path is None or not path.exists():
         raise UsageError("the digits data set needs scikit-learn: pip install scikit-learn")
@@ -76,27 +76,26 @@ class Digits:
 
     def rows(self, split: str) -> list[int]:
         """Row numbers of `train` or `val`; the same on every machine."""
-        labels = table()[:, 64]
+        labels = load_table()[:, 64]
         shuffled = [row for row in SamplePermutation(IMAGES, self.split_seed, 0)[:] if labels[row] < self.classes]
-        held_out = self._held_out(len(shuffled))
+        held_out = self._num_held_out(len(shuffled))
         train = len(shuffled) - held_out
         return shuffled[train:] if split == "val" else shuffled[:train][: self.subset]
 
     def size(self, split: str) -> int:
         if self.classes == 10:  # the labels need not be read
-            held_out = self._held_out(IMAGES)
-            return (
-                held_out if split == "val" else min(IMAGES - held_out, IMAGES if self.subset is None else self.subset)
-            )
+            held_out = self._num_held_out(IMAGES)
+            train = IMAGES - held_out
+            return held_out if split == "val" else min(train, train if self.subset is None else self.subset)
         return len(self.rows(split))
 
     def dataset(self, split: str) -> Batches:
         """Images of shape (n, 1, 8, 8), centred and scaled, and their labels."""
         import torch
 
-        rows = torch.from_numpy(table()[self.rows(split)])
+        rows = torch.from_numpy(load_table()[self.rows(split)])
         images = (rows[:, :64] - PIXEL_MEAN) / PIXEL_STD
         return Batches(images.reshape(-1, 1, 8, 8), rows[:, 64].long())
 
-    def _held_out(self, rows: int) -> int:
+    def _num_held_out(self, rows: int) -> int:
         return ceil(rows * self.validation_split)

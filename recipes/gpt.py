@@ -50,10 +50,10 @@ class Gpt:
         return GptModel(self.layers, self.heads, self.width, self.block, self.vocabulary, self.dropout)
 
     def dataset(self, split: str) -> Blocks:
-        return self._text().blocks(split)
+        return self._make_text().blocks(split)
 
     def size(self, split: str) -> int:
-        return self._text().size(split)
+        return self._make_text().size(split)
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         from torch.nn.functional import cross_entropy
@@ -66,5 +66,5 @@ class Gpt:
     def count(self, batch: Any) -> int:
         return batch[1].numel()
 
-    def _text(self) -> Text:
+    def _make_text(self) -> Text:
         return Text(self.block, self.text_bytes, self.data, self.validation_split)

@@ -32,13 +32,13 @@ class ImageFolder:
         """The names of the class folders.
 
         Raises:
-            RequestError: the folder does not exist or has no class folders.
+            UsageError: the folder does not exist or has no class folders.
         """
         root = Path(self.path)
         if not root.is_dir():
             raise UsageError(f"recipe.data={self.path} is not a folder: type a folder with one subfolder per class")
-        base = root / "train" if self._parted() else root
-        names = class_folders(base)
+        base = root / "train" if self._is_presplit() else root
+        names = list_class_folders(base)
         if not names:
             raise UsageError(f"recipe.data={self.path} has no class folders in {base}: add one subfolder per class")
         return names
@@ -47,50 +47,51 @@ class ImageFolder:
         """(file, class) of `train` or `val`, sorted.
 
         Raises:
-            RequestError: a class has no images, or an image is not a regular file.
+            UsageError: a class has no images, or an image is not a regular file.
         """
         names = self.classes()
-        self._refuse_unknown(names)
-        found: list[tuple[str, int]] = []
+        self._refuse_unknown_classes(names)
+        labelled: list[tuple[str, int]] = []
         for label, name in enumerate(names):
-            mine = self._images(split, name)
-            if not mine and split == "train":
+            files = self._list_class_images(split, name)
+            if not files and split == "train":
                 raise UsageError(f"recipe.data={self.path}: class {name} has no training images: add some or remove it")
-            found += [(file, label) for file in mine]
-        return found
+            labelled += [(file, label) for file in files]
+        return labelled
 
-    def _images(self, split: str, name: str) -> list[str]:
-        if self._parted():
-            return list(images(os.path.join(self.path, split, name)))
-        return [file for file in images(os.path.join(self.path, name)) if self._side(file) == split]
+    def _list_class_images(self, split: str, name: str) -> list[str]:
+        if self._is_presplit():
+            return list(list_images(os.path.join(self.path, split, name)))
+        return [file for file in list_images(os.path.join(self.path, name)) if self._get_split(file) == split]
 
-    def _side(self, file: str) -> str:
+    def _get_split(self, file: str) -> str:
         path = Path(os.path.relpath(file, self.path)).as_posix()
         digest = hashlib.blake2b(f"{self.split_seed}/{path}".encode(errors="surrogateescape"), digest_size=8).digest()
         return "val" if int.from_bytes(digest, "little") < self.validation_split * 2**64 else "train"
 
-    def _parted(self) -> bool:
+    def _is_presplit(self) -> bool:
         return (Path(self.path) / "train").is_dir()
 
-    def _refuse_unknown(self, names: tuple[str, ...]) -> None:
+    def _refuse_unknown_classes(self, names: tuple[str, ...]) -> None:
         """Refuse classes that exist only in `val`, which could not be learned."""
         held_out = Path(self.path) / "val"
-        strange = sorted(set(class_folders(held_out)) - set(names)) if self._parted() and held_out.is_dir() else []
-        if strange:
-            raise UsageError(f"{held_out / strange[0]} is a class that train/ does not have: remove it or add images")
+        has_own_val = self._is_presplit() and held_out.is_dir()
+        unknown = sorted(set(list_class_folders(held_out)) - set(names)) if has_own_val else []
+        if unknown:
+            raise UsageError(f"{held_out / unknown[0]} is a class that train/ does not have: remove it or add images")
 
 
-def class_folders(folder: Path) -> tuple[str, ...]:
+def list_class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
 
 
 @cache
-def images(folder: str) -> tuple[str, ...]:
+def list_images(folder: str) -> tuple[str, ...]:
     """The images below a class folder, sorted. Cached, since the model, sizes and data sets all need them."""
-    return tuple(sorted(walk(folder))) if os.path.isdir(folder) else ()
+    return tuple(sorted(iter_images(folder))) if os.path.isdir(folder) else ()
 
 
-def walk(folder: str) -> Iterator[str]:
+def iter_images(folder: str) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.lower().endswith(SUFFIXES):
@@ -98,7 +99,7 @@ def walk(folder: str) -> Iterator[str]:
                     raise UsageError(f"{entry.path} is not a regular file: replace it with the image, or remove it")
                 yield entry.path
             elif entry.is_dir(follow_symlinks=False):  # links could form a cycle
-                yield from walk(entry.path)
+                yield from iter_images(entry.path)
 
 
 class Images:
@@ -119,7 +120,7 @@ class Images:
         """Decode one image.
 
         Raises:
-            RequestError: the file cannot be read as an image.
+            UsageError: the file cannot be read as an image.
         """
         import numpy
         import torch
@@ -132,7 +133,7 @@ class Images:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
             raise UsageError(f"{path} cannot be read as an image ({problem}): fix or remove it") from problem
-        box = crop(*image.size) if self._augment else None
+        box = draw_crop_box(*image.size) if self._augment else None
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
         pixels = torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255).permute(2, 0, 1)
         if self._augment and float(torch.rand(())) < 0.5:
@@ -141,7 +142,7 @@ class Images:
         return (pixels - mean) / std, label
 
 
-def crop(width: int, height: int) -> tuple[float, float, float, float]:
+def draw_crop_box(width: int, height: int) -> tuple[float, float, float, float]:
     """A random crop box with 35 to 100 % of the area and an aspect ratio of 3/4 to 4/3."""
     import torch
 

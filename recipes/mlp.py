@@ -27,7 +27,7 @@ class Mlp:
     subset: int | None = None
 
     def __post_init__(self) -> None:
-        self._digits()  # validates the fields before anything starts
+        self._make_digits()  # validates the fields before anything starts
 
     def model(self) -> nn.Module:
         from torch import nn
@@ -40,10 +40,10 @@ class Mlp:
         return nn.Sequential(*layers, nn.Linear(inputs, self.classes))
 
     def dataset(self, split: str) -> Batches:
-        return self._digits().dataset(split)
+        return self._make_digits().dataset(split)
 
     def size(self, split: str) -> int:
-        return self._digits().size(split)
+        return self._make_digits().size(split)
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         from torch.nn.functional import cross_entropy
@@ -53,5 +53,5 @@ class Mlp:
         correct = (logits.argmax(1) == labels).sum()
         return Loss(cross_entropy(logits, labels, reduction="sum"), len(labels), {"accuracy": correct})
 
-    def _digits(self) -> Digits:
+    def _make_digits(self) -> Digits:
         return Digits(self.validation_split, self.split_seed, self.classes, self.subset)

@@ -34,8 +34,8 @@ class ResNet:
     subset: int | None = None
 
     def __post_init__(self) -> None:
-        self._digits()  # validates the fields before anything starts
-        if min(self._size()) < 1:
+        self._make_digits()  # validates the fields before anything starts
+        if min(self._get_image_size()) < 1:
             raise UsageError(f"recipe.image_size={self.image_size} is not a size: type pixels, or [height,width]")
         if self.width < 1 or (self.norm == "group" and self.width % 8):
             raise UsageError(f"recipe.width={self.width} is out of range: type 16, or another multiple of 8")
@@ -43,17 +43,17 @@ class ResNet:
     def model(self) -> nn.Module:
         from launcher.recipes.resnet_model import resnet
 
-        channels, classes = (1, self.classes) if self.data is None else (3, len(self._folder().classes()))
-        return resnet(self.depth, self.width, channels, classes, self.norm, large=self._large())
+        channels, classes = (1, self.classes) if self.data is None else (3, len(self._make_folder().classes()))
+        return resnet(self.depth, self.width, channels, classes, self.norm, large=self._has_large_stem())
 
     def dataset(self, split: str) -> Any:
         if self.data is None:
-            return self._resized(self._digits().dataset(split))
+            return self._resize(self._make_digits().dataset(split))
         augment = split == "train" and self.augment != "none"
-        return Images(self._folder().files(split), self._size(), augment)
+        return Images(self._make_folder().files(split), self._get_image_size(), augment)
 
     def size(self, split: str) -> int:
-        return self._digits().size(split) if self.data is None else len(self._folder().files(split))
+        return self._make_digits().size(split) if self.data is None else len(self._make_folder().files(split))
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         from torch.nn.functional import cross_entropy
@@ -69,25 +69,25 @@ class ResNet:
 
         channels = 1 if self.data is None else 3
         size = self.size(split)
-        image = torch.randn(1, channels, *self._size(), generator=torch.Generator().manual_seed(0))
+        image = torch.randn(1, channels, *self._get_image_size(), generator=torch.Generator().manual_seed(0))
         return Batches(image.expand(size, -1, -1, -1), torch.zeros(size, dtype=torch.long))
 
-    def _digits(self) -> Digits:
+    def _make_digits(self) -> Digits:
         return Digits(self.validation_split, self.split_seed, self.classes, self.subset)
 
-    def _folder(self) -> ImageFolder:
+    def _make_folder(self) -> ImageFolder:
         return ImageFolder(str(self.data), self.validation_split, self.split_seed)
 
-    def _size(self) -> tuple[int, int]:
+    def _get_image_size(self) -> tuple[int, int]:
         size = (8 if self.data is None else 64) if self.image_size is None else self.image_size
         return (size, size) if isinstance(size, int) else size
 
-    def _large(self) -> bool:
-        return self.stem == "large" or (self.stem == "auto" and min(self._size()) > 64)
+    def _has_large_stem(self) -> bool:
+        return self.stem == "large" or (self.stem == "auto" and min(self._get_image_size()) > 64)
 
-    def _resized(self, digits: Batches) -> Batches:
+    def _resize(self, digits: Batches) -> Batches:
         from torch.nn.functional import interpolate
 
-        if self._size() == (8, 8):
+        if self._get_image_size() == (8, 8):
             return digits
-        return Batches(interpolate(digits.inputs, self._size(), mode="bilinear"), digits.targets)
+        return Batches(interpolate(digits.inputs, self._get_image_size(), mode="bilinear"), digits.targets)

@@ -10,11 +10,11 @@ __all__ = ["resnet"]
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
-def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+def make_conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
-def norm_of(kind: str, channels: int) -> nn.Module:
+def make_norm(kind: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(min(8, channels), channels)
 
 
@@ -25,14 +25,14 @@ class Block(nn.Module):
         super().__init__()
         outputs = width * 4 if deep else width
         if deep:
-            layers = [conv(inputs, width, 1), conv(width, width, 3, stride), conv(width, outputs, 1)]
+            layers = [make_conv(inputs, width, 1), make_conv(width, width, 3, stride), make_conv(width, outputs, 1)]
         else:
-            layers = [conv(inputs, width, 3, stride), conv(width, outputs, 3)]
+            layers = [make_conv(inputs, width, 3, stride), make_conv(width, outputs, 3)]
         self.convs = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(norm_of(norm, layer.out_channels) for layer in layers)
+        self.norms = nn.ModuleList(make_norm(norm, layer.out_channels) for layer in layers)
         self.shortcut = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), norm_of(norm, outputs))
+            self.shortcut = nn.Sequential(make_conv(inputs, outputs, 1, stride), make_norm(norm, outputs))
         nn.init.zeros_(self.norms[-1].weight)  # each block starts as the identity (Goyal 2017, 5.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,9 +48,9 @@ def resnet(depth: int, width: int, channels: int, classes: int, norm: str, *, la
     """Images (n, channels, height, width) to logits (n, classes). `large`: the paper's stem, 7 x 7 and max pooling."""
     deep = depth == 50
     stem: list[nn.Module] = (
-        [conv(channels, width, 7, 2), norm_of(norm, width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        [make_conv(channels, width, 7, 2), make_norm(norm, width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
         if large
-        else [conv(channels, width, 3), norm_of(norm, width), nn.ReLU()]
+        else [make_conv(channels, width, 3), make_norm(norm, width), nn.ReLU()]
     )
     blocks: list[nn.Module] = []
     inputs = width

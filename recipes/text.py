@@ -31,14 +31,14 @@ class Text:
         """Number of blocks of `train` or `val`, computed from the file sizes.
 
         Raises:
-            RequestError: the text does not exist, or is too short for a training and a validation block.
+            UsageError: the text does not exist, or is too short for a training and a validation block.
         """
-        there = min(self.limit, sum(file.stat().st_size for file in self.files()))
-        blocks = there // (self.block + 1)
+        available = min(self.limit, sum(file.stat().st_size for file in self.files()))
+        blocks = available // (self.block + 1)
         held_out = max(1, round(blocks * self.validation_split)) if self.validation_split else 0
         if blocks <= held_out:
             raise UsageError(
-                f"recipe.data={self.root()} gives {there} bytes of text, too few for blocks of {self.block + 1}: "
+                f"recipe.data={self.root()} gives {available} bytes of text, too few for blocks of {self.block + 1}: "
                 f"add more text, or type a smaller recipe.block"
             )
         return held_out if split == "val" else blocks - held_out
@@ -67,9 +67,9 @@ class Text:
         root = self.root()
         if not root.is_file() and not root.is_dir():
             raise UsageError(f"recipe.data={self.path} does not exist: type a text file or a folder of text files")
-        return [root] if root.is_file() else sorted(self._found(root))
+        return [root] if root.is_file() else sorted(self._iter_text_files(root))
 
-    def _found(self, folder: Path) -> Iterator[Path]:
+    def _iter_text_files(self, folder: Path) -> Iterator[Path]:
         for entry in folder.iterdir():
             if entry.suffix in (SUFFIXES if self.path is not None else (".py",)):
                 if not entry.is_file():

@@ -113,10 +113,10 @@ def test_invalid_digits_fields_are_refused(fields):
 def test_missing_scikit_learn_is_reported(monkeypatch):
     from launcher.recipes import digits
 
-    digits.table.cache_clear()
+    digits.load_table.cache_clear()
     monkeypatch.setattr(digits, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install scikit-learn"):
-        digits.table()
+        digits.load_table()
 
 
 # ResNet

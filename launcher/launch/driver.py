@@ -18,7 +18,7 @@ from launcher.distributed.worker_env import resolve_num_workers
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig, report_unmeasured
-from launcher.launch.resolve_auto import resolve_from_measurement, resolve_without_measuring
+from launcher.launch.resolve_auto import make_unmeasured_config, resolve_from_measurement, resolve_without_measuring
 from launcher.run_dir import failures
 from launcher.run_dir.open_run import OpenedRun, open_run, run_path, write_run_files
 from launcher.run_dir.run_directory import RUNS_DIR, RunDirectory
@@ -28,7 +28,7 @@ from launcher.system.stderr import print_stderr
 from launcher.telemetry.sinks.jsonl import append_line
 from launcher.train.job_spec import JobSpec
 
-__all__ = ["describe_killed", "launch_job", "print_stderr"]
+__all__ = ["describe_killed", "launch_job"]
 
 AGENT_POLL_S = 0.05
 
@@ -41,67 +41,82 @@ def launch_job(config: RunConfig) -> int:
     """
     workers = resolve_num_workers(config)
     try:
-        asked = resolve_auto_values(config, workers)
+        resolved, opened = resolve_and_open(config, workers)
     except MeasurementError as error:
         return report_unmeasured(error, config)
-    found = open_run(asked.config, workers)
-    if found.is_complete:
-        print(found.format_summary())
+    if opened.is_complete:
+        print(opened.format_summary())
         return EXIT_OK
     if config.launch.dry_run:
-        print(
-            make_torchrun_command(
-                found.config, workers, Path("HANDOVER.json"), Path("FAILURES.json")
-            ).format_shell_line()
-        )
+        command = make_torchrun_command(opened.config, workers, Path("HANDOVER.json"), Path("FAILURES.json"))
+        print(command.format_shell_line())
         return EXIT_OK
-    for line in found.training_plan.advice:
+    return start_run(resolved, opened, workers)
+
+
+def resolve_and_open(config: RunConfig, workers: int) -> tuple[ResolvedConfig, OpenedRun]:
+    """Resolve the open values of the configuration, measuring what no run folder knows, and open the run.
+
+    The run is opened before measuring, so that an error is found at once. It is opened a second time only if the
+    measurement has changed the configuration.
+
+    Raises:
+        UsageError: the configuration is invalid.
+        MeasurementError: the measurement failed.
+    """
+    resolved = resolve_without_measuring(config, workers)
+    if resolved is not None:
+        return resolved, open_run(resolved.config, workers)
+    unmeasured = make_unmeasured_config(config)
+    opened = open_run(unmeasured, workers)
+    resolved = ResolvedConfig(unmeasured) if config.launch.dry_run else measure_open_values(config, workers)
+    return resolved, opened if resolved.config == unmeasured else open_run(resolved.config, workers)
+
+
+def measure_open_values(config: RunConfig, workers: int) -> ResolvedConfig:
+    """Resolve the open values of the configuration from a cached or a new measurement.
+
+    Raises:
+        MeasurementError: the measurement failed.
+    """
+    from launcher.tune import driver as tuning
+
+    print_stderr(f"note: {auto_batch.lookup_note(config)}")
+    measurement = tuning.measure(auto_batch.tuning_config(config), workers, use_cache=True)
+    return resolve_from_measurement(config, measurement, run_path(config, None, 1))
+
+
+def start_run(resolved: ResolvedConfig, opened: OpenedRun, workers: int) -> int:
+    """Create and lock the run directory, and run torchrun there; return the exit status."""
+    for line in opened.training_plan.advice:
         print_stderr(f"note: {line}")
-    made = found.run_dir.create()
-    lock = found.run_dir.lock()
+    run_dir = opened.run_dir
+    created_dir = run_dir.create()
+    lock = run_dir.lock()
     try:
-        write_run_files(found, asked.profile)
+        write_run_files(opened, resolved.profile)
         with tempfile.TemporaryDirectory(prefix="launcher-") as private:
-            status = TorchrunJob(found, workers, Path(private), asked).run()
-        if status == EXIT_USAGE and made is not None:
-            found.run_dir.discard(made)  # remove what was created, also if only the workers found the error
+            status = TorchrunJob(opened, workers, Path(private), resolved).run()
+        if status == EXIT_USAGE and created_dir is not None:
+            run_dir.discard(created_dir)  # also if only the workers found the error
         return status
     finally:
         lock.release()
 
 
-def resolve_auto_values(config: RunConfig, workers: int) -> ResolvedConfig:
-    """Resolve open values of the configuration from its run folder, else from a cached or a new measurement.
-
-    Raises:
-        UsageError: the configuration is invalid; nothing was measured.
-        MeasurementError: the measurement failed.
-    """
-    found = resolve_without_measuring(config, workers)
-    if found is not None:
-        return found
-    if config.launch.dry_run:
-        return ResolvedConfig(auto_batch.with_placeholder_batch(config))
-    from launcher.tune import driver as tuning
-
-    print_stderr(f"note: {auto_batch.lookup_note(config)}")
-    document = tuning.measure(auto_batch.tuning_config(config), workers, use_cache=True)
-    return resolve_from_measurement(config, document, run_path(config, None, 1))
-
-
 class TorchrunJob:
     """A torchrun process: starts it, watches it, forwards stop requests and reports how it ended."""
 
-    def __init__(self, found: OpenedRun, workers: int, private: Path, asked: ResolvedConfig) -> None:
-        self._run_dir: RunDirectory = found.run_dir
-        self._config = found.config
-        self._first = found.run_dir.read_generation() + 1
+    def __init__(self, opened: OpenedRun, workers: int, private: Path, resolved: ResolvedConfig) -> None:
+        self._run_dir: RunDirectory = opened.run_dir
+        self._config = opened.config
+        self._first = opened.run_dir.read_generation() + 1
         self._report = private / "failures.json"
-        given = JobSpec.from_opened(found, loopback=True, why=asked.why, profile=asked.profile)
-        job_spec = replace(given, first=self._first)
+        job_spec = JobSpec.from_opened(opened, loopback=True, why=resolved.why, profile=resolved.profile)
+        job_spec = replace(job_spec, first=self._first)
         self._handover = write_memfd(job_spec.to_json())
         path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")
-        self._command = make_torchrun_command(found.config, workers, path, self._report)
+        self._command = make_torchrun_command(opened.config, workers, path, self._report)
         self._signal_count = self._seen = 0
         self._signalled_pids: set[int] = set()
 
@@ -125,16 +140,16 @@ class TorchrunJob:
             if agent.returncode == 0:
                 return self._finish_successfully()
             generation, since = self._run_dir.read_generation(), max(self._first, self._run_dir.read_saved_generation())
-            found = failures.first_failure(self._run_dir.logs, since)
-            again, self._seen = generation > max(self._seen, self._first), generation
-            ended = self._record_failure(generation - 1) if again else None
-            hopeless = (found is not None and found.is_fatal) or generation - since > self._config.elastic.max_restarts
-            if agent.returncode is not None or hopeless:
+            failure = failures.first_failure(self._run_dir.logs, since)
+            restarted, self._seen = generation > max(self._seen, self._first), generation
+            ended_by = self._record_failure(generation - 1) if restarted else None
+            is_fatal = failure is not None and failure.is_fatal
+            if agent.returncode is not None or is_fatal or generation - since > self._config.elastic.max_restarts:
                 kill_process_tree(agent)
                 self._record_failure(generation)
-                return self._report_failure(found)
-            if again:
-                why = "a worker was killed or received SIGTERM" if ended is None else ended.summary()
+                return self._report_failure(failure)
+            if restarted:
+                why = "a worker was killed or received SIGTERM" if ended_by is None else ended_by.summary()
                 print_stderr(f"restart {generation - self._first}: {why}")
             if self._signal_count:
                 self._forward_stop(agent.pid)
@@ -145,21 +160,21 @@ class TorchrunJob:
         Called only while no worker writes events: the workers of that generation are dead, and the next rank 0 is still
         importing torch.
         """
-        found = failures.root_cause(self._run_dir.logs, generation) if generation >= self._first else None
-        if found is not None and not failures.is_logged(self._run_dir.events, found):
+        failure = failures.root_cause(self._run_dir.logs, generation) if generation >= self._first else None
+        if failure is not None and not failures.is_logged(self._run_dir.events, failure):
             with suppress(OSError):  # e.g. disk full: the message on screen and the record in logs/ remain
-                append_line(self._run_dir.events, found.to_event())
-        return found
+                append_line(self._run_dir.events, failure.to_event())
+        return failure
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, signum: int, _: FrameType | None) -> None:
         """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP request save and stop from the workers; a second Ctrl-C aborts."""
         if not self._signal_count:
             self._signal_count = 1
-            name = signal.Signals(number).name
+            name = signal.Signals(signum).name
             self._run_dir.request_stop(name)
-            more = " (press Ctrl-C again to end at once)" if number == signal.SIGINT else ""
+            more = " (press Ctrl-C again to end at once)" if signum == signal.SIGINT else ""
             print_stderr(f"{name}: saving at the next update, then stopping{more}")
-        elif number == signal.SIGINT:
+        elif signum == signal.SIGINT:
             self._signal_count = 2
 
     def _forward_stop(self, agent: int) -> None:
@@ -173,21 +188,21 @@ class TorchrunJob:
     def _finish_successfully(self) -> int:
         if self._run_dir.read_done() is None:
             name, path = self._config.run.name, self._run_dir.path
-            where = f"run.name={name}" if path == RUNS_DIR / str(name) else f"run.dir={path}"
-            print_stderr(f"stopped after saving: the same command with {where} continues from there")
+            run_option = f"run.name={name}" if path == RUNS_DIR / str(name) else f"run.dir={path}"
+            print_stderr(f"stopped after saving: the same command with {run_option} continues from there")
         self._run_dir.clear_stop()
         return EXIT_OK
 
-    def _report_failure(self, found: failures.RankFailure | None) -> int:
+    def _report_failure(self, failure: failures.RankFailure | None) -> int:
         """Print the error. If all ranks only report a lost peer, the peer was killed: describe its exit code."""
-        line = f"logs: {self._run_dir.logs}" if found is None else found.summary()
-        if found is None or (found.status != EXIT_USAGE and failures.is_peer_failure(found.message)):
+        line = f"logs: {self._run_dir.logs}" if failure is None else failure.summary()
+        if failure is None or (failure.status != EXIT_USAGE and failures.is_peer_failure(failure.message)):
             why = describe_killed(self._report) if self._report.exists() else "the workers were killed repeatedly"
             line = f"{why} ({line})"
         print_stderr(f"error: {line}")
-        if found is not None and self._config.debug:
-            print_stderr(found.traceback, multiline=True)
-        return EXIT_USAGE if found is not None and found.status == EXIT_USAGE else EXIT_FAILED
+        if failure is not None and self._config.debug:
+            print_stderr(failure.traceback, multiline=True)
+        return EXIT_USAGE if failure is not None and failure.status == EXIT_USAGE else EXIT_FAILED
 
 
 def describe_killed(report: Path) -> str:

@@ -10,40 +10,40 @@ from launcher.config.schema import RunConfig
 from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import ResolvedConfig
 from launcher.goodput.measured_noise import resolve_initial_noise
-from launcher.run_dir.open_run import open_run, reuse_resolved_batch, run_path
+from launcher.run_dir.open_run import reuse_resolved_batch, run_path
 from launcher.system.stderr import print_stderr
 
-__all__ = ["resolve_from_measurement", "resolve_without_measuring"]
+__all__ = ["make_unmeasured_config", "resolve_from_measurement", "resolve_without_measuring"]
 
 
 def resolve_without_measuring(
-    config: RunConfig, world: int, *, known: Path | None = None, run_id: str | None = None, nodes: int = 1
+    config: RunConfig, world: int, *, existing: Path | None = None, run_id: str | None = None, nodes: int = 1
 ) -> ResolvedConfig | None:
-    """Resolve the configuration from its run folder; None if a cache lookup or a measurement is needed.
+    """Resolve the configuration if no value is open, or from its run folder; None if a measurement is needed.
 
-    Raises:
-        UsageError: the configuration is invalid, whatever a measurement would yield.
+    `existing`: the run directory of an earlier start of the same job.
     """
     if not auto_batch.needs_measurement(config):
         return ResolvedConfig(config)
     config = resolve_initial_noise(config)
-    path = known or run_path(config, run_id, nodes)
-    found = auto_batch.from_existing_run(reuse_resolved_batch(config, path), path, world, nodes)
-    if found is not None:
-        return found
-    open_run(auto_batch.with_placeholder_batch(config), world, existing=known, run_id=run_id, nodes=nodes)
-    return None
+    path = existing or run_path(config, run_id, nodes)
+    return auto_batch.from_existing_run(reuse_resolved_batch(config, path), path, world, nodes)
 
 
-def resolve_from_measurement(config: RunConfig, found: Mapping[str, Any], path: Path) -> ResolvedConfig:
+def make_unmeasured_config(config: RunConfig) -> RunConfig:
+    """The configuration to open before measuring, which finds every error that does not depend on the measurement."""
+    return auto_batch.with_placeholder_batch(resolve_initial_noise(config))
+
+
+def resolve_from_measurement(config: RunConfig, measurement: Mapping[str, Any], path: Path) -> ResolvedConfig:
     """Resolve the configuration from a measurement, and print its notes. `path` is the run folder, if there is one.
 
     Raises:
         UsageError: no batch size fits into memory.
     """
-    for line in found["said"]:
+    for line in measurement["said"]:
         print_stderr(f"note: {line}")
-    answer = auto_batch.apply_tuning_result(resolve_initial_noise(config), found, path)
+    resolved = auto_batch.apply_tuning_result(resolve_initial_noise(config), measurement, path)
     if "console" not in config.sink:
-        print_stderr(f"note: {answer.why}")
-    return answer
+        print_stderr(f"note: {resolved.why}")
+    return resolved

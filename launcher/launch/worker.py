@@ -7,7 +7,6 @@ configuration is reported immediately.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -25,8 +24,8 @@ from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig
 from launcher.launch import log_files
 from launcher.launch.agent_memory import AgentMemory, load_agent_memory, save_agent_memory
+from launcher.launch.decision import Decision, MeasurementRequest, RunDirClaim
 from launcher.run_dir import failures
-from launcher.run_dir.lock import RunDirLock
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.slurm.claim import read_claim
 from launcher.system.processes import die_with_parent
@@ -43,38 +42,17 @@ if TYPE_CHECKING:
 __all__ = ["main", "main_handover"]
 
 
-@dataclass(frozen=True)
-class RunDirClaim:
-    """Rank 0's claim on the run folder: the lock, unless the driver holds it, and the topmost created folder."""
-
-    job_spec: JobSpec
-    lock: RunDirLock | None = None
-    made: Path | None = None
-
-    def discard(self) -> None:
-        """Remove the folders that were created, because the configuration is invalid."""
-        if self.made is not None:
-            self.job_spec.run_dir.discard(self.made)
-
-
-@dataclass(frozen=True)
-class MeasurementRequest:
-    """A measurement by all ranks that rank 0 needs before it can open the run. `token` is unique."""
-
-    config: RunConfig
-    token: str
-
-    def to_json(self) -> str:
-        return json.dumps({"question": to_mapping(self.config), "token": self.token})
-
-
-#: Makes rank 0's decision from what earlier starts decided and from the measurement, if any.
+#: Makes rank 0's choice from what an earlier start under the same agent decided, and from a measurement, if any.
 DecideFn = Callable[[AgentMemory | None, Mapping[str, Any] | None], RunDirClaim | MeasurementRequest]
 
 
 def main(args: Sequence[str], topology: Topology) -> int:
     """Entry point under the user's own torchrun: rank 0 composes the configuration from the command line."""
-    return run_rank(topology, lambda known, found: compose_on_rank0(args, topology, known, found), loopback=False)
+    return run_rank(
+        topology,
+        lambda recalled, measurement: compose_on_rank0(args, topology, recalled, measurement),
+        loopback=False,
+    )
 
 
 def main_handover(path: str, topology: Topology) -> int:
@@ -85,11 +63,11 @@ def main_handover(path: str, topology: Topology) -> int:
 
 
 def compose_on_rank0(
-    args: Sequence[str], topology: Topology, recalled: AgentMemory | None, measured: Mapping[str, Any] | None = None
+    args: Sequence[str], topology: Topology, recalled: AgentMemory | None, measurement: Mapping[str, Any] | None = None
 ) -> RunDirClaim | MeasurementRequest:
     """Compose the job on rank 0 under the user's own torchrun; a restart continues in the `recalled` folder.
 
-    Returns a MeasurementRequest if an open value, e.g. batch.per_device=auto, has not been `measured` yet.
+    Returns a MeasurementRequest if an open value, e.g. batch.per_device=auto, has not been measured yet.
 
     Raises:
         UsageError: the configuration is invalid; nothing was created.
@@ -98,45 +76,49 @@ def compose_on_rank0(
     from launcher.run_dir.open_run import open_run, write_run_files
 
     resolution = resolve(args)
-    known = recalled or recall_requeued_job(resolution.config, topology)
-    folder = None if known is None else known.folder
-    asked = resolve_auto_values(resolution.config, topology, folder, measured)
-    if isinstance(asked, MeasurementRequest):
-        return asked
-    found = open_run(asked.config, topology.world, existing=folder, run_id=topology.run_id, nodes=topology.nodes)
-    job_spec = JobSpec.from_opened(found, loopback=False, why=asked.why, profile=asked.profile)
-    if known is not None:
-        job_spec = replace(job_spec, restarted=True, previous_checkpoint=known.newest)
-    if found.is_complete:
-        return RunDirClaim(replace(job_spec, summary=found.format_summary()))
-    if known is None:
-        for line in (*resolution.notes, *found.training_plan.advice, *describe_restart_limit(found.config, topology)):
+    recalled = recalled or recall_requeued_job(resolution.config, topology)
+    existing = None if recalled is None else recalled.folder
+    resolved = resolve_auto_values(resolution.config, topology, existing, measurement)
+    if isinstance(resolved, MeasurementRequest):
+        return resolved
+    opened = open_run(resolved.config, topology.world, existing=existing, run_id=topology.run_id, nodes=topology.nodes)
+    job_spec = JobSpec.from_opened(opened, loopback=False, why=resolved.why, profile=resolved.profile)
+    if recalled is not None:
+        job_spec = replace(job_spec, restarted=True, previous_checkpoint=recalled.newest)
+    if opened.is_complete:
+        return RunDirClaim(replace(job_spec, summary=opened.format_summary()))
+    if recalled is None:
+        for line in (*resolution.notes, *opened.training_plan.advice, *describe_restart_limit(opened.config, topology)):
             print_stderr(f"note: {line}", multiline=True)
-    made = found.run_dir.create()
-    lock = found.run_dir.lock(torchrun=os.getppid())
-    write_run_files(found, asked.profile)
-    save_agent_memory(AgentMemory(found.run_dir.path, job_spec.previous_checkpoint))
-    return RunDirClaim(job_spec.start_generation(), lock, made)
+    created_dir = opened.run_dir.create()
+    lock = opened.run_dir.lock(torchrun=os.getppid())
+    write_run_files(opened, resolved.profile)
+    save_agent_memory(AgentMemory(opened.run_dir.path, job_spec.previous_checkpoint))
+    return RunDirClaim(job_spec.start_generation(), lock, created_dir)
 
 
 def resolve_auto_values(
-    config: RunConfig, topology: Topology, folder: Path | None, measured: Mapping[str, Any] | None
+    config: RunConfig, topology: Topology, existing: Path | None, measurement: Mapping[str, Any] | None
 ) -> ResolvedConfig | MeasurementRequest:
-    """Resolve open values from the run folder or from `measured`; else return the MeasurementRequest.
+    """Resolve open values from the run folder or from the measurement; else request the measurement.
 
     Raises:
         UsageError: the configuration is invalid, whatever a measurement would yield.
     """
-    from launcher.launch.resolve_auto import resolve_from_measurement, resolve_without_measuring
-    from launcher.run_dir.open_run import run_path
+    from launcher.launch import resolve_auto
+    from launcher.run_dir.open_run import open_run, run_path
 
-    if measured is not None:
-        return resolve_from_measurement(config, measured, folder or run_path(config, topology.run_id, topology.nodes))
-    found = resolve_without_measuring(
-        config, topology.world, existing=folder, run_id=topology.run_id, nodes=topology.nodes
+    run_id, nodes = topology.run_id, topology.nodes
+    if measurement is not None:
+        path = existing or run_path(config, run_id, nodes)
+        return resolve_auto.resolve_from_measurement(config, measurement, path)
+    resolved = resolve_auto.resolve_without_measuring(
+        config, topology.world, existing=existing, run_id=run_id, nodes=nodes
     )
-    if found is not None:
-        return found
+    if resolved is not None:
+        return resolved
+    unmeasured = resolve_auto.make_unmeasured_config(config)
+    open_run(unmeasured, topology.world, existing=existing, run_id=run_id, nodes=nodes)  # finds all other errors
     print_stderr(f"note: {auto_batch.lookup_note(config)}", multiline=True)
     return MeasurementRequest(auto_batch.tuning_config(config), os.urandom(8).hex())
 
@@ -158,7 +140,7 @@ def describe_restart_limit(config: RunConfig, topology: Topology) -> Iterator[st
         yield f"torchrun has no restarts left (--max-restarts): a dead worker ends the job; {again}"
 
 
-def run_rank(topology: Topology, assign: DecideFn, *, loopback: bool) -> int:
+def run_rank(topology: Topology, decide: DecideFn, *, loopback: bool) -> int:
     """Run a rank from start to end; return its exit status.
 
     Rank 0 decides before it connects to the other ranks, so that an invalid configuration is reported immediately. If
@@ -170,27 +152,26 @@ def run_rank(topology: Topology, assign: DecideFn, *, loopback: bool) -> int:
     die_with_parent()
     stop_requests = install_stop_requests()
     try:
-        claim, text, store = agree_on_job(topology, assign, loopback)
+        agreed = agree_on_job(topology, decide, loopback)
     except MeasurementError as error:
         return report_measurement_error(error, topology)
-    if not text:
+    job_spec, claim = agreed.job_spec, agreed.claim
+    if job_spec is None:
         return EXIT_USAGE  # rank 0 reports the error
     from launcher.train import session
 
-    job_spec = claim.job_spec if claim else JobSpec.from_json(text)
     if job_spec.summary is not None:
         return report_complete(job_spec.summary, topology)
     topology = topology.with_generation(job_spec.generation)
-    screen = log_files.redirect_output(
-        job_spec.run_dir.get_log_path(*topology.rank_and_generation), topology.rank, debug=job_spec.config.debug
-    )
-    watchdog = start_watchdog(job_spec, topology, screen)
+    log = job_spec.run_dir.get_log_path(*topology.rank_and_generation)
+    terminal = log_files.redirect_output(log, topology.rank, debug=job_spec.config.debug)
+    watchdog = start_watchdog(job_spec, topology, terminal)
     try:
-        return session.run(job_spec, topology, store, stop_requests, watchdog)
+        return session.run(job_spec, topology, agreed.store, stop_requests, watchdog)
     except Exception as error:
         if watchdog is not None:
             watchdog.stop()
-        status = handle_failure(job_spec, topology, error, screen)
+        status = handle_failure(job_spec, topology, error, terminal)
         if claim is not None and status == EXIT_USAGE:
             claim.discard()
         if status == EXIT_RESTART and not active_children():
@@ -198,57 +179,70 @@ def run_rank(topology: Topology, assign: DecideFn, *, loopback: bool) -> int:
         return status
     finally:
         stop_requests.ignore_late_signals()
-        if claim is not None and claim.lock is not None:
-            claim.lock.release()
+        if claim is not None:
+            claim.release()
 
 
-def agree_on_job(topology: Topology, assign: DecideFn, loopback: bool) -> tuple[RunDirClaim | None, str, Store]:
-    """Agree on the job: return rank 0's claim (None elsewhere), the job as JSON, and a sub-store for later use.
+@dataclass(frozen=True)
+class AgreedJob:
+    """The job that all ranks agree on, None if rank 0 has failed; rank 0's claim; a sub-store for later use."""
+
+    job_spec: JobSpec | None
+    claim: RunDirClaim | None
+    store: Store
+
+
+def agree_on_job(topology: Topology, decide: DecideFn, loopback: bool) -> AgreedJob:
+    """Agree on the job, measuring first what rank 0 requests.
 
     Raises:
-        UsageError: on rank 0 only, the configuration is invalid; the other ranks receive empty text.
+        UsageError: on rank 0 only, the configuration is invalid; the other ranks receive no job.
         MeasurementError: on every rank, the measurement failed.
     """
     own = None if loopback else load_agent_memory()
-    knows = own is not None or loopback or topology.nodes == 1
-    word = assign(own, None) if topology.rank == 0 and knows else None
+    decides_alone = own is not None or loopback or topology.nodes == 1
+    choice = decide(own, None) if topology.rank == 0 and decides_alone else None
     from launcher.distributed import rendezvous
 
-    timeout_s = config_of(word).launch.timeout_s if word else 600.0
+    timeout_s = 600.0 if choice is None else get_config(choice).launch.timeout_s
     store = rendezvous.connect_store(topology, loopback=loopback, timeout_s=timeout_s)
-    said, store = rendezvous.gather_to_rank0(store, topology, own.to_json() if own else "", timeout_s)
-    known = own or next((AgentMemory.from_json(text) for text in said if text), None)
-    if topology.rank == 0 and word is None:
-        word = decide_or_abort(assign, known, None, store)
-    text = rendezvous.broadcast_text(store, serialize_decision(word))
-    if text and "question" in json.loads(text):
+    memories, store = rendezvous.gather_to_rank0(store, topology, own.to_json() if own else "", timeout_s)
+    recalled = own or next((AgentMemory.from_json(text) for text in memories if text), None)
+    if topology.rank == 0 and choice is None:
+        choice = decide_or_abort(decide, recalled, None, store)
+    decision = broadcast_decision(store, choice)
+    if decision.measurement is not None:
         from launcher.tune.processes.sidecar import measure_in_sidecars
 
-        found = measure_in_sidecars(json.loads(text), topology, store)
+        request = decision.measurement
+        measurement = measure_in_sidecars(to_mapping(request.config), request.token, topology, store)
         store = rendezvous.sub_store(store, "answered")
-        word = decide_or_abort(assign, known, found, store) if topology.rank == 0 else None
-        text = rendezvous.broadcast_text(store, serialize_decision(word))
-    if text and not loopback and known is None and topology.rank and topology.local_rank == 0:
-        recalled = JobSpec.from_json(text)
-        save_agent_memory(
-            AgentMemory(recalled.run_dir.path, recalled.previous_checkpoint)
-        )  # rank 0 may be on another node at the next start
-    return word if isinstance(word, RunDirClaim) else None, text, store
+        choice = decide_or_abort(decide, recalled, measurement, store) if topology.rank == 0 else None
+        decision = broadcast_decision(store, choice)
+    claim = choice if isinstance(choice, RunDirClaim) else None
+    job_spec = decision.job_spec if claim is None else claim.job_spec
+    if job_spec is not None and not loopback and recalled is None and topology.rank and topology.local_rank == 0:
+        # rank 0 may be on another node at the next start
+        save_agent_memory(AgentMemory(job_spec.run_dir.path, job_spec.previous_checkpoint))
+    return AgreedJob(job_spec, claim, store)
 
 
-def config_of(word: RunDirClaim | MeasurementRequest) -> RunConfig:
-    return word.job_spec.config if isinstance(word, RunDirClaim) else word.config
+def get_config(choice: RunDirClaim | MeasurementRequest) -> RunConfig:
+    return choice.job_spec.config if isinstance(choice, RunDirClaim) else choice.config
 
 
-def serialize_decision(word: RunDirClaim | MeasurementRequest | None) -> str | None:
-    """The text that rank 0 sends to the other ranks."""
-    return None if word is None else word.to_json() if isinstance(word, MeasurementRequest) else word.job_spec.to_json()
+def broadcast_decision(store: Store, choice: RunDirClaim | MeasurementRequest | None) -> Decision:
+    """Broadcast rank 0's choice to all ranks; the other ranks pass None."""
+    from launcher.distributed import rendezvous
+
+    text = None if choice is None else Decision.from_rank0(choice).to_json()
+    return Decision.from_json(rendezvous.broadcast_text(store, text))
 
 
 def decide_or_abort(
-    assign: DecideFn, known: AgentMemory | None, found: Mapping[str, Any] | None, store: Store
+    decide: DecideFn, recalled: AgentMemory | None, measurement: Mapping[str, Any] | None, store: Store
 ) -> RunDirClaim | MeasurementRequest:
-    """Make rank 0's decision while the other ranks wait for it; on an error, let them exit.
+    """Make rank 0's choice while the other ranks wait for it; on an error, let them exit.
 
     Raises:
         UsageError: the configuration is invalid.
@@ -256,9 +250,9 @@ def decide_or_abort(
     from launcher.distributed import rendezvous
 
     try:
-        return assign(known, found)
+        return decide(recalled, measurement)
     except BaseException:
-        rendezvous.broadcast_text(store, "")
+        rendezvous.broadcast_text(store, Decision().to_json())
         raise
 
 
@@ -270,14 +264,14 @@ def exit_immediately(status: int) -> NoReturn:
     os._exit(status)
 
 
-def start_watchdog(job_spec: JobSpec, topology: Topology, screen: TextIO) -> Watchdog | None:
+def start_watchdog(job_spec: JobSpec, topology: Topology, terminal: TextIO) -> Watchdog | None:
     from launcher.distributed.hang_detection import HangTimeouts
     from launcher.distributed.watchdog import Watchdog
 
     elastic, compiles = job_spec.config.elastic, job_spec.config.train.compile
     limits = HangTimeouts(elastic.hang_timeout_s, elastic.first_timeout_s)
     return Watchdog.start(
-        job_spec.run_dir, topology, limits, compiles=compiles, terminal=None if job_spec.loopback else screen
+        job_spec.run_dir, topology, limits, compiles=compiles, terminal=None if job_spec.loopback else terminal
     )
 
 
@@ -301,28 +295,28 @@ def report_complete(summary: str, topology: Topology) -> int:
     return EXIT_OK
 
 
-def handle_failure(job_spec: JobSpec, topology: Topology, error: Exception, screen: TextIO) -> int:
+def handle_failure(job_spec: JobSpec, topology: Topology, error: Exception, terminal: TextIO) -> int:
     """Record the failure for the driver to report; under the user's own torchrun, one rank prints it here."""
     from launcher.train.loop import TrainingFailed
 
     final = isinstance(error, TrainingFailed)
     log = job_spec.run_dir.get_log_path(*topology.rank_and_generation)
-    found = failures.write_failure(job_spec.run_dir.logs, *topology.rank_and_generation, error, log, final=final)
-    logging.getLogger(__name__).error("%s", found.traceback)
-    if failures.is_peer_failure(found.message) and (job_spec.loopback or topology.restarts_left > 0):
+    failure = failures.write_failure(job_spec.run_dir.logs, *topology.rank_and_generation, error, log, final=final)
+    logging.getLogger(__name__).error("%s", failure.traceback)
+    if failures.is_peer_failure(failure.message) and (job_spec.loopback or topology.restarts_left > 0):
         return EXIT_RESTART
     if not job_spec.loopback:
-        if failures.should_report(job_spec.run_dir.logs, found):
-            print(f"error: {found.summary()}", file=screen, flush=True)
-            log_failure_event(job_spec.run_dir, found)
+        if failures.should_report(job_spec.run_dir.logs, failure):
+            print(f"error: {failure.summary()}", file=terminal, flush=True)
+            log_failure_event(job_spec.run_dir, failure)
         failures.record_for_torchelastic(error)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
 
 
-def log_failure_event(run_dir: RunDirectory, found: failures.RankFailure) -> None:
+def log_failure_event(run_dir: RunDirectory, failure: failures.RankFailure) -> None:
     """Log the failure as an event if rank 0, which writes the events, did not."""
     from launcher.telemetry.sinks.jsonl import append_line_concurrently
 
     with suppress(OSError):
-        if not failures.is_peer_failure(found.message) and not failures.is_logged(run_dir.events, found):
-            append_line_concurrently(run_dir.events, found.to_event())
+        if not failures.is_peer_failure(failure.message) and not failures.is_logged(run_dir.events, failure):
+            append_line_concurrently(run_dir.events, failure.to_event())

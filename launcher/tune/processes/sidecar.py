@@ -26,8 +26,10 @@ __all__ = ["measure_in_sidecars"]
 SIDECAR_POLL_INTERVAL_S = 0.05
 
 
-def measure_in_sidecars(question: Mapping[str, Any], topology: Topology, store: dist.Store) -> dict[str, Any]:
+def measure_in_sidecars(config: Mapping[str, Any], token: str, topology: Topology, store: dist.Store) -> dict[str, Any]:
     """Measure in one process per rank and return the resulting document, the same on all ranks. Every rank calls it.
+
+    `config` is the configuration as nested JSON values, and `token` is unique to this measurement.
 
     Raises:
         UsageError: any rank found the request to be wrong.
@@ -39,8 +41,8 @@ def measure_in_sidecars(question: Mapping[str, Any], topology: Topology, store: 
 
     def start(attempt: int, earlier: Mapping[str, Any] | None) -> list[RankResult]:
         with tempfile.TemporaryDirectory(prefix="launcher-auto-") as private:
-            prefix = f"{question['token']}/{attempt}"
-            task = ProbeTask(question["question"], True, attempt, prefix, private, earlier)
+            prefix = f"{token}/{attempt}"
+            task = ProbeTask(config, True, attempt, prefix, private, earlier)
             own = RankResult.from_process(Path(private), wait_for_rank(task, store, topology.rank))
         return [RankResult.from_facts(facts) for facts in store_gather.gather(own.to_facts())]
 

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-WORDS = ["recipe=mlp", "sink=[]", "train.duration=5ba", "tune.sizes=[8,16,32]", "tune.budget_s=3", "resume=never"]
+OVERRIDES = ["recipe=mlp", "sink=[]", "train.duration=5ba", "tune.sizes=[8,16,32]", "tune.budget_s=3", "resume=never"]
 
 
 def main() -> None:
@@ -31,38 +31,40 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    print(f"{'workers':>7} {'started by':>10} {'typed':>8} {'beside measuring':>17} {'kept':>7} {'kept, CPU':>10}")
+    header = f"{'workers':>7} {'started by':>10} {'number':>8} {'beside measuring':>17} {'cached':>7}"
+    print(f"{header} {'cached, CPU':>11}")
     for workers in options.workers:
         for form in ("launcher", "torchrun"):
-            rounds = [one(form, workers) for _ in range(options.rounds)]
-            typed, beside, kept, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
-            each = " ".join(f"{one[1]:.1f}" for one in rounds)
+            rounds = [time_round(form, workers) for _ in range(options.rounds)]
+            number, overhead, cached, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+            each = " ".join(f"{times[1]:.1f}" for times in rounds)
             print(
-                f"{workers:>7} {form:>10} {typed:>6.1f} s {beside:>+15.1f} s {kept:>+5.1f} s {cpu:>+8.1f} s   ({each})",
+                f"{workers:>7} {form:>10} {number:>6.1f} s {overhead:>+15.1f} s {cached:>+5.1f} s {cpu:>+9.1f} s"
+                f"   ({each})",
                 flush=True,
             )
 
 
-def one(form: str, workers: int) -> tuple[float, float, float, float]:
+def time_round(form: str, workers: int) -> tuple[float, float, float, float]:
     """Seconds with an explicit number, and what auto adds: besides measuring; with a cached profile (wall, CPU)."""
-    with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder)
-        typed_s, typed_cpu_s = took_s(form, workers, here, "batch.per_device=16")
-        measured_s, _ = took_s(form, workers, here, "batch.per_device=auto")
-        profile = json.loads(next((here / "runs" / ".profiles").iterdir()).read_text())
-        kept_s, kept_cpu_s = took_s(form, workers, here, "batch.per_device=auto")
-        beside_s = measured_s - typed_s - profile["found"]["spent_s"]
-        return typed_s, beside_s, kept_s - typed_s, kept_cpu_s - typed_cpu_s
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        number_s, number_cpu_s = time_command(form, workers, folder, "batch.per_device=16")
+        measured_s, _ = time_command(form, workers, folder, "batch.per_device=auto")
+        profile = json.loads(next((folder / "runs" / ".profiles").iterdir()).read_text())
+        cached_s, cached_cpu_s = time_command(form, workers, folder, "batch.per_device=auto")
+        overhead_s = measured_s - number_s - profile["found"]["spent_s"]
+        return number_s, overhead_s, cached_s - number_s, cached_cpu_s - number_cpu_s
 
 
-def took_s(form: str, workers: int, here: Path, *words: str) -> tuple[float, float]:
+def time_command(form: str, workers: int, folder: Path, *overrides: str) -> tuple[float, float]:
     """Wall time of the command, and CPU time of it and all processes that it waited for."""
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     if form == "launcher":
-        command = [sys.executable, "-m", "launcher", *WORDS, f"launch.workers={workers}", *words]
+        command = [sys.executable, "-m", "launcher", *OVERRIDES, f"launch.workers={workers}", *overrides]
     else:
-        command = [*TORCHRUN, f"--nproc-per-node={workers}", "-m", "launcher", *WORDS, *words]
-    subprocess.run(command, cwd=here, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        command = [*TORCHRUN, f"--nproc-per-node={workers}", "-m", "launcher", *OVERRIDES, *overrides]
+    subprocess.run(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.monotonic() - start, cpu_s

@@ -25,49 +25,51 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ACCUMULATION = 4
 
 
-def made(seed: int, recipe: Mlp) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def make_model_and_data(seed: int, recipe: Mlp) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A new model, and the images and labels of the training set."""
     torch.manual_seed(seed)
     data = recipe.dataset("train")
     return recipe.model(), data.inputs, data.targets
 
 
-def gradient(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def compute_gradient(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean gradient over the samples, flattened."""
     model.zero_grad()
     nn.functional.cross_entropy(model(images), labels).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-def trained(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, updates: int, seed: int) -> None:
+def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, updates: int, seed: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for update in range(updates):
         rows = list(SamplePermutation(len(images), seed, update)[:32])
-        gradient(model, images[rows], labels[rows])
+        compute_gradient(model, images[rows], labels[rows])
         optimizer.step()
 
 
-def noise(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+def compute_noise_scale(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The full gradient and the exact noise scale, computed from every sample's gradient."""
-    whole = gradient(model, images, labels)
-    squares = [float(gradient(model, images[i : i + 1], labels[i : i + 1]).square().sum()) for i in range(len(images))]
+    whole = compute_gradient(model, images, labels)
+    squares = [
+        float(compute_gradient(model, images[i : i + 1], labels[i : i + 1]).square().sum()) for i in range(len(images))
+    ]
     variance, square = estimate_variance_and_square([1.0] * len(images), squares, float(whole.square().sum()))
     return whole, variance / square
 
 
-def direction() -> None:
+def measure_direction() -> None:
     for updates in (0, 100, 400):
         cosines: dict[int, list[float]] = {size: [] for size in SIZES}
         scales = []
         for seed in range(SEEDS):
-            model, images, labels = made(seed, Mlp())
-            trained(model, images, labels, updates, seed)
-            whole, phi = noise(model, images, labels)
+            model, images, labels = make_model_and_data(seed, Mlp())
+            train(model, images, labels, updates, seed)
+            whole, phi = compute_noise_scale(model, images, labels)
             scales.append(phi)
             for size in SIZES:
                 for draw in range(20):
                     rows = list(SamplePermutation(len(images), seed, 1000 + draw)[:size])
-                    part = gradient(model, images[rows], labels[rows])
+                    part = compute_gradient(model, images[rows], labels[rows])
                     cosines[size].append(float(torch.cosine_similarity(part, whole, dim=0)))
         phi = statistics.median(scales)
         print(f"after {updates} updates: phi = {phi:.0f} samples ({min(scales):.0f} to {max(scales):.0f})")
@@ -76,17 +78,17 @@ def direction() -> None:
             print(f"  batch {size:4}   cosine {statistics.fmean(cosines[size]):.3f}   predicted {promised:.3f}")
 
 
-def classes() -> None:
+def measure_classes() -> None:
     for count in (2, 4, 6, 8, 10):
         found = []
         for seed in range(SEEDS):
-            model, images, labels = made(seed, Mlp(classes=count))
-            trained(model, images, labels, 100, seed)
-            found.append(noise(model, images, labels)[1])
+            model, images, labels = make_model_and_data(seed, Mlp(classes=count))
+            train(model, images, labels, 100, seed)
+            found.append(compute_noise_scale(model, images, labels)[1])
         print(f"{count:2} classes   phi {statistics.median(found):6.1f}   ({min(found):.1f} to {max(found):.1f})")
 
 
-def accumulation() -> None:
+def measure_accumulation() -> None:
     optimizers = {
         "SGD 0.2": lambda model: torch.optim.SGD(model.parameters(), lr=0.2),
         "SGD 0.5": lambda model: torch.optim.SGD(model.parameters(), lr=0.5),
@@ -94,17 +96,19 @@ def accumulation() -> None:
     }
     for kind, make in optimizers.items():
         for way in ("right", "forgets to divide", "lets the tail leak"):
-            found = [accumulated(seed, make, way) for seed in range(SEEDS)]
+            found = [train_with_accumulation(seed, make, way) for seed in range(SEEDS)]
             print(f"{kind:10}  {way:20} accuracy {statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})")
 
 
-def accumulated(seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], way: str, epochs: int = 10) -> float:
+def train_with_accumulation(
+    seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], way: str, epochs: int = 10
+) -> float:
     """Validation accuracy after some epochs with micro-batches of 16, four per update, as in hand-written loops.
 
     An epoch has 90 micro-batches, so two are left over. In the leaking variant no update applies them: their gradients
     are still present when those of the next epoch's first micro-batches are added.
     """
-    model, images, labels = made(seed, Mlp())
+    model, images, labels = make_model_and_data(seed, Mlp())
     held = Mlp().dataset("val")
     optimizer = make(model)
     for epoch in range(epochs):
@@ -123,7 +127,7 @@ def accumulated(seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], w
         return float((model(held.inputs).argmax(1) == held.targets).float().mean())
 
 
-PARTS = {"direction": direction, "accumulation": accumulation, "classes": classes}
+PARTS = {"direction": measure_direction, "accumulation": measure_accumulation, "classes": measure_classes}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

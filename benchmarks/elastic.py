@@ -38,13 +38,13 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 LONG = ["recipe=resnet", "launch.workers=2", "sink=[]", "train.duration=100000ep", "train.validate_every=null"]
 
 
-def launched(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
+def start_launcher(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
     quiet = subprocess.DEVNULL
     argv = [sys.executable, "-m", "launcher", *LONG, *overrides]
     return subprocess.Popen(argv, cwd=folder, env=ENV, stdout=quiet, stderr=quiet)
 
 
-def rows(run_dir: Path) -> list[dict[str, float]]:
+def read_rows(run_dir: Path) -> list[dict[str, float]]:
     metrics = run_dir / METRICS_FILE
     return list(JsonlReader(metrics))
 
@@ -58,37 +58,37 @@ def wait_for(state: Callable[[], object], within_s: float = 240.0, every_s: floa
         time.sleep(every_s)
 
 
-def workers_of(driver: int) -> list[int]:
+def list_workers(driver: int) -> list[int]:
     return [worker for agent in list_child_pids(driver) for worker in list_child_pids(agent)]
 
 
-def last(run_dir: Path) -> dict[str, Any]:
+def read_last(run_dir: Path) -> dict[str, Any]:
     return read_last_row(run_dir / METRICS_FILE) or {"generation": 0, "update": 0}
 
 
-def trains(run_dir: Path, generation: int) -> int:
+def wait_until_trained(run_dir: Path, generation: int) -> int:
     """Wait until this generation of workers has trained; return its current update."""
-    wait_for(lambda: last(run_dir)["generation"] == generation)
-    return int(last(run_dir)["update"])
+    wait_for(lambda: read_last(run_dir)["generation"] == generation)
+    return int(read_last(run_dir)["update"])
 
 
-def own_recoveries(folder: Path) -> list[float]:
+def measure_recoveries(folder: Path) -> list[float]:
     run_dir = folder / "runs/r"
-    process = launched(folder, "run.name=r", "checkpoint.every=20ba", "elastic.max_restarts=100")
+    process = start_launcher(folder, "run.name=r", "checkpoint.every=20ba", "elastic.max_restarts=100")
     found: list[float] = []
     for generation in range(1, KILLS + 1):
-        begun = trains(run_dir, generation)
-        wait_for(lambda begun=begun: last(run_dir)["update"] >= begun + 30)
+        begun = wait_until_trained(run_dir, generation)
+        wait_for(lambda begun=begun: read_last(run_dir)["update"] >= begun + 30)
         killed_at = time.time()
-        os.kill(random.choice(workers_of(process.pid)), signal.SIGKILL)
-        trains(run_dir, generation + 1)
-        found.append(next(row["time"] for row in rows(run_dir) if row["generation"] == generation + 1) - killed_at)
+        os.kill(random.choice(list_workers(process.pid)), signal.SIGKILL)
+        wait_until_trained(run_dir, generation + 1)
+        found.append(next(row["time"] for row in read_rows(run_dir) if row["generation"] == generation + 1) - killed_at)
     process.kill()
     process.wait()
     return found
 
 
-def plain_recoveries(folder: Path) -> list[float]:
+def measure_plain_recoveries(folder: Path) -> list[float]:
     starts = folder / "starts"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     argv = [*torchrun, "--max-restarts=1000", "--monitor-interval=0.1", str(HERE / "plain_ddp.py")]
@@ -113,15 +113,15 @@ def plain_recoveries(folder: Path) -> list[float]:
     return found
 
 
-def recovery(folder: Path) -> None:
-    own, plain = own_recoveries(folder), plain_recoveries(folder)
+def measure_recovery(folder: Path) -> None:
+    own, plain = measure_recoveries(folder), measure_plain_recoveries(folder)
     for name, values in (("launcher", own), ("plain script", plain)):
         high = sorted(values)[int(0.95 * len(values)) - 1]
         median = statistics.median(values)
         print(f"recovery, {name:14} {len(values)} of {KILLS}   median {median:.2f} s   95% {high:.2f} s")
 
 
-def agent(folder: Path, port: int, *, first: bool) -> subprocess.Popen[bytes]:
+def start_agent(folder: Path, port: int, *, first: bool) -> subprocess.Popen[bytes]:
     """Start the torchrun agent of one node, in a job of one to three nodes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:3", "--nproc-per-node=1"]
     where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--max-restarts=1000"]
@@ -133,7 +133,7 @@ def agent(folder: Path, port: int, *, first: bool) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*argv, "checkpoint.every=100ba"], cwd=folder, env=env, stdout=quiet, stderr=quiet)
 
 
-def resized(run_dir: Path, world: int, after: int) -> tuple[int, float, int]:
+def wait_for_resize(run_dir: Path, world: int, after: int) -> tuple[int, float, int]:
     """Wait for a generation later than `after` at this world size.
 
     Returns its generation, the seconds from the last update before it to its first, and the samples trained on again.
@@ -144,26 +144,26 @@ def resized(run_dir: Path, world: int, after: int) -> tuple[int, float, int]:
         return row is not None and row["world"] == world and row["generation"] > after
 
     wait_for(there)
-    found = rows(run_dir)
+    found = read_rows(run_dir)
     index = next(n for n, row in enumerate(found) if row["generation"] > after and row["world"] == world)
     row, before = found[index], found[max(index - 1, 0)]
     return int(row["generation"]), row["time"] - before["time"], int(row.get("elastic/lost_samples", 0))
 
 
-def joins(folder: Path) -> None:
+def measure_joins(folder: Path) -> None:
     run_dir, port = folder / "runs/j", random.randint(20_000, 40_000)
-    agents = [agent(folder, port, first=True), agent(folder, port, first=False)]
+    agents = [start_agent(folder, port, first=True), start_agent(folder, port, first=False)]
     costs: dict[str, list[tuple[float, int]]] = {"joins": [], "losses of a node": []}
     try:
-        generation, *_ = resized(run_dir, 2, 0)
+        generation, *_ = wait_for_resize(run_dir, 2, 0)
         for _ in range(JOINS):
-            third = agent(folder, port, first=False)
+            third = start_agent(folder, port, first=False)
             agents.append(third)
-            generation, *grown = resized(run_dir, 3, generation)
+            generation, *grown = wait_for_resize(run_dir, 3, generation)
             costs["joins"].append((grown[0], int(grown[1])))
             third.kill()
             third.wait()
-            generation, *shrunk = resized(run_dir, 2, generation)
+            generation, *shrunk = wait_for_resize(run_dir, 2, generation)
             costs["losses of a node"].append((shrunk[0], int(shrunk[1])))
             print(
                 f"  join {grown[0]:.1f} s, {grown[1]} samples; loss {shrunk[0]:.1f} s, {shrunk[1]} samples", flush=True
@@ -183,47 +183,49 @@ def joins(folder: Path) -> None:
         print(f"   no training for {statistics.median(stood):.1f} s (median), {stood[-1]:.1f} s at most")
 
 
-def stop(folder: Path) -> None:
+def measure_stops(folder: Path) -> None:
     run_dir = folder / "runs/s"
     for number in range(STOPS):
-        before = len(rows(run_dir))
-        process = launched(folder, "run.name=s")
-        wait_for(lambda before=before: len(rows(run_dir)) >= before + random.randint(3, 12))
+        before = len(read_rows(run_dir))
+        process = start_launcher(folder, "run.name=s")
+        wait_for(lambda before=before: len(read_rows(run_dir)) >= before + random.randint(3, 12))
         process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=60)
         assert status == 0, f"stop {number + 1} ended with {status}"
-    updates = [row["update"] for row in rows(run_dir)]
+    updates = [row["update"] for row in read_rows(run_dir)]
     whole = updates == list(range(1, len(updates) + 1))
     found = "each once" if whole else "NOT each once"
     print(f"graceful stops          {STOPS} of {STOPS}   {len(updates)} updates, {found}")
 
 
-def runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def survivors(folder: Path) -> None:
-    process = launched(folder, "run.name=k")
-    wait_for(lambda: len(rows(folder / "runs/k")) >= 5)
-    workers, (agent,) = workers_of(process.pid), list_child_pids(process.pid)
+def measure_survivors(folder: Path) -> None:
+    process = start_launcher(folder, "run.name=k")
+    wait_for(lambda: len(read_rows(folder / "runs/k")) >= 5)
+    workers, (agent,) = list_workers(process.pid), list_child_pids(process.pid)
     start_s = time.monotonic()
     os.kill(agent, signal.SIGKILL)
-    wait_for(lambda: not any(runs(pid) for pid in (*workers, agent)), every_s=0.01)
+    wait_for(lambda: not any(is_running(pid) for pid in (*workers, agent)), every_s=0.01)
     print(f"agent killed            no process left after {time.monotonic() - start_s:.2f} s")
     process.wait()
 
 
-def save(folder: Path) -> None:
+def measure_save(folder: Path) -> None:
     """Save a model of 25 million parameters with Adam's moments: 300 MB per checkpoint."""
     overrides = ["recipe=mlp", "recipe.hidden=3500", "recipe.depth=3", "optimizer=adamw", "lr.base=0.0001"]
     sizes = ["batch.per_device=16", "lr.base_batch=32", "train.duration=42ba", "checkpoint.every=10ba"]
-    launched(folder, *overrides, *sizes, "run.name=c").wait()
+    start_launcher(folder, *overrides, *sizes, "run.name=c").wait()
     events = list(JsonlReader(folder / "runs/c" / EVENTS_FILE))
     saved = [event for event in events if event["event"] == "checkpoint"][1:]  # the first one allocates the buffers
-    stalls = [row["stage/checkpoint/ms"] / 1e3 for row in rows(folder / "runs/c") if row["stage/checkpoint/ms"] > 1][1:]
+    stalls = [
+        row["stage/checkpoint/ms"] / 1e3 for row in read_rows(folder / "runs/c") if row["stage/checkpoint/ms"] > 1
+    ][1:]
     stall_s, write_s = statistics.median(stalls), statistics.median(event["seconds"] for event in saved)
     size_mb = saved[0]["bytes"] / 1e6
     print(
@@ -232,7 +234,7 @@ def save(folder: Path) -> None:
     print(f"                        stall / synchronous = {stall_s / (stall_s + write_s):.3f}")
 
 
-def vote_rank(rank: int, world: int, port: int, rounds: int, out: str) -> None:
+def time_all_gather(rank: int, world: int, port: int, rounds: int, out: str) -> None:
     import torch.distributed as dist
 
     from launcher.distributed.rank_stats import RankStats, StatsAllGather
@@ -250,7 +252,7 @@ def vote_rank(rank: int, world: int, port: int, rounds: int, out: str) -> None:
     dist.barrier()
 
 
-def vote(folder: Path) -> None:
+def measure_vote(folder: Path) -> None:
     import torch.distributed  # noqa: F401 (imported once, before the forks)
 
     import launcher.distributed.rank_stats  # noqa: F401
@@ -260,7 +262,7 @@ def vote(folder: Path) -> None:
         out, port, pids = folder / f"vote{world}", random.randint(20_000, 40_000), []
         for rank in range(world):
             if (pid := os.fork()) == 0:
-                vote_rank(rank, world, port, rounds, str(out))
+                time_all_gather(rank, world, port, rounds, str(out))
                 os._exit(0)
             pids.append(pid)
         for pid in pids:
@@ -270,7 +272,14 @@ def vote(folder: Path) -> None:
         print(f"all-gather, {world:3} ranks    median {median_ms:.2f} ms, not overlapped with a backward pass")
 
 
-PARTS = {"recovery": recovery, "joins": joins, "stop": stop, "survivors": survivors, "save": save, "vote": vote}
+PARTS = {
+    "recovery": measure_recovery,
+    "joins": measure_joins,
+    "stop": measure_stops,
+    "survivors": measure_survivors,
+    "save": measure_save,
+    "vote": measure_vote,
+}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:

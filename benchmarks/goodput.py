@@ -44,11 +44,11 @@ def main() -> None:
     forms["noise known"] = ["batch=goodput", "plan.noise=before"]
     found: dict[str, list[float]] = {form: [] for form in forms}
     with tempfile.TemporaryDirectory() as folder:
-        launched(Path(folder), options, ["tune", "format=json"], ["batch=goodput", "tune.budget_s=40"])
-        launched(Path(folder), options, [], ["run.name=before", "seed=1000", "train.duration=150ba", *QUIET])
+        run_launcher(Path(folder), options, ["tune", "format=json"], ["batch=goodput", "tune.budget_s=40"])
+        run_launcher(Path(folder), options, [], ["run.name=before", "seed=1000", "train.duration=150ba", *QUIET])
         for seed in range(options.seeds):
-            for form, words in forms.items():
-                found[form].append(seconds(Path(folder), options, [*words, f"seed={seed}"]))
+            for form, overrides in forms.items():
+                found[form].append(train_to_target(Path(folder), options, [*overrides, f"seed={seed}"]))
     print(f"{options.recipe}: seconds to val/accuracy {options.target}")
     for form, times in found.items():
         print(f"{form:12} median {statistics.median(times):6.2f}   {' '.join(f'{time:.2f}' for time in times)}")
@@ -58,24 +58,24 @@ def main() -> None:
         print(f"{form} takes {medians[form] / medians[best]:.2f} of the time of the best fixed batch ({best})")
 
 
-def seconds(folder: Path, options: argparse.Namespace, words: Sequence[str]) -> float:
+def train_to_target(folder: Path, options: argparse.Namespace, overrides: Sequence[str]) -> float:
     """Seconds of training to the target; infinity if it was not reached."""
-    run_dir = folder / f"run-{'-'.join(words).replace('=', '')}"
+    run_dir = folder / f"run-{'-'.join(overrides).replace('=', '')}"
     target = [f"train.target.at_least={options.target}", "train.target.metric=val/accuracy"]
     more = [*target, "train.stop_at_target=true", f"train.duration={options.max_epochs}ep", f"run.dir={run_dir}"]
-    launched(folder, options, [], [*words, *more, "schedule=constant", *QUIET])
+    run_launcher(folder, options, [], [*overrides, *more, "schedule=constant", *QUIET])
     events, rows = (list(JsonlReader(run_dir / name)) for name in (EVENTS_FILE, METRICS_FILE))
     changes = [event["global"] for event in events if event["event"] == "plan"]
     reached = [event for event in events if event["event"] == "target"]
     took, updates = (reached[0]["seconds"], reached[0]["update"]) if reached else (math.inf, 0)
     took -= sum(row["stage/other/ms"] for row in rows) / 1e3
-    print(f"  {' '.join(words):40} {took:7.2f} s  {updates:5} updates  {changes}", flush=True)
+    print(f"  {' '.join(overrides):40} {took:7.2f} s  {updates:5} updates  {changes}", flush=True)
     return float(took)
 
 
-def launched(folder: Path, options: argparse.Namespace, verb: Sequence[str], words: Sequence[str]) -> None:
+def run_launcher(folder: Path, options: argparse.Namespace, verb: Sequence[str], overrides: Sequence[str]) -> None:
     usual = [f"recipe={options.recipe}", f"launch.workers={WORKERS}", "launch.threads=1"]
-    command = [sys.executable, "-m", "launcher", *verb, *usual, f"tune.max={options.tune_max}", *words]
+    command = [sys.executable, "-m", "launcher", *verb, *usual, f"tune.max={options.tune_max}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *options.overrides], cwd=folder, env=environment, capture_output=True, text=True, check=False

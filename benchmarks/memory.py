@@ -31,7 +31,7 @@ from launcher.tune.oom import PeakRss
 MODEL = ["recipe=gpt", "recipe.layers=6", "recipe.width=512", "recipe.heads=8", "recipe.block=8", "sink=[]"]
 
 
-def resident_bytes() -> int:
+def read_resident_bytes() -> int:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return psutil.Process().memory_info().rss
@@ -47,7 +47,7 @@ def main() -> None:
     layout = f"zero{config.strategy.stage}" if config.strategy.name == "deepspeed" else config.strategy.name
     expected = estimate_memory(measure_model_size(recipe, config), layout, topology.world)
     warm_up()
-    before = resident_bytes()
+    before = read_resident_bytes()
     highest = PeakRss()
     highest.clear()
     components = build_components(recipe, config, topology, torch.device("cpu"), data)
@@ -55,16 +55,16 @@ def main() -> None:
     dist.all_gather_object(start_peaks, (highest.read() - before) / 1e6)
     replica = components.replica
 
-    def backward() -> None:
+    def run_backward() -> None:
         with replica.micro_batch(last=True, is_padding=False, shard=topology.rank):
             replica.backward(recipe.loss(replica.model, items).total, topology.world)
 
     for _ in range(2):
-        backward()
+        run_backward()
         replica.step(1e-3, None, 1.0, None)
-    state = resident_bytes() - before
-    backward()
-    gradients = resident_bytes() - before - state
+    state = read_resident_bytes() - before
+    run_backward()
+    gradients = read_resident_bytes() - before - state
     if topology.rank == 0:
         predicted = expected.parameters + expected.optimizer + expected.buffers
         found = {"layout": layout, "world": topology.world, "state_MB": state / 1e6, "predicted_MB": predicted / 1e6}

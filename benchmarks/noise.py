@@ -37,27 +37,27 @@ LAYOUTS = {
 }
 
 
-def known(noises: list[float], seeds: int) -> None:
+def compare_with_known(noises: list[float], seeds: int) -> None:
     """Print the estimate after 300 updates, and how often the interval of a row covers the true value."""
     for layout, overrides in LAYOUTS.items():
         for noise in noises:
-            found = [job(noise, seed, overrides) for seed in range(seeds)]
-            every = [interval(row) for rows in found for row in rows[20:]]
+            found = [run_job(noise, seed, overrides) for seed in range(seeds)]
+            every = [get_interval(row) for rows in found for row in rows[20:]]
             covered = sum(low <= noise <= high for low, high in every) / len(every)
-            ends = " ".join(shown(rows[-1]) for rows in found)
+            ends = " ".join(format_estimate(rows[-1]) for rows in found)
             print(f"{layout:40} phi {noise:g}: {ends}; covered in {covered:.1%} of rows", flush=True)
 
 
-def interval(row: dict[str, Any]) -> tuple[float, float]:
+def get_interval(row: dict[str, Any]) -> tuple[float, float]:
     return row.get("noise/scale_low", 0.0), row.get("noise/scale_high", math.inf)
 
 
-def shown(row: dict[str, Any]) -> str:
-    low, high = interval(row)
+def format_estimate(row: dict[str, Any]) -> str:
+    low, high = get_interval(row)
     return f"{row.get('noise/scale', math.nan):.3g} ({low:.3g}-{high:.3g})"
 
 
-def job(noise: float, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
+def run_job(noise: float, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, "-m", "launcher", *QUADRATIC, *overrides, f"run.dir={folder}/run", f"seed={seed}"]
         argv += [f"+recipe.noise={noise}", f"+recipe.points_seed={seed}"]
@@ -71,13 +71,13 @@ def job(noise: float, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
-def cost(overrides: list[str], workers: int, pairs: int) -> None:
+def measure_cost(overrides: list[str], workers: int, pairs: int) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*torchrun, str(HERE / "noise.py"), "rank", f"--pairs={pairs}", *overrides], env=env, check=True)
 
 
-def rank(overrides: list[str], pairs: int, warm_up: int = 10) -> None:
+def measure_cost_on_rank(overrides: list[str], pairs: int, warm_up: int = 10) -> None:
     """Run updates in pairs, one that measures and one that does not, in alternating order.
 
     Times are CPU times of the training thread, so other programs on the machine do not count.
@@ -99,19 +99,19 @@ def rank(overrides: list[str], pairs: int, warm_up: int = 10) -> None:
     sizes = recipes.get_dataset_sizes(recipe)
     components = build_components(recipe, config, topology, torch.device("cpu"), open_datasets(recipe, config, sizes))
     plan = make_training_plan(config, sizes, topology.world).plan
-    update = updater(components, plan, topology.rank)
+    run_update = make_updater(components, plan, topology.rank)
     times: dict[bool, list[float]] = {True: [], False: []}
     for index in range(2 * (pairs + warm_up)):
         measured = (index % 2 == 0) != (index // 2 % 2 == 0)
-        with_s = update(measured)
+        with_s = run_update(measured)
         if index >= 2 * warm_up:
             times[measured].append(with_s)
     if topology.rank == 0:
-        told(times, plan.global_batch)
+        print_cost(times, plan.global_batch)
     dist.barrier()
 
 
-def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
+def make_updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
     """A function that runs one update on fixed samples and returns its CPU seconds."""
     import torch.distributed as dist
     from torch.utils.data import default_collate
@@ -122,7 +122,7 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
     batches = [default_collate([parts.train_data[index] for index in range(size)]) for size in sizes]
     replica, hooks, norms = parts.replica, parts.replica._norm_hooks, gradient_norms.compute_norms
 
-    def update(measured: bool) -> float:
+    def run_update(measured: bool) -> float:
         ddp.compute_norms = norms if measured else lambda _: []  # type: ignore[attr-defined]
         replica._norm_hooks = hooks if measured else None
         if hooks is not None and not measured:
@@ -137,10 +137,10 @@ def updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
         replica.step(1e-4, None, 1.0, None)
         return time.thread_time() - start_s
 
-    return update
+    return run_update
 
 
-def told(times: dict[bool, list[float]], batch: int) -> None:
+def print_cost(times: dict[bool, list[float]], batch: int) -> None:
     differences = [one - other for one, other in zip(times[True], times[False], strict=True)]
     from launcher.strategies.gradient_norms import MEASURE_EVERY
 
@@ -148,12 +148,12 @@ def told(times: dict[bool, list[float]], batch: int) -> None:
     error_ms = 1.25 * statistics.stdev(differences) / len(differences) ** 0.5 * 1e3
     print(f"an update {without_ms:.2f} ms; measuring {more_ms:+.3f} +- {error_ms:.3f} ms in an update that measures")
     for name, every in (("in every update", 1), (f"in every {MEASURE_EVERY}th", MEASURE_EVERY)):
-        host_ms = estimate_s(batch, every) * 1e3
+        host_ms = time_estimate(batch, every) * 1e3
         share = (more_ms / every + host_ms) / without_ms
         print(f"  {name}: with {host_ms:.3f} ms for the estimate {share:+.2%} of all updates")
 
 
-def estimate_s(batch: int, every: int, updates: int = 2000) -> float:
+def time_estimate(batch: int, every: int, updates: int = 2000) -> float:
     """Seconds per update for the estimate and its row values, with a full window, measuring one of `every` updates."""
     import random
 
@@ -181,11 +181,11 @@ def main() -> None:
     options, more = parser.parse_known_args()
     overrides = [*options.overrides, *more]
     if options.what == "known":
-        known(options.noises, options.seeds)
+        compare_with_known(options.noises, options.seeds)
     elif options.what == "cost":
-        cost(overrides, options.workers, options.pairs)
+        measure_cost(overrides, options.workers, options.pairs)
     else:
-        rank(overrides, options.pairs)
+        measure_cost_on_rank(overrides, options.pairs)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def plain(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
+def run_plain(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
     out = folder / "plain.json"
     argv = [*TORCHRUN, f"--nproc-per-node={options.workers}", str(HERE / "plain_ddp.py"), f"--recipe={options.recipe}"]
     argv += [f"--per-device={options.per_device}", f"--updates={options.updates}", f"--skip={options.skip}"]
@@ -44,7 +44,7 @@ def plain(options: argparse.Namespace, folder: Path) -> tuple[float, float]:
     return statistics.fmean(found["update_s"]), found["first_update_at"] - start
 
 
-def launched(options: argparse.Namespace, folder: Path, driver: bool) -> tuple[float, float]:
+def run_launcher(options: argparse.Namespace, folder: Path, driver: bool) -> tuple[float, float]:
     world = options.workers
     overrides = [
         f"recipe={options.recipe}",
@@ -74,7 +74,7 @@ def launched(options: argparse.Namespace, folder: Path, driver: bool) -> tuple[f
     return statistics.fmean(walls), rows[0]["time"] - start
 
 
-def cpu_s(job: Callable[[], object]) -> float:
+def measure_cpu_s(job: Callable[[], object]) -> float:
     """CPU time of the processes that `job` starts and waits for."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     job()
@@ -82,15 +82,15 @@ def cpu_s(job: Callable[[], object]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def cpu_times(options: argparse.Namespace) -> None:
+def compare_cpu_times(options: argparse.Namespace) -> None:
     ratios = []
     for _ in range(options.pairs):
         per_update_ms = []
-        for job in (plain, partial(launched, driver=False)):
+        for job in (run_plain, partial(run_launcher, driver=False)):
             with tempfile.TemporaryDirectory() as name:
                 lengths = (options.skip + 2, options.skip + 2 + options.updates)
                 sizes = [argparse.Namespace(**{**vars(options), "updates": length}) for length in lengths]
-                short_s, long_s = (cpu_s(partial(job, one, Path(name))) for one in sizes)
+                short_s, long_s = (measure_cpu_s(partial(job, size, Path(name))) for size in sizes)
             per_update_ms.append((long_s - short_s) / options.updates * 1e3)
         ratios.append(per_update_ms[1] / per_update_ms[0])
         print(f"CPU ms per update: plain {per_update_ms[0]:.1f}, launcher {per_update_ms[1]:.1f}: {ratios[-1]:.3f}")
@@ -104,15 +104,15 @@ def run(argv: list[str], folder: Path) -> None:
         sys.exit(f"{' '.join(argv)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
-def wall_times(options: argparse.Namespace) -> None:
+def compare_wall_times(options: argparse.Namespace) -> None:
     kinds = ("throughput", "throughput, driver", "first update", "first update, driver")
     ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
     seconds: list[tuple[float, ...]] = []
     with tempfile.TemporaryDirectory() as name:
         for _ in range(options.pairs):
-            plain_s, plain_first_s = plain(options, Path(name))
-            own_s, own_first_s = launched(options, Path(name), driver=False)
-            driver_s, driver_first_s = launched(options, Path(name), driver=True)
+            plain_s, plain_first_s = run_plain(options, Path(name))
+            own_s, own_first_s = run_launcher(options, Path(name), driver=False)
+            driver_s, driver_first_s = run_launcher(options, Path(name), driver=True)
             ratios["throughput"].append(plain_s / own_s)
             ratios["throughput, driver"].append(plain_s / driver_s)
             ratios["first update"].append(own_first_s / plain_first_s)
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    (cpu_times if options.cpu else wall_times)(options)
+    (compare_cpu_times if options.cpu else compare_wall_times)(options)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils.data import DataLoader, DistributedSampler  # noqa: E402
 
 
-def recipe_of(name: str, width: int | None):
+def make_recipe(name: str, width: int | None):
     if name == "gpt":
         from launcher.recipes.gpt import Gpt as Recipe
     elif name == "mlp":
@@ -31,23 +31,23 @@ def recipe_of(name: str, width: int | None):
     return Recipe() if width is None else Recipe(width=width)
 
 
-def ddp(model: torch.nn.Module):
+def wrap_in_ddp(model: torch.nn.Module):
     whole = DistributedDataParallel(model) if dist.get_world_size() > 1 else model
-    return whole, *by_hand(model, fused=True)
+    return whole, *make_backward_and_step(model, fused=True)
 
 
-def fsdp(model: torch.nn.Module):
+def wrap_in_fsdp(model: torch.nn.Module):
     from torch.distributed.fsdp import fully_shard
 
     for block in getattr(model, "blocks", model):
         if any(True for _ in block.parameters()):
             fully_shard(block)
     fully_shard(model)
-    return model, *by_hand(model, fused=None)
+    return model, *make_backward_and_step(model, fused=None)
 
 
-def by_hand(model: torch.nn.Module, fused: bool | None):
-    optimizer = sgd(model, fused)
+def make_backward_and_step(model: torch.nn.Module, fused: bool | None):
+    optimizer = make_sgd(model, fused)
 
     def step() -> None:
         optimizer.step()
@@ -56,7 +56,7 @@ def by_hand(model: torch.nn.Module, fused: bool | None):
     return torch.Tensor.backward, step
 
 
-def zero(model: torch.nn.Module, stage: int = 2):
+def wrap_in_deepspeed(model: torch.nn.Module, stage: int = 2):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needed for inference only, and would be compiled
@@ -68,11 +68,13 @@ def zero(model: torch.nn.Module, stage: int = 2):
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model, None), config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_sgd(model, None), config=config, dist_init_required=False
+    )
     return engine, engine.backward, engine.step
 
 
-def sgd(model: torch.nn.Module, fused: bool | None) -> torch.optim.Optimizer:
+def make_sgd(model: torch.nn.Module, fused: bool | None) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
 
 
@@ -91,23 +93,24 @@ def main() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    recipe = recipe_of(options.recipe, options.width)
+    recipe = make_recipe(options.recipe, options.width)
     torch.manual_seed(0)
     model = recipe.model()
-    laid_out, backward, step = {"ddp": ddp, "fsdp": fsdp, "deepspeed": zero}[options.strategy](model)
+    wrap = {"ddp": wrap_in_ddp, "fsdp": wrap_in_fsdp, "deepspeed": wrap_in_deepspeed}[options.strategy]
+    wrapped, backward, step = wrap(model)
     data = recipe.dataset("train")
     sampler = DistributedSampler(data)
     batches = DataLoader(data, options.per_device, sampler=sampler, drop_last=True, collate_fn=lambda batch: batch)
 
-    done, first, start = 0, None, 0.0
+    updates, first, start = 0, None, 0.0
     times: list[float] = []
-    while done < options.updates:
-        sampler.set_epoch(done)
+    while updates < options.updates:
+        sampler.set_epoch(updates)
         for batch in batches:
-            loss = recipe.loss(laid_out, batch)
+            loss = recipe.loss(wrapped, batch)
             backward(loss.total / loss.count)
             step()
-            done += 1
+            updates += 1
             now = time.perf_counter()
             times.append(now - start)
             start = now
@@ -116,7 +119,7 @@ def main() -> None:
                 if rank == 0 and options.starts:
                     with open(options.starts, "a") as file:
                         file.write(f"{first}\n")
-            if done == options.updates:
+            if updates == options.updates:
                 break
     if rank == 0 and options.out:
         with open(options.out, "w") as file:

@@ -28,7 +28,7 @@ HUGE = 10**12
 INDICES = 100_000
 
 
-def median_s(call: Callable[[], object], repeats: int) -> float:
+def measure_median_s(call: Callable[[], object], repeats: int) -> float:
     """Median wall time of one call in seconds, after one warm-up call."""
     call()
     times = []
@@ -39,7 +39,7 @@ def median_s(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def planning(repeats: int) -> list[tuple[str, str]]:
+def measure_planning(repeats: int) -> list[tuple[str, str]]:
     speeds, plan = "with speeds", plan_batch(HOLD, WORLD, SPEEDS)
     plans = {
         "scale": lambda: plan_batch(SCALE, WORLD),
@@ -48,25 +48,28 @@ def planning(repeats: int) -> list[tuple[str, str]]:
         f"hold {speeds}": lambda: plan_batch(HOLD, WORLD, SPEEDS),
         f"partial update of hold {speeds}": lambda: plan.truncated(777_777),
     }
-    rows = [(f"plan of {WORLD:,} workers, {name}", ms(median_s(call, repeats))) for name, call in plans.items()]
-    friendly = median_s(lambda: most_divisible_batch([8, 12, 16, 17], 10_000, 32, 1500), repeats)
-    return [*rows, ("most divisible batch up to 10,000 for 32 to 1,500 workers", ms(friendly))]
+    rows = [
+        (f"plan of {WORLD:,} workers, {name}", format_ms(measure_median_s(call, repeats)))
+        for name, call in plans.items()
+    ]
+    friendly = measure_median_s(lambda: most_divisible_batch([8, 12, 16, 17], 10_000, 32, 1500), repeats)
+    return [*rows, ("most divisible batch up to 10,000 for 32 to 1,500 workers", format_ms(friendly))]
 
 
-def ordering(repeats: int) -> list[tuple[str, str]]:
+def measure_ordering(repeats: int) -> list[tuple[str, str]]:
     rows = []
     for size in (1437, 1_281_167, 10**9, HUGE):
         order = SamplePermutation(size, 0, 0)
         start = max(0, size - INDICES)
-        seconds = median_s(lambda order=order, start=start: order[start:], repeats)
+        seconds = measure_median_s(lambda order=order, start=start: order[start:], repeats)
         rows.append((f"slices of an order of {size:,}", f"{(size - start) / seconds:,.0f} indices/s"))
     order = SamplePermutation(HUGE, 0, 0)
-    singly = median_s(lambda: [order[place] for place in range(10_000)], repeats)
+    singly = measure_median_s(lambda: [order[place] for place in range(10_000)], repeats)
     rows.append((f"single indices of an order of {HUGE:,}", f"{10_000 / singly:,.0f} indices/s"))
-    return [*rows, (f"peak memory of an order of {HUGE:,} with 1,000 indices", f"{order_peak_bytes():,} bytes")]
+    return [*rows, (f"peak memory of an order of {HUGE:,} with 1,000 indices", f"{measure_order_peak_bytes():,} bytes")]
 
 
-def order_peak_bytes() -> int:
+def measure_order_peak_bytes() -> int:
     tracemalloc.start()
     SamplePermutation(HUGE, 1, 1)[HUGE // 2 : HUGE // 2 + 1000]
     _, peak = tracemalloc.get_traced_memory()
@@ -74,20 +77,20 @@ def order_peak_bytes() -> int:
     return peak
 
 
-def walking(repeats: int) -> list[tuple[str, str]]:
+def measure_timeline(repeats: int) -> list[tuple[str, str]]:
     plan = plan_batch(BatchPolicy("hold", per_device=64, global_batch=256), 4)
     timeline = Timeline(1437, 1437 * 1000, ((0, plan),))
     updates = timeline.count_updates()
-    seconds = median_s(lambda: [update.micro_batches(3) for update in timeline.iter_updates()], repeats)
+    seconds = measure_median_s(lambda: [update.micro_batches(3) for update in timeline.iter_updates()], repeats)
     deep = Timeline(1437, 1437 * 100_000, ((0, plan),))
-    count = median_s(lambda: deep.count_updates(Position(5, 0)), repeats)
+    count = measure_median_s(lambda: deep.count_updates(Position(5, 0)), repeats)
     return [
         ("one update of the timeline with one rank's micro-batches", f"{seconds / updates * 1e6:.1f} µs"),
         ("counting the updates of 100,000 epochs", f"{count * 1e6:.1f} µs"),
     ]
 
 
-def ms(seconds: float) -> str:
+def format_ms(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms"
 
 
@@ -97,7 +100,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     print(f"{date.today()}, Python {platform.python_version()}, {platform.machine()}, medians of {repeats}\n")
     print("| what | median |\n| --- | --- |")
-    for what, value in [*planning(repeats), *ordering(repeats), *walking(repeats)]:
+    for what, value in [*measure_planning(repeats), *measure_ordering(repeats), *measure_timeline(repeats)]:
         print(f"| {what} | {value} |")
 
 

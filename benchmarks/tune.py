@@ -38,17 +38,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=150.0, help="seconds for the grid, or for each repeat")
     options = parser.parse_args()
     for name in options.recipes:
-        (repeated if options.repeats else against_grid)(name, options)
+        (repeat_search if options.repeats else compare_with_grid)(name, options)
 
 
-def against_grid(name: str, options: argparse.Namespace) -> None:
-    words, grid = RECIPES[name]
-    whole = tuned(words, f"tune.sizes={list(grid)}", f"tune.budget_s={options.budget}")
+def compare_with_grid(name: str, options: argparse.Namespace) -> None:
+    overrides, grid = RECIPES[name]
+    whole = run_tune(overrides, f"tune.sizes={list(grid)}", f"tune.budget_s={options.budget}")
     speeds = {point["per_device"]: point["samples_per_s"] for point in whole["points"] if point["samples_per_s"]}
     knee = min(size for size, speed in speeds.items() if speed >= KNEE * max(speeds.values()))
-    found = tuned(words, f"tune.max={max(grid)}", f"tune.budget_s={SHARE * whole['spent_s']:.0f}")
+    found = run_tune(overrides, f"tune.max={max(grid)}", f"tune.budget_s={SHARE * whole['spent_s']:.0f}")
     size = found["recommended"]
-    pair = tuned(words, f"tune.sizes=[{knee},{size}]", f"tune.budget_s={AGAIN_S}") if size != knee else whole
+    pair = run_tune(overrides, f"tune.sizes=[{knee},{size}]", f"tune.budget_s={AGAIN_S}") if size != knee else whole
     both = {point["per_device"]: point["samples_per_s"] for point in pair["points"]}
     print(f"{name}: grid of {len(speeds)} sizes, {whole['spent_s']:.0f} s, best {max(speeds.values()):.0f} samples/s")
     print(f"  its knee          {knee:4}: {both[knee]:8.0f} samples/s (in the grid {speeds[knee]:.0f})")
@@ -56,19 +56,19 @@ def against_grid(name: str, options: argparse.Namespace) -> None:
     print(f"  the search's size {size:4}: {both[size]:8.0f}, {both[size] / both[knee]:.3f} of it; {took}")
 
 
-def repeated(name: str, options: argparse.Namespace) -> None:
+def repeat_search(name: str, options: argparse.Namespace) -> None:
     """Repeat the search; a neighbour is a factor of sqrt(2) away, the growth factor of the search."""
-    words, grid = RECIPES[name]
+    overrides, grid = RECIPES[name]
     budget = min(options.budget, 30.0)
-    found = [tuned(words, f"tune.max={max(grid)}", f"tune.budget_s={budget}") for _ in range(options.repeats)]
+    found = [run_tune(overrides, f"tune.max={max(grid)}", f"tune.budget_s={budget}") for _ in range(options.repeats)]
     sizes = sorted(one["recommended"] for one in found)
     middle = sizes[len(sizes) // 2]
     steps = [abs(math.log(size / middle)) / math.log(math.sqrt(2)) for size in sizes]
     print(f"{name:8} {budget:.0f} s each: {sizes}, at most {max(steps):.2f} neighbours from {middle}", flush=True)
 
 
-def tuned(words: Sequence[str], *more: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "launcher", "tune", "format=json", *words, *more]
+def run_tune(overrides: Sequence[str], *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "launcher", "tune", "format=json", *overrides, *more]
     command += ["launch.workers=2", "launch.threads=1", "train.validate_every=null"]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -231,7 +231,7 @@ def test_new_and_watch_import_neither_torch_nor_hydra(launcher: Callable[..., Re
     slow = {"torch", "wandb", "numpy", "hydra", "omegaconf"}
     assert list_imported_modules(launcher, ["new", "my_recipe"]).isdisjoint(slow)
     facts = {"samples": 64, "updates": 1, "seconds": 1.0}
-    written.write(cwd / "runs" / "x", [written.row(1)], [{"time": 1001.0, "event": "done", **facts}])
+    written.write_run(cwd / "runs" / "x", [written.make_row(1)], [{"time": 1001.0, "event": "done", **facts}])
     (cwd / "runs" / "x" / "run.yaml").touch()
     (cwd / "runs" / "x" / "done.json").write_text(json.dumps(facts))
     assert list_imported_modules(launcher, ["watch", "x"]).isdisjoint(slow)

@@ -22,7 +22,7 @@ from launcher.recipe import REQUIRED_METHODS, build_recipe, get_dataset_sizes
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A current folder with a space in its path, importable as under the command."""
     folder = tmp_path / "a folder"
     folder.mkdir()
@@ -34,29 +34,29 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
-def tree(folder: Path) -> list[str]:
+def list_tree(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_it_writes_two_files_and_says_what_to_type(here: Path) -> None:
-    told = write_skeleton("a_name_of_24_characters_", here)
+def test_new_writes_two_files_and_prints_commands(cwd: Path) -> None:
+    message = write_skeleton("a_name_of_24_characters_", cwd)
     files = ["a_name_of_24_characters_.py", "mine/recipe/a_name_of_24_characters_.yaml"]
-    assert tree(here) == sorted(["mine", "mine/recipe", *files])
-    assert told.splitlines()[:2] == files
-    assert told.splitlines()[-3:] == [
+    assert list_tree(cwd) == sorted(["mine", "mine/recipe", *files])
+    assert message.splitlines()[:2] == files
+    assert message.splitlines()[-3:] == [
         "launcher --config-dir mine recipe=a_name_of_24_characters_ launch.workers=2",
         "launcher verify --config-dir mine recipe=a_name_of_24_characters_",
         "launcher tune --config-dir mine recipe=a_name_of_24_characters_ launch.workers=2",
     ]
-    assert max(map(len, told.splitlines())) <= 80
+    assert max(map(len, message.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     "name", ["my_disc", "Disc", "a1", "x__y_", "loss", "none", "dataset", "any", "n", "on", "match_"]
 )
-def test_what_is_written_is_a_recipe_with_its_configuration(here: Path, name: str) -> None:
+def test_skeleton_is_a_valid_recipe_with_config(cwd: Path, name: str) -> None:
     """Includes class names that are words of the template or Python keywords, and names that YAML would parse."""
-    write_skeleton(name, here)
+    write_skeleton(name, cwd)
     importlib.invalidate_caches()
     config = compose(["--config-dir", "mine", f"recipe={name}"])
     assert (config.lr.base, config.lr.base_batch, config.train.duration) == (0.1, 64, "10ep")
@@ -74,7 +74,7 @@ def test_what_is_written_is_a_recipe_with_its_configuration(here: Path, name: st
     assert (loss.count, loss.metrics.keys()) == (8, {"accuracy"})
 
 
-def test_every_method_is_there_and_every_other_one_in_a_comment() -> None:
+def test_template_has_required_methods_and_optional_comments() -> None:
     text = make_file_texts("my_disc")["my_disc.py"]
     tree = ast.parse(text)
     [kind] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -84,12 +84,12 @@ def test_every_method_is_there_and_every_other_one_in_a_comment() -> None:
         assert re.search(rf"^    # (def )?{optional}\b.*  # .+", text, re.MULTILINE), optional
 
 
-def test_what_is_in_comments_is_code(here: Path) -> None:
+def test_commented_methods_compile_and_run(cwd: Path) -> None:
     """Uncommented, all of it compiles and meets the recipe interface."""
     text = make_file_texts("full")["full.py"]
     code = re.sub(r"^    # ((?:def |    return|tokens_per_sample =))", r"    \1", text, flags=re.MULTILINE)
     assert code.count("\n    def ") == 8
-    (here / "full.py").write_text(code)
+    (cwd / "full.py").write_text(code)
     importlib.invalidate_caches()
     recipe = importlib.import_module("full").Full()
     assert get_dataset_sizes(recipe) == DatasetSizes(4000, 800, 1024)
@@ -101,7 +101,7 @@ def test_what_is_in_comments_is_code(here: Path) -> None:
     assert len(recipe.synthetic("train")) == 4000
 
 
-def test_every_line_of_the_yaml_that_is_a_field_says_what_it_is() -> None:
+def test_every_yaml_field_has_a_comment() -> None:
     text = make_file_texts("my_disc")["mine/recipe/my_disc.yaml"]
     assert yaml.safe_load(text)["recipe"] == {
         "_target_": "my_disc.MyDisc",
@@ -115,7 +115,7 @@ def test_every_line_of_the_yaml_that_is_a_field_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why", "instead"),
+    ("name", "reason", "suggestion"),
     [
         ("my-net", "is not a valid recipe name", "my_net"),
         ("3d", "is not a valid recipe name", "my_3d"),
@@ -137,50 +137,50 @@ def test_every_line_of_the_yaml_that_is_a_field_says_what_it_is() -> None:
         ("launcher", "is an installed module", "my_launcher"),
     ],
 )
-def test_a_name_that_cannot_be_had_is_refused_with_one_that_can(here: Path, name: str, why: str, instead: str) -> None:
+def test_invalid_name_is_refused_with_valid_suggestion(cwd: Path, name: str, reason: str, suggestion: str) -> None:
     with pytest.raises(UsageError) as refused:
-        write_skeleton(name, here)
-    said = str(refused.value)
-    assert why in said
-    assert "\n" not in said
-    assert said.endswith(f": type launcher new {instead}")
-    assert tree(here) == []
-    write_skeleton(instead, here)
+        write_skeleton(name, cwd)
+    message = str(refused.value)
+    assert reason in message
+    assert "\n" not in message
+    assert message.endswith(f": type launcher new {suggestion}")
+    assert list_tree(cwd) == []
+    write_skeleton(suggestion, cwd)
 
 
-@pytest.mark.parametrize("there", ["disc.py", "mine/recipe/disc.yaml", "link"])
-def test_what_is_there_is_never_overwritten(here: Path, there: str) -> None:
-    path = here / ("disc.py" if there == "link" else there)
+@pytest.mark.parametrize("existing", ["disc.py", "mine/recipe/disc.yaml", "link"])
+def test_existing_files_are_never_overwritten(cwd: Path, existing: str) -> None:
+    path = cwd / ("disc.py" if existing == "link" else existing)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if there == "link":
-        path.symlink_to(here / "nowhere")
+    if existing == "link":
+        path.symlink_to(cwd / "nowhere")
     else:
         path.write_text("mine\n")
-    before = tree(here)
+    before = list_tree(cwd)
     with pytest.raises(UsageError, match=r"disc is taken: \S+ already exists.*: type launcher new my_disc"):
-        write_skeleton("disc", here)
-    assert tree(here) == before
+        write_skeleton("disc", cwd)
+    assert list_tree(cwd) == before
     assert path.is_symlink() or path.read_text() == "mine\n"
 
 
-def test_a_package_of_that_name_would_be_imported_instead(here: Path) -> None:
-    (here / "disc").mkdir()
-    assert name_error("disc", here) is None, "a folder with data is no package"
-    (here / "disc" / "__init__.py").touch()
+def test_name_of_existing_package_is_refused(cwd: Path) -> None:
+    (cwd / "disc").mkdir()
+    assert name_error("disc", cwd) is None, "a folder with data is no package"
+    (cwd / "disc" / "__init__.py").touch()
     importlib.invalidate_caches()
-    assert "is an installed module" in str(name_error("disc", here))
-    assert find_free_name("disc", here) == "my_disc"
+    assert "is an installed module" in str(name_error("disc", cwd))
+    assert find_free_name("disc", cwd) == "my_disc"
 
 
-def test_where_the_second_file_cannot_be_written_the_first_is_gone(here: Path) -> None:
-    (here / "mine").write_text("a file where the folder should be\n")
+def test_first_file_is_removed_if_second_fails(cwd: Path) -> None:
+    (cwd / "mine").write_text("a file where the folder should be\n")
     with pytest.raises(UsageError, match=r"cannot be written \(.+\): cd to a folder that you can write to") as refused:
-        write_skeleton("disc", here)
+        write_skeleton("disc", cwd)
     assert "\n" not in str(refused.value)
-    assert tree(here) == ["mine"]
+    assert list_tree(cwd) == ["mine"]
 
 
-def test_folders_that_were_made_are_removed_again(here: Path) -> None:
+def test_created_folders_are_removed_on_failure(cwd: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
-        new_recipe.write_new_files({here / "a/b/c.txt": "c", here / "a/b/c.txt/d.txt": "d"})
-    assert tree(here) == []
+        new_recipe.write_new_files({cwd / "a/b/c.txt": "c", cwd / "a/b/c.txt/d.txt": "d"})
+    assert list_tree(cwd) == []

@@ -15,79 +15,85 @@ from launcher.errors import UsageError
 from launcher.run_dir.open_run import open_run
 from launcher.strategies.deepspeed_config import make_deepspeed_config
 
-ZERO = RunConfig(
+DEEPSPEED = RunConfig(
     optimizer={"_target_": "torch.optim.AdamW"},
     lr=LrConfig(base=0.1),
     strategy=StrategyConfig(name="deepspeed", stage=3),
 )
 
 
-def zero(config: RunConfig = ZERO, **keys: Any) -> RunConfig:
-    return replace(config, strategy=replace(config.strategy, **keys))
+def make_config(base: RunConfig = DEEPSPEED, **keys: Any) -> RunConfig:
+    return replace(base, strategy=replace(base.strategy, **keys))
 
 
-def own(tmp_path: Path, **content: Any) -> str:
+def write_json(tmp_path: Path, **content: Any) -> str:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(content))
     return str(file)
 
 
-FSDP = replace(ZERO, strategy=StrategyConfig(name="fsdp"))
+FSDP = replace(DEEPSPEED, strategy=StrategyConfig(name="fsdp"))
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [
         (replace(FSDP, elastic=ElasticConfig(exact=True)), "strategy=fsdp does not work with elastic.exact=true"),
         (
-            zero(FSDP, param_dtype="bf16"),
+            make_config(FSDP, param_dtype="bf16"),
             "strategy.param_dtype=bf16 computes in bf16, which contradicts train.precision=fp32",
         ),
         (
-            replace(zero(FSDP, offload=True), train=TrainConfig(device="cpu")),
+            replace(make_config(FSDP, offload=True), train=TrainConfig(device="cpu")),
             "strategy.offload=true with train.device=cpu has no effect: type strategy.offload=false",
         ),
-        (zero(stage=4), "strategy.stage=4 is not a ZeRO stage: type strategy.stage=0, 1, 2 or 3"),
-        (zero(offload=True, stage=0), "strategy.offload=true needs a sharded optimizer state: type strategy.sta"),
+        (make_config(stage=4), "strategy.stage=4 is not a ZeRO stage: type strategy.stage=0, 1, 2 or 3"),
         (
-            replace(ZERO, train=TrainConfig(precision="fp64")),
+            make_config(offload=True, stage=0),
+            "strategy.offload=true needs a sharded optimizer state: type strategy.sta",
+        ),
+        (
+            replace(DEEPSPEED, train=TrainConfig(precision="fp64")),
             "train.precision=fp64 does not work with strategy=deeps",
         ),
         (
-            replace(ZERO, elastic=ElasticConfig(exact=True)),
+            replace(DEEPSPEED, elastic=ElasticConfig(exact=True)),
             "strategy=deepspeed does not work with elastic.exact=true",
         ),
-        (replace(ZERO, optimizer={"_target_": "torch.optim.Muon"}), "optimizer=Muon cannot work on flat shards of par"),
-        (zero(config="nowhere.json"), "strategy.config=nowhere.json cannot be read: "),
+        (
+            replace(DEEPSPEED, optimizer={"_target_": "torch.optim.Muon"}),
+            "optimizer=Muon cannot work on flat shards of par",
+        ),
+        (make_config(config="nowhere.json"), "strategy.config=nowhere.json cannot be read: "),
     ],
 )
-def test_what_a_strategy_cannot_do_is_refused(config: RunConfig, says: str) -> None:
-    with pytest.raises(UsageError) as found:
+def test_unsupported_strategy_settings_are_refused(config: RunConfig, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
         raise UsageError(next(config_errors(config)))
-    assert str(found.value).startswith(says)
-    assert "type " in str(found.value) or "name a" in str(found.value)
+    assert str(caught.value).startswith(message)
+    assert "type " in str(caught.value) or "name a" in str(caught.value)
 
 
-def test_a_run_that_deepspeed_can_do_has_no_problem() -> None:
+def test_supported_deepspeed_config_has_no_errors() -> None:
     for stage in range(4):
-        assert not list(config_errors(zero(stage=stage)))
-    assert not list(config_errors(replace(zero(stage=0), optimizer={"_target_": "torch.optim.Muon"})))
-    assert not list(config_errors(replace(ZERO, strategy=StrategyConfig(stage=9))))  # not relevant for DDP
+        assert not list(config_errors(make_config(stage=stage)))
+    assert not list(config_errors(replace(make_config(stage=0), optimizer={"_target_": "torch.optim.Muon"})))
+    assert not list(config_errors(replace(DEEPSPEED, strategy=StrategyConfig(stage=9))))  # not relevant for DDP
 
 
-def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_deepspeed_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Detected before anything is created, without importing the package; `plan` works without it."""
-    monkeypatch.setattr("launcher.strategies.deepspeed_config.find_spec", lambda name: None)
-    says = "strategy=deepspeed: DeepSpeed is not installed: type pip install 'elastic-batch-launcher[deepspeed]'"
-    assert missing_dependency(ZERO) == says
+    monkeypatch.setattr("launcher.config.strategy_checks.find_spec", lambda name: None)
+    message = "strategy=deepspeed: DeepSpeed is not installed: type pip install 'elastic-batch-launcher[deepspeed]'"
+    assert missing_dependency(DEEPSPEED) == message
     with pytest.raises(UsageError, match="is not installed"):
-        open_run(ZERO, 1)
-    assert not list(config_errors(ZERO))
+        open_run(DEEPSPEED, 1)
+    assert not list(config_errors(DEEPSPEED))
     assert missing_dependency(RunConfig()) is None
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ({"train_batch_size": 64}, "sets train_batch_size, which is set by batch.global here"),
         (
@@ -108,40 +114,17 @@ def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         ({"tensor_parallel": {"autotp_size": 2}}, "sets tensor_parallel, which is not supported"),
     ],
 )
-def test_a_json_may_not_say_what_has_a_key_here(tmp_path: Path, content: dict[str, Any], says: str) -> None:
-    config = zero(config=own(tmp_path, **content))
+def test_deepspeed_json_cannot_set_launcher_keys(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    config = make_config(config=write_json(tmp_path, **content))
     [problem] = config_errors(config)
-    assert says in problem
+    assert message in problem
     assert "take it out of the file" in problem
     with pytest.raises(UsageError, match=r"strategy\.config="):
         make_deepspeed_config(config, 100)
 
 
-def test_a_json_says_how_the_work_is_done(tmp_path: Path) -> None:
-    """Values that are open ("auto", not enabled) or equal ours do not conflict."""
-    settings = {"stage": 3, "stage3_max_live_parameters": 1000, "reduce_bucket_size": "auto", "overlap_comm": False}
-    file = own(tmp_path, train_batch_size="auto", fp16={"enabled": False}, zero_optimization=settings)
-    made = make_deepspeed_config(zero(config=file), 100)
-    assert made["zero_optimization"] == {
-        "stage": 3,
-        "stage3_max_live_parameters": 1000,
-        "reduce_bucket_size": 100,
-        "overlap_comm": False,
-    }
-    assert "fp16" not in made
-    assert "train_batch_size" not in made
-
-
-def test_no_batch_assertion_of_deepspeed_can_contradict_the_plan() -> None:
-    made = make_deepspeed_config(ZERO, 10**12)
-    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (1, 1)
-    assert "train_batch_size" not in made
-    assert made["gradient_clipping"] == 0.0  # DeepSpeed's default clips at 1
-    assert made["zero_optimization"]["reduce_bucket_size"] == 500_000_000
-
-
 @pytest.mark.parametrize("text", ["{", "[]", '{"zero_optimization": 3}', '"stage"'])
-def test_what_is_no_deepspeed_json_is_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_deepspeed_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(UsageError, match="name a DeepSpeed JSON file"):
-        list(config_errors(zero(config=str(tmp_path / "ds.json"))))
+        list(config_errors(make_config(config=str(tmp_path / "ds.json"))))

@@ -27,19 +27,19 @@ HUGE = 10**12
 @example(2, 0, 0)
 @example(3, 0, 0)
 @example(1437, 0, 0)
-def test_every_sample_has_exactly_one_place(size: int, seed: int, epoch: int) -> None:
+def test_every_sample_has_exactly_one_position(size: int, seed: int, epoch: int) -> None:
     order = SamplePermutation(size, seed, epoch)
     assert sorted(order[:]) == list(range(size))
     assert len(order) == size
 
 
 @pytest.mark.parametrize("size", [*range(1, 130), 1023, 1024, 1025])
-def test_no_size_is_special(size: int) -> None:
+def test_every_size_is_a_permutation(size: int) -> None:
     assert sorted(SamplePermutation(size, 5, 7)) == list(range(size))
 
 
 @given(st.integers(1, 10**30), st.integers(), st.data())
-def test_samples_of_any_size_are_in_range_and_differ(size: int, seed: int, data: st.DataObject) -> None:
+def test_samples_are_in_range_and_distinct(size: int, seed: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, size - 1))
     order = SamplePermutation(size, seed, 0)
     samples = order[start : min(size, start + 50)]
@@ -49,11 +49,11 @@ def test_samples_of_any_size_are_in_range_and_differ(size: int, seed: int, data:
 
 
 @given(st.integers(1, 500), st.data())
-def test_a_slice_holds_what_its_places_hold(size: int, data: st.DataObject) -> None:
+def test_slice_equals_its_single_positions(size: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(0, size))
     order = SamplePermutation(size, 3, 1)
-    assert order[start:stop] == [order[place] for place in range(start, stop)]
+    assert order[start:stop] == [order[position] for position in range(start, stop)]
     assert order[start:] == order[start:size]
     assert order[:stop:1] == order[0:stop]
 
@@ -99,11 +99,11 @@ def test_a_slice_holds_what_its_places_hold(size: int, data: st.DataObject) -> N
         ),
     ],
 )
-def test_the_order_never_changes(size: int, seed: int, epoch: int, start: int, golden: list[int]) -> None:
+def test_order_matches_golden_values(size: int, seed: int, epoch: int, start: int, golden: list[int]) -> None:
     assert SamplePermutation(size, seed, epoch)[start : min(size, start + 10)] == golden
 
 
-def test_every_seed_epoch_and_size_has_an_order_of_its_own() -> None:
+def test_orders_differ_by_seed_epoch_and_size() -> None:
     firsts = {
         tuple(SamplePermutation(size, seed, epoch)[:20])
         for size, seed, epoch in itertools.product((1000, 1001), range(-3, 4), range(7))
@@ -111,17 +111,17 @@ def test_every_seed_epoch_and_size_has_an_order_of_its_own() -> None:
     assert len(firsts) == 2 * 7 * 7
 
 
-def test_orders_of_the_same_three_numbers_are_equal() -> None:
+def test_orders_with_equal_arguments_are_equal() -> None:
     assert SamplePermutation(10, 1, 2) == SamplePermutation(10, 1, 2) != SamplePermutation(10, 1, 3)
 
 
 # Constant memory
 
 
-def test_a_huge_order_takes_no_memory() -> None:
+def test_huge_order_uses_constant_memory() -> None:
     tracemalloc.start()
     order = SamplePermutation(HUGE, 0, 0)
-    total = sum(order[place] for place in range(0, HUGE, HUGE // 100))
+    total = sum(order[position] for position in range(0, HUGE, HUGE // 100))
     chunk = order[HUGE // 2 : HUGE // 2 + 1000]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -130,33 +130,33 @@ def test_a_huge_order_takes_no_memory() -> None:
     assert peak < 1_000_000
 
 
-def test_iterating_over_a_huge_order_starts_at_once() -> None:
+def test_iteration_over_huge_order_is_lazy() -> None:
     assert list(itertools.islice(SamplePermutation(HUGE, 0, 0), 3)) == SamplePermutation(HUGE, 0, 0)[:3]
 
 
 # Edge cases
 
 
-@pytest.mark.parametrize("place", [-1, 10, 10**9, sys.maxsize + 1])
-def test_there_is_no_place_outside(place: int) -> None:
-    with pytest.raises(IndexError, match=f"position {place} is outside a permutation of 10 samples"):
-        SamplePermutation(10, 0, 0)[place]
+@pytest.mark.parametrize("position", [-1, 10, 10**9, sys.maxsize + 1])
+def test_position_out_of_range_is_refused(position: int) -> None:
+    with pytest.raises(IndexError, match=f"position {position} is outside a permutation of 10 samples"):
+        SamplePermutation(10, 0, 0)[position]
 
 
-@pytest.mark.parametrize("places", [slice(-1, 5), slice(0, 11), slice(11, 11), slice(0, -1)])
-def test_there_is_no_slice_outside(places: slice) -> None:
+@pytest.mark.parametrize("positions", [slice(-1, 5), slice(0, 11), slice(11, 11), slice(0, -1)])
+def test_slice_out_of_range_is_refused(positions: slice) -> None:
     with pytest.raises(IndexError, match="are outside a permutation of 10 samples"):
-        SamplePermutation(10, 0, 0)[places]
+        SamplePermutation(10, 0, 0)[positions]
 
 
 @pytest.mark.parametrize("step", [2, -1, 0])
-def test_slices_have_no_step(step: int) -> None:
+def test_slice_with_step_is_refused(step: int) -> None:
     with pytest.raises(ValueError, match="only slices of step 1 are supported"):
         SamplePermutation(10, 0, 0)[::step]
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_there_is_no_order_of_nothing(size: int) -> None:
+def test_empty_order_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="at least 1 is needed"):
         SamplePermutation(size, 0, 0)
 
@@ -168,88 +168,90 @@ Orders = Callable[[int, int], Iterator[Sequence[int]]]
 BOUND = 4.0
 
 
-def ours(size: int, epochs: int) -> Iterator[Sequence[int]]:
+def permutation_orders(size: int, epochs: int) -> Iterator[Sequence[int]]:
     return (SamplePermutation(size, 1234, epoch)[:] for epoch in range(epochs))
 
 
-def shuffled(size: int, epochs: int) -> Iterator[Sequence[int]]:
+def shuffle_orders(size: int, epochs: int) -> Iterator[Sequence[int]]:
     generator = random.Random(1234)
     return (generator.sample(range(size), size) for _ in range(epochs))
 
 
-BOTH = pytest.mark.parametrize("orders", [ours, shuffled])
+BOTH_ORDERS = pytest.mark.parametrize("orders", [permutation_orders, shuffle_orders])
 
 
-def excess(counts: Counter[int], cells: int) -> float:
+def chi_square_excess(counts: Counter[int], cells: int) -> float:
     """Chi-square against a uniform distribution over cells, in standard deviations above its mean."""
     expected = counts.total() / cells
     square = sum((count - expected) ** 2 for count in counts.values()) / expected + (cells - len(counts)) * expected
     return (square - (cells - 1)) / math.sqrt(2 * (cells - 1))
 
 
-@BOTH
+@BOTH_ORDERS
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
-def test_every_permutation_of_a_tiny_size_is_as_likely(orders: Orders, size: int) -> None:
+def test_permutations_of_tiny_sizes_are_equally_likely(orders: Orders, size: int) -> None:
     number = {permutation: index for index, permutation in enumerate(itertools.permutations(range(size)))}
     counts = Counter(number[tuple(order)] for order in orders(size, 3000))
-    assert excess(counts, len(number)) < BOUND
+    assert chi_square_excess(counts, len(number)) < BOUND
 
 
-@BOTH
+@BOTH_ORDERS
 @pytest.mark.parametrize("lag", [1, 2, 38])
 @pytest.mark.parametrize(("size", "epochs"), [(10, 2000), (64, 300), (1437, 20), (10_000, 4)])
-def test_neighbours_are_no_neighbours(orders: Orders, size: int, epochs: int, lag: int) -> None:
+def test_neighbouring_samples_are_uncorrelated(orders: Orders, size: int, epochs: int, lag: int) -> None:
     """The distance between the samples of two positions `lag` apart is any of 1 ... size - 1."""
     lag %= size
     counts = Counter((b - a) % size for order in orders(size, epochs) for a, b in zip(order, order[lag:], strict=False))
     assert counts[0] == 0
-    assert excess(counts, size - 1) < BOUND
+    assert chi_square_excess(counts, size - 1) < BOUND
 
 
-@BOTH
+@BOTH_ORDERS
 @pytest.mark.parametrize(("size", "epochs"), [(10, 1000), (100, 200), (1437, 30), (10_000, 5)])
-def test_a_sample_is_as_far_from_home_as_chance_has_it(orders: Orders, size: int, epochs: int) -> None:
+def test_displacement_matches_random_permutation(orders: Orders, size: int, epochs: int) -> None:
     """The mean of |position - sample| is (size² - 1) / 3 size; its variance over permutations is of order size."""
-    means = [sum(abs(place - sample) for place, sample in enumerate(order)) / size for order in orders(size, epochs)]
+    means = [
+        sum(abs(position - sample) for position, sample in enumerate(order)) / size for order in orders(size, epochs)
+    ]
     expected = (size * size - 1) / (3 * size)
     deviation = math.sqrt((size + 1) * (2 * size * size + 7) / 45) / size  # of Spearman's footrule (Diaconis 1977)
     assert abs(sum(means) / epochs - expected) < BOUND * deviation / math.sqrt(epochs)
 
 
-@BOTH
+@BOTH_ORDERS
 @pytest.mark.parametrize(("size", "epochs"), [(16, 2500), (1437, 30), (10_000, 5)])
-def test_every_part_of_the_data_goes_to_every_part_of_the_epoch(orders: Orders, size: int, epochs: int) -> None:
+def test_data_is_spread_evenly_over_the_epoch(orders: Orders, size: int, epochs: int) -> None:
     counts = Counter(
-        place * 8 // size * 8 + sample * 8 // size
+        position * 8 // size * 8 + sample * 8 // size
         for order in orders(size, epochs)
-        for place, sample in enumerate(order)
+        for position, sample in enumerate(order)
     )
     expected = size * epochs / 64
     assert all(abs(counts[cell] - expected) < BOUND * math.sqrt(expected) for cell in range(64))
 
 
-@BOTH
+@BOTH_ORDERS
 @pytest.mark.parametrize("sort", ["sorted", "striped"])
-def test_classes_are_balanced_in_every_batch_as_chance_has_it(orders: Orders, sort: str) -> None:
+def test_class_counts_per_batch_are_hypergeometric(orders: Orders, sort: str) -> None:
     """Ten classes, data sorted or interleaved by class: batch counts vary as when drawn without replacement."""
     size, batch, epochs = 1430, 32, 30
     label = {"sorted": lambda sample: sample * 10 // size, "striped": lambda sample: sample % 10}[sort]
     batches = [order[at : at + batch] for order in orders(size, epochs) for at in range(0, size - batch + 1, batch)]
-    squares = [(count - batch / 10) ** 2 for samples in batches for count in class_counts([label(s) for s in samples])]
+    squares = [(count - batch / 10) ** 2 for samples in batches for count in count_classes([label(s) for s in samples])]
     variance = batch * 0.1 * 0.9 * (size - batch) / (size - 1)  # hypergeometric
     spread = math.sqrt(2 / len(squares))
     assert abs(sum(squares) / len(squares) / variance - 1) < 1.5 * BOUND * spread
 
 
-def class_counts(labels: Sequence[int]) -> list[int]:
+def count_classes(labels: Sequence[int]) -> list[int]:
     counts = Counter(labels)
     return [counts[label] for label in range(10)]
 
 
 @pytest.mark.parametrize("size", [10, 1437])
-def test_epochs_have_nothing_to_do_with_one_another(size: int) -> None:
-    orders = list(ours(size, 60))
+def test_orders_of_epochs_are_independent(size: int) -> None:
+    orders = list(permutation_orders(size, 60))
     counts = Counter(
         (b - a) % size for one, other in itertools.pairwise(orders) for a, b in zip(one, other, strict=True)
     )
-    assert excess(counts, size) < BOUND
+    assert chi_square_excess(counts, size) < BOUND

@@ -52,11 +52,11 @@ def test_secrets_are_masked(text: str, masked: str) -> None:
         "",
     ],
 )
-def test_ordinary_text_is_left_alone(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     assert mask_secrets(text) == text
 
 
-def test_nested_values_are_masked_and_the_rest_keeps_its_type() -> None:
+def test_nested_secrets_are_masked_and_types_kept() -> None:
     value = {
         "recipe": {"data": "s3://u:hunter2@host", "api_key": "abc", "width": 64, "token": None},
         "tags": ["a", "token=abc"],
@@ -76,7 +76,7 @@ def test_nested_values_are_masked_and_the_rest_keeps_its_type() -> None:
     secret=secrets("-._~+/=,;:!$()"),
     after=st.text(alphabet=LETTERS + " &", max_size=20),
 )
-def test_no_secret_survives_an_assignment(before: str, name: str, secret: str, after: str) -> None:
+def test_secret_in_assignment_is_masked(before: str, name: str, secret: str, after: str) -> None:
     assert SECRET not in mask_secrets(f"{before} {name}={secret} {after}")
     assert SECRET not in mask_secrets(f"{before} https://host/path?x=1&{name}={secret}&{after}")
 
@@ -86,14 +86,14 @@ def test_no_secret_survives_an_assignment(before: str, name: str, secret: str, a
     user=st.text(alphabet=LETTERS, max_size=8),
     secret=secrets("@-._~+!$:"),
 )
-def test_no_password_survives_in_a_url(scheme: str, user: str, secret: str) -> None:
+def test_password_in_url_is_masked(scheme: str, user: str, secret: str) -> None:
     masked = mask_secrets(f"cannot read {scheme}://{user}:{secret}@host.example/data: refused")
     assert SECRET not in masked
     assert "host.example/data: refused" in masked
 
 
 @given(st.text())
-def test_masking_twice_is_masking_once(text: str) -> None:
+def test_masking_is_idempotent(text: str) -> None:
     assert mask_secrets(mask_secrets(text)) == mask_secrets(text)
 
 
@@ -104,5 +104,5 @@ def test_text_without_urls_or_assignments_is_unchanged(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["a" * 100_000, "_" * 100_000 + "=", "http://" * 20_000, "x:" * 50_000 + "//"])
 @pytest.mark.timeout(10)
-def test_long_text_costs_no_more_than_its_length(text: str) -> None:
+def test_masking_long_text_takes_linear_time(text: str) -> None:
     mask_secrets(text)

@@ -1,0 +1,71 @@
+"""The training state: Adam's second moment is rescaled with the learning rate when the batch changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launcher.config.schema import BatchConfig, LrConfig, RunConfig
+from launcher.goodput.noise_scale import NoiseScale
+from launcher.plan.batch import BatchPlan
+from launcher.plan.timeline import Position, Update
+from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
+from launcher.train.state import TrainState
+
+PHI = 100.0
+
+
+def make_plan(world: int, optimizer: str = "AdamW", **keys: Any) -> TrainingPlan:
+    config = replace(
+        RunConfig(),
+        optimizer={"_target_": f"torch.optim.{optimizer}"},
+        batch=BatchConfig(policy="scale", per_device=8),
+        lr=LrConfig(base=0.1, base_batch=8, **keys),
+    )
+    return make_training_plan(
+        replace(config, train=replace(config.train, duration="1000000sp")), DatasetSizes(1000, 100), world
+    )
+
+
+def make_update(start: int, batch: int) -> Update:
+    plan = BatchPlan(world=1, shares=(batch,), per_device=batch, accumulation=1)
+    return Update(start // batch, start, plan, plan, size=1000)
+
+
+def resume_with(world: int, noise: float | None, optimizer: str = "AdamW") -> TrainState:
+    """The state after 8,000 samples at a batch of 8, on `world` workers."""
+    before = replace(TrainState.initial(make_plan(1, optimizer)), noise=NoiseScale(applied=noise))
+    facts = json.loads(json.dumps(before.state_dict()))
+    return TrainState.from_state_dict(make_plan(world, optimizer), Position(8000, 1000), facts)
+
+
+def test_immediate_resize_rescales_at_first_update() -> None:
+    state = resume_with(2, PHI)
+    assert state.second_moment_factor(16) == pytest.approx((1 + PHI / 16) / (1 + PHI / 8))
+    after, factor = state.advance_second_moment(make_update(8000, 16))
+    assert factor == state.second_moment_factor(16)
+    assert after.advance_second_moment(make_update(8016, 16)) == (after, 1.0)
+
+
+def test_ramped_resize_rescales_with_the_learning_rate() -> None:
+    """Eight times the batch: the scale moves from 1 to sqrt(8) in 10,000 samples, 1 % of the run."""
+    state, product, factors = resume_with(8, PHI), 1.0, []
+    for start in range(8000, 19_000, 64):
+        state, factor = state.advance_second_moment(make_update(start, 64))
+        factors.append(factor)
+        product *= factor
+    assert product == pytest.approx((1 + PHI / 64) / (1 + PHI / 8))
+    assert factors[0] == 1.0
+    assert 0.5 < min(factors) < max(factors[1:100]) < 1.0
+    assert factors[-1] == 1.0
+
+
+@pytest.mark.parametrize(("noise", "optimizer", "batch"), [(None, "AdamW", 64), (PHI, "SGD", 64), (PHI, "AdamW", 8)])
+def test_unscaled_moment_is_reported_as_kept(noise: float | None, optimizer: str, batch: int) -> None:
+    """Unknown noise scale, no second moment, or the same batch."""
+    state = resume_with(batch // 8, noise, optimizer)
+    assert state.second_moment_factor(batch) == "kept"
+    assert state.advance_second_moment(make_update(8000, batch))[1] == 1.0

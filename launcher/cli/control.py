@@ -112,7 +112,7 @@ def stop_job(run_dir: RunDirectory, job: queue.SlurmJob, *, now: bool, report: C
         queue.cancel_job(job.id)
         report(f"{run_dir.path}: cancelled Slurm job {job.id}")
     else:
-        queue.cancel_job(job.id, waiting=True)  # the pending tasks of a pool
+        queue.cancel_job(job.id, pending_only=True)  # the pending tasks of a pool
         report(f"{run_dir.path}: asked Slurm job {job.id} to save and stop")
     while (current := queue.query_job(job.id)) is not None:
         if not now and current.is_pending and not job.is_pending:

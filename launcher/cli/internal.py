@@ -48,7 +48,7 @@ def run_again(args: Sequence[str]) -> int:
     """Report whether a failed Slurm job should be requeued, for its script."""
     from launcher.slurm import submit
 
-    return int(submit.should_requeue(args[0], get_slurm_job_id()))
+    return int(submit.compute_requeue_status(args[0], get_slurm_job_id()))
 
 
 def run_store(args: Sequence[str]) -> int:

@@ -11,23 +11,22 @@ from launcher.system.atomic_files import atomic_write_text
 
 __all__ = ["JOB_ID", "read_claim", "write_claim"]
 
-
 JOB_ID = re.compile(r"\d+(_\d+)?")
 
 
 def read_claim(run_dir: RunDirectory) -> dict[str, Any] | None:
     """`job`, and `newest`: the newest checkpoint before the job. None if the directory belongs to no job."""
     try:
-        kept = json.loads(run_dir.slurm_json.read_text())
+        claim = json.loads(run_dir.slurm_json.read_text())
     except (OSError, ValueError):
         return None
-    known = isinstance(kept, dict) and JOB_ID.fullmatch(str(kept.get("job")))
-    return kept if known else None
+    is_valid = isinstance(claim, dict) and JOB_ID.fullmatch(str(claim.get("job")))
+    return claim if is_valid else None
 
 
 def write_claim(run_dir: RunDirectory, job: str, newest: str | None) -> None:
     """Assign the directory to the job. A later start of the same job keeps the recorded `newest`."""
-    before = read_claim(run_dir)
-    if before is not None and before["job"] == job:
-        newest = before.get("newest")
+    claim = read_claim(run_dir)
+    if claim is not None and claim["job"] == job:
+        newest = claim.get("newest")
     atomic_write_text(run_dir.slurm_json, json.dumps({"job": job, "newest": newest}) + "\n")

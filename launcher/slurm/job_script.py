@@ -1,7 +1,7 @@
 """Text of a Slurm job script from a configuration and its command-line arguments. Nothing is submitted here.
 
-Values in `#SBATCH` lines are checked not to need quotes, everything else is quoted for the shell. `BODY` is also the
-second part of the scripts in slurm/.
+Values in `#SBATCH` lines are checked not to need quotes, everything else is quoted for the shell. The scripts in slurm/
+end with the same `SCRIPT_BODY`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from launcher.run_dir.run_directory import format_recipe_name
 __all__ = ["OUTPUT_PATTERN", "SCRIPT_BODY", "render_sbatch_script"]
 
 OUTPUT_PATTERN = "runs/.slurm/%j.out"
-
-
 SCRIPT_BODY = r"""
 # --- identical from here on in train.sbatch, elastic.sbatch and the script that launch=slurm submits ------------------
 
@@ -64,8 +62,8 @@ exit 1
 """
 
 
-def render_sbatch_script(config: RunConfig, words: Sequence[str], python: str) -> str:
-    """Render the sbatch script. `words`: the arguments after the command; `python`: the interpreter on the nodes.
+def render_sbatch_script(config: RunConfig, args: Sequence[str], python: str) -> str:
+    """Render the sbatch script. `args`: the arguments after the command; `python`: the interpreter on the nodes.
 
     Raises:
         UsageError: a launch key has a value that cannot be passed to Slurm.
@@ -80,7 +78,7 @@ def render_sbatch_script(config: RunConfig, words: Sequence[str], python: str) -
         "NODES=$SLURM_JOB_NUM_NODES" if low == high else f"NODES={low}:$SLURM_JOB_NUM_NODES",
         "survive=()" if low == high else "survive=(--no-kill --kill-on-bad-exit=0)",
         "container=()",
-        shlex.join(["set", "--", *words]),
+        shlex.join(["set", "--", *args]),
     ]
     return "\n".join(lines) + "\n" + SCRIPT_BODY
 
@@ -108,6 +106,3 @@ def iter_sbatch_options(config: RunConfig) -> Iterator[str]:
 def make_job_name(config: RunConfig) -> str:
     name = config.run.name or format_recipe_name(str(config.recipe.get("_target_", "")))
     return name if PLAIN_NAMES.fullmatch(name) else "launcher"
-
-
-# --- validation of the keys ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""State of a Slurm job in the queue, and which job a run directory belongs to."""
+"""The state of a Slurm job in the queue, and the commands that cancel or signal it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class SlurmJob:
     id: str
     state: str
     nodes: str
-    left: str
-    why: str
+    time_left: str
+    reason: str
 
     @property
     def is_pending(self) -> bool:
@@ -30,21 +30,21 @@ class SlurmJob:
 
     def __str__(self) -> str:
         if self.is_pending:
-            return f"Slurm job {self.id}, PENDING ({self.why})"
-        return f"Slurm job {self.id}, {self.state} on {self.nodes}, {self.left} left"
+            return f"Slurm job {self.id}, PENDING ({self.reason})"
+        return f"Slurm job {self.id}, {self.state} on {self.nodes}, {self.time_left} left"
 
 
 def query_job(job: str) -> SlurmJob | None:
     """Query a job with squeue; None if it has ended or squeue is not available."""
     lines = run_slurm_command(["squeue", "--noheader", f"--jobs={job}", "--format=%i|%T|%N|%L|%r"]).splitlines()
-    found = [SlurmJob(job, *line.split("|", 4)[1:]) for line in lines if line.count("|") >= 4]
-    found = [one for one in found if one.state not in ENDED_STATES]
-    return min(found, key=lambda one: one.is_pending, default=None)
+    tasks = [SlurmJob(job, *line.split("|", 4)[1:]) for line in lines if line.count("|") >= 4]
+    alive = [task for task in tasks if task.state not in ENDED_STATES]
+    return min(alive, key=lambda task: task.is_pending, default=None)
 
 
-def cancel_job(job: str, *, waiting: bool = False) -> None:
-    """Cancel the job; `waiting`: only the parts of it that are pending."""
-    run_slurm_command(["scancel", *(["--state=PENDING"] if waiting else []), job])
+def cancel_job(job: str, *, pending_only: bool = False) -> None:
+    """Cancel the job; `pending_only`: only its pending tasks."""
+    run_slurm_command(["scancel", *(["--state=PENDING"] if pending_only else []), job])
 
 
 def signal_job(job: str) -> None:
@@ -54,10 +54,7 @@ def signal_job(job: str) -> None:
 
 def run_slurm_command(argv: Sequence[str]) -> str:
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+        completed = subprocess.run(argv, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-# --- job of a run directory --------------------------------------------------------------------------------------
+    return completed.stdout if completed.returncode == 0 else ""

@@ -25,8 +25,8 @@ def serve_store(run_dir: Path, host: str) -> None:
     """Wait until no other process serves, then serve on all interfaces of `host` until the parent ends."""
     die_with_parent()
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    held = os.open(run_dir / ".store.lock", flags, 0o600)
-    while not try_lock(held):
+    lock_fd = os.open(run_dir / ".store.lock", flags, 0o600)
+    while not try_lock(lock_fd):
         time.sleep(POOL_POLL_INTERVAL_S)
     (run_dir / "rendezvous").unlink(missing_ok=True)  # address of the previous server
     from torch.distributed import TCPStore
@@ -38,20 +38,20 @@ def serve_store(run_dir: Path, host: str) -> None:
 
 
 def wait_for_endpoint(run_dir: Path) -> str:
-    """`host:port` of the serving store; waits until there is one."""
+    """Return `host:port` of the serving store; wait until there is one."""
     while True:
-        held = os.open(run_dir / ".store.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        lock_fd = os.open(run_dir / ".store.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            if not try_lock(held) and (known := read_or_empty(run_dir / "rendezvous")):
-                return known
+            if not try_lock(lock_fd) and (endpoint := read_or_empty(run_dir / "rendezvous")):
+                return endpoint
         finally:
-            os.close(held)
+            os.close(lock_fd)
         time.sleep(POOL_POLL_INTERVAL_S)
 
 
-def try_lock(number: int) -> bool:
+def try_lock(fd: int) -> bool:
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

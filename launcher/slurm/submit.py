@@ -25,7 +25,7 @@ from launcher.system.atomic_files import make_private_dir
 from launcher.system.redaction import mask_secrets
 from launcher.system.stderr import print_stderr
 
-__all__ = ["job_run_directory", "should_requeue", "submit_run"]
+__all__ = ["compute_requeue_status", "job_run_directory", "submit_run"]
 
 MAX_FAILURES_PER_CHECKPOINT = 3  # failures since the same checkpoint after which a job is not requeued
 
@@ -33,50 +33,50 @@ MAX_FAILURES_PER_CHECKPOINT = 3  # failures since the same checkpoint after whic
 # --- driver -------------------------------------------------------------------------------------------------------
 
 
-def submit_run(config: RunConfig, words: Sequence[str]) -> int:
+def submit_run(config: RunConfig, overrides: Sequence[str]) -> int:
     """Submit the run as a Slurm job; with launch.dry_run=true only print the script.
 
     Raises:
         UsageError: the request is wrong, or sbatch rejects it; nothing was submitted.
     """
-    text = render_sbatch_script(
-        config, [word for word in words if not word.startswith("launch.dry_run=")], sys.executable
-    )
-    validate_request(config, config.launch.workers and config.launch.workers * parse_node_range(config.launch.nodes)[0])
+    args = [override for override in overrides if not override.startswith("launch.dry_run=")]
+    script = render_sbatch_script(config, args, sys.executable)
+    min_nodes = parse_node_range(config.launch.nodes)[0]
+    validate_request(config, config.launch.workers and config.launch.workers * min_nodes)
     check_script_path(Path(config.run.dir or ""))
     if config.launch.dry_run:
-        print(mask_secrets(text), end="")
+        print(mask_secrets(script), end="")
         return EXIT_OK
-    job = run_sbatch(text)
+    job = run_sbatch(script)
     path = run_path(config, job, 1, job=job)
-    found = RunDirectory(path)
-    if not (config.resume == "never" and found.run_yaml.exists()):  # the job will create a new directory beside it
-        found.create()
-        write_claim(found, job, latest_id(found.resolve_checkpoints_dir(config.checkpoint.dir)))
+    run_dir = RunDirectory(path)
+    if not (config.resume == "never" and run_dir.run_yaml.exists()):  # the job will create a new directory beside it
+        claim_for_job(run_dir, job, config)
+    run = path.name if config.run.dir is None else path
     print(f"Slurm job {job}, in {path}")
     print(f"  watch    tail -F {OUTPUT_PATTERN.replace('%j', job)}")
-    print(f"  status   launcher status {path.name if config.run.dir is None else path}")
-    print(f"  stop     launcher stop {path.name if config.run.dir is None else path}")
+    print(f"  status   launcher status {run}")
+    print(f"  stop     launcher stop {run}")
     return EXIT_OK
 
 
-def run_sbatch(text: str) -> str:
-    """Submit the script with sbatch; returns the job id."""
+def run_sbatch(script: str) -> str:
+    """Submit the script with sbatch; return the job id."""
     make_private_dir(Path(OUTPUT_PATTERN).parent)
     try:
-        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
+        completed = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UsageError("launch=slurm: sbatch is not on this machine: use a login node, or launch=local") from None
-    if done.returncode != 0:
-        raise UsageError(f"launch=slurm: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().partition(";")[0]
+    if completed.returncode != 0:
+        raise UsageError(f"launch=slurm: {' '.join(completed.stderr.split())}")
+    return completed.stdout.strip().partition(";")[0]
 
 
-def validate_request(config: RunConfig, world: int | None) -> None:
-    """Check the recipe, its data and the plan; without a known `world` size a PlanError is ignored."""
+def validate_request(config: RunConfig, world_size: int | None) -> None:
+    """Check the recipe, its data and the plan; without a known world size a PlanError is ignored."""
     sizes = recipes.get_dataset_sizes(recipes.build_recipe(config.recipe))
-    with suppress(*() if world else (PlanError,)):
-        make_training_plan(with_placeholder_batch(config), sizes, world or 1)
+    with suppress(*() if world_size else (PlanError,)):
+        make_training_plan(with_placeholder_batch(config), sizes, world_size or 1)
 
 
 # --- on the nodes -------------------------------------------------------------------------------------------------
@@ -90,16 +90,20 @@ def job_run_directory(config: RunConfig, job: str | None, *, restarted: bool) ->
     """
     if job is None:
         raise UsageError("the folder command is for Slurm job scripts only: type sbatch slurm/train.sbatch ...")
-    asked = run_path(config, job, 1, job=job)
-    path = next((one for one in directories_of_job(asked, job) if restarted), None)
+    requested = run_path(config, job, 1, job=job)
+    path = next(iter(directories_of_job(requested, job)), None) if restarted else None
     if path is None:  # otherwise it was checked before; importing the recipe may take seconds
         validate_request(config, None)
-        path = resolve_directory(config, asked)[1]
+        path = resolve_directory(config, requested)[1]
     check_script_path(path)
-    found = RunDirectory(path)
-    found.create()
-    write_claim(found, job, latest_id(found.resolve_checkpoints_dir(config.checkpoint.dir)))
+    claim_for_job(RunDirectory(path), job, config)
     return path
+
+
+def claim_for_job(run_dir: RunDirectory, job: str, config: RunConfig) -> None:
+    """Create the run directory and assign it to the job."""
+    run_dir.create()
+    write_claim(run_dir, job, latest_id(run_dir.resolve_checkpoints_dir(config.checkpoint.dir)))
 
 
 def check_script_path(path: Path) -> None:
@@ -108,32 +112,35 @@ def check_script_path(path: Path) -> None:
         raise UsageError(f"run.dir={' '.join(str(path).split())} holds a quote or a backslash: type another run.dir=")
 
 
-def directories_of_job(asked: Path, job: str) -> list[Path]:
-    """Directories that belong to the job: `asked`, or numbered variants of it."""
-    near = [asked, *asked.parent.glob(f"{asked.name}-*")]
-    return [path for path in near if (kept := read_claim(RunDirectory(path))) is not None and kept["job"] == job]
+def directories_of_job(requested: Path, job: str) -> list[Path]:
+    """Directories that belong to the job: `requested`, or numbered variants of it."""
+    candidates = [requested, *requested.parent.glob(f"{requested.name}-*")]
+    claims = [(path, read_claim(RunDirectory(path))) for path in candidates]
+    return [path for path, claim in claims if claim is not None and claim["job"] == job]
 
 
-def should_requeue(run_dir: str, job: str | None) -> int:
+def compute_requeue_status(path: str, job: str | None) -> int:
     """Return 0 if a failed job should be requeued, 1 (with an error message) if it would only fail again.
 
     A job is not requeued after three worker starts without a new checkpoint, or three failures of the same job since
     the same checkpoint. Pool tasks are counted separately: when the task with the rendezvous ends, all others fail
     once.
     """
-    found = RunDirectory(Path(run_dir))
-    saved = found.read_saved_generation()
-    failures = found.path / "slurm-failures"
-    place = f"{saved} {job}"
-    with failures.open("a") as file:
-        file.write(f"{place}\n")
-    jobs = failures.read_text().splitlines().count(place)
-    starts = found.read_generation() - saved
-    if max(jobs, starts) < MAX_FAILURES_PER_CHECKPOINT:
-        print_stderr(f"failed: requeued, attempt {jobs + 1} of {MAX_FAILURES_PER_CHECKPOINT} from the same checkpoint")
+    run_dir = RunDirectory(Path(path))
+    saved = run_dir.read_saved_generation()
+    failures_file = run_dir.path / "slurm-failures"
+    entry = f"{saved} {job}"
+    with failures_file.open("a") as file:
+        file.write(f"{entry}\n")
+    job_failures = failures_file.read_text().splitlines().count(entry)
+    starts = run_dir.read_generation() - saved
+    limit = MAX_FAILURES_PER_CHECKPOINT
+    if max(job_failures, starts) < limit:
+        print_stderr(f"failed: requeued, attempt {job_failures + 1} of {limit} from the same checkpoint")
         return EXIT_OK
-    errors = [one for one in read_failures(found.logs) if one.generation > saved and not is_peer_failure(one.message)]
-    first = min(errors, key=lambda one: (one.generation, one.time), default=None)
-    why = first.summary() if first else "the workers were killed, or could not connect to each other"
-    print_stderr(f"error: failed {MAX_FAILURES_PER_CHECKPOINT} times since the same checkpoint, not requeued: {why}")
+    failures = [failure for failure in read_failures(run_dir.logs) if failure.generation > saved]
+    causes = [failure for failure in failures if not is_peer_failure(failure.message)]
+    first = min(causes, key=lambda failure: (failure.generation, failure.time), default=None)
+    cause = first.summary() if first else "the workers were killed, or could not connect to each other"
+    print_stderr(f"error: failed {limit} times since the same checkpoint, not requeued: {cause}")
     return EXIT_FAILED

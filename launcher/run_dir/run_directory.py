@@ -108,7 +108,7 @@ class RunDirectory:
 
     @property
     def best_model(self) -> Path:
-        """The parameters with the best validation result, if the recipe names one."""
+        """The parameters with the best value of `checkpoint.best`, if that names a metric."""
         return self.path / BEST_MODEL_FILE
 
     def resolve_checkpoints_dir(self, checkpoint_dir: str | None) -> Path:

@@ -28,7 +28,7 @@ test-fast: env   ## the tests that start no jobs; under a minute
 	$(PYTEST) -m "not slow" -n 2
 
 test-rest: env   ## the tests that `make test` leaves out: Slurm, timings and the long jobs
-	$(PYTEST) -m "slow and not core and not alone" -n 2 --dist loadscope --durations=15
+	$(PYTEST) -m "slow and not core and not alone" -n 2 --dist loadscope --no-loadscope-reorder --durations=15
 	$(PYTEST) -m "slow and alone" --durations=15
 
 test-all: test test-rest ## every test

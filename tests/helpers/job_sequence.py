@@ -1,7 +1,7 @@
 """Train several small jobs in sequence on the same ranks, so that torch is imported once.
 
 `train_in_sequence` starts this file with torchrun and a file of jobs, a JSON object per line. Each job has its own
-process group and run folder; one with `carry` trains nothing, but loads that checkpoint and saves it again.
+process group and run folder; one with `reload_from` trains nothing, but loads that checkpoint and saves it again.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ __all__ = ["Job", "train_in_sequence"]
 
 @dataclass(frozen=True)
 class Job:
-    """Arguments of a training, or of a job that loads the checkpoint `carry` and saves it again.
+    """Arguments of a training, or of a job that loads the checkpoint `reload_from` and saves it again.
 
     `fault` is injected into this job only. A later job in the run folder `name` continues the earlier one; without a
     `name`, the run folder has the name of the job.
     """
 
     arguments: Sequence[str]
-    carry: Path | None = None
+    reload_from: Path | None = None
     fault: str = ""
     name: str = ""
 
 
 def train_in_sequence(folder: Path, world_size: int, jobs: Mapping[str, Job], **env: str) -> None:
     """Run each of `jobs` on `world_size` workers, in sequence, in a subfolder of `folder`."""
-    from tests.helpers.jobs import environment
+    from tests.helpers.jobs import make_env
 
     file = folder / f"jobs-{world_size}.json"
     lines = [
         {
             "arguments": [*job.arguments, f"run.dir={folder / (job.name or name)}"],
-            "carry": job.carry and str(job.carry),
+            "reload_from": job.reload_from and str(job.reload_from),
             "fault": job.fault,
         }
         for name, job in jobs.items()
@@ -66,11 +66,11 @@ def train_in_sequence(folder: Path, world_size: int, jobs: Mapping[str, Job], **
     completed = subprocess.run(
         [*torchrun, __file__, str(file)],
         check=False,
-        env=environment(**env),
+        env=make_env(**env),
         capture_output=True,
         text=True,
         cwd=folder,
-        timeout=800,
+        timeout=1700,
     )
     stderr = [line for line in completed.stderr.splitlines() if not line.startswith("E1")]
     assert completed.returncode == 0, "\n".join(stderr[:60])
@@ -82,21 +82,21 @@ def main(jobs: Path) -> None:
     port = int(os.environ["MASTER_PORT"]) + 1
     store = dist.TCPStore("127.0.0.1", port, topology.world, topology.rank == 0)
     for number, line in enumerate(jobs.read_text().splitlines()):
-        own, job = dist.PrefixStore(str(number), store), json.loads(line)
+        own_store, job = dist.PrefixStore(str(number), store), json.loads(line)
         if topology.rank == 0:
-            own.set("assignment", composed(job["arguments"], topology.world).to_json())
-        job_spec = JobSpec.from_json(own.get("assignment").decode())
-        here = topology.with_generation(job_spec.generation)
-        if job["carry"]:
-            carry(job_spec, here, own, Path(job["carry"]))
+            own_store.set("assignment", make_job_spec(job["arguments"], topology.world).to_json())
+        job_spec = JobSpec.from_json(own_store.get("assignment").decode())
+        own_topology = topology.with_generation(job_spec.generation)
+        if job["reload_from"]:
+            reload_and_save(job_spec, own_topology, own_store, Path(job["reload_from"]))
         else:
-            with injected(job["fault"]):
-                train(job_spec, here, own)
-        forget()
+            with inject_fault(job["fault"]):
+                train(job_spec, own_topology, own_store)
+        release_deepspeed_groups()
 
 
 @contextmanager
-def injected(fault: str) -> Iterator[None]:
+def inject_fault(fault: str) -> Iterator[None]:
     """Set the environment variables of a fault for one job."""
     if fault:
         os.environ.update(LAUNCHER_TEST_FAULTS="1", FAULT=fault)
@@ -113,7 +113,7 @@ def train(job_spec: JobSpec, topology: Topology, store: dist.Store) -> None:
     stop_requests.ignore_late_signals()
 
 
-def forget() -> None:
+def release_deepspeed_groups() -> None:
     """DeepSpeed keeps the groups of the first process group for the life of the process."""
     if "deepspeed" in sys.modules:
         from deepspeed.comm import comm
@@ -123,22 +123,20 @@ def forget() -> None:
         comm.cdb = None
 
 
-def composed(args: list[str], world: int) -> JobSpec:
+def make_job_spec(args: list[str], world: int) -> JobSpec:
     found = open_run(resolve(args).config, world)
     found.run_dir.create()
     write_run_files(found)
     return JobSpec.from_opened(found, loopback=True).start_generation()
 
 
-def carry(job_spec: JobSpec, topology: Topology, store: dist.Store, checkpoint: Path) -> None:
+def reload_and_save(job_spec: JobSpec, topology: Topology, store: dist.Store, checkpoint: Path) -> None:
     ready = prepare_rank(job_spec, topology)
     plan = make_training_plan(job_spec.config, ready.sizes, topology.world)
     rendezvous.init_process_group(store, topology, ready.device, "gloo", 60.0)
     components = build_components(ready.recipe, job_spec.config, topology, ready.device, ready.datasets)
     state = restore_state(components, plan, open_checkpoint(checkpoint), checkpoint.parent)
-    checkpoint_manager = make_checkpoint_manager(
-        job_spec, plan, components, None, topology, FaultInjector()
-    )
+    checkpoint_manager = make_checkpoint_manager(job_spec, plan, components, None, topology, FaultInjector())
     checkpoint_manager.save(components.replica, plan, state, plan.plan)
     checkpoint_manager.rows_written()
     checkpoint_manager.wait()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.jobs import environment
+from tests.helpers.jobs import make_env
 
 __all__ = ["HELD", "LAUNCHER", "OWN", "RECIPE", "TORCHRUN", "run_command", "run_launcher"]
 
@@ -60,7 +60,7 @@ HELD = [*OWN, "batch.global=50", "batch.per_device=9", "sink=[]", "train.duratio
 def run_command(argv: list[str], cwd: Path, status: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and check its exit status."""
     completed = subprocess.run(
-        argv, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=600, check=False
+        argv, cwd=cwd, env=make_env(**env), capture_output=True, text=True, timeout=1700, check=False
     )
     assert completed.returncode == status, completed.stdout[-3000:] + completed.stderr[-3000:]
     return completed

@@ -20,12 +20,12 @@ env: .venv/ready ## create the environment
 train: env       ## train the main recipe with two workers: summary, runs/<name>/done.json, wandb run
 	$(BIN)/launcher recipe=resnet launch.workers=$(WORKERS)
 
-test: env        ## the fast tests and one real job of each kind; ten minutes on two cores
+test: env        ## every unit test and one real job of each kind; ten minutes on two cores
 	$(PYTEST) -m "not slow" -n 2
 	$(PYTEST) -m "core" -n 2 --dist loadscope --durations=10
 
-test-fast: env   ## the tests that start no jobs; under a minute
-	$(PYTEST) -m "not slow" -n 2
+test-fast: env   ## the tests that start neither jobs nor other slow processes; under a minute
+	$(PYTEST) -m "not slow and not process" -n 2
 
 test-rest: env   ## the tests that `make test` leaves out: Slurm, timings and the long jobs
 	$(PYTEST) -m "slow and not core and not alone" -n 2 --dist loadscope --no-loadscope-reorder --durations=15

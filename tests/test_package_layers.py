@@ -219,6 +219,7 @@ def test_no_module_uses_pickle() -> None:
         assert not [word for word in ("torch.load(", "torch.save(", "weights_only=False") if word in text], name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

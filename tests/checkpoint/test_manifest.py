@@ -267,6 +267,7 @@ prune(folder, 1)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("step", "count"), [("rename", 1), ("rename", 2), ("rename", 3), ("rmtree", 1)])
 @pytest.mark.parametrize("update", [1, 2])
 def test_kill_between_any_publishing_steps_is_safe(tmp_path: Path, update: int, step: str, count: int) -> None:

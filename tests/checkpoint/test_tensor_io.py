@@ -310,6 +310,7 @@ def test_full_disk_raises_error_and_loses_nothing(tmp_path: Path, phase: str) ->
     assert load_latest_update(tmp_path) == 1
 
 
+@pytest.mark.process
 def test_file_size_limit_raises_one_line_error(tmp_path: Path) -> None:
     save_update(tmp_path, 1)
     script = (

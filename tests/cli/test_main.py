@@ -17,6 +17,8 @@ from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, 
 from launcher.topology import Topology
 from tests.helpers import written_runs as written
 
+pytestmark = pytest.mark.process
+
 Result = subprocess.CompletedProcess[str]
 
 TINY = """\

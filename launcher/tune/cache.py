@@ -99,13 +99,13 @@ def get_versions() -> dict[str, str]:
 def get_config_fields(config: RunConfig) -> dict[str, Any]:
     """The fields of a key that come from the configuration, with secrets masked."""
     values = mask_nested_secrets(flatten(config))
-    named = {
+    selected = {
         name: value
         for name, value in values.items()
         if name in CONFIG_KEYS or name.partition(".")[0] in CONFIG_SECTIONS
     }
     steps = 1 if config.batch.accumulation == "auto" else config.batch.accumulation
-    return {name: value for name, value in named.items() if name != "recipe.trust"} | {"batch.accumulation": steps}
+    return {name: value for name, value in selected.items() if name != "recipe.trust"} | {"batch.accumulation": steps}
 
 
 def make_cache_key(config: RunConfig, env: MeasurementEnv) -> dict[str, Any]:
@@ -230,13 +230,13 @@ def matching_profiles(
     )
     key = {name: value for name, value in key.items() if name not in REQUEST_KEYS}
     stored = list(all_profiles(folder))
-    ours = [profile for profile in stored if all(profile.key.get(name) == value for name, value in key.items())]
-    if not ours:
+    matching = [profile for profile in stored if all(profile.key.get(name) == value for name, value in key.items())]
+    if not matching:
         return CacheLookup(notes=tuple(_describe_mismatch(key, stored, set(key))))
-    latest = ours[0].key
+    latest = matching[0].key
     shared = [name for name in latest if name not in (*REQUEST_KEYS, *WORLD_FIELDS)]
     newest: dict[Any, CachedProfile] = {}
-    for profile in ours:
+    for profile in matching:
         if all(profile.key.get(name) == latest[name] for name in shared):
             newest.setdefault((profile.key["world"], profile.key["nodes"]), profile)
     return [newest[world_and_nodes] for world_and_nodes in sorted(newest)]

@@ -176,8 +176,8 @@ class Measurements:
 
     def memory_max(self) -> int | None:
         """The largest size that fits comfortably; if the user named sizes, among those only."""
-        named = self.sizes() if self.only is None else self.reported_sizes()
-        return max((result.size for result in named if result.fits_comfortably), default=None)
+        results = self.sizes() if self.only is None else self.reported_sizes()
+        return max((result.size for result in results if result.fits_comfortably), default=None)
 
     def smallest_failing(self) -> int | None:
         """The smallest size that does not fit comfortably."""

@@ -25,8 +25,8 @@ class CudaMemoryMeter:
     def read(self) -> tuple[int, int, bool]:
         """Peak in bytes, allocation retries, and whether the peak exceeds the allowed share of memory."""
         peak = torch.cuda.max_memory_reserved(self._device)
-        whole = torch.cuda.get_device_properties(self._device).total_memory
-        return peak, self._count_retries() - self._initial_retries, peak > MEMORY_SHARE * whole
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        return peak, self._count_retries() - self._initial_retries, peak > MEMORY_SHARE * total
 
     def _count_retries(self) -> int:
         return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))

@@ -81,22 +81,22 @@ def _read_free_memory(meminfo: Path) -> list[int]:
     return []
 
 
-def _read_cgroup_limits(own: Path, cgroups: Path) -> list[int]:
+def _read_cgroup_limits(membership: Path, cgroups: Path) -> list[int]:
     """Memory limits of this process's cgroup and its ancestors, for cgroups v1 and v2."""
-    found: list[int] = []
+    limits: list[int] = []
     with suppress(OSError):
-        for line in own.read_text().splitlines():
+        for line in membership.read_text().splitlines():
             _, kinds, path = line.split(":", 2)
             if kinds and "memory" not in kinds.split(","):
                 continue
             root, name = (cgroups / "memory", "memory.limit_in_bytes") if kinds else (cgroups, "memory.max")
-            place = root / path.lstrip("/")
-            for folder in (place, *place.parents):
+            innermost = root / path.lstrip("/")
+            for folder in (innermost, *innermost.parents):
                 with suppress(OSError, ValueError):  # "max", or not visible in this container
-                    found.append(int((folder / name).read_text()))
+                    limits.append(int((folder / name).read_text()))
                 if folder == root:
                     break
-    return found
+    return limits
 
 
 def predict_bytes(size: int, probes: Sequence[tuple[int, int]]) -> float | None:

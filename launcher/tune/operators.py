@@ -52,10 +52,10 @@ def find_grown_operators(stage: str, small: OperatorProfile, large: OperatorProf
     An operator that is absent at the smaller size counts as zero there.
     """
     least = MIN_STAGE_TIME_SHARE * sum(large.ms_per_sample.values())
-    found = []
+    grown = []
     for name, after in large.ms_per_sample.items():
         before = small.ms_per_sample.get(name, 0.0)
         if after - before >= max(MIN_RELATIVE_GROWTH * before, least):
-            found.append(OperatorGrowth(name, stage, small.size, large.size, before, after))
-    found.sort(key=lambda one: one.ms_per_sample_before - one.ms_per_sample_after)
-    return tuple(found[:MAX_SHOWN_OPERATORS])
+            grown.append(OperatorGrowth(name, stage, small.size, large.size, before, after))
+    grown.sort(key=lambda growth: growth.ms_per_sample_before - growth.ms_per_sample_after)
+    return tuple(grown[:MAX_SHOWN_OPERATORS])

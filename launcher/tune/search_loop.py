@@ -24,9 +24,9 @@ from launcher.tune.size_search import (
     INITIAL_SIZE,
     choose_initial_size,
     choose_next_size,
+    choose_next_size_up,
+    choose_sizes_around_knee,
     iter_intermediate_sizes,
-    next_size_up,
-    sizes_around_knee,
 )
 
 __all__ = ["SizeSearch", "TimeBudget"]
@@ -101,7 +101,7 @@ class SizeSearch:
         if advice is not None:
             timed = [result.size for result in self.measurements.sizes() if result.speeds]
             failed = [result.size for result in self.measurements.sizes() if not result.fits_comfortably]
-            for size in sizes_around_knee(advice.knee, timed, failed, self._largest):
+            for size in choose_sizes_around_knee(advice.knee, timed, failed, self._largest):
                 if self._budget.is_used_up():
                     break
                 self._time_size(size)
@@ -153,7 +153,7 @@ class SizeSearch:
                 if size < self._largest:
                     self._add_note(f"no size above {size} was timed: this part of tune.budget_s was used up")
                 return
-            size = next_size_up(size, self._largest)
+            size = choose_next_size_up(size, self._largest)
 
     def _has_regressed(self, size: int) -> bool:
         points = [point for point in self.measurements.points() if point.samples_per_s]

@@ -151,18 +151,18 @@ def lookup_cached(key: Mapping[str, Any], allowed: float | None) -> tuple[dict[s
 
     Only rank 0 calls it, as the copies of the nodes may differ.
     """
-    found = cache.lookup(key)
-    if found.profile is None:
-        return None, list(found.notes)
-    document = found.profile.document
+    lookup = cache.lookup(key)
+    if lookup.profile is None:
+        return None, list(lookup.notes)
+    document = lookup.profile.document
     point = find_recommended_point(document)
     needed = 0 if point is None else point["memory_bytes"]
     if allowed is not None and needed > allowed:
         shortage = (
             f"{document['recommended']} samples need {needed / 1e9:.3g} GB of memory, {allowed / 1e9:.3g} GB are free"
         )
-        return None, [f"the profile of {found.profile.formatted_time} is not used: {shortage}"]
-    return {**document, "measured": found.profile.measured}, []
+        return None, [f"the profile of {lookup.profile.formatted_time} is not used: {shortage}"]
+    return {**document, "measured": lookup.profile.measured}, []
 
 
 def store_result(key: Mapping[str, Any], document: Mapping[str, Any], rank: int) -> list[str]:

@@ -10,9 +10,9 @@ __all__ = [
     "MIN_SIZE",
     "choose_initial_size",
     "choose_next_size",
+    "choose_next_size_up",
+    "choose_sizes_around_knee",
     "iter_intermediate_sizes",
-    "next_size_up",
-    "sizes_around_knee",
 ]
 
 INITIAL_SIZE = 8  # initial size of the search
@@ -27,16 +27,16 @@ def choose_initial_size(largest: int) -> int:
     return max(min(MIN_SIZE, largest), min(INITIAL_SIZE, largest // 4))
 
 
-def next_size_up(size: int, largest: int) -> int | None:
+def choose_next_size_up(size: int, largest: int) -> int | None:
     """The next larger size, at most `largest`; None if that is reached."""
     return None if size >= largest else min(largest, max(size + 1, round(size * GROWTH_FACTOR)))
 
 
-def iter_intermediate_sizes(known: int, size: int) -> Iterator[int]:
+def iter_intermediate_sizes(working: int, size: int) -> Iterator[int]:
     """Intermediate sizes between a working one and a much larger one, each at most twice the previous."""
-    while known * 2 < size:
-        known *= 2
-        yield known
+    while working * 2 < size:
+        working *= 2
+        yield working
 
 
 def choose_next_size(works: int, fails: int | None, largest: int) -> int | None:
@@ -46,13 +46,13 @@ def choose_next_size(works: int, fails: int | None, largest: int) -> int | None:
     return None if fails - works <= 1 else (works + fails) // 2
 
 
-def sizes_around_knee(knee: int, known: Collection[int], failed: Collection[int], largest: int) -> Sequence[int]:
+def choose_sizes_around_knee(knee: int, timed: Collection[int], failed: Collection[int], largest: int) -> Sequence[int]:
     """Sizes around the knee not measured yet: the nearest multiples of 8, and halfway to its neighbours."""
-    above = min((size for size in known if size > knee), default=None)
-    below = max((size for size in known if size < knee), default=None)
-    wanted = [knee // SIZE_MULTIPLE * SIZE_MULTIPLE, -(-knee // SIZE_MULTIPLE) * SIZE_MULTIPLE]
-    wanted.append(round(math.sqrt(knee * below)) if below else knee // 2)
-    wanted += [round(math.sqrt(knee * above))] if above else []
+    above = min((size for size in timed if size > knee), default=None)
+    below = max((size for size in timed if size < knee), default=None)
+    candidates = [knee // SIZE_MULTIPLE * SIZE_MULTIPLE, -(-knee // SIZE_MULTIPLE) * SIZE_MULTIPLE]
+    candidates.append(round(math.sqrt(knee * below)) if below else knee // 2)
+    candidates += [round(math.sqrt(knee * above))] if above else []
     limit = min([largest, *(size - 1 for size in failed)])
-    fresh = dict.fromkeys(size for size in wanted if MIN_SIZE <= size <= limit and size not in known)
-    return sorted(list(fresh)[:MAX_REFINED_SIZES])
+    untimed = dict.fromkeys(size for size in candidates if MIN_SIZE <= size <= limit and size not in timed)
+    return sorted(list(untimed)[:MAX_REFINED_SIZES])

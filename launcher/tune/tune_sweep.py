@@ -14,7 +14,7 @@ from launcher.config.overrides import parse_overrides
 from launcher.config.schema import RunConfig, SweepConfig
 from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError
 from launcher.goodput.auto_batch import MeasurementError, report_unmeasured
-from launcher.sweep.points import point_overrides
+from launcher.sweep.points import select_point_overrides
 from launcher.system.formatting import encodable
 from launcher.system.signal_handlers import sigterm_as_keyboard_interrupt
 from launcher.system.stderr import print_stderr
@@ -53,7 +53,7 @@ def tune_sweep(args: Sequence[str], measure: MeasureFunction | None = None) -> i
         return max(tuning.tune_batch_size(point.config) for point in composed)
     with sigterm_as_keyboard_interrupt():  # covers the time between two points too
         results = [
-            measure_point(number, point_overrides(overrides), point, measure)
+            measure_point(number, select_point_overrides(overrides), point, measure)
             for number, (overrides, point) in enumerate(zip(points, composed, strict=True))
         ]
         print_points(results, first)

@@ -7,38 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from launcher.distributed.store_gather import StoreGather
-from launcher.telemetry.stage_clock import STAGES
 from launcher.tune.followup import run_followups
 from launcher.tune.measurements import Measurement, Measurements
 from launcher.tune.operators import OperatorGrowth, OperatorProfile
 from launcher.tune.processes.retries import mark_oom
 from launcher.tune.search_loop import TimeBudget
-
-FACTS: dict[str, Any] = {
-    "recipe": "Mlp", "world": 2, "accumulation": 1, "train_samples": 1437, "device": "cpu (x86_64)",
-    "precision": "fp32", "strategy": "ddp", "threads": 1, "loader_workers": 0, "limit_bytes": 10**10,
-    "measured": "2026-01-01T00:00:00+00:00", "spent_s": 12.0, "asked": False,
-}  # fmt: skip
-
-
-def measured_size(size: int, samples_per_s: float, spread: float = 0.002, **more: Any) -> Measurement:
-    """The update is 1 ms of sync, and otherwise forward."""
-    update_ms = 2e3 * size * more.get("accumulation", 1) / samples_per_s
-    stages = dict.fromkeys(STAGES, 0.0) | {"forward": update_ms - 1.0, "sync": 1.0}
-    speeds = tuple(samples_per_s * (1 + off) for off in (-spread, 0.0, spread))
-    return Measurement(size, speeds, stages, **{"memory_bytes": 10**8, **more})
-
-
-# --- operators that grew ------------------------------------------------------------------------------------------
-
-
-def test_regression_is_compared_with_fastest_size() -> None:
-    trace = {10: 21.4, 14: 25.1, 20: 29.4, 28: 32.9, 40: 35.7, 57: 34.3, 80: 31.5}
-    pair = Measurements(tuple(measured_size(*point) for point in trace.items())).find_regression()
-    assert pair is not None
-    assert [one.size for one in pair] == [40, 57]
-    assert Measurements((measured_size(10, 20.0), measured_size(20, 40.0))).find_regression() is None
-
+from tests.helpers.measured_sizes import measured_size_with_sync
 
 # --- order of measurements, and the budget ------------------------------------------------------------------------
 
@@ -72,7 +46,7 @@ class FakeSearch:
 def run_search(
     measurements: Measurements,
     budget_s: float,
-    speed: Callable[[int], Measurement] = lambda size: measured_size(size, 9000.0),
+    speed: Callable[[int], Measurement] = lambda size: measured_size_with_sync(size, 9000.0),
 ) -> FakeSearch:
     search = FakeSearch(measurements, speed)
     gather: Any = StoreGather(None, 0, 1)  # type: ignore[arg-type]
@@ -82,29 +56,33 @@ def run_search(
 
 
 def test_splits_are_timed_in_alternating_order() -> None:
-    search = run_search(Measurements((measured_size(16, 9000.0),)), budget_s=1000)
+    search = run_search(Measurements((measured_size_with_sync(16, 9000.0),)), budget_s=1000)
     assert search.log == ["4x4", "8x2", "16x1", "16x1", "8x2", "4x4"]
     assert search.measurements.closing
 
 
 def test_uncertain_splits_are_repeated_at_most_four_rounds() -> None:
-    search = run_search(Measurements((measured_size(16, 9000.0),)), 1000, lambda size: measured_size(size, 9000.0, 0.3))
+    search = run_search(
+        Measurements((measured_size_with_sync(16, 9000.0),)),
+        1000,
+        lambda size: measured_size_with_sync(size, 9000.0, 0.3),
+    )
     assert len(search.log) == 12
 
 
 def test_followups_stop_when_their_budget_ends() -> None:
-    assert run_search(Measurements((measured_size(16, 9000.0),)), budget_s=10).log == ["4x4", "8x2"]
+    assert run_search(Measurements((measured_size_with_sync(16, 9000.0),)), budget_s=10).log == ["4x4", "8x2"]
 
 
 def test_followup_exceeding_budget_is_not_started() -> None:
     """An update of 320 ms: three measurements of seven are 6.7 s; one of them and one of the slower size are 9 s."""
-    slow = Measurements((measured_size(16, 100.0), measured_size(32, 66.0)))
+    slow = Measurements((measured_size_with_sync(16, 100.0), measured_size_with_sync(32, 66.0)))
     assert run_search(slow, budget_s=40).log == []
     assert run_search(slow, budget_s=50).log == ["4x4", "8x2", "16x1", "16x1", "8x2", "4x4"]
 
 
 def test_regression_profiles_both_sizes() -> None:
-    measurements = Measurements((measured_size(16, 9000.0), measured_size(32, 6000.0)))
+    measurements = Measurements((measured_size_with_sync(16, 9000.0), measured_size_with_sync(32, 6000.0)))
     search = run_search(measurements, budget_s=1000)
     assert search.log[:3] == ["forward of 16", "forward of 32", "4x4"]
     assert search.measurements.operators == (OperatorGrowth("aten::mm", "forward", 16, 32, 16.0, 32.0),)
@@ -115,9 +93,11 @@ def test_regression_profiles_both_sizes() -> None:
 
 def test_oom_in_followup_keeps_earlier_results() -> None:
     before = Measurements(
-        (measured_size(16, 9000.0),), closing=True, operators=(OperatorGrowth("aten::mm", "forward", 8, 16, 1.0, 2.0),)
+        (measured_size_with_sync(16, 9000.0),),
+        closing=True,
+        operators=(OperatorGrowth("aten::mm", "forward", 8, 16, 1.0, 2.0),),
     )
     facts = {"measurements": before.to_facts(), "trying": None, "spent_s": 3.0}
     assert Measurements.from_facts(mark_oom(facts)["measurements"]) == before
-    split = replace(before, splits=(measured_size(8, 9000.0, accumulation=2),))
+    split = replace(before, splits=(measured_size_with_sync(8, 9000.0, accumulation=2),))
     assert Measurements.from_facts(split.to_facts()) == split

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from launcher.tune.size_search import (
     choose_initial_size,
     choose_next_size,
+    choose_next_size_up,
+    choose_sizes_around_knee,
     iter_intermediate_sizes,
-    next_size_up,
-    sizes_around_knee,
 )
 
 
@@ -21,7 +21,7 @@ def test_sizes_grow_by_root_two() -> None:
     size: int | None = choose_initial_size(100)
     while size is not None:
         sizes.append(size)
-        size = next_size_up(size, 100)
+        size = choose_next_size_up(size, 100)
     assert sizes == [8, 11, 16, 23, 33, 47, 66, 93, 100]
 
 
@@ -44,7 +44,7 @@ def test_intermediate_sizes_at_most_double(known: int, size: int) -> None:
 
 
 def test_sizes_around_knee() -> None:
-    assert sizes_around_knee(45, [8, 32, 45, 64], [], 1000) == [38, 40, 48, 54]
-    assert sizes_around_knee(45, [8, 32, 40, 45, 48], [50], 1000) == [42, 46]
-    assert sizes_around_knee(8, [8, 11], [], 1000) == [4, 9]
-    assert sizes_around_knee(2, [2, 3], [], 2) == []
+    assert choose_sizes_around_knee(45, [8, 32, 45, 64], [], 1000) == [38, 40, 48, 54]
+    assert choose_sizes_around_knee(45, [8, 32, 40, 45, 48], [50], 1000) == [42, 46]
+    assert choose_sizes_around_knee(8, [8, 11], [], 1000) == [4, 9]
+    assert choose_sizes_around_knee(2, [2, 3], [], 2) == []

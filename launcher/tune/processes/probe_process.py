@@ -61,7 +61,6 @@ class ForkedProcess:
     """
 
     def __init__(self, process: ForkProcess) -> None:
-        self._process = process
         self.poll = lambda: process.exitcode
         self.kill = process.kill
         self.wait = process.join

@@ -76,7 +76,7 @@ def test_first_root_error_is_reported(tmp_path: Path) -> None:
     )
     assert "boom" in get_failure_message((RankResult(EXIT_FAILED, later), RankResult(EXIT_FAILED, real)))
     assert "boom" in get_failure_message((RankResult(-6), RankResult(EXIT_FAILED, real))), (
-        "it aborted because of the other"
+        "the abort is a consequence of the other error"
     )
 
 

@@ -6,36 +6,24 @@ from typing import Any
 
 import pytest
 
-from launcher.telemetry.stage_clock import STAGES
 from launcher.tune.measurements import Measurement, Measurements
 from launcher.tune.operators import OperatorGrowth
 from launcher.tune.report.document import make_tune_document
 from launcher.tune.report.html import render_tune_page
 from launcher.tune.report.text import describe_slow_operators, describe_splits, format_tune_text
-
-FACTS: dict[str, Any] = {
-    "recipe": "Mlp", "world": 2, "accumulation": 1, "train_samples": 1437, "device": "cpu (x86_64)",
-    "precision": "fp32", "strategy": "ddp", "threads": 1, "loader_workers": 0, "limit_bytes": 10**10,
-    "measured": "2026-01-01T00:00:00+00:00", "spent_s": 12.0, "asked": False,
-}  # fmt: skip
-
-
-def measured_size(size: int, samples_per_s: float, spread: float = 0.002, **more: Any) -> Measurement:
-    """The update is 1 ms of sync, and otherwise forward."""
-    update_ms = 2e3 * size * more.get("accumulation", 1) / samples_per_s
-    stages = dict.fromkeys(STAGES, 0.0) | {"forward": update_ms - 1.0, "sync": 1.0}
-    speeds = tuple(samples_per_s * (1 + off) for off in (-spread, 0.0, spread))
-    return Measurement(size, speeds, stages, **{"memory_bytes": 10**8, **more})
+from tests.helpers.measured_sizes import FACTS, measured_size_with_sync
 
 
 def split_result(
     size: int, accumulation: int, samples_per_s: float, megabytes: int, spread: float = 0.002
 ) -> Measurement:
-    return measured_size(size, samples_per_s, spread, accumulation=accumulation, memory_bytes=megabytes * 10**6)
+    return measured_size_with_sync(
+        size, samples_per_s, spread, accumulation=accumulation, memory_bytes=megabytes * 10**6
+    )
 
 
 def make_document(*splits: Measurement, **more: Any) -> dict[str, Any]:
-    return make_tune_document(Measurements((measured_size(64, 100.0),), splits=splits, **more), FACTS)
+    return make_tune_document(Measurements((measured_size_with_sync(64, 100.0),), splits=splits, **more), FACTS)
 
 
 def test_split_rows_have_interval_memory_and_sync() -> None:

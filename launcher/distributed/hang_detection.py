@@ -102,7 +102,7 @@ class HangVerdict:
 
 
 def detect_hang(
-    states: Sequence[RankState], now: float, limits: HangTimeouts, awake: float = -math.inf
+    states: Sequence[RankState], now: float, limits: HangTimeouts, watching_since: float = -math.inf
 ) -> HangVerdict | None:
     """Return the rank that has hung, or None.
 
@@ -110,21 +110,21 @@ def detect_hang(
     counted.
     """
     return (
-        _find_silent_rank(states, now, limits, awake)
-        or _find_stuck_rank(states, now, awake)
-        or _detect_all_stalled(states, now, limits, awake)
+        _find_silent_rank(states, now, limits, watching_since)
+        or _find_stuck_rank(states, now, watching_since)
+        or _detect_all_stalled(states, now, limits, watching_since)
     )
 
 
 def _find_silent_rank(
-    states: Sequence[RankState], now: float, limits: HangTimeouts, awake: float
+    states: Sequence[RankState], now: float, limits: HangTimeouts, watching_since: float
 ) -> HangVerdict | None:
     """Find a rank without a heartbeat whose process is stopped or is in `sync`, where its threads are free to run.
 
     In other phases a missing heartbeat proves nothing: a library may hold the GIL for a long computation.
     """
     for state in sorted(states, key=lambda state: state.beat):
-        seconds = now - max(state.beat, awake)
+        seconds = now - max(state.beat, watching_since)
         if state.stopped and seconds > limits.stopped_timeout_s:
             return HangVerdict(state, seconds, "stopped")
         if state.phase == WAITING_PHASE and seconds > limits.hang_s:
@@ -132,31 +132,31 @@ def _find_silent_rank(
     return None
 
 
-def _find_stuck_rank(states: Sequence[RankState], now: float, awake: float) -> HangVerdict | None:
+def _find_stuck_rank(states: Sequence[RankState], now: float, watching_since: float) -> HangVerdict | None:
     """Find a rank that exceeds the allowed time of its phase while others wait; of several, the first to enter it."""
-    waiting = [state.since for state in states if state.phase == WAITING_PHASE]
-    if not waiting:
+    waiting_since = [state.since for state in states if state.phase == WAITING_PHASE]
+    if not waiting_since:
         return None
-    waited = max(awake, min(waiting))
+    waits_since = max(watching_since, min(waiting_since))
     working = [state for state in states if state.phase != WAITING_PHASE]
-    late = [state for state in working if now - max(state.since, waited) > state.allowed_s]
+    late = [state for state in working if now - max(state.since, waits_since) > state.allowed_s]
     if not late:
         return None
     state = min(late, key=lambda state: state.since)
-    return HangVerdict(state, now - max(state.since, awake), "stuck")
+    return HangVerdict(state, now - max(state.since, watching_since), "stuck")
 
 
 def _detect_all_stalled(
-    states: Sequence[RankState], now: float, limits: HangTimeouts, awake: float
+    states: Sequence[RankState], now: float, limits: HangTimeouts, watching_since: float
 ) -> HangVerdict | None:
     """Detect that no rank makes progress: a collective that never ends, or the only rank of a node hangs."""
     if not states:
         return None
-    still_s = now - max(awake, *(state.since for state in states))
-    patience_s = max(max(s.allowed_s, min(ALL_STALLED_FACTOR * s.allowed_s, limits.first_s)) for s in states)
-    if still_s <= patience_s:
+    stalled_s = now - max(watching_since, *(state.since for state in states))
+    timeout_s = max(max(s.allowed_s, min(ALL_STALLED_FACTOR * s.allowed_s, limits.first_s)) for s in states)
+    if stalled_s <= timeout_s:
         return None
-    return HangVerdict(min(states, key=lambda state: (state.phase == WAITING_PHASE, state.since)), still_s, "all")
+    return HangVerdict(min(states, key=lambda state: (state.phase == WAITING_PHASE, state.since)), stalled_s, "all")
 
 
 def elect_reporter(states: Sequence[RankState], verdict: HangVerdict, now: float, limits: HangTimeouts) -> int | None:

@@ -25,8 +25,8 @@ def wait_to_join(run_dir: RunDirectory, name: str) -> None:
     if find_lock_owner(run_dir.path) is None:
         return
     make_private_dir(run_dir.join_requests_dir)
-    mark = run_dir.join_requests_dir / name
-    mark.touch(0o600)
-    while mark.exists() and find_lock_owner(run_dir.path) is not None:
+    request_file = run_dir.join_requests_dir / name
+    request_file.touch(0o600)
+    while request_file.exists() and find_lock_owner(run_dir.path) is not None:
         time.sleep(GATE_POLL_S)
-    mark.unlink(missing_ok=True)
+    request_file.unlink(missing_ok=True)

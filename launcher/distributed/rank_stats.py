@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import Protocol
 
@@ -44,11 +44,11 @@ class RankStats:
     @classmethod
     def from_row(cls, row: Sequence[float]) -> RankStats:
         """Inverse of `to_row`."""
-        return cls(*row[:NUM_OWN_FIELDS], UpdateScalars(*row[NUM_OWN_FIELDS:]))
+        count, stop, save, *previous = row
+        return cls(count, stop, save, UpdateScalars(*previous))
 
 
-NUM_OWN_FIELDS = len(fields(RankStats)) - 1
-NUM_FIELDS = NUM_OWN_FIELDS + len(fields(UpdateScalars))
+NUM_FIELDS = len(RankStats().to_row())
 
 
 @dataclass(frozen=True)

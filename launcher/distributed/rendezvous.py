@@ -57,22 +57,24 @@ def connect_store(topology: Topology, *, loopback: bool, timeout_s: float) -> di
     return make_loopback_store(get_master_port(), serve=topology.rank == 0, world=topology.world, timeout_s=timeout_s)
 
 
-def gather_to_rank0(store: dist.Store, topology: Topology, says: str, timeout_s: float) -> tuple[list[str], dist.Store]:
-    """Gather every rank's message `says` on rank 0; also return a section of the store that is still unused.
+def gather_to_rank0(
+    store: dist.Store, topology: Topology, message: str, timeout_s: float
+) -> tuple[list[str], dist.Store]:
+    """Gather every rank's `message` on rank 0; also return a section of the store that is still unused.
 
     A torchrun that shares its store with the workers keeps what earlier generations wrote. So each rank writes a hello
     with a random token, rank 0 answers with all tokens, and a rank accepts only an answer that contains its own token.
     """
-    own = os.urandom(8).hex()
+    token = os.urandom(8).hex()
     if topology.rank == 0:
-        return [says, *answer_hellos(store, topology.world, own, timeout_s)], dist.PrefixStore(own, store)
-    store.set(f"hello/{topology.rank}", own)
-    end_s = time.monotonic() + timeout_s
-    while time.monotonic() < end_s:
-        said = json.loads(store.get("answer"))
-        if said["hello"].get(str(topology.rank)) == own:
-            store.set(f"{said['token']}/{topology.rank}", says)
-            return [], dist.PrefixStore(said["token"], store)
+        return [message, *answer_hellos(store, topology.world, token, timeout_s)], dist.PrefixStore(token, store)
+    store.set(f"hello/{topology.rank}", token)
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        answer = json.loads(store.get("answer"))
+        if answer["hello"].get(str(topology.rank)) == token:
+            store.set(f"{answer['token']}/{topology.rank}", message)
+            return [], dist.PrefixStore(answer["token"], store)
         time.sleep(STORE_POLL_S)
     raise TimeoutError(f"rank 0 did not answer within launch.timeout_s={timeout_s:g}")
 
@@ -81,14 +83,14 @@ def answer_hellos(store: dist.Store, world: int, token: str, timeout_s: float) -
     """Answer every hello, including those that change meanwhile, until all other ranks have sent their message."""
     keys = [f"{token}/{rank}" for rank in range(1, world)]
     last: dict[str, str] | None = None
-    end_s = time.monotonic() + timeout_s
+    deadline_s = time.monotonic() + timeout_s
     while not store.check(keys):
-        known = [rank for rank in range(1, world) if store.check([f"hello/{rank}"])]
-        hello = {str(rank): store.get(f"hello/{rank}").decode() for rank in known}
+        arrived = [rank for rank in range(1, world) if store.check([f"hello/{rank}"])]
+        hello = {str(rank): store.get(f"hello/{rank}").decode() for rank in arrived}
         if hello != last:
             store.set("answer", json.dumps({"token": token, "hello": hello}))
             last = hello
-        if time.monotonic() > end_s:
+        if time.monotonic() > deadline_s:
             missing = [rank for rank, key in enumerate(keys, start=1) if not store.check([key])]
             raise TimeoutError(f"ranks {missing} did not connect within launch.timeout_s={timeout_s:g}")
         time.sleep(STORE_POLL_S)

@@ -20,26 +20,26 @@ class StoreGather:
         self._world = world
         self._round = 0
 
-    def gather(self, word: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks in rank order; waits for all of them."""
         if self._world == 1:
-            return [word]
+            return [value]
         self._round += 1
-        self._store.set(self._make_key(self._round, self._rank), json.dumps(word))
+        self._store.set(self._make_key(self._round, self._rank), json.dumps(value))
         if self._round > 2:  # a rank that has begun this gather has read the one before the previous
             self._store.delete_key(self._make_key(self._round - 2, self._rank))
         return [json.loads(self._store.get(self._make_key(self._round, rank))) for rank in range(self._world)]
 
-    def broadcast_from_rank0(self, word: Any) -> Any:
+    def broadcast_from_rank0(self, value: Any) -> Any:
         """Return rank 0's value on every rank, for decisions that depend on a clock."""
-        return self.gather(word)[0]
+        return self.gather(value)[0]
 
     def close(self) -> None:
         """Finish: rank 0, which may serve the store, waits until the other ranks have read everything."""
         if self._rank:
-            self._store.set(f"council/heard/{self._rank}", "")
+            self._store.set(f"gather/done/{self._rank}", "")
         else:
-            self._store.wait([f"council/heard/{rank}" for rank in range(1, self._world)])
+            self._store.wait([f"gather/done/{rank}" for rank in range(1, self._world)])
 
-    def _make_key(self, number: int, rank: int) -> str:
-        return f"council/{number}/{rank}"
+    def _make_key(self, call: int, rank: int) -> str:
+        return f"gather/{call}/{rank}"

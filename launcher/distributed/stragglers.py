@@ -67,28 +67,29 @@ class StragglerDetector:
             return StragglerDetector(rows, self.reported, seen_ms), None
         by_rank = [[median(times) for times in zip(*ranks, strict=True)] for ranks in zip(*rows, strict=True)]
         ratios = compute_slowdowns([sum(times) for times in by_rank], shares or [1] * len(by_rank))
-        named = frozenset(rank for rank in self.reported if ratios[rank] >= RECOVERED_RATIO)
-        slow = [rank for rank, ratio in enumerate(ratios) if ratio > SLOW_RATIO and rank not in named]
+        reported = frozenset(rank for rank in self.reported if ratios[rank] >= RECOVERED_RATIO)
+        slow = [rank for rank, ratio in enumerate(ratios) if ratio > SLOW_RATIO and rank not in reported]
         for rank in sorted(slow, key=ratios.__getitem__, reverse=True):
-            found = make_straggler(rank, ratios[rank], by_rank)
-            if found.own_ms - found.others_ms > MIN_DIFFERENCE_MS:
-                return StragglerDetector((), named | {rank}), found
-        return StragglerDetector((), named), None
+            straggler = make_straggler(rank, ratios[rank], by_rank)
+            if straggler.own_ms - straggler.others_ms > MIN_DIFFERENCE_MS:
+                return StragglerDetector((), reported | {rank}), straggler
+        return StragglerDetector((), reported), None
 
 
 def compute_slowdowns(work_ms: Sequence[float], shares: Sequence[int]) -> list[float]:
     """Ratio of each rank's work to the median of the others; a rank with more samples is allowed more time."""
-    usual_ms, usual_share = compute_others_medians(work_ms), compute_others_medians(shares)
-    excused = [max(1.0, share / (usual or 1.0)) for share, usual in zip(shares, usual_share, strict=True)]
-    return [ms / excuse / usual if usual else 1.0 for ms, excuse, usual in zip(work_ms, excused, usual_ms, strict=True)]
+    medians_ms, median_shares = compute_others_medians(work_ms), compute_others_medians(shares)
+    factors = [max(1.0, share / (usual or 1.0)) for share, usual in zip(shares, median_shares, strict=True)]
+    rows = zip(work_ms, factors, medians_ms, strict=True)
+    return [ms / factor / median_ms if median_ms else 1.0 for ms, factor, median_ms in rows]
 
 
 def compute_others_medians(values: Sequence[float]) -> list[float]:
     """For each value, the median of all other values; sorts once and skips the value's own position."""
-    ordered, rest = sorted(values), len(values) - 1
-    middles = {(rest - 1) // 2, rest // 2}
-    places = (bisect_left(ordered, value) for value in values)
-    return [fmean(ordered[middle + (middle >= place)] for middle in middles) for place in places]
+    ordered, num_others = sorted(values), len(values) - 1
+    middle_indices = {(num_others - 1) // 2, num_others // 2}
+    positions = (bisect_left(ordered, value) for value in values)
+    return [fmean(ordered[index + (index >= position)] for index in middle_indices) for position in positions]
 
 
 def make_straggler(rank: int, ratio: float, by_rank: Sequence[Sequence[float]]) -> Straggler:

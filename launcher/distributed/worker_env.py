@@ -17,8 +17,8 @@ THREADS_ENV = "LAUNCHER_THREADS"
 def user_omp_threads(config: RunConfig, env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Environment for the workers with the user's own OMP_NUM_THREADS; empty if launch.threads is set."""
     value = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    open_to_it = config.launch.threads is None and not config.elastic.exact
-    return {THREADS_ENV: value} if open_to_it and value.isdecimal() and int(value) > 0 else {}
+    is_open = config.launch.threads is None and not config.elastic.exact
+    return {THREADS_ENV: value} if is_open and value.isdecimal() and int(value) > 0 else {}
 
 
 def num_threads(config: RunConfig, workers: int, env: Mapping[str, str] = os.environ) -> int:
@@ -28,16 +28,16 @@ def num_threads(config: RunConfig, workers: int, env: Mapping[str, str] = os.env
     """
     if config.elastic.exact:
         return 1
-    asked = config.launch.threads or int(env.get(THREADS_ENV, 0))
-    return asked or max(1, len(os.sched_getaffinity(0)) // workers)
+    requested = config.launch.threads or int(env.get(THREADS_ENV, 0))
+    return requested or max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def isolation_env(config: RunConfig, workers: int) -> Mapping[str, str]:
     """Environment that gives each worker its share of the cores and keeps communication on the loopback."""
-    asked = user_omp_threads(config)
+    user_threads = user_omp_threads(config)
     return {
-        "OMP_NUM_THREADS": str(num_threads(config, workers, asked)),
-        **asked,
+        "OMP_NUM_THREADS": str(num_threads(config, workers, user_threads)),
+        **user_threads,
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         **config.launch.env,

@@ -30,8 +30,8 @@ class AgentMemory:
 
     @classmethod
     def from_json(cls, text: str) -> AgentMemory:
-        kept = json.loads(text)
-        return cls(Path(kept["folder"]), kept["newest"])
+        facts = json.loads(text)
+        return cls(Path(facts["folder"]), facts["newest"])
 
 
 def load_agent_memory() -> AgentMemory | None:
@@ -42,7 +42,7 @@ def load_agent_memory() -> AgentMemory | None:
         return None
 
 
-def save_agent_memory(decided: AgentMemory) -> None:
+def save_agent_memory(memory: AgentMemory) -> None:
     """Save the decision, keyed by host, agent pid and agent start time; remove the files of dead agents."""
     make_private_dir(AGENT_MEMORY_DIR)
     for old in AGENT_MEMORY_DIR.iterdir():
@@ -50,7 +50,7 @@ def save_agent_memory(decided: AgentMemory) -> None:
         pid, _, start = agent.partition("-")
         if host == socket.gethostname() and pid.isdigit() and str(read_start_time(int(pid))) != start:
             old.unlink(missing_ok=True)
-    atomic_write_text(agent_memory_path(), decided.to_json())
+    atomic_write_text(agent_memory_path(), memory.to_json())
 
 
 def agent_memory_path() -> Path:

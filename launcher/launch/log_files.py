@@ -16,19 +16,19 @@ def redirect_output(log: Path, rank: int, *, debug: bool) -> TextIO:
 
     Returns the terminal's stderr. With `debug`, rank 0 also prints log records to the terminal.
     """
-    screen = os.fdopen(os.dup(sys.stderr.fileno()), "w")
-    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    handler = logging.StreamHandler(os.fdopen(os.dup(number), "w"))
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w")
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    handler = logging.StreamHandler(os.fdopen(os.dup(fd), "w"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     if debug and rank == 0:
-        root.addHandler(logging.StreamHandler(screen))
+        root.addHandler(logging.StreamHandler(terminal))
     logging.captureWarnings(True)
     if rank != 0:
         sys.stdout.flush()
-        os.dup2(number, 1)
-        os.dup2(number, 2)
-    os.close(number)
-    return screen
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+    os.close(fd)
+    return terminal

@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent()
     argv = list(sys.argv[1:] if argv is None else argv)
     report = argv.pop(0).removeprefix(FAILURES_FLAG) if argv and argv[0].startswith(FAILURES_FLAG) else ""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the driver receives these and signals the workers itself
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)  # the driver receives these and signals the workers itself
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     store = make_loopback_store(0, serve=True)
-    where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=0"]
+    rendezvous_options = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=0"]
     try:
-        run.main([*where, *argv])
+        run.main([*rendezvous_options, *argv])
     except ChildFailedError as error:
         if report:
             failed = {rank: failure.exitcode for rank, failure in error.failures.items()}

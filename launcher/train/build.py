@@ -80,12 +80,12 @@ def resolve_device(config: RunConfig, topology: Topology) -> torch.device:
     Raises:
         UsageError: CUDA is requested but unavailable, or there are fewer GPUs than workers on this machine.
     """
-    wanted = config.train.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu" and config.launch.backend == "nccl":
+    kind = config.train.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu" and config.launch.backend == "nccl":
         raise UsageError("launch.backend=nccl needs GPUs and training is on the CPU: type launch.backend=gloo")
-    if wanted == "cpu":
+    if kind == "cpu":
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if gpus < topology.local_world:
@@ -134,7 +134,7 @@ def build_components(
     if precision.name == "fp64":
         model = model.double()
     model.train()
-    outline = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    model_outline = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     blocks = find_blocks(model, getattr(recipe, "blocks", None))
     if config.train.activation_checkpointing:
@@ -152,7 +152,7 @@ def build_components(
         ),
         train_data=data.train,
         val_data=data.val,
-        meta_state_dict=outline,
+        meta_state_dict=model_outline,
         parameters=sum(numel for numel, _ in counts),
         trainable=sum(numel for numel, trained in counts if trained),
     )

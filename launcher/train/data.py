@@ -173,8 +173,8 @@ def collate_or_passthrough(items: Any) -> Any:
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Move the batch to the device, casting float32 tensors to the parameters' dtype."""
     if isinstance(batch, torch.Tensor):
-        wanted = dtype if batch.dtype == torch.float32 else batch.dtype
-        return batch.to(device=device, dtype=wanted, non_blocking=True)
+        target_dtype = dtype if batch.dtype == torch.float32 else batch.dtype
+        return batch.to(device=device, dtype=target_dtype, non_blocking=True)
     if isinstance(batch, Mapping):
         return type(batch)({name: to_device(value, device, dtype) for name, value in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -205,17 +205,17 @@ class LoaderCpuUsage:
 
     def measure_share(self) -> float | None:
         """CPU time over elapsed time since the last call; None if nothing was loaded or CPU times are unavailable."""
-        before, self._last_times = self._last_times, self._read_times()
-        if before is None or self._last_times is None or self._last_times[1] <= before[1]:
+        previous, self._last_times = self._last_times, self._read_times()
+        if previous is None or self._last_times is None or self._last_times[1] <= previous[1]:
             return None
-        return min(1.0, max(0.0, (self._last_times[0] - before[0]) / (self._last_times[1] - before[1])))
+        return min(1.0, max(0.0, (self._last_times[0] - previous[0]) / (self._last_times[1] - previous[1])))
 
     def _read_times(self) -> tuple[float, float] | None:
         if not self._processes:
             return self._cpu_s, self._wall_s
-        each = [read_cpu_seconds(process) for process in self._processes]
-        known = [seconds for seconds in each if seconds is not None]
-        return (sum(known), time.perf_counter() * len(each)) if len(known) == len(each) else None
+        cpu_seconds = [read_cpu_seconds(process) for process in self._processes]
+        readable = [seconds for seconds in cpu_seconds if seconds is not None]
+        return (sum(readable), time.perf_counter() * len(cpu_seconds)) if len(readable) == len(cpu_seconds) else None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,6 @@ class JobSpec:
         if not self.restarted and generation == (self.first or generation):
             return replace(self, generation=generation)
         self.run_dir.increment_restarts()
-        again = replace(self, generation=generation, restarted=True, changed={}, why="")
+        restarted_job = replace(self, generation=generation, restarted=True, changed={}, why="")
         saved = latest_id(self.run_dir.resolve_checkpoints_dir(self.config.checkpoint.dir)) != self.previous_checkpoint
-        return replace(again, checkpoint=None, require_checkpoint=False) if saved else again
+        return replace(restarted_job, checkpoint=None, require_checkpoint=False) if saved else restarted_job

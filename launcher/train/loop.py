@@ -38,7 +38,8 @@ def train(context: TrainContext, state: TrainState) -> tuple[TrainState, StopLev
     Raises:
         TrainingFailed: three updates in a row were not finite.
     """
-    previous, gathered = DeferredScalars(), None
+    deferred = DeferredScalars()  # the results of the latest update, which are read during the next one
+    gathered = None
     context.clock.start()
     context.meter.start()
     for update in iter_updates(context, state):
@@ -48,25 +49,25 @@ def train(context: TrainContext, state: TrainState) -> tuple[TrainState, StopLev
                 loss = forward(context, micro, update)
                 losses = losses.with_micro_batch(loss, micro)
                 if micro.last:
-                    pending = start_stats_gather(context, losses, previous)
+                    pending = start_stats_gather(context, losses, deferred)
                 backward(context, loss, update)
         gathered = wait_for_stats(context, pending, update)
-        state = apply_gathered_stats(context, state, gathered, previous.update)
-        state = apply_batch_change(context, state, previous.update, update)
+        state = apply_gathered_stats(context, state, gathered, deferred.update)
+        state = apply_batch_change(context, state, deferred.update, update)
 
         lr = lr_at(state.schedule, update)
-        previous = step_optimizer(context, update, lr, losses, gathered)
+        deferred = step_optimizer(context, update, lr, losses, gathered)
         state, metrics = validate_if_due(context, state.advance(update), update)
-        stop = gathered.stop != StopLevel.CONTINUE or state.should_stop_at_target(context.training_plan)
-        requested = gathered.save or (stop and update.end < context.training_plan.duration)
-        saved = save_if_due(context, state, update, previous, requested=requested)
+        should_stop = gathered.stop != StopLevel.CONTINUE or state.should_stop_at_target(context.training_plan)
+        save_requested = gathered.save or (should_stop and update.end < context.training_plan.duration)
+        saved = save_if_due(context, state, update, deferred, requested=save_requested)
         context.clock.end_update()
-        record_update(context, state, update, lr, previous, metrics, saved=saved)
-        if needs_replan(context, state) or stop:
+        record_update(context, state, update, lr, deferred, metrics, saved=saved)
+        if needs_replan(context, state) or should_stop:
             break
     if gathered is None:
         return state, StopLevel.CONTINUE
-    return gather_last_update(context, state, previous, gathered.stop)
+    return gather_last_update(context, state, deferred, gathered.stop)
 
 
 def iter_updates(context: TrainContext, state: TrainState) -> Iterator[Update]:

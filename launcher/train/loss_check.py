@@ -21,24 +21,24 @@ MEAN_REDUCTION = 1  # torch numbers the reductions of its losses: none 0, mean 1
 class RecipeWithLossCheck:
     """Wraps a recipe and checks its first training loss; everything else is passed through unchanged.
 
-    `tell` is called with the problem, if there is one.
+    `warn` is called with the problem, if there is one.
     """
 
-    def __init__(self, recipe: Any, tell: Callable[[str], None]) -> None:
+    def __init__(self, recipe: Any, warn: Callable[[str], None]) -> None:
         self._recipe = recipe
-        self._warn: Callable[[str], None] | None = tell
+        self._warn: Callable[[str], None] | None = warn
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._recipe, name)
 
     def loss(self, model: Any, batch: Any) -> Loss:
-        found: Loss = self._recipe.loss(model, batch)
+        first_loss: Loss = self._recipe.loss(model, batch)
         if self._warn is not None:
-            tell, self._warn = self._warn, None
-            why = mean_loss_warning(found)
-            if why is not None:
-                tell(f"loss() of {type(self._recipe).__name__} {why}")
-        return found
+            warn, self._warn = self._warn, None
+            problem = mean_loss_warning(first_loss)
+            if problem is not None:
+                warn(f"loss() of {type(self._recipe).__name__} {problem}")
+        return first_loss
 
 
 def mean_loss_warning(loss: Loss) -> str | None:

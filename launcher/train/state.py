@@ -41,8 +41,8 @@ class MetricTarget:
     at_most: float | None = None
 
     @classmethod
-    def from_settings(cls, wanted: TargetConfig) -> MetricTarget | None:
-        return None if wanted.metric is None else cls(wanted.metric, wanted.at_least, wanted.at_most)
+    def from_settings(cls, settings: TargetConfig) -> MetricTarget | None:
+        return None if settings.metric is None else cls(settings.metric, settings.at_least, settings.at_most)
 
     def is_met(self, measured: Mapping[str, float]) -> bool:
         """Return whether the measured metrics meet the target.
@@ -105,16 +105,16 @@ class TrainState:
         if self.second_moment is None:
             return self, 1.0
         batch = update.full_plan.global_batch
-        done = self.schedule.progress(update.start, batch)
-        after = self.second_moment.start_transition(batch, self.noise.applied).advance(done)
+        transition_progress = self.schedule.progress(update.start, batch)
+        after = self.second_moment.start_transition(batch, self.noise.applied).advance(transition_progress)
         return replace(self, second_moment=after), self.second_moment.compute_factor(after)
 
     def second_moment_factor(self, batch: int) -> float | str:
         """For events: the total factor on Adam's second moment if the batch changes to `batch`, or "kept"."""
-        way = self.second_moment and self.second_moment.start_transition(batch, self.noise.applied)
-        if way is None or way == self.second_moment or way.noise is None:
+        transition = self.second_moment and self.second_moment.start_transition(batch, self.noise.applied)
+        if transition is None or transition == self.second_moment or transition.noise is None:
             return "kept"
-        return way.compute_factor(way.advance(1.0))
+        return transition.compute_factor(transition.advance(1.0))
 
     def with_skip_count(self, skips: int) -> TrainState:
         return self if skips == self.skips else replace(self, skips=skips)

@@ -100,11 +100,13 @@ def verify(config: RunConfig) -> VerifyResult:
     expected = trial.compute_gradient(whole)
     worst = largest = 0.0
     for plan in plans:
-        off = trial.compute_gradient(trial.make_update(plan)) - expected
-        largest = max(largest, float(off.abs().max()))
-        worst = max(worst, float(off.norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny)))
-    breakers = tuple(trial.iter_offending_layers(whole, trial.make_update(plans[0]))) if worst > TOLERANCE else ()
-    return VerifyResult(largest, worst, samples, plans, breakers)
+        difference = trial.compute_gradient(trial.make_update(plan)) - expected
+        largest = max(largest, float(difference.abs().max()))
+        worst = max(worst, float(difference.norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny)))
+    offending_layers = (
+        tuple(trial.iter_offending_layers(whole, trial.make_update(plans[0]))) if worst > TOLERANCE else ()
+    )
+    return VerifyResult(largest, worst, samples, plans, offending_layers)
 
 
 def with_dummy_lr(config: RunConfig) -> RunConfig:
@@ -115,22 +117,24 @@ def with_dummy_lr(config: RunConfig) -> RunConfig:
     )
 
 
-def format_verify_result(verdict: VerifyResult) -> str:
+def format_verify_result(result: VerifyResult) -> str:
     """Format the result for a terminal."""
-    lines = [f"One batch of {verdict.samples} samples whole, and split in {len(verdict.splits)} ways, in float64:"]
-    lines += [f"- {_format_split(plan)}" for plan in verdict.splits]
-    same = "the same gradient" if verdict.relative <= TOLERANCE else "different gradients"
-    lines.append(f"{same}: they differ by {verdict.relative:.1e} of its norm, by {verdict.max_abs_diff:.1e} at most.")
-    kinds: dict[str, list[str]] = {}
-    for breaker in verdict.offending_layers:
-        kinds.setdefault(_get_kind(breaker), []).append(breaker)
-    for kind, layers in kinds.items():
+    lines = [f"One batch of {result.samples} samples whole, and split in {len(result.splits)} ways, in float64:"]
+    lines += [f"- {_format_split(plan)}" for plan in result.splits]
+    conclusion = "the same gradient" if result.relative <= TOLERANCE else "different gradients"
+    lines.append(
+        f"{conclusion}: they differ by {result.relative:.1e} of its norm, by {result.max_abs_diff:.1e} at most."
+    )
+    layers_by_kind: dict[str, list[str]] = {}
+    for layer in result.offending_layers:
+        layers_by_kind.setdefault(_get_kind(layer), []).append(layer)
+    for kind, layers in layers_by_kind.items():
         more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
         lines.append(f"{', '.join(layers[:3])}{more}: {FIXES_BY_LAYER.get(kind, 'it mixes samples or is random')}")
-    if not verdict.offending_layers and verdict.relative > TOLERANCE:
+    if not result.offending_layers and result.relative > TOLERANCE:
         lines.append("no layer explains the difference")
     wrapped = (textwrap.wrap(f"{line[:1].upper()}{line[1:]}", 80, subsequent_indent="  ") for line in lines)
-    return "\n".join(line for part in wrapped for line in part) + "\n"
+    return "\n".join(line for part_lines in wrapped for line in part_lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -153,32 +157,34 @@ class GradientTrial:
             loss = self.recipe.loss(model, self._make_batch(update, micro))
             (loss.total / update.samples).backward()
             count += float(loss.count)
-        parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
-        return torch.cat([part.reshape(-1) for part in parts]) * (update.samples / count)
+        gradients = [
+            p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad
+        ]
+        return torch.cat([gradient.reshape(-1) for gradient in gradients]) * (update.samples / count)
 
     def iter_offending_layers(self, whole: Update, split: Update) -> Iterator[str]:
         """Yield layers whose outputs for the same inputs depend on how the batch is split, then the loss if it does."""
-        one, parts = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        whole_model, split_model = copy.deepcopy(self.model), copy.deepcopy(self.model)
         reference = OutputRecorder()
-        with torch.no_grad(), _hook_outputs(one, reference.record):
-            expected = float(self.recipe.loss(one, self._make_batch(whole, *_iter_micro_batches(whole))).total)
+        with torch.no_grad(), _hook_outputs(whole_model, reference.record):
+            expected = float(self.recipe.loss(whole_model, self._make_batch(whole, *_iter_micro_batches(whole))).total)
         total = 0.0
         compare = OutputComparison(reference)
-        with torch.no_grad(), _hook_outputs(parts, compare):
+        with torch.no_grad(), _hook_outputs(split_model, compare):
             for micro in _iter_micro_batches(split):
                 compare.start_next_part(micro.size)
-                total += float(self.recipe.loss(parts, self._make_batch(split, micro)).total)
+                total += float(self.recipe.loss(split_model, self._make_batch(split, micro)).total)
         yield from compare.offending_layers
         if abs(total - expected) > TOLERANCE * max(abs(expected), 1e-300) * 10:
             yield LOSS_LAYER
 
     def _make_batch(self, update: Update, micro: MicroBatch) -> Any:
         """Build the micro-batch as the loader and training loop do, seeding each sample and each micro-batch."""
-        orders = [
+        samples_by_epoch = [
             (epoch, SamplePermutation(update.size, self.seed, epoch)[start:stop]) for epoch, start, stop in micro.spans
         ]
-        addresses = [(epoch, sample) for epoch, samples in orders for sample in samples]
-        items = SeededDataset(self.items, self.seed).__getitems__(addresses)
+        keys = [(epoch, sample) for epoch, samples in samples_by_epoch for sample in samples]
+        items = SeededDataset(self.items, self.seed).__getitems__(keys)
         batch = to_device(get_collate_fn(self.recipe)(items), _CPU, torch.float64)
         seed_generators(derive_seed(self.seed, update.index, micro.shard, micro.index), _CPU)
         return batch
@@ -223,23 +229,23 @@ class OutputComparison:
         before = whole[self._start : self._stop]
         if before.shape != output.shape or len(output) != self._stop - self._start:  # not a row per sample
             return output
-        told = f"{name} ({type(layer).__name__})" if name else type(layer).__name__
-        if not torch.allclose(before, output, rtol=1e-9, atol=1e-11) and told not in self.offending_layers:
-            self.offending_layers.append(told)
+        layer_name = f"{name} ({type(layer).__name__})" if name else type(layer).__name__
+        if not torch.allclose(before, output, rtol=1e-9, atol=1e-11) and layer_name not in self.offending_layers:
+            self.offending_layers.append(layer_name)
         return before
 
 
 @contextmanager
-def _hook_outputs(model: nn.Module, heard: OutputHook) -> Iterator[None]:
+def _hook_outputs(model: nn.Module, on_output: OutputHook) -> Iterator[None]:
     def hook(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        return lambda layer, _, output: heard(name, layer, output)
+        return lambda layer, _, output: on_output(name, layer, output)
 
     hooks = [layer.register_forward_hook(hook(name)) for name, layer in model.named_modules()]
     try:
         yield
     finally:
-        for each in hooks:
-            each.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def _iter_micro_batches(update: Update) -> Iterator[MicroBatch]:
@@ -262,5 +268,5 @@ def _format_split(plan: BatchPlan) -> str:
     return f"{workers}: {shares} samples in {plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''}"
 
 
-def _get_kind(breaker: str) -> str:
-    return next((kind for kind in FIXES_BY_LAYER if kind in breaker), breaker.rpartition("(")[2])
+def _get_kind(layer: str) -> str:
+    return next((kind for kind in FIXES_BY_LAYER if kind in layer), layer.rpartition("(")[2])

@@ -88,8 +88,8 @@ def test_hang_verdict(states: list[RankState], expected: tuple[int, str] | None)
 def test_time_asleep_does_not_count_as_hang() -> None:
     """A suspended job: all ranks were stopped, and the first to wake sees outdated heartbeats of the others."""
     states = [rank_state(0, "sync", 3600), rank_state(1, "forward", 3600, silent_s=3600, stopped=True)]
-    assert detect_hang(states, NOW, LIMITS, awake=NOW - 1) is None
-    found = detect_hang(states, NOW, LIMITS, awake=NOW - 5)
+    assert detect_hang(states, NOW, LIMITS, watching_since=NOW - 1) is None
+    found = detect_hang(states, NOW, LIMITS, watching_since=NOW - 5)
     assert found is not None
     assert found.seconds == 5
 
@@ -102,7 +102,7 @@ def test_exactly_one_healthy_rank_reports() -> None:
     assert elect_reporter([*others, hung], verdict, NOW, LIMITS) == 1, "each watches the next"
     others[1] = replace(others[1], beat=NOW - 60)
     assert elect_reporter([*others, hung], verdict, NOW, LIMITS) == 0
-    assert elect_reporter([others[2], hung], verdict, NOW, LIMITS) == 3, "round the ring"
+    assert elect_reporter([others[2], hung], verdict, NOW, LIMITS) == 3, "around the ring"
     assert elect_reporter([hung], verdict, NOW, LIMITS) is None
 
 
@@ -191,10 +191,10 @@ class Node:
             self.slots.set_heartbeat(number, 200 + number, self.now)
 
     def make_watchdog(self, number: int) -> Watchdog:
-        where = Topology(rank=number, world=2, local_rank=number, local_world=2, generation=1)
+        topology = Topology(rank=number, world=2, local_rank=number, local_world=2, generation=1)
         timeouts = PhaseTimeouts(LIMITS)
         return Watchdog(
-            self.slots, self.run_dir, where, timeouts, self.screen, lambda: self.now, self.exit_codes.append
+            self.slots, self.run_dir, topology, timeouts, self.screen, lambda: self.now, self.exit_codes.append
         )
 
     def advance(self, seconds: float, beating: tuple[int, ...] = (0, 1), checking: tuple[int, ...] = (0,)) -> None:

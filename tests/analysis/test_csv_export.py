@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.main import main
-from tests.helpers.written_runs import row, write
+from tests.helpers.written_runs import make_row, write_run
 
 
 def read_csv(text: str) -> list[dict[str, str]]:
@@ -17,8 +17,8 @@ def read_csv(text: str) -> list[dict[str, str]]:
 
 
 def test_superseded_updates_export_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row(update) for update in range(1, 6)] + [row(update, generation=2) for update in range(4, 8)]
-    assert main(["export", str(write(tmp_path / "run", rows))]) == 0
+    rows = [make_row(update) for update in range(1, 6)] + [make_row(update, generation=2) for update in range(4, 8)]
+    assert main(["export", str(write_run(tmp_path / "run", rows))]) == 0
     read_back = read_csv(capsys.readouterr().out)
     assert [(line["update"], line["generation"]) for line in read_back] == [
         (str(update), "1" if update < 4 else "2") for update in range(1, 8)
@@ -26,8 +26,12 @@ def test_superseded_updates_export_once(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_columns_follow_documented_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row(1), row(2, val__loss=0.5, val__f1=0.25, noise__scale=30.0), row(3, elastic__recovery_s=1.5)]
-    assert main(["export", str(write(tmp_path / "run", rows))]) == 0
+    rows = [
+        make_row(1),
+        make_row(2, val__loss=0.5, val__f1=0.25, noise__scale=30.0),
+        make_row(3, elastic__recovery_s=1.5),
+    ]
+    assert main(["export", str(write_run(tmp_path / "run", rows))]) == 0
     header = capsys.readouterr().out.splitlines()[0].split(",")
     assert header[:7] == ["time", "samples", "update", "epoch", "world", "generation", "train/loss"]
     chosen = [key for key in header if key.split("/")[0] in ("val", "noise", "elastic")]
@@ -38,8 +42,8 @@ def test_columns_follow_documented_order(tmp_path: Path, capsys: pytest.CaptureF
 def test_numbers_keep_precision_and_missing_values_are_empty(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [row(1, train__loss=0.1234567890123456), row(2, train__loss=None, val__loss=1e-30)]
-    assert main(["export", str(write(tmp_path / "run", rows))]) == 0
+    rows = [make_row(1, train__loss=0.1234567890123456), make_row(2, train__loss=None, val__loss=1e-30)]
+    assert main(["export", str(write_run(tmp_path / "run", rows))]) == 0
     first, second = read_csv(capsys.readouterr().out)
     assert (float(first["train/loss"]), first["val/loss"]) == (0.1234567890123456, "")
     assert (second["train/loss"], float(second["val/loss"])) == ("", 1e-30)
@@ -47,7 +51,7 @@ def test_numbers_keep_precision_and_missing_values_are_empty(
 
 def test_output_file_is_replaced_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Arguments are paths even if they contain `=`."""
-    folder, file = write(tmp_path / "lr=0.1", [row(1)]), tmp_path / "out.csv"
+    folder, file = write_run(tmp_path / "lr=0.1", [make_row(1)]), tmp_path / "out.csv"
     file.write_text("old")
     assert main(["export", str(folder), "-o", str(file)]) == 0
     assert len(read_csv(file.read_text())) == 1
@@ -56,7 +60,7 @@ def test_output_file_is_replaced_and_printed(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_metric_names_are_escaped_as_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write(tmp_path / "run", [{**row(1), '=HYPERLINK("http://x","y")': 1.0, 'a,"b"': 2.0}])
+    folder = write_run(tmp_path / "run", [{**make_row(1), '=HYPERLINK("http://x","y")': 1.0, 'a,"b"': 2.0}])
     assert main(["export", str(folder)]) == 0
     [line] = read_csv(capsys.readouterr().out)
     assert line['a,"b"'] == "2.0"
@@ -64,7 +68,7 @@ def test_metric_names_are_escaped_as_formulas(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_csv_equals_metrics_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write(tmp_path / "run", [row(update, stage__rank=1) for update in range(1, 4)])
+    folder = write_run(tmp_path / "run", [make_row(update, stage__rank=1) for update in range(1, 4)])
     assert main(["export", str(folder)]) == 0
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [{key: float(value) for key, value in line.items()} for line in read_csv(capsys.readouterr().out)] == kept
@@ -90,7 +94,7 @@ def test_usage_error_is_one_line_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "run", [row(1)])
+    write_run(tmp_path / "run", [make_row(1)])
     assert main(["export", *args]) == 2
     captured = capsys.readouterr()
     assert message in captured.err

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.main import main
-from tests.helpers.written_runs import row, write
+from tests.helpers.written_runs import make_row, write_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -56,10 +56,12 @@ class Page(HTMLParser):
 
 def write_resized_run(folder: Path) -> Path:
     """2 workers, a crash, then 3 of them."""
-    rows = [row(update, noise__scale=50.0, noise__scale_low=40.0, noise__scale_high=70.0) for update in range(1, 31)]
-    rows += [row(update, generation=2) for update in range(25, 51)]
-    rows += [row(update, generation=3, world=3, val__accuracy=update / 100) for update in range(51, 81)]
-    return write(folder, rows, EVENTS)
+    rows = [
+        make_row(update, noise__scale=50.0, noise__scale_low=40.0, noise__scale_high=70.0) for update in range(1, 31)
+    ]
+    rows += [make_row(update, generation=2) for update in range(25, 51)]
+    rows += [make_row(update, generation=3, world=3, val__accuracy=update / 100) for update in range(51, 81)]
+    return write_run(folder, rows, EVENTS)
 
 
 def render_report(*args: str) -> Page:
@@ -97,7 +99,9 @@ def test_charts_mark_restarts_and_resizes(tmp_path: Path, out: str) -> None:
 def test_folder_of_runs_is_compared(tmp_path: Path) -> None:
     """The table lists what differs between the points, and the page is written next to them."""
     for point, rule in enumerate(("none", "sqrt", "linear")):
-        folder = write(tmp_path / "sweep" / str(point), [row(u, val__accuracy=0.5 + point / 10) for u in (1, 2, 3)])
+        folder = write_run(
+            tmp_path / "sweep" / str(point), [make_row(u, val__accuracy=0.5 + point / 10) for u in (1, 2, 3)]
+        )
         (folder / "run.yaml").write_text(f"lr: {{rule: {rule}}}\nseed: 0\nrun: {{name: {point}}}\n")
         (folder / "done.json").write_text('{"samples": 192, "updates": 3, "seconds": 1.5, "metrics": {}}')
     assert main(["report", str(tmp_path / "sweep")]) == 0
@@ -109,24 +113,26 @@ def test_folder_of_runs_is_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_short_run_has_a_page(tmp_path: Path, out: str, updates: int) -> None:
-    page = render_report(str(write(tmp_path / "run", [row(update) for update in range(1, updates + 1)])), "-o", out)
+    page = render_report(
+        str(write_run(tmp_path / "run", [make_row(update) for update in range(1, updates + 1)])), "-o", out
+    )
     assert page.count("svg") > 0
 
 
 def test_run_with_only_a_loss_has_a_page(tmp_path: Path, out: str) -> None:
     rows = [{"update": update, "samples": 8 * update, "train/loss": 0.0} for update in range(1, 40)]
-    assert render_report(str(write(tmp_path / "run", rows)), "-o", out).count("svg") == 1
+    assert render_report(str(write_run(tmp_path / "run", rows)), "-o", out).count("svg") == 1
 
 
 def test_throughput_is_shown_without_stage_times(tmp_path: Path, out: str) -> None:
     key = "throughput/samples_per_s"
     rows = [{"update": update, "samples": 8 * update, key: 100.0 * update} for update in range(1, 6)]
-    words = render_report(str(write(tmp_path / "run", rows)), "-o", out).words
+    words = render_report(str(write_run(tmp_path / "run", rows)), "-o", out).words
     assert words[words.index("samples/s") + 1] == "300"
 
 
 def test_page_of_long_run_stays_small(tmp_path: Path, out: str) -> None:
-    render_report(str(write(tmp_path / "run", [row(update) for update in range(1, 5001)])), "-o", out)
+    render_report(str(write_run(tmp_path / "run", [make_row(update) for update in range(1, 5001)])), "-o", out)
     assert Path(out).stat().st_size < 300_000
 
 
@@ -155,12 +161,12 @@ HOSTILE = "<script>alert(1)</script>\"'><svg onload=x>&amp;"
 
 
 def test_hostile_names_and_events_are_escaped(tmp_path: Path, out: str) -> None:
-    rows = [{**row(update), f"val/{HOSTILE}": 0.5} for update in range(1, 20)]
+    rows = [{**make_row(update), f"val/{HOSTILE}": 0.5} for update in range(1, 20)]
     events = [{"time": "x", "event": "start", "recipe": HOSTILE}, {"event": "alarm", "detail": HOSTILE, "time": None}]
     events += [{"event": "error", "time": 1, HOSTILE: [HOSTILE, {"a": HOSTILE}]}, {"event": [HOSTILE]}]
-    one = write(tmp_path / HOSTILE.replace("/", "_"), rows, events)
+    one = write_run(tmp_path / HOSTILE.replace("/", "_"), rows, events)
     (one / "run.yaml").write_text(f"lr: {{rule: {HOSTILE!r}}}\n")
-    other = write(tmp_path / "b", rows)
+    other = write_run(tmp_path / "b", rows)
     (other / "run.yaml").write_text("lr: {rule: x}\n")
     page = render_report(str(one), str(other), "-o", out)
     assert "script" not in {tag for tag, _ in page.tags}
@@ -170,14 +176,14 @@ def test_hostile_names_and_events_are_escaped(tmp_path: Path, out: str) -> None:
 
 def test_passwords_are_masked(tmp_path: Path, out: str) -> None:
     events = [{"time": 1.0, "event": "error", "detail": "s3://user:hunter2@host failed with token=abc123"}]
-    render_report(str(write(tmp_path / "run", [row(1), row(2)], events)), "-o", out)
+    render_report(str(write_run(tmp_path / "run", [make_row(1), make_row(2)], events)), "-o", out)
     assert "hunter2" not in Path(out).read_text()
     assert "abc123" not in Path(out).read_text()
 
 
 @pytest.mark.parametrize("broken", ["", "{", "[1]", "null", '{"seconds": "x"}', "a: &a [*a]\n", "\x00\xff"])
 def test_broken_side_files_do_not_break_page(tmp_path: Path, out: str, broken: str) -> None:
-    folder = write(tmp_path / "run", [row(1), row(2)])
+    folder = write_run(tmp_path / "run", [make_row(1), make_row(2)])
     for name in ("events.jsonl", "done.json", "run.yaml"):
         (folder / name).write_text(broken)
     assert render_report(str(folder), "-o", out).count("svg") > 0
@@ -187,13 +193,13 @@ def test_broken_side_files_do_not_break_page(tmp_path: Path, out: str, broken: s
 
 
 def test_page_is_written_to_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write(tmp_path / "lr=0.1", [row(1), row(2)])
+    folder = write_run(tmp_path / "lr=0.1", [make_row(1), make_row(2)])
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
 
 
 def test_output_symlink_is_followed(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run", [row(1), row(2)])
+    folder = write_run(tmp_path / "run", [make_row(1), make_row(2)])
     (tmp_path / "link.html").symlink_to(tmp_path / "there.html")
     assert main(["report", str(folder), "-o", str(tmp_path / "link.html")]) == 0
     assert (tmp_path / "link.html").is_symlink()
@@ -219,7 +225,7 @@ def test_usage_error_is_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("a/run", "b/run"):
-        write(tmp_path / folder, [row(1)])
+        write_run(tmp_path / folder, [make_row(1)])
     assert main(["report", *args]) == 2
     captured = capsys.readouterr()
     assert (captured.out, len(captured.err.splitlines())) == ("", 1)

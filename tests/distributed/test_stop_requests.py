@@ -54,10 +54,10 @@ def test_acknowledged_request_has_no_time_limit(number: signal.Signals, level: i
 
 
 def test_second_sigint_exits_at_once() -> None:
-    process = start_process("while not stop_requests.poll(None): pass\nprint('asked', flush=True)\n" + STUCK)
+    process = start_process("while not stop_requests.poll(None): pass\nprint('received', flush=True)\n" + STUCK)
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
-    assert process.stdout.readline() == "asked\n"
+    assert process.stdout.readline() == "received\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
 
@@ -92,7 +92,7 @@ def test_join_request_is_admitted_once_below_stop(tmp_path: Path, clock: Callabl
     assert stop_requests.poll(run_dir) == StopLevel.ADMIT_NODES
     assert run_dir.admit_nodes() == ["node7-123"]
     stop_requests.clear_admit()
-    assert stop_requests.poll(run_dir) == StopLevel.CONTINUE, "it has gone on and joins"
+    assert stop_requests.poll(run_dir) == StopLevel.CONTINUE, "the node has been admitted"
     (run_dir.join_requests_dir / "node8-5").touch()
     run_dir.stop_file.touch()
     assert stop_requests.poll(run_dir) == StopLevel.STOP

@@ -1,1 +1,1 @@
-"""Helpers of the tests: starting and ending real jobs, a Slurm cluster, a wandb server, run directories written by hand."""
+"""Helpers of the tests: real jobs, a Slurm cluster, a wandb server, invented run directories and measurements."""

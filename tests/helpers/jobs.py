@@ -14,33 +14,33 @@ from launcher.system.processes import list_child_pids
 
 __all__ = [
     "ENV",
-    "alive",
-    "descendants",
-    "environment",
-    "events",
-    "furthest",
-    "hearing",
+    "has_trained",
+    "is_alive",
     "kill_all",
-    "rows",
-    "training",
+    "list_descendants",
+    "make_env",
+    "max_parameter_difference",
+    "read_events",
+    "read_rows",
+    "restore_default_signals",
     "wait_for",
 ]
 
 ENV = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl; an incomplete last line is ignored."""
     lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1] if (run_dir / "metrics.jsonl").exists() else []
     return [json.loads(line) for line in lines]
 
 
-def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
+def read_events(run_dir: Path, name: str) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().split("\n")[:-1]]
     return [event for event in found if event["event"] == name]
 
 
-def furthest(one: Path, other: Path) -> float:
+def max_parameter_difference(one: Path, other: Path) -> float:
     """Return the largest difference between any two parameters of two finished runs."""
     from safetensors.torch import load_file
 
@@ -48,11 +48,11 @@ def furthest(one: Path, other: Path) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def descendants(pid: int) -> list[int]:
-    return [one for child in list_child_pids(pid) for one in (child, *descendants(child))]
+def list_descendants(pid: int) -> list[int]:
+    return [one for child in list_child_pids(pid) for one in (child, *list_descendants(child))]
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -60,13 +60,13 @@ def alive(pid: int) -> bool:
 
 
 def kill_all(pid: int) -> None:
-    """Return a process and its descendants that are still alive."""
-    for one in (*descendants(pid), pid):
-        if alive(one):
+    """Kill a process and its descendants."""
+    for one in (*list_descendants(pid), pid):
+        if is_alive(one):
             os.kill(one, signal.SIGKILL)
 
 
-def hearing() -> None:
+def restore_default_signals() -> None:
     """Restore default Ctrl-C handling: a test suite in the background of a script inherits it as ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -74,19 +74,19 @@ def hearing() -> None:
 
 def wait_for(state: Callable[[], object], within_s: float = 300.0) -> None:
     """Poll with at most a fifth of one core, since the awaited processes need the rest."""
-    begun_s = looked_s = time.monotonic()
+    started_s = checked_s = time.monotonic()
     while not state():
         now_s = time.monotonic()
-        assert now_s < begun_s + within_s, "it did not come to that"
-        time.sleep(max(0.02, 4 * (now_s - looked_s)))
-        looked_s = time.monotonic()
+        assert now_s < started_s + within_s, "the awaited state was not reached in time"
+        time.sleep(max(0.02, 4 * (now_s - checked_s)))
+        checked_s = time.monotonic()
 
 
-def training(run_dir: Path, update: int = 5) -> Callable[[], bool]:
+def has_trained(run_dir: Path, update: int = 5) -> Callable[[], bool]:
     """Whether this many updates have been finished."""
-    return lambda: len(rows(run_dir)) >= update
+    return lambda: len(read_rows(run_dir)) >= update
 
 
-def environment(**more: str) -> dict[str, str]:
+def make_env(**more: str) -> dict[str, str]:
     """Return this environment without the user's wandb account settings."""
     return {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | ENV | more

@@ -47,3 +47,11 @@ def document_with_memory(height: int, width: int) -> dict[str, Any]:
     for point in found["points"]:
         point["memory_bytes"] = round(FIXED_BYTES + PIXEL_BYTES * point["per_device"] * height * width)
     return found
+
+
+def measured_size_with_sync(size: int, samples_per_s: float, spread: float = 0.002, **more: Any) -> Measurement:
+    """The update is 1 ms of sync, and otherwise forward."""
+    update_ms = 2e3 * size * more.get("accumulation", 1) / samples_per_s
+    stages = dict.fromkeys(STAGES, 0.0) | {"forward": update_ms - 1.0, "sync": 1.0}
+    speeds = tuple(samples_per_s * (1 + off) for off in (-spread, 0.0, spread))
+    return Measurement(size, speeds, stages, **{"memory_bytes": 10**8, **more})

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from tests.helpers.jobs import alive, descendants, wait_for
+from tests.helpers.jobs import is_alive, list_descendants, wait_for
 
-__all__ = ["NODES", "Slurm", "missing"]
+__all__ = ["NODES", "Slurm", "find_missing_programs"]
 
 HOSTS = Path("/etc/hosts")
 NODES = {"node1": "127.0.0.21", "node2": "127.0.0.22", "node3": "127.0.0.23"}
@@ -64,7 +64,7 @@ PartitionName=high Nodes=ALL MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMo
 NODE = "NodeName={name} NodeHostname=localhost NodeAddr={address} Port={port} CPUs=4 RealMemory=4000 State=UNKNOWN\n"
 
 
-def missing() -> str | None:
+def find_missing_programs() -> str | None:
     """Explain why Slurm cannot run here; None if it can."""
     if os.geteuid() != 0:
         return "a Slurm of the tests' own needs root"
@@ -80,7 +80,7 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._ending = ExitStack()
+        self._exit_stack = ExitStack()
 
     @property
     def env(self) -> dict[str, str]:
@@ -88,24 +88,24 @@ class Slurm:
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self) -> Slurm:
-        with self._ending:  # what was started is stopped if a later step fails
-            self._name_nodes()
-            self._ending.callback(self._end)
+        with self._exit_stack:  # what was started is stopped if a later step fails
+            self._add_host_lines()
+            self._exit_stack.callback(self._stop_daemons)
             self._configure()
-            self._start("munged", *self._munge())
+            self._start("munged", *self._make_munge_command())
             self._start("slurmctld", "slurmctld", "-D", "-f", self.env["SLURM_CONF"])
             for node in NODES:
-                self.up(node)
-            wait_for(lambda: self.states() == dict.fromkeys(NODES, "idle"))
-            self._ending = self._ending.pop_all()
+                self.start_node(node)
+            wait_for(lambda: self.list_node_states() == dict.fromkeys(NODES, "idle"))
+            self._exit_stack = self._exit_stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ending.close()
+        self._exit_stack.close()
 
-    # --- what tests ask of it ---------------------------------------------------------------------------------------
+    # --- for tests ---------------------------------------------------------------------------------------------------
 
-    def ask(self, *argv: str) -> str:
+    def run_client(self, *argv: str) -> str:
         """Return the output of a Slurm command."""
         done = subprocess.run(argv, env=os.environ | self.env, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{argv}: {done.stderr}"
@@ -118,53 +118,53 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def state(self, job: str) -> str:
+    def get_job_state(self, job: str) -> str:
         """RUNNING, PENDING, COMPLETED, …"""
-        return self.facts(job)["JobState"]
+        return self.show_job(job)["JobState"]
 
-    def facts(self, job: str) -> dict[str, str]:
-        shown = self.ask("scontrol", "-o", "show", "job", job).split("\n")[0]
+    def show_job(self, job: str) -> dict[str, str]:
+        shown = self.run_client("scontrol", "-o", "show", "job", job).split("\n")[0]
         return dict(word.split("=", 1) for word in shown.split(" ") if "=" in word)
 
-    def states(self) -> dict[str, str]:
-        lines = self.ask("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").splitlines()
+    def list_node_states(self) -> dict[str, str]:
+        lines = self.run_client("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").splitlines()
         return dict(line.split() for line in lines)
 
-    def lose(self, node: str) -> None:
+    def kill_node(self, node: str) -> None:
         """Simulate a power cut: kill the node's daemon and everything that runs on it at once."""
         daemon = self._daemons.pop(f"slurmd {node}")
-        for pid in (daemon.pid, *self._steps(node)):
+        for pid in (daemon.pid, *self._list_step_processes(node)):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         daemon.wait()
-        self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+        self.run_client("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
-    def up(self, node: str) -> None:
+    def start_node(self, node: str) -> None:
         self._start(f"slurmd {node}", "slurmd", "-D", "-f", self.env["SLURM_CONF"], "-N", node)
 
-    def recover(self, node: str) -> None:
+    def restore_node(self, node: str) -> None:
         """Bring a lost node back."""
-        self.up(node)
-        self.ask("scontrol", "update", f"nodename={node}", "state=resume")
-        wait_for(lambda: self.states()[node] == "idle")
+        self.start_node(node)
+        self.run_client("scontrol", "update", f"nodename={node}", "state=resume")
+        wait_for(lambda: self.list_node_states()[node] == "idle")
 
-    def clear(self) -> None:
+    def cancel_all_jobs(self) -> None:
         """Cancel every job and wait until the nodes are free."""
         subprocess.run(["scancel", "--user=root"], env=os.environ | self.env, check=False)
-        wait_for(lambda: not self.ask("squeue", "-h"))
+        wait_for(lambda: not self.run_client("squeue", "-h"))
 
-    # --- how it is made -----------------------------------------------------------------------------------------------
+    # --- setup and teardown ------------------------------------------------------------------------------------------
 
     def _configure(self) -> None:
         for name in ("state", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir()
-        port, *ports = free_ports(1 + len(NODES))
+        port, *ports = find_free_ports(1 + len(NODES))
         text = CONF.format(host=socket.gethostname().partition(".")[0], port=port, folder=self.folder)
         for (name, address), at in zip(NODES.items(), ports, strict=True):
             text += NODE.format(name=name, address=address, port=at)
         (self.folder / "slurm.conf").write_text(text)
 
-    def _munge(self) -> Sequence[str]:
+    def _make_munge_command(self) -> Sequence[str]:
         """Munge requires its folder to be private and the folder of its socket to be accessible to all."""
         private = self.folder / "munge"
         private.mkdir(mode=0o700)
@@ -183,47 +183,47 @@ class Slurm:
         if name == "munged":
             wait_for((self.folder / "munge.socket").exists)
 
-    def _steps(self, node: str) -> list[int]:
+    def _list_step_processes(self, node: str) -> list[int]:
         """Return the processes of every step on a node: the step daemons, recognised by name, and their descendants."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                words = (path / "environ").read_bytes().split(b"\0")
-                if f"SLURMD_NODENAME={node}".encode() in words and self._ours(words):
+                variables = (path / "environ").read_bytes().split(b"\0")
+                if f"SLURMD_NODENAME={node}".encode() in variables and self._is_own(variables):
                     found.append(int(path.name))
         return found
 
-    def _ours(self, words: Sequence[bytes]) -> bool:
-        return f"SLURM_CONF={self.folder}/slurm.conf".encode() in words
+    def _is_own(self, variables: Sequence[bytes]) -> bool:
+        return f"SLURM_CONF={self.folder}/slurm.conf".encode() in variables
 
-    def _name_nodes(self) -> None:
+    def _add_host_lines(self) -> None:
         """Rewrite in place, since /etc/hosts may be a mount."""
         mark = f"# launcher tests {os.getpid()}"
         before = HOSTS.read_text()
         lines = "".join(f"{address} {name} {mark}\n" for name, address in NODES.items())
         HOSTS.write_text(before.rstrip("\n") + "\n" + lines)
-        self._ending.callback(forget, mark)
+        self._exit_stack.callback(remove_host_lines, mark)
 
-    def _end(self) -> None:
+    def _stop_daemons(self) -> None:
         with suppress(Exception):
-            self.clear()
-        started = [pid for daemon in self._daemons.values() for pid in (daemon.pid, *descendants(daemon.pid))]
+            self.cancel_all_jobs()
+        started = [pid for daemon in self._daemons.values() for pid in (daemon.pid, *list_descendants(daemon.pid))]
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         for daemon in self._daemons.values():
             with suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
-        for pid in filter(alive, started):
+        for pid in filter(is_alive, started):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def forget(mark: str) -> None:
+def remove_host_lines(mark: str) -> None:
     kept = [line for line in HOSTS.read_text().splitlines(keepends=True) if mark not in line]
     HOSTS.write_text("".join(kept))
 
 
-def free_ports(count: int) -> list[int]:
+def find_free_ports(count: int) -> list[int]:
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -13,12 +13,12 @@ BLOCK_BYTES = 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def records(path: Path) -> Iterator[Any]:
+def read_records(path: Path) -> Iterator[Any]:
     """Yield each record of the file as `wandb.proto.wandb_internal_pb2.Record`."""
     from wandb.proto import wandb_internal_pb2
 
     whole = b""
-    for kind, chunk in _chunks(path.read_bytes()):
+    for kind, chunk in _iter_chunks(path.read_bytes()):
         whole = chunk if kind in (FULL, FIRST) else whole + chunk
         if kind in (FULL, LAST):
             record = wandb_internal_pb2.Record()
@@ -26,30 +26,30 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the logged rows."""
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records(path)
+        for record in read_records(path)
         if record.HasField("history")
     ]
 
 
-def summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path) -> dict[str, Any]:
     """Return the summary: the last value of each name."""
     found = {}
-    for record in records(path):
+    for record in read_records(path):
         for item in record.summary.update:
             found[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
     return found
 
 
-def exit_code(path: Path) -> int:
+def read_exit_code(path: Path) -> int:
     """Return the exit code that wandb recorded; it shows a run as failed unless it is 0."""
-    return next(int(record.exit.exit_code) for record in records(path) if record.HasField("exit"))
+    return next(int(record.exit.exit_code) for record in read_records(path) if record.HasField("exit"))
 
 
-def _chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
+def _iter_chunks(data: bytes) -> Iterator[tuple[int, bytes]]:
     position = HEADER_BYTES
     while position + HEADER_BYTES <= len(data):
         left = BLOCK_BYTES - position % BLOCK_BYTES

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["USUAL_MS", "row", "write"]
+__all__ = ["DEFAULT_STAGES_MS", "make_row", "write_run"]
 
-USUAL_MS = {"data": 1.0, "forward": 4.0, "backward": 8.0, "sync": 2.0, "optimizer": 1.0}
+DEFAULT_STAGES_MS = {"data": 1.0, "forward": 4.0, "backward": 8.0, "sync": 2.0, "optimizer": 1.0}
 STAGES = ("data", "transfer", "forward", "backward", "sync", "optimizer", "checkpoint", "other")
 
 
-def row(
+def make_row(
     update: int,
-    stages_ms: Mapping[str, float] = USUAL_MS,
+    stages_ms: Mapping[str, float] = DEFAULT_STAGES_MS,
     *,
     batch: int = 64,
     world: int = 2,
@@ -25,12 +25,12 @@ def row(
 ) -> dict[str, Any]:
     """Return the row of an update of `batch` samples; `__` in other keys stands for the slash."""
     wall_ms = sum(stages_ms.values())
-    seen = update * batch if samples is None else samples
+    trained_samples = update * batch if samples is None else samples
     return {
         "time": 1000.0 + update * wall_ms / 1e3,
-        "samples": seen,
+        "samples": trained_samples,
         "update": update,
-        "epoch": seen // 1000,
+        "epoch": trained_samples // 1000,
         "world": world,
         "generation": generation,
         "train/loss": 2.0 / update,
@@ -44,7 +44,7 @@ def row(
     }
 
 
-def write(folder: Path, rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]] = ()) -> Path:
+def write_run(folder: Path, rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]] = ()) -> Path:
     """Create a run folder with these rows."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))

@@ -39,7 +39,7 @@ OPTIMIZERS = {
 }
 
 
-class Odd(nn.Module):
+class OddSizesModel(nn.Module):
     """Sizes that no world size divides, a tied and a frozen parameter, and buffers that training changes."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Odd(nn.Module):
         return self.head(self.out(torch.tanh(self.fixed(hidden))))
 
 
-def run_of(optimizer: str, precision: str = "fp32", **strategy: Any) -> RunConfig:
+def make_config(optimizer: str, precision: str = "fp32", **strategy: Any) -> RunConfig:
     return RunConfig(
         optimizer=OPTIMIZERS[optimizer],
         lr=LrConfig(base=0.1),
@@ -73,29 +73,29 @@ def run_of(optimizer: str, precision: str = "fp32", **strategy: Any) -> RunConfi
     )
 
 
-def made(config: RunConfig, world: int) -> ReplicaProtocol:
+def make_replica(config: RunConfig, world: int) -> ReplicaProtocol:
     torch.manual_seed(1)
     precision = Precision.from_name(config.train.precision, torch.device("cpu"))
-    return build_replica(ReplicaArgs(Odd().train(), config, world, precision, StageClock(HostTimer())))
+    return build_replica(ReplicaArgs(OddSizesModel().train(), config, world, precision, StageClock(HostTimer())))
 
 
-def samples(update: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_samples(update: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(update)
     words = torch.randint(0, 11, (2, BATCH), generator=generator)
     return words[0], words[1]
 
 
-def shares(world: int, even: bool) -> list[int]:
+def split_batch(world: int, even: bool) -> list[int]:
     """Even shares, or one more micro-batch on the first rank and none on the last."""
     if even or world == 1:
         return [BATCH // world] * world
     return [BATCH] + [0] * (world - 1) if world == 2 else [BATCH - 2, 2, 0]
 
 
-def micro_batches(world: int, even: bool, per_device: int, padded: bool) -> list[list[tuple[int, int]]]:
+def split_micro_batches(world: int, even: bool, per_device: int, padded: bool) -> list[list[tuple[int, int]]]:
     """Return (start, stop) of the micro-batches of each rank; an empty one is padding."""
     parts, start = [], 0
-    for share in shares(world, even):
+    for share in split_batch(world, even):
         stop = start + share
         parts.append([(at, min(at + per_device, stop)) for at in range(start, stop, per_device)])
         start = stop
@@ -103,14 +103,14 @@ def micro_batches(world: int, even: bool, per_device: int, padded: bool) -> list
     return [part + [(0, 0)] * (longest - len(part)) for part in parts]
 
 
-def trained(
+def train_updates(
     replica: ReplicaProtocol,
     updates: range,
     *,
     world: int,
     even: bool = True,
     padded: bool = True,
-    poison: tuple[int, int] | None = None,
+    nan_at: tuple[int, int] | None = None,
     rescale: float = 1.0,
     clip_norm: float | None = None,
     precision: Precision | None = None,
@@ -122,15 +122,15 @@ def trained(
     rank = dist.get_rank() if world > 1 else 0
     steps = []
     for update in updates:
-        words, next_words = samples(update)
-        parts = micro_batches(world, even, 5, padded)[rank]
+        words, next_words = draw_samples(update)
+        parts = split_micro_batches(world, even, 5, padded)[rank]
         for index, (start, stop) in enumerate(parts):
-            pad = start == stop
-            chosen = slice(0, 1) if pad else slice(start, stop)
-            with replica.micro_batch(last=index == len(parts) - 1, pad=pad, place=rank):
+            is_padding = start == stop
+            chosen = slice(0, 1) if is_padding else slice(start, stop)
+            with replica.micro_batch(last=index == len(parts) - 1, is_padding=is_padding, shard=rank):
                 with precision.autocast() if precision else torch.autocast("cpu", enabled=False):
                     total = cross_entropy(replica.model(words[chosen]).float(), next_words[chosen], reduction="sum")
-                if pad or poison == (update, rank):
+                if is_padding or nan_at == (update, rank):
                     total = total * math.nan
                 replica.backward(total, BATCH)
         step = replica.step(0.02, None, rescale, clip_norm)
@@ -138,7 +138,7 @@ def trained(
     return steps
 
 
-def state_of(replica: ReplicaProtocol) -> ReplicaState:
+def gather_state(replica: ReplicaProtocol) -> ReplicaState:
     """Broadcast rank 0's tensors to every rank, in separate memory."""
     model, optimizer, facts = replica.full_state()
     copies = [{name: tensor.detach().clone() for name, tensor in part.items()} for part in (model, optimizer)]
@@ -148,32 +148,32 @@ def state_of(replica: ReplicaProtocol) -> ReplicaState:
     return held[0]
 
 
-def put_together(replica: ReplicaProtocol, world: int) -> ReplicaState:
+def assemble_sharded_state(replica: ReplicaProtocol, world: int) -> ReplicaState:
     """Assemble the state from the parts of all ranks."""
-    (model, optimizer, facts), places = replica.sharded_state()
+    (model, optimizer, facts), slices = replica.sharded_state()
     own = [{name: tensor.detach().clone() for name, tensor in part.items()} for part in (model, optimizer)]
-    told: list[Any] = [None] * world
-    dist.all_gather_object(told, (own, places))
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, (own, slices))
     whole: list[dict[str, torch.Tensor]] = [{}, {}]
-    for parts, where in told:
+    for parts, rank_slices in gathered:
         for known, part in zip(whole, parts, strict=True):
             for name, tensor in part.items():
-                if name in where:
-                    place = where[name]
-                    flat = known.setdefault(name, torch.full(place.shape, math.nan).to(tensor.dtype)).view(-1)
-                    flat[place.start : place.start + tensor.numel()] = tensor
+                if name in rank_slices:
+                    tensor_slice = rank_slices[name]
+                    flat = known.setdefault(name, torch.full(tensor_slice.shape, math.nan).to(tensor.dtype)).view(-1)
+                    flat[tensor_slice.start : tensor_slice.start + tensor.numel()] = tensor
                 else:
                     assert name not in known, "two ranks have it"
                     known[name] = tensor
     return ReplicaState(*whole, json.loads(json.dumps(facts)))
 
 
-def give(replica: ReplicaProtocol, state: ReplicaState) -> None:
+def load_state(replica: ReplicaProtocol, state: ReplicaState) -> None:
     """Load lazily as from a checkpoint: a tensor, or a part of one, exists once it is requested."""
-    replica.restore(stored(state.model), stored(state.optimizer), state.facts)
+    replica.restore(make_lazy_tensors(state.model), make_lazy_tensors(state.optimizer), state.facts)
 
 
-def stored(tensors: Mapping[str, torch.Tensor]) -> LazyTensors:
+def make_lazy_tensors(tensors: Mapping[str, torch.Tensor]) -> LazyTensors:
     def read(facts: Mapping[str, Any], start: int = 0, stop: int | None = None) -> torch.Tensor:
         assert stop is None or start < stop, "no file is opened for nothing"
         return tensors[facts["name"]].reshape(-1)[start:stop].clone()
@@ -181,18 +181,18 @@ def stored(tensors: Mapping[str, torch.Tensor]) -> LazyTensors:
     return LazyTensors(read, {n: {"name": n, "shape": list(t.shape), "aliases": []} for n, t in tensors.items()})
 
 
-def furthest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+def max_difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
     """Exclude buffers: they depend on what a rank saw of the batch."""
     assert one.keys() == other.keys()
     names = one.keys() - {"mean", "calls"}
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in names)
 
 
-def same_bits(one: ReplicaState, other: ReplicaState) -> None:
-    for here, there in zip(one[:2], other[:2], strict=True):
-        assert here.keys() == there.keys(), here.keys() ^ there.keys()
-        for name, tensor in here.items():
-            twin = there[name]
+def assert_bitwise_equal(one: ReplicaState, other: ReplicaState) -> None:
+    for result, expected in zip(one[:2], other[:2], strict=True):
+        assert result.keys() == expected.keys(), result.keys() ^ expected.keys()
+        for name, tensor in result.items():
+            twin = expected[name]
             assert (tensor.shape, tensor.dtype) == (twin.shape, twin.dtype), name
             assert tensor.numpy().tobytes() == twin.numpy().tobytes(), name
     assert one[2] == other[2]
@@ -202,159 +202,164 @@ def same_bits(one: ReplicaState, other: ReplicaState) -> None:
 
 
 @cache
-def on_one_worker(optimizer: str) -> tuple[list[tuple[float, bool]], ReplicaState]:
+def train_ddp_on_one_worker(optimizer: str) -> tuple[list[tuple[float, bool]], ReplicaState]:
     """The DDP result, with the last ten updates clipped."""
-    plain = made(run_of(optimizer), 1)
-    steps = trained(plain, range(10), world=1) + trained(plain, range(10, 20), world=1, clip_norm=0.4)
-    return steps, state_of(plain)
+    plain = make_replica(make_config(optimizer), 1)
+    steps = train_updates(plain, range(10), world=1) + train_updates(plain, range(10, 20), world=1, clip_norm=0.4)
+    return steps, gather_state(plain)
 
 
-def as_ddp_on_one_worker(world: int, settings: dict[str, Any], optimizer: str, even: bool) -> None:
-    replica = made(run_of(optimizer, **settings), world)
+def check_equal_to_ddp(world: int, settings: dict[str, Any], optimizer: str, even: bool) -> None:
+    replica = make_replica(make_config(optimizer, **settings), world)
     how: dict[str, Any] = {"world": world, "even": even, "padded": settings["stage"] >= 2}
-    steps = trained(replica, range(10), **how) + trained(replica, range(10, 20), clip_norm=0.4, **how)
-    wanted, there = on_one_worker(optimizer)
-    here = state_of(replica)
+    steps = train_updates(replica, range(10), **how) + train_updates(replica, range(10, 20), clip_norm=0.4, **how)
+    wanted, expected = train_ddp_on_one_worker(optimizer)
+    result = gather_state(replica)
     for (norm, applied), (right, _) in zip(steps, wanted, strict=True):
         assert applied
         assert abs(norm - right) < 1e-4 * right, (norm, right)
-    assert furthest(here.model, there.model) <= 1e-5, furthest(here.model, there.model)
-    assert furthest(here.optimizer, there.optimizer) <= 1e-4, furthest(here.optimizer, there.optimizer)
-    assert here.facts == there.facts
+    assert max_difference(result.model, expected.model) <= 1e-5, max_difference(result.model, expected.model)
+    assert max_difference(result.optimizer, expected.optimizer) <= 1e-4, max_difference(
+        result.optimizer, expected.optimizer
+    )
+    assert result.facts == expected.facts
 
 
-def not_finite(world: int, settings: dict[str, Any], optimizer: str) -> None:
+def check_non_finite_update(world: int, settings: dict[str, Any], optimizer: str) -> None:
     """A NaN in the loss of one rank: no rank changes anything, and the next update is unaffected."""
-    config = run_of(optimizer, **settings)
-    replica, untroubled = made(config, world), made(config, world)
-    trained(replica, range(3), world=world)
-    trained(untroubled, range(3), world=world)
-    before = state_of(replica)
-    (norm, applied), *_ = trained(replica, range(3, 4), world=world, poison=(3, world - 1))
+    config = make_config(optimizer, **settings)
+    replica, undisturbed = make_replica(config, world), make_replica(config, world)
+    train_updates(replica, range(3), world=world)
+    train_updates(undisturbed, range(3), world=world)
+    before = gather_state(replica)
+    (norm, applied), *_ = train_updates(replica, range(3, 4), world=world, nan_at=(3, world - 1))
     assert not applied
     assert not math.isfinite(norm)
-    same_bits(before, state_of(replica))
-    assert trained(replica, range(4, 7), world=world) == trained(untroubled, range(4, 7), world=world)
-    same_bits(state_of(untroubled), state_of(replica))
+    assert_bitwise_equal(before, gather_state(replica))
+    assert train_updates(replica, range(4, 7), world=world) == train_updates(undisturbed, range(4, 7), world=world)
+    assert_bitwise_equal(gather_state(undisturbed), gather_state(replica))
 
 
-def not_finite_at_first(world: int, settings: dict[str, Any], optimizer: str) -> None:
-    config = run_of(optimizer, **settings)
-    replica = made(config, world)
-    before = state_of(replica)
-    assert not trained(replica, range(1), world=world, poison=(0, 0))[0][1]
-    same_bits(before, state_of(replica))
+def check_non_finite_first_update(world: int, settings: dict[str, Any], optimizer: str) -> None:
+    config = make_config(optimizer, **settings)
+    replica = make_replica(config, world)
+    before = gather_state(replica)
+    assert not train_updates(replica, range(1), world=world, nan_at=(0, 0))[0][1]
+    assert_bitwise_equal(before, gather_state(replica))
 
 
-def rescaled(world: int, settings: dict[str, Any], optimizer: str) -> None:
+def check_rescale(world: int, settings: dict[str, Any], optimizer: str) -> None:
     """Equal to the gradients of plain torch times 1.7, for norm and clipping; NaN (zero count) skips."""
-    config = run_of(optimizer, **settings)
-    replica, plain = made(config, world), made(run_of(optimizer), 1)
-    steps = trained(replica, range(6), world=world, rescale=1.7, clip_norm=1.0)
-    wanted = trained(plain, range(6), world=1, rescale=1.7, clip_norm=1.0)
+    config = make_config(optimizer, **settings)
+    replica, plain = make_replica(config, world), make_replica(make_config(optimizer), 1)
+    steps = train_updates(replica, range(6), world=world, rescale=1.7, clip_norm=1.0)
+    wanted = train_updates(plain, range(6), world=1, rescale=1.7, clip_norm=1.0)
     for (norm, _), (right, _) in zip(steps, wanted, strict=True):
         assert abs(norm - right) < 1e-4 * right, (norm, right)
-    before = state_of(replica)
-    assert not trained(replica, range(6, 7), world=world, rescale=math.nan)[0][1]
-    same_bits(before, state_of(replica))
-    assert furthest(before.model, state_of(plain).model) <= 1e-5
+    before = gather_state(replica)
+    assert not train_updates(replica, range(6, 7), world=world, rescale=math.nan)[0][1]
+    assert_bitwise_equal(before, gather_state(replica))
+    assert max_difference(before.model, gather_state(plain).model) <= 1e-5
 
 
-def goes_on(world: int, settings: dict[str, Any], optimizer: str) -> None:
+def check_resume(world: int, settings: dict[str, Any], optimizer: str) -> None:
     """Saved, loaded by a new replica of the same kind, and continued: bitwise as without saving."""
-    config = run_of(optimizer, **settings)
-    straight, first, second = made(config, world), made(config, world), made(config, world)
-    trained(straight, range(8), world=world)
-    trained(first, range(4), world=world)
-    give(second, state_of(first))
-    same_bits(state_of(first), state_of(second))
+    config = make_config(optimizer, **settings)
+    straight, first, second = make_replica(config, world), make_replica(config, world), make_replica(config, world)
+    train_updates(straight, range(8), world=world)
+    train_updates(first, range(4), world=world)
+    load_state(second, gather_state(first))
+    assert_bitwise_equal(gather_state(first), gather_state(second))
     first.broadcast_buffers()  # as before each save
-    same_bits(state_of(first), put_together(first, world))
-    trained(second, range(4, 8), world=world)
-    same_bits(state_of(straight), state_of(second))
+    assert_bitwise_equal(gather_state(first), assemble_sharded_state(first, world))
+    train_updates(second, range(4, 8), world=world)
+    assert_bitwise_equal(gather_state(straight), gather_state(second))
 
 
-def passed_on(world: int, optimizer: str, kinds: dict[str, dict[str, Any]]) -> None:
+def check_state_across_strategies(world: int, optimizer: str, kinds: dict[str, dict[str, Any]]) -> None:
     """A state passes through every strategy and stage in sequence and keeps the same bits."""
-    first = made(run_of(optimizer), 1)
-    trained(first, range(5), world=1)
-    state = state_of(first)
+    first = make_replica(make_config(optimizer), 1)
+    train_updates(first, range(5), world=1)
+    state = gather_state(first)
     for name, settings in kinds.items():
-        replica = made(run_of(optimizer, **settings), world)
-        trained(replica, range(2), world=world)  # the previous content does not remain
-        fresh = made(run_of(optimizer, **settings), world)
-        for taker in (fresh, replica):
-            give(taker, state)
+        replica = make_replica(make_config(optimizer, **settings), world)
+        train_updates(replica, range(2), world=world)  # the previous content does not remain
+        fresh = make_replica(make_config(optimizer, **settings), world)
+        for target in (fresh, replica):
+            load_state(target, state)
             try:
-                same_bits(state, state_of(taker))
+                assert_bitwise_equal(state, gather_state(target))
             except AssertionError as problem:
                 raise AssertionError(f"{name}: {problem}") from problem
-    back = made(run_of(optimizer), 1)
-    give(back, state)
-    same_bits(state, state_of(back))
-    assert trained(back, range(5, 7), world=1) == trained(first, range(5, 7), world=1)
+    back = make_replica(make_config(optimizer), 1)
+    load_state(back, state)
+    assert_bitwise_equal(state, gather_state(back))
+    assert train_updates(back, range(5, 7), world=1) == train_updates(first, range(5, 7), world=1)
 
 
-def from_another_world(world: int, settings: dict[str, Any], optimizer: str, file: Path) -> None:
+def check_state_from_other_world_size(world: int, settings: dict[str, Any], optimizer: str, file: Path) -> None:
     """The state left by another world size: loaded bitwise, trained further, and left for the next."""
-    replica = made(run_of(optimizer, **settings), world)
+    replica = make_replica(make_config(optimizer, **settings), world)
     if file.exists():
         state = ReplicaState(*torch.load(file, weights_only=True))
-        give(replica, state)
-        same_bits(state, state_of(replica))
-    trained(replica, range(3), world=world)
-    left = state_of(replica)
+        load_state(replica, state)
+        assert_bitwise_equal(state, gather_state(replica))
+    train_updates(replica, range(3), world=world)
+    left = gather_state(replica)
     if dist.get_rank() == 0:
         torch.save(tuple(left), file)
     dist.barrier()
 
 
-def mixed_precision(world: int, settings: dict[str, Any], precision: str) -> None:
+def check_mixed_precision(world: int, settings: dict[str, Any], precision: str) -> None:
     """As under DDP in the same precision: autocast of the loss, and shrinking and saving of fp16's scale."""
-    replica, plain = made(run_of("sgd", precision, **settings), world), made(run_of("sgd", precision), 1)
+    replica, plain = (
+        make_replica(make_config("sgd", precision, **settings), world),
+        make_replica(make_config("sgd", precision), 1),
+    )
     cast = Precision.from_name(precision, torch.device("cpu"))
-    seen: set[torch.dtype] = set()
-    replica.module.into.register_forward_hook(lambda _, __, out: seen.add(out.dtype))
+    dtypes: set[torch.dtype] = set()
+    replica.module.into.register_forward_hook(lambda _, __, out: dtypes.add(out.dtype))
     for update in range(10):
-        poison = (update, 0) if update == 5 else None
+        nan_at = (update, 0) if update == 5 else None
         steps = [
-            trained(one, range(update, update + 1), world=on, precision=cast, poison=poison)[0][1]
+            train_updates(one, range(update, update + 1), world=on, precision=cast, nan_at=nan_at)[0][1]
             for one, on in ((replica, world), (plain, 1))
         ]
         assert steps[0] == steps[1], update
-    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float16}
-    here, there = state_of(replica), state_of(plain)
-    assert furthest(here.model, there.model) < 0.02, furthest(here.model, there.model)
-    assert {tensor.dtype for name, tensor in here.model.items() if name != "calls"} == {torch.float32}
-    assert here.facts == there.facts
-    again = made(run_of("sgd", precision, **settings), world)
-    give(again, here)
-    same_bits(here, state_of(again))
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    result, expected = gather_state(replica), gather_state(plain)
+    assert max_difference(result.model, expected.model) < 0.02, max_difference(result.model, expected.model)
+    assert {tensor.dtype for name, tensor in result.model.items() if name != "calls"} == {torch.float32}
+    assert result.facts == expected.facts
+    again = make_replica(make_config("sgd", precision, **settings), world)
+    load_state(again, result)
+    assert_bitwise_equal(result, gather_state(again))
 
 
-def validated(world: int, settings: dict[str, Any]) -> None:
+def check_validation(world: int, settings: dict[str, Any]) -> None:
     """`bare` can be called between updates by all ranks, and training continues unaffected."""
-    config = run_of("adamw", **settings)
-    replica, undisturbed = made(config, world), made(config, world)
+    config = make_config("adamw", **settings)
+    replica, undisturbed = make_replica(config, world), make_replica(config, world)
     for update in range(3):
         for one in (replica, undisturbed):
-            trained(one, range(update, update + 1), world=world)
+            train_updates(one, range(update, update + 1), world=world)
         replica.module.eval()
         with torch.no_grad():
-            words, _ = samples(100)
+            words, _ = draw_samples(100)
             found = replica.module(words)
         replica.module.train()
-        plain = Odd()
-        plain.load_state_dict(dict(state_of(replica).model))
+        plain = OddSizesModel()
+        plain.load_state_dict(dict(gather_state(replica).model))
         torch.testing.assert_close(found, plain.eval()(words))
-    same_bits(state_of(replica), state_of(undisturbed))
+    assert_bitwise_equal(gather_state(replica), gather_state(undisturbed))
 
 
-def buffers_of_rank_0(world: int, settings: dict[str, Any]) -> None:
+def check_buffers_of_rank_0(world: int, settings: dict[str, Any]) -> None:
     """Running statistics are those of rank 0 when synchronised; padding does not affect them."""
-    replica = made(run_of("sgd", **settings), world)
-    trained(replica, range(2), world=world, even=False)
-    own = [part for part in micro_batches(world, False, 5, False)[dist.get_rank()] if part != (0, 0)]
+    replica = make_replica(make_config("sgd", **settings), world)
+    train_updates(replica, range(2), world=world, even=False)
+    own = [part for part in split_micro_batches(world, False, 5, False)[dist.get_rank()] if part != (0, 0)]
     assert int(replica.module.calls) == 2 * len(own)
     replica.broadcast_buffers()
     first = replica.module.mean.clone()
@@ -362,19 +367,19 @@ def buffers_of_rank_0(world: int, settings: dict[str, Any]) -> None:
     assert torch.equal(first, replica.module.mean)
 
 
-def mixed_steps(world: int, settings: dict[str, Any]) -> None:
+def check_mixed_steps_refused(world: int, settings: dict[str, Any]) -> None:
     """A flat group has one step for all: states that cannot be represented are refused."""
-    replica = made(run_of("adamw", **settings), world)
-    trained(replica, range(2), world=world)
-    state = state_of(replica)
+    replica = make_replica(make_config("adamw", **settings), world)
+    train_updates(replica, range(2), world=world)
+    state = gather_state(replica)
     state.optimizer["out.weight/step"].fill_(7.0)
     with pytest.raises(UsageError, match="keeps one step for a group"):
-        give(made(run_of("adamw", **settings), world), state)
+        load_state(make_replica(make_config("adamw", **settings), world), state)
 
 
-def keeps_our_timeout(world: int, settings: dict[str, Any]) -> None:
+def check_timeout(world: int, settings: dict[str, Any]) -> None:
     """DeepSpeed's process group uses our timeout, not torch's half hour."""
-    made(replace(run_of("sgd", **settings), launch=LaunchConfig(timeout_s=77.0)), world)
+    make_replica(replace(make_config("sgd", **settings), launch=LaunchConfig(timeout_s=77.0)), world)
     backend = groups._get_data_parallel_group()._get_backend(torch.device("cpu"))
     assert backend.options._timeout.total_seconds() == 77
 
@@ -382,7 +387,7 @@ def keeps_our_timeout(world: int, settings: dict[str, Any]) -> None:
 Case = tuple[str, Callable[[], None]]
 
 
-def cases(world: int, folder: Path) -> Iterator[Case]:
+def iter_cases(world: int, folder: Path) -> Iterator[Case]:
     kinds: dict[str, dict[str, Any]] = {f"stage {n}": {"name": "deepspeed", "stage": n} for n in range(4)}
     small = folder / "small.json"
     parts = {"stage3_param_persistence_threshold": 0, "sub_group_size": 100, "reduce_bucket_size": 60}
@@ -391,30 +396,33 @@ def cases(world: int, folder: Path) -> Iterator[Case]:
     offloaded = {f"stage {n} offloaded": {**kinds[f"stage {n}"], "offload": True} for n in (1, 2, 3)}
     every = {**kinds, **in_parts, **offloaded}
     for name, settings in every.items():
-        yield from training_cases(world, name, settings, folder)
+        yield from iter_training_cases(world, name, settings, folder)
     for optimizer in OPTIMIZERS:
-        yield f"passed on: {optimizer}", partial(passed_on, world, optimizer, every)
+        yield f"passed on: {optimizer}", partial(check_state_across_strategies, world, optimizer, every)
     for name, settings in {**kinds, **in_parts}.items():
-        yield f"validated: {name}", partial(validated, world, settings)
-        yield f"fp16: {name}", partial(mixed_precision, world, settings, "fp16")
+        yield f"validated: {name}", partial(check_validation, world, settings)
+        yield f"fp16: {name}", partial(check_mixed_precision, world, settings, "fp16")
     for name, settings in kinds.items():
-        yield f"bf16: {name}", partial(mixed_precision, world, settings, "bf16")
-        yield f"buffers: {name}", partial(buffers_of_rank_0, world, settings)
-    yield "mixed steps", partial(mixed_steps, world, kinds["stage 2"])
-    yield "timeout", partial(keeps_our_timeout, world, kinds["stage 1"])
+        yield f"bf16: {name}", partial(check_mixed_precision, world, settings, "bf16")
+        yield f"buffers: {name}", partial(check_buffers_of_rank_0, world, settings)
+    yield "mixed steps", partial(check_mixed_steps_refused, world, kinds["stage 2"])
+    yield "timeout", partial(check_timeout, world, kinds["stage 1"])
 
 
-def training_cases(world: int, name: str, settings: dict[str, Any], folder: Path) -> Iterator[Case]:
+def iter_training_cases(world: int, name: str, settings: dict[str, Any], folder: Path) -> Iterator[Case]:
     for optimizer in OPTIMIZERS:
-        yield f"as ddp: {name}, {optimizer}", partial(as_ddp_on_one_worker, world, settings, optimizer, True)
+        yield f"as ddp: {name}, {optimizer}", partial(check_equal_to_ddp, world, settings, optimizer, True)
         if world > 1:
-            yield f"uneven: {name}, {optimizer}", partial(as_ddp_on_one_worker, world, settings, optimizer, False)
-        yield f"goes on: {name}, {optimizer}", partial(goes_on, world, settings, optimizer)
+            yield f"uneven: {name}, {optimizer}", partial(check_equal_to_ddp, world, settings, optimizer, False)
+        yield f"goes on: {name}, {optimizer}", partial(check_resume, world, settings, optimizer)
         file = folder / f"{name}-{optimizer}.pt"
-        yield f"another world: {name}, {optimizer}", partial(from_another_world, world, settings, optimizer, file)
-    yield f"not finite: {name}", partial(not_finite, world, settings, "adamw")
-    yield f"first not finite: {name}", partial(not_finite_at_first, world, settings, "sgd")
-    yield f"rescaled: {name}", partial(rescaled, world, settings, "sgd")
+        yield (
+            f"another world: {name}, {optimizer}",
+            partial(check_state_from_other_world_size, world, settings, optimizer, file),
+        )
+    yield f"not finite: {name}", partial(check_non_finite_update, world, settings, "adamw")
+    yield f"first not finite: {name}", partial(check_non_finite_first_update, world, settings, "sgd")
+    yield f"rescaled: {name}", partial(check_rescale, world, settings, "sgd")
 
 
 def main(folder: Path, chosen: str = "") -> None:
@@ -422,7 +430,7 @@ def main(folder: Path, chosen: str = "") -> None:
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     outcomes: dict[str, str] = {}
-    for name, case in cases(world, folder):
+    for name, case in iter_cases(world, folder):
         if chosen not in name:
             continue
         try:
@@ -432,9 +440,9 @@ def main(folder: Path, chosen: str = "") -> None:
             outcomes[name] = traceback.format_exc()
             if chosen:
                 print(dist.get_rank(), outcomes[name], flush=True)
-        told: list[Any] = [None] * world
-        dist.all_gather_object(told, outcomes[name])
-        outcomes[name] = next((one for one in told if one), "")
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, outcomes[name])
+        outcomes[name] = next((one for one in gathered if one), "")
         gc.freeze()  # each stage 3 engine collects garbage, and would scan all live objects
     if dist.get_rank() == 0:
         (folder / f"outcomes-{world}.json").write_text(json.dumps(outcomes))

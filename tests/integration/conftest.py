@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.slurm_cluster import Slurm, missing
+from tests.helpers.slurm_cluster import Slurm, find_missing_programs
 from tests.helpers.small_job import RECIPE
 
 NEEDED = "LAUNCHER_NEEDS_SLURM"
@@ -26,7 +26,7 @@ def workdir(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Slurm]:
     """The Slurm cluster, started when first used. Without Slurm, skip; where it is required, as in .ci/run, fail."""
-    why = missing()
+    why = find_missing_programs()
     if why is not None:
         (pytest.fail if os.environ.get(NEEDED) else pytest.skip)(f"no Slurm here: {why}")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops the daemons too
@@ -39,4 +39,4 @@ def cluster() -> Iterator[Slurm]:
 def slurm(cluster: Slurm) -> Iterator[Slurm]:
     """The cluster, without jobs before and after the test."""
     yield cluster
-    cluster.clear()
+    cluster.cancel_all_jobs()

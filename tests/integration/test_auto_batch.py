@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.jobs import events, furthest, rows
+from tests.helpers.jobs import max_parameter_difference, read_events, read_rows
 from tests.helpers.small_job import TORCHRUN, run_command, run_launcher
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ ON_TWO = [*TORCHRUN, "--nproc-per-node=2", "-m", "launcher"]
 def chosen_size(run_dir: Path) -> int:
     """Return the number in run.yaml, which the plan event also contains."""
     size = yaml.safe_load((run_dir / "run.yaml").read_text())["batch"]["per_device"]
-    assert events(run_dir, "plan")[0]["per_device"] == size
+    assert read_events(run_dir, "plan")[0]["per_device"] == size
     return int(size)
 
 
@@ -31,9 +31,9 @@ def test_driver_measures_and_trains_like_the_chosen_size(tmp_path: Path) -> None
     run_launcher(tmp_path, *MLP, SIZES, AUTO, "run.name=one")
     one = tmp_path / "runs" / "one"
     size = chosen_size(one)
-    assert events(one, "plan")[0]["why"].startswith(f"batch.per_device=auto chose {size}: ")
+    assert read_events(one, "plan")[0]["why"].startswith(f"batch.per_device=auto chose {size}: ")
     run_launcher(tmp_path, *MLP, f"batch.per_device={size}", "run.name=fixed")
-    assert furthest(one, tmp_path / "runs" / "fixed") == 0.0
+    assert max_parameter_difference(one, tmp_path / "runs" / "fixed") == 0.0
 
 
 def test_own_torchrun_measures_and_keeps_the_size(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_own_torchrun_measures_and_keeps_the_size(tmp_path: Path) -> None:
     assert found["recommended"] == size
     assert found["splits"] == [], "training waits for the size, and not for what explains it"
     run_command([*ON_TWO, *MLP, f"batch.per_device={size}", "run.name=fixed"], tmp_path)
-    assert furthest(one, tmp_path / "runs" / "fixed") == 0.0
+    assert max_parameter_difference(one, tmp_path / "runs" / "fixed") == 0.0
 
     profile.unlink()
     again = run_command([*ON_TWO, *MLP, SIZES, AUTO, "run.name=one"], tmp_path)
@@ -96,12 +96,12 @@ def goodput_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def noise_scales(run_dir: Path) -> list[float]:
     """Return the logged estimates of the noise scale; later in a run they are not in every row."""
-    return [row["noise/scale"] for row in rows(run_dir) if "noise/scale" in row]
+    return [row["noise/scale"] for row in read_rows(run_dir) if "noise/scale" in row]
 
 
 def test_goodput_batch_changes_once_the_noise_is_known(goodput_folder: Path) -> None:
     one = goodput_folder / "runs" / "one"
-    first, *later = events(one, "plan")
+    first, *later = read_events(one, "plan")
     assert (first["policy"], first["global"]) == ("goodput", 64)
     assert "the noise scale is unknown" in first["why"]
     assert later, "the known noise scale changes the batch"
@@ -109,13 +109,13 @@ def test_goodput_batch_changes_once_the_noise_is_known(goodput_folder: Path) -> 
         assert "at a noise scale of" in event["why"]
         assert event["from"]["global"] != event["global"] or event["from"]["per_device"] != event["per_device"]
         assert event["lr"] == pytest.approx(event["lr_base"] * event["global"] / 64)
-    used = [row["batch/global"] for row in rows(one)]
+    used = [row["batch/global"] for row in read_rows(one)]
     assert list(dict.fromkeys(used))[:2] == [64, later[0]["global"]]
     assert json.loads((one / "profile.json").read_text())["cap"] == 64
     known = noise_scales(one)[0]
     again = ["launch.workers=2", "train.duration=5ba", "plan.noise=one", "run.name=two"]
     run_launcher(goodput_folder, *GOODPUT, *again)
-    begun = events(goodput_folder / "runs" / "two", "plan")[0]
+    begun = read_events(goodput_folder / "runs" / "two", "plan")[0]
     assert f"at a noise scale of {known:.3g} samples (plan.noise), " in begun["why"]
     assert begun["global"] > 64
 
@@ -129,8 +129,8 @@ def test_goodput_batch_follows_the_workers_unmeasured(goodput_folder: Path) -> N
         completed = run_launcher(goodput_folder, *GOODPUT, "run.name=one", f"launch.workers={workers}", duration)
         assert "measured" not in completed.stderr
         assert noise_scales(one)[-1] > 0
-    for resize, (before, now) in zip(events(one, "resize"), ((2, 1), (1, 3)), strict=True):
+    for resize, (before, now) in zip(read_events(one, "resize"), ((2, 1), (1, 3)), strict=True):
         assert (resize["from"]["world"], resize["to"]["world"]) == (before, now)
         assert resize["why"].startswith(f"{before} workers before, {now} now; goodput: at a noise scale of ")
         assert resize["to"]["lr"] == pytest.approx(resize["to"]["lr_base"] * resize["to"]["global"] / 64)
-    assert [row["update"] for row in rows(one)] == list(range(1, len(rows(one)) + 1))
+    assert [row["update"] for row in read_rows(one)] == list(range(1, len(read_rows(one)) + 1))

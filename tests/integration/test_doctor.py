@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import alive, descendants, environment, hearing, kill_all, wait_for
+from tests.helpers.jobs import is_alive, kill_all, list_descendants, make_env, restore_default_signals, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -27,15 +27,15 @@ def here(tmp_path: Path) -> Path:
     return tmp_path / "here"
 
 
-def make_env(here: Path, **more: str) -> dict[str, str]:
-    return environment(TMPDIR=str(here.parent / "tmp"), **more)
+def make_doctor_env(here: Path, **more: str) -> dict[str, str]:
+    return make_env(TMPDIR=str(here.parent / "tmp"), **more)
 
 
 def run_doctor(here: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     completed = subprocess.run(
         [*DOCTOR, *arguments],
         cwd=here,
-        env=make_env(here, **more),
+        env=make_doctor_env(here, **more),
         capture_output=True,
         text=True,
         timeout=600,
@@ -99,17 +99,17 @@ def test_signal_ends_doctor_and_its_job(here: Path, number: signal.Signals) -> N
     process = subprocess.Popen(
         DOCTOR,
         cwd=here,
-        env=make_env(here),
+        env=make_doctor_env(here),
         stdout=null,
         stderr=null,
-        preexec_fn=hearing,  # noqa: PLW1509 (single-threaded here)
+        preexec_fn=restore_default_signals,  # noqa: PLW1509 (single-threaded here)
     )
     try:
-        wait_for(lambda: len(descendants(process.pid)) >= 4)  # the driver, its agent and two workers
-        processes = descendants(process.pid)
+        wait_for(lambda: len(list_descendants(process.pid)) >= 4)  # the driver, its agent and two workers
+        processes = list_descendants(process.pid)
         process.send_signal(number)
         assert process.wait(timeout=200) == 130
-        wait_for(lambda: not [pid for pid in processes if alive(pid)])
+        wait_for(lambda: not [pid for pid in processes if is_alive(pid)])
         assert list((here.parent / "tmp").iterdir()) == []
         assert list(here.iterdir()) == []
     finally:

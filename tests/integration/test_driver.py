@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import alive, descendants, environment, events, hearing, kill_all, rows, training, wait_for
+from tests.helpers.jobs import (
+    has_trained,
+    is_alive,
+    kill_all,
+    list_descendants,
+    make_env,
+    read_events,
+    read_rows,
+    restore_default_signals,
+    wait_for,
+)
 from tests.helpers.small_job import LAUNCHER, TORCHRUN, run_launcher
 
 pytestmark = pytest.mark.slow
@@ -32,12 +42,12 @@ def start_driver(tmp_path: Path) -> Iterator[StartDriver]:
     """Start the long job in a folder of its own; what is left of it is killed with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(prepare: Callable[[], None] = hearing) -> subprocess.Popen[str]:
+    def start(prepare: Callable[[], None] = restore_default_signals) -> subprocess.Popen[str]:
         started.append(
             subprocess.Popen(
                 [*LAUNCHER, *LONG],
                 cwd=tmp_path,
-                env=environment(),
+                env=make_env(),
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -45,7 +55,7 @@ def start_driver(tmp_path: Path) -> Iterator[StartDriver]:
                 preexec_fn=prepare,  # noqa: PLW1509 (single-threaded here)
             )
         )
-        wait_for(training(tmp_path / "runs/x"))
+        wait_for(has_trained(tmp_path / "runs/x"))
         return started[-1]
 
     yield start
@@ -56,7 +66,7 @@ def start_driver(tmp_path: Path) -> Iterator[StartDriver]:
 
 def all_ended(pids: list[int]) -> Callable[[], bool]:
     """Whether none of the processes is alive."""
-    return lambda: not [pid for pid in pids if alive(pid)]
+    return lambda: not [pid for pid in pids if is_alive(pid)]
 
 
 def listening_addresses(pids: list[int]) -> set[str]:
@@ -80,7 +90,7 @@ def test_signal_saves_and_stops_with_status_0(
 ) -> None:
     """While it trains, no process listens beyond the loopback address."""
     process = start_driver()
-    processes = descendants(process.pid)
+    processes = list_descendants(process.pid)
     assert len(processes) >= 3, "the agent and two workers"
     assert listening_addresses([process.pid, *processes]) == {"0100007F"}
     process.send_signal(number)
@@ -90,14 +100,14 @@ def test_signal_saves_and_stops_with_status_0(
     assert "run.name=x continues from there" in stderr
     assert not (tmp_path / "runs/x/done.json").exists()
     assert not (tmp_path / "runs/x/stop").exists(), "the next start does not stop"
-    assert [event["why"] for event in events(tmp_path / "runs/x", "preempt")] == [number.name]
+    assert [event["why"] for event in read_events(tmp_path / "runs/x", "preempt")] == [number.name]
     assert list((tmp_path / "runs/x/checkpoints").glob("*/manifest.json"))
     assert all_ended(processes)()
 
 
 def test_second_interrupt_ends_without_saving(start_driver: StartDriver, tmp_path: Path) -> None:
     process = start_driver()
-    processes = descendants(process.pid)
+    processes = list_descendants(process.pid)
     for pid in processes[1:]:
         os.kill(pid, signal.SIGSTOP)  # workers that cannot save
     process.send_signal(signal.SIGINT)
@@ -110,7 +120,7 @@ def test_second_interrupt_ends_without_saving(start_driver: StartDriver, tmp_pat
 
 def test_no_process_outlives_a_killed_driver(start_driver: StartDriver) -> None:
     process = start_driver()
-    processes = descendants(process.pid)
+    processes = list_descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     wait_for(all_ended(processes))
 
@@ -119,9 +129,9 @@ def test_nohup_run_survives_hangup_but_not_its_agent(start_driver: StartDriver, 
     """A closed terminal ends nothing under nohup; if the agent is killed, every process ends, with an error."""
     process = start_driver(ignore_hangup)
     process.send_signal(signal.SIGHUP)
-    wait_for(training(tmp_path / "runs/x", len(rows(tmp_path / "runs/x")) + 20))
+    wait_for(has_trained(tmp_path / "runs/x", len(read_rows(tmp_path / "runs/x")) + 20))
     assert process.poll() is None
-    processes = descendants(process.pid)
+    processes = list_descendants(process.pid)
     os.kill(processes[0], signal.SIGKILL)
     wait_for(all_ended(processes))
     _, stderr = process.communicate(timeout=200)
@@ -134,7 +144,7 @@ def test_stop_saves_a_run_started_elsewhere(start_driver: StartDriver, tmp_path:
     assert f"is run by process {process.pid} on " in run_launcher(tmp_path, "status", "x").stdout
     stopped = run_launcher(tmp_path, "stop", "x")
     assert process.wait(timeout=200) == 0
-    assert [event["why"] for event in events(tmp_path / "runs/x", "preempt")] == ["launcher stop"]
+    assert [event["why"] for event in read_events(tmp_path / "runs/x", "preempt")] == ["launcher stop"]
     assert "runs/x stopped: at update " in stopped.stdout
     assert "nothing saved" not in stopped.stdout
     again = run_launcher(tmp_path, "stop", "runs/x")
@@ -150,9 +160,9 @@ def test_stop_now_ends_the_users_torchrun(tmp_path: Path) -> None:
     job = [argument for argument in LONG if not argument.startswith("launch.")]
     command = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=3", "-m", "launcher", *job]
     null = subprocess.DEVNULL
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=null, stdout=null) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=make_env(), stderr=null, stdout=null) as process:
         try:
-            wait_for(training(tmp_path / "runs/x"))
+            wait_for(has_trained(tmp_path / "runs/x"))
             check_stop_now(process, tmp_path)
         finally:
             kill_all(process.pid)
@@ -160,7 +170,7 @@ def test_stop_now_ends_the_users_torchrun(tmp_path: Path) -> None:
 
 def check_stop_now(process: subprocess.Popen[Any], folder: Path) -> None:
     """Assert that `launcher stop --now` ends the process and its descendants."""
-    processes = descendants(process.pid)
+    processes = list_descendants(process.pid)
     assert "runs/x ended: at update " in run_launcher(folder, "stop", "x", "--now").stdout
     process.wait(timeout=200)
     wait_for(all_ended(processes))

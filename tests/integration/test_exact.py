@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import rows
+from tests.helpers.jobs import read_rows
 from tests.helpers.small_job import run_launcher
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,7 @@ def hash_checkpoint(run_dir: Path) -> dict[str, str]:
 def training_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the last row of each update: losses, norms, learning rates and validations."""
     kept = ("update", "samples", "train/loss", "train/grad_norm", "lr/value", "val/loss", "val/surprise")
-    last = {row["update"]: row for row in rows(run_dir)}
+    last = {row["update"]: row for row in read_rows(run_dir)}
     return [{name: row[name] for name in kept if name in row} for row in last.values()]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import events
+from tests.helpers.jobs import read_events
 from tests.helpers.small_job import HELD, TORCHRUN, run_command, run_launcher
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ def test_three_nans_in_a_row_end_the_job(workdir: Path) -> None:
     job = [*HELD, "launch.workers=2", "run.name=n"]
     completed = run_launcher(workdir, *job, status=1, LAUNCHER_TEST_FAULTS="1", FAULT=fault)
     assert "3 updates in a row were not finite" in completed.stderr.splitlines()[-1]
-    assert len(events(workdir / "runs/n", "start")) == 1, "it is not restarted"
+    assert len(read_events(workdir / "runs/n", "start")) == 1, "it is not restarted"
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.core)])
@@ -33,7 +33,7 @@ def test_first_error_is_the_last_line_and_logged(workdir: Path, rank: int) -> No
     assert last.startswith(f"error: rank {rank} failed in own.py:")
     assert "RuntimeError: boom" in last
     assert "Traceback" not in completed.stderr
-    written = events(workdir / "runs/f", "error")
+    written = read_events(workdir / "runs/f", "error")
     assert [(one["rank"], one["generation"], one["type"], one["message"]) for one in written] == [
         (rank, 1, "RuntimeError", "boom"),
         (rank, 2, "RuntimeError", "boom"),
@@ -53,7 +53,7 @@ def test_error_under_own_torchrun_is_reported_once(workdir: Path) -> None:
     first, second = error_lines(failed)
     assert first.startswith("error: rank 1 failed in own.py:")
     assert second.startswith("error: rank 1 failed in own.py:"), "once for each start, and never a consequence"
-    written = events(workdir / "runs/t", "error")
+    written = read_events(workdir / "runs/t", "error")
     assert [(one["rank"], one["generation"]) for one in written] == [(1, 1), (1, 2)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import events, furthest, rows
+from tests.helpers.jobs import max_parameter_difference, read_events, read_rows
 from tests.helpers.small_job import HELD, RECIPE, TORCHRUN, run_command, run_launcher
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -43,12 +43,12 @@ class Blocking(own.Own):
 
 
 def hangs(run_dir: Path) -> list[dict[str, Any]]:
-    return [event for event in events(run_dir, "alarm") if event["kind"] == "hang"]
+    return [event for event in read_events(run_dir, "alarm") if event["kind"] == "hang"]
 
 
 def recoveries_s(run_dir: Path) -> list[float]:
     """Return the time from the end of the last update before a restart to the end of the first one after it."""
-    return [row["elastic/recovery_s"] for row in rows(run_dir) if "elastic/recovery_s" in row]
+    return [row["elastic/recovery_s"] for row in read_rows(run_dir) if "elastic/recovery_s" in row]
 
 
 def recovered_promptly(run_dir: Path, began: float) -> bool:
@@ -56,7 +56,7 @@ def recovered_promptly(run_dir: Path, began: float) -> bool:
 
     On a busy machine, the first start of the same run is the measure: a restart takes at most twice as long.
     """
-    start_s = rows(run_dir)[0]["time"] - began
+    start_s = read_rows(run_dir)[0]["time"] - began
     found = all(alarm["seconds"] <= max(FOUND_S, start_s) for alarm in hangs(run_dir))
     return found and max(recoveries_s(run_dir)) <= max(RECOVERED_S, FOUND_S + 2 * start_s)
 
@@ -81,9 +81,9 @@ def test_stopped_ranks_are_replaced_and_change_nothing(workdir: Path, whole: Pat
     assert completed.stderr.count("rank 1 failed in forward of update 6: Hang: its process is stopped") == 1
     assert "warning" not in completed.stderr, "each is reported once"
     assert recovered_promptly(workdir / "runs/h", began)
-    assert furthest(workdir / "runs/h", whole) == 0.0
-    assert [event["generation"] for event in events(workdir / "runs/h", "start")] == [1, 2, 3]
-    assert not events(workdir / "runs/h", "error"), "the survivor's lost connection is no error of its own"
+    assert max_parameter_difference(workdir / "runs/h", whole) == 0.0
+    assert [event["generation"] for event in read_events(workdir / "runs/h", "start")] == [1, 2, 3]
+    assert not read_events(workdir / "runs/h", "error"), "the survivor's lost connection is no error of its own"
 
 
 def test_blocked_dataset_leaves_its_stack_in_the_log(workdir: Path, whole: Path) -> None:
@@ -97,7 +97,7 @@ def test_blocked_dataset_leaves_its_stack_in_the_log(workdir: Path, whole: Path)
     log = (workdir / "runs/b/logs/rank0-g1.log").read_text()
     assert "in blocks_once" in log
     assert "in __getitem__" in log
-    assert furthest(workdir / "runs/b", whole) == 0.0
+    assert max_parameter_difference(workdir / "runs/b", whole) == 0.0
 
 
 def test_hang_under_own_torchrun_changes_nothing(workdir: Path, whole: Path) -> None:
@@ -108,20 +108,20 @@ def test_hang_under_own_torchrun_changes_nothing(workdir: Path, whole: Path) -> 
     assert [(one["rank"], one["phase"]) for one in hangs(workdir / "runs/t")] == [(1, "backward")]
     assert completed.stderr.count("warning: rank 1 hung in backward of update 6") == 1
     assert recovered_promptly(workdir / "runs/t", began)
-    assert furthest(workdir / "runs/t", whole) == 0.0
+    assert max_parameter_difference(workdir / "runs/t", whole) == 0.0
 
 
 def test_survivors_of_a_killed_rank_exit_promptly(workdir: Path) -> None:
     """The end comes before the timeouts of the collective (ten minutes) and of the agent (half a minute)."""
     began = time.time()
     run_launcher(workdir, *TWO, "launch.workers=3", "run.name=k", LAUNCHER_TEST_FAULTS="1", FAULT="kill@forward:1:12")
-    start_s = rows(workdir / "runs/k")[0]["time"] - began
+    start_s = read_rows(workdir / "runs/k")[0]["time"] - began
     assert max(recoveries_s(workdir / "runs/k")) <= 2 + 2 * start_s
 
 
 def test_slow_ranks_are_named_with_their_stage(workdir: Path) -> None:
     fault = {"LAUNCHER_TEST_FAULTS": "1", "FAULT": "slow@data:1:0,slow@forward:2:0"}
     run_launcher(workdir, *HELD, "launch.workers=3", "train.duration=11ep", "run.name=s", **fault)
-    alarms = [event for event in events(workdir / "runs/s", "alarm") if event["kind"] == "straggler"]
+    alarms = [event for event in read_events(workdir / "runs/s", "alarm") if event["kind"] == "straggler"]
     assert sorted((alarm["rank"], alarm["stage"]) for alarm in alarms) == [(1, "data"), (2, "forward")]
     assert all(alarm["ratio"] > 1.5 for alarm in alarms)

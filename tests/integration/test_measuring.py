@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import alive, descendants, environment, hearing, kill_all, wait_for
+from tests.helpers.jobs import is_alive, kill_all, list_descendants, make_env, restore_default_signals, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -63,11 +63,11 @@ def start(seen: Path) -> Iterator[Start]:
             subprocess.Popen(
                 [sys.executable, *argv, f"+recipe.seen={seen}"],
                 cwd=seen.parent,
-                env=environment(TMPDIR=str(seen.parent / "tmp"), **env),
+                env=make_env(TMPDIR=str(seen.parent / "tmp"), **env),
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                preexec_fn=hearing,  # noqa: PLW1509 (single-threaded here)
+                preexec_fn=restore_default_signals,  # noqa: PLW1509 (single-threaded here)
             )
         )
         return started[-1]
@@ -91,7 +91,7 @@ def test_killed_rank_is_named_and_nothing_is_left(start: Start, seen: Path) -> N
         "error: rank 1 was killed by SIGKILL: out of memory? (while measuring per_device=8)"
     )
     assert len(pids(seen)) == 2, "it is not started again"
-    assert not [pid for pid in pids(seen) if alive(pid)]
+    assert not [pid for pid in pids(seen) if is_alive(pid)]
     assert not list((seen.parent / "tmp").glob("launcher-*"))
 
 
@@ -102,7 +102,7 @@ def test_killed_sidecar_is_named_and_ends_the_job(start: Start, seen: Path) -> N
     assert [line for line in stderr.splitlines() if line.startswith("error: ")] == [
         "error: rank 1 was killed by SIGKILL: out of memory? (while measuring per_device=8)"
     ]
-    assert not [pid for pid in pids(seen) if alive(pid)]
+    assert not [pid for pid in pids(seen) if is_alive(pid)]
     assert not list((seen.parent / "tmp").glob("launcher-*"))
 
 
@@ -110,11 +110,11 @@ def test_killed_sidecar_is_named_and_ends_the_job(start: Start, seen: Path) -> N
 def test_no_rank_outlives_its_driver(start: Start, seen: Path, number: signal.Signals) -> None:
     process = start(*TUNE, "+recipe.then=stuck")
     wait_for(lambda: len(pids(seen)) == 2)
-    below = descendants(process.pid)
+    below = list_descendants(process.pid)
     assert set(pids(seen)) < set(below)
     process.send_signal(number)
     process.wait(timeout=200)
-    wait_for(lambda: not [pid for pid in below if alive(pid)])
+    wait_for(lambda: not [pid for pid in below if is_alive(pid)])
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert not list((seen.parent / "tmp").glob("launcher-*"))

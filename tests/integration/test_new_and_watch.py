@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import descendants, environment, events, hearing, kill_all, rows, training, wait_for
+from tests.helpers.jobs import (
+    has_trained,
+    kill_all,
+    list_descendants,
+    make_env,
+    read_events,
+    read_rows,
+    restore_default_signals,
+    wait_for,
+)
 from tests.helpers.small_job import LAUNCHER
 
 pytestmark = pytest.mark.slow
@@ -40,12 +49,12 @@ def start(here: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process = subprocess.Popen(
                 [*LAUNCHER, *words],
                 cwd=here,
-                env=environment(),
+                env=make_env(),
                 text=True,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=hearing,  # noqa: PLW1509 (single-threaded here)
+                preexec_fn=restore_default_signals,  # noqa: PLW1509 (single-threaded here)
             )
         started.append(process)
         return process
@@ -61,7 +70,7 @@ def run_printed(here: Path, line: str, *more: str) -> subprocess.CompletedProces
     assert line.startswith("launcher "), line
     command = f"{shlex.join(LAUNCHER)} {line.removeprefix('launcher ')} {shlex.join(more)}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=here, env=environment(), capture_output=True, text=True, timeout=600, check=False
+        ["bash", "-c", command], cwd=here, env=make_env(), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -77,7 +86,7 @@ def test_commands_that_new_prints_run_unchanged(here: Path) -> None:
     facts = json.loads(done.read_text())
     assert facts["samples"] == 40_000
     assert facts["metrics"]["val/accuracy"] > 0.9, "it learns something"
-    assert "loss" not in [event["kind"] for event in events(done.parent, "alarm")], "its loss is a sum"
+    assert "loss" not in [event["kind"] for event in read_events(done.parent, "alarm")], "its loss is a sum"
     verdict = json.loads(run_printed(here, verify, "format=json").stdout)
     assert verdict["equal"] is True
     assert verdict["breakers"] == []
@@ -92,16 +101,16 @@ def test_watch_follows_a_run_to_its_stop(start: Callable[..., subprocess.Popen[s
     run, out = here / "runs/x", here / "watched.txt"
     driver = start(*LONG, "elastic.max_restarts=1")
     wait_for((run / "run.yaml").exists)
-    assert not rows(run), "training has not begun"
+    assert not read_rows(run), "training has not begun"
     watching = start("watch", "x", out=out)
     wait_for(lambda: "waiting for it to start" in out.read_text())
-    wait_for(training(run, 60))
+    wait_for(has_trained(run, 60))
     wait_for(lambda: "Mlp on 2 workers\n" in out.read_text())
-    before = len(rows(run))
-    workers = descendants(driver.pid)[1:]
+    before = len(read_rows(run))
+    workers = list_descendants(driver.pid)[1:]
     os.kill(workers[-1], signal.SIGKILL)
     wait_for(lambda: "Mlp on 2 workers · start 2\n" in out.read_text())
-    wait_for(training(run, before + 20))
+    wait_for(has_trained(run, before + 20))
     assert watching.poll() is None
     stopped = subprocess.run([*LAUNCHER, "stop", "x"], cwd=here, capture_output=True, text=True, check=False)
     assert stopped.returncode == 0, stopped.stderr
@@ -110,7 +119,7 @@ def test_watch_follows_a_run_to_its_stop(start: Callable[..., subprocess.Popen[s
     text = out.read_text()
     resumed, end = text[text.index("start 2") :], text[text.rindex("stopped at update") :]
     assert re.search(r"resumed +update-\d+ at update \d+ · [\d,]+ samples are run again", resumed)
-    [stop] = events(run, "preempt")
+    [stop] = read_events(run, "preempt")
     assert f"stopped at update {stop['update']:,}, {stop['samples']:,} samples · launcher stop" in text
     assert "time per update: " in end, "the closing figures"
     assert end.splitlines()[-1] == f"runs/x is not running: at update {stop['update']:,}, {stop['samples']:,} samples"
@@ -122,14 +131,14 @@ def test_watch_follows_a_run_to_its_stop(start: Callable[..., subprocess.Popen[s
 def test_watch_ends_with_ctrl_c_or_its_run(start: Callable[..., subprocess.Popen[str]], here: Path) -> None:
     run = here / "runs/x"
     driver = start(*LONG)
-    wait_for(training(run))
+    wait_for(has_trained(run))
     watchers = [start("watch", str(run), out=here / f"{number}.txt") for number in range(3)]
     wait_for(lambda: all("Mlp on 2 workers" in (here / f"{number}.txt").read_text() for number in range(3)))
     watchers[0].send_signal(signal.SIGINT)
     assert watchers[0].wait(timeout=200) == 0
     last = (here / "0.txt").read_text().splitlines()[-1]
     assert last == f"stopped watching {run}: type launcher stop {shlex.quote(str(run))} to save and stop the run"
-    wait_for(training(run, len(rows(run)) + 20))
+    wait_for(has_trained(run, len(read_rows(run)) + 20))
     assert driver.poll() is None
     assert not (run / "stop").exists()
     os.kill(driver.pid, signal.SIGKILL)

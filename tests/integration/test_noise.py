@@ -11,7 +11,7 @@ from launcher.checkpoint.manifest import latest_valid
 from launcher.checkpoint.tensor_io import load_checkpoint
 from launcher.plan.lr_schedule import noise_gain
 from tests.helpers.job_sequence import Job, train_in_sequence
-from tests.helpers.jobs import events, furthest, rows
+from tests.helpers.jobs import max_parameter_difference, read_events, read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def noise_by_update(run_dir: Path) -> dict[int, dict[str, float]]:
     """Return the noise values of each row, by update."""
-    return {row["update"]: {key: row[key] for key in row if key.startswith("noise/")} for row in rows(run_dir)}
+    return {row["update"]: {key: row[key] for key in row if key.startswith("noise/")} for row in read_rows(run_dir)}
 
 
 def assert_close(one: Path, other: Path, rel: float) -> None:
@@ -113,7 +113,7 @@ def test_strategies_give_the_same_noise_scale(runs: Path, strategy: str) -> None
 @pytest.mark.parametrize("strategy", LAYOUTS)
 def test_batch_ramp_rescales_adams_second_moment(runs: Path, strategy: str) -> None:
     """From 25 samples to 50, under every strategy."""
-    (stage,) = [event for event in events(runs / strategy, "plan") if "batch.ramp" in event["why"]]
+    (stage,) = [event for event in read_events(runs / strategy, "plan") if "batch.ramp" in event["why"]]
     assert 0.6 < stage["moments"] < 0.9
     assert moments(runs / strategy) == pytest.approx(moments(runs / "ddp"), rel=1e-3)
 
@@ -127,9 +127,9 @@ def moments(run_dir: Path) -> list[float]:
 
 
 def test_lr_follows_the_noise_scale_with_events(runs: Path) -> None:
-    changes = [event for event in events(runs / "whole", "plan") if "noise scale" in event["why"]]
+    changes = [event for event in read_events(runs / "whole", "plan") if "noise scale" in event["why"]]
     assert changes[0]["from"]["lr_scale"] == pytest.approx(math.sqrt(2)), "unknown: as if noise were all there is"
-    found = rows(runs / "whole")
+    found = read_rows(runs / "whole")
     for event in changes:
         assert event["lr_scale"] == pytest.approx(math.sqrt(noise_gain(50, 25, event["lr_noise"])))
     assert [row["lr/scale"] for row in found][-1] == pytest.approx(changes[-1]["lr_scale"])
@@ -138,17 +138,19 @@ def test_lr_follows_the_noise_scale_with_events(runs: Path) -> None:
 
 def test_exact_mode_is_bitwise_equal_after_a_resize(runs: Path) -> None:
     """53 updates on one worker and the rest on two, or all on two: same estimates, learning rates and parameters."""
-    assert len(rows(runs / "parts")) == 100
+    assert len(read_rows(runs / "parts")) == 100
     assert noise_by_update(runs / "parts") == noise_by_update(runs / "whole")
-    assert furthest(runs / "parts", runs / "whole") == 0.0
-    assert [row["lr/value"] for row in rows(runs / "parts")] == [row["lr/value"] for row in rows(runs / "whole")]
+    assert max_parameter_difference(runs / "parts", runs / "whole") == 0.0
+    assert [row["lr/value"] for row in read_rows(runs / "parts")] == [
+        row["lr/value"] for row in read_rows(runs / "whole")
+    ]
 
 
 def test_resize_keeps_noise_scale_and_rescales_moments(runs: Path) -> None:
     """40 samples on one worker and 120 on three, with a known noise scale."""
     found = noise_by_update(runs / "grown")
-    last = max(row["update"] for row in rows(runs / "grown") if row["world"] == 1)
+    last = max(row["update"] for row in read_rows(runs / "grown") if row["world"] == 1)
     assert found[last]["noise/scale"] == pytest.approx(found[last + 1]["noise/scale"], rel=0.1)
-    (resize,) = events(runs / "grown", "resize")
+    (resize,) = read_events(runs / "grown", "resize")
     noise = resize["to"]["lr_noise"]
     assert resize["moments"] == pytest.approx((1 + noise / 120) / (1 + noise / 40))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import events, rows
+from tests.helpers.jobs import read_events, read_rows
 from tests.helpers.small_job import TORCHRUN, run_command, run_launcher
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ def test_recipe_trains_under_own_torchrun(tmp_path: Path, recipe: str) -> None:
     assert finished["metrics"]["val/accuracy"] >= {"resnet": 0.97, "gpt": 0.2, "mlp": 0.9}[recipe]
     assert "offline" in completed.stdout + completed.stderr, "no wandb key: one line, and the run continues"
     stages = ("data", "transfer", "forward", "backward", "sync", "optimizer", "checkpoint", "other")
-    whole = [row for row in rows(tmp_path / "runs/r")[1:] if "throughput/samples_per_s" in row]
+    whole = [row for row in read_rows(tmp_path / "runs/r")[1:] if "throughput/samples_per_s" in row]
     assert all(sum(row[f"stage/{stage}/share"] for stage in stages) == pytest.approx(1) for row in whole)
     wall_ms = sum(row["batch/global"] / row["throughput/samples_per_s"] * 1e3 for row in whole)
     assert sum(row[f"stage/{stage}/ms"] for row in whole for stage in stages) == pytest.approx(wall_ms, rel=0.25)
@@ -39,8 +39,8 @@ def test_experiment_trains_at_a_small_size(workdir: Path, experiment: str, strat
     """In bf16 as at full size; the output names the strategy, and the loss falls."""
     completed = run_launcher(workdir, f"experiment={experiment}", *SMALL, "launch.workers=2", "run.name=small")
     assert strategy in completed.stdout + completed.stderr
-    [start] = events(workdir / "runs/small", "start")
+    [start] = read_events(workdir / "runs/small", "start")
     assert (start["strategy"], start["precision"], start["world"]) == (strategy, "bf16", 2)
-    losses = [row["train/loss"] for row in rows(workdir / "runs/small")]
+    losses = [row["train/loss"] for row in read_rows(workdir / "runs/small")]
     assert len(losses) == 8
     assert losses[-1] < losses[0]

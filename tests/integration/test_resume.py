@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import events, furthest, rows
+from tests.helpers.jobs import max_parameter_difference, read_events, read_rows
 from tests.helpers.small_job import HELD, RECIPE, run_launcher
 
 pytestmark = pytest.mark.slow
@@ -39,16 +39,16 @@ def test_stop_and_kills_change_nothing(folder: Path) -> None:
     kills = inject("stop@forward:1:7:1", "kill@backward:1:12:2", "kill@forward:0:19:3")
     killed.mkdir(parents=True)
     run_launcher(folder, *JOB, "run.name=killed", **kills)
-    assert events(killed, "preempt")
+    assert read_events(killed, "preempt")
     assert not (killed / "done.json").exists()
-    stopped = [row["update"] for row in rows(killed)]
+    stopped = [row["update"] for row in read_rows(killed)]
     assert stopped == list(range(1, len(stopped) + 1))
     run_launcher(folder, *JOB, "run.name=killed", **kills)
-    resumed = [row["update"] for row in rows(killed) if row["generation"] == 2]
+    resumed = [row["update"] for row in read_rows(killed) if row["generation"] == 2]
     assert resumed[0] == stopped[-1] + 1, "the stop loses no update and repeats none"
-    assert {row["update"] for row in rows(killed)} == set(range(1, 26)), "no row is missing"
-    assert furthest(folder / "runs/whole", killed) == 0.0
-    assert [event["generation"] for event in events(killed, "start")] == [1, 2, 3, 4]
+    assert {row["update"] for row in read_rows(killed)} == set(range(1, 26)), "no row is missing"
+    assert max_parameter_difference(folder / "runs/whole", killed) == 0.0
+    assert [event["generation"] for event in read_events(killed, "start")] == [1, 2, 3, 4]
     done = json.loads((killed / "done.json").read_text())
     assert done["restarts"] == 2
     assert done["recovery_s"] > 0
@@ -77,19 +77,19 @@ def test_kill_in_every_phase_changes_nothing(folder: Path) -> None:
         "each of them ended one start of the workers, nothing else did"
     )
     assert json.loads((killed / "done.json").read_text())["restarts"] == 12
-    assert furthest(whole, killed) == 0.0
-    last = {row["update"]: row.get("train/loss") for row in rows(killed)}
-    assert [last[update] for update in range(1, 26)] == [row["train/loss"] for row in rows(whole)]
-    assert not events(killed, "error"), "a rank that lost a peer has no error of its own"
+    assert max_parameter_difference(whole, killed) == 0.0
+    last = {row["update"]: row.get("train/loss") for row in read_rows(killed)}
+    assert [last[update] for update in range(1, 26)] == [row["train/loss"] for row in read_rows(whole)]
+    assert not read_events(killed, "error"), "a rank that lost a peer has no error of its own"
 
 
 def test_named_checkpoint_counts_until_the_first_save(folder: Path) -> None:
     """The workers die before the first save: resuming the newest checkpoint or starting fresh would be wrong."""
     named = "resume=runs/whole/checkpoints/update-00000010"
     run_launcher(folder, *JOB, "run.name=named", named, **inject("kill@forward:0:12"))
-    assert [event["update"] for event in events(folder / "runs/named", "resume")] == [10, 10]
-    assert rows(folder / "runs/named")[0]["update"] == 11
-    assert furthest(folder / "runs/whole", folder / "runs/named") == 0.0
+    assert [event["update"] for event in read_events(folder / "runs/named", "resume")] == [10, 10]
+    assert read_rows(folder / "runs/named")[0]["update"] == 11
+    assert max_parameter_difference(folder / "runs/whole", folder / "runs/named") == 0.0
 
 
 def test_finished_run_reports_and_continues_if_longer(folder: Path) -> None:
@@ -102,8 +102,8 @@ def test_finished_run_reports_and_continues_if_longer(folder: Path) -> None:
     assert "seed (0 before, 3 now)" in other.stderr
     newest = damage_newest_checkpoint(run_dir)
     run_launcher(folder, *JOB, "run.name=x", "train.duration=6ep")
-    assert newest in events(run_dir, "alarm")[0]["detail"]
-    assert rows(run_dir)[-1]["samples"] == 6 * 203
+    assert newest in read_events(run_dir, "alarm")[0]["detail"]
+    assert read_rows(run_dir)[-1]["samples"] == 6 * 203
     assert json.loads((run_dir / "done.json").read_text())["samples"] == 6 * 203
     run_launcher(folder, *JOB, "run.name=x", "seed=3", "resume=never", "train.duration=1ep")
     assert (folder / "runs/x-2/done.json").exists()

@@ -17,7 +17,7 @@ import yaml
 from launcher.slurm.job_script import SCRIPT_BODY
 from launcher.sweep.points import quote_override
 from tests.helpers import wandb_file
-from tests.helpers.jobs import environment, events, furthest, rows, training, wait_for
+from tests.helpers.jobs import has_trained, make_env, max_parameter_difference, read_events, read_rows, wait_for
 from tests.helpers.slurm_cluster import Slurm
 from tests.helpers.small_job import HELD, LAUNCHER, RECIPE, run_launcher
 
@@ -37,11 +37,11 @@ def project(tmp_path: Path) -> Path:
 
 def env(**more: str) -> dict[str, str]:
     """An environment where `python` is this one, as with an activated virtual environment."""
-    return environment(**{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more})
+    return make_env(**{"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more})
 
 
 def has_ended(slurm: Slurm, job: str) -> Callable[[], bool]:
-    return lambda: slurm.state(job) in OVER
+    return lambda: slurm.get_job_state(job) in OVER
 
 
 def read_output(project: Path, job: str) -> str:
@@ -52,12 +52,12 @@ def test_two_nodes_equal_one_process(slurm: Slurm, project: Path) -> None:
     script = str(SCRIPTS / "train.sbatch")
     job = slurm.submit(script, *HELD, "train.precision=fp64", cwd=project, env=env())
     wait_for(has_ended(slurm, job))
-    assert slurm.state(job) == "COMPLETED", read_output(project, job)
+    assert slurm.get_job_state(job) == "COMPLETED", read_output(project, job)
     run_dir = project / f"runs/own-{job}"
     assert (run_dir / "done.json").exists()
-    assert events(run_dir, "start")[0]["nodes"] == 2
+    assert read_events(run_dir, "start")[0]["nodes"] == 2
     run_launcher(project, *HELD, "train.precision=fp64", "run.name=one")
-    assert furthest(run_dir, project / "runs/one") <= 1e-10
+    assert max_parameter_difference(run_dir, project / "runs/one") <= 1e-10
 
 
 def saved(run_dir: Path) -> bool:
@@ -66,7 +66,7 @@ def saved(run_dir: Path) -> bool:
 
 def assert_each_update_once(run_dir: Path) -> None:
     """Assert that no update is lost and none is trained twice."""
-    updates = [row["update"] for row in rows(run_dir)]
+    updates = [row["update"] for row in read_rows(run_dir)]
     assert updates == list(range(1, len(updates) + 1))
 
 
@@ -74,8 +74,8 @@ def started(run_dir: Path, times: int) -> Callable[[], bool]:
     """Whether the workers have been started this often, and have trained since."""
 
     def state() -> bool:
-        found = rows(run_dir)
-        return bool(found) and found[-1]["generation"] == times and len(events(run_dir, "start")) == times
+        found = read_rows(run_dir)
+        return bool(found) and found[-1]["generation"] == times and len(read_events(run_dir, "start")) == times
 
     return state
 
@@ -95,12 +95,12 @@ def test_five_preemptions_lose_and_repeat_nothing(slurm: Slurm, project: Path) -
         wait_for(started(run_dir, times))
         above = slurm.submit("--partition=high", "--nodes=3", "--exclusive", "--wrap=true", cwd=project, env=env())
         wait_for(has_ended(slurm, above))
-        assert slurm.state(above) == "COMPLETED"
-        assert len(events(run_dir, "preempt")) == times
+        assert slurm.get_job_state(above) == "COMPLETED"
+        assert len(read_events(run_dir, "preempt")) == times
     wait_for(started(run_dir, 6))
     assert "Slurm job" in run_on_slurm(slurm, project, "status", "p")
     run_on_slurm(slurm, project, "stop", "p")
-    assert slurm.state(job) == "COMPLETED"
+    assert slurm.get_job_state(job) == "COMPLETED"
     assert_each_update_once(run_dir)
 
 
@@ -110,8 +110,8 @@ def test_time_limit_requeues_one_wandb_run(slurm: Slurm, project: Path) -> None:
     job = slurm.submit("--time=2", str(SCRIPTS / "train.sbatch"), *own, cwd=project, env=offline)
     run_dir = project / "runs/t"
     wait_for(started(run_dir, 1))
-    slurm.ask("scontrol", "update", f"jobid={job}", "timelimit=1")
-    wait_for(lambda: slurm.facts(job)["Restarts"] == "1")
+    slurm.run_client("scontrol", "update", f"jobid={job}", "timelimit=1")
+    wait_for(lambda: slurm.show_job(job)["Restarts"] == "1")
     assert_each_update_once(run_dir)
     wait_for(started(run_dir, 2))
     run_on_slurm(slurm, project, "stop", "t")
@@ -123,9 +123,9 @@ def one_wandb_run(run_dir: Path) -> None:
     """Every start wrote its own offline file, all with the same run id, and none repeats an update."""
     files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
     assert len(files) == 2
-    ids = {record.run.run_id for path in files for record in wandb_file.records(path) if record.HasField("run")}
+    ids = {record.run.run_id for path in files for record in wandb_file.read_records(path) if record.HasField("run")}
     assert ids == {(run_dir / "wandb-id").read_text().strip()}
-    updates = [row["update"] for path in files for row in wandb_file.rows(path) if "train/loss" in row]
+    updates = [row["update"] for path in files for row in wandb_file.read_rows(path) if "train/loss" in row]
     assert updates == sorted(set(updates))
 
 
@@ -133,17 +133,17 @@ def test_job_failing_three_times_is_not_requeued(slurm: Slurm, project: Path) ->
     script = str(SCRIPTS / "train.sbatch")
     job = slurm.submit("--nodes=1", script, *HELD, "+recipe.fail_on=0", cwd=project, env=env())
     wait_for(has_ended(slurm, job))
-    assert slurm.state(job) == "FAILED"
+    assert slurm.get_job_state(job) == "FAILED"
     last = read_output(project, job).splitlines()[-1]
     assert last.startswith("error: failed 3 times since the same checkpoint, not requeued: rank 0 failed in own.py:")
     assert "boom" in last
-    assert slurm.facts(job)["Restarts"] == "0", "torchrun has tried three times in the first job"
+    assert slurm.show_job(job)["Restarts"] == "0", "torchrun has tried three times in the first job"
 
 
 def test_wrong_request_ends_the_job(slurm: Slurm, project: Path) -> None:
     job = slurm.submit(str(SCRIPTS / "elastic.sbatch"), *HELD, "batch.global=900", cwd=project, env=env())
     wait_for(has_ended(slurm, job))
-    assert slurm.facts(job)["ExitCode"] == "2:0"
+    assert slurm.show_job(job)["ExitCode"] == "2:0"
     [line] = [line for line in read_output(project, job).splitlines() if line.startswith("error: ")]
     assert "batch.global=900 exceeds the 203 training samples" in line
     assert not (project / "runs").exists()
@@ -156,17 +156,17 @@ def test_job_survives_a_lost_node(slurm: Slurm, project: Path) -> None:
     run_dir = project / "runs/e"
     wait_for(lambda: saved(run_dir))
     try:
-        slurm.lose("node3")
+        slurm.kill_node("node3")
         wait_for(started(run_dir, 2))
     finally:
-        slurm.recover("node3")
-    assert slurm.state(job) == "RUNNING"
-    [resize] = events(run_dir, "resize")
+        slurm.restore_node("node3")
+    assert slurm.get_job_state(job) == "RUNNING"
+    [resize] = read_events(run_dir, "resize")
     assert (resize["from"]["shares"], resize["to"]["shares"]) == ([17, 17, 16], [25, 25])
     assert resize["why"] == "3 workers before, 2 now"
     run_on_slurm(slurm, project, "stop", "e")
-    assert slurm.state(job) in ("COMPLETED", "NODE_FAIL")
-    found = rows(run_dir)
+    assert slurm.get_job_state(job) in ("COMPLETED", "NODE_FAIL")
+    found = read_rows(run_dir)
     assert {row["batch/global"] for row in found} == {50}
     assert {row["update"] for row in found} == set(range(1, max(row["update"] for row in found) + 1))
 
@@ -176,26 +176,28 @@ def test_pool_grows_and_survives_its_rendezvous_node(slurm: Slurm, project: Path
     script = str(SCRIPTS / "pool.sbatch")
     job = slurm.submit("--exclusive", "--array=0-1%1", script, *LONG, "run.name=pool", cwd=project, env=env())
     run_dir = project / "runs/pool"
-    wait_for(lambda: bool(rows(run_dir)))
-    assert rows(run_dir)[-1]["world"] == 1
-    slurm.ask("scontrol", "update", f"jobid={job}", "arraytaskthrottle=2")
+    wait_for(lambda: bool(read_rows(run_dir)))
+    assert read_rows(run_dir)[-1]["world"] == 1
+    slurm.run_client("scontrol", "update", f"jobid={job}", "arraytaskthrottle=2")
     more = env(LAUNCHER_WORKERS="2")
     slurm.submit("--exclusive", "--array=0-0", script, *LONG, "run.name=pool", cwd=project, env=more)
-    wait_for(lambda: rows(run_dir)[-1]["world"] == 4)
+    wait_for(lambda: read_rows(run_dir)[-1]["world"] == 4)
     assert_each_update_once(run_dir)
     before = read_rendezvous_node(run_dir)
-    [first] = [line.split()[0] for line in slurm.ask("squeue", "-h", "-o", "%i %N").splitlines() if before in line]
+    [first] = [
+        line.split()[0] for line in slurm.run_client("squeue", "-h", "-o", "%i %N").splitlines() if before in line
+    ]
     assert first == f"{job}_0", "the first task serves the rendezvous"
-    slurm.ask("scancel", first)
-    wait_for(lambda: rows(run_dir)[-1]["world"] == 3 and read_rendezvous_node(run_dir) != before)
+    slurm.run_client("scancel", first)
+    wait_for(lambda: read_rows(run_dir)[-1]["world"] == 3 and read_rendezvous_node(run_dir) != before)
     run_on_slurm(slurm, project, "stop", "pool")
-    found = rows(run_dir)
+    found = read_rows(run_dir)
     assert {row["batch/global"] for row in found} == {50}
     assert {row["update"] for row in found} == set(range(1, found[-1]["update"] + 1))
-    resizes = events(run_dir, "resize")
+    resizes = read_events(run_dir, "resize")
     assert resizes[0]["from"]["world"] == 1
     assert sorted(next(event for event in resizes if event["to"]["world"] == 4)["to"]["shares"]) == [12, 12, 13, 13]
-    assert not [event for event in events(run_dir, "alarm") if event["kind"] == "gate"]
+    assert not [event for event in read_events(run_dir, "alarm") if event["kind"] == "gate"]
 
 
 def read_rendezvous_node(run_dir: Path) -> str:
@@ -239,7 +241,7 @@ def test_submitit_sweep_continues_past_failed_points(slurm: Slurm, project: Path
     lines = [line.split() for line in printed.splitlines() if line[:4].strip() in {"0", "1", "2", "3"}]
     assert [line[3] == "failed" for line in lines] == [False, False, True, True]
     assert [(project / f"runs/s/{point}/done.json").exists() for point in range(4)] == [True, True, False, False]
-    starts = [len(events(project / f"runs/s/{point}", "start")) for point in (0, 1)]
+    starts = [len(read_events(project / f"runs/s/{point}", "start")) for point in (0, 1)]
     assert starts == [1, 1]
     assert "time-optimal: point" in printed
     assert "accuracy-optimal: point" in printed
@@ -249,7 +251,7 @@ def test_array_tasks_share_a_sweep(slurm: Slurm, project: Path) -> None:
     own = [*HELD, "train.duration=1ep", "seed=0,1", "run.name=a"]
     job = slurm.submit(str(SCRIPTS / "sweep.sbatch"), *own, cwd=project, env=env())
     wait_for(lambda: all((project / f"runs/a/{point}/done.json").exists() for point in range(2)))
-    wait_for(lambda: not slurm.ask("squeue", "-h", "-t", "R,PD", "-j", job))
+    wait_for(lambda: not slurm.run_client("squeue", "-h", "-t", "R,PD", "-j", job))
     assert "not run" in read_output(project, job)
 
 
@@ -268,7 +270,7 @@ def test_watch_shows_a_waiting_and_requeued_job(slurm: Slurm, project: Path) -> 
     run, out = project / "runs/s", project / "watched.txt"
     above = ["--partition=high", "--nodes=3", "--exclusive"]
     blocker = slurm.submit(*above, "--wrap=sleep 600", cwd=project, env=env())
-    wait_for(lambda: slurm.state(blocker) == "RUNNING")
+    wait_for(lambda: slurm.get_job_state(blocker) == "RUNNING")
     run_on_slurm(slurm, project, *LONG, "launch=slurm", "launch.workers=1", "run.name=s")
     job = json.loads((run / "slurm.json").read_text())["job"]
     with out.open("w") as file:
@@ -276,12 +278,12 @@ def test_watch_shows_a_waiting_and_requeued_job(slurm: Slurm, project: Path) -> 
         watching = subprocess.Popen(argv, cwd=project, env=env(**slurm.env), stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_for(lambda: re.search(rf"Slurm job {job}, PENDING .*waiting for it to start", out.read_text()))
-        slurm.ask("scancel", blocker)
+        slurm.run_client("scancel", blocker)
         wait_for(lambda: "Own on 1 worker\n" in out.read_text())
-        wait_for(training(run))
+        wait_for(has_trained(run))
         short = slurm.submit(*above, "--wrap=true", cwd=project, env=env())
         wait_for(lambda: "Own on 1 worker · start 2\n" in out.read_text())
-        assert slurm.state(short) == "COMPLETED"
+        assert slurm.get_job_state(short) == "COMPLETED"
         assert watching.poll() is None
         run_on_slurm(slurm, project, "stop", "s")
         assert watching.wait(timeout=200) == 0
@@ -289,6 +291,6 @@ def test_watch_shows_a_waiting_and_requeued_job(slurm: Slurm, project: Path) -> 
         watching.kill()
         watching.wait()
     text = out.read_text()
-    assert len(events(run, "preempt")) == text.count("\nstopped at update") == 2
-    assert [event["why"] for event in events(run, "preempt")][-1] == "launcher stop"
+    assert len(read_events(run, "preempt")) == text.count("\nstopped at update") == 2
+    assert [event["why"] for event in read_events(run, "preempt")][-1] == "launcher stop"
     assert "runs/s is not running: at update" in text.splitlines()[-1]

@@ -18,7 +18,7 @@ import torch
 from launcher.checkpoint.manifest import VerifiedCheckpoint, latest_valid
 from launcher.checkpoint.tensor_io import load_checkpoint
 from tests.helpers.job_sequence import Job, train_in_sequence
-from tests.helpers.jobs import environment, events, furthest, rows
+from tests.helpers.jobs import make_env, max_parameter_difference, read_events, read_rows
 from tests.helpers.small_job import HELD as HELD_JOB
 from tests.helpers.small_job import run_launcher
 
@@ -119,8 +119,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_parameters_equal_ddp_on_one_worker(runs: Path, world_size: int) -> None:
     """Uneven shares, with three workers also unequal numbers of micro-batches, and tails without samples for a rank."""
     for job in compared_jobs(world_size):
-        assert furthest(runs / job.split("-")[1], runs / job) <= 1e-5, job
-        assert [row["update"] for row in rows(runs / job)] == list(range(1, 22))
+        assert max_parameter_difference(runs / job.split("-")[1], runs / job) <= 1e-5, job
+        assert [row["update"] for row in read_rows(runs / job)] == list(range(1, 22))
 
 
 def newest_of(run_dir: Path) -> VerifiedCheckpoint:
@@ -163,7 +163,7 @@ def test_parameters_on_gpus_equal_the_cpus(tmp_path: Path) -> None:
     }
     train_in_sequence(tmp_path, min(3, torch.cuda.device_count()), jobs)
     for job in jobs:
-        assert furthest(tmp_path / job.split("-")[1], tmp_path / job) <= 1e-4, job
+        assert max_parameter_difference(tmp_path / job.split("-")[1], tmp_path / job) <= 1e-4, job
 
 
 def test_checkpoints_equal_whichever_layout_wrote_them(runs: Path) -> None:
@@ -183,7 +183,7 @@ def test_validation_does_not_change_checkpoints(runs: Path) -> None:
     """FSDP leaves some blocks gathered: the outermost one, and with reshard_after_forward=false all of them."""
     for layout in VALIDATED:
         assert_same_tensors(newest_of(runs / f"plain-{layout}"), newest_of(runs / f"validated-{layout}"))
-        assert furthest(runs / "plain-ddp", runs / f"plain-{layout}") <= 1e-5, layout
+        assert max_parameter_difference(runs / "plain-ddp", runs / f"plain-{layout}") <= 1e-5, layout
 
 
 def test_activation_checkpointing_changes_nothing(runs: Path) -> None:
@@ -191,7 +191,7 @@ def test_activation_checkpointing_changes_nothing(runs: Path) -> None:
     for layout in PARALLEL:
         for name in RECOMPUTED:
             job = f"{name}-{layout}"
-            assert furthest(runs / f"stored-{job}", runs / f"recomputed-{job}") == 0.0, job
+            assert max_parameter_difference(runs / f"stored-{job}", runs / f"recomputed-{job}") == 0.0, job
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "gathering"])
@@ -200,7 +200,7 @@ def test_rank_that_delays_the_others_is_named(runs: Path, layout: str) -> None:
 
     Not in every update: while a strategy starts up, rank 0 has more work and is briefly the late one.
     """
-    named = [row for row in rows(runs / f"straggling-{layout}") if row["stage/rank"] == 1]
+    named = [row for row in read_rows(runs / f"straggling-{layout}") if row["stage/rank"] == 1]
     assert len(named) > 10  # of twenty updates
     assert all(row["stage/data/ms"] >= 50 for row in named)
     assert median(row["stage/sync/ms_max"] for row in named) >= 40
@@ -215,7 +215,7 @@ def measure_memory(*arguments: str) -> dict[str, float]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(MEMORY)]
     large = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is returned to the system
     command = [*torchrun, *arguments, "recipe.layers=10"]
-    done = subprocess.run(command, check=True, env=environment(**large), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, check=True, env=make_env(**large), capture_output=True, text=True, timeout=600)
     found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return found
 
@@ -245,8 +245,8 @@ def test_job_changes_to_fsdp_and_back(workdir: Path) -> None:
     fsdp = ["strategy=fsdp", "checkpoint.sharded=true", "launch.workers=3", "run.name=parts"]
     run_launcher(workdir, *job, *fsdp, **fault, FAULT="kill@backward:1:9:2,stop@forward:0:14:3")
     run_launcher(workdir, *job, "launch.workers=1", "run.name=parts")
-    assert furthest(workdir / "runs/whole", workdir / "runs/parts") <= 1e-10
-    found = {row["update"]: row for row in rows(workdir / "runs/parts")}
+    assert max_parameter_difference(workdir / "runs/whole", workdir / "runs/parts") <= 1e-10
+    found = {row["update"]: row for row in read_rows(workdir / "runs/parts")}
     assert list(found) == list(range(1, 26))
-    changed = [event["changed"] for event in events(workdir / "runs/parts", "resume")]
+    changed = [event["changed"] for event in read_events(workdir / "runs/parts", "resume")]
     assert [change.get("strategy.name") for change in changed] == [["ddp", "fsdp"], None, ["fsdp", "ddp"]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.jobs import environment, events, hearing, rows, training, wait_for
+from tests.helpers.jobs import has_trained, make_env, read_events, read_rows, restore_default_signals, wait_for
 from tests.helpers.small_job import HELD, LAUNCHER, run_launcher
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def test_sweep_runs_one_fresh_job_per_point(workdir: Path) -> None:
     assert all((workdir / f"runs/s/{point}/done.json").exists() for point in (0, 1))
     assert "time-optimal: point" in completed.stdout
     again = run_launcher(workdir, *own, "seed=0,1,2")
-    starts = [len(events(workdir / f"runs/s/{point}", "start")) for point in (0, 1, 2)]
+    starts = [len(read_events(workdir / f"runs/s/{point}", "start")) for point in (0, 1, 2)]
     assert starts == [1, 1, 1], "finished points are not run again"
     assert again.stdout.count("is complete") == 2
 
@@ -61,10 +61,11 @@ def test_two_points_train_at_a_time(workdir: Path) -> None:
 def test_ctrl_c_saves_all_points_for_a_resume(workdir: Path) -> None:
     """Send Ctrl-C once, as in a terminal; the sweep forwards it to its points."""
     arguments = [*SWEEP, "seed=0,1,2", "train.duration=40ep", "checkpoint.every=null"]
-    slow = environment(LAUNCHER_TEST_FAULTS="1", FAULT="slow@forward:0:0")  # neither finishes before the other trains
+    slow = make_env(LAUNCHER_TEST_FAULTS="1", FAULT="slow@forward:0:0")  # neither finishes before the other trains
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*LAUNCHER, *arguments], cwd=workdir, env=slow, preexec_fn=hearing, **both) as job:  # noqa: PLW1509
-        wait_for(lambda: all(training(workdir / f"runs/s/{point}")() for point in (0, 1)))
+    command = [*LAUNCHER, *arguments]
+    with subprocess.Popen(command, cwd=workdir, env=slow, preexec_fn=restore_default_signals, **both) as job:  # noqa: PLW1509
+        wait_for(lambda: all(has_trained(workdir / f"runs/s/{point}")() for point in (0, 1)))
         job.send_signal(signal.SIGINT)
         out, err = (stream.decode() for stream in job.communicate(timeout=200))
     assert job.returncode == 0, err
@@ -73,7 +74,7 @@ def test_ctrl_c_saves_all_points_for_a_resume(workdir: Path) -> None:
     assert not (workdir / "runs/s/2").exists()
     run_launcher(workdir, *arguments)
     for point in (0, 1, 2):
-        updates = [row["update"] for row in rows(workdir / f"runs/s/{point}")]
+        updates = [row["update"] for row in read_rows(workdir / f"runs/s/{point}")]
         assert updates == list(range(1, len(updates) + 1)), "nothing is lost or repeated"
         assert (workdir / f"runs/s/{point}/done.json").exists()
 
@@ -90,12 +91,12 @@ def test_optuna_search_learns_from_points_and_continues(workdir: Path) -> None:
     runs = [yaml.safe_load((workdir / f"runs/s/{point}/run.yaml").read_text()) for point in range(4)]
     assert len({run["lr"]["base"] for run in runs}) == 4
     assert all(0.001 <= run["lr"]["base"] <= 1 for run in runs)
-    assert [len(events(workdir / f"runs/s/{point}", "start")) for point in range(4)] == [1, 1, 1, 1]
+    assert [len(read_events(workdir / f"runs/s/{point}", "start")) for point in range(4)] == [1, 1, 1, 1]
     well = [point for point, run in enumerate(runs) if run["recipe"]["fail_on"] == -1]
     assert 0 < len(well) < 4
     shown = [line.split() for line in completed.stdout.splitlines()[2:6]]
     assert [int(line[0]) for line in shown if line[3] != "failed"] == well
-    losses = {point: rows(workdir / f"runs/s/{point}")[-1]["val/loss"] for point in well}
+    losses = {point: read_rows(workdir / f"runs/s/{point}")[-1]["val/loss"] for point in well}
     best = min(well, key=lambda point: losses[point])
     assert f"best of 4 points: point {best}, val/loss {losses[best]:.4g}: lr.base=" in completed.stderr
     changed = run_launcher(workdir, *own, "sweep.trials=5", "train.clip_norm=1", status=2)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import environment
+from tests.helpers.jobs import make_env
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +125,7 @@ def run_module(here: Path, command: Sequence[str], **env: str) -> subprocess.Com
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=here / "work",
-        env=environment(**places, **env),
+        env=make_env(**places, **env),
         capture_output=True,
         text=True,
         timeout=600,

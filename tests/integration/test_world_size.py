@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.job_sequence import Job, train_in_sequence
-from tests.helpers.jobs import events, furthest, rows
+from tests.helpers.jobs import max_parameter_difference, read_events, read_rows
 from tests.helpers.small_job import HELD, OWN, RECIPE, TORCHRUN, run_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.core]
@@ -100,36 +100,36 @@ def parameters(run_dir: Path) -> dict[str, Any]:
 def test_every_world_size_trains_the_same_model(runs: Path, variant: str) -> None:
     """Uneven shares (17, 17, 16), accumulation, tails of 3 samples, counts other than samples, clipping: fp64."""
     for world_size in (2, 3):
-        assert furthest(runs / f"{variant}-1", runs / f"{variant}-{world_size}") <= 1e-10
-    last = [rows(runs / f"{variant}-{world_size}")[-1] for world_size in (1, 2, 3)]
+        assert max_parameter_difference(runs / f"{variant}-1", runs / f"{variant}-{world_size}") <= 1e-10
+    last = [read_rows(runs / f"{variant}-{world_size}")[-1] for world_size in (1, 2, 3)]
     assert len({row["update"] for row in last}) == 1
     assert max(row["val/loss"] for row in last) - min(row["val/loss"] for row in last) <= 1e-9
 
 
 def test_tail_smaller_than_the_world_size(runs: Path) -> None:
     """203 samples in batches of 101: the tail has one sample, and ranks 1 and 2 have none."""
-    assert furthest(runs / "tail-1", runs / "tail-3") <= 1e-10
+    assert max_parameter_difference(runs / "tail-1", runs / "tail-3") <= 1e-10
 
 
 def test_rank_without_samples_takes_part(runs: Path) -> None:
     """A batch of 2 on 3 workers: allowed by elastic.allow_idle, equal to one process with the whole batch."""
-    assert furthest(runs / "idle-1", runs / "idle-3") <= 1e-10
+    assert max_parameter_difference(runs / "idle-1", runs / "idle-3") <= 1e-10
 
 
 def test_resizes_change_nothing(runs: Path) -> None:
     """Adam, a cosine schedule and unequal shares (13, 13, 12, 12): parameters equal those of one process."""
-    assert furthest(runs / "whole", runs / "resized") <= 1e-10
-    resized = rows(runs / "resized")
+    assert max_parameter_difference(runs / "whole", runs / "resized") <= 1e-10
+    resized = read_rows(runs / "resized")
     assert [row["update"] for row in resized] == list(range(1, 26)), "no update is lost, none is run twice"
-    assert [row["lr/value"] for row in resized] == [row["lr/value"] for row in rows(runs / "whole")]
-    resizes = events(runs / "resized", "resize")
+    assert [row["lr/value"] for row in resized] == [row["lr/value"] for row in read_rows(runs / "whole")]
+    resizes = read_events(runs / "resized", "resize")
     assert [(event["from"]["world"], event["to"]["world"]) for event in resizes] == [(2, 1), (1, 3), (3, 4)]
     assert resizes[1]["to"]["shares"] == [17, 17, 16]
     assert resizes[2]["why"] == "3 workers before, 4 now"
 
 
 def test_scaled_batch_and_lr_follow_the_workers(runs: Path) -> None:
-    scaled = rows(runs / "scaled")
+    scaled = read_rows(runs / "scaled")
     assert [row["update"] for row in scaled] == list(range(1, len(scaled) + 1))
     assert scaled[-1]["samples"] == 6 * 203, "every sample of every epoch, once"
     scales = {row["batch/global"]: row["lr/scale"] for row in scaled}
@@ -142,41 +142,41 @@ def test_scaled_batch_and_lr_follow_the_workers(runs: Path) -> None:
 
 def test_shares_follow_the_measured_speeds(runs: Path) -> None:
     """Rank 1 takes four times as long per sample: it ends up with about a fifth of the batch, in the same training."""
-    assert furthest(runs / "balanced-1", runs / "balanced-2") <= 1e-10
-    changes = events(runs / "balanced-2", "plan")[1:]
+    assert max_parameter_difference(runs / "balanced-1", runs / "balanced-2") <= 1e-10
+    changes = read_events(runs / "balanced-2", "plan")[1:]
     assert changes[0]["from"]["shares"] == [25, 25]
     assert changes[0]["shares"][1] <= 15
     assert changes[0]["global"] == 50
     assert changes[0]["why"] == "shares follow the measured speeds of the workers"
-    assert [row["update"] for row in rows(runs / "balanced-2")] == list(range(1, 51))
+    assert [row["update"] for row in read_rows(runs / "balanced-2")] == list(range(1, 51))
 
 
 def test_batch_ramp_is_logged_with_both_lrs(runs: Path) -> None:
-    first, second = events(runs / "ramp", "plan")
+    first, second = read_events(runs / "ramp", "plan")
     assert (first["global"], second["global"], second["from"]["global"]) == (25, 50, 25)
     assert (second["from"]["lr"], second["lr"]) == (0.05, 0.1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_trains(runs: Path, precision: str) -> None:
-    assert rows(runs / precision)[-1]["train/loss"] < 1.0
+    assert read_rows(runs / precision)[-1]["train/loss"] < 1.0
 
 
 def test_loader_processes_change_nothing(runs: Path) -> None:
-    assert furthest(runs / "loaders-0", runs / "loaders-2") == 0.0
+    assert max_parameter_difference(runs / "loaders-0", runs / "loaders-2") == 0.0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mean_loss_alarm_is_raised_only_once(runs: Path, layout: str) -> None:
     """At the start of training, and not again when the run continues."""
-    assert rows(runs / f"mean-{layout}")[-1]["samples"] == 2 * 203
-    (alarm,) = events(runs / f"mean-{layout}", "alarm")
+    assert read_rows(runs / f"mean-{layout}")[-1]["samples"] == 2 * 203
+    (alarm,) = read_events(runs / f"mean-{layout}", "alarm")
     assert alarm["kind"] == "loss"
     assert alarm["detail"].startswith("loss() of Own returns a mean (MeanBackward0) and counts 9: return sums")
 
 
 def test_nan_on_one_rank_is_skipped_and_named(runs: Path) -> None:
-    assert events(runs / "nan", "alarm")[0]["ranks"] == [1]
+    assert read_events(runs / "nan", "alarm")[0]["ranks"] == [1]
     assert all(bool(value.isfinite().all()) for value in parameters(runs / "nan").values())
 
 
@@ -187,5 +187,5 @@ def test_kills_under_own_torchrun_change_nothing(runs: Path) -> None:
     ]
     command = [*TORCHRUN, "--nproc-per-node=3", "--max-restarts=9", "-m", "launcher", *FP64, "run.name=killed"]
     run_command(command, runs, LAUNCHER_TEST_FAULTS="1", FAULT=",".join(kills))
-    assert furthest(runs / "runs/killed", runs / "plain-3") <= 1e-10
-    assert [event["generation"] for event in events(runs / "runs/killed", "start")] == [1, 2, 3, 4]
+    assert max_parameter_difference(runs / "runs/killed", runs / "plain-3") <= 1e-10
+    assert [event["generation"] for event in read_events(runs / "runs/killed", "start")] == [1, 2, 3, 4]

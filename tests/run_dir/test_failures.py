@@ -40,7 +40,7 @@ def test_consequence_is_reported_if_alone(tmp_path: Path) -> None:
 def test_root_cause_is_per_generation(tmp_path: Path) -> None:
     record_failure(tmp_path, 0, "another", generation=1)
     record_failure(tmp_path, 0, "Connection closed by peer", generation=2)
-    assert failures.root_cause(tmp_path, 2) is None, "nobody who could still say why"
+    assert failures.root_cause(tmp_path, 2) is None, "only a consequence was recorded"
     record_failure(tmp_path, 1, "boom", generation=2)
     found = failures.root_cause(tmp_path, 2)
     assert found is not None

@@ -43,9 +43,11 @@ def test_lost_samples_follow_the_checkpoint() -> None:
     before = {"time": 100.0, "samples": 700}
     restarted = RestartCost.from_last_row(before, 500, restarted=True)
     assert restarted.to_metrics(103.5) == {"elastic/recovery_s": 3.5, "elastic/lost_samples": 200}
-    begun_anew = RestartCost.from_last_row(before, 500, restarted=False)
-    assert begun_anew.to_metrics(9e9) == {"elastic/lost_samples": 200}, "a night between two commands is no recovery"
-    assert RestartCost.from_last_row(before, 700, restarted=False).to_metrics(9e9) == {}, "a polite stop loses nothing"
+    new_command = RestartCost.from_last_row(before, 500, restarted=False)
+    assert new_command.to_metrics(9e9) == {"elastic/lost_samples": 200}, "time between commands is not recovery"
+    assert RestartCost.from_last_row(before, 700, restarted=False).to_metrics(9e9) == {}, (
+        "a requested stop loses nothing"
+    )
 
 
 def test_totals_include_superseded_restarts(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_small_model_is_built_on_every_rank() -> None:
         is None
     )
     assert build_on_meta_device(Recipe(tied), replace(FSDP, strategy=StrategyConfig(meta_init=True)), 1) is None, (
-        "of FSDP alone"
+        "only FSDP builds on the meta device"
     )
 
 
@@ -58,14 +58,14 @@ def test_materialize_preserves_tied_tensors() -> None:
     assert isinstance(model, nn.Sequential)
     materialize(model[1])
     assert not model[1].weight.is_meta
-    assert model[0].weight.is_meta, "it is not its turn"
+    assert model[0].weight.is_meta, "only the given submodule is materialised"
     materialize(model)
     assert model[2].weight is model[0].weight
     assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()} == {
         name: (p.shape, p.dtype, p.requires_grad) for name, p in tied().named_parameters()
     }
     assert {name: b.dtype for name, b in model.named_buffers()} == {n: b.dtype for n, b in tied().named_buffers()}
-    assert model[0].weight.decays is False, "what a recipe notes on a parameter stays on it"
+    assert model[0].weight.decays is False, "attributes that a recipe sets on a parameter are kept"
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from launcher.telemetry.sinks.wandb import is_reachable
 from tests.helpers import wandb_file
-from tests.helpers.wandb_server import Server, serving
+from tests.helpers.wandb_server import Server, run_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]  # a real wandb service is started
 
@@ -86,7 +86,7 @@ def get_updates(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def run_record(path: Path) -> Any:
-    return next(record.run for record in wandb_file.records(path) if record.HasField("run"))
+    return next(record.run for record in wandb_file.read_records(path) if record.HasField("run"))
 
 
 def test_missing_key_goes_offline_and_writes_everything(tmp_path: Path) -> None:
@@ -96,16 +96,16 @@ def test_missing_key_goes_offline_and_writes_everything(tmp_path: Path) -> None:
     assert messages == [f"wandb: offline, no API key; to upload later: {how}"]
 
     (path,) = find_files(folder)
-    rows = wandb_file.rows(path)
+    rows = wandb_file.read_rows(path)
     assert get_updates(rows) == list(range(1, 41))
     last = {key: rows[-1][key] for key in ("samples", "stage/data/ms", "stage/data/share", "stage/data/samples_per_s")}
     assert last == {"samples": 2560, "stage/data/ms": 1.5, "stage/data/share": 0.1, "stage/data/samples_per_s": 9.0}
     assert rows[0]["_timestamp"] == 1001.0
 
-    (metric,) = [record.metric for record in wandb_file.records(path) if record.HasField("metric")]
+    (metric,) = [record.metric for record in wandb_file.read_records(path) if record.HasField("metric")]
     assert (metric.glob_name, metric.step_metric) == ("*", "samples")
-    assert wandb_file.summary(path)["event/start"]["world"] == 2
-    assert wandb_file.summary(path)["event/done"]["samples"] == 2560
+    assert wandb_file.read_summary(path)["event/start"]["world"] == 2
+    assert wandb_file.read_summary(path)["event/done"]["samples"] == 2560
 
     record = run_record(path)
     config = {item.key or "/".join(item.nested_key): item.value_json for item in record.config.update}
@@ -119,7 +119,9 @@ def test_restart_continues_same_run_and_steps(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run_program(folder, 1, 5, WANDB_MODE="offline")
     run_program(folder, 6, 9, WANDB_MODE="offline")
-    found = [(run_record(path).run_id, [row["_step"] for row in wandb_file.rows(path)]) for path in find_files(folder)]
+    found = [
+        (run_record(path).run_id, [row["_step"] for row in wandb_file.read_rows(path)]) for path in find_files(folder)
+    ]
     assert sorted(found, key=lambda one: one[1]) == [("run1234", [1, 2, 3, 4, 5]), ("run1234", [6, 7, 8, 9])]
 
 
@@ -128,7 +130,7 @@ def test_exit_code_follows_last_event(tmp_path: Path, ends: str, code: int) -> N
     process = start_program(tmp_path / "run", 1, 2, {}, ends)
     process.communicate("close\n", timeout=60)
     [written] = find_files(tmp_path / "run")
-    assert wandb_file.exit_code(written) == code
+    assert wandb_file.read_exit_code(written) == code
 
 
 def test_wandb_mode_is_obeyed(tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_unreachable_server_goes_offline_and_loses_nothing(tmp_path: Path) -> No
     assert (process.returncode, err) == (0, "")
     assert float(out) < 2
     (path,) = find_files(folder)
-    assert get_updates(wandb_file.rows(path)) == list(range(1, 21))
+    assert get_updates(wandb_file.read_rows(path)) == list(range(1, 21))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 20
 
 
@@ -165,7 +167,7 @@ def test_invalid_key_is_reported_but_not_shown(tmp_path: Path) -> None:
 
 
 def test_reachable_server_gets_everything(tmp_path: Path) -> None:
-    with serving() as server:
+    with run_server() as server:
         process = start_program(tmp_path / "run", 1, 20, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url})
         assert process.stderr is not None
         assert process.stderr.readline() == f"wandb: {server.url}/someone/launcher/runs/run1234\n"
@@ -177,14 +179,14 @@ def test_reachable_server_gets_everything(tmp_path: Path) -> None:
 
 def test_lost_server_delays_close_by_two_seconds(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with serving() as server:
+    with run_server() as server:
         process = start_connected_program(server, folder)
     out, err = process.communicate("close\n", timeout=60)
     assert process.returncode == 0
     assert float(out) < 2.5
     assert err.splitlines() == [f"wandb: no response from the server; to upload later: wandb sync {folder}/wandb/run-*"]
     (path,) = find_files(folder)
-    assert get_updates(wandb_file.rows(path)) == list(range(1, 21))
+    assert get_updates(wandb_file.read_rows(path)) == list(range(1, 21))
 
 
 def start_connected_program(server: Server, folder: Path) -> subprocess.Popen[str]:
@@ -196,7 +198,7 @@ def start_connected_program(server: Server, folder: Path) -> subprocess.Popen[st
 
 
 def test_any_http_response_counts_as_reachable() -> None:
-    with serving() as server:
+    with run_server() as server:
         assert is_reachable(server.url, 5)
         assert is_reachable(f"{server.url}/nothing/here", 5)
     assert not is_reachable(server.url, 5)

@@ -140,7 +140,7 @@ def _render_loss_chart(run: RunReport, marks: Sequence[EventMarker]) -> str:
             series.append(Series(key, colour, tuple(means), tuple(band), dots=colour == 1 and len(curve) <= 60))
     if not series:
         return ""
-    keys = render_legend([(each.label, each.colour) for each in series])
+    keys = render_legend([(line.label, line.colour) for line in series])
     return render_figure("loss", keys, render_line_chart(series, run.samples, "loss", marks, log=True))
 
 
@@ -153,7 +153,7 @@ def _render_noise_chart(run: RunReport, marks: Sequence[EventMarker]) -> str:
     ]
     series = [Series("noise scale", 0, tuple(scale), tuple(bounds[:: max(1, len(bounds) // 160)]))]
     series.append(Series("global batch", 1, tuple(run.get_curve("batch/global")), steps=True))
-    keys = render_legend([(each.label, each.colour) for each in series])
+    keys = render_legend([(line.label, line.colour) for line in series])
     return render_figure(
         "noise scale, samples", keys, render_line_chart(series, run.samples, "noise scale", marks, log=True)
     )

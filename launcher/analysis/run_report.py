@@ -18,7 +18,7 @@ from launcher.system.jsonl import JsonlReader
 from launcher.system.redaction import mask_secrets
 from launcher.system.run_files import DONE_FILE, EVENTS_FILE, RUN_YAML_FILE
 
-__all__ = ["RunReport", "default_output_path", "load_reports"]
+__all__ = ["RunReport", "choose_output_path", "load_reports"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load_reports(names: Sequence[str]) -> Iterator[RunReport]:
             )
 
 
-def default_output_path(names: Sequence[str]) -> Path:
+def choose_output_path(names: Sequence[str]) -> Path:
     """Default path of the page: in the run directory, or in the common parent directory of several runs."""
     folders = [folder for name in names for folder in find_runs(name)]
     if len(folders) == 1:

@@ -25,12 +25,12 @@ from launcher.system.run_files import RUN_YAML_FILE
 __all__ = [
     "LIFECYCLE_EVENTS",
     "find_run",
+    "find_slurm_job",
     "format_failure",
+    "format_status",
     "print_status",
     "run_status",
     "run_stop",
-    "slurm_job_of",
-    "status_line",
     "stop_run",
 ]
 
@@ -72,7 +72,7 @@ def find_run(run: str) -> RunDirectory:
     raise UsageError(f"{run} is not a run: {suggest_runs(RUN_YAML_FILE)}")
 
 
-def slurm_job_of(run_dir: RunDirectory) -> queue.SlurmJob | None:
+def find_slurm_job(run_dir: RunDirectory) -> queue.SlurmJob | None:
     """Return the Slurm job that owns the directory, while it is pending or running."""
     claim = read_claim(run_dir)
     return None if claim is None else queue.query_job(str(claim["job"]).partition("_")[0])
@@ -89,11 +89,11 @@ def stop_run(run: str, *, now: bool, report: Callable[[str], None] = print_stdou
         UsageError: there is no such run, or with `now` it runs on another machine.
     """
     run_dir = find_run(run)
-    if (job := slurm_job_of(run_dir)) is not None:
+    if (job := find_slurm_job(run_dir)) is not None:
         return stop_job(run_dir, job, now=now, report=report)
     owner = find_lock_owner(run_dir.path)
     if owner is None:
-        report(f"{run_dir.path} is not running: {progress_text(run_dir)}")
+        report(f"{run_dir.path} is not running: {format_progress(run_dir)}")
         return EXIT_OK
     if now:
         kill_owner(owner, run_dir)
@@ -102,7 +102,7 @@ def stop_run(run: str, *, now: bool, report: Callable[[str], None] = print_stdou
         report(f"{run_dir.path}: asked {owner} to save and stop")
     while find_lock_owner(run_dir.path) is not None:
         time.sleep(STOP_POLL_INTERVAL_S)
-    report(f"{run_dir.path} {'ended' if now else 'stopped'}: {progress_text(run_dir)}")
+    report(f"{run_dir.path} {'ended' if now else 'stopped'}: {format_progress(run_dir)}")
     return EXIT_OK
 
 
@@ -121,7 +121,7 @@ def stop_job(run_dir: RunDirectory, job: queue.SlurmJob, *, now: bool, report: C
             run_dir.request_stop(STOP_REASON)  # repeated, because a starting run clears old requests
             queue.signal_job(job.id)
         time.sleep(JOB_POLL_INTERVAL_S)
-    report(f"{run_dir.path} {'ended' if now else 'stopped'}: {progress_text(run_dir)}")
+    report(f"{run_dir.path} {'ended' if now else 'stopped'}: {format_progress(run_dir)}")
     return EXIT_OK
 
 
@@ -132,14 +132,14 @@ def print_status(run: str, report: Callable[[str], None] = print_stdout) -> int:
         UsageError: there is no such run.
     """
     run_dir = find_run(run)
-    report(status_line(run_dir, slurm_job_of(run_dir) or find_lock_owner(run_dir.path)))
+    report(format_status(run_dir, find_slurm_job(run_dir) or find_lock_owner(run_dir.path)))
     return EXIT_OK
 
 
-def status_line(run_dir: RunDirectory, owner: queue.SlurmJob | LockOwner | None) -> str:
+def format_status(run_dir: RunDirectory, owner: queue.SlurmJob | LockOwner | None) -> str:
     """Describe what runs the run, and its progress."""
     state = f"is run by {owner} since {owner.since}" if isinstance(owner, LockOwner) else f"is {owner}"
-    return f"{run_dir.path} {'is not running' if owner is None else state}: {progress_text(run_dir)}"
+    return f"{run_dir.path} {'is not running' if owner is None else state}: {format_progress(run_dir)}"
 
 
 def kill_owner(owner: LockOwner, run_dir: RunDirectory) -> None:
@@ -149,7 +149,7 @@ def kill_owner(owner: LockOwner, run_dir: RunDirectory) -> None:
     os.kill(owner.torchrun or owner.pid, signal.SIGKILL)
 
 
-def progress_text(run_dir: RunDirectory) -> str:
+def format_progress(run_dir: RunDirectory) -> str:
     done = run_dir.read_done()
     if done is not None:
         return f"complete, {done['samples']:,} samples in {done['updates']:,} updates"

@@ -103,10 +103,10 @@ def format_check(check: CheckResult, style: Style) -> str:
     return "\n".join([first.replace(mark, style(mark, GREEN if check.ok else RED), 1), *rest])
 
 
-def iter_checks(here: Path) -> Iterator[CheckResult]:
+def iter_checks(folder: Path) -> Iterator[CheckResult]:
     """Yield all checks in the order in which to fix them; the job, which depends on the others, comes last."""
-    requirements = declared_requirements()
-    torch_info = machine_checks.inspect_torch_in_subprocess(here, "torch" + requirements[""]["torch"])
+    requirements = read_requirements()
+    torch_info = machine_checks.inspect_torch_in_subprocess(folder, "torch" + requirements[""]["torch"])
     yield check_version(
         "python", ".".join(map(str, sys.version_info[:3])), metadata(DISTRIBUTION_NAME)["Requires-Python"]
     )
@@ -122,9 +122,9 @@ def iter_checks(here: Path) -> Iterator[CheckResult]:
     yield machine_checks.check_shared_memory(machine_checks.SHM_PATH)
     yield machine_checks.check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
     yield machine_checks.check_cores(
-        len(os.sched_getaffinity(0)), machine_checks.cgroup_cpu_limit(machine_checks.CPU_MAX_PATH), os.environ
+        len(os.sched_getaffinity(0)), machine_checks.read_cgroup_cpu_limit(machine_checks.CPU_MAX_PATH), os.environ
     )
-    yield machine_checks.check_run_folder(here / "runs" if (here / "runs").is_dir() else here)
+    yield machine_checks.check_run_folder(folder / "runs" if (folder / "runs").is_dir() else folder)
     yield machine_checks.check_wandb(os.environ)
     yield machine_checks.check_slurm()
     yield from (check_optional_extra(name, needs) for name, needs in requirements.items() if name not in ("", "dev"))
@@ -139,7 +139,7 @@ def iter_checks(here: Path) -> Iterator[CheckResult]:
 # --- installed packages -------------------------------------------------------------------------------------------
 
 
-def declared_requirements() -> Mapping[str, dict[str, str]]:
+def read_requirements() -> Mapping[str, dict[str, str]]:
     """Return the version bounds of pyproject.toml by extra and package; the extra "" holds the required packages."""
     bounds: dict[str, dict[str, str]] = {}
     for line in requires(DISTRIBUTION_NAME) or ():
@@ -150,7 +150,7 @@ def declared_requirements() -> Mapping[str, dict[str, str]]:
     return bounds
 
 
-def version_satisfies(installed: str, bounds: str) -> bool:
+def is_version_within(installed: str, bounds: str) -> bool:
     """Whether a version such as 2.13.0+cpu satisfies bounds such as `>=2.8,<3`."""
     compare = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
     return all(
@@ -177,14 +177,14 @@ def check_version(name: str, installed: str, bounds: str) -> CheckResult:
     )
     return (
         CheckResult(name, True, installed)
-        if version_satisfies(installed, bounds)
+        if is_version_within(installed, bounds)
         else CheckResult(name, False, f"{installed} is not {bounds}", fix)
     )
 
 
 def check_packages(required: Mapping[str, str]) -> CheckResult:
     wrong = [
-        name for name, bounds in required.items() if not version_satisfies(get_installed_version(name) or "0", bounds)
+        name for name, bounds in required.items() if not is_version_within(get_installed_version(name) or "0", bounds)
     ]
     detail = ", ".join(f"{name} {get_installed_version(name) or 'is not installed'}" for name in wrong)
     fix = " ".join(["pip install", *(f"'{name}{required[name]}'" for name in wrong)])
@@ -204,7 +204,7 @@ def check_optional_extra(name: str, needs: Mapping[str, str]) -> CheckResult:
     return CheckResult(
         title,
         True,
-        installed if version_satisfies(installed, needs[title]) else f"{installed} is not {needs[title]}: {install}",
+        installed if is_version_within(installed, needs[title]) else f"{installed} is not {needs[title]}: {install}",
     )
 
 

@@ -40,7 +40,7 @@ def run_folder(args: Sequence[str]) -> int:
     """Print the run directory, for a Slurm job script."""
     from launcher.slurm import submit
 
-    print(submit.job_run_directory(resolve_config(args), get_slurm_job_id(), restarted=count_slurm_restarts() > 0))
+    print(submit.create_job_directory(resolve_config(args), get_slurm_job_id(), restarted=count_slurm_restarts() > 0))
     return EXIT_OK
 
 

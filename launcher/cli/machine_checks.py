@@ -22,7 +22,6 @@ from launcher.system.formatting import format_bytes, format_duration, format_plu
 __all__ = [
     "CheckResult",
     "TorchInfo",
-    "cgroup_cpu_limit",
     "check_address",
     "check_backends",
     "check_cores",
@@ -33,6 +32,7 @@ __all__ = [
     "check_slurm",
     "check_wandb",
     "inspect_torch_in_subprocess",
+    "read_cgroup_cpu_limit",
 ]
 
 SHM_PATH, CPU_MAX_PATH = Path("/dev/shm"), Path("/sys/fs/cgroup/cpu.max")
@@ -100,7 +100,7 @@ def check_open_files(soft: int, hard: int) -> CheckResult:
     )
 
 
-def cgroup_cpu_limit(cpu_max: Path) -> float | None:
+def read_cgroup_cpu_limit(cpu_max: Path) -> float | None:
     """Return the CPU limit of the control group in cores; None if it sets none."""
     try:
         quota, period = cpu_max.read_text().split()

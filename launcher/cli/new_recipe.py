@@ -37,19 +37,19 @@ def run_new(args: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def write_skeleton(name: str, here: Path) -> str:
-    """Write NAME.py and its YAML into the folder `here`; return the message with the files and the next commands.
+def write_skeleton(name: str, folder: Path) -> str:
+    """Write NAME.py and its YAML into a folder; return the message with the files and the next commands.
 
     Raises:
         UsageError: the name cannot be used, or a file already exists; nothing was written.
     """
-    problem = name_error(name, here)
+    problem = check_recipe_name(name, folder)
     if problem is not None:
         raise UsageError(
-            f"{' '.join(name.split()) or repr(name)} {problem}: type launcher new {find_free_name(name, here)}"
+            f"{' '.join(name.split()) or repr(name)} {problem}: type launcher new {find_free_name(name, folder)}"
         )
     texts = make_file_texts(name)
-    write_new_files({here / path: text for path, text in texts.items()})
+    write_new_files({folder / path: text for path, text in texts.items()})
     args = f"--config-dir {CONFIG_NAME} recipe={name}"
     head = "The recipe trains unchanged. To train it, check its loss, or choose its batch:"
     commands = (
@@ -75,7 +75,7 @@ def make_class_name(name: str) -> str:
     return f"{class_name}Recipe" if is_taken and class_name != TEMPLATE_CLASS else class_name
 
 
-def name_error(name: str, here: Path) -> str | None:
+def check_recipe_name(name: str, folder: Path) -> str | None:
     """Explain why a recipe cannot have this name; None if it can."""
     if not NAME_PATTERN.fullmatch(name):
         return "is not a valid recipe name: use a letter, then letters, digits and _, at most 40"
@@ -84,27 +84,27 @@ def name_error(name: str, here: Path) -> str | None:
     if name in list_shipped_recipes():
         return "is the name of a built-in recipe"
     for path in make_file_texts(name):
-        if (here / path).exists() or (here / path).is_symlink():
+        if (folder / path).exists() or (folder / path).is_symlink():
             return f"is taken: {path} already exists and is not overwritten"
-    return shadowing_module(name, here)
+    return find_shadowed_module(name, folder)
 
 
-def shadowing_module(name: str, here: Path) -> str | None:
+def find_shadowed_module(name: str, folder: Path) -> str | None:
     """Explain which module NAME.py would shadow for imports in this folder, or which would shadow it."""
     if name in sys.stdlib_module_names:
         return "is a module of the Python standard library, which a file of that name would shadow"
     spec = find_spec(name)
     if spec is None:
         return None
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if spec.origin is None and folders == [here.resolve() / name]:
+    locations = [Path(location) for location in spec.submodule_search_locations or ()]
+    if spec.origin is None and locations == [folder.resolve() / name]:
         return None  # a plain folder without __init__.py: the file takes precedence
-    return f"is an installed module ({spec.origin or folders[0]}), which a file of that name would shadow"
+    return f"is an installed module ({spec.origin or locations[0]}), which a file of that name would shadow"
 
 
-def find_free_name(name: str, here: Path) -> str:
+def find_free_name(name: str, folder: Path) -> str:
     """Return a valid, unused name that is close to `name`."""
-    return next(free for free in _iter_candidate_names(name) if name_error(free, here) is None)
+    return next(free for free in _iter_candidate_names(name) if check_recipe_name(free, folder) is None)
 
 
 def _iter_candidate_names(name: str) -> Iterator[str]:

@@ -45,11 +45,11 @@ def run_report(args: Sequence[str]) -> int:
     if not parsed.paths:
         raise UsageError("report: type launcher report RUN..., or launcher report RUN... -o FILE.html")
     from launcher.analysis.html_report import render_report
-    from launcher.analysis.run_report import default_output_path, load_reports
+    from launcher.analysis.run_report import choose_output_path, load_reports
 
     runs = list(load_reports(parsed.paths))
     print_notes(run.history.describe_unreadable() for run in runs)
-    write_output_file(Path(parsed.output) if parsed.output else default_output_path(parsed.paths), render_report(runs))
+    write_output_file(Path(parsed.output) if parsed.output else choose_output_path(parsed.paths), render_report(runs))
     return EXIT_OK
 
 

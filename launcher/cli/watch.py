@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from launcher.cli import control
 from launcher.cli.arguments import handle_help_flag
-from launcher.cli.control import LIFECYCLE_EVENTS, find_run, format_failure, status_line
+from launcher.cli.control import LIFECYCLE_EVENTS, find_run, format_failure, format_status
 from launcher.errors import EXIT_OK, UsageError
 from launcher.run_dir.lock import LockOwner, find_lock_owner
 from launcher.run_dir.metrics_reader import POSITION_FIELDS
@@ -78,7 +78,7 @@ def follow_run(
     run_dir, query_owner = view.run_dir, query or find_owner
     owner = query_owner(run_dir, None)
     if owner is None and run_dir.read_done() is None:
-        return view.print_line(status_line(run_dir, owner))
+        return view.print_line(format_status(run_dir, owner))
     view.poll()
     last_line_s = last_query_s = clock()
     misses = 0
@@ -95,12 +95,12 @@ def follow_run(
         if view.poll():
             last_line_s = clock()
         restarts = restarts and view.ended == "done"
-    return view.close() if view.ended == "done" else view.print_line(status_line(run_dir, None))
+    return view.close() if view.ended == "done" else view.print_line(format_status(run_dir, None))
 
 
 def find_owner(run_dir: RunDirectory, previous: RunOwner) -> RunOwner:
     """Find what runs it. Between worker restarts the user's torchrun holds no lock, so its process is checked."""
-    owner = control.slurm_job_of(run_dir) or find_lock_owner(run_dir.path)
+    owner = control.find_slurm_job(run_dir) or find_lock_owner(run_dir.path)
     if owner is None and isinstance(previous, LockOwner) and previous.is_local and previous.torchrun:
         return previous if is_running(previous.torchrun) else None
     return owner
@@ -144,7 +144,7 @@ class LiveView:
         is_queued = isinstance(owner, SlurmJob) and owner.is_pending
         reason = f"queued {owner}" if is_queued else "" if self._generation else "starting"
         if reason and reason != self._waiting_reason:
-            self.print_line(f"{status_line(self.run_dir, owner)}; waiting for it to start")
+            self.print_line(f"{format_status(self.run_dir, owner)}; waiting for it to start")
         self._waiting_reason = reason
 
     def print_line(self, text: str) -> None:

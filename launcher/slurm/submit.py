@@ -25,7 +25,7 @@ from launcher.system.atomic_files import make_private_dir
 from launcher.system.redaction import mask_secrets
 from launcher.system.stderr import print_stderr
 
-__all__ = ["compute_requeue_status", "job_run_directory", "submit_run"]
+__all__ = ["compute_requeue_status", "create_job_directory", "submit_run"]
 
 MAX_FAILURES_PER_CHECKPOINT = 3  # failures since the same checkpoint after which a job is not requeued
 
@@ -82,7 +82,7 @@ def validate_request(config: RunConfig, world_size: int | None) -> None:
 # --- on the nodes -------------------------------------------------------------------------------------------------
 
 
-def job_run_directory(config: RunConfig, job: str | None, *, restarted: bool) -> Path:
+def create_job_directory(config: RunConfig, job: str | None, *, restarted: bool) -> Path:
     """Create the job's run directory and mark it as the job's; a restarted job gets its previous directory.
 
     Raises:
@@ -91,7 +91,7 @@ def job_run_directory(config: RunConfig, job: str | None, *, restarted: bool) ->
     if job is None:
         raise UsageError("the folder command is for Slurm job scripts only: type sbatch slurm/train.sbatch ...")
     requested = run_path(config, job, 1, job=job)
-    path = next(iter(directories_of_job(requested, job)), None) if restarted else None
+    path = next(iter(find_job_directories(requested, job)), None) if restarted else None
     if path is None:  # otherwise it was checked before; importing the recipe may take seconds
         validate_request(config, None)
         path = resolve_directory(config, requested)[1]
@@ -112,7 +112,7 @@ def check_script_path(path: Path) -> None:
         raise UsageError(f"run.dir={' '.join(str(path).split())} holds a quote or a backslash: type another run.dir=")
 
 
-def directories_of_job(requested: Path, job: str) -> list[Path]:
+def find_job_directories(requested: Path, job: str) -> list[Path]:
     """Directories that belong to the job: `requested`, or numbered variants of it."""
     candidates = [requested, *requested.parent.glob(f"{requested.name}-*")]
     claims = [(path, read_claim(RunDirectory(path))) for path in candidates]

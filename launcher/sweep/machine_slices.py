@@ -64,11 +64,11 @@ def divide_machine(count: int, configs: Sequence[RunConfig], machine: MachineRes
     """
     slices = make_slices(count, machine)
     for config in configs:
-        if (problem := missing_resources(config, slices[-1], machine)) is not None and count > 1:
+        if (problem := describe_missing_resources(config, slices[-1], machine)) is not None and count > 1:
             fitting = [
                 fewer
                 for fewer in range(2, count)
-                if missing_resources(config, make_slices(fewer, machine)[-1], machine) is None
+                if describe_missing_resources(config, make_slices(fewer, machine)[-1], machine) is None
             ]
             raise UsageError(
                 f"sweep.max_parallel={count}: {problem}: type sweep.max_parallel={max(fitting, default=1)}"
@@ -76,7 +76,7 @@ def divide_machine(count: int, configs: Sequence[RunConfig], machine: MachineRes
     return slices
 
 
-def missing_resources(config: RunConfig, machine_slice: MachineSlice, machine: MachineResources) -> str | None:
+def describe_missing_resources(config: RunConfig, machine_slice: MachineSlice, machine: MachineResources) -> str | None:
     """Describe the resource a slice lacks for a point, or None if it fits. Each thread and loader needs one core."""
     workers = machine_slice.count_workers(config)
     threads = 1 if config.elastic.exact else config.launch.threads or 1

@@ -22,10 +22,10 @@ __all__ = [
     "STOPPED",
     "PointOutcome",
     "choose_sweep_directory",
+    "describe_outcome",
+    "find_worst_status",
+    "make_point_config",
     "mask_hydra_file",
-    "outcome_word",
-    "point_config",
-    "worst_status",
 ]
 
 FINISHED, STOPPED, NOT_RUN = "finished", "stopped", "not run"
@@ -58,7 +58,7 @@ def choose_sweep_directory(run: RunDirConfig, now: float | None = None) -> Path:
     return next(folder for folder in candidates if not folder.exists())
 
 
-def point_config(config: RunConfig, folder: Path, number: int | str) -> RunConfig:
+def make_point_config(config: RunConfig, folder: Path, number: int | str) -> RunConfig:
     """Configure point `number`: a run directory `<folder>/<number>`, and the wandb group shared by the sweep."""
     name = f"{folder.name}-{number}"
     if "wandb" in config.sink:
@@ -81,11 +81,11 @@ def mask_hydra_file(file: Path) -> None:
     temporary.replace(file)
 
 
-def worst_status(outcomes: Sequence[PointOutcome]) -> int:
+def find_worst_status(outcomes: Sequence[PointOutcome]) -> int:
     return max((outcome.status for outcome in outcomes), default=EXIT_OK)
 
 
-def outcome_word(config: RunConfig, status: int) -> str:
+def describe_outcome(config: RunConfig, status: int) -> str:
     """Outcome word for the exit status of a point that has run or was submitted to Slurm."""
     if status != EXIT_OK:
         return f"failed ({status})"

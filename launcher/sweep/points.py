@@ -30,11 +30,11 @@ from launcher.system.stderr import print_stderr
 __all__ = [
     "PointFunction",
     "PointTask",
-    "point_overrides",
     "quote_override",
     "run_in_directory",
     "run_point",
     "run_points",
+    "select_point_overrides",
 ]
 
 #: Runs one point of a sweep, given its configuration and the equivalent command-line arguments.
@@ -113,15 +113,15 @@ def run_in_directory(
         composed = compose()
         for note in composed.notes:
             print_stderr(f"note: {note}")
-        config = outcome.point_config(composed.config, folder, number)
+        config = outcome.make_point_config(composed.config, folder, number)
         args = [
             *task.flags,
-            *point_overrides(overrides),
+            *select_point_overrides(overrides),
             f"run.dir={quote_override(config.run.dir)}",
             *make_group_override(config),
         ]
         status = task.point(config, args)
-        return outcome.outcome_word(config, status), status
+        return outcome.describe_outcome(config, status), status
     except UsageError as error:
         print_stderr(f"error: {error}")
         return f"failed ({EXIT_USAGE})", EXIT_USAGE
@@ -130,7 +130,7 @@ def run_in_directory(
         return f"failed ({EXIT_FAILED})", EXIT_FAILED
 
 
-def point_overrides(overrides: Sequence[str]) -> list[str]:
+def select_point_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides that apply to a point: without sweep.* and without the sweep's run directory."""
     return [word for word in overrides if not word.startswith("sweep.") and word.partition("=")[0] not in RUN_DIR_KEYS]
 

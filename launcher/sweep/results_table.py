@@ -158,14 +158,14 @@ def average_metrics(group: Sequence[PointMetrics]) -> PointMetrics:
     return PointMetrics(
         batch=first.batch,
         lr=first.lr,
-        seconds=mean_of_all([point.seconds for point in group]),
-        target_s=mean_of_all([point.target_s for point in group]),
+        seconds=average_if_complete([point.seconds for point in group]),
+        target_s=average_if_complete([point.target_s for point in group]),
         metric=first.metric,
-        best=mean_of_all([point.best for point in group]),
+        best=average_if_complete([point.best for point in group]),
     )
 
 
-def mean_of_all(values: Sequence[float | None]) -> float | None:
+def average_if_complete(values: Sequence[float | None]) -> float | None:
     """The mean, or None if a value is missing."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None

@@ -19,7 +19,7 @@ from launcher.sweep.machine_slices import MachineResources, divide_machine
 from launcher.sweep.optuna_search import OptunaSearch, check_optuna
 from launcher.sweep.parallel_points import ParallelRunner, PointJob
 from launcher.sweep.point_metrics import is_lower_better, read_objective, read_point_metrics
-from launcher.sweep.points import PointFunction, PointTask, point_overrides, run_in_directory, run_points
+from launcher.sweep.points import PointFunction, PointTask, run_in_directory, run_points, select_point_overrides
 from launcher.sweep.results_table import format_sweep_table
 from launcher.system.atomic_files import make_private_dir
 from launcher.system.redaction import mask_secrets
@@ -55,7 +55,7 @@ def run_sweep(args: Sequence[str], point: PointFunction) -> int:
         else:
             outcomes = run_points(composer, task, folder, request.overrides)
     print(format_sweep_table(folder, outcomes))
-    return outcome.worst_status(outcomes)
+    return outcome.find_worst_status(outcomes)
 
 
 def require_local(settings: SweepConfig, request: SweepRequest, task: PointTask) -> None:
@@ -121,7 +121,7 @@ class SweepProgress:
         print_stderr(f"point {job.number} {', '.join(facts)} (log: {job.log})")
 
     def make_outcome(self, number: int, overrides: Sequence[str]) -> outcome.PointOutcome:
-        status, own_overrides = self._statuses.get(number), tuple(point_overrides(overrides))
+        status, own_overrides = self._statuses.get(number), tuple(select_point_overrides(overrides))
         if status is None:
             return outcome.PointOutcome(number, own_overrides, EXIT_OK, outcome.NOT_RUN)
         is_done = RunDirectory(self._folder / str(number)).done_json.exists()
@@ -138,7 +138,7 @@ def run_point_in_process(
     folder: Path, task: PointTask, number: int, overrides: Sequence[str], compose: Callable[[], ComposedConfig]
 ) -> int:
     """Run one point in its own process."""
-    print_stderr(f"point {number}: {' '.join(point_overrides(overrides))}")
+    print_stderr(f"point {number}: {' '.join(select_point_overrides(overrides))}")
     return run_in_directory(task, folder, str(number), compose, overrides)[1]
 
 
@@ -192,7 +192,7 @@ def run_search(
     print_best_point(search, objective)
     return [
         outcome.PointOutcome(
-            number, tuple(point_overrides([*fixed, *chosen])), EXIT_FAILED * (ended == "failed"), ended
+            number, tuple(select_point_overrides([*fixed, *chosen])), EXIT_FAILED * (ended == "failed"), ended
         )
         for number, chosen, ended in search.list_results()
     ]
@@ -210,7 +210,9 @@ def iter_boundary_points(axes: Sequence[SearchAxis]) -> Iterator[list[str]]:
 
 def make_search_fingerprint(fixed: Sequence[str], axes: Sequence[SearchAxis], objective: Objective) -> dict[str, str]:
     """Fingerprint of the search; a change means that it is a different search."""
-    values = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in point_overrides(fixed))}
+    values = {
+        key.lstrip("+"): value for key, _, value in (word.partition("=") for word in select_point_overrides(fixed))
+    }
     values = {key: mask_secrets(value) for key, value in values.items() if not may_change_on_resume(key)}
     return {**values, **{axis.name: repr(axis) for axis in axes}, "sweep.metric": objective.metric}
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from launcher.cli import new_recipe
-from launcher.cli.new_recipe import find_free_name, make_class_name, make_file_texts, name_error, write_skeleton
+from launcher.cli.new_recipe import check_recipe_name, find_free_name, make_class_name, make_file_texts, write_skeleton
 from launcher.config.compose import compose
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes
@@ -165,10 +165,10 @@ def test_existing_files_are_never_overwritten(cwd: Path, existing: str) -> None:
 
 def test_name_of_existing_package_is_refused(cwd: Path) -> None:
     (cwd / "disc").mkdir()
-    assert name_error("disc", cwd) is None, "a folder with data is no package"
+    assert check_recipe_name("disc", cwd) is None, "a folder with data is no package"
     (cwd / "disc" / "__init__.py").touch()
     importlib.invalidate_caches()
-    assert "is an installed module" in str(name_error("disc", cwd))
+    assert "is an installed module" in str(check_recipe_name("disc", cwd))
     assert find_free_name("disc", cwd) == "my_disc"
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.schema import RunConfig
-from launcher.distributed.worker_env import isolation_env
+from launcher.distributed.worker_env import make_isolation_env
 
-__all__ = ["NPROC_FLAG", "UNLIMITED_RESTARTS", "Command", "make_torchrun_command", "probe_command"]
+__all__ = ["NPROC_FLAG", "UNLIMITED_RESTARTS", "Command", "make_probe_command", "make_torchrun_command"]
 
 
 NPROC_FLAG = "--nproc-per-node="
@@ -49,10 +49,10 @@ def make_torchrun_command(config: RunConfig, workers: int, handover: Path, repor
         "worker",
         str(handover),
     )
-    return Command(argv, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **isolation_env(config, workers)})
+    return Command(argv, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **make_isolation_env(config, workers)})
 
 
-def probe_command(config: RunConfig, workers: int, handover: Path) -> Command:
+def make_probe_command(config: RunConfig, workers: int, handover: Path) -> Command:
     """Command for a process that forks `workers` measuring processes, also on the loopback."""
     argv = (sys.executable, "-m", "launcher", "probe", f"{NPROC_FLAG}{workers}", str(handover))
-    return Command(argv, isolation_env(config, workers))
+    return Command(argv, make_isolation_env(config, workers))

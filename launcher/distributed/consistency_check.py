@@ -12,7 +12,7 @@ from launcher.topology import Topology
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-__all__ = ["check_ranks_agree", "first_mismatch"]
+__all__ = ["check_ranks_agree", "find_first_mismatch"]
 
 SetupT = TypeVar("SetupT")
 
@@ -38,13 +38,13 @@ def check_ranks_agree(
         store.set(f"hello/{topology.rank}", json.dumps(report))
     if topology.rank == 0:
         others = [json.loads(store.get(f"hello/{rank}")) for rank in range(1, topology.world)]
-        store.set("verdict", first_mismatch([report, *others]))
+        store.set("verdict", find_first_mismatch([report, *others]))
     if mismatch := store.get("verdict").decode():
         raise UsageError(mismatch)
     return setup
 
 
-def first_mismatch(reports: Sequence[Mapping[str, Any]]) -> str:
+def find_first_mismatch(reports: Sequence[Mapping[str, Any]]) -> str:
     """The first error or difference in the ranks' reports; an empty string if there is none."""
     for rank, report in enumerate(reports):
         if "error" in report:

@@ -14,7 +14,7 @@ from launcher.plan.batch import BatchPlan, PlanError
 from launcher.plan.timeline import Update
 from launcher.telemetry.stages import PER_SAMPLE_STAGES, STAGES
 
-__all__ = ["BALANCE_WINDOW", "LoadBalancer", "SpeedWindow", "faster_shares"]
+__all__ = ["BALANCE_WINDOW", "LoadBalancer", "SpeedWindow", "find_faster_shares"]
 
 BALANCE_WINDOW = 20
 MIN_SPEEDUP = 1.05
@@ -42,7 +42,9 @@ class SpeedWindow:
         return tuple(share / ms for share, ms in zip(self.plan.shares, work_ms, strict=True))
 
 
-def faster_shares(measured: SpeedWindow, make_plan: Callable[[Sequence[float]], BatchPlan]) -> tuple[float, ...] | None:
+def find_faster_shares(
+    measured: SpeedWindow, make_plan: Callable[[Sequence[float]], BatchPlan]
+) -> tuple[float, ...] | None:
     """Return the measured speeds if planning with them makes the slowest rank more than 5 % faster; else None.
 
     A smaller gain is noise, and every change discards the data that the loaders have prefetched.
@@ -84,4 +86,4 @@ class LoadBalancer:
         self._speeds = self._speeds.with_update([sum(times[stage] for stage in work_stages) for times in stages_ms])
         self._seen += 1
         if self._seen % BALANCE_WINDOW == 0:
-            self.new_speeds = faster_shares(self._speeds, self._make_plan)
+            self.new_speeds = find_faster_shares(self._speeds, self._make_plan)

@@ -19,7 +19,7 @@ __all__ = [
     "gather_to_rank0",
     "init_process_group",
     "make_loopback_store",
-    "sub_store",
+    "make_sub_store",
 ]
 
 STORE_POLL_S = 0.01
@@ -104,7 +104,7 @@ def broadcast_text(store: dist.Store, text: str | None) -> str:
     return store.get("text").decode()
 
 
-def sub_store(store: dist.Store, name: str) -> dist.Store:
+def make_sub_store(store: dist.Store, name: str) -> dist.Store:
     """The section `name` of the store."""
     return dist.PrefixStore(name, store)
 

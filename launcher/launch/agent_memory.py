@@ -12,7 +12,7 @@ from launcher.run_dir.run_directory import RUNS_DIR
 from launcher.system.atomic_files import atomic_write_text, make_private_dir
 from launcher.system.processes import read_start_time
 
-__all__ = ["AGENT_MEMORY_DIR", "AgentMemory", "agent_memory_path", "load_agent_memory", "save_agent_memory"]
+__all__ = ["AGENT_MEMORY_DIR", "AgentMemory", "get_agent_memory_path", "load_agent_memory", "save_agent_memory"]
 
 
 AGENT_MEMORY_DIR = RUNS_DIR / ".agents"
@@ -37,7 +37,7 @@ class AgentMemory:
 def load_agent_memory() -> AgentMemory | None:
     """Load what an earlier worker of the same agent decided; None at the agent's first start of its workers."""
     try:
-        return AgentMemory.from_json(agent_memory_path().read_text())
+        return AgentMemory.from_json(get_agent_memory_path().read_text())
     except FileNotFoundError:
         return None
 
@@ -50,9 +50,9 @@ def save_agent_memory(memory: AgentMemory) -> None:
         pid, _, start = agent.partition("-")
         if host == socket.gethostname() and pid.isdigit() and str(read_start_time(int(pid))) != start:
             old.unlink(missing_ok=True)
-    atomic_write_text(agent_memory_path(), memory.to_json())
+    atomic_write_text(get_agent_memory_path(), memory.to_json())
 
 
-def agent_memory_path() -> Path:
+def get_agent_memory_path() -> Path:
     agent = os.getppid()
     return AGENT_MEMORY_DIR / f"{socket.gethostname()}@{agent}-{read_start_time(agent)}"

@@ -216,7 +216,7 @@ def agree_on_job(topology: Topology, decide: DecideFn, loopback: bool) -> Agreed
 
         request = decision.measurement
         measurement = measure_in_sidecars(to_mapping(request.config), request.token, topology, store)
-        store = rendezvous.sub_store(store, "answered")
+        store = rendezvous.make_sub_store(store, "answered")
         choice = decide_or_abort(decide, recalled, measurement, store) if topology.rank == 0 else None
         decision = broadcast_decision(store, choice)
     claim = choice if isinstance(choice, RunDirClaim) else None

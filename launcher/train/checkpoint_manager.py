@@ -23,7 +23,7 @@ from launcher.topology import Topology
 from launcher.train.metrics_recorder import plan_to_dict
 from launcher.train.state import TrainState
 
-__all__ = ["CheckpointManager", "CheckpointOptions", "checkpoint_name"]
+__all__ = ["CheckpointManager", "CheckpointOptions", "format_checkpoint_name"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class CheckpointManager:
         )
         protect = frozenset([state.best_checkpoint] if state.best_checkpoint else [])
         self._rows_are_written.clear()
-        name = checkpoint_name(state)
+        name = format_checkpoint_name(state)
         self._writer = threading.Thread(
             target=self._write_checkpoint, args=(name, saved, shard, protect), name="checkpoint"
         )
@@ -184,6 +184,6 @@ class CheckpointManager:
             self._logger.log_event(name, **facts)
 
 
-def checkpoint_name(state: TrainState) -> str:
+def format_checkpoint_name(state: TrainState) -> str:
     """The checkpoint's name, which contains the zero-padded update number so that names sort by age."""
     return f"update-{state.position.update:08d}"

@@ -8,7 +8,7 @@ from launcher.checkpoint import tensor_io
 from launcher.checkpoint.manifest import open_checkpoint
 from launcher.distributed.stop_requests import StopLevel
 from launcher.run_dir.restart_cost import sum_restart_costs
-from launcher.train.checkpoint_manager import checkpoint_name
+from launcher.train.checkpoint_manager import format_checkpoint_name
 from launcher.train.context import TrainContext
 from launcher.train.rank_setup import RankJob
 from launcher.train.state import TrainState
@@ -41,7 +41,7 @@ def finish_run(job: RankJob, context: TrainContext, state: TrainState, level: St
 def export_parameters(job: RankJob, state: TrainState, checkpoints_dir: Path) -> None:
     """Write the parameters of the final checkpoint, and of the best one if there is one, as safetensors files."""
     run_dir = job.spec.run_dir
-    final_path = checkpoints_dir / checkpoint_name(state)
+    final_path = checkpoints_dir / format_checkpoint_name(state)
     resumed = job.setup.checkpoint
     # The final checkpoint is absent if training had already ended at a checkpoint that the user named.
     final = resumed if resumed is not None and not final_path.is_dir() else open_checkpoint(final_path)

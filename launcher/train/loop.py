@@ -12,10 +12,10 @@ from launcher.plan.batch import BatchPlan
 from launcher.plan.lr_schedule import LrSchedule
 from launcher.plan.timeline import Update
 from launcher.telemetry.deferred_scalars import DeferredScalars, UpdateScalars
-from launcher.train.checkpoint_manager import checkpoint_name
+from launcher.train.checkpoint_manager import format_checkpoint_name
 from launcher.train.context import TrainContext
 from launcher.train.metrics_recorder import UpdateResult, plan_to_dict
-from launcher.train.micro_batches import LossSums, backward, forward, iter_micro_batches, loss_normalizer
+from launcher.train.micro_batches import LossSums, backward, compute_loss_normalizer, forward, iter_micro_batches
 from launcher.train.profiler import profile_updates
 from launcher.train.state import MetricTarget, TrainState
 
@@ -55,7 +55,7 @@ def train(context: TrainContext, state: TrainState) -> tuple[TrainState, StopLev
         state = apply_gathered_stats(context, state, gathered, deferred.update)
         state = apply_batch_change(context, state, deferred.update, update)
 
-        lr = lr_at(state.schedule, update)
+        lr = compute_lr(state.schedule, update)
         deferred = step_optimizer(context, update, lr, losses, gathered)
         state, metrics = validate_if_due(context, state.advance(update), update)
         should_stop = gathered.stop != StopLevel.CONTINUE or state.should_stop_at_target(context.training_plan)
@@ -170,7 +170,7 @@ class LrAndMomentum:
     momentum: float | None
 
 
-def lr_at(schedule: LrSchedule, update: Update) -> LrAndMomentum:
+def compute_lr(schedule: LrSchedule, update: Update) -> LrAndMomentum:
     """Learning rate and momentum at `update`; a partial update keeps the learning rate of the full plan."""
     batch = update.full_plan.global_batch
     lr = schedule.lr(update.start, batch)
@@ -182,7 +182,7 @@ def step_optimizer(
 ) -> DeferredScalars:
     """Take the optimizer step, and start to copy the scalars of the update to the host."""
     context.enter_phase("optimizer", update)
-    normalizer = loss_normalizer(update, gathered)
+    normalizer = compute_loss_normalizer(update, gathered)
     step = context.replica.step(lr.lr, lr.momentum, normalizer, context.config.train.clip_norm)
     scalars = UpdateScalars(
         loss=losses.total,
@@ -206,7 +206,7 @@ def validate_if_due(context: TrainContext, state: TrainState, update: Update) ->
     metrics = context.validator.run(context.replica)
     state = state.with_validation(metrics, update.end, context.config.schedule.metric)
     settings = context.config.checkpoint
-    state = state.with_best_checkpoint(metrics, settings.best, settings.best_mode, checkpoint_name(state))
+    state = state.with_best_checkpoint(metrics, settings.best, settings.best_mode, format_checkpoint_name(state))
     return check_target(context, state, metrics), metrics
 
 
@@ -235,7 +235,7 @@ def save_if_due(
     update and would be missing after a restart. They are therefore gathered an additional time for the checkpoint.
     """
     plan = context.training_plan
-    is_best = state.best_checkpoint == checkpoint_name(state)
+    is_best = state.best_checkpoint == format_checkpoint_name(state)
     if not (requested or is_best or is_interval_due(update, plan.checkpoint_every, plan.duration)):
         return False
     context.clock.lap("other")

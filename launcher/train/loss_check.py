@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.recipe import Loss
 
-__all__ = ["RecipeWithLossCheck", "mean_loss_warning"]
+__all__ = ["RecipeWithLossCheck", "describe_mean_loss"]
 
 #: Operations that leave a mean a mean: they may lie between it and the loss.
 PASSTHROUGH_OPS = ("AddBackward", "ToCopyBackward", "AliasBackward", "ViewBackward", "SqueezeBackward", "NegBackward")
@@ -35,13 +35,13 @@ class RecipeWithLossCheck:
         first_loss: Loss = self._recipe.loss(model, batch)
         if self._warn is not None:
             warn, self._warn = self._warn, None
-            problem = mean_loss_warning(first_loss)
+            problem = describe_mean_loss(first_loss)
             if problem is not None:
                 warn(f"loss() of {type(self._recipe).__name__} {problem}")
         return first_loss
 
 
-def mean_loss_warning(loss: Loss) -> str | None:
+def describe_mean_loss(loss: Loss) -> str | None:
     """Describe why the loss is a mean, to complete a sentence; None if it is a sum, or counts a single sample.
 
     A mean times the number of samples is a sum, and so is a sum over samples of means within each sample.

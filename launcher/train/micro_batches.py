@@ -27,9 +27,9 @@ __all__ = [
     "LossSums",
     "StepContext",
     "backward",
+    "compute_loss_normalizer",
     "forward",
     "iter_micro_batches",
-    "loss_normalizer",
     "seed_generators",
 ]
 
@@ -132,7 +132,7 @@ class LossSums:
         return float(compute_tree_sum(count for _, count in self.sums_by_shard.values()))
 
 
-def loss_normalizer(update: Update, gathered: GatheredStats) -> float:
+def compute_loss_normalizer(update: Update, gathered: GatheredStats) -> float:
     """Factor from a mean over samples to a mean over the loss count; NaN, and so a skipped update, for a count of 0."""
     if gathered.count == update.samples:
         return 1.0

@@ -9,7 +9,7 @@ from launcher.distributed import rendezvous
 from launcher.distributed.consistency_check import check_ranks_agree
 from launcher.distributed.stop_requests import StopLevel, StopRequests
 from launcher.distributed.watchdog import Watchdog
-from launcher.distributed.worker_env import num_threads
+from launcher.distributed.worker_env import resolve_num_threads
 from launcher.errors import EXIT_OK, EXIT_RESTART
 from launcher.plan.training_plan import make_training_plan
 from launcher.system.fault_injection import FaultInjector
@@ -40,7 +40,7 @@ def run(
     """
     faults = FaultInjector.from_env(topology.rank, topology.generation)
     faults("start")
-    threads = num_threads(job_spec.config, topology.local_world)
+    threads = resolve_num_threads(job_spec.config, topology.local_world)
     torch.set_num_threads(threads)
     setup = check_ranks_agree(store, topology, lambda: prepare_rank(job_spec, topology), RankSetup.collect_facts)
     job = RankJob(job_spec, topology, setup, stop_requests, watchdog, faults, threads)

@@ -41,12 +41,12 @@ def log_start_events(
     if checkpoint is not None:
         resume = make_resume_facts(checkpoint, state)
         context.log_event("resume", **resume, changed=job.spec.changed, lost_samples=restart_cost.lost_samples)
-        for detail in checkpoint_warnings(checkpoint, state):
+        for detail in iter_checkpoint_warnings(checkpoint, state):
             context.log_event("alarm", kind="checkpoint", detail=detail)
-    previous = previous_plan(checkpoint, logged_plan)
+    previous = find_previous_plan(checkpoint, logged_plan)
     if previous and any(previous[name] != plan[name] for name in ("world", "global", "lr_scale")):
         moments = state.second_moment_factor(plan["global"])
-        why = "; ".join(filter(None, (resize_reason(previous, plan), goodput_why)))
+        why = "; ".join(filter(None, (describe_resize(previous, plan), goodput_why)))
         context.log_event("resize", why=why, **{"from": previous, "to": plan}, moments=moments)
 
 
@@ -85,7 +85,7 @@ def make_resume_facts(checkpoint: VerifiedCheckpoint, state: TrainState) -> dict
     }
 
 
-def checkpoint_warnings(checkpoint: VerifiedCheckpoint, state: TrainState) -> Iterator[str]:
+def iter_checkpoint_warnings(checkpoint: VerifiedCheckpoint, state: TrainState) -> Iterator[str]:
     """Yield warnings about checkpoints that are missing or were skipped."""
     best = checkpoint.manifest.facts["standing"]["best_checkpoint"]
     if best != state.best_checkpoint:
@@ -94,7 +94,7 @@ def checkpoint_warnings(checkpoint: VerifiedCheckpoint, state: TrainState) -> It
         yield f"{name} was passed over: {why}"
 
 
-def previous_plan(
+def find_previous_plan(
     checkpoint: VerifiedCheckpoint | None, logged_plan: Mapping[str, Any] | None
 ) -> Mapping[str, Any] | None:
     """The plan before this start: the checkpoint's, or the last logged one if the world size has changed since."""
@@ -103,7 +103,7 @@ def previous_plan(
     return dict(checkpoint.manifest.plan)
 
 
-def resize_reason(previous: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+def describe_resize(previous: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     if previous["world"] != plan["world"]:
         return f"{previous['world']} workers before, {plan['world']} now"
     return "the plan changed at the same number of workers"

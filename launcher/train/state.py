@@ -81,7 +81,7 @@ class TrainState:
         return cls(
             Position(),
             training_plan.schedule,
-            NoiseScale(dataset_size=noise_population_size(training_plan)),
+            NoiseScale(dataset_size=get_noise_population_size(training_plan)),
             second_moment,
         )
 
@@ -157,7 +157,7 @@ class TrainState:
         return cls(
             position=position,
             schedule=training_plan.with_lr_history(facts["schedule"], position.samples).schedule,
-            noise=replace(NoiseScale.from_facts(facts["noise"]), dataset_size=noise_population_size(training_plan)),
+            noise=replace(NoiseScale.from_facts(facts["noise"]), dataset_size=get_noise_population_size(training_plan)),
             second_moment=SecondMomentScale.from_facts(facts["moments"]) if facts["moments"] else None,
             skips=facts["skips"],
             seconds=facts["seconds"],
@@ -168,7 +168,7 @@ class TrainState:
         )
 
 
-def noise_population_size(training_plan: TrainingPlan) -> int | None:
+def get_noise_population_size(training_plan: TrainingPlan) -> int | None:
     """Dataset size for the noise scale's correction for sampling without replacement; None for a single sample."""
     return training_plan.sizes.train if training_plan.sizes.train > 1 else None
 

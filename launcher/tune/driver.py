@@ -15,7 +15,7 @@ from typing import Any
 from launcher import recipe as recipes
 from launcher.config.keys import from_mapping, to_mapping
 from launcher.config.schema import RunConfig
-from launcher.distributed.commands import probe_command
+from launcher.distributed.commands import make_probe_command
 from launcher.distributed.worker_env import resolve_num_workers
 from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from launcher.goodput.auto_batch import MeasurementError, report_unmeasured, with_placeholder_batch
@@ -49,7 +49,7 @@ def tune_batch_size(config: RunConfig) -> int:
     """
     workers, config = validate_tune_request(config)
     if config.launch.dry_run:
-        print(probe_command(config, workers, Path("HANDOVER.json")).format_shell_line())
+        print(make_probe_command(config, workers, Path("HANDOVER.json")).format_shell_line())
         return EXIT_OK
     try:
         print_result(measure(config, workers), config)
@@ -88,7 +88,7 @@ def measure(config: RunConfig, workers: int, *, use_cache: bool = False) -> dict
 
 def _start_measurement(config: RunConfig, workers: int, private: Path, use_cache: bool) -> dict[str, Any]:
     handover = write_memfd(json.dumps({"config": to_mapping(config), "private": str(private), "use_cache": use_cache}))
-    command = probe_command(config, workers, Path(f"/proc/{os.getpid()}/fd/{handover}"))
+    command = make_probe_command(config, workers, Path(f"/proc/{os.getpid()}/fd/{handover}"))
     with sigterm_as_keyboard_interrupt():
         fork_server = subprocess.Popen(command.argv, env=os.environ | command.env, stdout=2, start_new_session=True)
         try:

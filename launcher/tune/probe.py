@@ -28,7 +28,7 @@ from launcher.telemetry.stage_clock import STAGES, StageClock, find_critical_ran
 from launcher.topology import Topology
 from launcher.train.build import Datasets, TrainComponents, build_components
 from launcher.train.data import MicroBatchLoader
-from launcher.train.micro_batches import forward, iter_micro_batches, loss_normalizer
+from launcher.train.micro_batches import compute_loss_normalizer, forward, iter_micro_batches
 from launcher.tune.measurements import Measurement
 from launcher.tune.memory_meter import make_memory_meter
 from launcher.tune.oom import is_out_of_memory
@@ -311,7 +311,9 @@ def run_update(trial: SizeTrial, update: Update, stats_gather: StatsAllGather) -
     stats = pending.wait()
     trial.clock.lap("sync")
     trial.enter_phase("optimizer", update)
-    trial.replica.step(trial.probe_lr, None, loss_normalizer(update, stats), trial.training_plan.config.train.clip_norm)
+    trial.replica.step(
+        trial.probe_lr, None, compute_loss_normalizer(update, stats), trial.training_plan.config.train.clip_norm
+    )
     trial.clock.lap("optimizer")
     trial.clock.end_update()
     return stats.stages_ms[find_critical_rank(stats.stages_ms)]

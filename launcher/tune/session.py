@@ -20,7 +20,7 @@ from launcher.config.schema import RunConfig
 from launcher.distributed import rendezvous
 from launcher.distributed.consistency_check import check_ranks_agree
 from launcher.distributed.store_gather import StoreGather
-from launcher.distributed.worker_env import num_threads
+from launcher.distributed.worker_env import resolve_num_threads
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes, make_training_plan
 from launcher.system.formatting import format_rate
@@ -93,7 +93,7 @@ class EarlierAttempt:
 
 
 @dataclass(frozen=True)
-class MeasurementRequest:
+class MeasurementJob:
     """What to measure on this rank. `state_file`: a file of rank 0 to continue from if the workers are restarted.
 
     `with_followups`: also measure what only explains the result.
@@ -122,7 +122,7 @@ def measure_on_rank(
     Raises:
         UsageError: any rank found the request to be wrong.
     """
-    threads = num_threads(config, topology.local_world)
+    threads = resolve_num_threads(config, topology.local_world)
     torch.set_num_threads(threads)
     prepared = check_ranks_agree(
         store, topology, partial(prepare_measurement, config, topology), PreparedRank.describe_conditions
@@ -137,8 +137,8 @@ def measure_on_rank(
         store_gather.close()
         return {**document, "cached": True, "said": notes}
     rendezvous.init_process_group(store, topology, prepared.device, config.launch.backend, config.launch.timeout_s)
-    request = MeasurementRequest(config, topology, earlier, state_file, with_followups=not use_cache)
-    document = measure_and_describe(request, prepared, store_gather, allowed)
+    job = MeasurementJob(config, topology, earlier, state_file, with_followups=not use_cache)
+    document = measure_and_describe(job, prepared, store_gather, allowed)
     dist.destroy_process_group()
     notes = [*notes, *store_result(key, document, topology.rank)]
     agreed = store_gather.broadcast_from_rank0({**document, "cached": False, "said": notes})
@@ -190,20 +190,20 @@ def describe_unreliable_speed(document: Mapping[str, Any]) -> list[str]:
 
 
 def measure_and_describe(
-    request: MeasurementRequest, prepared: PreparedRank, store_gather: StoreGather, allowed: float | None
+    job: MeasurementJob, prepared: PreparedRank, store_gather: StoreGather, allowed: float | None
 ) -> dict[str, Any]:
     """Measure and build the document; the ranks' documents may differ in times read from their clocks."""
-    config = request.config
-    share = SEARCH_BUDGET_SHARE if request.with_followups else 1.0
-    budget = TimeBudget(get_budget(config) * share, store_gather, request.earlier.spent_s)
-    search = make_search(request, prepared, budget, allowed)
+    config = job.config
+    share = SEARCH_BUDGET_SHARE if job.with_followups else 1.0
+    budget = TimeBudget(get_budget(config) * share, store_gather, job.earlier.spent_s)
+    search = make_search(job, prepared, budget, allowed)
     if not search.measurements.closing:
         measure_sizes(search, config)
-        if request.with_followups:
+        if job.with_followups:
             measure_synthetic(search, prepared, config)
             run_followups(search, budget, get_accumulation(config))
     facts = {
-        **describe_setup(request, prepared),
+        **describe_setup(job, prepared),
         "limit_bytes": get_memory_limit(prepared.device, allowed),
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "spent_s": round(budget.used_s(), 1),
@@ -212,34 +212,32 @@ def measure_and_describe(
     return make_tune_document(search.measurements, facts)
 
 
-def make_search(
-    request: MeasurementRequest, prepared: PreparedRank, budget: TimeBudget, allowed: float | None
-) -> SizeSearch:
-    plan = make_training_plan(request.config, prepared.sizes, request.topology.world)
+def make_search(job: MeasurementJob, prepared: PreparedRank, budget: TimeBudget, allowed: float | None) -> SizeSearch:
+    plan = make_training_plan(job.config, prepared.sizes, job.topology.world)
     make_context = partial(
         ProbeContext.from_plan,
         plan,
-        request.topology,
+        job.topology,
         prepared.recipe,
         prepared.device,
         prepared.data,
         budget.store_gather,
     )
-    largest = compute_largest_size(request.config, prepared.sizes, plan.plan)
+    largest = compute_largest_size(job.config, prepared.sizes, plan.plan)
     return SizeSearch(
         make_context,
         prepared.data.train,
         largest,
         allowed,
         budget,
-        request.earlier.measurements,
-        request.state_file,
+        job.earlier.measurements,
+        job.state_file,
     )
 
 
-def describe_setup(request: MeasurementRequest, prepared: PreparedRank) -> dict[str, Any]:
+def describe_setup(job: MeasurementJob, prepared: PreparedRank) -> dict[str, Any]:
     """What was measured, and on which machine, for the document."""
-    config, topology = request.config, request.topology
+    config, topology = job.config, job.topology
     return {
         "recipe": type(prepared.recipe).__name__,
         "world": topology.world,
@@ -249,7 +247,7 @@ def describe_setup(request: MeasurementRequest, prepared: PreparedRank) -> dict[
         "device": get_device_name(prepared.device),
         "precision": config.train.precision,
         "strategy": config.strategy.name,
-        "threads": num_threads(config, topology.local_world),
+        "threads": resolve_num_threads(config, topology.local_world),
         "loader_workers": config.data.num_workers,
     }
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from launcher.config.schema import LaunchConfig, RunConfig
-from launcher.distributed.commands import make_torchrun_command, probe_command
+from launcher.distributed.commands import make_probe_command, make_torchrun_command
 
 
 def test_torchrun_command_is_exact() -> None:
@@ -29,7 +29,7 @@ def test_torchrun_command_is_exact() -> None:
 
 
 def test_probe_command_is_exact() -> None:
-    made = probe_command(RunConfig(launch=LaunchConfig(threads=2, env={"OWN": "1"})), 3, Path("HANDOVER.json"))
+    made = make_probe_command(RunConfig(launch=LaunchConfig(threads=2, env={"OWN": "1"})), 3, Path("HANDOVER.json"))
     assert made.format_shell_line() == (
         "OMP_NUM_THREADS=2 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo OWN=1 "
         f"{shlex.quote(sys.executable)} -m launcher probe --nproc-per-node=3 HANDOVER.json"

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.config.schema import ElasticConfig, LaunchConfig, RunConfig, TrainConfig
 from launcher.distributed.commands import make_torchrun_command
-from launcher.distributed.worker_env import num_threads, resolve_num_workers, user_omp_threads
+from launcher.distributed.worker_env import read_user_omp_threads, resolve_num_threads, resolve_num_workers
 
 
 def test_default_threads_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,14 +26,14 @@ def test_threads_follow_user_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OMP_NUM_THREADS", "5,2")
     handed = make_torchrun_command(RunConfig(), 1, Path("h"), Path("f")).env
     assert handed["OMP_NUM_THREADS"] == "5"
-    assert num_threads(RunConfig(), 1, handed) == 5
+    assert resolve_num_threads(RunConfig(), 1, handed) == 5
     typed = RunConfig(launch=LaunchConfig(threads=3))
     assert make_torchrun_command(typed, 1, Path("h"), Path("f")).env["OMP_NUM_THREADS"] == "3"
-    assert num_threads(typed, 1, handed) == 3
-    assert num_threads(replace(RunConfig(), elastic=ElasticConfig(exact=True)), 1, handed) == 1
+    assert resolve_num_threads(typed, 1, handed) == 3
+    assert resolve_num_threads(replace(RunConfig(), elastic=ElasticConfig(exact=True)), 1, handed) == 1
     for senseless in ("", "0", "many"):
         monkeypatch.setenv("OMP_NUM_THREADS", senseless)
-        assert user_omp_threads(RunConfig()) == {}
+        assert read_user_omp_threads(RunConfig()) == {}
 
 
 def test_num_workers_defaults_to_gpus_or_one() -> None:

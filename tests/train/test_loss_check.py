@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from launcher.recipe import Loss
-from launcher.train.loss_check import RecipeWithLossCheck, mean_loss_warning
+from launcher.train.loss_check import RecipeWithLossCheck, describe_mean_loss
 
 N = 8
 Y = torch.arange(N) % 3
@@ -49,7 +49,7 @@ SUMS: dict[str, Callable[[], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", MEANS)
 def test_mean_losses_are_detected(name: str) -> None:
-    why = mean_loss_warning(Loss(MEANS[name](), N))
+    why = describe_mean_loss(Loss(MEANS[name](), N))
     assert why is not None
     assert why.startswith("returns a mean (")
     assert why.endswith("and counts 8: return sums, not means (reduction='sum'), or the gradient is too small by that "
@@ -58,19 +58,19 @@ def test_mean_losses_are_detected(name: str) -> None:
 
 @pytest.mark.parametrize("name", SUMS)
 def test_summed_losses_get_no_warning(name: str) -> None:
-    assert mean_loss_warning(Loss(SUMS[name](), N)) is None
+    assert describe_mean_loss(Loss(SUMS[name](), N)) is None
 
 
 def test_single_sample_gets_no_warning() -> None:
-    assert mean_loss_warning(Loss(functional.cross_entropy(X[:1], Y[:1]), 1)) is None
+    assert describe_mean_loss(Loss(functional.cross_entropy(X[:1], Y[:1]), 1)) is None
 
 
 def test_halved_squares_get_no_warning() -> None:
-    assert mean_loss_warning(Loss(functional.mse_loss(X[:2], T[:2], reduction="sum") / 2, 2)) is None
+    assert describe_mean_loss(Loss(functional.mse_loss(X[:2], T[:2], reduction="sum") / 2, 2)) is None
 
 
 def test_count_may_be_a_tensor() -> None:
-    assert mean_loss_warning(Loss(functional.cross_entropy(X, Y), torch.tensor(N))) is not None
+    assert describe_mean_loss(Loss(functional.cross_entropy(X, Y), torch.tensor(N))) is not None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def test_loader_cpu_share_separates_computing_from_waiting() -> None:
     waited = loading.measure_share()
     assert computed is not None
     assert waited is not None
-    assert waited < 0.3 < computed
+    assert waited < computed / 3  # a ratio: on a busy machine both shares are small
 
 
 def test_loader_cpu_share_of_processes() -> None:

@@ -6,6 +6,7 @@ import ast
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -175,6 +176,17 @@ def test_median_function_is_under_10_lines() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     assert [module for module, tree in TREES.items() if not ast.get_docstring(tree)] == []
+
+
+def test_public_names_are_unique() -> None:
+    """Functions and classes at the top of the launcher's modules; `main` is the entry point of several processes."""
+    modules_by_name: dict[str, list[str]] = defaultdict(list)
+    for module, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and get_package(module) != "recipes":
+                modules_by_name[node.name].append(module)
+    public = {name: modules for name, modules in modules_by_name.items() if name != "main" and name[0] != "_"}
+    assert {name: modules for name, modules in public.items() if len(modules) > 1} == {}
 
 
 # --- imports ------------------------------------------------------------------------------------------------------

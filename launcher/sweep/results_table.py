@@ -48,7 +48,7 @@ def format_sweep_table(folder: Path, outcomes: Sequence[PointOutcome]) -> str:
 
 
 def list_table_heads(target: bool) -> tuple[str, ...]:
-    return ("batch", "rate", "samples/s", *(("target s", "epochs", "updates") if target else ("seconds",)), "best")
+    return ("batch", "lr", "samples/s", *(("target s", "epochs", "updates") if target else ("seconds",)), "best")
 
 
 def format_cells(point: PointMetrics, ended: str, *, target: bool) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def test_table_lists_points_and_names_best(tmp_path: Path) -> None:
     write_point(tmp_path / "1", 8.0, [0.9, 0.95], (2.5, 31))
     lines = format_sweep_table(tmp_path, make_outcomes("lr.rule=sqrt", "lr.rule=none")).splitlines()
     assert [line.split() for line in lines[1:4]] == [
-        ["batch", "rate", "samples/s", "target", "s", "epochs", "updates", "best", "rule"],
+        ["batch", "lr", "samples/s", "target", "s", "epochs", "updates", "best", "rule"],
         ["0", "128", "0.1", "1,280", "9.0", "9.0", "90", "0.99", "sqrt"],
         ["1", "128", "0.1", "1,600", "2.5", "3.1", "31", "0.95", "none"],
     ]

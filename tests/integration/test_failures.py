@@ -131,13 +131,13 @@ WRONG = [
     (["launch.backend=nccl", "train.device=cpu"], "launch.backend"),
 ]
 
-#: Runs each command line in a fork and a folder of its own, so that torch is imported only once.
+#: Runs each command line in a fork and a folder of its own, after a dry run that imports what they need.
 FORKS = """
 import json, os, sys
 from pathlib import Path
-import torch
 from launcher.cli.main import main
 
+assert main(["recipe=resnet", "launch.dry_run=true"]) == 0
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     child = os.fork()
     if not child:

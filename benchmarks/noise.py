@@ -98,7 +98,7 @@ def measure_cost_on_rank(overrides: list[str], pairs: int, warm_up: int = 10) ->
     recipe = recipes.build_recipe(config.recipe)
     sizes = recipes.get_dataset_sizes(recipe)
     components = build_components(recipe, config, topology, torch.device("cpu"), open_datasets(recipe, config, sizes))
-    plan = make_training_plan(config, sizes, topology.world).plan
+    plan = make_training_plan(config, sizes, topology.world).batch_plan
     run_update = make_updater(components, plan, topology.rank)
     times: dict[bool, list[float]] = {True: [], False: []}
     for index in range(2 * (pairs + warm_up)):

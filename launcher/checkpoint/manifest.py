@@ -85,7 +85,7 @@ class Manifest:
         try:
             body = json.loads(text)
             if body.pop("sha256") != compute_manifest_digest(body):
-                raise CorruptCheckpointError("its manifest was altered: its hash of itself does not match")
+                raise CorruptCheckpointError("its manifest was altered: its sha256 does not match")
             if body.pop("format") != MANIFEST_FORMAT:
                 raise CorruptCheckpointError("its manifest has the format of another version of the launcher")
             manifest = cls(**body)
@@ -284,7 +284,7 @@ def latest_valid(folder: Path) -> VerifiedCheckpoint | None:
         name, reason = skipped[0]
         raise UsageError(
             f"all checkpoints in {folder} are damaged ({name}: {reason}): "
-            f"repair them, or type resume=never to start a new run beside this one"
+            f"restore them from a copy, or type resume=never to start a new run beside this one"
         )
     return None
 
@@ -300,7 +300,7 @@ def resolve_checkpoint_path(path: Path | str) -> Path:
     """The checkpoint folder that `resume=PATH` names; it has a manifest but is not verified yet.
 
     Raises:
-        UsageError: the path is not a checkpoint; if it is a run folder, the message suggests its newest checkpoint.
+        UsageError: the path is not a checkpoint; if it is a run directory, the message suggests its newest checkpoint.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-from launcher.config.coercion import format_value
+from launcher.config.coercion import format_value, list_choices
 from launcher.config.keys import Key, config_keys
 
 __all__ = ["format_help"]
 
 HELP_HEAD = """\
-launcher [VERB] [FLAGS] [OVERRIDES]
+Usage: launcher [COMMAND] [FLAGS] [OVERRIDES]
 
-Trains at any world size; keeps batch size, learning rate and sampling correct.
+Trains with any number of workers; plans the batch and learning rate for each.
 
   launcher recipe=resnet                          train with one process per GPU
   launcher recipe=gpt launch.workers=2            train with two processes
   torchrun --nproc-per-node=2 -m launcher         train under torchrun
   launcher -m batch.per_device=8,16,32            a sweep, one job per point
-  launcher plan plan.world_sizes=[1,2,8]               show the plan; start nothing
+  launcher plan plan.world_sizes=[1,2,8]          show the plan; start nothing
 
-Verbs (first argument)
-  train           train a run; the default verb
+Commands (first argument)
+  train           train a run; the default
   plan            batch, learning rate and shares per world size; format=json
   tune            measure batch sizes and recommend one; -m; format=json
   verify          check that splitting the batch keeps the gradient; format=json
@@ -39,14 +40,20 @@ Verbs (first argument)
 
 Flags
   -m, --multirun          sweep: one run per combination of values a,b,c
-  -cd, --config-dir DIR   folder with your recipe/*.yaml, experiment/*.yaml
+  -cd, --config-dir DIR   directory of your recipe/*.yaml, experiment/*.yaml
   -c, --cfg job           show the resolved configuration
   -i, --info defaults     show the files that it is composed of
   -h, --help              show this text
   --version               show the version
 
 Overrides (Hydra): group=choice, key=value, +recipe.new=1, [1,2] for a list.
-Durations are a number and a unit: 10ep, 500ba, 50000sp, 1e9tok, 0.05dur, 10min.
+Durations are a number and a unit, e.g. 10ep
+  ep              epochs
+  ba              updates at the base batch
+  sp              samples
+  tok             tokens
+  dur             fraction of train.duration, e.g. 0.05dur
+  s, min, h       wall time, for checkpoint.every
 """
 
 
@@ -73,4 +80,12 @@ def _format_keys(width: int) -> Iterator[str]:
 
 def _format_key(key: Key, width: int) -> Iterator[str]:
     yield f"  {key.name}={format_value(key.default)}"
-    yield textwrap.fill(key.doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    yield textwrap.fill(describe_key(key), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def describe_key(key: Key) -> str:
+    """The documentation of `key`, followed by its named values unless the documentation mentions all of them."""
+    choices = list_choices(key.type)
+    if all(re.search(rf"\b{re.escape(choice)}\b", key.doc) for choice in choices):
+        return key.doc
+    return f"{key.doc} ({', '.join(choices)})"

@@ -41,7 +41,7 @@ INTERNAL_VERBS = ("worker", "folder", "again", "store", "probe")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb, `train` if none is given, and return the exit status."""
+    """Run the command, `train` if none is given, and return the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         status = dispatch_verb(args)
@@ -65,7 +65,7 @@ def dispatch_verb(args: list[str]) -> int:
         choices = [name for name in VERBS if name not in INTERNAL_VERBS]
         similar = closest_match(verb, choices)
         hint = f"did you mean {similar}?" if similar else f"choose from {', '.join(choices)}"
-        raise UsageError(f"{verb} is not a verb: {hint}")
+        raise UsageError(f"{verb} is not a command: {hint}")
     return int(resolve_name(VERBS[verb])(rest))
 
 

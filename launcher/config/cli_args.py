@@ -1,4 +1,4 @@
-"""Parse the command line: a verb first, then flags and overrides in any order."""
+"""Parse the command line: a command first, then flags and overrides in any order."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class HydraArgs:
 
     @classmethod
     def parse(cls, args: Sequence[str]) -> HydraArgs:
-        """Parse the arguments after the verb.
+        """Parse the arguments after the command.
 
         Raises:
             UsageError: a flag is unknown or lacks its value.
@@ -98,7 +98,7 @@ class HydraArgs:
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """The arguments of a verb that reads runs: paths, which may contain `=`, and two options."""
+    """The arguments of a command that reads runs: paths, which may contain `=`, and two options."""
 
     paths: tuple[str, ...] = ()
     output: str | None = None
@@ -107,10 +107,10 @@ class ReportArgs:
 
     @classmethod
     def parse(cls, verb: str, args: Sequence[str], *, output: bool = False, json: bool = False) -> ReportArgs:
-        """Parse the arguments of `verb`; `output` and `json` tell whether it accepts `-o` and `format=json`.
+        """Parse the arguments of command `verb`; `output` and `json` tell whether it accepts `-o` and `format=json`.
 
         Raises:
-            UsageError: the verb does not accept an option.
+            UsageError: the command does not accept an option.
         """
         parsed, rest = cls(), iter(args)
         for arg in rest:

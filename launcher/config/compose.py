@@ -85,7 +85,7 @@ def compose(args: Sequence[str]) -> RunConfig:
 
 
 def resolve(args: Sequence[str]) -> ComposedConfig:
-    """Compose and validate the configuration for the arguments after the verb, with its notes.
+    """Compose and validate the configuration for the arguments after the command, with its notes.
 
     Raises:
         UsageError: a flag, key or choice is unknown, a value is missing or has a wrong type or value.

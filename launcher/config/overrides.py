@@ -41,7 +41,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         name, equals, _ = override.partition("=")
         if not name or not (equals or name.startswith("~")):
             raise UsageError(
-                f"{override or repr('')} is not an override: type the verb first, then KEY=VALUE, e.g. seed=1"
+                f"{override or repr('')} is not an override: type the command first, then KEY=VALUE, e.g. seed=1"
             )
     return list(parser.parse_overrides(list(overrides)))
 
@@ -64,7 +64,7 @@ def refuse_outside_sweeps(override: Override) -> None:
         values = line.partition("=")[2]
         raise UsageError(f"{line} is a sweep: add -m for one run per value, or type {name}=[{values}] for a list")
     if override.is_hydra_override() and name != "hydra.searchpath":
-        raise UsageError(f"{line} has no effect on a single run: add -m, or set the run's folder with run.dir=")
+        raise UsageError(f"{line} has no effect on a single run: add -m, or set the run directory with run.dir=")
 
 
 def check_key(override: Override, groups: Mapping[str, Sequence[str]]) -> None:

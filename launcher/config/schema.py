@@ -58,7 +58,7 @@ class BatchConfig:
         "samples per worker per micro-batch; an upper limit under hold and bounded; auto: measured as by launcher tune",
     )
     accumulation: int | Literal["auto"] = option(
-        "auto", "micro-batches per update; auto: 1 under scale, the fewest that fit under hold"
+        "auto", "micro-batches per update; auto: 1 under scale, the fewest that fit under hold and bounded"
     )
     global_batch: int | Literal["full", "divisible"] | None = option(
         None,
@@ -132,7 +132,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train")
     decay_norms: bool = option(False, "apply weight decay to norms and biases as well")
     profile: str | None = option(
-        None, "run torch.profiler over these updates, e.g. 10-13, and save the trace in the run folder"
+        None, "run torch.profiler over these updates, e.g. 10-13, and save the trace in the run directory"
     )
 
 
@@ -162,7 +162,9 @@ class StrategyConfig:
     stage: int = option(
         2, "DeepSpeed: ZeRO stage; 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too"
     )
-    offload: bool = option(False, "keep the optimizer's state and its parameters in CPU memory; for GPUs")
+    offload: bool = option(
+        False, "FSDP, DeepSpeed: keep the optimizer state and the parameters in CPU memory (GPU training only)"
+    )
     config: str | None = option(None, "your DeepSpeed JSON file; it must not set anything that has a key here")
 
 
@@ -207,9 +209,9 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: str | None = option("1ep", "how often to save: a duration or 10min; null for only at the end")
+    every: str | None = option("1ep", "how often to save: a duration, or minutes as in 10min; null for only at the end")
     keep: int = option(2, "how many checkpoints to keep")
-    dir: str | None = option(None, "the checkpoint folder; default: <run folder>/checkpoints")
+    dir: str | None = option(None, "the directory of the checkpoints; default: checkpoints/ in the run directory")
     sharded: bool | Literal["auto"] = option(
         "auto", "each rank writes its own part; auto: if the strategy shards more than 4 GiB of parameters"
     )
@@ -274,7 +276,7 @@ class SweepConfig:
 @dataclass(frozen=True)
 class RunDirConfig:
     name: str | None = option(None, "the run's name; default: <recipe>-<job or time>")
-    dir: str | None = option(None, "the run's folder; default: runs/<name>")
+    dir: str | None = option(None, "the run directory; default: runs/<name>")
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,29 @@ __all__ = ["TRUSTED_MODULES", "load_class"]
 TRUSTED_MODULES = ("launcher.recipes", "torch")
 
 
-def load_class(target: str, trust: Sequence[str]) -> type:
+def load_class(target: str, trust: Sequence[str], key: str = "recipe._target_") -> type:
     """Import the class at the dotted path `target` if it is trusted; a module that is not trusted is not imported.
+
+    `key` is the configuration key that `target` comes from, for messages.
 
     Raises:
         UsageError: the target is not trusted, does not import, or is not a class.
     """
     module, _, name = target.rpartition(".")
+    setting = f"{key}={target}"
     if not module:
-        raise UsageError(f"_target_={target} has no module: type my_module.{target}")
+        raise UsageError(f"{setting} has no module: type {key}=my_module.{target}")
     if isinstance(trust, str):  # iterating over it would give its characters
         raise UsageError(f"recipe.trust={trust} is not a list: type recipe.trust=[{trust}]")
     is_listed = any(_covers(entry, target) for entry in trust)
     if not is_listed and not any(_covers(entry, target) for entry in TRUSTED_MODULES):
-        raise UsageError(f"_target_={target} is not trusted: add recipe.trust=[{module}] if the code is yours")
-    loaded = getattr(_import_module(target, module), name, None)
+        raise UsageError(f"{setting} is not trusted: add recipe.trust=[{module}] if the code is yours")
+    loaded = getattr(_import_module(setting, module), name, None)
     if not inspect.isclass(loaded):
-        raise UsageError(f"_target_={target} is not a class: {_suggest_class(module, name)}")
+        raise UsageError(f"{setting} is not a class: {_suggest_class(module, name)}")
     if not is_listed and not any(_covers(entry, loaded.__module__) for entry in TRUSTED_MODULES):
         origin = f"{loaded.__module__}.{loaded.__name__}"
-        raise UsageError(f"_target_={target} is only imported there: type _target_={origin}")
+        raise UsageError(f"{setting} is only imported there: type {key}={origin}")
     return loaded
 
 
@@ -45,14 +48,14 @@ def _covers(entry: str, path: str) -> bool:
     return path == entry or path.startswith(f"{entry}.")
 
 
-def _import_module(target: str, module: str) -> types.ModuleType:
+def _import_module(setting: str, module: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as problem:
-        raise UsageError(f"_target_={target}: {module} does not import: {_join_lines(problem)}") from problem
+        raise UsageError(f"{setting}: {module} does not import: {_join_lines(problem)}") from problem
     except Exception as problem:
         kind = type(problem).__name__
-        raise UsageError(f"_target_={target}: {module} fails on import: {kind}: {_join_lines(problem)}") from problem
+        raise UsageError(f"{setting}: {module} fails on import: {kind}: {_join_lines(problem)}") from problem
 
 
 def _suggest_class(module: str, name: str) -> str:

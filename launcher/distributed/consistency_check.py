@@ -12,12 +12,12 @@ from launcher.topology import Topology
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-__all__ = ["check_ranks_agree", "find_first_mismatch"]
+__all__ = ["find_first_mismatch", "prepare_and_compare"]
 
 SetupT = TypeVar("SetupT")
 
 
-def check_ranks_agree(
+def prepare_and_compare(
     store: dist.Store,
     topology: Topology,
     prepare: Callable[[], SetupT],

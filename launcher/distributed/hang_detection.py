@@ -73,7 +73,7 @@ class RankState:
 
 @dataclass(frozen=True)
 class HangVerdict:
-    """The rank of `state` has hung for `seconds`. `why="all"`: no rank makes progress, this one the longest."""
+    """The rank of `state` has hung for `seconds`. `kind="all"`: no rank makes progress, this one the longest."""
 
     state: RankState
     seconds: float

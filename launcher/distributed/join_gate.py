@@ -6,27 +6,23 @@ torchrun terminates the workers when a node joins and gives them 30 s: a save th
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from launcher.run_dir.lock import find_lock_owner
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.system.atomic_files import make_private_dir
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["wait_to_join"]
 
-GATE_POLL_S = 0.1
+JOIN_POLL_S = 0.1
 
 
 def wait_to_join(run_dir: RunDirectory, name: str) -> None:
-    """Wait until the workers that train in `folder` have saved and paused, or until no process trains there."""
+    """Wait until the workers that train in `run_dir` have saved and paused, or until no process trains there."""
     if find_lock_owner(run_dir.path) is None:
         return
     make_private_dir(run_dir.join_requests_dir)
     request_file = run_dir.join_requests_dir / name
     request_file.touch(0o600)
     while request_file.exists() and find_lock_owner(run_dir.path) is not None:
-        time.sleep(GATE_POLL_S)
+        time.sleep(JOIN_POLL_S)
     request_file.unlink(missing_ok=True)

@@ -86,9 +86,9 @@ class GatheredStats:
         return float(self.rank_stats[0].previous.grad_norm)
 
     @property
-    def group_grad_norm_sum(self) -> float:
+    def group_sq_norm_sum(self) -> float:
         """The sum of |h|²/c over the groups of the previous update."""
-        return float(compute_tree_sum(stats.previous.group_grad_norm_sum for stats in self.rank_stats))
+        return float(compute_tree_sum(stats.previous.group_sq_norm_sum for stats in self.rank_stats))
 
     @property
     def groups(self) -> int:

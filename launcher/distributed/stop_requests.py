@@ -27,10 +27,9 @@ class StopLevel(IntEnum):
     """How far training is asked to stop; the ranks agree on the largest level that any of them requests.
 
     ADMIT_NODES saves, waits for nodes to join, and continues. RESTART saves and exits, and the agent then restarts the
-    workers. REPLAN is never gathered: each rank derives it from the gathered statistics.
+    workers.
     """
 
-    REPLAN = -1
     CONTINUE = 0
     ADMIT_NODES = 1
     STOP = 2

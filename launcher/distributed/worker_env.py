@@ -1,4 +1,4 @@
-"""The number of CPU threads per rank."""
+"""The number of workers on this machine, and their environment: CPU threads and network interfaces."""
 
 from __future__ import annotations
 

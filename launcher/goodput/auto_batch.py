@@ -1,4 +1,7 @@
-"""`batch.per_device=auto`: find a number before the run is created, as if the user had set it."""
+"""The rules for `batch.per_device=auto`, which becomes a number before the run is created, as if the user had set it.
+
+`launcher.launch.resolve_auto` applies them, and starts the measurement if one is needed.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _count_nodes(chooser: BatchChooser, world: int) -> int:
 def _compute_figures(
     chooser: BatchChooser, training_plan: TrainingPlan, nodes: int, noise: MeasuredNoise | None
 ) -> dict[str, Any]:
-    plan, base = training_plan.plan, chooser.config.lr.base_batch or 1
+    plan, base = training_plan.batch_plan, chooser.config.lr.base_batch or 1
     update_s = chooser.profile.model.predict(plan.per_device, plan.accumulation, plan.world, nodes)
     speed = _divide_by_estimate(plan.global_batch, update_s)
     figures: dict[str, Any] = {"samples_per_s": speed.value, "low": speed.low, "high": speed.high}

@@ -1,7 +1,7 @@
 """Choose the batch with the highest goodput, from fitted update times and the gradient noise scale.
 
 Goodput (Pollux, OSDI 2021) is samples/s times (phi + B0) / (phi + B): throughput times statistical efficiency relative
-to the base batch B0.
+to the base batch B0, with phi the gradient noise scale and B the global batch, all in samples.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class BatchChooser:
 
     profile: TimingProfile
     config: RunConfig
-    train: int
+    train_samples: int
 
     def choose(self, world: int, nodes: int, noise: NoiseKnowledge) -> BatchChoice:
         """The batch with the highest goodput; while the noise scale is unknown, the fastest form of the base batch.
@@ -224,7 +224,7 @@ class BatchChooser:
         If only a lower bound of the noise scale is known, the batch is not reduced below the base batch: that
         the noise may be small is not a reason for a smaller batch.
         """
-        bounds = compute_batch_bounds(self.config, self.train, world)
+        bounds = compute_batch_bounds(self.config, self.train_samples, world)
         closest = min(max(self.base_batch, bounds.low), bounds.high)
         if noise.scale is None:
             return BatchBounds(closest, closest)

@@ -16,14 +16,14 @@ __all__ = ["Decision", "MeasurementRequest", "RunDirClaim"]
 
 @dataclass(frozen=True)
 class RunDirClaim:
-    """Rank 0's claim on the run folder: the lock, unless the driver holds it, and the topmost created folder."""
+    """Rank 0's claim on the run directory: the lock, unless the driver holds it, and the topmost created directory."""
 
     job_spec: JobSpec
     lock: RunDirLock | None = None
     created_dir: Path | None = None
 
     def discard(self) -> None:
-        """Remove the folders that were created, because the configuration is invalid."""
+        """Remove the directories that were created, because the configuration is invalid."""
         if self.created_dir is not None:
             self.job_spec.run_dir.discard(self.created_dir)
 

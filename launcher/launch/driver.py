@@ -55,7 +55,7 @@ def launch_job(config: RunConfig) -> int:
 
 
 def resolve_and_open(config: RunConfig, workers: int) -> tuple[ResolvedConfig, OpenedRun]:
-    """Resolve the open values of the configuration, measuring what no run folder knows, and open the run.
+    """Replace values set to auto by those of the existing run or of a measurement, and open the run.
 
     The run is opened before measuring, so that an error is found at once. It is opened a second time only if the
     measurement has changed the configuration.
@@ -69,12 +69,12 @@ def resolve_and_open(config: RunConfig, workers: int) -> tuple[ResolvedConfig, O
         return resolved, open_run(resolved.config, workers)
     unmeasured = make_unmeasured_config(config)
     opened = open_run(unmeasured, workers)
-    resolved = ResolvedConfig(unmeasured) if config.launch.dry_run else measure_open_values(config, workers)
+    resolved = ResolvedConfig(unmeasured) if config.launch.dry_run else measure_auto_values(config, workers)
     return resolved, opened if resolved.config == unmeasured else open_run(resolved.config, workers)
 
 
-def measure_open_values(config: RunConfig, workers: int) -> ResolvedConfig:
-    """Resolve the open values of the configuration from a cached or a new measurement.
+def measure_auto_values(config: RunConfig, workers: int) -> ResolvedConfig:
+    """Replace values set to auto by those of a cached or a new measurement.
 
     Raises:
         MeasurementError: the measurement failed.
@@ -110,14 +110,14 @@ class TorchrunJob:
     def __init__(self, opened: OpenedRun, workers: int, private: Path, resolved: ResolvedConfig) -> None:
         self._run_dir: RunDirectory = opened.run_dir
         self._config = opened.config
-        self._first = opened.run_dir.read_generation() + 1
-        self._report = private / "failures.json"
+        self._first_generation = opened.run_dir.read_generation() + 1
+        self._failures_file = private / "failures.json"
         job_spec = JobSpec.from_opened(opened, loopback=True, why=resolved.why, profile=resolved.profile)
-        job_spec = replace(job_spec, first=self._first)
+        job_spec = replace(job_spec, first_generation=self._first_generation)
         self._handover = write_memfd(job_spec.to_json())
         path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")
-        self._command = make_torchrun_command(opened.config, workers, path, self._report)
-        self._signal_count = self._seen = 0
+        self._command = make_torchrun_command(opened.config, workers, path, self._failures_file)
+        self._signal_count = self._last_generation = 0
         self._signalled_pids: set[int] = set()
 
     def run(self) -> int:
@@ -139,9 +139,15 @@ class TorchrunJob:
                 return EXIT_INTERRUPTED
             if agent.returncode == 0:
                 return self._finish_successfully()
-            generation, since = self._run_dir.read_generation(), max(self._first, self._run_dir.read_saved_generation())
+            generation, since = (
+                self._run_dir.read_generation(),
+                max(self._first_generation, self._run_dir.read_saved_generation()),
+            )
             failure = failures.first_failure(self._run_dir.logs, since)
-            restarted, self._seen = generation > max(self._seen, self._first), generation
+            restarted, self._last_generation = (
+                generation > max(self._last_generation, self._first_generation),
+                generation,
+            )
             ended_by = self._record_failure(generation - 1) if restarted else None
             is_fatal = failure is not None and failure.is_fatal
             if agent.returncode is not None or is_fatal or generation - since > self._config.elastic.max_restarts:
@@ -150,7 +156,7 @@ class TorchrunJob:
                 return self._report_failure(failure)
             if restarted:
                 why = "a worker was killed or received SIGTERM" if ended_by is None else ended_by.summary()
-                print_stderr(f"restart {generation - self._first}: {why}")
+                print_stderr(f"restart {generation - self._first_generation}: {why}")
             if self._signal_count:
                 self._forward_stop(agent.pid)
 
@@ -160,7 +166,7 @@ class TorchrunJob:
         Called only while no worker writes events: the workers of that generation are dead, and the next rank 0 is still
         importing torch.
         """
-        failure = failures.root_cause(self._run_dir.logs, generation) if generation >= self._first else None
+        failure = failures.root_cause(self._run_dir.logs, generation) if generation >= self._first_generation else None
         if failure is not None and not failures.is_logged(self._run_dir.events, failure):
             with suppress(OSError):  # e.g. disk full: the message on screen and the record in logs/ remain
                 append_line(self._run_dir.events, failure.to_event())
@@ -197,7 +203,11 @@ class TorchrunJob:
         """Print the error. If all ranks only report a lost peer, the peer was killed: describe its exit code."""
         line = f"logs: {self._run_dir.logs}" if failure is None else failure.summary()
         if failure is None or (failure.status != EXIT_USAGE and failures.is_peer_failure(failure.message)):
-            why = describe_killed(self._report) if self._report.exists() else "the workers were killed repeatedly"
+            why = (
+                describe_killed(self._failures_file)
+                if self._failures_file.exists()
+                else "the workers were killed repeatedly"
+            )
             line = f"{why} ({line})"
         print_stderr(f"error: {line}")
         if failure is not None and self._config.debug:

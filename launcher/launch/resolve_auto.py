@@ -1,4 +1,7 @@
-"""Resolves values that are open until the start: batch.per_device=auto and the timing profile for batch=goodput."""
+"""Replaces batch.per_device=auto, and finds the timing profile for batch=goodput, when a job starts.
+
+The values come from the existing run or from a measurement, by the rules of `launcher.goodput.auto_batch`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ __all__ = ["make_unmeasured_config", "resolve_from_measurement", "resolve_withou
 def resolve_without_measuring(
     config: RunConfig, world: int, *, existing: Path | None = None, run_id: str | None = None, nodes: int = 1
 ) -> ResolvedConfig | None:
-    """Resolve the configuration if no value is open, or from its run folder; None if a measurement is needed.
+    """Resolve the configuration if it needs no measurement, or from the existing run; None if a measurement is needed.
 
     `existing`: the run directory of an earlier start of the same job.
     """
@@ -36,7 +39,7 @@ def make_unmeasured_config(config: RunConfig) -> RunConfig:
 
 
 def resolve_from_measurement(config: RunConfig, measurement: Mapping[str, Any], path: Path) -> ResolvedConfig:
-    """Resolve the configuration from a measurement, and print its notes. `path` is the run folder, if there is one.
+    """Resolve the configuration from a measurement, and print its notes. `path` is the run directory, if there is one.
 
     Raises:
         UsageError: no batch size fits into memory.

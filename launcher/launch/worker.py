@@ -1,7 +1,7 @@
 """One rank from start to end: resolve the job, connect to the other ranks, train, exit with the right status.
 
-Only rank 0 composes the configuration and opens the run folder; it then sends the resolved configuration to the other
-ranks through the store, so that they cannot disagree. It does so before importing torch, so that an invalid
+Only rank 0 composes the configuration and opens the run directory; it then sends the resolved configuration to the
+other ranks through the store, so that they cannot disagree. It does so before importing torch, so that an invalid
 configuration is reported immediately.
 """
 
@@ -65,9 +65,9 @@ def main_handover(path: str, topology: Topology) -> int:
 def compose_on_rank0(
     args: Sequence[str], topology: Topology, recalled: AgentMemory | None, measurement: Mapping[str, Any] | None = None
 ) -> RunDirClaim | MeasurementRequest:
-    """Compose the job on rank 0 under the user's own torchrun; a restart continues in the `recalled` folder.
+    """Compose the job on rank 0 under the user's own torchrun; a restart continues in the `recalled` directory.
 
-    Returns a MeasurementRequest if an open value, e.g. batch.per_device=auto, has not been measured yet.
+    Returns a MeasurementRequest if a value is set to auto, e.g. batch.per_device, and has not been measured yet.
 
     Raises:
         UsageError: the configuration is invalid; nothing was created.
@@ -100,7 +100,7 @@ def compose_on_rank0(
 def resolve_auto_values(
     config: RunConfig, topology: Topology, existing: Path | None, measurement: Mapping[str, Any] | None
 ) -> ResolvedConfig | MeasurementRequest:
-    """Resolve open values from the run folder or from the measurement; else request the measurement.
+    """Replace values set to auto by those of the existing run or of the measurement; else request the measurement.
 
     Raises:
         UsageError: the configuration is invalid, whatever a measurement would yield.
@@ -271,7 +271,7 @@ def start_watchdog(job_spec: JobSpec, topology: Topology, terminal: TextIO) -> W
     elastic, compiles = job_spec.config.elastic, job_spec.config.train.compile
     limits = HangTimeouts(elastic.hang_timeout_s, elastic.first_timeout_s)
     return Watchdog.start(
-        job_spec.run_dir, topology, limits, compiles=compiles, terminal=None if job_spec.loopback else terminal
+        job_spec.run_dir, topology, limits, compiles=compiles, terminal=None if job_spec.under_driver else terminal
     )
 
 
@@ -303,9 +303,9 @@ def handle_failure(job_spec: JobSpec, topology: Topology, error: Exception, term
     log = job_spec.run_dir.get_log_path(*topology.rank_and_generation)
     failure = failures.write_failure(job_spec.run_dir.logs, *topology.rank_and_generation, error, log, final=final)
     logging.getLogger(__name__).error("%s", failure.traceback)
-    if failures.is_peer_failure(failure.message) and (job_spec.loopback or topology.restarts_left > 0):
+    if failures.is_peer_failure(failure.message) and (job_spec.under_driver or topology.restarts_left > 0):
         return EXIT_RESTART
-    if not job_spec.loopback:
+    if not job_spec.under_driver:
         if failures.should_report(job_spec.run_dir.logs, failure):
             print(f"error: {failure.summary()}", file=terminal, flush=True)
             log_failure_event(job_spec.run_dir, failure)

@@ -64,9 +64,7 @@ class BatchPlan:
         share = self.shares[rank]
         return split_evenly(
             share,
-            _divide_rounding_up(share, self.per_device)
-            if self.minimal_micro_batches
-            else min(self.accumulation, share),
+            _ceil_div(share, self.per_device) if self.minimal_micro_batches else min(self.accumulation, share),
         )
 
     def rng_keys(self, rank: int) -> tuple[tuple[int, int], ...]:
@@ -86,7 +84,7 @@ class BatchPlan:
             raise ValueError(f"{samples} samples are not between 1 and the global batch of {self.global_batch}")
         if samples == self.global_batch:
             return self
-        return _make_fewest_micro_batches_plan(_split_by_speed(samples, self.shares), self.per_device)
+        return _plan_fewest_micro_batches(_split_by_speed(samples, self.shares), self.per_device)
 
 
 def plan_batch(policy: BatchPolicy, world: int, speeds: Sequence[float] | None = None) -> BatchPlan:
@@ -107,8 +105,8 @@ def plan_batch(policy: BatchPolicy, world: int, speeds: Sequence[float] | None =
     if not policy.allow_idle and speeds is not None and 0 in shares:
         raise _empty_rank_error(policy, source, shares, speeds)
     if policy.kind == "scale":
-        return _make_fewest_micro_batches_plan(shares, policy.per_device)
-    return _make_equal_count_plan(shares, policy, policy.accumulation if policy.kind == "hold" else None)
+        return _plan_fewest_micro_batches(shares, policy.per_device)
+    return _plan_equal_accumulation(shares, policy, policy.accumulation if policy.kind == "hold" else None)
 
 
 _IDLE_HINT = "or elastic.allow_idle=true"
@@ -175,25 +173,25 @@ def _choose_global_batch(policy: BatchPolicy, world: int) -> tuple[int, str]:
     return total, "batch.per_device"
 
 
-def _make_equal_count_plan(shares: tuple[int, ...], policy: BatchPolicy, accumulation: int | None) -> BatchPlan:
+def _plan_equal_accumulation(shares: tuple[int, ...], policy: BatchPolicy, accumulation: int | None) -> BatchPlan:
     """The plan in which all ranks make the same number of micro-batches, none larger than the cap."""
     cap, largest = policy.per_device, max(shares)
-    needed = _divide_rounding_up(largest, cap)
+    needed = _ceil_div(largest, cap)
     if accumulation is not None and accumulation < needed:
         raise PlanError(
-            f"batch.accumulation={accumulation} gives micro-batches of {_divide_rounding_up(largest, accumulation)} "
+            f"batch.accumulation={accumulation} gives micro-batches of {_ceil_div(largest, accumulation)} "
             f"at world size {len(shares)}, above batch.per_device={cap}: "
             f"type batch.accumulation={needed} or more, or batch.accumulation=auto"
         )
     count = min(accumulation or needed, largest)
-    return BatchPlan(len(shares), shares, _divide_rounding_up(largest, count), count)
+    return BatchPlan(len(shares), shares, _ceil_div(largest, count), count)
 
 
-def _make_fewest_micro_batches_plan(shares: tuple[int, ...], cap: int) -> BatchPlan:
+def _plan_fewest_micro_batches(shares: tuple[int, ...], cap: int) -> BatchPlan:
     """The plan in which each rank makes the fewest micro-batches that the cap allows."""
-    counts = [_divide_rounding_up(share, cap) for share in shares]
+    counts = [_ceil_div(share, cap) for share in shares]
     accumulation = max(counts)
-    per_device = max(_divide_rounding_up(share, count) for share, count in zip(shares, counts, strict=True) if count)
+    per_device = max(_ceil_div(share, count) for share, count in zip(shares, counts, strict=True) if count)
     uneven = any(count != min(accumulation, share) for share, count in zip(shares, counts, strict=True))
     return BatchPlan(len(shares), shares, per_device, accumulation, minimal_micro_batches=uneven)
 
@@ -208,7 +206,7 @@ def _empty_rank_error(policy: BatchPolicy, source: str, shares: Sequence[int], s
     slowest = min(weights)
     needed = sum(weight * (_TOLERANCE_DENOMINATOR + 1) // (slowest * _TOLERANCE_DENOMINATOR) for weight in weights)
     if source == "batch.per_device":
-        needed = _divide_rounding_up(needed, len(shares) * (policy.accumulation or 1))
+        needed = _ceil_div(needed, len(shares) * (policy.accumulation or 1))
     value = policy.per_device if source == "batch.per_device" else sum(shares)
     return PlanError(
         f"{source}={value}: rank {shares.index(0)} is too slow to get a sample: "
@@ -248,7 +246,7 @@ def split_evenly(total: int, parts: int) -> tuple[int, ...]:
     return (size + 1,) * larger + (size,) * (parts - larger)
 
 
-def _divide_rounding_up(amount: int, per: int) -> int:
+def _ceil_div(amount: int, per: int) -> int:
     return -(-amount // per)
 
 

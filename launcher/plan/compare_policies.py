@@ -90,7 +90,7 @@ def _make_row(config: RunConfig, sizes: DatasetSizes, world_size: int) -> dict[s
 
 
 def _describe_plan(planned: TrainingPlan) -> dict[str, Any]:
-    plan = planned.plan
+    plan = planned.batch_plan
     scale = planned.schedule.target_scale(plan.global_batch)
     return {
         "global": plan.global_batch,

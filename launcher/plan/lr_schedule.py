@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-__all__ = ["Decay", "LrSchedule", "ScaleRamp", "noise_gain"]
+__all__ = ["Decay", "LrScaleRamp", "LrSchedule", "noise_gain"]
 
 _RAMPED_GROWTH = 2.0  # from this growth of the scale on, the change is ramped
 _RAMP_UPDATES = 100
@@ -35,7 +35,7 @@ def noise_gain(batch: float, base_batch: float, noise: float | None) -> float:
 
 
 @dataclass(frozen=True)
-class ScaleRamp:
+class LrScaleRamp:
     """A change to `batch` at sample `at`; the scale moves linearly from `start` over `over` samples (0: at once)."""
 
     at: int
@@ -66,7 +66,7 @@ class Decay:
     mode: Literal["min", "max"] = "min"
     patience: int = 3
 
-    def share(self, samples: int, progress: float, results: Sequence[float | None]) -> float:
+    def fraction(self, samples: int, progress: float, results: Sequence[float | None]) -> float:
         """The share at `samples`; `progress` (0 to 1) counts from the end of the warmup, `results` are validations."""
         if self.kind == "linear":
             return (1 - progress) + self.end * progress
@@ -98,7 +98,7 @@ class LrSchedule:
 
     `duration`, `epoch` and `warmup` are in samples.
     rule: the scale as a function of kappa = batch/base_batch: kappa (linear), its square root (sqrt), 1 (none), or
-    noise_gain**power once `with_noise` set a noise scale and kappa**power until then (noise; power is 1 for SGD and
+    noise_gain**power once `observed` has set a noise scale and kappa**power until then (noise; power is 1 for SGD and
     0.5 for the Adam family).
     warmup_from: the warmup starts at zero, at `base` (Goyal 2017), or at a share of the target learning rate.
     per: with epoch, the learning rate changes only at epoch boundaries. The warmup is evaluated at the epoch's end, so
@@ -119,7 +119,7 @@ class LrSchedule:
     per: Literal["update", "epoch"] = "update"
     decay: Decay = Decay()
     noise: float | None = None
-    ramps: tuple[ScaleRamp, ...] = ()
+    ramps: tuple[LrScaleRamp, ...] = ()
     validations: tuple[tuple[int, float | None], ...] = ()
 
     def lr(self, samples: int, batch: int) -> float:
@@ -139,7 +139,7 @@ class LrSchedule:
         ramp = self._find_ramp(samples, batch)
         return 1.0 if ramp is None else (samples - ramp.at) / ramp.over
 
-    def _find_ramp(self, samples: int, batch: int) -> ScaleRamp | None:
+    def _find_ramp(self, samples: int, batch: int) -> LrScaleRamp | None:
         """The active ramp to `batch`, if any."""
         ramp = next((ramp for ramp in reversed(self.ramps) if ramp.at <= samples and ramp.batch == batch), None)
         return None if ramp is None or samples >= ramp.at + ramp.over else ramp
@@ -187,7 +187,7 @@ class LrSchedule:
         ramped = self.target_scale(batch) >= _RAMPED_GROWTH * now
         over = max(_RAMP_UPDATES * batch, -(-self.duration // _RAMP_PART)) if ramped else 0
         past = tuple(ramp for ramp in self.ramps if ramp.at <= samples)
-        return replace(self, ramps=(*past, ScaleRamp(samples, over, now, batch)))
+        return replace(self, ramps=(*past, LrScaleRamp(samples, over, now, batch)))
 
     def with_stages(self, samples: int, stages: Sequence[tuple[int, int]]) -> LrSchedule:
         """The schedule whose batch from `samples` on follows `stages`: (start sample, batch), ascending.
@@ -203,12 +203,12 @@ class LrSchedule:
         begun = sum(at <= samples for at, _ in stages)
         for at, following in stages[max(begun - 1, 0) :]:
             at = max(at, samples)
-            first = ScaleRamp(at, 0, self.target_scale(following), following)
+            first = LrScaleRamp(at, 0, self.target_scale(following), following)
             schedule = replace(schedule, ramps=(first,)) if batch is None else schedule.resized(at, batch, following)
             batch = following
         return schedule
 
-    def _keeps_batch(self, ramp: ScaleRamp) -> bool:
+    def _keeps_batch(self, ramp: LrScaleRamp) -> bool:
         """Whether a ramp keeps the batch: then it is due to a new noise scale, not to a change of plan."""
         before = [other.batch for other in self.ramps[: self.ramps.index(ramp)]][-1:]
         return before == [ramp.batch]
@@ -230,7 +230,7 @@ class LrSchedule:
         return replace(self, noise=noise)
 
     def with_noise_at(self, samples: int, batch: int, noise: float | None) -> LrSchedule:
-        """As `with_noise`, during training after `samples` at `batch`; changes planned for later are dropped.
+        """As `observed`, during training after `samples` at `batch`; changes planned for later are dropped.
 
         A scale that grows by a factor of 2 or more is ramped as after a resize; otherwise it takes effect at once.
         """
@@ -249,7 +249,7 @@ class LrSchedule:
         """This schedule with the history from `to_facts`."""
         return replace(
             self,
-            ramps=tuple(ScaleRamp(*ramp) for ramp in facts["ramps"]),
+            ramps=tuple(LrScaleRamp(*ramp) for ramp in facts["ramps"]),
             validations=tuple((at, result) for at, result in facts["validations"]),
             noise=facts["noise"],
         )
@@ -275,7 +275,7 @@ class LrSchedule:
 
     def _compute_decay_share(self, samples: int) -> float:
         results = [result for at, result in self.validations if at <= samples]
-        return self.decay.share(samples, self._compute_decay_progress(samples), results)
+        return self.decay.fraction(samples, self._compute_decay_progress(samples), results)
 
     def _compute_decay_progress(self, samples: int) -> float:
         """Completed part of the duration after the warmup, 0 to 1; 0 if the warmup leaves nothing."""

@@ -1,4 +1,4 @@
-"""The verb `plan`: the training plan at every world size, as a JSON document and as a table. Nothing is started."""
+"""The command `plan`: the training plan at every world size, as a JSON document and as a table. Nothing is started."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _try_make_plan(config: RunConfig, sizes: DatasetSizes, world_size: int) -> T
 
 
 def make_plan_row(planned: TrainingPlan) -> dict[str, Any]:
-    plan = planned.plan
+    plan = planned.batch_plan
     scale = planned.schedule.target_scale(plan.global_batch)
     return {
         "world": planned.world,

@@ -40,9 +40,9 @@ class DatasetSizes:
 class TrainingPlan:
     """What a run will do at one world size. Lengths are in samples, `checkpoint_every_s` is in seconds.
 
-    `plan` is the full batch; `stages` are (start sample, plan), one per entry of batch.ramp, otherwise `plan` alone.
-    `warmup` is the length of the warmup. If `validate_every` is None, or both `checkpoint_every` and
-    `checkpoint_every_s` are, it happens only at the end. `advice` contains one-line warnings.
+    `plan` is the batch plan of a full update; `stages` are (start sample, plan), one per entry of batch.ramp, otherwise
+    `plan` alone. `warmup` is the length of the warmup. If `validate_every` is None, or both `checkpoint_every` and
+    `checkpoint_every_s` are, it happens only at the end. `advice` contains one-line notes for the user.
     """
 
     config: RunConfig
@@ -50,7 +50,7 @@ class TrainingPlan:
     world: int
     policy: str
     rule: Rule
-    plan: BatchPlan
+    batch_plan: BatchPlan
     stages: tuple[tuple[int, BatchPlan], ...]
     timeline: Timeline
     schedule: LrSchedule
@@ -61,13 +61,13 @@ class TrainingPlan:
     checkpoint_every_s: float | None
     advice: tuple[str, ...]
 
-    def plan_at(self, samples: int) -> BatchPlan:
+    def batch_plan_at(self, samples: int) -> BatchPlan:
         """The batch plan in effect after `samples`."""
         return [plan for begin, plan in self.stages if begin <= samples][-1]
 
     def batch_at(self, samples: int) -> int:
         """The global batch in effect after `samples`."""
-        return self.plan_at(samples).global_batch
+        return self.batch_plan_at(samples).global_batch
 
     def with_lr_history(self, facts: Mapping[str, Any], samples: int) -> TrainingPlan:
         """This plan with the learning rate history from a checkpoint at `samples`.
@@ -115,7 +115,7 @@ def make_training_plan(
         world=world,
         policy=resolve_batch_policy(config),
         rule=rule,
-        plan=plan,
+        batch_plan=plan,
         stages=stages,
         timeline=Timeline(sizes.train, schedule.duration, stages, config.data.tail, needs_equal_micro_batches(config)),
         schedule=schedule.with_stages(0, _list_stage_batches(stages)),

@@ -60,7 +60,7 @@ def read_run_metrics(run: str) -> RunMetrics:
 
 
 def find_runs(run: str) -> list[Path]:
-    """Find the run folder named `run`, or the run folders inside it (multirun), in order.
+    """Find the run directory named `run`, or the run directories inside it (multirun), in order.
 
     Raises:
         UsageError: no run was found.

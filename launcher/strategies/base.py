@@ -21,7 +21,7 @@ from launcher.strategies.optimizer import supports_found_inf
 from launcher.strategies.precision import Precision
 from launcher.telemetry.stage_clock import StageClock
 
-__all__ = ["BaseReplica", "mark_wait_begin", "mark_wait_end", "slice_evenly"]
+__all__ = ["BaseReplica", "make_wait_begin_hook", "make_wait_end_hook", "slice_evenly"]
 
 #: Adam's average of squared gradients, and AMSGrad's maximum of it.
 SECOND_MOMENT_SLOTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
@@ -161,7 +161,7 @@ def slice_evenly(group: Mapping[str, torch.Tensor], slices: dict[str, TensorSlic
     return local
 
 
-def mark_wait_begin(clock: StageClock) -> Callable[..., None]:
+def make_wait_begin_hook(clock: StageClock) -> Callable[..., None]:
     """A hook for the start of a wait for other ranks: the time before it counts as the current pass's own work."""
 
     def hook(*_: object) -> None:
@@ -171,7 +171,7 @@ def mark_wait_begin(clock: StageClock) -> Callable[..., None]:
     return hook
 
 
-def mark_wait_end(clock: StageClock) -> Callable[..., None]:
+def make_wait_end_hook(clock: StageClock) -> Callable[..., None]:
     """A hook for the end of a wait: the time since its start counts as `sync`."""
 
     def hook(*_: object) -> None:

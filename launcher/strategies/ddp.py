@@ -28,7 +28,7 @@ from launcher.strategies.optimizer import (
 __all__ = ["DdpReplica"]
 
 #: The argument was renamed in torch 2.13. Buffers are synchronised by `broadcast_buffers` of the replica instead.
-NO_BUFFER_SYNC = next(
+BUFFER_SYNC_ARG = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -63,7 +63,7 @@ class DdpReplica(BaseReplica):
             model,
             gradient_as_bucket_view=True,
             find_unused_parameters=config.strategy.find_unused_parameters,
-            **{NO_BUFFER_SYNC: False},  # type: ignore[arg-type]
+            **{BUFFER_SYNC_ARG: False},  # type: ignore[arg-type]
         )
         wrapped.register_comm_hook(None, self._all_reduce_hook)
         return wrapped
@@ -75,7 +75,7 @@ class DdpReplica(BaseReplica):
         if self._group_norms.measuring:
             self._bucket_norms += compute_norms([gradients])
         if bucket.is_last():
-            self._clock.mark()
+            self._clock.begin_wait()
         work = dist.all_reduce(gradients, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
 
@@ -102,7 +102,7 @@ class DdpReplica(BaseReplica):
             clip_grads_with_norm_(self._parameters, clip_norm, norm)
         set_lr_and_momentum(self.optimizer, lr, momentum)
         self._step_if_finite(finite)
-        return StepResult(norm=norm, finite=finite, group_grad_norm_sum=norm_sum, groups=groups)
+        return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
 
     def full_state(self) -> ReplicaState:
         facts = {"optimizer": get_optimizer_facts(self.optimizer, self.module), "scaler": self._precision.state_dict()}

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
-from launcher.strategies.base import BaseReplica, mark_wait_begin, mark_wait_end, slice_evenly
+from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook, slice_evenly
 from launcher.strategies.deepspeed_config import make_deepspeed_config
 from launcher.strategies.deepspeed_state import ZeroState
 from launcher.strategies.gradient_norms import GradNormHooks
@@ -76,7 +76,7 @@ class DeepSpeedReplica(BaseReplica):
     def _reduce_and_mark_wait(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's gradient reduction after a backward pass; marks the wait after the last one of an update."""
         if self._engine.is_gradient_accumulation_boundary():
-            self._clock.mark()
+            self._clock.begin_wait()
         self._reduce(*args, **kwargs)
 
     @contextmanager
@@ -250,7 +250,7 @@ def time_param_gathering(parameter_offload: Any, clock: StageClock) -> None:
     """Count stage 3's gathering of a module's parameters before forward and backward as waiting, not computing."""
 
     def add_timing(gather: Callable[..., None]) -> Callable[..., None]:
-        begin, end = mark_wait_begin(clock), mark_wait_end(clock)
+        begin, end = make_wait_begin_hook(clock), make_wait_end_hook(clock)
 
         def timed_gather(*args: Any) -> None:
             begin()

@@ -16,7 +16,7 @@ from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
-from launcher.strategies.base import BaseReplica, mark_wait_begin, mark_wait_end
+from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook
 from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.strategies.meta_init import materialize
@@ -55,8 +55,8 @@ class FsdpReplica(BaseReplica):
         self._norm_hooks = GradNormHooks()
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.register_forward_pre_hook(mark_wait_begin(args.clock), prepend=True)
-                module.register_forward_pre_hook(mark_wait_end(args.clock))
+                module.register_forward_pre_hook(make_wait_begin_hook(args.clock), prepend=True)
+                module.register_forward_pre_hook(make_wait_end_hook(args.clock))
                 module.register_forward_pre_hook(register_grad_norm_hooks(self._norm_hooks))
 
     @contextmanager
@@ -81,7 +81,7 @@ class FsdpReplica(BaseReplica):
         set_lr_and_momentum(self.optimizer, lr, momentum)
         finite = torch.isfinite(norm)
         self._step_if_finite(finite)
-        return StepResult(norm=norm, finite=finite, group_grad_norm_sum=norm_sum, groups=groups)
+        return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
 
     def _update_loss_scale(self, finite: torch.Tensor) -> None:
         if self._precision.scaler is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from launcher.strategies.precision import Precision
     from launcher.telemetry.stage_clock import StageClock
 
-__all__ = ["LARGE_MODEL_BYTES", "ReplicaArgs", "ReplicaProtocol", "ReplicaState", "ShardedState", "StepResult"]
+__all__ = ["LARGE_MODEL_BYTES", "Replica", "ReplicaArgs", "ReplicaState", "ShardedState", "StepResult"]
 
 
 #: Size of the parameters above which ranks other than 0 avoid holding all of them.
@@ -30,13 +30,13 @@ class StepResult:
     """Result of an optimizer step. All fields but `groups` are device scalars and are read one update late.
 
     `norm` is the norm of the update's mean gradient before clipping, `finite` whether the update was applied.
-    `group_grad_norm_sum` is the sum of |h|²/c over the `groups` parts of the batch whose gradients this rank measured
+    `group_sq_norm_sum` is the sum of |h|²/c over the `groups` parts of the batch whose gradients this rank measured
     separately (see `gradient_norms.GroupGradNorms`).
     """
 
     norm: torch.Tensor
     finite: torch.Tensor
-    group_grad_norm_sum: torch.Tensor
+    group_sq_norm_sum: torch.Tensor
     groups: int
 
 
@@ -75,7 +75,7 @@ class ShardedState(NamedTuple):
     slices: Mapping[str, TensorSlice]
 
 
-class ReplicaProtocol(Protocol):
+class Replica(Protocol):
     """One rank's part of the model and its optimizer.
 
     `model` is passed to the recipe's loss; `module` has the parameter names of `recipe.model()` and is used for

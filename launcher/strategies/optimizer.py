@@ -47,7 +47,8 @@ def make_optimizer(
         UsageError: the class is unknown or not trusted, or refuses one of its arguments.
     """
     options = {name: value for name, value in config.optimizer.items() if name != "_target_"}
-    optimizer_class = load_class(str(config.optimizer["_target_"]), tuple(config.recipe.get("trust", ())))
+    target, trust = str(config.optimizer["_target_"]), tuple(config.recipe.get("trust", ()))
+    optimizer_class = load_class(target, trust, "optimizer._target_")
     if optimizer_class in fused and options.get("fused") is None and options.get("foreach") is None:
         options["fused"] = all(p.is_floating_point() for p in model.parameters())
     try:

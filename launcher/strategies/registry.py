@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol
+from launcher.strategies.interface import Replica, ReplicaArgs
 
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 __all__ = ["build_replica"]
 
 
-def build_replica(args: ReplicaArgs) -> ReplicaProtocol:
+def build_replica(args: ReplicaArgs) -> Replica:
     """Build the replica for `config.strategy.name`, or the exact one; the model is already on its device."""
     return get_replica_class(args.config)(args)
 
 
-def get_replica_class(config: RunConfig) -> Callable[[ReplicaArgs], ReplicaProtocol]:
+def get_replica_class(config: RunConfig) -> Callable[[ReplicaArgs], Replica]:
     """The class for the configured strategy; only its module is imported."""
     if config.strategy.name == "fsdp":
         from launcher.strategies.fsdp import FsdpReplica

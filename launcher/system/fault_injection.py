@@ -56,7 +56,7 @@ class FaultInjector:
         faults = map(Fault.parse, env["FAULT"].split(","))
         return cls(tuple(f for f in faults if f.rank == rank and f.generation in (0, generation)))
 
-    def __call__(self, phase: str, update: int = 0) -> None:
+    def inject_at(self, phase: str, update: int = 0) -> None:
         for fault in self.active:
             if fault.phase == phase and fault.update in (0, update):
                 inject(fault)

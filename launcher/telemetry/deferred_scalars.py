@@ -17,7 +17,7 @@ class UpdateScalars:
     """One rank's results of one update, from the optimizer step to the row; the defaults are those before the first.
 
     `loss` is the sum over this rank's samples and `loss_count` their count (samples or tokens). `grad_norm` is the norm
-    of the update's mean gradient before clipping, `finite` whether the update was applied. `group_grad_norm_sum` is the
+    of the update's mean gradient before clipping, `finite` whether the update was applied. `group_sq_norm_sum` is the
     sum of |h|²/c over the `groups` parts of the batch whose gradients this rank measured separately. The loss, `finite`
     and both norms are tensors on the device until `DeferredScalars.read` returns them as numbers.
     """
@@ -26,7 +26,7 @@ class UpdateScalars:
     loss_count: float = 0.0
     finite: Any = 1.0
     grad_norm: Any = 0.0
-    group_grad_norm_sum: Any = 0.0
+    group_sq_norm_sum: Any = 0.0
     groups: float = 0
 
 
@@ -43,7 +43,7 @@ class DeferredScalars:
         self._values: torch.Tensor | None = None
         if isinstance(scalars.finite, torch.Tensor):
             device = scalars.finite.device
-            on_device = (scalars.loss, scalars.grad_norm, scalars.group_grad_norm_sum, scalars.finite)
+            on_device = (scalars.loss, scalars.grad_norm, scalars.group_sq_norm_sum, scalars.finite)
             together = torch.stack([torch.as_tensor(scalar, device=device).detach().double() for scalar in on_device])
             self._values = self._copy_to_host(together) if together.is_cuda else together
 
@@ -60,7 +60,7 @@ class DeferredScalars:
             self._event.synchronize()
         if self._values is None:
             return self._scalars
-        loss, grad_norm, group_grad_norm_sum, finite = self._values.tolist()
+        loss, grad_norm, group_sq_norm_sum, finite = self._values.tolist()
         return replace(
-            self._scalars, loss=loss, grad_norm=grad_norm, group_grad_norm_sum=group_grad_norm_sum, finite=finite
+            self._scalars, loss=loss, grad_norm=grad_norm, group_sq_norm_sum=group_sq_norm_sum, finite=finite
         )

@@ -59,7 +59,7 @@ class StageClock:
         self._on_mark: Callable[[], None] = lambda: None
         self._finished: tuple[Any, list[tuple[str, Any]]] | None = None
 
-    def on_mark(self, callback: Callable[[], None]) -> None:
+    def on_wait_begin(self, callback: Callable[[], None]) -> None:
         """Register a function that is called at each mark."""
         self._on_mark = callback
 
@@ -71,7 +71,7 @@ class StageClock:
         """Assign the time since the last lap to `stage`."""
         self._laps.append((stage, self._timer.stamp()))
 
-    def mark(self) -> None:
+    def begin_wait(self) -> None:
         """Mark the start of waiting: called from the communication hook of the last gradient bucket."""
         self._wait_began = self._timer.stamp()
         self._on_mark()

@@ -18,7 +18,7 @@ from launcher.errors import UsageError
 from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
-from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol
+from launcher.strategies.interface import Replica, ReplicaArgs
 from launcher.strategies.meta_init import build_on_meta_device
 from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
@@ -50,7 +50,7 @@ class TrainComponents:
     device: torch.device
     precision: Precision
     clock: StageClock
-    replica: ReplicaProtocol
+    replica: Replica
     train_data: Any
     val_data: Any
     meta_state_dict: Mapping[str, torch.Tensor]

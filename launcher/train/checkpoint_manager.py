@@ -16,7 +16,7 @@ from launcher.config.schema import CheckpointConfig
 from launcher.plan.batch import BatchPlan
 from launcher.plan.training_plan import TrainingPlan
 from launcher.run_dir.run_directory import RunDirectory
-from launcher.strategies.interface import ReplicaProtocol, ReplicaState
+from launcher.strategies.interface import Replica, ReplicaState
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.metrics_logger import MetricsLogger
 from launcher.topology import Topology
@@ -79,7 +79,7 @@ class CheckpointManager:
         every_s = self._options.every_s
         return self._topology.rank == 0 and every_s is not None and self._clock() - self._saved_at >= every_s
 
-    def save(self, replica: ReplicaProtocol, training_plan: TrainingPlan, state: TrainState, plan: BatchPlan) -> None:
+    def save(self, replica: Replica, training_plan: TrainingPlan, state: TrainState, plan: BatchPlan) -> None:
         """Copy the state and start writing it; every rank must call this, since the state may have to be gathered.
 
         Raises:
@@ -110,7 +110,7 @@ class CheckpointManager:
         )
         self._writer.start()
 
-    def _get_state(self, replica: ReplicaProtocol) -> tuple[ReplicaState, ShardInfo | None]:
+    def _get_state(self, replica: Replica) -> tuple[ReplicaState, ShardInfo | None]:
         """The full state, or with `sharded` this rank's shard."""
         if not self._options.sharded:
             return replica.full_state(), None
@@ -177,7 +177,7 @@ class CheckpointManager:
             self._rows_are_written.wait()
             if self._logger is not None:
                 self._logger.flush()
-        self._faults(phase, update)
+        self._faults.inject_at(phase, update)
 
     def _log_event(self, name: str, /, **facts: Any) -> None:
         if self._logger is not None:

@@ -14,7 +14,7 @@ from launcher.goodput.policy import GoodputPolicy
 from launcher.plan.timeline import Update
 from launcher.plan.training_plan import TrainingPlan
 from launcher.run_dir.run_directory import RunDirectory
-from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.interface import Replica
 from launcher.strategies.precision import Precision
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.metrics_logger import MetricsLogger
@@ -41,7 +41,7 @@ class TrainContext:
     topology: Topology
     run_dir: RunDirectory
     recipe: Any
-    replica: ReplicaProtocol
+    replica: Replica
     precision: Precision
     loader: MicroBatchLoader
     validator: Validator | None
@@ -70,7 +70,7 @@ class TrainContext:
         """Enter a phase: publish it to the watchdog, and inject a fault if one is configured."""
         if self.watchdog is not None:
             self.watchdog.enter_phase(phase, update.index + 1)
-        self.faults(phase, update.index + 1)
+        self.faults.inject_at(phase, update.index + 1)
 
     def log_event(self, name: str, /, **facts: Any) -> None:
         """Log an event, on rank 0 only."""

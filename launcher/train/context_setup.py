@@ -32,7 +32,7 @@ def make_context(
     """Make the context of the training loop. Every rank must call this, since it forms a process group."""
     topology = job.topology
     if job.watchdog is not None:
-        components.clock.on_mark(job.watchdog.enter_wait)
+        components.clock.on_wait_begin(job.watchdog.enter_wait)
     loader = components.make_loader(plan, topology, state.position)
     loader_cpu = loader.loading.measure_share
     return TrainContext(
@@ -69,7 +69,9 @@ def make_load_balancer(plan: TrainingPlan) -> LoadBalancer | None:
     """The load balancer, if elastic.balance is set and there are several workers."""
     if not plan.config.elastic.balance or plan.world == 1:
         return None
-    return LoadBalancer(plan.plan, lambda speeds: make_training_plan(plan.config, plan.sizes, plan.world, speeds).plan)
+    return LoadBalancer(
+        plan.batch_plan, lambda speeds: make_training_plan(plan.config, plan.sizes, plan.world, speeds).batch_plan
+    )
 
 
 def make_goodput_policy(job: RankJob) -> GoodputPolicy | None:

@@ -6,20 +6,20 @@ from pathlib import Path
 
 from launcher.checkpoint import tensor_io
 from launcher.checkpoint.manifest import open_checkpoint
-from launcher.distributed.stop_requests import StopLevel
 from launcher.run_dir.restart_cost import sum_restart_costs
 from launcher.train.checkpoint_manager import format_checkpoint_name
 from launcher.train.context import TrainContext
+from launcher.train.outcome import TrainOutcome
 from launcher.train.rank_setup import RankJob
 from launcher.train.state import TrainState
 
 __all__ = ["finish_run"]
 
 
-def finish_run(job: RankJob, context: TrainContext, state: TrainState, level: StopLevel) -> None:
+def finish_run(job: RankJob, context: TrainContext, state: TrainState, outcome: TrainOutcome) -> None:
     """On rank 0, write the final parameters and done.json, or log that training was stopped."""
     run_dir, position = context.run_dir, state.position
-    if level != StopLevel.CONTINUE:
+    if outcome != TrainOutcome.COMPLETE:
         why = run_dir.read_stop_reason() or context.stop_requests.reason or "another rank"
         context.log_event("preempt", why=why, samples=position.samples, update=position.update)
         return

@@ -21,11 +21,11 @@ __all__ = ["JobSpec"]
 
 @dataclass(frozen=True)
 class JobSpec:
-    """The job of the ranks: the resolved configuration and the run folder.
+    """The job of the ranks: the resolved configuration and the run directory.
 
     `checkpoint` was given by the user, and `require_checkpoint` requires that one exists; both apply until this job has
-    saved a checkpoint of its own, i.e. until the newest one in the folder differs from `previous_checkpoint`. `changed`
-    (the keys that differ from the folder's configuration) applies only to the first start of the job, generation
+    saved a checkpoint of its own, i.e. until the newest one in the directory differs from `previous_checkpoint`.
+    `changed` (the keys that differ from the directory's configuration) applies only to the first start, generation
     `first` (None: this one). `restarted`: this job has started its workers before. `loopback`: the job runs on one
     machine with our own store. `summary`: the run is already complete, and only this text is printed. `why`: values
     that were chosen automatically for this command, and the reason. `profile`: the timing profile that batch=goodput
@@ -35,10 +35,10 @@ class JobSpec:
     config: RunConfig
     run_dir: RunDirectory
     generation: int = 0
-    first: int | None = None
+    first_generation: int | None = None
     restarted: bool = False
     previous_checkpoint: str | None = None
-    loopback: bool = False
+    under_driver: bool = False
     checkpoint: Path | None = None
     require_checkpoint: bool = False
     changed: Mapping[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class JobSpec:
         return cls(
             config=opened.config,
             run_dir=opened.run_dir,
-            loopback=loopback,
+            under_driver=loopback,
             why=why,
             profile=profile,
             previous_checkpoint=latest_id(opened.run_dir.resolve_checkpoints_dir(opened.config.checkpoint.dir)),
@@ -78,7 +78,7 @@ class JobSpec:
     def start_generation(self) -> JobSpec:
         """The job for another start of the workers; once this job has saved, it always continues from there."""
         generation = self.run_dir.increment_generation()
-        if not self.restarted and generation == (self.first or generation):
+        if not self.restarted and generation == (self.first_generation or generation):
             return replace(self, generation=generation)
         self.run_dir.increment_restarts()
         restarted_job = replace(self, generation=generation, restarted=True, changed={}, why="")

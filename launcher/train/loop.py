@@ -16,6 +16,7 @@ from launcher.train.checkpoint_manager import format_checkpoint_name
 from launcher.train.context import TrainContext
 from launcher.train.metrics_recorder import UpdateResult, plan_to_dict
 from launcher.train.micro_batches import LossSums, backward, compute_loss_normalizer, forward, iter_micro_batches
+from launcher.train.outcome import TrainOutcome
 from launcher.train.profiler import profile_updates
 from launcher.train.state import MetricTarget, TrainState
 
@@ -29,14 +30,18 @@ class TrainingFailed(RuntimeError):
     """Training cannot continue, and a restart would fail again."""
 
 
-def train(context: TrainContext, state: TrainState) -> tuple[TrainState, StopLevel]:
+def train(context: TrainContext, state: TrainState) -> tuple[TrainState, TrainOutcome]:
     """Train to the end of the timeline, or until the ranks agree to stop.
 
-    Returns the training state and what comes next: nothing, as training is complete (`CONTINUE`), to stop, to restart,
-    to admit new nodes, or to continue with other shares or another batch (`REPLAN`).
+    Returns the training state and how training ended:
+    - `COMPLETE`: the end or the target is reached;
+    - `STOP`: a stop was requested;
+    - `RESTART`: the workers should exit and be started again;
+    - `ADMIT_NODES`: nodes wait to join;
+    - `REPLAN`: other shares are faster, or another batch has a higher goodput.
 
     Raises:
-        TrainingFailed: three updates in a row were not finite.
+        TrainingFailed: three updates in a row were not finite, except under fp16.
     """
     deferred = DeferredScalars()  # the results of the latest update, which are read during the next one
     gathered = None
@@ -66,7 +71,7 @@ def train(context: TrainContext, state: TrainState) -> tuple[TrainState, StopLev
         if needs_replan(context, state) or should_stop:
             break
     if gathered is None:
-        return state, StopLevel.CONTINUE
+        return state, TrainOutcome.COMPLETE
     return gather_last_update(context, state, deferred, gathered.stop)
 
 
@@ -102,7 +107,7 @@ def wait_for_stats(context: TrainContext, pending: PendingStats, update: Update)
 def apply_gathered_stats(
     context: TrainContext, state: TrainState, gathered: GatheredStats, previous: Update | None
 ) -> TrainState:
-    """Apply the gathered statistics of the previous update: count non-finite skips, update the noise scale."""
+    """Apply the previous update's gathered statistics: count consecutive skipped updates, update the noise scale."""
     if gathered.stop != StopLevel.CONTINUE:
         context.stop_requests.acknowledge()
     updated = state.with_gathered_stats(gathered, previous, context.training_plan)
@@ -120,7 +125,7 @@ def handle_skipped_update(context: TrainContext, state: TrainState, not_finite: 
         TrainingFailed: three updates in a row were not finite, except under fp16.
     """
     is_fp16 = context.precision.name == "fp16"
-    if is_fp16 and state.skips != FP16_SKIPS_BEFORE_ALARM:
+    if is_fp16 and state.skips != FP16_SKIPS_BEFORE_ALARM:  # `!=`: one alarm per series of skipped updates
         return
     ranks = ", ".join(map(str, not_finite))
     source = f"the loss of rank {ranks}" if ranks else "the gradient, though every loss was finite"
@@ -135,7 +140,7 @@ def log_lr_change_from_noise(context: TrainContext, before: TrainState, after: T
     noise, previous_noise = after.schedule.noise, before.schedule.noise
     if noise == previous_noise or noise is None:
         return
-    plan = context.training_plan.plan_at(after.position.samples)
+    plan = context.training_plan.batch_plan_at(after.position.samples)
     old, new = (plan_to_dict(context.training_plan, state.schedule, plan) for state in (before, after))
     earlier = "unknown" if previous_noise is None else f"{previous_noise:.3g}"
     why = f"the gradient's noise scale is {noise:.3g} samples, {earlier} before"
@@ -189,7 +194,7 @@ def step_optimizer(
         loss_count=losses.count,
         finite=step.finite,
         grad_norm=step.norm,
-        group_grad_norm_sum=step.group_grad_norm_sum,
+        group_sq_norm_sum=step.group_sq_norm_sum,
         groups=step.groups,
     )
     deferred = DeferredScalars(scalars, update)
@@ -232,7 +237,8 @@ def save_if_due(
     """Save a checkpoint if one is due or requested; return whether one was saved.
 
     The checkpoint's noise scale must include this update, whose gradient statistics are normally gathered with the next
-    update and would be missing after a restart. They are therefore gathered an additional time for the checkpoint.
+    update and would be missing after a restart. They are therefore gathered once more, for the checkpoint only: the
+    loop's state gets them with the next update.
     """
     plan = context.training_plan
     is_best = state.best_checkpoint == format_checkpoint_name(state)
@@ -289,13 +295,13 @@ def needs_replan(context: TrainContext, state: TrainState) -> bool:
     """
     if context.goodput is not None:
         context.goodput.on_noise(state.noise)
-    balanced = context.load_balancer is not None and context.load_balancer.new_speeds is not None
-    return balanced or (context.goodput is not None and context.goodput.has_change)
+    shares_change = context.load_balancer is not None and context.load_balancer.new_speeds is not None
+    return shares_change or (context.goodput is not None and context.goodput.has_change)
 
 
 def gather_last_update(
     context: TrainContext, state: TrainState, previous: DeferredScalars, stop: StopLevel
-) -> tuple[TrainState, StopLevel]:
+) -> tuple[TrainState, TrainOutcome]:
     """Gather and record the results of the last update, which no later update does; return what `train` returns."""
     if context.watchdog is not None:
         context.watchdog.enter_wait()
@@ -305,5 +311,5 @@ def gather_last_update(
         context.recorder.flush()
     plan = context.training_plan
     is_complete = state.position.samples >= plan.duration or state.should_stop_at_target(plan)
-    level = StopLevel.CONTINUE if is_complete else stop or StopLevel.REPLAN
-    return apply_gathered_stats(context, state, gathered, previous.update), level
+    outcome = TrainOutcome.COMPLETE if is_complete else TrainOutcome.from_stop_level(stop)
+    return apply_gathered_stats(context, state, gathered, previous.update), outcome

@@ -15,7 +15,7 @@ from launcher.plan.timeline import Update
 from launcher.plan.training_plan import TrainingPlan
 from launcher.plan.virtual_shards import compute_tree_sum
 from launcher.recipe import Loss
-from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.interface import Replica
 from launcher.strategies.precision import Precision
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.stage_clock import StageClock
@@ -44,7 +44,7 @@ class StepContext(Protocol):
     @property
     def recipe(self) -> Any: ...
     @property
-    def replica(self) -> ReplicaProtocol: ...
+    def replica(self) -> Replica: ...
     @property
     def precision(self) -> Precision: ...
     @property

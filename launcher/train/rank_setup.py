@@ -47,7 +47,7 @@ class RankSetup:
             "python's version": platform.python_version(),
             "the training data's length": self.sizes.train,
             "the validation data's length": self.sizes.val,
-            "the generation in the run folder": self.run_dir_generation,
+            "the generation in the run directory": self.run_dir_generation,
             "the newest checkpoint": None if self.checkpoint is None else self.checkpoint.path.name,
         }
 
@@ -68,7 +68,7 @@ class RankJob:
         """Enter a phase outside of the training loop: publish it, and inject a fault if one is configured."""
         if self.watchdog is not None:
             self.watchdog.enter_phase(phase)
-        self.faults(phase)
+        self.faults.inject_at(phase)
 
 
 def prepare_rank(job_spec: JobSpec, topology: Topology) -> RankSetup:

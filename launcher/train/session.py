@@ -1,4 +1,4 @@
-"""Runs training on one rank, from process-group setup to the final event."""
+"""Run training on one rank, from the agreement with the other ranks to the final event."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from launcher.distributed import rendezvous
-from launcher.distributed.consistency_check import check_ranks_agree
-from launcher.distributed.stop_requests import StopLevel, StopRequests
+from launcher.distributed.consistency_check import prepare_and_compare
+from launcher.distributed.stop_requests import StopRequests
 from launcher.distributed.watchdog import Watchdog
 from launcher.distributed.worker_env import resolve_num_threads
 from launcher.errors import EXIT_OK, EXIT_RESTART
@@ -18,6 +18,7 @@ from launcher.train.build import build_components, check_batchnorm_batch_size
 from launcher.train.context_setup import choose_config, make_context, make_goodput_policy
 from launcher.train.finish import finish_run
 from launcher.train.job_spec import JobSpec
+from launcher.train.outcome import TrainOutcome
 from launcher.train.rank_outputs import RankOutputs
 from launcher.train.rank_setup import RankJob, RankSetup, prepare_rank, restore_state
 from launcher.train.start_events import log_start_events
@@ -39,25 +40,26 @@ def run(
         UsageError: any rank found a configuration error before training.
     """
     faults = FaultInjector.from_env(topology.rank, topology.generation)
-    faults("start")
+    faults.inject_at("start")
     threads = resolve_num_threads(job_spec.config, topology.local_world)
     torch.set_num_threads(threads)
-    setup = check_ranks_agree(store, topology, lambda: prepare_rank(job_spec, topology), RankSetup.collect_facts)
+    setup = prepare_and_compare(store, topology, lambda: prepare_rank(job_spec, topology), RankSetup.collect_facts)
     job = RankJob(job_spec, topology, setup, stop_requests, watchdog, faults, threads)
-    level = connect_and_train(job, store)
+    outcome = connect_and_train(job, store)
     if watchdog is not None:
         watchdog.enter_wait()
     dist.barrier()
     dist.destroy_process_group()
     if watchdog is not None:
         watchdog.stop(finished=True)
-    return EXIT_RESTART if level == StopLevel.RESTART else EXIT_OK
+    return EXIT_RESTART if outcome == TrainOutcome.RESTART else EXIT_OK
 
 
-def connect_and_train(job: RankJob, store: dist.Store) -> StopLevel:
+def connect_and_train(job: RankJob, store: dist.Store) -> TrainOutcome:
     """Connect to the other ranks, build and restore everything, and train; return how training ended."""
     config, setup = job.spec.config, job.setup
     goodput = make_goodput_policy(job)
+    # the plan has the batch that goodput chose; `config` is what the user set
     plan = make_training_plan(choose_config(job, goodput), setup.sizes, job.topology.world)
     job.enter_phase("rendezvous")
     backend = rendezvous.init_process_group(
@@ -73,13 +75,13 @@ def connect_and_train(job: RankJob, store: dist.Store) -> StopLevel:
         context = make_context(job, plan, components, outputs, state, goodput)
         log_start_events(job, context, components, state, backend, outputs.restart_cost)
         job.stop_requests.handle_sigterm()
-        context, state, level = train_until_stop(context, components, state)
+        context, state, outcome = train_until_stop(context, components, state)
         if job.watchdog is not None:
             job.watchdog.enter_phase("finish")
         outputs.checkpoint_manager.wait()
-        job.faults("finish")
+        job.faults.inject_at("finish")
         if job.topology.rank == 0:
-            finish_run(job, context, state, level)
+            finish_run(job, context, state, outcome)
     except BaseException as error:
         if job.watchdog is not None:
             job.watchdog.stop()
@@ -87,4 +89,4 @@ def connect_and_train(job: RankJob, store: dist.Store) -> StopLevel:
         raise
     finally:
         outputs.close()
-    return level
+    return outcome

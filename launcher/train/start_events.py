@@ -32,7 +32,9 @@ def log_start_events(
         return
     checkpoint = job.setup.checkpoint
     goodput_why = "" if context.goodput is None else context.goodput.why
-    plan = plan_to_dict(context.training_plan, state.schedule, context.training_plan.plan_at(state.position.samples))
+    plan = plan_to_dict(
+        context.training_plan, state.schedule, context.training_plan.batch_plan_at(state.position.samples)
+    )
     logged_plan = job.spec.run_dir.read_plan()  # read before the plan event, which overwrites it
     start = make_start_facts(context, components, state)
     run_dir = str(job.spec.run_dir.path)
@@ -68,7 +70,7 @@ def make_start_facts(context: TrainContext, components: TrainComponents, state: 
         "seed": config.seed,
         "duration_samples": plan.duration,
         "updates": position.update + plan.timeline.count_updates(position),
-        "updates_per_epoch": plan.sizes.train / plan.plan.global_batch,
+        "updates_per_epoch": plan.sizes.train / plan.batch_plan.global_batch,
         "generation": context.topology.generation,
         "optimizer": type(context.replica.optimizer).__name__,
         "decay": config.schedule.decay,

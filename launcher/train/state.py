@@ -59,8 +59,8 @@ class TrainState:
     """Training progress, in samples seen.
 
     `skips` counts consecutive non-finite updates, `seconds` the time trained. `noise` is the gradient noise scale,
-    equal on every rank, since it is computed only from all-gathered statistics. `moments` tracks the batch size that
-    Adam's second moment corresponds to, None for other optimizers.
+    equal on every rank, since it is computed only from all-gathered statistics. `second_moment` tracks the batch size
+    that Adam's second moment corresponds to, None for other optimizers.
     """
 
     position: Position
@@ -181,5 +181,5 @@ def update_noise_scale(noise: NoiseScale, gathered: GatheredStats, update: Updat
     groups, count = gathered.groups, gathered.loss_count
     if update is None or update.is_partial or groups < 2 or not count or not gathered.finite:
         return noise
-    mean = gathered.group_grad_norm_sum * update.samples**2 / count
+    mean = gathered.group_sq_norm_sum * update.samples**2 / count
     return noise.update([count / groups] * groups, [mean] * groups, gathered.grad_norm**2, update.samples)

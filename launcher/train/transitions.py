@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from launcher.distributed.join_gate import GATE_POLL_S
+from launcher.distributed.join_gate import JOIN_POLL_S
 from launcher.distributed.stop_requests import StopLevel
 from launcher.plan.training_plan import make_training_plan
 from launcher.telemetry.resource_meter import ResourceMeter
@@ -15,6 +15,7 @@ from launcher.train.context import TrainContext
 from launcher.train.context_setup import make_load_balancer
 from launcher.train.loop import train
 from launcher.train.metrics_recorder import plan_to_dict
+from launcher.train.outcome import TrainOutcome
 from launcher.train.state import TrainState
 
 __all__ = ["JOIN_TIMEOUT_S", "admit_waiting_nodes", "replan", "train_until_stop"]
@@ -24,20 +25,20 @@ JOIN_TIMEOUT_S = 60.0  # time for a node's torchrun to start and to reach the re
 
 def train_until_stop(
     context: TrainContext, components: TrainComponents, state: TrainState
-) -> tuple[TrainContext, TrainState, StopLevel]:
+) -> tuple[TrainContext, TrainState, TrainOutcome]:
     """Train to the end or to a stop or restart, through changes of plan and the admission of nodes.
 
-    Returns the last context and state, and CONTINUE if training is complete, else STOP or RESTART.
+    Returns the last context and state, and COMPLETE, STOP or RESTART.
     """
-    state, level = train(context, state)
-    while level in (StopLevel.REPLAN, StopLevel.ADMIT_NODES):
-        if level == StopLevel.REPLAN:
+    state, outcome = train(context, state)
+    while outcome in (TrainOutcome.REPLAN, TrainOutcome.ADMIT_NODES):
+        if outcome == TrainOutcome.REPLAN:
             context, state = replan(context, state)
-        elif admit_waiting_nodes(context, state) == StopLevel.RESTART:
-            return context, state, StopLevel.RESTART
+        elif admit_waiting_nodes(context, state):
+            return context, state, TrainOutcome.RESTART
         context = continue_with_plan(context, components, state)
-        state, level = train(context, state)
-    return context, state, level
+        state, outcome = train(context, state)
+    return context, state, outcome
 
 
 def replan(context: TrainContext, state: TrainState) -> tuple[TrainContext, TrainState]:
@@ -56,8 +57,8 @@ def replan(context: TrainContext, state: TrainState) -> tuple[TrainContext, Trai
     samples, previous_schedule = state.position.samples, state.schedule
     schedule = plan.with_lr_history(previous_schedule.to_facts(), samples).schedule
     state = replace(state, schedule=schedule)
-    old = plan_to_dict(previous_plan, previous_schedule, previous_plan.plan_at(samples))
-    new = plan_to_dict(plan, schedule, plan.plan_at(samples))
+    old = plan_to_dict(previous_plan, previous_schedule, previous_plan.batch_plan_at(samples))
+    new = plan_to_dict(plan, schedule, plan.batch_plan_at(samples))
     moments = {} if new["global"] == old["global"] else {"moments": state.second_moment_factor(new["global"])}
     context.log_event("plan", why=why, **new, **{"from": old}, **moments)
     return replace(context, training_plan=plan, goodput=goodput), state
@@ -75,10 +76,10 @@ def continue_with_plan(context: TrainContext, components: TrainComponents, state
     )
 
 
-def admit_waiting_nodes(context: TrainContext, state: TrainState) -> StopLevel:
-    """Admit the waiting nodes after the save. Return RESTART once a node has joined and the agents end the workers.
+def admit_waiting_nodes(context: TrainContext, state: TrainState) -> bool:
+    """Admit the waiting nodes after the save. Return True once a node has joined and the agents end the workers.
 
-    Return ADMIT_NODES if no node joined in time: training continues. A failed save has already raised an alarm and is
+    Return False if no node joined in time: training continues. A failed save has already raised an alarm and is
     retried when the next checkpoint is due.
     """
     with suppress(OSError):
@@ -88,10 +89,10 @@ def admit_waiting_nodes(context: TrainContext, state: TrainState) -> StopLevel:
     while context.stop_requests.level <= StopLevel.ADMIT_NODES and time.monotonic() < deadline_s:
         if context.watchdog is not None:
             context.watchdog.enter_phase("checkpoint", state.position.update)
-        time.sleep(GATE_POLL_S)
+        time.sleep(JOIN_POLL_S)
     if context.stop_requests.level == StopLevel.RESTART:
-        return StopLevel.RESTART
+        return True
     detail = f"{names} asked to join but did not connect within {JOIN_TIMEOUT_S:g} s"
     context.log_event("alarm", kind="gate", detail=detail)
     context.stop_requests.clear_admit()
-    return StopLevel.ADMIT_NODES
+    return False

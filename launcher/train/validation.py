@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
 from launcher.plan.training_plan import TrainingPlan
-from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.interface import Replica
 from launcher.strategies.precision import Precision
 from launcher.topology import Topology
 from launcher.train.data import SampleKey, SeededDataset, get_collate_fn, make_data_loader, to_device
@@ -59,7 +59,7 @@ class Validator:
         precision: Precision,
     ) -> None:
         config, world = training_plan.config, topology.world
-        batch, even = training_plan.plan.per_device, training_plan.timeline.even
+        batch, even = training_plan.batch_plan.per_device, training_plan.timeline.even
         self._recipe = recipe
         self._world = world
         self._precision = precision
@@ -71,7 +71,7 @@ class Validator:
         )
 
     @torch.no_grad()
-    def run(self, replica: ReplicaProtocol) -> dict[str, float]:
+    def run(self, replica: Replica) -> dict[str, float]:
         replica.broadcast_buffers()
         model = replica.module
         model.eval()

@@ -90,7 +90,7 @@ def verify(config: RunConfig) -> VerifyResult:
     """
     recipe, config = recipes.build_recipe(config.recipe), with_dummy_lr(config)
     sizes = recipes.get_dataset_sizes(recipe)
-    planned = make_training_plan(config, sizes, config.launch.workers or 1).plan.global_batch
+    planned = make_training_plan(config, sizes, config.launch.workers or 1).batch_plan.global_batch
     samples = min(planned if planned > 1 else MAX_SPLIT_BATCH, MAX_SPLIT_BATCH, sizes.train)
     if samples < 2:
         raise UsageError(f"the training data has {sizes.train} samples: verify needs 2 or more to split")

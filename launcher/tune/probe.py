@@ -21,7 +21,7 @@ from launcher.distributed.store_gather import StoreGather
 from launcher.plan.batch import BatchPolicy, plan_batch
 from launcher.plan.timeline import Position, Timeline, Update
 from launcher.plan.training_plan import TrainingPlan
-from launcher.strategies.interface import ReplicaProtocol
+from launcher.strategies.interface import Replica
 from launcher.strategies.precision import Precision
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.stage_clock import STAGES, StageClock, find_critical_rank
@@ -34,8 +34,8 @@ from launcher.tune.memory_meter import make_memory_meter
 from launcher.tune.oom import is_out_of_memory
 
 __all__ = [
+    "AgreedOom",
     "OomInCollective",
-    "OomOnAllRanks",
     "ProbeContext",
     "SizeTrial",
     "TimingSpec",
@@ -54,7 +54,7 @@ PROBE_LR_SCALE = 1e-3  # of the configured learning rate: the step costs the sam
 Result = TypeVar("Result")
 
 
-class OomOnAllRanks(Exception):
+class AgreedOom(Exception):
     """Memory ran out on at least one rank, and all ranks know."""
 
     def __init__(self, where: str) -> None:
@@ -125,7 +125,7 @@ class ProbeContext:
             "carry",
             strategy_checks.needs_equal_micro_batches(config),
         )
-        trial_plan = replace(self.training_plan, plan=plan, stages=stages, timeline=timeline)
+        trial_plan = replace(self.training_plan, batch_plan=plan, stages=stages, timeline=timeline)
         pin = self.components.device.type == "cuda"
         loader = MicroBatchLoader.from_dataset(
             items,
@@ -154,7 +154,7 @@ class SizeTrial:
         return self.components.recipe
 
     @property
-    def replica(self) -> ReplicaProtocol:
+    def replica(self) -> Replica:
         return self.components.replica
 
     @property
@@ -170,7 +170,7 @@ class SizeTrial:
         return PROBE_LR_SCALE * float(self.training_plan.config.lr.base or 1.0)
 
     def enter_phase(self, phase: str, update: Update) -> None:
-        self.faults(phase, update.index + 1)
+        self.faults.inject_at(phase, update.index + 1)
 
     def synchronize_device(self) -> None:
         """Wait until the device has finished all queued work."""
@@ -181,7 +181,7 @@ class SizeTrial:
     def warmup_updates(self) -> int:
         """Number of updates until caches are warm and the batches prefetched by loader processes are used up."""
         data = self.training_plan.config.data
-        ahead = math.ceil(data.num_workers * data.prefetch_factor / max(1, self.training_plan.plan.accumulation))
+        ahead = math.ceil(data.num_workers * data.prefetch_factor / max(1, self.training_plan.batch_plan.accumulation))
         return min(MAX_WARMUP_UPDATES, MIN_WARMUP_UPDATES + ahead)
 
 
@@ -203,7 +203,7 @@ def measure_size(
     try:
         trial = guard_oom(context, size, partial(context.make_trial, size, items, accumulation))
         speeds, stages_ms = guard_oom(context, size, partial(dry_run_then_time, trial, context, timing))
-    except OomOnAllRanks as error:
+    except AgreedOom as error:
         return Measurement(size, where=error.where, accumulation=accumulation)
     peaks = context.store_gather.gather(memory_meter.read())
     return Measurement(
@@ -227,7 +227,7 @@ def guard_oom(context: ProbeContext, size: int, function: Callable[[], Result]) 
     results: list[Result] = []
     try:
         results.append(function())
-    except OomOnAllRanks:
+    except AgreedOom:
         raise
     except Exception as error:
         if not is_out_of_memory(error):
@@ -235,7 +235,7 @@ def guard_oom(context: ProbeContext, size: int, function: Callable[[], Result]) 
         if context.topology.world > 1:
             raise OomInCollective(size, context.topology.rank) from error
     if not results:
-        raise OomOnAllRanks("a later update")
+        raise AgreedOom("a later update")
     return results[0]
 
 
@@ -263,14 +263,14 @@ def dry_run_update(trial: SizeTrial, update: Update, context: ProbeContext) -> N
         run_update(trial, update, context.stats_gather)
         return
     gather = context.store_gather
-    micros = succeeded_on_all_ranks(gather, "data", partial(iter_micro_batches, trial, update))
-    while (micro := succeeded_on_all_ranks(gather, "data", partial(next, micros, None))) is not None:
+    micros = run_on_all_ranks(gather, "data", partial(iter_micro_batches, trial, update))
+    while (micro := run_on_all_ranks(gather, "data", partial(next, micros, None))) is not None:
         with trial.replica.micro_batch(last=False, is_padding=micro.is_padding, shard=micro.shard):
-            loss = succeeded_on_all_ranks(gather, "forward", partial(forward, trial, micro, update))
+            loss = run_on_all_ranks(gather, "forward", partial(forward, trial, micro, update))
             trial.clock.lap("forward")
-            succeeded_on_all_ranks(gather, "backward", partial(run_backward, trial, loss.total, update))
+            run_on_all_ranks(gather, "backward", partial(run_backward, trial, loss.total, update))
     clip = trial.training_plan.config.train.clip_norm
-    succeeded_on_all_ranks(gather, "optimizer", lambda: trial.replica.step(trial.probe_lr, None, 1.0, clip))
+    run_on_all_ranks(gather, "optimizer", lambda: trial.replica.step(trial.probe_lr, None, 1.0, clip))
     trial.clock.end_update()
 
 
@@ -279,7 +279,7 @@ def run_backward(trial: SizeTrial, total: torch.Tensor, update: Update) -> None:
     trial.replica.backward(total, update.samples)
 
 
-def succeeded_on_all_ranks(store_gather: StoreGather, where: str, function: Callable[[], Result]) -> Result:
+def run_on_all_ranks(store_gather: StoreGather, where: str, function: Callable[[], Result]) -> Result:
     """Return the result of `function` if memory sufficed on every rank. No traceback keeps the tensors alive.
 
     Raises:
@@ -292,7 +292,7 @@ def succeeded_on_all_ranks(store_gather: StoreGather, where: str, function: Call
         if not is_out_of_memory(error):
             raise
     if not all(store_gather.gather(bool(results))):
-        raise OomOnAllRanks(where)
+        raise AgreedOom(where)
     return results[0]
 
 
@@ -343,7 +343,7 @@ def time_updates(
     for _ in range(timing.blocks):
         spent_s, block_stages = run_updates(trial, updates, context.stats_gather, updates_per_block)
         slowest_s = max(context.store_gather.gather(spent_s))
-        speeds.append(updates_per_block * trial.training_plan.plan.global_batch / slowest_s)
+        speeds.append(updates_per_block * trial.training_plan.batch_plan.global_batch / slowest_s)
         stages += block_stages
     means = (sum(column) / len(stages) for column in zip(*stages, strict=True))
     return tuple(speeds), dict(zip(STAGES, means, strict=True))

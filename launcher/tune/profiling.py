@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from launcher.plan.timeline import Update
 from launcher.tune.operators import OperatorProfile
-from launcher.tune.probe import OomOnAllRanks, ProbeContext, SizeTrial, dry_run_update, guard_oom, run_updates
+from launcher.tune.probe import AgreedOom, ProbeContext, SizeTrial, dry_run_update, guard_oom, run_updates
 
 __all__ = ["profile_operators"]
 
@@ -37,7 +37,7 @@ def profile_operators(context: ProbeContext, size: int, items: Any, stage: str) 
     """
     try:
         return guard_oom(context, size, partial(_profile_updates, context, size, items, stage))
-    except OomOnAllRanks:
+    except AgreedOom:
         return None
 
 
@@ -58,7 +58,7 @@ def _profile_updates(context: ProbeContext, size: int, items: Any, stage: str) -
     with profile(activities=activities) as profiler, marked.mark_phases():
         run_updates(marked, updates, context.stats_gather, PROFILED_UPDATES)
     times = sum_by_operator(profiler.events(), stage, cuda=trial.components.device.type == "cuda")
-    samples = PROFILED_UPDATES * size * trial.training_plan.plan.accumulation
+    samples = PROFILED_UPDATES * size * trial.training_plan.batch_plan.accumulation
     return OperatorProfile(size, {name: ms / samples for name, ms in times.items()})
 
 

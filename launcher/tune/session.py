@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launcher import recipe as recipes
 from launcher.config.schema import RunConfig
 from launcher.distributed import rendezvous
-from launcher.distributed.consistency_check import check_ranks_agree
+from launcher.distributed.consistency_check import prepare_and_compare
 from launcher.distributed.store_gather import StoreGather
 from launcher.distributed.worker_env import resolve_num_threads
 from launcher.errors import UsageError
@@ -124,7 +124,7 @@ def measure_on_rank(
     """
     threads = resolve_num_threads(config, topology.local_world)
     torch.set_num_threads(threads)
-    prepared = check_ranks_agree(
+    prepared = prepare_and_compare(
         store, topology, partial(prepare_measurement, config, topology), PreparedRank.describe_conditions
     )
     store_gather = StoreGather(store, topology.rank, topology.world)
@@ -223,7 +223,7 @@ def make_search(job: MeasurementJob, prepared: PreparedRank, budget: TimeBudget,
         prepared.data,
         budget.store_gather,
     )
-    largest = compute_largest_size(job.config, prepared.sizes, plan.plan)
+    largest = compute_largest_size(job.config, prepared.sizes, plan.batch_plan)
     return SizeSearch(
         make_context,
         prepared.data.train,
@@ -272,7 +272,7 @@ def check_tune_request(config: RunConfig, sizes: DatasetSizes, world: int) -> No
     Raises:
         UsageError: the request cannot be measured.
     """
-    plan = make_training_plan(config, sizes, world).plan
+    plan = make_training_plan(config, sizes, world).batch_plan
     if config.elastic.exact:
         raise UsageError(
             "elastic.exact=true ignores batch.per_device (it splits every batch into shards): type elastic.exact=false"

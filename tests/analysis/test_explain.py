@@ -209,7 +209,7 @@ def test_comparison_computes_scaling_efficiency(tmp_path: Path) -> None:
     assert "scaling_efficiency" not in compare_folders(one, other), "the batch differs too"
 
 
-# --- the verb -----------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_json_is_one_document_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

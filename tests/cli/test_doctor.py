@@ -24,7 +24,7 @@ from tests.helpers.check_results import assert_failed, assert_passed
 
 @pytest.fixture
 def run_doctor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the verb with only these checks."""
+    """Run the command with only these checks."""
 
     def run(*found: CheckResult, words: tuple[str, ...] = ()) -> int:
         monkeypatch.setattr(doctor, "iter_checks", lambda here: iter(found))

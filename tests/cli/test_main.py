@@ -94,8 +94,8 @@ def assert_refused(result: Result, cwd: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["tran"], "tran is not a verb: did you mean train?"),
-        (["frobnicate"], "frobnicate is not a verb: choose from train, plan"),
+        (["tran"], "tran is not a command: did you mean train?"),
+        (["frobnicate"], "frobnicate is not a command: choose from train, plan"),
         (["worker"], "worker is started by the driver only"),
         (["--confg-dir", "x"], "--confg-dir is not a flag: did you mean --config-dir?"),
         (["--config-dir"], "--config-dir has no value"),
@@ -113,10 +113,10 @@ def assert_refused(result: Result, cwd: Path, message: str) -> None:
         ([*MINE, "run.name=../x"], "run.name=../x: type up to 64 letters"),
         ([*MINE, "batch=scale", "batch.global=256"], "batch.global=256 does not work with batch=scale"),
         (["optimizer.lr=0.1"], "type lr.base=0.1"),
-        (["plan", "train"], "train is not an override: type the verb first"),
+        (["plan", "train"], "train is not an override: type the command first"),
         (["plan", *MINE, "-m", "seed=1,2"], "-m starts several runs"),
         (["tune", *MINE, "-m", "seed=1,x"], "seed=x: expected a whole number"),
-        (["-m", "tune", *MINE], "tune is not an override: type the verb first"),
+        (["-m", "tune", *MINE], "tune is not an override: type the command first"),
         (["new"], "new takes one name, not none: type launcher new my_recipe"),
         (["new", "a", "b"], "new takes one name, not a b: type launcher new my_recipe"),
         (["new", "--force"], "new takes one name, not --force"),
@@ -247,7 +247,7 @@ def list_imported_modules(launcher: Callable[..., Result], args: list[str]) -> s
     return set(result.stdout.splitlines()[-1].split())
 
 
-# --- the table of verbs -------------------------------------------------------------------------------------------
+# --- the table of commands -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

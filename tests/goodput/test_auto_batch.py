@@ -171,4 +171,4 @@ def test_damaged_profile_is_measured_again(tmp_path: Path) -> None:
 
 def test_goodput_policy_starts_at_base_batch() -> None:
     training_plan = make_training_plan(GOODPUT, SIZES, 3)
-    assert (training_plan.policy, training_plan.plan.global_batch) == ("goodput", 64)
+    assert (training_plan.policy, training_plan.batch_plan.global_batch) == ("goodput", 64)

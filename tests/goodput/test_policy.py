@@ -150,7 +150,7 @@ def test_batch_is_chosen_again_as_noise_changes() -> None:
         assert goodput_policy.successor is not None
         goodput_policy = goodput_policy.successor
         assert f"at a noise scale of {described} samples" in goodput_policy.why
-        assert make_training_plan(goodput_policy.config, SIZES, 2).plan.global_batch > 64
+        assert make_training_plan(goodput_policy.config, SIZES, 2).batch_plan.global_batch > 64
         assert not goodput_policy.has_change
 
 
@@ -179,9 +179,9 @@ def test_training_plan_equals_choice(world: int, noise: float | None) -> None:
     choice = policy.choose(world, 1, NoiseKnowledge(noise))
     training_plan = make_training_plan(GoodputPolicy(policy, world, 1, NoiseKnowledge(noise)).config, SIZES, world)
     assert training_plan.policy == "goodput"
-    assert training_plan.plan.global_batch == choice.global_batch
-    assert training_plan.plan.per_device == choice.per_device
-    assert training_plan.plan.accumulation == choice.accumulation
+    assert training_plan.batch_plan.global_batch == choice.global_batch
+    assert training_plan.batch_plan.per_device == choice.per_device
+    assert training_plan.batch_plan.accumulation == choice.accumulation
 
 
 @pytest.mark.parametrize(

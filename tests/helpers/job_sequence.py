@@ -1,7 +1,7 @@
 """Train several small jobs in sequence on the same ranks, so that torch is imported once.
 
 `train_in_sequence` starts this file with torchrun and a file of jobs, a JSON object per line. Each job has its own
-process group and run folder; one with `reload_from` trains nothing, but loads that checkpoint and saves it again.
+process group and run directory; one with `reload_from` trains nothing, but loads that checkpoint and saves it again.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ __all__ = ["Job", "train_in_sequence"]
 class Job:
     """Arguments of a training, or of a job that loads the checkpoint `reload_from` and saves it again.
 
-    `fault` is injected into this job only. A later job in the run folder `name` continues the earlier one; without a
-    `name`, the run folder has the name of the job.
+    `fault` is injected into this job only. A later job in the run directory `name` continues the earlier one; without a
+    `name`, the run directory has the name of the job.
     """
 
     arguments: Sequence[str]
@@ -137,7 +137,7 @@ def reload_and_save(job_spec: JobSpec, topology: Topology, store: dist.Store, ch
     components = build_components(ready.recipe, job_spec.config, topology, ready.device, ready.datasets)
     state = restore_state(components, plan, open_checkpoint(checkpoint), checkpoint.parent)
     checkpoint_manager = make_checkpoint_manager(job_spec, plan, components, None, topology, FaultInjector())
-    checkpoint_manager.save(components.replica, plan, state, plan.plan)
+    checkpoint_manager.save(components.replica, plan, state, plan.batch_plan)
     checkpoint_manager.rows_written()
     checkpoint_manager.wait()
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Write run folders for tests: metrics.jsonl as training writes it, without training."""
+"""Write run directories for tests: metrics.jsonl as training writes it, without training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_row(
 
 
 def write_run(folder: Path, rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]] = ()) -> Path:
-    """Create a run folder with these rows."""
+    """Create a run directory with these rows."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
     (folder / "events.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in events))

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.config.schema import LaunchConfig, LrConfig, RunConfig, StrategyConfig, TrainConfig
 from launcher.errors import UsageError
-from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol, ReplicaState
+from launcher.strategies.interface import Replica, ReplicaArgs, ReplicaState
 from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
 from launcher.telemetry.stage_clock import HostTimer, StageClock
@@ -73,7 +73,7 @@ def make_config(optimizer: str, precision: str = "fp32", **strategy: Any) -> Run
     )
 
 
-def make_replica(config: RunConfig, world: int) -> ReplicaProtocol:
+def make_replica(config: RunConfig, world: int) -> Replica:
     torch.manual_seed(1)
     precision = Precision.from_name(config.train.precision, torch.device("cpu"))
     return build_replica(ReplicaArgs(OddSizesModel().train(), config, world, precision, StageClock(HostTimer())))
@@ -104,7 +104,7 @@ def split_micro_batches(world: int, even: bool, per_device: int, padded: bool) -
 
 
 def train_updates(
-    replica: ReplicaProtocol,
+    replica: Replica,
     updates: range,
     *,
     world: int,
@@ -138,7 +138,7 @@ def train_updates(
     return steps
 
 
-def gather_state(replica: ReplicaProtocol) -> ReplicaState:
+def gather_state(replica: Replica) -> ReplicaState:
     """Broadcast rank 0's tensors to every rank, in separate memory."""
     model, optimizer, facts = replica.full_state()
     copies = [{name: tensor.detach().clone() for name, tensor in part.items()} for part in (model, optimizer)]
@@ -148,7 +148,7 @@ def gather_state(replica: ReplicaProtocol) -> ReplicaState:
     return held[0]
 
 
-def assemble_sharded_state(replica: ReplicaProtocol, world: int) -> ReplicaState:
+def assemble_sharded_state(replica: Replica, world: int) -> ReplicaState:
     """Assemble the state from the parts of all ranks."""
     (model, optimizer, facts), slices = replica.sharded_state()
     own = [{name: tensor.detach().clone() for name, tensor in part.items()} for part in (model, optimizer)]
@@ -168,7 +168,7 @@ def assemble_sharded_state(replica: ReplicaProtocol, world: int) -> ReplicaState
     return ReplicaState(*whole, json.loads(json.dumps(facts)))
 
 
-def load_state(replica: ReplicaProtocol, state: ReplicaState) -> None:
+def load_state(replica: Replica, state: ReplicaState) -> None:
     """Load lazily as from a checkpoint: a tensor, or a part of one, exists once it is requested."""
     replica.restore(make_lazy_tensors(state.model), make_lazy_tensors(state.optimizer), state.facts)
 

@@ -121,7 +121,7 @@ def test_goodput_batch_changes_once_the_noise_is_known(goodput_folder: Path) -> 
 
 
 def test_goodput_batch_follows_the_workers_unmeasured(goodput_folder: Path) -> None:
-    """Then one worker, then three: update times from the run folder, and the known noise scale."""
+    """Then one worker, then three: update times from the run directory, and the known noise scale."""
     one = goodput_folder / "runs" / "one"
     assert noise_scales(one)[-1] > 0, "it is known by then"
     for workers, updates in ((1, 140), (3, 160)):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.plan.lr_schedule import Decay, LrSchedule, ScaleRamp, noise_gain
+from launcher.plan.lr_schedule import Decay, LrScaleRamp, LrSchedule, noise_gain
 
 EPOCH = 1000
 DURATION = 10 * EPOCH
@@ -250,7 +250,7 @@ def test_ramp_starts_from_current_scale_mid_ramp() -> None:
     growing = make_schedule(duration=10**6).resized(0, 100, 400)  # 1 to 4 in 40,000 samples
     assert growing.scale(20_000, 400) == 2.5
     again = growing.resized(20_000, 400, 800)
-    assert again.ramps[-1] == ScaleRamp(at=20_000, over=80_000, start=2.5, batch=800)
+    assert again.ramps[-1] == LrScaleRamp(at=20_000, over=80_000, start=2.5, batch=800)
     assert again.scale(60_000, 800) == pytest.approx((2.5 + 8) / 2)
     assert growing.resized(20_000, 400, 300).scale(20_000, 300) == 3
 
@@ -307,8 +307,8 @@ def test_new_world_size_replans_future_stages() -> None:
     growing = make_schedule(duration=10**6).with_stages(0, STAGES)
     doubled = growing.with_stages(30_000, [(at, 2 * batch) for at, batch in STAGES])
     assert doubled.ramps[:2] == growing.ramps[:2]
-    assert doubled.ramps[2] == ScaleRamp(at=30_000, over=40_000, start=1.5, batch=400)  # mid-ramp from 1 to 2
-    assert doubled.ramps[3] == ScaleRamp(at=60_000, over=80_000, start=3.375, batch=800)
+    assert doubled.ramps[2] == LrScaleRamp(at=30_000, over=40_000, start=1.5, batch=400)  # mid-ramp from 1 to 2
+    assert doubled.ramps[3] == LrScaleRamp(at=60_000, over=80_000, start=3.375, batch=800)
     assert growing.resized(30_000, 200, 150).ramps[-1].at == 30_000
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launcher.config.schema import ALIASES, LrConfig, RunConfig
 from launcher.errors import UsageError
 from launcher.plan.batch import PlanError
-from launcher.plan.lr_schedule import ScaleRamp
+from launcher.plan.lr_schedule import LrScaleRamp
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
 
 SIZES = DatasetSizes(train=10_000, val=1000)
@@ -49,36 +49,36 @@ def make_plan(world: int = 1, sizes: DatasetSizes = SIZES, **keys: Any) -> Train
 def test_scale_batch_and_lr_follow_world_size() -> None:
     for world, batch, scale in [(1, 64, 0.25), (3, 192, 0.75), (4, 256, 1), (5, 320, 1.25), (8, 512, 2)]:
         training_plan = make_plan(world, batch__per_device=64)
-        assert (training_plan.plan.global_batch, training_plan.schedule.scale(0, batch)) == (batch, scale)
+        assert (training_plan.batch_plan.global_batch, training_plan.schedule.scale(0, batch)) == (batch, scale)
 
 
 def test_hold_keeps_batch_and_lr() -> None:
     training_plan = make_plan(3, batch__policy="hold", batch__global=256, batch__per_device=48)
-    assert training_plan.plan.shares == (86, 85, 85)
+    assert training_plan.batch_plan.shares == (86, 85, 85)
     assert training_plan.schedule.lr(0, 256) == 0.1
-    assert training_plan.stages == ((0, training_plan.plan),)
+    assert training_plan.stages == ((0, training_plan.batch_plan),)
 
 
 def test_global_batch_without_policy_selects_hold_with_advice() -> None:
     training_plan = make_plan(2, batch__global=100)
-    assert (training_plan.policy, training_plan.plan.global_batch) == ("hold", 100)
+    assert (training_plan.policy, training_plan.batch_plan.global_batch) == ("hold", 100)
     assert training_plan.advice == ("batch.global=100 selects batch.policy=hold: the global batch is fixed",)
 
 
 def test_full_batch_is_the_whole_training_set() -> None:
     training_plan = make_plan(3, batch__policy="hold", batch__global="full", batch__per_device=48)
-    assert training_plan.plan.global_batch == 10_000
-    assert training_plan.plan.per_device <= 48
+    assert training_plan.batch_plan.global_batch == 10_000
+    assert training_plan.batch_plan.per_device <= 48
 
 
 def test_bounded_batch_is_clamped() -> None:
     keys = {"batch__policy": "bounded", "batch__min_global": 100, "batch__max_global": 200}
-    assert [make_plan(world, **keys).plan.global_batch for world in (1, 4, 9)] == [100, 128, 200]
+    assert [make_plan(world, **keys).batch_plan.global_batch for world in (1, 4, 9)] == [100, 128, 200]
 
 
 def test_speeds_determine_shares() -> None:
     held = make_config({"batch.policy": "hold", "batch.global": 256, "batch.per_device": 128})
-    assert make_training_plan(held, SIZES, 3, speeds=[1, 1, 0.5]).plan.shares == (103, 102, 51)
+    assert make_training_plan(held, SIZES, 3, speeds=[1, 1, 0.5]).batch_plan.shares == (103, 102, 51)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -89,7 +89,7 @@ def test_ramp_stages_are_shares_of_planned_batch(world: int) -> None:
         (10_000, 32 * world),
         (20_000, 64 * world),
     ]
-    assert training_plan.plan.global_batch == training_plan.batch_at(99_999) == 64 * world
+    assert training_plan.batch_plan.global_batch == training_plan.batch_at(99_999) == 64 * world
     assert training_plan.timeline.stages == training_plan.stages
 
 
@@ -147,7 +147,7 @@ def test_five_epoch_warmup_matches_goyal() -> None:
         DatasetSizes(1_281_167, 50_000),
         world=256,
     )
-    assert (training_plan.plan.global_batch, training_plan.warmup) == (8192, 6_405_835)
+    assert (training_plan.batch_plan.global_batch, training_plan.warmup) == (8192, 6_405_835)
     assert training_plan.schedule.lr(6_405_835, 8192) == pytest.approx(3.2)
 
 
@@ -210,7 +210,7 @@ def test_unchanged_resume_keeps_lr_history() -> None:
 def test_new_world_size_resizes_at_the_checkpoint() -> None:
     before = make_plan(1, batch__per_device=64)
     after = make_plan(4, batch__per_device=64).with_lr_history(before.schedule.to_facts(), 30_000)
-    assert after.schedule.ramps[-1] == ScaleRamp(at=30_000, over=25_600, start=0.25, batch=256)
+    assert after.schedule.ramps[-1] == LrScaleRamp(at=30_000, over=25_600, start=0.25, batch=256)
     assert after.schedule.lr(30_000, 256) == 0.025
     assert after.schedule.lr(55_600, 256) == 0.1
 

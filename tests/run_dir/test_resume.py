@@ -1,4 +1,4 @@
-"""What an existing run folder means for a new command. Keys that affect the training are listed by name."""
+"""What an existing run directory means for a new command. Keys that affect the training are listed by name."""
 
 from __future__ import annotations
 

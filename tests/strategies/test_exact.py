@@ -28,7 +28,7 @@ def make_plan(config: RunConfig = EXACT, world: int = 1) -> TrainingPlan:
 def test_every_plan_stage_uses_shards() -> None:
     ramped = replace(EXACT, batch=replace(EXACT.batch, ramp=(("0dur", 0.25), ("0.5dur", 1))))
     assert [plan.shares for _, plan in make_plan(ramped, 2).stages] == [(8, 7), (32, 28)]
-    assert make_plan(world=1).plan.per_device == make_plan(world=8).plan.per_device == 4
+    assert make_plan(world=1).batch_plan.per_device == make_plan(world=8).batch_plan.per_device == 4
 
 
 def test_advice_states_cost_and_idle_ranks() -> None:

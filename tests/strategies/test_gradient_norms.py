@@ -20,7 +20,7 @@ from launcher.plan.timeline import Update
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.exact import ExactReplica
 from launcher.strategies.gradient_norms import compute_norms
-from launcher.strategies.interface import ReplicaArgs, ReplicaProtocol, StepResult
+from launcher.strategies.interface import Replica, ReplicaArgs, StepResult
 from launcher.strategies.precision import Precision
 from launcher.telemetry.deferred_scalars import UpdateScalars
 from launcher.telemetry.stage_clock import HostTimer, StageClock
@@ -72,7 +72,7 @@ def slice_samples(sizes: Sequence[int]) -> list[slice]:
 
 
 def run_update(
-    replica: ReplicaProtocol,
+    replica: Replica,
     sizes: Sequence[int],
     *,
     samples: int = SAMPLES,
@@ -105,7 +105,7 @@ def test_single_worker_groups_are_micro_batches(sizes: Sequence[int]) -> None:
     step = run_update(ddp(), sizes)
     by_hand = sum(size * square_norm([part], size) for size, part in zip(sizes, slice_samples(sizes), strict=True))
     assert step.groups == len(sizes)
-    assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
+    assert float(step.group_sq_norm_sum) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
     assert float(step.norm) ** 2 == pytest.approx(square_norm([slice(0, SAMPLES)], SAMPLES), rel=1e-12)
 
 
@@ -122,7 +122,7 @@ def test_rank_contributes_its_local_gradient_norm() -> None:
     """This rank has 7 of 12 samples in two micro-batches; a group of one receives no other gradients."""
     step = run_update(ddp(world=2), [4, 3], samples=SAMPLES)
     assert step.groups == 1
-    assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(7 * square_norm([slice(0, 7)], 7), rel=1e-12)
+    assert float(step.group_sq_norm_sum) * SAMPLES**2 == pytest.approx(7 * square_norm([slice(0, 7)], 7), rel=1e-12)
 
 
 def test_rank_without_samples_gives_no_group() -> None:
@@ -130,7 +130,7 @@ def test_rank_without_samples_gives_no_group() -> None:
     with replica.micro_batch(last=True, is_padding=True, shard=0):
         replica.backward(total(replica.model, slice(0, 1)) * torch.nan, SAMPLES, 1.0)
     step = replica.step(0.01, None, 1.0, None)
-    assert (step.groups, float(step.group_grad_norm_sum)) == (0, 0.0)
+    assert (step.groups, float(step.group_sq_norm_sum)) == (0, 0.0)
 
 
 @pytest.mark.parametrize("shards", [(0, 1, 2), (0, 0, 1)])
@@ -143,27 +143,27 @@ def test_exact_mode_groups_are_shards(shards: Sequence[int]) -> None:
         count = sum(part.stop - part.start for part in parts)
         by_hand += count * square_norm(parts, count)
     assert step.groups == len(set(shards))
-    assert float(step.group_grad_norm_sum) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
+    assert float(step.group_sq_norm_sum) * SAMPLES**2 == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_clipping_does_not_affect_norms() -> None:
     free, clipped = (run_update(ddp(), [6, 6], clip_norm=clip) for clip in (None, 1e-3))
-    assert (clipped.group_grad_norm_sum, clipped.norm) == (free.group_grad_norm_sum, free.norm)
+    assert (clipped.group_sq_norm_sum, clipped.norm) == (free.group_sq_norm_sum, free.norm)
 
 
 def test_loss_scale_is_divided_out() -> None:
     """fp16 scales its losses by 65536."""
     plain, scaled = (run_update(ddp(precision=name), [7, 5], dtype=torch.float32) for name in ("fp32", "fp16"))
-    assert float(scaled.group_grad_norm_sum) == pytest.approx(float(plain.group_grad_norm_sum), rel=1e-5)
+    assert float(scaled.group_sq_norm_sum) == pytest.approx(float(plain.group_sq_norm_sum), rel=1e-5)
     assert float(scaled.norm) == pytest.approx(float(plain.norm), rel=1e-5)
 
 
 def test_chunking_does_not_affect_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run_update(ddp(), [6, 6]).group_grad_norm_sum
+    whole = run_update(ddp(), [6, 6]).group_sq_norm_sum
     monkeypatch.setattr("launcher.strategies.gradient_norms.CHUNK_NUMEL", 10)
-    assert float(run_update(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
+    assert float(run_update(ddp(), [6, 6]).group_sq_norm_sum) == pytest.approx(float(whole), rel=1e-12)
     monkeypatch.setattr("launcher.strategies.gradient_norms.PIECE_NUMEL", 10)
-    assert float(run_update(ddp(), [6, 6]).group_grad_norm_sum) == pytest.approx(float(whole), rel=1e-12)
+    assert float(run_update(ddp(), [6, 6]).group_sq_norm_sum) == pytest.approx(float(whole), rel=1e-12)
 
 
 @pytest.mark.parametrize(("world", "first"), [(1, 40), (2, 200)])
@@ -201,7 +201,7 @@ def gather(steps: Sequence[StepResult], counts: Sequence[float], finite: float =
                 loss_count=count,
                 finite=finite,
                 grad_norm=norm,
-                group_grad_norm_sum=float(step.group_grad_norm_sum),
+                group_sq_norm_sum=float(step.group_sq_norm_sum),
                 groups=step.groups,
             )
         )
@@ -242,7 +242,7 @@ def test_ranks_and_micro_batches_give_same_estimate() -> None:
 
 
 def replace_spread(step: StepResult, spread: float) -> StepResult:
-    return replace(step, group_grad_norm_sum=torch.tensor(spread, dtype=torch.float64))
+    return replace(step, group_sq_norm_sum=torch.tensor(spread, dtype=torch.float64))
 
 
 def replace_norm(step: StepResult, other: StepResult) -> StepResult:

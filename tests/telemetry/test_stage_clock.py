@@ -49,7 +49,7 @@ def test_sync_begins_after_last_bucket() -> None:
     manual = ManualClock()
     clock = StageClock(HostTimer(manual))
     manual.now_s = 0.2
-    clock.mark()
+    clock.begin_wait()
     manual.now_s = 0.5
     clock.lap_backward()
     times = run_laps(clock, manual, [])

@@ -22,7 +22,7 @@ def test_unmeasurable_size_is_refused_with_fix() -> None:
     bounded = replace(config, tune=TuneConfig(max=100))
     assert (
         compute_largest_size(
-            bounded, DatasetSizes(1437, 360), make_training_plan(bounded, DatasetSizes(1437, 360), 2).plan
+            bounded, DatasetSizes(1437, 360), make_training_plan(bounded, DatasetSizes(1437, 360), 2).batch_plan
         )
         == 100
     )

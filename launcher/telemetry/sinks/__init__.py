@@ -42,7 +42,7 @@ SINK_FACTORIES: Mapping[str, Callable[[SinkContext, SinkOptions], Sink]] = {
 
 
 def open_sinks(chosen: Mapping[str, SinkOptions | None], context: SinkContext) -> list[Sink]:
-    """Open the chosen sinks with their options, preceded by the JSONL sink, which is always on.
+    """Open the chosen sinks with their options, then the JSONL sink, which is always on and comes first in the list.
 
     Raises:
         UsageError: a sink name is unknown, or a package that a sink needs is not installed.
@@ -54,7 +54,5 @@ def open_sinks(chosen: Mapping[str, SinkOptions | None], context: SinkContext) -
         if name not in SINK_FACTORIES:
             raise UsageError(f"sink={name} is not a sink: choose from {', '.join(sorted(SINK_FACTORIES))}")
     others = [SINK_FACTORIES[name](context, options or {}) for name, options in chosen.items()]
-    return [
-        JsonlSink(context.folder),
-        *others,
-    ]  # JSONL is opened last: if another sink fails to open, no file is created
+    # the JSONL sink is opened last, so that no file is created if another sink fails to open
+    return [JsonlSink(context.folder), *others]

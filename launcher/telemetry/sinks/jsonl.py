@@ -1,6 +1,7 @@
-"""The JSONL sink, always on: `metrics.jsonl`, `events.jsonl` and, at each `plan` event, `plan.json` in the run folder.
+"""The JSONL sink, always on: `metrics.jsonl`, `events.jsonl` and, at each `plan` event, `plan.json`.
 
-JSON has no NaN or infinity, so these are written as `null`. Numbers keep their full precision.
+The files are in the run directory. JSON has no NaN or infinity, so these are written as `null`. Numbers keep their
+full precision.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TensorBoard sink: event files in the run folder's `tensorboard/`; the step is the sample count."""
+"""TensorBoard sink: event files in the run directory's `tensorboard/`; the step is the sample count."""
 
 from __future__ import annotations
 

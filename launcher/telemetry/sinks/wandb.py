@@ -2,7 +2,7 @@
 
 wandb is imported after the first row, because the import takes most of a second. Without an API key, or if the server
 does not respond, the run is logged offline and one line explains how to upload it later. The last event of each kind is
-kept in the run's summary as `event/<name>`. The stop button in W&B creates the file `stop` in the run folder, which
+kept in the run's summary as `event/<name>`. The stop button in W&B creates the file `stop` in the run directory, which
 makes training save and stop.
 """
 
@@ -52,7 +52,7 @@ QUIET_WANDB_SETTINGS: Mapping[str, Any] = {
 
 
 class WandbSink:
-    """One W&B run across all restarts; its id is stored in the run folder."""
+    """One W&B run across all restarts; its id is stored in the run directory."""
 
     def __init__(
         self,

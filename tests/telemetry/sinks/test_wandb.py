@@ -27,7 +27,7 @@ NOWHERE = "http://127.0.0.1:9"
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
-#: argv: the run folder, the first update, the last, the last event; then it waits for a line on stdin and closes.
+#: argv: the run directory, the first update, the last, the last event; then it waits for a line on stdin and closes.
 PROGRAM = """
 import sys, time
 from pathlib import Path

@@ -163,7 +163,7 @@ class StrategyConfig:
         2, "DeepSpeed: ZeRO stage; 0 shards nothing, 1 optimizer state, 2 gradients too, 3 parameters too"
     )
     offload: bool = option(
-        False, "FSDP, DeepSpeed: keep the optimizer state and the parameters in CPU memory (GPU training only)"
+        False, "GPU training with FSDP or DeepSpeed: keep the optimizer state in CPU memory; FSDP: the parameters too"
     )
     config: str | None = option(None, "your DeepSpeed JSON file; it must not set anything that has a key here")
 

@@ -1,5 +1,5 @@
 """The parallel strategies: DDP, FSDP2, DeepSpeed and exact mode, behind one interface.
 
-A replica (`ReplicaProtocol`) is one rank's part of the model and its optimizer: it runs the forward, backward and
+A `Replica` is one rank's part of the model and its optimizer: it runs the forward, backward and
 optimizer step, and gives and loads the state for checkpoints. `build_replica` makes the configured one.
 """

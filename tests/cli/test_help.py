@@ -14,4 +14,5 @@ def test_help_lists_every_key_within_terminal_width() -> None:
         assert any(line.startswith(f"{key.name}=") for line in lines), key.name
         assert key.doc
     assert "batch=      bounded, goodput, hold, scale" in lines
+    assert "how often the learning rate changes (update, epoch)" in lines
     assert max(map(len, format_help(60).splitlines())) <= 60

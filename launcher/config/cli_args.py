@@ -26,7 +26,7 @@ OPTIONS = {
     "--cfg": "cfg",
     "-i": "info",
     "--info": "info",
-    "--shard": "share",
+    "--shard": "shard",
 }
 CHOICES = {
     "cfg": ("job", "hydra", "all"),
@@ -89,7 +89,7 @@ class HydraArgs:
             if not value:
                 raise UsageError(f"{flag} has no value: type {flag} DIR")
             return replace(self, config_dirs=(*self.config_dirs, value))
-        if name == "share":
+        if name == "shard":
             return replace(self, shard=_parse_shard(value))
         if value not in CHOICES[name]:
             raise UsageError(f"{flag} {value}: choose from {', '.join(CHOICES[name])}")

@@ -41,6 +41,15 @@ COMMON_MISNAMES = {
     "warmup": "schedule.warmup",
     "weight_decay": "optimizer.weight_decay",
     "workers": "launch.workers",
+    # names of earlier versions, which the closest match would send to another key
+    "data.workers": "data.num_workers",
+    "elastic.first_s": "elastic.first_timeout_s",
+    "elastic.hang_s": "elastic.hang_timeout_s",
+    "elastic.idle": "elastic.allow_idle",
+    "strategy.gather": "strategy.param_dtype",
+    "strategy.meta": "strategy.meta_init",
+    "strategy.reshard": "strategy.reshard_after_forward",
+    "sweep.at_once": "sweep.max_parallel",
 }
 WORLD_SIZE_NAMES = frozenset({"world", "world_size", "nproc", "nproc_per_node", "num_processes", "num_gpus", "devices"})
 
@@ -131,8 +140,7 @@ def unknown_key_error(name: str) -> UsageError:
         usual = COMMON_MISNAMES.get(name, within[0])
         return UsageError(f"{name} is a section, not a key: type {usual}= or one of its {len(within)} keys")
     same_end = [key for key in config_keys() if key.rpartition(".")[2] == last]
-    match = COMMON_MISNAMES.get(last) if "." not in name else None
-    match = match or (same_end[0] if len(same_end) == 1 else closest_match(name, config_keys()))
+    match = COMMON_MISNAMES.get(name) or (same_end[0] if len(same_end) == 1 else closest_match(name, config_keys()))
     return UsageError(
         f"{name} is not a key: " + (f"did you mean {match}?" if match else "launcher --help lists them all")
     )

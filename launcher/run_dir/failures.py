@@ -48,7 +48,7 @@ PEER_FAILURE_SIGNS = (
 
 @dataclass(frozen=True)
 class RankFailure:
-    """The failure of one rank. `final`: restarting the workers would fail in the same way."""
+    """The failure of one rank. `is_fatal`: restarting the workers would fail in the same way."""
 
     rank: int
     generation: int

@@ -118,6 +118,7 @@ def test_sigterm_ends_the_sweep(work_dir: Path, capsys: pytest.CaptureFixture[st
     [
         (["batch.per_device=8,x"], "batch.per_device=x: expected a whole number"),
         (["seed=1,2", "tune.size=[8]"], "tune.size is not a key: did you mean tune.sizes?"),
+        (["sweep.at_once=2"], "sweep.at_once is not a key: did you mean sweep.max_parallel?"),
         (["format=json,text"], "format can't be swept over, as all points go into one table"),
         (["tune.out=a,b"], "tune.out can't be swept over"),
         (["run.name=a,b"], "run.name can't be swept over"),

@@ -57,8 +57,8 @@ def launch_job(config: RunConfig) -> int:
 def resolve_and_open(config: RunConfig, workers: int) -> tuple[ResolvedConfig, OpenedRun]:
     """Replace values set to auto by those of the existing run or of a measurement, and open the run.
 
-    The run is opened before measuring, so that an error is found at once. It is opened a second time only if the
-    measurement has changed the configuration.
+    If a measurement is needed, the run is opened before it, so that an error is found at once, and again after it:
+    another command may have used the run directory meanwhile.
 
     Raises:
         UsageError: the configuration is invalid.
@@ -69,8 +69,10 @@ def resolve_and_open(config: RunConfig, workers: int) -> tuple[ResolvedConfig, O
         return resolved, open_run(resolved.config, workers)
     unmeasured = make_unmeasured_config(config)
     opened = open_run(unmeasured, workers)
-    resolved = ResolvedConfig(unmeasured) if config.launch.dry_run else measure_auto_values(config, workers)
-    return resolved, opened if resolved.config == unmeasured else open_run(resolved.config, workers)
+    if config.launch.dry_run:
+        return ResolvedConfig(unmeasured), opened
+    resolved = measure_auto_values(config, workers)
+    return resolved, open_run(resolved.config, workers)
 
 
 def measure_auto_values(config: RunConfig, workers: int) -> ResolvedConfig:
@@ -112,7 +114,7 @@ class TorchrunJob:
         self._config = opened.config
         self._first_generation = opened.run_dir.read_generation() + 1
         self._failures_file = private / "failures.json"
-        job_spec = JobSpec.from_opened(opened, loopback=True, why=resolved.why, profile=resolved.profile)
+        job_spec = JobSpec.from_opened(opened, under_driver=True, why=resolved.why, profile=resolved.profile)
         job_spec = replace(job_spec, first_generation=self._first_generation)
         self._handover = write_memfd(job_spec.to_json())
         path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")

@@ -51,14 +51,16 @@ def main(args: Sequence[str], topology: Topology) -> int:
     return run_rank(
         topology,
         lambda recalled, measurement: compose_on_rank0(args, topology, recalled, measurement),
-        loopback=False,
+        under_driver=False,
     )
 
 
 def main_handover(path: str, topology: Topology) -> int:
     """Entry point under the driver's agent: the driver has written the composed job to a private file."""
     return run_rank(
-        topology, lambda *_: RunDirClaim(JobSpec.from_json(Path(path).read_text()).start_generation()), loopback=True
+        topology,
+        lambda *_: RunDirClaim(JobSpec.from_json(Path(path).read_text()).start_generation()),
+        under_driver=True,
     )
 
 
@@ -82,7 +84,7 @@ def compose_on_rank0(
     if isinstance(resolved, MeasurementRequest):
         return resolved
     opened = open_run(resolved.config, topology.world, existing=existing, run_id=topology.run_id, nodes=topology.nodes)
-    job_spec = JobSpec.from_opened(opened, loopback=False, why=resolved.why, profile=resolved.profile)
+    job_spec = JobSpec.from_opened(opened, under_driver=False, why=resolved.why, profile=resolved.profile)
     if recalled is not None:
         job_spec = replace(job_spec, restarted=True, previous_checkpoint=recalled.newest)
     if opened.is_complete:
@@ -140,7 +142,7 @@ def describe_restart_limit(config: RunConfig, topology: Topology) -> Iterator[st
         yield f"torchrun has no restarts left (--max-restarts): a dead worker ends the job; {again}"
 
 
-def run_rank(topology: Topology, decide: DecideFn, *, loopback: bool) -> int:
+def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int:
     """Run a rank from start to end; return its exit status.
 
     Rank 0 decides before it connects to the other ranks, so that an invalid configuration is reported immediately. If
@@ -152,7 +154,7 @@ def run_rank(topology: Topology, decide: DecideFn, *, loopback: bool) -> int:
     die_with_parent()
     stop_requests = install_stop_requests()
     try:
-        agreed = agree_on_job(topology, decide, loopback)
+        agreed = agree_on_job(topology, decide, under_driver)
     except MeasurementError as error:
         return report_measurement_error(error, topology)
     job_spec, claim = agreed.job_spec, agreed.claim
@@ -192,20 +194,20 @@ class AgreedJob:
     store: Store
 
 
-def agree_on_job(topology: Topology, decide: DecideFn, loopback: bool) -> AgreedJob:
+def agree_on_job(topology: Topology, decide: DecideFn, under_driver: bool) -> AgreedJob:
     """Agree on the job, measuring first what rank 0 requests.
 
     Raises:
         UsageError: on rank 0 only, the configuration is invalid; the other ranks receive no job.
         MeasurementError: on every rank, the measurement failed.
     """
-    own = None if loopback else load_agent_memory()
-    decides_alone = own is not None or loopback or topology.nodes == 1
+    own = None if under_driver else load_agent_memory()
+    decides_alone = own is not None or under_driver or topology.nodes == 1
     choice = decide(own, None) if topology.rank == 0 and decides_alone else None
     from launcher.distributed import rendezvous
 
     timeout_s = 600.0 if choice is None else get_config(choice).launch.timeout_s
-    store = rendezvous.connect_store(topology, loopback=loopback, timeout_s=timeout_s)
+    store = rendezvous.connect_store(topology, under_driver=under_driver, timeout_s=timeout_s)
     memories, store = rendezvous.gather_to_rank0(store, topology, own.to_json() if own else "", timeout_s)
     recalled = own or next((AgentMemory.from_json(text) for text in memories if text), None)
     if topology.rank == 0 and choice is None:
@@ -221,7 +223,7 @@ def agree_on_job(topology: Topology, decide: DecideFn, loopback: bool) -> Agreed
         decision = broadcast_decision(store, choice)
     claim = choice if isinstance(choice, RunDirClaim) else None
     job_spec = decision.job_spec if claim is None else claim.job_spec
-    if job_spec is not None and not loopback and recalled is None and topology.rank and topology.local_rank == 0:
+    if job_spec is not None and not under_driver and recalled is None and topology.rank and topology.local_rank == 0:
         # rank 0 may be on another node at the next start
         save_agent_memory(AgentMemory(job_spec.run_dir.path, job_spec.previous_checkpoint))
     return AgreedJob(job_spec, claim, store)

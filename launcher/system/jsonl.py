@@ -1,7 +1,8 @@
 """Read JSONL files: from the start, backwards from the end, or following a file that still grows.
 
-Only whole lines that hold a JSON object are returned. A last line without a newline is still being written, or was
-truncated by a kill; other lines that are not objects are skipped. `launcher.telemetry.sinks.jsonl` writes such files.
+Only lines that hold a JSON object are returned. A last line without a newline that does not parse is still being
+written, or was truncated by a kill; other lines that are not objects are skipped. `launcher.telemetry.sinks.jsonl`
+writes such files.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ class JobSpec:
     `checkpoint` was given by the user, and `require_checkpoint` requires that one exists; both apply until this job has
     saved a checkpoint of its own, i.e. until the newest one in the directory differs from `previous_checkpoint`.
     `changed` (the keys that differ from the directory's configuration) applies only to the first start, generation
-    `first` (None: this one). `restarted`: this job has started its workers before. `loopback`: the job runs on one
-    machine with our own store. `summary`: the run is already complete, and only this text is printed. `why`: values
-    that were chosen automatically for this command, and the reason. `profile`: the timing profile that batch=goodput
-    uses.
+    `first_generation` (None: this one). `restarted`: this job has started its workers before. `under_driver`: the
+    driver has started the job, on one machine and with our own store. `summary`: the run is already complete, and only this
+    text is printed. `why`: values that were chosen automatically for this command, and the reason. `profile`: the
+    timing profile that batch=goodput uses.
     """
 
     config: RunConfig
@@ -48,13 +48,13 @@ class JobSpec:
 
     @classmethod
     def from_opened(
-        cls, opened: OpenedRun, *, loopback: bool, why: str = "", profile: Mapping[str, Any] | None = None
+        cls, opened: OpenedRun, *, under_driver: bool, why: str = "", profile: Mapping[str, Any] | None = None
     ) -> JobSpec:
         decision = opened.decision
         return cls(
             config=opened.config,
             run_dir=opened.run_dir,
-            under_driver=loopback,
+            under_driver=under_driver,
             why=why,
             profile=profile,
             previous_checkpoint=latest_id(opened.run_dir.resolve_checkpoints_dir(opened.config.checkpoint.dir)),

@@ -18,11 +18,12 @@ from launcher.train.build import build_components, check_batchnorm_batch_size
 from launcher.train.context_setup import choose_config, make_context, make_goodput_policy
 from launcher.train.finish import finish_run
 from launcher.train.job_spec import JobSpec
+from launcher.train.loop import train
 from launcher.train.outcome import TrainOutcome
 from launcher.train.rank_outputs import RankOutputs
 from launcher.train.rank_setup import RankJob, RankSetup, prepare_rank, restore_state
 from launcher.train.start_events import log_start_events
-from launcher.train.transitions import train_until_stop
+from launcher.train.transitions import admit_waiting_nodes, continue_with_plan, replan
 
 __all__ = ["run"]
 
@@ -75,7 +76,16 @@ def connect_and_train(job: RankJob, store: dist.Store) -> TrainOutcome:
         context = make_context(job, plan, components, outputs, state, goodput)
         log_start_events(job, context, components, state, backend, outputs.restart_cost)
         job.stop_requests.handle_sigterm()
-        context, state, outcome = train_until_stop(context, components, state)
+        state, outcome = train(context, state)
+        while outcome in (TrainOutcome.REPLAN, TrainOutcome.ADMIT_NODES):
+            if outcome == TrainOutcome.REPLAN:
+                context, state = replan(context, state)
+            elif admit_waiting_nodes(context, state):
+                outcome = TrainOutcome.RESTART
+                break
+            # rebinding `context` frees the previous loader and ends its processes before training continues
+            context = continue_with_plan(context, components, state)
+            state, outcome = train(context, state)
         if job.watchdog is not None:
             job.watchdog.enter_phase("finish")
         outputs.checkpoint_manager.wait()

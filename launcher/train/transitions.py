@@ -13,32 +13,12 @@ from launcher.telemetry.resource_meter import ResourceMeter
 from launcher.train.build import TrainComponents
 from launcher.train.context import TrainContext
 from launcher.train.context_setup import make_load_balancer
-from launcher.train.loop import train
 from launcher.train.metrics_recorder import plan_to_dict
-from launcher.train.outcome import TrainOutcome
 from launcher.train.state import TrainState
 
-__all__ = ["JOIN_TIMEOUT_S", "admit_waiting_nodes", "replan", "train_until_stop"]
+__all__ = ["JOIN_TIMEOUT_S", "admit_waiting_nodes", "continue_with_plan", "replan"]
 
 JOIN_TIMEOUT_S = 60.0  # time for a node's torchrun to start and to reach the rendezvous
-
-
-def train_until_stop(
-    context: TrainContext, components: TrainComponents, state: TrainState
-) -> tuple[TrainContext, TrainState, TrainOutcome]:
-    """Train to the end or to a stop or restart, through changes of plan and the admission of nodes.
-
-    Returns the last context and state, and COMPLETE, STOP or RESTART.
-    """
-    state, outcome = train(context, state)
-    while outcome in (TrainOutcome.REPLAN, TrainOutcome.ADMIT_NODES):
-        if outcome == TrainOutcome.REPLAN:
-            context, state = replan(context, state)
-        elif admit_waiting_nodes(context, state):
-            return context, state, TrainOutcome.RESTART
-        context = continue_with_plan(context, components, state)
-        state, outcome = train(context, state)
-    return context, state, outcome
 
 
 def replan(context: TrainContext, state: TrainState) -> tuple[TrainContext, TrainState]:

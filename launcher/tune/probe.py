@@ -221,7 +221,7 @@ def guard_oom(context: ProbeContext, size: int, function: Callable[[], Result]) 
     """Return the result of `function` if memory sufficed. No traceback keeps the allocated tensors alive.
 
     Raises:
-        OomOnAllRanks: memory ran out, and all ranks know.
+        AgreedOom: memory ran out, and all ranks know.
         OomInCollective: memory ran out on this rank while others wait for it.
     """
     results: list[Result] = []
@@ -257,7 +257,7 @@ def dry_run_update(trial: SizeTrial, update: Update, context: ProbeContext) -> N
     Strategies that communicate in the forward pass run a normal update instead.
 
     Raises:
-        OomOnAllRanks: on every rank, if any of them ran out of memory.
+        AgreedOom: on every rank, if any of them ran out of memory.
     """
     if strategy_checks.needs_equal_micro_batches(trial.training_plan.config):
         run_update(trial, update, context.stats_gather)
@@ -283,7 +283,7 @@ def run_on_all_ranks(store_gather: StoreGather, where: str, function: Callable[[
     """Return the result of `function` if memory sufficed on every rank. No traceback keeps the tensors alive.
 
     Raises:
-        OomOnAllRanks: memory ran out on at least one rank.
+        AgreedOom: memory ran out on at least one rank.
     """
     results: list[Result] = []
     try:

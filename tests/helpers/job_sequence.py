@@ -127,7 +127,7 @@ def make_job_spec(args: list[str], world: int) -> JobSpec:
     found = open_run(resolve(args).config, world)
     found.run_dir.create()
     write_run_files(found)
-    return JobSpec.from_opened(found, loopback=True).start_generation()
+    return JobSpec.from_opened(found, under_driver=True).start_generation()
 
 
 def reload_and_save(job_spec: JobSpec, topology: Topology, store: dist.Store, checkpoint: Path) -> None:

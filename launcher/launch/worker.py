@@ -207,7 +207,7 @@ def agree_on_job(topology: Topology, decide: DecideFn, under_driver: bool) -> Ag
     from launcher.distributed import rendezvous
 
     timeout_s = 600.0 if choice is None else get_config(choice).launch.timeout_s
-    store = rendezvous.connect_store(topology, under_driver=under_driver, timeout_s=timeout_s)
+    store = rendezvous.connect_store(topology, loopback=under_driver, timeout_s=timeout_s)
     memories, store = rendezvous.gather_to_rank0(store, topology, own.to_json() if own else "", timeout_s)
     recalled = own or next((AgentMemory.from_json(text) for text in memories if text), None)
     if topology.rank == 0 and choice is None:

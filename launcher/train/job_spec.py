@@ -27,8 +27,8 @@ class JobSpec:
     saved a checkpoint of its own, i.e. until the newest one in the directory differs from `previous_checkpoint`.
     `changed` (the keys that differ from the directory's configuration) applies only to the first start, generation
     `first_generation` (None: this one). `restarted`: this job has started its workers before. `under_driver`: the
-    driver has started the job, on one machine and with our own store. `summary`: the run is already complete, and only this
-    text is printed. `why`: values that were chosen automatically for this command, and the reason. `profile`: the
+    driver has started the job, on one machine and with our own store. `summary`: the run is already complete, and only
+    this text is printed. `why`: values that were chosen automatically for this command, and the reason. `profile`: the
     timing profile that batch=goodput uses.
     """
 

@@ -105,9 +105,8 @@ def apply_tuning_result(config: RunConfig, document: Mapping[str, Any], path: Pa
             "tried"
         )
     when = datetime.fromisoformat(document["measured"])
-    source = f"measured now in {document['spent_s']:g} s"
-    if document["cached"]:
-        source = f"stored on {when:%Y-%m-%d %H:%M} UTC"
+    stored = f"stored on {when:%Y-%m-%d %H:%M} UTC"
+    source = stored if document["cached"] else f"measured now in {document['spent_s']:g} s"
     workers = format_plural(document["world"], "worker")
     if config.batch.policy == "goodput":
         return _resolve_goodput(config, document, path, f"update times on {workers}, {source}")

@@ -72,6 +72,10 @@ def restore_default_signals() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+#: A killed job ends well before the 30 s after which torchrun kills workers that ignore SIGTERM.
+ENDS_WITHIN_S = 20
+
+
 def wait_for(state: Callable[[], object], within_s: float = 300.0) -> None:
     """Poll with at most a fifth of one core, since the awaited processes need the rest."""
     started_s = checked_s = time.monotonic()

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import is_alive, kill_all, list_descendants, make_env, restore_default_signals, wait_for
+from tests.helpers.jobs import (
+    ENDS_WITHIN_S,
+    is_alive,
+    kill_all,
+    list_descendants,
+    make_env,
+    restore_default_signals,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +117,7 @@ def test_signal_ends_doctor_and_its_job(here: Path, number: signal.Signals) -> N
         processes = list_descendants(process.pid)
         process.send_signal(number)
         assert process.wait(timeout=200) == 130
-        wait_for(lambda: not [pid for pid in processes if is_alive(pid)])
+        wait_for(lambda: not [pid for pid in processes if is_alive(pid)], within_s=ENDS_WITHIN_S)
         assert list((here.parent / "tmp").iterdir()) == []
         assert list(here.iterdir()) == []
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.jobs import (
+    ENDS_WITHIN_S,
     has_trained,
     is_alive,
     kill_all,
@@ -115,14 +116,14 @@ def test_second_interrupt_ends_without_saving(start_driver: StartDriver, tmp_pat
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=200)
     assert process.returncode == 130
-    wait_for(all_ended(processes))
+    wait_for(all_ended(processes), within_s=ENDS_WITHIN_S)
 
 
 def test_no_process_outlives_a_killed_driver(start_driver: StartDriver) -> None:
     process = start_driver()
     processes = list_descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
-    wait_for(all_ended(processes))
+    wait_for(all_ended(processes), within_s=ENDS_WITHIN_S)
 
 
 def test_nohup_run_survives_hangup_but_not_its_agent(start_driver: StartDriver, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_nohup_run_survives_hangup_but_not_its_agent(start_driver: StartDriver, 
     assert process.poll() is None
     processes = list_descendants(process.pid)
     os.kill(processes[0], signal.SIGKILL)
-    wait_for(all_ended(processes))
+    wait_for(all_ended(processes), within_s=ENDS_WITHIN_S)
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 1
     assert stderr.splitlines()[-1].startswith("error: ")
@@ -173,4 +174,4 @@ def check_stop_now(process: subprocess.Popen[Any], folder: Path) -> None:
     processes = list_descendants(process.pid)
     assert "runs/x ended: at update " in run_launcher(folder, "stop", "x", "--now").stdout
     process.wait(timeout=200)
-    wait_for(all_ended(processes))
+    wait_for(all_ended(processes), within_s=ENDS_WITHIN_S)

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import is_alive, kill_all, list_descendants, make_env, restore_default_signals, wait_for
+from tests.helpers.jobs import (
+    ENDS_WITHIN_S,
+    is_alive,
+    kill_all,
+    list_descendants,
+    make_env,
+    restore_default_signals,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +122,7 @@ def test_no_rank_outlives_its_driver(start: Start, seen: Path, number: signal.Si
     assert set(pids(seen)) < set(below)
     process.send_signal(number)
     process.wait(timeout=200)
-    wait_for(lambda: not [pid for pid in below if is_alive(pid)])
+    wait_for(lambda: not [pid for pid in below if is_alive(pid)], within_s=ENDS_WITHIN_S)
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert not list((seen.parent / "tmp").glob("launcher-*"))

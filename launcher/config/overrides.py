@@ -119,7 +119,7 @@ def parse_axis(override: Override) -> SearchAxis:
     if isinstance(value, IntervalSweep):
         low, high, log = value.start or 0, value.end or 0, "log" in value.tags
         if not low < high or (log and low <= 0):
-            raise UsageError(f"{override.input_line}: type the lower end first, and one above 0 under tag(log,...)")
+            raise UsageError(f"{override.input_line}: type the lower bound first; with tag(log,...) it must be above 0")
         return SearchAxis(key, low=low, high=high, whole=isinstance(low, int) and isinstance(high, int), log=log)
     return SearchAxis(key, choices=tuple(override.sweep_string_iterator()))
 

@@ -1,8 +1,8 @@
 """The all-gather of per-rank statistics, once per update.
 
 One small float64 vector per rank is all-gathered on a separate gloo group. It is started after the last micro-batch's
-forward pass and awaited before the optimizer step, so that it overlaps with the backward pass. It is the only
-agreement between ranks in the training loop.
+forward pass and awaited before the optimizer step, so that it overlaps with the backward pass. When a checkpoint is
+saved, the ranks gather once more. Apart from tensors, the ranks exchange nothing else in the training loop.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ NUM_FIELDS = len(RankStats().to_row())
 
 @dataclass(frozen=True)
 class GatheredStats:
-    """The statistics and stage times of all ranks, in rank order; identical on every rank."""
+    """The statistics and stage times of all ranks, in rank order; identical on every rank.
+
+    `count`, `stop` and `save` are of the current update, all others of the previous one.
+    """
 
     rank_stats: tuple[RankStats, ...]
     stages_ms: tuple[tuple[float, ...], ...]
@@ -87,7 +90,7 @@ class GatheredStats:
 
     @property
     def group_sq_norm_sum(self) -> float:
-        """The sum of |h|²/c over the groups of the previous update."""
+        """Sum over the groups of the previous update: squared norm of the group's gradient over its loss count."""
         return float(compute_tree_sum(stats.previous.group_sq_norm_sum for stats in self.rank_stats))
 
     @property

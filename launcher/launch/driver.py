@@ -141,18 +141,14 @@ class TorchrunJob:
                 return EXIT_INTERRUPTED
             if agent.returncode == 0:
                 return self._finish_successfully()
-            generation, since = (
-                self._run_dir.read_generation(),
-                max(self._first_generation, self._run_dir.read_saved_generation()),
-            )
-            failure = failures.first_failure(self._run_dir.logs, since)
-            restarted, self._last_generation = (
-                generation > max(self._last_generation, self._first_generation),
-                generation,
-            )
+            generation = self._run_dir.read_generation()  # one higher at each start of the workers
+            last_saved = max(self._first_generation, self._run_dir.read_saved_generation())
+            failure = failures.first_failure(self._run_dir.logs, last_saved)
+            restarted = generation > max(self._last_generation, self._first_generation)
+            self._last_generation = generation
             ended_by = self._record_failure(generation - 1) if restarted else None
             is_fatal = failure is not None and failure.is_fatal
-            if agent.returncode is not None or is_fatal or generation - since > self._config.elastic.max_restarts:
+            if agent.returncode is not None or is_fatal or generation - last_saved > self._config.elastic.max_restarts:
                 kill_process_tree(agent)
                 self._record_failure(generation)
                 return self._report_failure(failure)

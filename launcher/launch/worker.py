@@ -1,8 +1,9 @@
 """One rank from start to end: resolve the job, connect to the other ranks, train, exit with the right status.
 
-Only rank 0 composes the configuration and opens the run directory; it then sends the resolved configuration to the
-other ranks through the store, so that they cannot disagree. It does so before importing torch, so that an invalid
-configuration is reported immediately.
+Under the driver, every rank reads the job that the driver has composed. Under the user's own torchrun, only rank 0
+composes the configuration and opens the run directory; it sends the resolved configuration to the other ranks through
+the store, so that they cannot disagree. If all ranks are on one node, rank 0 does so before importing torch, so that an
+invalid configuration is reported immediately.
 """
 
 from __future__ import annotations
@@ -201,15 +202,16 @@ def agree_on_job(topology: Topology, decide: DecideFn, under_driver: bool) -> Ag
         UsageError: on rank 0 only, the configuration is invalid; the other ranks receive no job.
         MeasurementError: on every rank, the measurement failed.
     """
-    own = None if under_driver else load_agent_memory()
-    decides_alone = own is not None or under_driver or topology.nodes == 1
-    choice = decide(own, None) if topology.rank == 0 and decides_alone else None
+    own_memory = None if under_driver else load_agent_memory()
+    # rank 0 of a node that joins a running job must first ask the other nodes which run it is
+    decides_alone = own_memory is not None or under_driver or topology.nodes == 1
+    choice = decide(own_memory, None) if topology.rank == 0 and decides_alone else None
     from launcher.distributed import rendezvous
 
     timeout_s = 600.0 if choice is None else get_config(choice).launch.timeout_s
     store = rendezvous.connect_store(topology, loopback=under_driver, timeout_s=timeout_s)
-    memories, store = rendezvous.gather_to_rank0(store, topology, own.to_json() if own else "", timeout_s)
-    recalled = own or next((AgentMemory.from_json(text) for text in memories if text), None)
+    memories, store = rendezvous.gather_to_rank0(store, topology, own_memory.to_json() if own_memory else "", timeout_s)
+    recalled = own_memory or next((AgentMemory.from_json(text) for text in memories if text), None)
     if topology.rank == 0 and choice is None:
         choice = decide_or_abort(decide, recalled, None, store)
     decision = broadcast_decision(store, choice)

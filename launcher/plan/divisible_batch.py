@@ -45,10 +45,11 @@ def find_divisible_batch(config: RunConfig, train_samples: int, world_sizes: Seq
         )
     max_global = min(config.batch.max_global, train_samples)
     if max_global < candidates[0]:
-        key = f"batch.max_global={max_global}" if max_global < train_samples else f"a training set of {train_samples}"
+        smallest = f"the smallest world size, {candidates[0]}: type plan.world_sizes=[1,2,4]"
+        if train_samples < candidates[0]:
+            raise UsageError(f"a training set of {train_samples} samples is below {smallest}")
         raise UsageError(
-            f"{key} is below the smallest world size, {candidates[0]}: "
-            f"type plan.world_sizes=[1,2,4], or batch.max_global={candidates[0]} or more"
+            f"batch.max_global={max_global} is below {smallest}, or batch.max_global={candidates[0]} or more"
         )
     global_batch, dividing = most_divisible_batch([1], max_global, candidates[0], candidates[-1], candidates)
     return DivisibleBatch(global_batch, max_global, dividing, candidates)

@@ -76,7 +76,8 @@ class RunDirLock:
             self._file.close()
             if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UsageError(
-                    f"{folder} cannot be locked ({problem.strerror}): type run.dir= on a file system with locks"
+                    f"{folder} cannot be locked ({problem.strerror}): "
+                    "type run.dir= with a folder on a file system that supports locks"
                 ) from problem
             raise UsageError(
                 f"{folder} is in use by {owner}: wait for it, stop it, or type another run.name="

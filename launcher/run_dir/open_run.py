@@ -146,7 +146,9 @@ def run_path(config: RunConfig, run_id: str | None, nodes: int, job: str | None 
     job = job or get_slurm_job_id()
     if job is None and nodes > 1:
         if run_id is None:
-            raise UsageError(f"run.name is not set and {nodes} nodes cannot agree on a time: type run.name=…")
+            raise UsageError(
+                f"run.name is not set, and its default, the start time, differs between {nodes} nodes: type run.name=…"
+            )
         job = run_id
     return RUNS_DIR / unique_run_name(format_recipe_name(str(config.recipe["_target_"])), job, datetime.now())
 

@@ -88,10 +88,10 @@ class DdpReplica(BaseReplica):
             yield
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
+    def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if rescale != 1.0:
-            torch._foreach_mul_(gradients, rescale)
+        if loss_normalizer != 1.0:
+            torch._foreach_mul_(gradients, loss_normalizer)
         self._group_norms.close(self._bucket_norms)
         self._bucket_norms = []
         norm_sum, groups = self._pop_group_norms(self._precision.get_scale_tensor())

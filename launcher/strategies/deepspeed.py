@@ -91,12 +91,12 @@ class DeepSpeedReplica(BaseReplica):
         self._engine.backward(self._precision.scale_loss(total / samples))
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
+    def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
         set_lr_and_momentum(self.optimizer, lr, momentum)
         run_step = self._step_unsharded if self._state is None else self._step_sharded
         scale = self._precision.scale()
         norm_sum, groups = self._pop_group_norms(scale)
-        norm, applied = run_step(rescale * self._world / scale, clip_norm)
+        norm, applied = run_step(loss_normalizer * self._world / scale, clip_norm)
         if not applied:
             for saved, buffer in zip(self._saved_buffers, self._buffers, strict=True):
                 buffer.copy_(saved)

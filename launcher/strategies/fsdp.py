@@ -68,11 +68,11 @@ class FsdpReplica(BaseReplica):
             yield
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
+    def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
         scale = self._precision.scale()
         norm_sum, groups = self._pop_group_norms(scale)
-        factor = rescale / scale
+        factor = loss_normalizer / scale
         if factor != 1.0:
             torch._foreach_mul_(rows, factor)
         norm = self._compute_grad_norm(rows)

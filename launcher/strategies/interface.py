@@ -30,8 +30,8 @@ class StepResult:
     """Result of an optimizer step. All fields but `groups` are device scalars and are read one update late.
 
     `norm` is the norm of the update's mean gradient before clipping, `finite` whether the update was applied.
-    `group_sq_norm_sum` is the sum of |h|²/c over the `groups` parts of the batch whose gradients this rank measured
-    separately (see `gradient_norms.GroupGradNorms`).
+    `group_sq_norm_sum`: this rank's batch is cut into `groups` parts whose gradients are measured separately for the
+    noise scale (`gradient_norms.GroupGradNorms`); the sum of each part's squared gradient norm over its loss count.
     """
 
     norm: torch.Tensor
@@ -90,7 +90,8 @@ class Replica(Protocol):
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> AbstractContextManager[None]:
         """Context around one micro-batch's forward and backward. Gradients are communicated in the last one only.
 
-        `shard` identifies the sum that the gradient belongs to: the rank's, or that of the shard it is cut from.
+        `is_padding`: the micro-batch only equalises the number of collectives, and its gradient is zero. `shard`: the
+        rank, or under elastic.exact the virtual shard, whose gradients are summed separately.
         """
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
@@ -102,8 +103,8 @@ class Replica(Protocol):
     def measures_noise_at(self, update: int) -> bool:
         """Whether the noise scale is measured in the update of this index; in every update if that is almost free."""
 
-    def step(self, lr: float, momentum: float | None, rescale: float, clip_norm: float | None) -> StepResult:
-        """Take one optimizer step with learning rate `lr` on gradients times `rescale`; skip non-finite gradients."""
+    def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
+        """Take one optimizer step with learning rate `lr` on gradients x `loss_normalizer`; skip non-finite ones."""
 
     def rescale_moments(self, factor: float) -> None:
         """Multiply Adam's second moments and AMSGrad's maxima of them by `factor`, after a change of the batch."""

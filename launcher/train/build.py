@@ -88,10 +88,12 @@ def resolve_device(config: RunConfig, topology: Topology) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
+    if not gpus:
+        raise UsageError(f"train.device={config.train.device}: no GPU was found: type train.device=cpu")
     if gpus < topology.local_world:
         raise UsageError(
             f"train.device={config.train.device}: {topology.local_world} workers on this machine but {gpus} GPUs: "
-            f"start {gpus or 'no'} workers here, or type train.device=cpu"
+            f"start {gpus} workers here, or type train.device=cpu"
         )
     device = torch.device("cuda", topology.local_rank)
     torch.cuda.set_device(device)

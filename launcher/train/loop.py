@@ -63,12 +63,13 @@ def train(context: TrainContext, state: TrainState) -> tuple[TrainState, TrainOu
         lr = compute_lr(state.schedule, update)
         deferred = step_optimizer(context, update, lr, losses, gathered)
         state, metrics = validate_if_due(context, state.advance(update), update)
-        should_stop = gathered.stop != StopLevel.CONTINUE or state.should_stop_at_target(context.training_plan)
-        save_requested = gathered.save or (should_stop and update.end < context.training_plan.duration)
+        should_leave_loop = gathered.stop != StopLevel.CONTINUE or state.should_stop_at_target(context.training_plan)
+        # the last save of the run is always due; a stop before it asks for one
+        save_requested = gathered.save or (should_leave_loop and update.end < context.training_plan.duration)
         saved = save_if_due(context, state, update, deferred, requested=save_requested)
         context.clock.end_update()
         record_update(context, state, update, lr, deferred, metrics, saved=saved)
-        if needs_replan(context, state) or should_stop:
+        if needs_replan(context, state) or should_leave_loop:
             break
     if gathered is None:
         return state, TrainOutcome.COMPLETE
@@ -81,13 +82,13 @@ def iter_updates(context: TrainContext, state: TrainState) -> Iterator[Update]:
     return profile_updates(updates, context.config.train.profile, context.run_dir.path, context.topology.rank)
 
 
-def start_stats_gather(context: TrainContext, losses: LossSums, previous: DeferredScalars) -> PendingStats:
+def start_stats_gather(context: TrainContext, losses: LossSums, previous_scalars: DeferredScalars) -> PendingStats:
     """Start to gather this rank's loss count and requests, and its results of the previous update."""
     stats = RankStats(
         count=losses.count,
         stop=context.stop_requests.poll(context.stop_source),
         save=float(context.checkpoint_manager.is_due()),
-        previous=previous.read(),
+        previous=previous_scalars.read(),
     )
     return context.stats_gather.all_gather_async(stats, context.clock.times_ms())
 
@@ -105,12 +106,12 @@ def wait_for_stats(context: TrainContext, pending: PendingStats, update: Update)
 
 
 def apply_gathered_stats(
-    context: TrainContext, state: TrainState, gathered: GatheredStats, previous: Update | None
+    context: TrainContext, state: TrainState, gathered: GatheredStats, previous_update: Update | None
 ) -> TrainState:
     """Apply the previous update's gathered statistics: count consecutive skipped updates, update the noise scale."""
     if gathered.stop != StopLevel.CONTINUE:
         context.stop_requests.acknowledge()
-    updated = state.with_gathered_stats(gathered, previous, context.training_plan)
+    updated = state.with_gathered_stats(gathered, previous_update, context.training_plan)
     log_lr_change_from_noise(context, state, updated)
     updated = updated.with_skip_count(0 if gathered.finite else updated.skips + 1)
     if updated.skips:
@@ -147,20 +148,22 @@ def log_lr_change_from_noise(context: TrainContext, before: TrainState, after: T
     context.log_event("plan", why=why, **new, **{"from": old})
 
 
-def apply_batch_change(context: TrainContext, state: TrainState, previous: Update | None, update: Update) -> TrainState:
+def apply_batch_change(
+    context: TrainContext, state: TrainState, previous_update: Update | None, update: Update
+) -> TrainState:
     """Log the start of a batch.ramp stage, and rescale Adam's second moment after any change of batch."""
-    if previous is not None and previous.full_plan != update.full_plan:
-        log_ramp_stage(context, state, previous.full_plan, update)
+    if previous_update is not None and previous_update.full_plan != update.full_plan:
+        log_ramp_stage(context, state, previous_update.full_plan, update)
     state, factor = state.advance_second_moment(update)
     if factor != 1.0:
         context.replica.rescale_moments(factor)
     return state
 
 
-def log_ramp_stage(context: TrainContext, state: TrainState, previous: BatchPlan, update: Update) -> None:
+def log_ramp_stage(context: TrainContext, state: TrainState, previous_plan: BatchPlan, update: Update) -> None:
     """Log a plan event for a new stage of batch.ramp."""
     plan = update.full_plan
-    old, new = (plan_to_dict(context.training_plan, state.schedule, batch) for batch in (previous, plan))
+    old, new = (plan_to_dict(context.training_plan, state.schedule, batch) for batch in (previous_plan, plan))
     moments = state.second_moment_factor(plan.global_batch)
     why = f"batch.ramp: new stage at sample {update.start}"
     context.log_event("plan", why=why, **new, **{"from": old}, moments=moments)
@@ -300,16 +303,16 @@ def needs_replan(context: TrainContext, state: TrainState) -> bool:
 
 
 def gather_last_update(
-    context: TrainContext, state: TrainState, previous: DeferredScalars, stop: StopLevel
+    context: TrainContext, state: TrainState, previous_scalars: DeferredScalars, stop: StopLevel
 ) -> tuple[TrainState, TrainOutcome]:
     """Gather and record the results of the last update, which no later update does; return what `train` returns."""
     if context.watchdog is not None:
         context.watchdog.enter_wait()
-    gathered = start_stats_gather(context, LossSums(), previous).wait()
+    gathered = start_stats_gather(context, LossSums(), previous_scalars).wait()
     if context.recorder is not None:
         context.recorder.on_gathered(gathered)
         context.recorder.flush()
     plan = context.training_plan
     is_complete = state.position.samples >= plan.duration or state.should_stop_at_target(plan)
     outcome = TrainOutcome.COMPLETE if is_complete else TrainOutcome.from_stop_level(stop)
-    return apply_gathered_stats(context, state, gathered, previous.update), outcome
+    return apply_gathered_stats(context, state, gathered, previous_scalars.update), outcome

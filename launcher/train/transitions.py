@@ -59,8 +59,8 @@ def continue_with_plan(context: TrainContext, components: TrainComponents, state
 def admit_waiting_nodes(context: TrainContext, state: TrainState) -> bool:
     """Admit the waiting nodes after the save. Return True once a node has joined and the agents end the workers.
 
-    Return False if no node joined in time: training continues. A failed save has already raised an alarm and is
-    retried when the next checkpoint is due.
+    Return False if no node joined in time, or if a stop was requested meanwhile: training continues, and stops at the
+    next update. A failed save has already raised an alarm and is retried when the next checkpoint is due.
     """
     with suppress(OSError):
         context.checkpoint_manager.wait()
@@ -68,10 +68,12 @@ def admit_waiting_nodes(context: TrainContext, state: TrainState) -> bool:
     deadline_s = time.monotonic() + JOIN_TIMEOUT_S
     while context.stop_requests.level <= StopLevel.ADMIT_NODES and time.monotonic() < deadline_s:
         if context.watchdog is not None:
-            context.watchdog.enter_phase("checkpoint", state.position.update)
+            context.watchdog.enter_phase("checkpoint", state.position.update)  # waiting is not a hang
         time.sleep(JOIN_POLL_S)
-    if context.stop_requests.level == StopLevel.RESTART:
+    if context.stop_requests.level == StopLevel.RESTART:  # the agent sends SIGTERM once a node has joined
         return True
+    if context.stop_requests.level == StopLevel.STOP:
+        return False
     detail = f"{names} asked to join but did not connect within {JOIN_TIMEOUT_S:g} s"
     context.log_event("alarm", kind="gate", detail=detail)
     context.stop_requests.clear_admit()

@@ -111,7 +111,7 @@ def train_updates(
     even: bool = True,
     padded: bool = True,
     nan_at: tuple[int, int] | None = None,
-    rescale: float = 1.0,
+    loss_normalizer: float = 1.0,
     clip_norm: float | None = None,
     precision: Precision | None = None,
 ) -> list[tuple[float, bool]]:
@@ -133,7 +133,7 @@ def train_updates(
                 if is_padding or nan_at == (update, rank):
                     total = total * math.nan
                 replica.backward(total, BATCH)
-        step = replica.step(0.02, None, rescale, clip_norm)
+        step = replica.step(0.02, None, loss_normalizer, clip_norm)
         steps.append((float(step.norm), bool(step.finite)))
     return steps
 
@@ -252,12 +252,12 @@ def check_rescale(world: int, settings: dict[str, Any], optimizer: str) -> None:
     """Equal to the gradients of plain torch times 1.7, for norm and clipping; NaN (zero count) skips."""
     config = make_config(optimizer, **settings)
     replica, plain = make_replica(config, world), make_replica(make_config(optimizer), 1)
-    steps = train_updates(replica, range(6), world=world, rescale=1.7, clip_norm=1.0)
-    wanted = train_updates(plain, range(6), world=1, rescale=1.7, clip_norm=1.0)
+    steps = train_updates(replica, range(6), world=world, loss_normalizer=1.7, clip_norm=1.0)
+    wanted = train_updates(plain, range(6), world=1, loss_normalizer=1.7, clip_norm=1.0)
     for (norm, _), (right, _) in zip(steps, wanted, strict=True):
         assert abs(norm - right) < 1e-4 * right, (norm, right)
     before = gather_state(replica)
-    assert not train_updates(replica, range(6, 7), world=world, rescale=math.nan)[0][1]
+    assert not train_updates(replica, range(6, 7), world=world, loss_normalizer=math.nan)[0][1]
     assert_bitwise_equal(before, gather_state(replica))
     assert max_difference(before.model, gather_state(plain).model) <= 1e-5
 

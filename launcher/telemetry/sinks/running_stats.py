@@ -91,7 +91,7 @@ class RunningStats:
         elapsed_s = row.time - self.last.time
         speed = (row.samples - self.last.samples) / elapsed_s
         weight = 1.0 if self.samples_per_s == 0 else elapsed_s / (elapsed_s + SPEED_SMOOTHING_S)
-        # The first rows arrive irregularly: use the plain average of all rows until the smoothing reacts more slowly.
+        # The first rows arrive irregularly: use the plain average of all rows as long as it reacts faster.
         weight = max(weight, 1.0 / self._rows)
         self.samples_per_s += weight * (speed - self.samples_per_s)
 

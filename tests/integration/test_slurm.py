@@ -227,7 +227,7 @@ def test_launch_slurm_passes_any_value_unchanged(slurm: Slurm, project: Path) ->
     assert kept["launch"]["env"]["MARK"] == HOSTILE
     assert kept["sink"]["wandb"]["group"] == HOSTILE
     assert "complete" in run_on_slurm(slurm, project, "status", str(run_dir))
-    assert "no sbatch here" in run_launcher(project, *own, status=2, PATH="/nowhere").stderr
+    assert "sbatch is not on this machine" in run_launcher(project, *own, status=2, PATH="/nowhere").stderr
 
 
 def test_submitit_sweep_continues_past_failed_points(slurm: Slurm, project: Path) -> None:

@@ -21,6 +21,8 @@ from launcher.run_dir.run_directory import RunDirectory
 from launcher.sweep import points, run_sweep
 from tests.helpers.config_dirs import make_config_dir
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

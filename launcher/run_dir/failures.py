@@ -39,6 +39,7 @@ HANG = "Hang"
 PEER_FAILURE_SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
+    "Connection was likely closed",  # a TCPStore whose rank 0 was killed
     "Broken pipe",
     "NCCL",
     "Timed out waiting",

@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from launcher.errors import UsageError
 from launcher.run_dir import failures
 from launcher.telemetry.sinks.jsonl import append_line
@@ -91,3 +93,15 @@ def test_later_root_error_precedes_earlier_consequence(tmp_path: Path) -> None:
     found = failures.first_failure(tmp_path, since=1)
     assert found is not None
     assert "boom" in found.summary()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:21936",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    ],
+)
+def test_lost_connection_is_a_peer_failure(message: str) -> None:
+    """torch's messages on a rank whose peer, or whose rank 0 with the store, was killed."""
+    assert failures.is_peer_failure(message)

@@ -12,6 +12,7 @@ from launcher.analysis.time_to_target import compare_time_to_target, describe_co
 from launcher.system.formatting import (
     format_count,
     format_number,
+    format_percentage,
     format_plural,
     format_rate,
     strip_control_characters,
@@ -31,7 +32,7 @@ def explain_run(run: RunProfile) -> dict[str, Any]:
     document = {
         "bottleneck": stage,
         "share": run.share(stage),
-        "why": f"{STAGE_DESCRIPTIONS[stage]} takes {_format_share(run.share(stage))} of an update, "
+        "why": f"{STAGE_DESCRIPTIONS[stage]} takes {format_percentage(run.share(stage))} of an update, "
         f"{format_number(run.stages[stage])} of {format_number(run.wall_ms)} ms",
         "advice": list(advise_on_run(run)),
         "stages": {
@@ -79,7 +80,7 @@ def format_explanation(document: Mapping[str, Any]) -> str:
     ]
     lines += wrap_text(f"{document['why'][:1].upper()}{document['why'][1:]}.", _WIDTH, 0)
     if "scaling_efficiency" in document:
-        efficiency = _format_share(document["scaling_efficiency"])
+        efficiency = format_percentage(document["scaling_efficiency"])
         lines.append(f"Scaling efficiency: {efficiency} of the samples/s per worker is kept.")
     if "target" in document:
         lines += wrap_text(describe_comparison(document["target"]), _WIDTH, 0)
@@ -96,7 +97,9 @@ def _explain_difference(fast: RunProfile, slow: RunProfile, letter: str, ratio: 
     other = "B" if letter == "A" else "A"
     fast_ms, slow_ms = fast.per_sample_ms(grew), slow.per_sample_ms(grew)
     total = slow.wall_ms / slow.samples - fast.wall_ms / fast.samples
-    share = f", {_format_share((slow_ms - fast_ms) / total)} of the difference" if total >= slow_ms - fast_ms else ""
+    share = (
+        f", {format_percentage((slow_ms - fast_ms) / total)} of the difference" if total >= slow_ms - fast_ms else ""
+    )
     return (
         f"{letter} is x{ratio:.2f} as fast as {other}: in {other} {STAGE_DESCRIPTIONS[grew]} takes "
         f"{format_number(slow_ms * 1e3)} us per sample, in {letter} {format_number(fast_ms * 1e3)} us{share}"
@@ -130,7 +133,7 @@ def _format_stage_table(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {'stage':<12}{'ms per update':>15}{'share':>9}"
     for stage, values in run["stages"].items():
         bar = "#" * round(_BAR_WIDTH * values["share"])
-        yield f"  {stage:<12}{format_number(values['ms']):>15}{_format_share(values['share']):>9}  {bar}".rstrip()
+        yield f"  {stage:<12}{format_number(values['ms']):>15}{format_percentage(values['share']):>9}  {bar}".rstrip()
 
 
 def _format_stage_comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
@@ -142,7 +145,3 @@ def _format_stage_comparison(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iter
 
 def _format_signed(value: float) -> str:
     return f"{'+' if value > 0 else ''}{format_number(value)}"
-
-
-def _format_share(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.0095 or share == 0 else "< 1 %"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from launcher.analysis.advice import STAGE_DESCRIPTIONS
+from launcher.analysis.html_comparison import render_best_points, render_comparison_table, render_overlay_charts
 from launcher.analysis.html_page import escape_html, render_figure, render_page
 from launcher.analysis.run_report import RunReport
 from launcher.analysis.svg_charts import (
-    COLOUR_COUNT,
     MAX_BINS,
     EventMarker,
     Series,
@@ -23,6 +24,7 @@ from launcher.system.formatting import (
     format_count,
     format_duration,
     format_number,
+    format_percentage,
     format_plural,
     format_rate,
 )
@@ -34,7 +36,6 @@ __all__ = ["render_report"]
 EVENT_TITLES = ("oom", "alarm", "preempt", "resize", "resume", "target", "done", "error")
 STAGE_BINS = 120
 SPEED_BINS = 48  # fewer bins than other curves: the throughput of single updates is noisy
-MAX_SHOWN_DIFFERENCES = 5
 MAX_SHOWN_EVENTS = 200
 
 
@@ -45,7 +46,8 @@ def render_report(runs: Sequence[RunReport]) -> str:
         return render_page(title, _format_subtitle(runs[0]), [_render_run(runs[0])])
     details = [f"<details><summary>{escape_html(run.name)}</summary>{_render_run(run)}</details>" for run in runs]
     subtitle = "Curves over samples seen. Details of each run follow below the tables."
-    return render_page(title, subtitle, [_render_comparison_table(runs), *_render_overlay_charts(runs), *details])
+    sections = [render_best_points(runs), render_comparison_table(runs), *render_overlay_charts(runs), *details]
+    return render_page(title, subtitle, sections)
 
 
 def _format_subtitle(run: RunReport) -> str:
@@ -95,7 +97,24 @@ def _render_verdict(run: RunReport) -> str:
         return ""
     why = f"{explanation['why'][:1].upper()}{explanation['why'][1:]}."
     advice = "".join(f"<li>{escape_html(line)}</li>" for line in explanation["advice"])
-    return f'<section class="verdict"><h2>Where the time goes</h2><p>{escape_html(why)}</p><ul>{advice}</ul></section>'
+    table = _render_stage_table(explanation["stages"])
+    heading = f"<h2>Where the time goes</h2><p>{escape_html(why)}</p>"
+    return f'<section class="verdict">{heading}<ul>{advice}</ul>{table}</section>'
+
+
+def _render_stage_table(stages: Mapping[str, Mapping[str, float]]) -> str:
+    """The stages chart as a table, for readers of numbers and for screen readers."""
+    lines = "".join(
+        f'<tr><th scope="row">{escape_html(stage)}</th><td>{escape_html(STAGE_DESCRIPTIONS[stage])}</td>'
+        f"<td>{format_number(values['ms'])} ms</td><td>{format_percentage(values['share'])}</td></tr>"
+        for stage, values in stages.items()
+    )
+    heads = ("stage", "what it is", "time per update", "share of the time")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    caption = (
+        "<caption>Time of each stage in a typical update; the first updates after each start are left out</caption>"
+    )
+    return f'<div class="scroll"><table class="stages">{caption}<tr>{head}</tr>{lines}</table></div>'
 
 
 def _render_charts(run: RunReport, marks: Sequence[EventMarker]) -> Iterator[str]:
@@ -228,78 +247,3 @@ def _format_value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_format_value, value))
     return format_number(value) if isinstance(value, float) else str(value)
-
-
-# --- several runs -------------------------------------------------------------------------------------------------
-
-
-def _render_comparison_table(runs: Sequence[RunReport]) -> str:
-    """Table with one line per run: changed keys, progress, throughput, best metrics and bottleneck."""
-    changed = _find_changed_keys(runs)
-    metrics = sorted({key for run in runs for key in run.list_metrics("val/")})
-    heads = [
-        "",
-        "run",
-        *changed,
-        "samples",
-        "updates",
-        "time",
-        "samples/s",
-        *(f"best {key}" for key in metrics),
-        "limit",
-    ]
-    lines = []
-    for colour, run in enumerate(runs):
-        cells = [*(run.settings.get(key, "") for key in changed), *_iter_comparison_cells(run, metrics)]
-        key = f'<span class="key k{colour % COLOUR_COUNT}"></span>' if colour < COLOUR_COUNT else ""
-        tds = "".join(f"<td>{escape_html(mask_secrets(cell))}</td>" for cell in cells)
-        lines.append(f'<tr><td>{key}</td><th scope="row">{escape_html(run.name)}</th>{tds}</tr>')
-    head = "".join(f"<th>{escape_html(name)}</th>" for name in heads)
-    return f'<section><div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div></section>'
-
-
-def _iter_comparison_cells(run: RunReport, metrics: Sequence[str]) -> Iterator[str]:
-    yield format_count(run.samples)
-    yield format_count(run.rows[-1]["update"])
-    yield format_duration(run.done["seconds"]) if "seconds" in run.done else "not complete"
-    explanation = run.explanation
-    yield format_rate(explanation["samples_per_s"]) if explanation else ""
-    for key in metrics:
-        values = [value for _, value in run.get_curve(key)]
-        best: Callable[[list[float]], float] = min if "loss" in key else max
-        yield format_number(best(values)) if values else ""
-    yield f"{explanation['bottleneck']} {100 * explanation['share']:.0f} %" if explanation else ""
-
-
-def _find_changed_keys(runs: Sequence[RunReport]) -> list[str]:
-    """The first few configuration keys whose values differ between the runs."""
-    all_settings = [run.settings for run in runs if run.settings]
-    keys = sorted({key for settings in all_settings for key in settings if not key.startswith(("run.", "launch."))})
-    changed = [key for key in keys if len({settings.get(key) for settings in all_settings}) > 1]
-    return changed[:MAX_SHOWN_DIFFERENCES]
-
-
-def _render_overlay_charts(runs: Sequence[RunReport]) -> Iterator[str]:
-    shown = runs[:COLOUR_COUNT]
-    x_high = max(run.samples for run in shown)
-    keys = render_legend([(run.name, colour) for colour, run in enumerate(shown)])
-    metrics = sorted({key for run in shown for key in run.list_metrics("val/")})
-    charts = []
-    for key in ["train/loss", *metrics, "throughput/samples_per_s", "lr/value", "batch/global"]:
-        bins = SPEED_BINS if key.startswith("throughput/") else MAX_BINS
-        series = [
-            Series(
-                run.name,
-                colour,
-                tuple(downsample(run.get_curve(key), bins)[0]),
-                dots=key in metrics and len(run.get_curve(key)) < 40,
-            )
-            for colour, run in enumerate(shown)
-            if run.get_curve(key)
-        ]
-        if series:
-            zero = not key.startswith(("val/", "train/"))
-            charts.append(render_figure(key, render_line_chart(series, x_high, key, zero=zero, log="loss" in key)))
-    yield f'<section>{keys}<div class="charts">{"".join(charts)}</div></section>'
-    if len(runs) > COLOUR_COUNT:
-        yield f"<p>Only the first {COLOUR_COUNT} of {len(runs)} runs are plotted.</p>"

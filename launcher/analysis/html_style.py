@@ -59,6 +59,8 @@ table{{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:t
 th,td{{text-align:left;padding:6px 14px 6px 0;border-bottom:1px solid var(--rule);white-space:nowrap}}
 tr:last-child>*{{border-bottom:0}}
 tr:first-child th{{color:var(--soft);font-weight:500}}
+caption{{text-align:left;color:var(--soft);padding:10px 0 4px}}
+.best p{{margin:0}}
 .events td:last-child{{white-space:normal;overflow-wrap:anywhere}}
 details{{margin:0 0 12px;padding:12px 18px}}
 summary{{cursor:pointer;font-weight:600;overflow-wrap:anywhere}}

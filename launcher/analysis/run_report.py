@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.analysis.explain import explain_run
+from launcher.analysis.point_metrics import PointMetrics, read_point_metrics
 from launcher.analysis.run_profile import compute_profile
 from launcher.errors import UsageError
 from launcher.run_dir.metrics_reader import MetricValues, RunMetrics, find_runs, read_run_metrics
@@ -37,6 +38,11 @@ class RunReport:
     @property
     def name(self) -> str:
         return mask_secrets(self.history.name)
+
+    @cached_property
+    def point_metrics(self) -> PointMetrics:
+        """What ranks the run among the points of a sweep: its time, its time to the target and its best metric."""
+        return read_point_metrics(self.history.folder)
 
     @property
     def samples(self) -> float:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from launcher.analysis.best_points import (
+    SEED_KEY,
+    GroupKey,
+    describe_best_points,
+    drop_keys,
+    format_assignments,
+    group_by_seed,
+    name_ranked_points,
+)
+from launcher.analysis.point_metrics import PointMetrics, read_point_metrics
 from launcher.sweep import critical_batch
 from launcher.sweep.outcome import FINISHED, PointOutcome
-from launcher.sweep.point_metrics import PointMetrics, is_lower_better, read_point_metrics
 from launcher.system.redaction import mask_secrets
 
 __all__ = ["align_table", "find_swept_values", "format_sweep_table"]
 
 MAX_TABLE_WIDTH = 80
-SEED_KEY = "seed"
-
-#: The swept keys and values that the points of a group have in common.
-GroupKey = tuple[tuple[str, str], ...]
 
 
 def format_sweep_table(folder: Path, outcomes: Sequence[PointOutcome]) -> str:
@@ -32,15 +37,10 @@ def format_sweep_table(folder: Path, outcomes: Sequence[PointOutcome]) -> str:
     lines = [f"sweep {folder}", *align_table(("", *list_table_heads(target)), rows, swept)]
     finished = [index for index, point in enumerate(metrics) if point.is_done]
     groups = group_by_seed([swept[index] for index in finished], [metrics[index] for index in finished])
-    named = {f"point {outcomes[index].number}": metrics[index] for index in finished}
     if groups:
         lines += ["averages over seed, with the standard deviation", *format_averages(groups, target)]
-    if len(groups) > 1:
-        named = {
-            f"{format_assignments(key)} over {len(group)} seeds": average_metrics(group)
-            for key, group in groups.items()
-        }
-    lines += [*format_best_points(named), *format_critical_batch(swept, metrics)]
+    named = name_ranked_points(swept, [f"point {outcome.number}" for outcome in outcomes], metrics)
+    lines += [*describe_best_points(named), *format_critical_batch(swept, metrics)]
     return "\n".join(mask_secrets(line) for line in lines)
 
 
@@ -106,27 +106,7 @@ def shorten_key(key: str, keys: Sequence[str]) -> str:
     return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
 
 
-def format_assignments(values: Mapping[str, str] | GroupKey) -> str:
-    pairs = values.items() if isinstance(values, Mapping) else values
-    return " ".join(f"{key}={value}" for key, value in pairs) or "all"
-
-
 # --- below the table ----------------------------------------------------------------------------------------------
-
-
-def group_by_seed(
-    swept: Sequence[Mapping[str, str]], metrics: Sequence[PointMetrics]
-) -> dict[GroupKey, list[PointMetrics]]:
-    """Group finished points that differ only in their seed; empty if the seed is not swept over."""
-    groups: dict[GroupKey, list[PointMetrics]] = {}
-    for values, point in zip(swept, metrics, strict=True):
-        if SEED_KEY in values:
-            groups.setdefault(drop_keys(values, lambda key: key == SEED_KEY), []).append(point)
-    return groups if any(len(group) > 1 for group in groups.values()) else {}
-
-
-def drop_keys(values: Mapping[str, str], is_dropped: Callable[[str], bool]) -> GroupKey:
-    return tuple((key, value) for key, value in values.items() if not is_dropped(key))
 
 
 def format_averages(groups: Mapping[GroupKey, Sequence[PointMetrics]], target: bool) -> list[str]:
@@ -150,40 +130,6 @@ def format_spread(values: Sequence[float | None], form: str) -> str:
     deviation = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
     count = f" ({len(known)})" if len(known) < len(values) else ""
     return f"{statistics.fmean(known):{form}}{deviation}{count}"
-
-
-def average_metrics(group: Sequence[PointMetrics]) -> PointMetrics:
-    """Average over a group; the target counts as reached only if all points reached it."""
-    first = group[0]
-    return PointMetrics(
-        batch=first.batch,
-        lr=first.lr,
-        seconds=average_if_complete([point.seconds for point in group]),
-        target_s=average_if_complete([point.target_s for point in group]),
-        metric=first.metric,
-        best=average_if_complete([point.best for point in group]),
-    )
-
-
-def average_if_complete(values: Sequence[float | None]) -> float | None:
-    """The mean, or None if a value is missing."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
-
-
-def format_best_points(points: Mapping[str, PointMetrics]) -> Iterator[str]:
-    """Lines that name the fastest and the most accurate finished point."""
-    if len(points) < 2:
-        return
-    reached = {name: point.target_s for name, point in points.items() if point.target_s is not None}
-    times = reached or {name: point.seconds or 0.0 for name, point in points.items()}
-    fastest = min(times, key=lambda name: times[name])
-    yield f"time-optimal: {fastest}, {times[fastest]:.1f} s {'to the target' if reached else 'in total'}"
-    metrics = {point.metric for point in points.values()}
-    if len(metrics) == 1 and (metric := metrics.pop()) is not None:
-        sign = 1 if is_lower_better(metric) else -1
-        best = min(points, key=lambda name: sign * (points[name].best or 0.0))
-        yield f"accuracy-optimal: {best}, best {metric} {points[best].best:.4g}"
 
 
 def format_critical_batch(swept: Sequence[Mapping[str, str]], metrics: Sequence[PointMetrics]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.analysis.point_metrics import is_lower_better, read_objective, read_point_metrics
 from launcher.config.cli_args import HydraArgs
 from launcher.config.compose import ComposedConfig, ConfigComposer, SweepRequest
 from launcher.config.resume_keys import may_change_on_resume
@@ -18,7 +19,6 @@ from launcher.sweep import outcome
 from launcher.sweep.machine_slices import MachineResources, divide_machine
 from launcher.sweep.optuna_search import OptunaSearch, check_optuna
 from launcher.sweep.parallel_points import ParallelRunner, PointJob
-from launcher.sweep.point_metrics import is_lower_better, read_objective, read_point_metrics
 from launcher.sweep.points import PointFunction, PointTask, run_in_directory, run_points, select_point_overrides
 from launcher.sweep.results_table import format_sweep_table
 from launcher.system.atomic_files import make_private_dir

@@ -19,6 +19,7 @@ __all__ = [
     "format_duration",
     "format_labelled_rows",
     "format_number",
+    "format_percentage",
     "format_plural",
     "format_rate",
     "format_shares",
@@ -97,6 +98,11 @@ def format_number(value: float) -> str:
 def format_rate(value: float) -> str:
     """Format a throughput: 1,032 or 3.2."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def format_percentage(share: float) -> str:
+    """A share of a whole as a percentage; a small one is not shown as zero."""
+    return f"{100 * share:.0f} %" if share >= 0.0095 or share == 0 else "< 1 %"
 
 
 def format_bytes(number_bytes: float) -> str:

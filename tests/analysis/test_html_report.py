@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -109,6 +110,50 @@ def test_folder_of_runs_is_compared(tmp_path: Path) -> None:
     assert {"sweep/0", "sweep/2", "lr.rule", "sqrt", "1.5 s", "best val/accuracy", "0.7"} <= set(page.words)
     assert "seed" not in page.words
     assert page.count("details") == 3
+
+
+def test_stage_times_are_a_table_in_words(tmp_path: Path, out: str) -> None:
+    """A screen reader gets from the table what the chart of the stages shows."""
+    page = render_report(str(write_resized_run(tmp_path / "run")), "-o", out)
+    assert page.count("table", "stages") == 1
+    assert page.count("caption") == 1
+    at = page.words.index("the backward pass")
+    assert page.words[at - 1] == "backward"
+    assert re.fullmatch(r"[\d.,]+ ms", page.words[at + 1])
+    assert page.words[at + 2] == "50 %"
+    assert {"sync", "waiting for other workers", "time per update", "share of the time"} <= set(page.words)
+
+
+def write_sweep_point(folder: Path, settings: str, best: float, seconds: float, target_s: float | None) -> None:
+    write_run(folder, [make_row(update, val__accuracy=best - 0.1 * (3 - update)) for update in (1, 2, 3)])
+    (folder / "run.yaml").write_text(settings)
+    done = {"samples": 192, "updates": 3, "seconds": seconds, "metrics": {}}
+    if target_s is not None:
+        done["target"] = {"metric": "val/accuracy", "value": 0.5, "seconds": target_s, "samples": 128, "update": 2}
+    (folder / "done.json").write_text(json.dumps(done))
+
+
+def test_sweep_names_fastest_and_most_accurate_point(tmp_path: Path) -> None:
+    """As the table in the terminal does, with the time to the target and the best value of each point."""
+    for point, (best, target_s) in enumerate([(0.9, 40.0), (0.7, 15.0), (0.6, None)]):
+        write_sweep_point(tmp_path / "sweep" / str(point), f"lr: {{base: {point}}}\n", best, 60.0, target_s)
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    words = Page((tmp_path / "sweep" / "report.html").read_text()).words
+    assert "time-optimal: sweep/1, 15.0 s to the target" in words
+    assert "accuracy-optimal: sweep/0, best val/accuracy 0.9" in words
+    assert {"time to target", "40 s", "15 s", "not reached", "best val/accuracy"} <= set(words)
+
+
+def test_sweep_over_seeds_ranks_averages(tmp_path: Path) -> None:
+    for point, (rate, seed, best, target_s) in enumerate(
+        [(1, 0, 0.9, 40.0), (1, 1, 0.8, 50.0), (2, 0, 0.95, 60.0), (2, 1, 0.7, 20.0)]
+    ):
+        settings = f"lr: {{base: {rate}}}\nseed: {seed}\n"
+        write_sweep_point(tmp_path / "sweep" / str(point), settings, best, 60.0, target_s)
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    words = Page((tmp_path / "sweep" / "report.html").read_text()).words
+    assert "time-optimal: lr.base=2 over 2 seeds, 40.0 s to the target" in words
+    assert "accuracy-optimal: lr.base=1 over 2 seeds, best val/accuracy 0.85" in words
 
 
 @pytest.mark.parametrize("updates", [1, 2])

@@ -53,7 +53,8 @@ class OpenedRun:
     def format_summary(self) -> str:
         """Message for a run that is already complete."""
         done = self.done or {}
-        metrics = "".join(f", {name} {value:.4g}" for name, value in sorted(done.get("metrics", {}).items()))
+        measured = sorted(done.get("metrics", {}).items())
+        metrics = "".join(f", {name} {value:.4g}" for name, value in measured if value is not None)
         return (
             f"{self.run_dir.path} is complete: {done['samples']} samples in {done['updates']} updates, "
             f"{done['seconds']:.1f} s{metrics}\n"

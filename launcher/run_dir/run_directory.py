@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -256,7 +257,8 @@ class RunDirectory:
 
     def write_done(self, facts: Mapping[str, Any]) -> None:
         """Mark the run as complete. Written last, when everything else is on disk."""
-        atomic_write_text(self.done_json, json.dumps(facts, indent=1) + "\n")
+        metrics = {name: value if math.isfinite(value) else None for name, value in facts.get("metrics", {}).items()}
+        atomic_write_text(self.done_json, json.dumps({**facts, "metrics": metrics}, indent=1) + "\n")
 
     def ensure_wandb_id(self) -> str:
         """Return the W&B run id; created once and kept in the directory, so that restarts use the same id."""

@@ -211,11 +211,23 @@ def validate_if_due(context: TrainContext, state: TrainState, update: Update) ->
     if context.validator is None or not is_interval_due(update, plan.validate_every, plan.duration):
         return state, {}
     context.enter_phase("validate", update)
-    metrics = context.validator.run(context.replica)
+    result = context.validator.run(context.replica)
+    metrics = result.metrics
+    if not result.count:
+        return skip_empty_validation(context, state, metrics), metrics
     state = state.with_validation(metrics, update.end, context.config.schedule.metric)
     settings = context.config.checkpoint
     state = state.with_best_checkpoint(metrics, settings.best, settings.best_mode, format_checkpoint_name(state))
     return check_target(context, state, metrics), metrics
+
+
+def skip_empty_validation(context: TrainContext, state: TrainState, metrics: Mapping[str, float]) -> TrainState:
+    """Warn, the first time, that validation counted nothing; its NaN reaches no schedule, best checkpoint or target."""
+    state = replace(state, metrics=metrics, empty_validations=state.empty_validations + 1)
+    if state.empty_validations == 1:
+        detail = "the loss counted 0 over the whole validation set: it has no target, and its metrics are NaN"
+        context.log_event("alarm", kind="empty_validation", detail=detail)
+    return state
 
 
 def check_target(context: TrainContext, state: TrainState, metrics: Mapping[str, float]) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,8 @@ class MetricTarget:
 class TrainState:
     """Training progress, in samples seen.
 
-    `skips` counts consecutive non-finite updates, `seconds` the time trained. `noise` is the gradient noise scale,
+    `skips` counts consecutive non-finite updates, `seconds` the time trained. `empty_validations` counts validations
+    without any target. `noise` is the gradient noise scale,
     equal on every rank, since it is computed only from all-gathered statistics. `second_moment` tracks the batch size
     that Adam's second moment corresponds to, None for other optimizers.
     """
@@ -68,6 +70,7 @@ class TrainState:
     noise: NoiseScale = NoiseScale()
     second_moment: SecondMomentScale | None = None
     skips: int = 0
+    empty_validations: int = 0
     seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     target_reached: Mapping[str, Any] | None = None
@@ -132,7 +135,9 @@ class TrainState:
             return self
         value = get_metric(measured, best, "checkpoint.best")
         lower = mode == "min" or (mode == "auto" and "loss" in best)
-        better = self.best is None or (value < self.best if lower else value > self.best)
+        before = math.nan if self.best is None else self.best
+        better = math.isnan(before) and not math.isnan(value)  # the first number; NaN is never the best
+        better = better or (value < before if lower else value > before)
         return replace(self, best=value, best_checkpoint=name) if better else self
 
     def should_stop_at_target(self, training_plan: TrainingPlan) -> bool:
@@ -145,8 +150,9 @@ class TrainState:
             "noise": self.noise.to_facts(),
             "moments": self.second_moment and self.second_moment.to_facts(),
             "skips": self.skips,
+            "empty_validations": self.empty_validations,
             "seconds": self.seconds,
-            "metrics": dict(self.metrics),
+            "metrics": {name: value if math.isfinite(value) else None for name, value in self.metrics.items()},
             "reached": self.target_reached,
             "best": self.best,
             "best_checkpoint": self.best_checkpoint,
@@ -160,8 +166,9 @@ class TrainState:
             noise=replace(NoiseScale.from_facts(facts["noise"]), dataset_size=get_noise_population_size(training_plan)),
             second_moment=SecondMomentScale.from_facts(facts["moments"]) if facts["moments"] else None,
             skips=facts["skips"],
+            empty_validations=facts.get("empty_validations", 0),
             seconds=facts["seconds"],
-            metrics=facts["metrics"],
+            metrics={name: math.nan if value is None else value for name, value in facts["metrics"].items()},
             target_reached=facts["reached"],
             best=facts["best"],
             best_checkpoint=facts["best_checkpoint"],

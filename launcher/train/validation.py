@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
+from launcher.errors import UsageError
 from launcher.plan.training_plan import TrainingPlan
+from launcher.recipe import Loss
 from launcher.strategies.interface import Replica
 from launcher.strategies.precision import Precision
 from launcher.topology import Topology
 from launcher.train.data import SampleKey, SeededDataset, get_collate_fn, make_data_loader, to_device
+from launcher.train.loss_values import get_metrics, read_scalar
 
-__all__ = ["Validator"]
+__all__ = ["ValidationResult", "Validator"]
 
 
 class ValidationSampler(Sampler[list[SampleKey]]):
@@ -43,11 +49,20 @@ def make_batch_ranges(size: int, rank: int, world: int, chunks: int, batch: int)
     return [(chunk, at, min(at + batch, stop)) for chunk, start, stop in ends for at in range(start, stop, batch)]
 
 
+@dataclass(frozen=True)
+class ValidationResult:
+    """`val/loss` and one `val/<name>` per metric of the recipe; all are NaN if `count`, the loss count, is 0."""
+
+    metrics: Mapping[str, float]
+    count: float
+
+
 class Validator:
     """Computes `val/loss` and one `val/<name>` per metric of the recipe: sums over ranks, divided once by the count.
 
     Each of the dataset's `chunks` is summed separately in double precision, then all chunks in order. The world size
-    only decides which rank sums a chunk: with a fixed number of chunks the result does not depend on it.
+    only decides which rank sums a chunk: with a fixed number of chunks the result does not depend on it. A metric that
+    some batches or ranks lack is 0 there.
     """
 
     def __init__(
@@ -71,7 +86,12 @@ class Validator:
         )
 
     @torch.no_grad()
-    def run(self, replica: Replica) -> dict[str, float]:
+    def run(self, replica: Replica) -> ValidationResult:
+        """Validate on all ranks; every rank must call this.
+
+        Raises:
+            UsageError: the recipe returned a loss, a count or a metric that cannot be summed; the message names it.
+        """
         replica.broadcast_buffers()
         model = replica.module
         model.eval()
@@ -79,24 +99,60 @@ class Validator:
             sums = self._compute_sums(model)
         finally:
             model.train()
-        names = sorted(sums)
-        table = torch.stack([sums[name] for name in names])
+        names = self._gather_metric_names(sums)
+        table = torch.stack([sums.count, sums.loss, *(sums.get_metric(name) for name in names)])
         if self._world > 1:
             dist.all_reduce(table)  # each chunk is nonzero on one rank only: exact in any order
-        totals = {name: sum(row) for name, row in zip(names, table.tolist(), strict=True)}
-        count = totals.pop("count")
-        return {f"val/{name}": value / count for name, value in totals.items()}
+        count, *totals = (sum(row) for row in table.tolist())
+        if not 0 <= count < math.inf:
+            raise UsageError(f"recipe.loss counted {count:g} in validation: return the number of samples or tokens")
+        means = [total / count if count else math.nan for total in totals]
+        return ValidationResult(
+            {f"val/{name}": mean for name, mean in zip(["loss", *names], means, strict=True)}, count
+        )
 
-    def _compute_sums(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def _gather_metric_names(self, sums: ChunkSums) -> list[str]:
+        """The names of the metrics of all ranks, in the same order on every rank."""
+        names: list[Any] = [sorted(sums.metrics)] * self._world
+        if self._world > 1:
+            dist.all_gather_object(names, names[0])
+        return sorted(set(chain.from_iterable(names)))
+
+    def _compute_sums(self, model: torch.nn.Module) -> ChunkSums:
         """The per-chunk sums of each value, with zeros for the chunks of other ranks."""
-        sums: dict[str, torch.Tensor] = {}
+        sums = ChunkSums(self._chunks, self._precision.device)
         for chunk, batch in zip(self._sampler.chunks, self._batches, strict=True):
             batch = to_device(batch, self._precision.device, self._precision.dtype)
             with self._precision.autocast():
                 loss = self._recipe.loss(model, batch)
-            for name, value in {"loss": loss.total, "count": loss.count, **loss.metrics}.items():
-                scalar = torch.as_tensor(value, device=self._precision.device).detach().double()
-                row = sums.setdefault(name, scalar.new_zeros(self._chunks))
-                if chunk is not None:
-                    row[chunk] += scalar
+            if chunk is not None:
+                sums.add(chunk, loss)
         return sums
+
+
+class ChunkSums:
+    """Sums the losses, counts and metrics of this rank's batches per chunk, in double precision on the device."""
+
+    def __init__(self, chunks: int, device: torch.device) -> None:
+        self._zeros = torch.zeros(chunks, dtype=torch.float64, device=device)
+        self.count, self.loss = self._zeros.clone(), self._zeros.clone()
+        self.metrics: dict[str, torch.Tensor] = {}
+
+    def get_metric(self, name: str) -> torch.Tensor:
+        return self.metrics.get(name, self._zeros)
+
+    def add(self, chunk: int, loss: Loss) -> None:
+        """Add a batch. A batch that counts nothing may divide by its count: its NaN belongs to no sample and is 0.
+
+        Raises:
+            UsageError: a value is not a number, or a metric's name cannot be used.
+        """
+        count = read_scalar(loss.count, "count", self._zeros.device)
+        self.count[chunk] += count
+        self._add(self.loss, chunk, read_scalar(loss.total, "total", self._zeros.device), count)
+        for name, value in get_metrics(loss).items():
+            row = self.metrics.setdefault(name, self._zeros.clone())
+            self._add(row, chunk, read_scalar(value, f"the metric {name!r}", self._zeros.device), count)
+
+    def _add(self, row: torch.Tensor, chunk: int, value: torch.Tensor, count: torch.Tensor) -> None:
+        row[chunk] += torch.where((count == 0) & ~torch.isfinite(value), 0.0, value)

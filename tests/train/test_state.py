@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -69,3 +70,22 @@ def test_unscaled_moment_is_reported_as_kept(noise: float | None, optimizer: str
     state = resume_with(batch // 8, noise, optimizer)
     assert state.second_moment_factor(batch) == "kept"
     assert state.advance_second_moment(make_update(8000, batch))[1] == 1.0
+
+
+# Metrics that are not numbers
+def test_nan_is_never_the_best_checkpoint() -> None:
+    """Compared with NaN, no later value would be better."""
+    state = TrainState.initial(make_plan(1))
+    found = []
+    for number, value in enumerate([math.nan, 0.5, math.nan, 0.4, math.nan]):
+        state = state.with_best_checkpoint({"val/loss": value}, "val/loss", "auto", f"update-{number}")
+        found.append(state.best_checkpoint)
+    assert found == [None, "update-1", "update-1", "update-3", "update-3"]
+
+
+def test_state_with_nan_is_strict_json() -> None:
+    before = replace(TrainState.initial(make_plan(1)), metrics={"val/loss": math.nan, "val/accuracy": 0.5})
+    facts = json.loads(json.dumps(before.state_dict(), allow_nan=False))
+    metrics = TrainState.from_state_dict(make_plan(1), Position(), facts).metrics
+    assert math.isnan(metrics["val/loss"])
+    assert metrics["val/accuracy"] == 0.5

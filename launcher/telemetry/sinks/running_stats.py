@@ -99,7 +99,7 @@ class RunningStats:
         """Track the best value of a metric whose name shows its direction (loss, error, acc)."""
         best = self.best.get(key)
         lower_is_better, higher_is_better = "loss" in key or "error" in key, "acc" in key
-        if not lower_is_better and not higher_is_better:
+        if math.isnan(value) or not (lower_is_better or higher_is_better):
             return
         if best is None or (value < best.value if lower_is_better else value > best.value):
             self.best[key] = BestValue(value, update)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.config.keys import closest_match
+from launcher.config.misnames import find_by_other_name
 from launcher.errors import UsageError
 
 __all__ = ["HydraArgs", "ReportArgs"]
@@ -148,4 +149,6 @@ def _describe_unknown_flag(flag: str) -> str:
     match = closest_match(flag, [*SWITCHES, *OPTIONS])
     if match:
         return f"{flag} is not a flag: did you mean {match}?"
-    return f"{flag} is not a flag: overrides are typed without dashes, e.g. batch.per_device=32; see launcher --help"
+    setting = find_by_other_name(flag.lstrip("-")) or "batch.per_device=32"
+    example = setting if "=" in setting else f"{setting}=..."
+    return f"{flag} is not a flag: overrides are typed without dashes, e.g. {example}; see launcher --help"

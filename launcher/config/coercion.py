@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["CoercionError", "coerce", "describe_type", "example_value", "format_value", "list_choices"]
+__all__ = ["CoercionError", "accepts_list", "coerce", "describe_type", "example_value", "format_value", "list_choices"]
 
 
 _LARGEST = sys.float_info.max
@@ -160,6 +160,14 @@ def describe_type(kind: Any) -> str:
         parts = [describe_type(part) for part in inner if part is not Ellipsis]
         return f"a list of {parts[0]}" if inner[-1] is Ellipsis else f"[{', '.join(parts)}]"
     return TYPE_DESCRIPTIONS.get(kind, "a mapping {name: value}")
+
+
+def accepts_list(kind: Any) -> bool:
+    """Whether a list is a possible value of the annotation."""
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return any(accepts_list(part) for part in get_args(kind))
+    return kind is Any or (origin or kind) in (tuple, list)
 
 
 def example_value(kind: Any) -> str:

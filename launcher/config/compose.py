@@ -13,6 +13,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,17 @@ class ConfigComposer:
         """Compose the configuration of a single run; sweep overrides are refused."""
         parsed = self.parse_and_check(overrides)
         for override in parsed:
-            refuse_outside_sweeps(override)
+            refuse_outside_sweeps(override, partial(self._read_value, parsed))
         composed = finalize(to_container(self.compose_hydra(overrides)), parsed)
         return replace(composed, notes=(*composed.notes, *self._warn_on_unmatched_lr(composed.config, parsed)))
+
+    def _read_value(self, parsed: Sequence[Override], name: str) -> Any:
+        """The value of a key without the sweeps among the overrides, or None."""
+        try:
+            others = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+            return OmegaConf.select(self.compose_hydra(others), name)
+        except (UsageError, OmegaConfBaseException):
+            return None
 
     def parse_and_check(self, overrides: Sequence[str]) -> list[Override]:
         """Parse the overrides in Hydra's grammar and check that every key exists."""

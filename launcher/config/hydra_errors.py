@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.config.keys import closest_match
+from launcher.config.misnames import find_by_other_name
 
 __all__ = ["format_hydra_error", "one_line", "unknown_choice_message"]
 
@@ -69,6 +70,8 @@ def _describe_unknown_field(name: str, parent: Any) -> str:
         return f"{name} is not a configuration group: launcher --help lists them"
     prefix, _, field = name.rpartition(".")
     names = [str(key) for key in parent] if prefix and parent is not None else []
-    match = closest_match(field, names)
+    match, other_name = closest_match(field, names), find_by_other_name(name)
+    if prefix == "optimizer" and match is None and other_name not in (None, name):
+        return f"{name} is not a key here: did you mean {other_name}?"
     hint = f"did you mean {prefix}.{match}? " if match else f"known keys are {', '.join(names)}; " if names else ""
     return f"{name} is not a key here: {hint}type +{name}= to add a new one"

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from launcher.config.coercion import CoercionError, coerce, describe_type, example_value, format_value, list_choices
+from launcher.config.misnames import WORLD_SIZE_NAMES, find_by_other_name
 from launcher.config.schema import ALIASES, RunConfig
 from launcher.errors import UsageError
 
@@ -20,38 +21,6 @@ __all__ = ["Key", "closest_match", "config_keys", "flatten", "from_mapping", "to
 
 #: Attribute -> name in the configuration.
 NAME_BY_ATTRIBUTE = {attribute: name for name, attribute in ALIASES.items()}
-
-#: Names used by other frameworks -> the key with that meaning here.
-COMMON_MISNAMES = {
-    "batch_size": "batch.per_device",
-    "bs": "batch.per_device",
-    "data": "recipe.data",
-    "device": "train.device",
-    "epochs": "train.duration",
-    "gpus": "launch.workers",
-    "grad_accum": "batch.accumulation",
-    "gradient_accumulation_steps": "batch.accumulation",
-    "learning_rate": "lr.base",
-    "lr": "lr.base",
-    "max_epochs": "train.duration",
-    "momentum": "optimizer.momentum",
-    "name": "run.name",
-    "nodes": "launch.nodes",
-    "precision": "train.precision",
-    "warmup": "schedule.warmup",
-    "weight_decay": "optimizer.weight_decay",
-    "workers": "launch.workers",
-    # names of earlier versions, which the closest match would send to another key
-    "data.workers": "data.num_workers",
-    "elastic.first_s": "elastic.first_timeout_s",
-    "elastic.hang_s": "elastic.hang_timeout_s",
-    "elastic.idle": "elastic.allow_idle",
-    "strategy.gather": "strategy.param_dtype",
-    "strategy.meta": "strategy.meta_init",
-    "strategy.reshard": "strategy.reshard_after_forward",
-    "sweep.at_once": "sweep.max_parallel",
-}
-WORLD_SIZE_NAMES = frozenset({"world", "world_size", "nproc", "nproc_per_node", "num_processes", "num_gpus", "devices"})
 
 EXAMPLE_BY_KEY = {
     "batch.ramp": "[[0dur,0.25],[0.2dur,1]]",
@@ -128,22 +97,28 @@ def closest_match(name: str, names: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def unknown_key_error(name: str) -> UsageError:
-    """The error for an unknown key, with the closest known key or a pointer to the list of all keys."""
+def unknown_key_error(name: str, value: object = None) -> UsageError:
+    """The error for an unknown key, with what to type instead if that is known. `value`: as typed."""
     last = name.rpartition(".")[2]
     if last in WORLD_SIZE_NAMES:
         return UsageError(
             f"{name} is not a key: the world size comes from the job: launch.workers=2, or torchrun --nproc-per-node=2"
         )
+    other_name = find_by_other_name(name, value)
     within = [key for key in config_keys() if key.startswith(name + ".")]
     if within:
-        usual = COMMON_MISNAMES.get(name, within[0])
-        return UsageError(f"{name} is a section, not a key: type {usual}= or one of its {len(within)} keys")
+        usual = other_name if other_name and "=" in other_name else f"{other_name or within[0]}="
+        return UsageError(f"{name} is a section, not a key: type {usual} or one of its {len(within)} keys")
     same_end = [key for key in config_keys() if key.rpartition(".")[2] == last]
-    match = COMMON_MISNAMES.get(name) or (same_end[0] if len(same_end) == 1 else closest_match(name, config_keys()))
-    return UsageError(
-        f"{name} is not a key: " + (f"did you mean {match}?" if match else "launcher --help lists them all")
-    )
+    match = other_name or (same_end[0] if len(same_end) == 1 else closest_match(name, config_keys()))
+    return UsageError(f"{name} is not a key: {_suggest(match)}")
+
+
+def _suggest(setting: str | None) -> str:
+    if setting is None:
+        return "launcher --help lists them all"
+    key, _, value = setting.partition("=")
+    return f"did you mean {key}? Type {setting}" if value and key in config_keys() else f"did you mean {setting}?"
 
 
 # --- from plain values --------------------------------------------------------------------------------------------
@@ -167,7 +142,7 @@ def _build(kind: Any, mapping: Any, prefix: str) -> Any:
     parts = {_get_key_name(field): (field.name, annotation) for field, annotation in _get_fields(kind)}
     for name in mapping:
         if name not in parts:
-            raise unknown_key_error(f"{prefix}{name}")
+            raise unknown_key_error(f"{prefix}{name}", mapping[name])
     return kind(
         **{parts[name][0]: _build_value(parts[name][1], value, prefix + name) for name, value in mapping.items()}
     )

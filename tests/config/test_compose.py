@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from launcher.config import compose
 from launcher.config.keys import config_keys, flatten, from_mapping, to_mapping
-from launcher.config.overrides import parse_overrides
+from launcher.config.misnames import SETTING_BY_NAME
+from launcher.config.overrides import BUILTIN_GROUPS, parse_overrides
 from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
 from tests.helpers.config_dirs import RECIPE_YAML, make_config_dir
@@ -279,7 +280,15 @@ def test_invalid_value_is_refused_when_composing(get_usage_error: Any, override:
             "optimizer.lr=0.1: the learning rate is set by lr.base and the schedule: type lr.base=0.1",
         ),
         ("+optimizer.lr=0.1", "type lr.base=0.1"),
-        ("seed=1,2", "seed=1,2 is a sweep: add -m for one run per value, or type seed=[1,2] for a list"),
+        ("optimizer.learning_rate=0.1", "optimizer.learning_rate is not a key here: did you mean lr.base?"),
+        ("tune.sizes=1,2", "is a sweep: add -m for one run per value, or type tune.sizes=[1,2] for a list"),
+        ("sink=console,tensorboard", "add -m for one run per value, or type sink=[console,tensorboard] for a list"),
+        ("model.init=a,b", """or quote it if the comma is part of the text: "model.init='a,b'\""""),
+        ("launch.env.X=a,b", """or quote it if the comma is part of the text: "launch.env.X='a,b'\""""),
+        ("lr.base=interval(0.1,1)", "add -m and sweep.trials=20"),
+        ("run.name=a,b", "run.name=a,b is a sweep: a run has one folder"),
+        ("optimizer=[sgd,adam]", "optimizer takes one choice, not a list: type -m optimizer=sgd,adam for one run per"),
+        ("strategy=[]", "strategy takes one choice, not a list"),
         ("recipe.data=/a b(c", """quote the value, e.g. "recipe.data='/a b(c'\""""),
         ("hydra.run.dir=x", "hydra.run.dir=x has no effect on a single run"),
         ("hydra.job.env_set.A=1", "has no effect on a single run"),
@@ -292,6 +301,73 @@ def test_invalid_value_is_refused_when_composing(get_usage_error: Any, override:
 )
 def test_unknown_key_or_choice_suggests_the_closest(get_usage_error: Any, override: str, message: str) -> None:
     assert message in get_usage_error(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "strategy=ddp,fsdp",
+        "optimizer=sgd,adam",
+        "seed=1,2",
+        "lr.base=0.1,1",
+        "train.duration=1ep,2ep",
+        "recipe.data=a,b",
+        "recipe.width=1,2",
+        "recipe._target_=a,b",
+        "optimizer.momentum=0.1,0.2",
+        "seed=range(1,3)",
+        "seed=choice(1,2)",
+        "train.precision=fp32,bf16",
+        "checkpoint.best=a,b",
+        "launch.env.X=a,b",
+        "run.dir=a,b",
+        "experiment=a,b",
+    ],
+)
+def test_a_list_is_suggested_only_where_the_key_takes_one(get_usage_error: Any, override: str) -> None:
+    message = get_usage_error("recipe.data=text", override)
+    assert "is a sweep" in message
+    assert "for a list" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "setting"),
+    [
+        ("train.epochs=3", "train.duration=3ep"),
+        ("trainer.max_epochs=3", "train.duration=3ep"),
+        ("num_train_epochs=1.5", "train.duration=1.5ep"),
+        ("max_steps=100", "train.duration=100ba"),
+        ("train.epochs=3ep", "train.duration"),
+        ("train.batch_size=8", "batch.per_device"),
+        ("per_device_train_batch_size=8", "batch.per_device"),
+        ("train.lr=0.1", "lr.base"),
+        ("Learning-Rate=0.1", "lr.base"),
+        ("accumulate_grad_batches=4", "batch.accumulation"),
+        ("seed_everything=1", "seed"),
+        ("train.num_workers=2", "data.num_workers"),
+        ("bf16=true", "train.precision=bf16"),
+        ("max_grad_norm=1", "train.clip_norm"),
+        ("warmup_steps=500", "schedule.warmup=500ba"),
+        ("save_steps=500", "checkpoint.every=500ba"),
+        ("resume_from_checkpoint=x", "resume"),
+        ("deepspeed=x.json", "strategy=deepspeed"),
+    ],
+)
+def test_names_of_other_frameworks_are_answered_with_what_to_type(
+    get_usage_error: Any, override: str, setting: str
+) -> None:
+    message = get_usage_error(override)
+    assert f"did you mean {setting}?" in message or message.endswith(f"? Type {setting}")
+
+
+def test_the_table_of_other_names_leads_to_keys_and_hides_none() -> None:
+    keys = config_keys()
+    for name, setting in SETTING_BY_NAME.items():
+        key = setting.partition("=")[0]
+        assert key in keys or key in BUILTIN_GROUPS or key.startswith(("recipe.", "optimizer.", "sink.")), name
+        assert name not in keys, name
+        same_end = [key for key in keys if key.rpartition(".")[2] == name]
+        assert len(same_end) != 1 or same_end[0] == key or name == "momentum", name
 
 
 def test_misspelled_key_in_file_is_refused(config_dir: Path, get_usage_error: Any) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from launcher.config.cli_args import HydraArgs
 from launcher.config.schema import RunConfig
 from launcher.system.stderr import print_stderr
+from launcher.topology import Topology
 
-__all__ = ["add_current_folder_to_path", "handle_help_flag", "handle_info_flags", "print_notes", "resolve_config"]
+__all__ = ["add_current_folder_to_path", "handle_help", "handle_info_flags", "print_notes", "resolve_config"]
 
 
 def resolve_config(args: Sequence[str]) -> RunConfig:
@@ -30,10 +31,8 @@ def print_notes(notes: Iterable[str | None]) -> None:
 
 
 def handle_info_flags(flags: HydraArgs, args: Sequence[str]) -> bool:
-    """Handle --help, --version, --cfg and --info: print to stdout, and return whether one of them was given."""
-    if flags.help:
-        print_help()
-    elif flags.version:
+    """Handle --version, --cfg and --info: print to stdout, and return whether one of them was given."""
+    if flags.version:
         from importlib.metadata import version
 
         print(f"launcher {version('elastic-batch-launcher')}")
@@ -41,21 +40,21 @@ def handle_info_flags(flags: HydraArgs, args: Sequence[str]) -> bool:
         from launcher.config import compose
 
         print(compose.show_config(args), end="")
-    return bool(flags.help or flags.version or flags.cfg or flags.info)
+    return bool(flags.version or flags.cfg or flags.info)
 
 
-def handle_help_flag(args: Sequence[str]) -> bool:
-    """Handle --help for a command without overrides; return whether it was given."""
-    if {"-h", "--help"}.isdisjoint(args):
-        return False
-    print_help()
-    return True
+def handle_help(args: Sequence[str], verb: str | None) -> bool:
+    """Print the help if --help was given, of the command if one was named, or if nothing was; return whether it was."""
+    from launcher.cli import help as help_texts
 
-
-def print_help() -> None:
-    from launcher.cli.help import format_help
-
-    print(format_help(min(shutil.get_terminal_size().columns, 100)), end="")
+    width = min(shutil.get_terminal_size().columns, 100)
+    if not {"-h", "--help"}.isdisjoint(args):
+        print(help_texts.format_help(width) if verb is None else help_texts.format_verb_help(verb, width), end="")
+        return True
+    if verb is None and not args and Topology.from_env() is None:
+        print(help_texts.format_short_help(width), end="")
+        return True
+    return False
 
 
 def add_current_folder_to_path() -> None:

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.cli.arguments import handle_help_flag
 from launcher.errors import EXIT_OK, UsageError
 from launcher.run_dir.lock import LockOwner, find_lock_owner
 from launcher.run_dir.restart_cost import read_last_row
@@ -42,8 +41,6 @@ LIFECYCLE_EVENTS = ("start", "preempt", "error", "done")
 
 def run_stop(args: Sequence[str]) -> int:
     """Request that a run save and stop, or with --now kill it without saving."""
-    if handle_help_flag(args):
-        return EXIT_OK
     runs = [arg for arg in args if not arg.startswith("-")]
     if len(runs) != 1 or set(args) - {*runs, "--now"}:
         raise UsageError(f"stop {' '.join(args)}: type launcher stop RUN, or launcher stop RUN --now")
@@ -52,8 +49,6 @@ def run_stop(args: Sequence[str]) -> int:
 
 def run_status(args: Sequence[str]) -> int:
     """Print the status of a run."""
-    if handle_help_flag(args):
-        return EXIT_OK
     if len(args) != 1 or args[0].startswith("-"):
         raise UsageError(f"status takes one run, not {len(args)}: type launcher status RUN")
     return print_status(args[0])

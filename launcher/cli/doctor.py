@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from launcher.cli import machine_checks
-from launcher.cli.arguments import handle_help_flag
 from launcher.cli.machine_checks import CheckResult, TorchInfo
 from launcher.errors import EXIT_FAILED, EXIT_OK, UsageError
 from launcher.run_dir.failures import describe_exit
@@ -61,8 +60,6 @@ LOG_HINT_PATTERN = re.compile(r" \((logs?: .*|debug=true shows where)\)$")
 
 def run_doctor(args: Sequence[str]) -> int:
     """Check this machine, ending with a two-process job; exit 1 if a required check fails."""
-    if handle_help_flag(args):
-        return EXIT_OK
     if Topology.from_env() is not None:
         raise UsageError("doctor starts a job of its own: type launcher doctor, without torchrun")
     return run_checks(args)

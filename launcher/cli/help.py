@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-from launcher.config.coercion import format_value, list_choices
+from launcher.cli.verb_help import VERB_HELP, format_command_list, format_usage
+from launcher.config.coercion import describe_type, format_value
 from launcher.config.keys import Key, config_keys
 
-__all__ = ["format_help"]
+__all__ = ["format_help", "format_short_help", "format_verb_help"]
 
 HELP_HEAD = """\
 Usage: launcher [COMMAND] [FLAGS] [OVERRIDES]
@@ -24,26 +24,16 @@ Trains with any number of workers; plans the batch and learning rate for each.
   launcher -m batch.per_device=8,16,32            a sweep, one job per point
   launcher plan plan.world_sizes=[1,2,8]          show the plan; start nothing
 
-Commands (first argument)
-  train           train a run; the default
-  plan            batch, learning rate and shares per world size; format=json
-  tune            measure batch sizes and recommend one; -m; format=json
-  verify          check that splitting the batch keeps the gradient; format=json
-  stop RUN        save and stop a run; --now kills it without saving
-  status RUN      progress of a run, and who runs it
-  watch RUN       live metrics; Ctrl-C stops watching, the run continues
-  explain RUN     what limits a run, or why one of two is faster; format=json
-  report RUN...   HTML page with curves and stage times; -o FILE.html
-  export RUN      metrics as CSV; -o FILE.csv
-  doctor          check this machine and run a two-process job; format=json
-  new NAME        write NAME.py, a custom recipe that trains unchanged
+Commands (first argument); launcher COMMAND --help says more about one
+"""
+HELP_FLAGS = """\
 
 Flags
   -m, --multirun          sweep: one run per combination of values a,b,c
   -cd, --config-dir DIR   directory of your recipe/*.yaml, experiment/*.yaml
   -c, --cfg job           show the resolved configuration
   -i, --info defaults     show the files that it is composed of
-  -h, --help              show this text
+  -h, --help              show this text, with all keys
   --version               show the version
 
 Overrides (Hydra): group=choice, key=value, +recipe.new=1, [1,2] for a list.
@@ -59,11 +49,30 @@ Durations are a number and a unit, e.g. 10ep
 
 def format_help(width: int = 80) -> str:
     """Return the help in at most `width` columns: usage, groups with choices, and all keys with defaults."""
-    head = [textwrap.fill(line, width, subsequent_indent="    ") for line in HELP_HEAD.splitlines()]
-    return (
-        "\n".join([*head, "", "Groups", *_format_groups(width), "", "Keys and their defaults", *_format_keys(width)])
-        + "\n"
-    )
+    return "\n".join([*_format_head(width), "", "Keys, their defaults and values", *_format_keys(("",), width)]) + "\n"
+
+
+def format_short_help(width: int = 80) -> str:
+    """Return the help without the keys."""
+    return "\n".join([*_format_head(width), "", "launcher --help lists all keys."]) + "\n"
+
+
+def format_verb_help(verb: str, width: int = 80) -> str:
+    """Return the help of one command: its usage, options, and the keys that matter to it."""
+    prefixes = VERB_HELP[verb].keys
+    lines = list(format_usage(verb, width))
+    if prefixes:
+        lines += ["", "Groups", *_format_groups(width)]
+        lines += ["", "Keys, their defaults and values", *_format_keys(prefixes, width)]
+    if prefixes not in ((), ("",)):
+        lines += ["", *textwrap.wrap("The keys of train apply too: launcher train --help lists all of them.", width)]
+    return "\n".join(lines) + "\n"
+
+
+def _format_head(width: int) -> list[str]:
+    head = [*HELP_HEAD.splitlines(), *format_command_list(), *HELP_FLAGS.splitlines()]
+    wrapped = [textwrap.fill(line, width, subsequent_indent="    ") for line in head]
+    return [*wrapped, "", "Groups", *_format_groups(width)]
 
 
 def _format_groups(width: int) -> Iterator[str]:
@@ -73,19 +82,19 @@ def _format_groups(width: int) -> Iterator[str]:
         yield textwrap.fill(f"  {group.name + '=':<12}{choices}", width, subsequent_indent=" " * 14)
 
 
-def _format_keys(width: int) -> Iterator[str]:
+def _format_keys(prefixes: tuple[str, ...], width: int) -> Iterator[str]:
     for key in config_keys().values():
-        yield from _format_key(key, width)
+        if key.name.startswith(prefixes):
+            yield from _format_key(key, width)
 
 
 def _format_key(key: Key, width: int) -> Iterator[str]:
-    yield f"  {key.name}={format_value(key.default)}"
-    yield textwrap.fill(describe_key(key), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-
-
-def describe_key(key: Key) -> str:
-    """The documentation of `key`, followed by its named values unless the documentation mentions all of them."""
-    choices = list_choices(key.type)
-    if all(re.search(rf"\b{re.escape(choice)}\b", key.doc) for choice in choices):
-        return key.doc
-    return f"{key.doc} ({', '.join(choices)})"
+    """The key with its default, the values that it takes, and its documentation."""
+    values = describe_type(key.type)
+    line = f"  {f'{key.name}={format_value(key.default)}':<34}  {values}"
+    if len(line) <= width:
+        yield line
+    else:
+        yield f"  {key.name}={format_value(key.default)}"
+        yield textwrap.fill(values, width, initial_indent=" " * 38, subsequent_indent=" " * 38)
+    yield textwrap.fill(key.doc, width, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -8,9 +8,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 
-from launcher.cli.arguments import add_current_folder_to_path
+from launcher.cli.arguments import add_current_folder_to_path, handle_help
 from launcher.config.keys import closest_match
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UsageError
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
 from launcher.system.redaction import mask_secrets
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
@@ -60,12 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch_verb(args: list[str]) -> int:
     add_current_folder_to_path()
-    verb, rest = (args[0], args[1:]) if args and is_verb(args[0]) else ("train", args)
+    named = args[0] if args and is_verb(args[0]) else None
+    verb, rest = (named, args[1:]) if named else ("train", args)
     if verb not in VERBS:
         choices = [name for name in VERBS if name not in INTERNAL_VERBS]
         similar = closest_match(verb, choices)
         hint = f"did you mean {similar}?" if similar else f"choose from {', '.join(choices)}"
         raise UsageError(f"{verb} is not a command: {hint}")
+    if verb not in INTERNAL_VERBS and handle_help(rest, named):
+        return EXIT_OK
     return int(resolve_name(VERBS[verb])(rest))
 
 

@@ -14,7 +14,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher.cli.arguments import handle_help_flag
 from launcher.errors import EXIT_OK, UsageError
 
 __all__ = ["make_class_name", "make_file_texts", "run_new", "write_skeleton"]
@@ -29,8 +28,6 @@ YAML_VALUES = frozenset({"null", "true", "false", "nan", "inf"})
 
 def run_new(args: Sequence[str]) -> int:
     """Write the skeleton of a custom recipe into the current folder."""
-    if handle_help_flag(args):
-        return EXIT_OK
     if len(args) != 1 or args[0].startswith("-"):
         raise UsageError(f"new takes one name, not {' '.join(args) or 'none'}: type launcher new my_recipe")
     print(write_skeleton(args[0], Path()))

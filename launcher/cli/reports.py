@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.cli.arguments import print_help, print_notes
+from launcher.cli.arguments import print_notes
 from launcher.config.cli_args import ReportArgs
 from launcher.errors import EXIT_OK, UsageError
 from launcher.system.atomic_files import atomic_write_text
@@ -17,9 +17,6 @@ __all__ = ["run_explain", "run_export", "run_report"]
 def run_explain(args: Sequence[str]) -> int:
     """Report what limits a run, or why one of two runs is faster, from their metrics."""
     parsed = ReportArgs.parse("explain", args, json=True)
-    if parsed.help:
-        print_help()
-        return EXIT_OK
     if len(parsed.paths) not in (1, 2):
         raise UsageError(
             f"explain {' '.join(parsed.paths)}: type launcher explain RUN, or launcher explain RUN_A RUN_B"
@@ -39,9 +36,6 @@ def run_explain(args: Sequence[str]) -> int:
 def run_report(args: Sequence[str]) -> int:
     """Write a self-contained HTML report about one run, or comparing several."""
     parsed = ReportArgs.parse("report", args, output=True)
-    if parsed.help:
-        print_help()
-        return EXIT_OK
     if not parsed.paths:
         raise UsageError("report: type launcher report RUN..., or launcher report RUN... -o FILE.html")
     from launcher.analysis.html_report import render_report
@@ -56,9 +50,6 @@ def run_report(args: Sequence[str]) -> int:
 def run_export(args: Sequence[str]) -> int:
     """Write the metrics of a run as CSV."""
     parsed = ReportArgs.parse("export", args, output=True)
-    if parsed.help:
-        print_help()
-        return EXIT_OK
     if len(parsed.paths) != 1:
         raise UsageError(
             f"export {' '.join(parsed.paths)}: type launcher export RUN, or launcher export RUN -o FILE.csv"

@@ -19,7 +19,6 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from launcher.cli import control
-from launcher.cli.arguments import handle_help_flag
 from launcher.cli.control import LIFECYCLE_EVENTS, find_run, format_failure, format_status
 from launcher.errors import EXIT_OK, UsageError
 from launcher.run_dir.lock import LockOwner, find_lock_owner
@@ -45,8 +44,6 @@ RunOwner = SlurmJob | LockOwner | None
 
 def run_watch(args: Sequence[str]) -> int:
     """Show the live metrics of a run."""
-    if handle_help_flag(args):
-        return EXIT_OK
     if len(args) != 1 or args[0].startswith("-"):
         raise UsageError(f"watch takes one run, not {' '.join(args) or 'none'}: type launcher watch RUN")
     return watch_run(args[0])

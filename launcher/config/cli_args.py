@@ -16,8 +16,6 @@ SWITCHES = {
     "-m": "multirun",
     "--multirun": "multirun",
     "--resolve": "resolve",
-    "-h": "help",
-    "--help": "help",
     "--version": "version",
 }
 OPTIONS = {
@@ -59,7 +57,6 @@ class HydraArgs:
     cfg: str | None = None
     info: str | None = None
     resolve: bool = False
-    help: bool = False
     version: bool = False
 
     @classmethod
@@ -104,7 +101,6 @@ class ReportArgs:
     paths: tuple[str, ...] = ()
     output: str | None = None
     json: bool = False
-    help: bool = False
 
     @classmethod
     def parse(cls, verb: str, args: Sequence[str], *, output: bool = False, json: bool = False) -> ReportArgs:
@@ -115,9 +111,7 @@ class ReportArgs:
         """
         parsed, rest = cls(), iter(args)
         for arg in rest:
-            if arg in ("-h", "--help"):
-                parsed = replace(parsed, help=True)
-            elif arg == "-o" and output:
+            if arg == "-o" and output:
                 parsed = replace(parsed, output=next(rest, ""))
                 if not parsed.output:
                     raise UsageError("-o has no value: type -o FILE")
@@ -146,7 +140,7 @@ def _parse_shard(value: str) -> tuple[int, int]:
 def _describe_unknown_flag(flag: str) -> str:
     if flag in UNSUPPORTED_FLAGS:
         return f"{flag} is not supported: type {UNSUPPORTED_FLAGS[flag]}"
-    match = closest_match(flag, [*SWITCHES, *OPTIONS])
+    match = closest_match(flag, [*SWITCHES, *OPTIONS, "--help"])
     if match:
         return f"{flag} is not a flag: did you mean {match}?"
     setting = find_by_other_name(flag.lstrip("-")) or "batch.per_device=32"

@@ -97,7 +97,7 @@ def test_doctor_under_torchrun_is_refused(
 
 def test_help_runs_no_checks(run_doctor: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_doctor(CheckResult("torch", False, "absent"), words=("--help",)) == EXIT_OK
-    assert "doctor          check this machine" in capsys.readouterr().out
+    assert "Usage: launcher doctor" in capsys.readouterr().out
 
 
 def test_long_check_text_wraps_to_80_columns() -> None:

@@ -169,13 +169,33 @@ def test_only_rank_0_prints_under_torchrun(launcher: Callable[..., Result], cwd:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["-h"], ["train", "--help"], ["plan", "-h"], ["new", "-h"], ["watch", "-h"]]
+    ("args", "shown"),
+    [
+        (["--help"], "batch.per_device=32"),
+        (["-h"], "batch.per_device=32"),
+        (["recipe=mlp", "--help"], "batch.per_device=32"),
+        (["train", "--help"], "batch.per_device=32"),
+        (["plan", "-h"], "plan.world_sizes=null"),
+        (["tune", "recipe=mlp", "-h"], "tune.budget_s=null"),
+        (["new", "-h"], "Usage: launcher new NAME"),
+        (["report", "--help"], "Usage: launcher report RUN... [-o FILE.html]"),
+        (["watch", "-h"], "Usage: launcher watch RUN"),
+    ],
 )
-def test_help_goes_to_stdout_within_80_columns(launcher: Callable[..., Result], cwd: Path, args: list[str]) -> None:
+def test_help_goes_to_stdout_within_80_columns(
+    launcher: Callable[..., Result], cwd: Path, args: list[str], shown: str
+) -> None:
     result = launcher(*args, env={"COLUMNS": "80"})
     assert (result.returncode, result.stderr) == (EXIT_OK, "")
-    assert "batch.per_device=32" in result.stdout
+    assert shown in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
+    assert list(cwd.iterdir()) == []
+
+
+def test_command_alone_prints_help_and_trains_nothing(launcher: Callable[..., Result], cwd: Path) -> None:
+    result = launcher()
+    assert (result.returncode, result.stderr) == (EXIT_OK, "")
+    assert result.stdout.startswith("Usage: launcher [COMMAND]")
     assert list(cwd.iterdir()) == []
 
 
@@ -280,11 +300,11 @@ def run_main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def test_training_outcome_sets_exit_status(run_main: Callable[..., int], ending: object, status: int) -> None:
     assert run_main(ending, "seed=1") == status
     assert run_main(ending, "train", "seed=1") == status
-    assert run_main(ending) == status
+    assert run_main(ending, "train") == status
 
 
 def test_unexpected_error_prints_one_line(run_main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    run_main(RuntimeError("boom\nat s3://u:hunter2@h"))
+    run_main(RuntimeError("boom\nat s3://u:hunter2@h"), "seed=1")
     assert capsys.readouterr().err == "error: RuntimeError: boom at s3://u:***@h (debug=true shows where)\n"
     run_main(RuntimeError("boom"), "debug=true")
     assert capsys.readouterr().err.startswith("Traceback")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.checkpoint.sharded import TensorSlice
+from launcher.recipe import Loss
 from launcher.strategies.activation_checkpointing import preserve_buffers
 from launcher.strategies.gradient_norms import (
     FIRST_UPDATES,
@@ -17,6 +18,7 @@ from launcher.strategies.gradient_norms import (
     GradNormHooks,
     GroupGradNorms,
 )
+from launcher.strategies.loss_module import LossFn, LossModule, run_loss
 from launcher.strategies.optimizer import supports_found_inf
 from launcher.strategies.precision import Precision
 from launcher.telemetry.stage_clock import StageClock
@@ -30,11 +32,12 @@ SECOND_MOMENT_SLOTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 class BaseReplica:
     """A model whose buffers are local to each rank, and an optimizer that skips non-finite updates."""
 
-    model: nn.Module
     optimizer: torch.optim.Optimizer
 
     def __init__(self, model: nn.Module, world: int, precision: Precision) -> None:
         self.module = model
+        self._loss_module = LossModule(model)
+        self._wrapped: nn.Module = self._loss_module  # around which a strategy puts its wrapper
         self._world = world
         self._precision = precision
         self._is_padding = False
@@ -73,6 +76,9 @@ class BaseReplica:
         finally:
             for norm in training:
                 norm.training = True
+
+    def compute_loss(self, loss_fn: LossFn, batch: Any) -> Loss:
+        return run_loss(self._wrapped if torch.is_grad_enabled() else self._loss_module, loss_fn, batch)
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         self._measure_next_backward(0.0 if self._is_padding else count)

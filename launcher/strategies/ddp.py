@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
@@ -51,16 +50,17 @@ class DdpReplica(BaseReplica):
         model, config = args.model, args.config
         super().__init__(model.to(args.precision.device), args.world, args.precision)
         self._clock = args.clock
-        self.model: nn.Module = model if args.world == 1 else self._wrap_in_ddp(model, config)
+        if args.world > 1:
+            self._wrapped = self._wrap_in_ddp(config)
         self.optimizer = make_optimizer(model, config, args.groups)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._bucket_norms: list[torch.Tensor] = []
         if args.world == 1 and self.by_micro_batch:
             self._norm_hooks = GradNormHooks(self._parameters)
 
-    def _wrap_in_ddp(self, model: nn.Module, config: RunConfig) -> DistributedDataParallel:
+    def _wrap_in_ddp(self, config: RunConfig) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(
-            model,
+            self._loss_module,
             gradient_as_bucket_view=True,
             find_unused_parameters=config.strategy.find_unused_parameters,
             **{BUFFER_SYNC_ARG: False},  # type: ignore[arg-type]
@@ -82,7 +82,9 @@ class DdpReplica(BaseReplica):
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         no_sync = (
-            self.model.no_sync() if not last and isinstance(self.model, DistributedDataParallel) else nullcontext()
+            self._wrapped.no_sync()
+            if not last and isinstance(self._wrapped, DistributedDataParallel)
+            else nullcontext()
         )
         with no_sync, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield

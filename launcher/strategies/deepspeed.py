@@ -58,11 +58,12 @@ class DeepSpeedReplica(BaseReplica):
         self.optimizer = make_optimizer(model, config, args.groups)
         self._optimizer_facts = get_optimizer_facts(self.optimizer, model)
         if precision.name in ("bf16", "fp16"):
-            model.forward = wrap_in_autocast(precision.autocast, model.forward)  # type: ignore[method-assign]
+            forward = wrap_in_autocast(precision.autocast, self._loss_module.forward)
+            self._loss_module.forward = forward  # type: ignore[method-assign]
         ds_config = make_deepspeed_config(config, sum(parameter.numel() for parameter in self._parameters))
-        self._engine = make_engine(model, self.optimizer, ds_config, precision.device, debug=config.debug)
+        self._engine = make_engine(self._loss_module, self.optimizer, ds_config, precision.device, debug=config.debug)
         set_group_timeout(config.launch.timeout_s)
-        self.model: nn.Module = self._engine
+        self._wrapped = self._engine
         self._norm_hooks = GradNormHooks(self._parameters)
         self._reduce = self._engine.allreduce_gradients
         self._engine.allreduce_gradients = self._reduce_and_mark_wait

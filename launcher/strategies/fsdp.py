@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_map_only
 
 from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
@@ -19,6 +21,7 @@ from launcher.errors import UsageError
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook
 from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
+from launcher.strategies.loss_module import LossModule
 from launcher.strategies.meta_init import materialize
 from launcher.strategies.optimizer import (
     get_optimizer_facts,
@@ -46,14 +49,15 @@ class FsdpReplica(BaseReplica):
         model, config, precision = args.model, args.config, args.precision
         check_parameter_shapes(model)
         check_tied_parameters(model, args.blocks)
-        self._sharded = apply_fully_shard(model, config, args.world, precision, args.blocks)
-        self.model = model
+        loss_module = LossModule(model)
+        self._sharded = apply_fully_shard(loss_module, config, args.world, precision, args.blocks)
         super().__init__(model, args.world, precision)
+        self._wrapped = self._loss_module = loss_module
         self.optimizer = make_optimizer(model, config, args.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
         self._norm_hooks = GradNormHooks()
-        for module in model.modules():
+        for module in self._loss_module.modules():
             if isinstance(module, FSDPModule):
                 module.register_forward_pre_hook(make_wait_begin_hook(args.clock), prepend=True)
                 module.register_forward_pre_hook(make_wait_end_hook(args.clock))
@@ -63,7 +67,7 @@ class FsdpReplica(BaseReplica):
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._sharded.set_requires_gradient_sync(last)
         self._sharded.set_is_last_backward(last)
-        zero_gradients = zero_padding_gradients(self.module) if is_padding else nullcontext()
+        zero_gradients = zero_padding_gradients(self._loss_module) if is_padding else nullcontext()
         with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
 
@@ -180,7 +184,7 @@ def register_grad_norm_hooks(norm_hooks: GradNormHooks) -> Callable[..., None]:
 
 
 def apply_fully_shard(
-    model: nn.Module, config: RunConfig, world: int, precision: Precision, blocks: Sequence[nn.Module]
+    loss_module: LossModule, config: RunConfig, world: int, precision: Precision, blocks: Sequence[nn.Module]
 ) -> FSDPModule:
     """Shard the model in place, block by block, after broadcasting rank 0's values."""
     cuda = precision.device.type == "cuda"
@@ -192,15 +196,29 @@ def apply_fully_shard(
         "mp_policy": MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None),
         "offload_policy": CPUOffloadPolicy() if config.strategy.offload and cuda else OffloadPolicy(),
     }
-    for module in (*blocks, model):
+    for module in (*blocks, loss_module):
         materialize(module)
         broadcast_from_rank0(module, precision.device)
         fully_shard(module, **options)
-    for module in model.modules():
+    if lower is not None:  # `fully_shard` would do that for the outermost module, which is not called with the inputs
+        loss_module.model.register_forward_pre_hook(partial(cast_inputs, lower), with_kwargs=True)
+    for module in loss_module.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return cast(FSDPModule, model)
+    return cast(FSDPModule, loss_module)
+
+
+def cast_inputs(
+    dtype: torch.dtype, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook that casts floating-point inputs, as FSDP2 does for the modules that it shards."""
+
+    def cast_tensor(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    cast_args, cast_kwargs = tree_map_only(torch.Tensor, cast_tensor, (args, kwargs))
+    return cast_args, cast_kwargs
 
 
 @torch.no_grad()

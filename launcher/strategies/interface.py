@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from launcher.checkpoint.sharded import TensorSlice
     from launcher.checkpoint.tensor_io import LazyTensors
     from launcher.config.schema import RunConfig
+    from launcher.recipe import Loss
+    from launcher.strategies.loss_module import LossFn
     from launcher.strategies.optimizer import ParamGroupsFn
     from launcher.strategies.precision import Precision
     from launcher.telemetry.stage_clock import StageClock
@@ -78,11 +80,9 @@ class ShardedState(NamedTuple):
 class Replica(Protocol):
     """One rank's part of the model and its optimizer.
 
-    `model` is passed to the recipe's loss; `module` has the parameter names of `recipe.model()` and is used for
-    validation. `sharded`: no rank holds the whole state.
+    `module` is the recipe's own model. `sharded`: no rank holds the whole state.
     """
 
-    model: nn.Module
     module: nn.Module
     optimizer: torch.optim.Optimizer
     sharded: bool
@@ -92,6 +92,12 @@ class Replica(Protocol):
 
         `is_padding`: the micro-batch only equalises the number of collectives, and its gradient is zero. `shard`: the
         rank, or under elastic.exact the virtual shard, whose gradients are summed separately.
+        """
+
+    def compute_loss(self, loss_fn: LossFn, batch: Any) -> Loss:
+        """Call the recipe's loss with its own model, whose methods and parts it may use, within the strategy's wrapper.
+
+        Without gradients, as in validation, nothing is prepared for a backward pass.
         """
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:

@@ -24,7 +24,15 @@ from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
 from launcher.telemetry.stage_clock import CudaTimer, HostTimer, StageClock
 from launcher.topology import Topology
-from launcher.train.data import MicroBatchLoader, derive_seed, get_collate_fn, get_dataset, to_device
+from launcher.train.data import (
+    MODEL_STREAM,
+    MicroBatchLoader,
+    derive_seed,
+    get_collate_fn,
+    get_dataset,
+    seed_host_generators,
+    to_device,
+)
 from launcher.train.validation import Validator
 
 __all__ = [
@@ -33,6 +41,7 @@ __all__ = [
     "build_components",
     "build_model",
     "check_batchnorm_batch_size",
+    "open_dataset",
     "open_datasets",
     "resolve_device",
 ]
@@ -112,13 +121,20 @@ def open_datasets(recipe: Any, config: RunConfig, sizes: DatasetSizes) -> Datase
     Raises:
         UsageError: a dataset cannot be opened, or its length differs from the recipe's size().
     """
-    opened = Datasets(get_dataset(recipe, "train", config.data.source), get_dataset(recipe, "val", config.data.source))
-    for split, items, expected in (("train", opened.train, sizes.train), ("val", opened.val, sizes.val)):
-        if len(items) != expected:
-            raise UsageError(
-                f"the recipe's {split} dataset has {len(items)} samples, but its size({split!r}) is {expected}"
-            )
-    return opened
+    train, val = open_dataset(recipe, "train", config, sizes.train), open_dataset(recipe, "val", config, sizes.val)
+    return Datasets(train, val)
+
+
+def open_dataset(recipe: Any, split: str, config: RunConfig, size: int) -> Any:
+    """Open the data of one split, which must have `size` samples.
+
+    Raises:
+        UsageError: the dataset has no length and no `[i]`, or its length differs from the recipe's size().
+    """
+    items = get_dataset(recipe, split, config.data.source)
+    if len(items) != size:
+        raise UsageError(f"the recipe's {split} dataset has {len(items)} samples, but its size({split!r}) is {size}")
+    return items
 
 
 def build_components(
@@ -162,7 +178,9 @@ def build_components(
 
 def build_model(recipe: Any, config: RunConfig) -> nn.Module:
     """Build the model with its initial parameters."""
-    torch.manual_seed(derive_seed(config.seed, -1))
+    seed = derive_seed(config.seed, MODEL_STREAM)
+    torch.manual_seed(seed)
+    seed_host_generators(seed)
     model: nn.Module = recipe.model()
     load_initial_parameters(model, config)
     return model
@@ -211,7 +229,7 @@ def check_batchnorm_batch_size(components: TrainComponents, training_plan: Train
     before = {name: buffer.clone() for name, buffer in components.replica.module.named_buffers()}
     try:
         with torch.no_grad(), components.precision.autocast():
-            components.recipe.loss(components.replica.module, single)
+            components.replica.compute_loss(components.recipe.loss, single)
     except ValueError as problem:
         if "more than 1 value per channel" not in str(problem):
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from launcher.strategies.precision import Precision
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.stage_clock import StageClock
 from launcher.topology import Topology
-from launcher.train.data import MicroBatchLoader, derive_seed, to_device
+from launcher.train.data import MicroBatchLoader, derive_seed, seed_host_generators, to_device
 
 __all__ = [
     "DeviceMicroBatch",
@@ -84,8 +83,7 @@ def iter_micro_batches(context: StepContext, update: Update) -> Iterator[DeviceM
 
 def seed_generators(seed: int, device: torch.device) -> None:
     """Seed the generators a forward pass uses; torch.manual_seed is slower, as it seeds every kind of device."""
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+    seed_host_generators(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
@@ -94,7 +92,7 @@ def forward(context: StepContext, micro: DeviceMicroBatch, update: Update) -> Lo
     """Compute the loss of one micro-batch."""
     context.enter_phase("forward", update)
     with context.precision.autocast():
-        loss = context.recipe.loss(context.replica.model, micro.batch)
+        loss = context.replica.compute_loss(context.recipe.loss, micro.batch)
     if context.faults.injects_nan("forward", update.index + 1):
         loss = replace(loss, total=loss.total * math.nan)
     context.clock.lap("forward")

@@ -18,8 +18,17 @@ from launcher.recipe import Loss
 from launcher.strategies.interface import Replica
 from launcher.strategies.precision import Precision
 from launcher.topology import Topology
-from launcher.train.data import SampleKey, SeededDataset, get_collate_fn, make_data_loader, to_device
+from launcher.train.data import (
+    VALIDATION_STREAM,
+    SampleKey,
+    SeededDataset,
+    derive_seed,
+    get_collate_fn,
+    make_data_loader,
+    to_device,
+)
 from launcher.train.loss_values import get_metrics, read_scalar
+from launcher.train.micro_batches import seed_generators
 
 __all__ = ["ValidationResult", "Validator"]
 
@@ -76,6 +85,7 @@ class Validator:
         config, world = training_plan.config, topology.world
         batch, even = training_plan.batch_plan.per_device, training_plan.timeline.even
         self._recipe = recipe
+        self._seed = config.seed
         self._world = world
         self._precision = precision
         self._chunks = config.elastic.shards if config.elastic.exact else world
@@ -96,7 +106,7 @@ class Validator:
         model = replica.module
         model.eval()
         try:
-            sums = self._compute_sums(model)
+            sums = self._compute_sums(replica)
         finally:
             model.train()
         names = self._gather_metric_names(sums)
@@ -118,13 +128,15 @@ class Validator:
             dist.all_gather_object(names, names[0])
         return sorted(set(chain.from_iterable(names)))
 
-    def _compute_sums(self, model: torch.nn.Module) -> ChunkSums:
+    def _compute_sums(self, replica: Replica) -> ChunkSums:
         """The per-chunk sums of each value, with zeros for the chunks of other ranks."""
         sums = ChunkSums(self._chunks, self._precision.device)
-        for chunk, batch in zip(self._sampler.chunks, self._batches, strict=True):
+        for chunk, keys, batch in zip(self._sampler.chunks, self._sampler, self._batches, strict=True):
             batch = to_device(batch, self._precision.device, self._precision.dtype)
+            seed = derive_seed(self._seed, VALIDATION_STREAM, keys[0][1], len(keys))
+            seed_generators(seed, self._precision.device)
             with self._precision.autocast():
-                loss = self._recipe.loss(model, batch)
+                loss = replica.compute_loss(self._recipe.loss, batch)
             if chunk is not None:
                 sums.add(chunk, loss)
         return sums

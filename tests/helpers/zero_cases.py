@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.config.schema import LaunchConfig, LrConfig, RunConfig, StrategyConfig, TrainConfig
 from launcher.errors import UsageError
+from launcher.recipe import Loss
 from launcher.strategies.interface import Replica, ReplicaArgs, ReplicaState
 from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
@@ -103,6 +104,11 @@ def split_micro_batches(world: int, even: bool, per_device: int, padded: bool) -
     return [part + [(0, 0)] * (longest - len(part)) for part in parts]
 
 
+def compute_loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Loss:
+    words, next_words = batch
+    return Loss(cross_entropy(model(words).float(), next_words, reduction="sum"), len(words))
+
+
 def train_updates(
     replica: Replica,
     updates: range,
@@ -129,7 +135,7 @@ def train_updates(
             chosen = slice(0, 1) if is_padding else slice(start, stop)
             with replica.micro_batch(last=index == len(parts) - 1, is_padding=is_padding, shard=rank):
                 with precision.autocast() if precision else torch.autocast("cpu", enabled=False):
-                    total = cross_entropy(replica.model(words[chosen]).float(), next_words[chosen], reduction="sum")
+                    total = replica.compute_loss(compute_loss, (words[chosen], next_words[chosen])).total
                 if is_padding or nan_at == (update, rank):
                     total = total * math.nan
                 replica.backward(total, BATCH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from launcher.distributed.rank_stats import GatheredStats, RankStats
 from launcher.goodput.noise_scale import NoiseScale, estimate_variance_and_square
 from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Update
+from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.exact import ExactReplica
 from launcher.strategies.gradient_norms import compute_norms
@@ -58,6 +59,12 @@ def total(net: nn.Module, part: slice, dtype: torch.dtype = torch.float64) -> Te
     return (net(inputs[part]) - targets[part]).square().sum()
 
 
+def compute_total(replica: Replica, part: slice, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The total as a recipe's loss gives it to the replica."""
+    loss = replica.compute_loss(lambda net, samples: Loss(total(net, samples, dtype), 1), part)
+    return cast(Tensor, loss.total)
+
+
 def square_norm(parts: Sequence[slice], counts: float) -> float:
     """|g|² of the mean over `counts` of these samples' losses."""
     net = model()
@@ -86,7 +93,7 @@ def run_update(
     for index, part in enumerate(slice_samples(sizes)):
         shard = shards[index] if shards else 0
         with replica.micro_batch(last=index == len(sizes) - 1, is_padding=False, shard=shard):
-            replica.backward(total(replica.model, part, dtype), samples, tokens * sizes[index] * measured)
+            replica.backward(compute_total(replica, part, dtype), samples, tokens * sizes[index] * measured)
     return replica.step(0.01, None, 1 / tokens, clip_norm)
 
 
@@ -128,7 +135,7 @@ def test_rank_contributes_its_local_gradient_norm() -> None:
 def test_rank_without_samples_gives_no_group() -> None:
     replica = ddp(world=2)
     with replica.micro_batch(last=True, is_padding=True, shard=0):
-        replica.backward(total(replica.model, slice(0, 1)) * torch.nan, SAMPLES, 1.0)
+        replica.backward(compute_total(replica, slice(0, 1)) * torch.nan, SAMPLES, 1.0)
     step = replica.step(0.01, None, 1.0, None)
     assert (step.groups, float(step.group_sq_norm_sum)) == (0, 0.0)
 

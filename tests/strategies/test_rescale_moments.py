@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from launcher.config.schema import RunConfig
+from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.interface import ReplicaArgs
 from launcher.strategies.precision import Precision
@@ -23,7 +24,8 @@ def test_only_second_moments_are_rescaled_in_optimizer() -> None:
         )
     )
     with replica.micro_batch(last=True, is_padding=False, shard=0):
-        replica.backward(replica.model(torch.randn(5, 4)).square().sum(), 5)
+        loss = replica.compute_loss(lambda net, x: Loss(net(x).square().sum(), 5), torch.randn(5, 4))
+        replica.backward(loss.total, 5)
     replica.step(0.01, None, 1.0, None)
     before = {name: tensor.clone() for name, tensor in replica.full_state().optimizer.items()}
     replica.rescale_moments(0.25)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from launcher.config.schema import BatchConfig, LrConfig, RunConfig
 from launcher.errors import UsageError
@@ -57,7 +60,10 @@ def validate(*losses: Loss) -> ValidationResult:
     config = replace(plan.config, data=replace(plan.config.data, num_workers=0))
     plan = replace(plan, config=config)
     validator = Validator(samples, GivenLosses(losses), plan, Topology(), precision)
-    replica: Any = SimpleNamespace(module=nn.Linear(1, 1), broadcast_buffers=lambda: None)
+    module = nn.Linear(1, 1)
+    replica: Any = SimpleNamespace(
+        module=module, broadcast_buffers=lambda: None, compute_loss=lambda loss, batch: loss(module, batch)
+    )
     return validator.run(replica)
 
 
@@ -126,3 +132,26 @@ def test_validation_without_any_target_is_nan() -> None:
 def test_impossible_counts_are_refused(count: float) -> None:
     with pytest.raises(UsageError, match=r"recipe\.loss counted"):
         validate(Loss(1.0, count))
+
+
+# Random draws
+@dataclass(frozen=True)
+class DrawsInLoss:
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> Loss:
+        return Loss(torch.rand(()) + random.random() + np.random.rand(), len(batch))
+
+
+def test_draws_in_validation_are_the_same_each_time() -> None:
+    losses = []
+    for num_workers in (0, 0, 1):
+        plan = make_training_plan(CONFIG, DatasetSizes(6, 6), 1)
+        config = replace(plan.config, data=replace(plan.config.data, num_workers=num_workers))
+        precision = Precision.from_name("fp32", torch.device("cpu"))
+        validator = Validator(
+            TensorDataset(torch.zeros(6)), DrawsInLoss(), replace(plan, config=config), Topology(), precision
+        )
+        replica = SimpleNamespace(
+            module=nn.Linear(1, 1), broadcast_buffers=lambda: None, compute_loss=lambda loss, batch: loss(None, batch)
+        )
+        losses.append(validator.run(replica).metrics["val/loss"])
+    assert losses[0] == losses[1] == losses[2]

@@ -23,9 +23,14 @@ from launcher.config.schema import DataConfig, RunConfig
 from launcher.errors import UsageError
 from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import Position, Timeline
+from launcher.recipe import check_map_style
 from launcher.system.processes import die_with_parent, read_cpu_seconds
 
 __all__ = [
+    "DATASET_STREAM",
+    "LOSS_CHECK_STREAM",
+    "MODEL_STREAM",
+    "VALIDATION_STREAM",
     "MicroBatchLoader",
     "MicroBatchSampler",
     "SampleKey",
@@ -33,10 +38,14 @@ __all__ = [
     "derive_seed",
     "get_dataset",
     "make_data_loader",
+    "seed_host_generators",
     "to_device",
 ]
 
 SampleKey = tuple[int, int]  # (epoch, sample)
+
+#: First numbers of the addresses of random draws other than those of a sample or a training micro-batch.
+MODEL_STREAM, COLLATE_STREAM, DATASET_STREAM, VALIDATION_STREAM, LOSS_CHECK_STREAM = -1, -2, -3, -4, -5
 
 
 def derive_seed(*numbers: int) -> int:
@@ -45,17 +54,19 @@ def derive_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def seed_sample(seed: int, key: SampleKey) -> None:
-    """Seed the generators a dataset's `__getitem__` may use: random, numpy (if imported) and torch."""
-    sample_seed = derive_seed(seed, *key)
-    random.seed(sample_seed)
-    torch.default_generator.manual_seed(sample_seed)
+def seed_host_generators(seed: int) -> None:
+    """Seed the global generators of random, torch (the CPU's) and, where it is imported, numpy."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(sample_seed & 0xFFFFFFFF)
+        sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)
 
 
 class SeededDataset(Dataset[Any]):
-    """A dataset indexed and seeded by (epoch, sample): the same item in any process, at any time."""
+    """A dataset indexed and seeded by (epoch, sample): the same item in any process, at any time.
+
+    A batch leaves the generators seeded for its collate function, which the loader calls next in the same process.
+    """
 
     def __init__(self, items: Any, seed: int) -> None:
         self._items = items
@@ -64,12 +75,15 @@ class SeededDataset(Dataset[Any]):
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
         if self._deterministic and hasattr(self._items, "__getitems__"):
-            return self._items.__getitems__([sample for _, sample in keys])
-        return [self[key] for key in keys]
+            items = self._items.__getitems__([sample for _, sample in keys])
+        else:
+            items = [self[key] for key in keys]
+        seed_host_generators(derive_seed(self._seed, COLLATE_STREAM, *keys[0], len(keys)))
+        return items
 
     def __getitem__(self, key: SampleKey) -> Any:
         if not self._deterministic:
-            seed_sample(self._seed, key)
+            seed_host_generators(derive_seed(self._seed, *key))
         try:
             return self._items[key[1]]
         except UsageError:
@@ -131,18 +145,10 @@ def get_dataset(recipe: Any, split: str, source: str) -> Any:
     Raises:
         UsageError: the dataset lacks `__len__` or `__getitem__`.
     """
-    if source == "synthetic" and hasattr(recipe, "synthetic"):
-        items = recipe.synthetic(split)
-    else:
-        items = recipe.dataset(split)
-        if source == "synthetic":
-            items = RepeatedSample(items[0], len(items))
-    if not hasattr(items, "__getitem__") or not hasattr(items, "__len__"):
-        raise UsageError(
-            f"the recipe's {split} data is not a map-style dataset (it lacks len() or [i]): both are needed for "
-            f"a sample order that is the same at any number of workers"
-        )
-    return items
+    own_synthetic = source == "synthetic" and hasattr(recipe, "synthetic")
+    items = recipe.synthetic(split) if own_synthetic else recipe.dataset(split)
+    check_map_style(recipe, split, items)
+    return RepeatedSample(items[0], len(items)) if source == "synthetic" and not own_synthetic else items
 
 
 class RepeatedSample(Dataset[Any]):

@@ -22,6 +22,7 @@ from launcher.plan.training_plan import DatasetSizes, TrainingPlan
 from launcher.system.fault_injection import FaultInjector
 from launcher.topology import Topology
 from launcher.train.build import Datasets, TrainComponents, open_datasets, resolve_device
+from launcher.train.data import DATASET_STREAM, derive_seed, seed_host_generators
 from launcher.train.job_spec import JobSpec
 from launcher.train.state import TrainState
 
@@ -78,6 +79,7 @@ def prepare_rank(job_spec: JobSpec, topology: Topology) -> RankSetup:
         UsageError: the recipe, its data, the device or the checkpoint do not allow the run.
     """
     config = job_spec.config
+    seed_host_generators(derive_seed(config.seed, DATASET_STREAM))  # a data set drawn without a seed of its own
     recipe = recipes.build_recipe(config.recipe)
     sizes = recipes.get_dataset_sizes(recipe)
     return RankSetup(

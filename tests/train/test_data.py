@@ -1,15 +1,29 @@
-"""CPU utilisation of data loading."""
+"""Data loading: its CPU utilisation, and random draws that depend on the position only."""
 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from launcher.config.schema import LrConfig, RunConfig
+from launcher.plan.batch import BatchPlan
+from launcher.plan.timeline import Position, Timeline
 from launcher.system.processes import read_cpu_seconds
-from launcher.train.data import LoaderCpuUsage
+from launcher.train.build import build_model
+from launcher.train.data import LoaderCpuUsage, MicroBatchLoader
+from launcher.train.micro_batches import seed_generators
 
 
 def test_loader_cpu_share_separates_computing_from_waiting() -> None:
@@ -39,3 +53,69 @@ def test_loader_cpu_share_of_processes() -> None:
     assert share is not None
     assert share > 0.1
     assert loading.measure_share() is None
+
+
+# Random draws
+def draw() -> torch.Tensor:
+    """One number from each global generator."""
+    return torch.tensor([random.random(), float(np.random.rand()), float(torch.rand(()))], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class DrawsInCollate:
+    def collate(self, items: list[Any]) -> torch.Tensor:
+        return draw()
+
+
+class Drawing:
+    """A data set whose items draw, as augmentation does."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return draw()
+
+
+CONFIG = RunConfig(optimizer={"_target_": "torch.optim.SGD"}, lr=LrConfig(base=0.1, base_batch=8))
+
+
+def load_draws(items: Any, plan: BatchPlan, num_workers: int, rank: int = 0) -> list[list[float]]:
+    config = replace(CONFIG, data=replace(CONFIG.data, num_workers=num_workers))
+    timeline = Timeline(22, 44, ((0, plan),))
+    loader = MicroBatchLoader.from_dataset(items, DrawsInCollate(), timeline, Position(), config, rank=rank, pin=False)
+    updates = list(timeline.iter_updates())
+    return [loader.next_batch().tolist() for update in updates for _ in update.micro_batches(rank)]
+
+
+@pytest.mark.parametrize("items", [Drawing(), TensorDataset(torch.zeros(22))], ids=["drawing", "tensors"])
+def test_collate_draws_depend_on_samples_only(items: Any) -> None:
+    alone = BatchPlan(1, (8,), 4, 2)
+    expected = load_draws(items, alone, 0)
+    draw()  # the generators' state before does not matter
+    assert load_draws(items, alone, 2) == load_draws(items, alone, 0) == expected
+    assert len({value for row in expected for value in row}) == 3 * len(expected), "every micro-batch draws anew"
+    both = BatchPlan(2, (4, 4), 4, 1)
+    halves = [load_draws(items, both, 0, rank) for rank in (0, 1)]
+    assert expected[:4] == [halves[0][0], halves[1][0], halves[0][1], halves[1][1]], "the same samples, another rank"
+
+
+def test_generators_of_a_forward_pass_are_seeded() -> None:
+    drawn = []
+    for _ in range(2):
+        seed_generators(5, torch.device("cpu"))
+        drawn.append(draw().tolist())
+    assert drawn[0] == drawn[1]
+
+
+@dataclass(frozen=True)
+class DrawsParameters:
+    def model(self) -> nn.Module:
+        model = nn.Linear(1, 3)
+        with torch.no_grad():
+            model.bias.copy_(draw())
+        return model
+
+
+def test_initial_parameters_may_be_drawn_by_any_generator() -> None:
+    assert torch.equal(build_model(DrawsParameters(), CONFIG).bias, build_model(DrawsParameters(), CONFIG).bias)

@@ -13,8 +13,10 @@ Optional: `size(split)`, `tokens_per_sample`, `count(batch)`, `collate(items)`, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from operator import index
 from typing import Any, Protocol, get_args, get_type_hints
 
 from launcher.config.coercion import CoercionError, coerce
@@ -23,7 +25,7 @@ from launcher.config.trusted_classes import load_class
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes
 
-__all__ = ["Loss", "Recipe", "build_recipe", "get_dataset_sizes"]
+__all__ = ["Loss", "Recipe", "build_recipe", "check_map_style", "get_dataset_sizes"]
 
 REQUIRED_METHODS = ("model", "dataset", "loss")
 NON_FIELD_KEYS = ("_target_", "trust")
@@ -92,17 +94,61 @@ def get_dataset_sizes(recipe: Any) -> DatasetSizes:
 def _get_split_size(recipe: Any, split: str) -> int:
     try:
         if callable(getattr(recipe, "size", None)):  # `size` may also be a field
-            return int(recipe.size(split))
+            return _check_size(split, recipe.size(split))
         data = recipe.dataset(split)
     except OSError as problem:
         raise UsageError(
             f"the {split} data of {type(recipe).__name__} cannot be opened: {problem}: check the paths in its fields"
         ) from problem
-    if not hasattr(data, "__len__"):
-        raise UsageError(
-            f"the {split} data of {type(recipe).__name__} has no len(): give it one, or the recipe a size(split)"
-        )
+    check_map_style(recipe, split, data)
     return len(data)
+
+
+def _check_size(split: str, size: Any) -> int:
+    try:
+        number = index(size)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UsageError(f"the recipe's size({split!r}) is {size!r}: return the number of samples of its dataset")
+    return number
+
+
+def check_map_style(recipe: Any, split: str, data: Any) -> None:
+    """Check that a dataset has samples that can be counted and addressed by number; streams do not.
+
+    Raises:
+        UsageError: the dataset lacks `__len__` or `__getitem__`; the message says what to return instead.
+    """
+    lacking = [
+        name for name, present in (("len()", _has_length(data)), ("[i]", _has_own_getitem(type(data)))) if not present
+    ]
+    if not lacking:
+        return
+    kind, recipe_name = type(data).__name__, type(recipe).__name__
+    fix = "a dataset with __len__ and __getitem__: list(stream) if it fits into memory, or an index over its files"
+    if kind == "DataLoader":
+        fix = "the DataLoader's own dataset: batch.per_device makes the batches"
+    raise UsageError(
+        f"the {split} data of {recipe_name} is not a map-style dataset ({kind} has no {' and no '.join(lacking)}): "
+        f"samples are read by number, so that any number of workers reads each of them once per epoch; a size() alone "
+        f"is not enough: let dataset({split!r}) return {fix}"
+    )
+
+
+def _has_length(data: Any) -> bool:
+    try:
+        len(data)
+    except (TypeError, NotImplementedError):  # torch's streams may have a `__len__` that raises
+        return False
+    return True
+
+
+def _has_own_getitem(kind: type) -> bool:
+    """Whether the class has `[i]`; torch's Dataset has one that only raises, which its streams inherit."""
+    torch_data = sys.modules.get("torch.utils.data")
+    getitem = getattr(kind, "__getitem__", None)
+    return getitem is not None and getitem is not getattr(getattr(torch_data, "Dataset", None), "__getitem__", None)
 
 
 def _refuse_targets(value: Any, key: str) -> None:

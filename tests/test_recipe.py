@@ -8,10 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils.data import ChainDataset, DataLoader, Dataset, IterableDataset
 
-from launcher.errors import UsageError
+from launcher.cli.main import main
+from launcher.errors import EXIT_USAGE, UsageError
 from launcher.plan.training_plan import DatasetSizes
 from launcher.recipe import Loss, build_recipe, get_dataset_sizes
+from launcher.train.data import get_dataset
 
 RECIPE_MODULE = """
 from __future__ import annotations
@@ -55,6 +59,15 @@ class Plain:
 def function(): ...
 """
 SPEC = {"_target_": "my_own.Mine", "trust": ["my_own"]}
+STREAM_RECIPE = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Streams:
+    def model(self): ...
+    def dataset(self, split): return (number for number in range(4))
+    def loss(self, model, batch): ...
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -186,8 +199,94 @@ class TestSizes:
     def test_empty_training_set_is_refused(self):
         assert "is empty" in get_usage_error(get_dataset_sizes, SimpleNamespace(dataset=lambda split: []))
 
-    def test_dataset_without_len_is_refused(self):
-        assert "has no len()" in get_usage_error(get_dataset_sizes, SimpleNamespace(dataset=iter))
+    @pytest.mark.parametrize("size", [None, -1, 2.5, "many"])
+    def test_size_that_is_no_number_of_samples_is_refused(self, size):
+        message = get_usage_error(get_dataset_sizes, SimpleNamespace(size=lambda split: size))
+        assert message.startswith(f"the recipe's size('train') is {size!r}")
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(4))
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return 4
+
+
+class UnsizedStream(Stream):
+    def __len__(self):
+        raise TypeError("this stream has no length")
+
+
+class NumberedStream(Stream):
+    def __getitem__(self, index):
+        return index
+
+
+class WithoutItems(Dataset):
+    def __len__(self):
+        return 4
+
+
+class SizedAndNumberedStream(SizedStream, NumberedStream):
+    """A stream that also is a map-style dataset."""
+
+
+class TestMapStyle:
+    @pytest.mark.parametrize(
+        ("data", "lacking"),
+        [
+            (Stream(), "Stream has no len() and no [i]"),
+            (SizedStream(), "SizedStream has no [i]"),
+            (UnsizedStream(), "UnsizedStream has no len() and no [i]"),
+            (NumberedStream(), "NumberedStream has no len()"),
+            (ChainDataset([SizedStream()]), "ChainDataset has no [i]"),
+            (WithoutItems(), "WithoutItems has no [i]"),
+            ((i for i in range(4)), "generator has no len() and no [i]"),
+            (iter([1, 2]), "list_iterator has no len() and no [i]"),
+            ({1, 2}, "set has no [i]"),
+            (None, "NoneType has no len() and no [i]"),
+            (DataLoader([1, 2]), "DataLoader has no [i]"),
+        ],
+    )
+    def test_stream_is_refused_with_what_to_return_instead(self, data, lacking):
+        refusals = {
+            get_usage_error(get_dataset_sizes, SimpleNamespace(dataset=lambda split: data)),
+            get_usage_error(get_dataset, SimpleNamespace(dataset=lambda split: data), "train", "real"),
+            get_usage_error(get_dataset, SimpleNamespace(dataset=lambda split: data), "train", "synthetic"),
+            get_usage_error(get_dataset, SimpleNamespace(synthetic=lambda split: data), "train", "synthetic"),
+        }
+        [message] = refusals
+        assert f"({lacking})" in message
+        assert "let dataset('train') return " in message
+        assert len(message.splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        "data", [[1, 2], (1, 2), range(2), {0: "a", 1: "b"}, torch.ones(2), SizedAndNumberedStream(), "ab"]
+    )
+    def test_what_has_numbered_items_is_accepted(self, data):
+        recipe = SimpleNamespace(dataset=lambda split: data)
+        assert get_dataset(recipe, "val", "real") is data
+        assert get_dataset_sizes(recipe).train == len(data)
+
+    def test_every_command_gives_the_same_refusal(self, tmp_path, monkeypatch, capsys):
+        (tmp_path / "streams.py").write_text(STREAM_RECIPE)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("RANK", raising=False)
+        job = ["recipe=own", "recipe._target_=streams.Streams", "recipe.trust=[streams]", "sink=[]"]
+        job += ["lr.base=0.1", "lr.base_batch=2"]
+        refusals = set()
+        for command in ("train", "plan", "tune", "verify"):
+            assert main([command, *job]) == EXIT_USAGE
+            printed = capsys.readouterr()
+            assert printed.out == ""
+            refusals.add(printed.err)
+        [refusal] = refusals
+        assert refusal.startswith("error: the train data of Streams is not a map-style dataset (generator has no len()")
+        assert not (tmp_path / "runs").exists()
 
 
 def test_loss_has_no_metrics_by_default():

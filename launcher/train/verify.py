@@ -25,8 +25,8 @@ from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import MicroBatch, Timeline, Update
 from launcher.plan.training_plan import make_training_plan
 from launcher.system.formatting import format_plural
-from launcher.train.build import build_model
-from launcher.train.data import SeededDataset, derive_seed, get_collate_fn, get_dataset, to_device
+from launcher.train.build import build_model, open_dataset
+from launcher.train.data import SeededDataset, derive_seed, get_collate_fn, to_device
 from launcher.train.micro_batches import seed_generators
 
 __all__ = ["MAX_SPLIT_BATCH", "VerifyResult", "format_verify_result", "verify"]
@@ -95,7 +95,7 @@ def verify(config: RunConfig) -> VerifyResult:
     if samples < 2:
         raise UsageError(f"the training data has {sizes.train} samples: verify needs 2 or more to split")
     model = build_model(recipe, config).to(_CPU, torch.float64).train()
-    trial = GradientTrial(recipe, model, get_dataset(recipe, "train", config.data.source), config.seed)
+    trial = GradientTrial(recipe, model, open_dataset(recipe, "train", config, sizes.train), config.seed)
     whole, plans = trial.make_update(BatchPlan(1, (samples,), samples, 1)), tuple(_iter_plans(samples))
     expected = trial.compute_gradient(whole)
     worst = largest = 0.0

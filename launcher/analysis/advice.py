@@ -103,7 +103,7 @@ def _advise_on_compute(run: RunProfile) -> Iterator[str]:
     verdict = ": compute is the bottleneck" if run.bottleneck in ("forward", "backward") else ""
     yield (
         f"{spent}, {format_number(microseconds)} us per sample{verdict}; to reduce it, set train.compile=true, "
-        f"on a GPU train.precision=bf16, or use more workers"
+        f"on a GPU train.precision=bf16{', or use more workers' if run.has_free_cores else ''}"
     )
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 from launcher.analysis.time_to_target import TimeToTarget
 from launcher.errors import UsageError
 from launcher.run_dir.metrics_reader import MetricValues, RunMetrics
+from launcher.system.jsonl import JsonlReader
+from launcher.system.run_files import EVENTS_FILE
 from launcher.system.statistics import student_t_quantile
+from launcher.telemetry.free_cores import has_free_cores
 from launcher.telemetry.stages import STAGES
 
 __all__ = ["STAGE_TIME_KEYS", "WARMUP_ROWS", "RunProfile", "WeightedRow", "compute_profile"]
@@ -53,6 +58,7 @@ class RunProfile:
     lost_samples: float = 0.0
     worlds: tuple[tuple[int, float], ...] = ()
     reached: TimeToTarget | None = None
+    has_free_cores: bool = False
 
     @property
     def wall_ms(self) -> float:
@@ -104,8 +110,18 @@ def compute_profile(run: RunMetrics) -> RunProfile:
         stages=stages,
         worlds=_compute_throughput_by_world(timed),
         reached=TimeToTarget.from_run_dir(run.folder),
+        has_free_cores=has_free_cores(_read_start_facts(run.folder)),
         **_compute_remaining_fields(run, [span.row for span in timed]),
     )
+
+
+def _read_start_facts(folder: Path) -> Mapping[str, Any]:
+    """The facts of the last start event; empty without one."""
+    facts: Mapping[str, Any] = {}
+    with suppress(OSError):
+        for event in JsonlReader(folder / EVENTS_FILE, containing='"start"'):
+            facts = event if event.get("event") == "start" else facts
+    return facts
 
 
 def _weight_rows(rows: Sequence[MetricValues]) -> Iterator[WeightedRow]:

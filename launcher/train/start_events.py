@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -67,6 +68,7 @@ def make_start_facts(context: TrainContext, components: TrainComponents, state: 
         "precision": config.train.precision,
         "world": context.topology.world,
         "nodes": context.topology.nodes,
+        "cores": len(os.sched_getaffinity(0)),
         "seed": config.seed,
         "duration_samples": plan.duration,
         "updates": position.update + plan.timeline.count_updates(position),

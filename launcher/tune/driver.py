@@ -28,6 +28,7 @@ from launcher.system.signal_handlers import sigterm_as_keyboard_interrupt
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
 from launcher.tune.processes.fork_server import OUTCOME_FILE
+from launcher.tune.report.document import explain_recommendation
 from launcher.tune.report.goodput_column import goodput_values
 
 __all__ = [
@@ -137,8 +138,11 @@ def print_result(document: Mapping[str, Any], config: RunConfig) -> None:
 
 
 def with_goodput(document: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-    """The document with the goodput of its sizes, where the noise scale is known."""
-    return {**document, "goodput": goodput_values(document, find_noise_scale(config), config.lr.base_batch)}
+    """The document with the goodput of its sizes, where the noise scale is known, and what it means for progress."""
+    goodput = goodput_values(document, find_noise_scale(config), config.lr.base_batch)
+    if document["recommended"] is None:
+        return {**document, "goodput": goodput}
+    return {**document, "goodput": goodput, "why": explain_recommendation(document, goodput, config.lr.base_batch)}
 
 
 def write_outputs(folder: Path, texts: Mapping[str, str]) -> None:

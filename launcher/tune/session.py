@@ -245,6 +245,7 @@ def describe_setup(job: MeasurementJob, prepared: PreparedRank) -> dict[str, Any
         "accumulation": get_accumulation(config),
         "train_samples": prepared.sizes.train,
         "device": get_device_name(prepared.device),
+        "cores": len(os.sched_getaffinity(0)),
         "precision": config.train.precision,
         "strategy": config.strategy.name,
         "threads": resolve_num_threads(config, topology.local_world),

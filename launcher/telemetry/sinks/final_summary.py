@@ -24,6 +24,7 @@ from launcher.system.run_files import (
     TENSORBOARD_DIR,
     WANDB_DIR,
 )
+from launcher.telemetry.free_cores import has_free_cores
 from launcher.telemetry.sinks.running_stats import RunningStats, StageShare
 from launcher.telemetry.sinks.start_summary import Facts, LabelledText
 
@@ -184,7 +185,7 @@ def _make_file_rows(facts: Facts, finished: bool) -> list[LabelledText]:
 
 def _suggest_speedup(facts: Facts) -> str:
     if str(facts.get("device", "cpu")).startswith("cpu"):
-        return "more workers or a GPU"
+        return "more workers or a GPU" if has_free_cores(facts) else "a GPU or more machines"
     if facts.get("precision") == "fp32":
         return "train.precision=bf16"
     return "more workers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 from launcher.analysis.advice import STAGE_DESCRIPTIONS
 from launcher.goodput.throughput_model import fit, fit_memory
 from launcher.system.formatting import format_bytes, format_count, format_number, format_rate
+from launcher.telemetry.free_cores import has_free_cores
 from launcher.tune.measurements import Measurement, Measurements, SizeResult, estimate_throughput
 from launcher.tune.operators import find_grown_stage
+from launcher.tune.report.progress import describe_progress, find_better_size
 
-__all__ = ["find_recommended_point", "make_tune_document"]
+__all__ = ["explain_recommendation", "find_recommended_point", "make_tune_document"]
 
 MAX_OVERHEAD_SHARE = 0.5  # share of a micro-batch's time above which the constant overhead is reported
 HIGH_MEMORY_SHARE = 0.8  # share of memory above which usage is reported
@@ -45,9 +47,8 @@ def make_tune_document(measurements: Measurements, facts: Mapping[str, Any]) -> 
         return document
     names = ("fastest", "knee", "recommended", "memory_max")
     document |= {name: getattr(advice, name) for name in names}
-    chosen = next(point for point in points if point["per_device"] == _find_timed_size(points, advice.recommended))
-    document["bottleneck"] = _find_bottleneck(chosen)
-    document["why"] = _explain_recommendation(document, chosen)
+    document["bottleneck"] = _find_bottleneck(_find_timed_point(document))
+    document["why"] = explain_recommendation(document)
     return document
 
 
@@ -56,10 +57,11 @@ def find_recommended_point(document: Mapping[str, Any]) -> Mapping[str, Any] | N
     return next((point for point in document["points"] if point["per_device"] == document["recommended"]), None)
 
 
-def _find_timed_size(points: Sequence[Mapping[str, Any]], recommended: int) -> int:
-    """The recommended size, or the largest timed one below it, as memory_max may not have been timed."""
-    sizes = [point["per_device"] for point in points if point["samples_per_s"]]
-    return max((size for size in sizes if size <= recommended), default=sizes[0])
+def _find_timed_point(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The point of the recommended size, or of the largest timed one below it: memory_max may not have been timed."""
+    timed = [point for point in document["points"] if point["samples_per_s"]]
+    below = [point for point in timed if point["per_device"] <= document["recommended"]]
+    return max(below, key=lambda point: int(point["per_device"])) if below else timed[0]
 
 
 def _make_point(result: SizeResult, label: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,10 +155,17 @@ def _find_bottleneck(chosen: Mapping[str, Any]) -> str:
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def _explain_recommendation(document: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    """The recommended size, its bottleneck and what to try; each clause is based on a measurement."""
+def explain_recommendation(
+    document: Mapping[str, Any], goodput: Mapping[str, Any] | None = None, base_batch: int | None = None
+) -> str:
+    """The recommended size, its bottleneck and what to try; each clause is based on a measurement.
+
+    `goodput`: the goodput of the sizes, if the noise scale is known.
+    """
+    chosen = _find_timed_point(document)
     parts = [
-        _describe_choice(document, chosen),
+        _describe_choice(document, chosen, is_best=find_better_size(document, goodput) is None),
+        *describe_progress(document, goodput, base_batch),
         _describe_bottleneck(document, chosen),
         *_describe_regression(document),
         *_describe_memory_pressure(document, chosen),
@@ -164,16 +173,15 @@ def _explain_recommendation(document: Mapping[str, Any], chosen: Mapping[str, An
     return "; ".join(parts)
 
 
-def _describe_choice(document: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+def _describe_choice(document: Mapping[str, Any], chosen: Mapping[str, Any], *, is_best: bool) -> str:
     best = next(point for point in document["points"] if point["per_device"] == document["fastest"])
     share = chosen["samples_per_s"] / best["samples_per_s"]
     speed = f"{format_rate(chosen['samples_per_s'])} samples/s"
+    size = f"{'use ' if is_best else ''}batch.per_device={document['recommended']}"
     if document["recommended"] == document["fastest"]:
-        return f"use batch.per_device={document['recommended']}: the fastest, at {speed}"
-    return (
-        f"use batch.per_device={document['recommended']}: {speed}, {100 * share:.0f} % of what "
-        f"{document['fastest']} reaches"
-    )
+        return f"{size}: the fastest, at {speed}" if is_best else f"{size} is the fastest, at {speed}"
+    reached = f"{100 * share:.0f} % of what {document['fastest']} reaches"
+    return f"{size}{'' if is_best else ' is the knee of samples/s'}: {speed}, {reached}"
 
 
 def _describe_bottleneck(document: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
@@ -185,14 +193,20 @@ def _describe_bottleneck(document: Mapping[str, Any], chosen: Mapping[str, Any])
     overhead_share = _compute_overhead_share(document, chosen["per_device"])
     if stage in ("forward", "backward", "optimizer") and overhead_share > MAX_OVERHEAD_SHARE:
         overhead = f"{100 * overhead_share:.0f} % of a micro-batch's time is overhead that does not grow with the batch"
-        return f"{bottleneck}, and {overhead}: {SUGGESTIONS_BY_STAGE[stage]}"
-    return f"{bottleneck}: {SUGGESTIONS_BY_STAGE[stage]}"
+        return f"{bottleneck}, and {overhead}: {_suggest_for_stage(stage, document)}"
+    return f"{bottleneck}: {_suggest_for_stage(stage, document)}"
+
+
+def _suggest_for_stage(stage: str, document: Mapping[str, Any]) -> str:
+    """What to try for a stage; more workers only where the machine has cores for them."""
+    more = ", or more workers" if stage in ("forward", "backward") and has_free_cores(document) else ""
+    return SUGGESTIONS_BY_STAGE[stage] + more
 
 
 SUGGESTIONS_BY_STAGE = {
     "transfer": "transfer smaller types (uint8 images), and set data.num_workers=1 or more, which pins memory",
-    "forward": "try train.compile=true, train.precision=bf16 (on a GPU), or more workers",
-    "backward": "try train.compile=true, train.precision=bf16 (on a GPU), or more workers",
+    "forward": "try train.compile=true or train.precision=bf16 (on a GPU)",
+    "backward": "try train.compile=true or train.precision=bf16 (on a GPU)",
     "sync": "batch.accumulation=2 halves how often workers wait for each other",
     "optimizer": "raise batch.accumulation, which spreads the step over more samples",
     "checkpoint": "use a longer checkpoint.every",

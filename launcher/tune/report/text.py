@@ -16,6 +16,7 @@ from launcher.system.formatting import (
     format_rate,
 )
 from launcher.tune.report.document import find_recommended_point
+from launcher.tune.report.progress import find_better_size
 
 __all__ = ["describe_slow_operators", "describe_splits", "format_split_name", "format_tune_text"]
 
@@ -30,10 +31,10 @@ def format_tune_text(document: Mapping[str, Any]) -> str:
     """The complete text."""
     points = document["points"]
     lines = [_format_headline(document), "", POINTS_HEADER, *(_format_point_row(point) for point in points), ""]
-    lines += _format_chart(points, document["recommended"])
+    lines += _format_chart(document)
     lines += _format_stage_shares(document)
     lines += _describe_synthetic(document["synthetic"])
-    lines += _describe_goodput(document.get("goodput"))
+    lines += _describe_goodput(document)
     lines += _format_splits(document)
     sentences = [
         document["why"],
@@ -125,10 +126,13 @@ def _format_relative_error(point: Mapping[str, Any]) -> str:
     return f"{100 * share:.0f} %" if share < 1 else ">100 %"
 
 
-def _format_chart(points: Sequence[Mapping[str, Any]], recommended: int | None) -> Iterator[str]:
-    timed = [point for point in points if point["samples_per_s"]]
+def _format_chart(document: Mapping[str, Any]) -> Iterator[str]:
+    timed = [point for point in document["points"] if point["samples_per_s"]]
     if timed:
-        yield from _format_bars(timed, recommended, "recommended")
+        better = find_better_size(document, document.get("goodput"))
+        yield from _format_bars(
+            timed, document["recommended"], "recommended" if better is None else "knee of samples/s"
+        )
         yield ""
 
 
@@ -179,8 +183,9 @@ def _format_splits(document: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _describe_goodput(goodput: Mapping[str, Any] | None) -> Iterator[str]:
+def _describe_goodput(document: Mapping[str, Any]) -> Iterator[str]:
     """Goodput (progress per second) of the sizes, if the noise scale is known."""
+    goodput = document.get("goodput")
     if goodput is None:
         return
     noise, best = goodput["noise"], goodput["best"]
@@ -188,7 +193,8 @@ def _describe_goodput(goodput: Mapping[str, Any] | None) -> Iterator[str]:
     basis = f"at a noise scale of {noise['scale']:.3g} samples ({noise['source']})"
     yield ""
     yield from textwrap.wrap(f"Goodput (samples/s x efficiency) {basis}:", TEXT_WIDTH)
-    yield from _format_bars(goodput["points"], best, "most progress")
+    is_recommended = find_better_size(document, goodput) is not None
+    yield from _format_bars(goodput["points"], best, "recommended" if is_recommended else "most progress")
     speed = f"equivalent to {format_rate(point['goodput'])} samples/s at lr.base_batch={goodput['base_batch']}"
     share = f"with a batch of {format_count(point['global'])} at {100 * point['efficiency']:.0f} % efficiency"
     yield from textwrap.wrap(f"{best} makes the most progress: {speed}, {share}.", TEXT_WIDTH)

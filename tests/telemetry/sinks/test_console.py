@@ -158,7 +158,7 @@ def test_final_summary_shows_results_stages_and_commands(tmp_path: Path) -> None
     assert re.search(r"val accuracy +0.99 \(best 0.9957 at update 230\)", end)
     assert "time per update: 40 ms (mean of 227 updates)" in end
     assert re.search(r"backward +20.0 ms +50.0%  █{36}\n +forward +10.0 ms +25.0%  █{18}\n", end)
-    assert "bottleneck  compute, 75%, as it should be. Faster: more workers or a GPU" in end
+    assert "bottleneck  compute, 75%, as it should be. Faster: a GPU or more machines" in end
     joined = "".join(end.split())
     assert "model.safetensors,wandb" in joined
     assert "tocontinue:run.name=resnet-1andalongertrain.duration" in joined

@@ -16,10 +16,15 @@ from launcher.telemetry.sinks.running_stats import RunningStats, StageShare
 
 def test_small_compute_share_is_called_largest_part() -> None:
     stages = [StageShare("forward", 4.0, 0.4), StageShare("other", 3.5, 0.35), StageShare("data", 2.5, 0.25)]
-    assert (
-        describe_bottleneck(stages, {"device": "cpu"})
-        == "compute, 40%, the largest part. Faster: more workers or a GPU"
-    )
+    facts = {"device": "cpu", "world": 2, "cores": 8}
+    assert describe_bottleneck(stages, facts) == "compute, 40%, the largest part. Faster: more workers or a GPU"
+
+
+@pytest.mark.parametrize("facts", [{"world": 2, "cores": 2}, {"world": 8, "nodes": 2, "cores": 4}, {"world": 1}])
+def test_more_workers_are_not_advised_without_free_cores(facts: dict[str, int]) -> None:
+    """Nor where the number of cores is unknown, as in runs of earlier versions."""
+    stages = [StageShare("forward", 4.0, 0.4), StageShare("other", 3.5, 0.35)]
+    assert describe_bottleneck(stages, {"device": "cpu", **facts}).endswith("Faster: a GPU or more machines")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from launcher.goodput.measured_noise import MeasuredNoise
 from launcher.tune.measurements import Measurement
-from launcher.tune.report.document import make_tune_document
+from launcher.tune.report.document import explain_recommendation, make_tune_document
 from launcher.tune.report.goodput_column import goodput_values
 from launcher.tune.report.html import render_tune_page
 from launcher.tune.report.text import format_tune_text
@@ -117,8 +119,56 @@ def test_goodput_is_shown_with_known_noise() -> None:
     assert goodput["best"] == max(goodput["points"], key=lambda one: one["goodput"])["per_device"] < found["knee"]
     text = format_tune_text({**found, "goodput": goodput})
     assert max(map(len, text.splitlines())) <= 80
-    assert next(line for line in text.splitlines() if line.endswith("most progress")).split()[0] == str(goodput["best"])
+    assert next(line for line in text.splitlines() if line.endswith("recommended")).split()[0] == str(goodput["best"])
     assert render_tune_page({**found, "goodput": goodput}).count("<svg") == 4
+
+
+def measure_trace() -> dict[str, Any]:
+    return make_tune_document(make_measurements(*(measured_size(*point) for point in TRACE.items())), FACTS)
+
+
+def test_only_one_size_is_recommended_with_known_noise() -> None:
+    """The knee of samples/s is 28 per worker; at a noise scale of 4, known well, 10 learns more per second."""
+    found = measure_trace()
+    goodput = goodput_values(found, MeasuredNoise(4.0, 3.8, 4.2, "plan.noise"), 32)
+    assert goodput is not None
+    why = explain_recommendation(found, goodput, 32)
+    assert why.startswith("batch.per_device=28 is the knee of samples/s: 32.9 samples/s")
+    assert "use batch.per_device=10, which at a noise scale of 4 samples makes 1.63 times" in why
+    assert why.count("use batch.per_device=") == 1
+    text = format_tune_text({**found, "goodput": goodput, "why": why})
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("recommended")] == ["10"]
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("knee of samples/s")] == ["28"]
+
+
+def test_sizes_within_measurement_error_are_not_opposed() -> None:
+    found = measure_trace()
+    goodput = goodput_values(found, MeasuredNoise(20.0, 0.1, 4000.0, "plan.noise"), 32)
+    why = explain_recommendation(found, goodput, 32)
+    assert why.startswith("use batch.per_device=28: 32.9 samples/s")
+    assert why.count("use batch.per_device=") == 1
+
+
+@pytest.mark.parametrize(
+    ("train_samples", "base_batch", "told"),
+    [
+        (200, None, "an update is then 56 of the 200 training samples, 3.571 updates per epoch: so large a batch"),
+        (1437, 8, "25.66 updates per epoch instead of 179.6 at lr.base_batch=8, 7 times the batch that lr.base was"),
+        (1437, 32, None),
+    ],
+)
+def test_effect_of_large_batch_on_progress_is_told(
+    train_samples: int, base_batch: int | None, told: str | None
+) -> None:
+    why = explain_recommendation({**measure_trace(), "train_samples": train_samples}, None, base_batch)
+    assert ("learns less per sample" in why) == (told is not None)
+    assert told is None or told in why
+
+
+@pytest.mark.parametrize(("cores", "told"), [(2, False), (3, True)])
+def test_more_workers_are_advised_only_with_free_cores(cores: int, told: bool) -> None:
+    why = explain_recommendation({**measure_trace(), "cores": cores, "nodes": 1})
+    assert ("or more workers" in why) is told
 
 
 def test_page_is_self_contained_and_escaped() -> None:

@@ -8,12 +8,27 @@ from dataclasses import dataclass, replace
 
 __all__ = [
     "USE_AGENT_STORE_ENV",
+    "TaskCopies",
     "Topology",
     "count_slurm_restarts",
+    "find_task_copies",
+    "get_batch_job_id",
     "get_master_port",
     "get_slurm_job_id",
+    "get_slurm_step_id",
+    "is_torchrun_worker",
+    "read_restart_count",
+    "read_slurm_step",
     "torchrun_env",
 ]
+
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm's ids from here on are no steps of srun: the batch script, an interactive shell
+#: Number of processes that other launchers of tasks start, and of those on this node.
+MPI_SIZES: Mapping[str, str] = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",  # OpenMPI, and LSF's jsrun
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_LOCAL_SIZE",  # MVAPICH
+    "PMI_SIZE": "MPI_LOCALNRANKS",  # MPICH and Intel MPI
+}
 
 #: Environment with which a process beside a worker uses the job's store without serving it.
 USE_AGENT_STORE_ENV: Mapping[str, str] = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -92,6 +107,62 @@ def get_slurm_job_id(env: Mapping[str, str] = os.environ) -> str | None:
     return env.get("SLURM_JOB_ID")
 
 
+def get_batch_job_id(env: Mapping[str, str] = os.environ) -> str | None:
+    """Slurm's job id in a batch script, which Slurm may requeue, and below it; None in an interactive allocation.
+
+    Slurm sets ENVIRONMENT=BATCH for batch scripts alone, whatever the user's own value; an array is a batch job.
+    """
+    is_batch = env.get("ENVIRONMENT") == "BATCH" or "SLURM_ARRAY_JOB_ID" in env or count_slurm_restarts(env) > 0
+    return get_slurm_job_id(env) if is_batch else None
+
+
+def get_slurm_step_id(env: Mapping[str, str] = os.environ) -> str | None:
+    """`123.4` for step 4 of job 123, the same on all nodes of the step; None outside a step of srun."""
+    step = read_count(env, "SLURM_STEP_ID")
+    job = get_slurm_job_id(env)
+    return f"{job}.{step}" if job and "SLURM_STEP_ID" in env and step < FIRST_SPECIAL_STEP else None
+
+
+@dataclass(frozen=True)
+class TaskCopies:
+    """Processes that `program`, a launcher of tasks, started from one command: `tasks` in all, on `nodes` nodes."""
+
+    program: str
+    tasks: int
+    nodes: int
+
+    @property
+    def share_a_node(self) -> bool:
+        return self.tasks > self.nodes
+
+
+def find_task_copies(env: Mapping[str, str] = os.environ) -> TaskCopies | None:
+    """The copies of this process that srun or mpirun started beside it; None if it is the only one.
+
+    A batch script is one process, however many tasks its job asks for.
+    """
+    if get_slurm_step_id(env) is not None or read_count(env, "SLURM_PROCID"):
+        tasks = read_count(env, "SLURM_STEP_NUM_TASKS") or read_count(env, "SLURM_NTASKS")
+        nodes = read_count(env, "SLURM_STEP_NUM_NODES") or read_count(env, "SLURM_NNODES")
+        if tasks > 1:
+            return TaskCopies("srun", tasks, max(nodes, 1))
+    for name, name_on_node in MPI_SIZES.items():
+        if (tasks := read_count(env, name)) > 1:
+            return TaskCopies("mpirun", tasks, max(1, tasks // (read_count(env, name_on_node) or tasks)))
+    return None
+
+
+def is_torchrun_worker(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun started this process; RANK alone may have been set by hand."""
+    return "RANK" in env and "TORCHELASTIC_RUN_ID" in env
+
+
+def read_count(env: Mapping[str, str], name: str) -> int:
+    """A variable's number; 0 if it is absent or no number."""
+    text = env.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
 def count_slurm_restarts(env: Mapping[str, str] = os.environ) -> int:
     """How often Slurm has requeued this job."""
     return int(env.get("SLURM_RESTART_COUNT", "0"))
@@ -102,6 +173,17 @@ def count_nodes(env: Mapping[str, str]) -> int:
     if count := env.get("GROUP_WORLD_SIZE"):
         return int(count)
     return max(1, int(env.get("WORLD_SIZE", "1")) // max(1, int(env.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def read_restart_count(env: Mapping[str, str]) -> int | None:
+    """How often torchrun had restarted its workers when it started a process with this environment."""
+    count = env.get("TORCHELASTIC_RESTART_COUNT")
+    return int(count) if count and count.isdigit() else None
+
+
+def read_slurm_step(env: Mapping[str, str] = os.environ) -> str:
+    """Slurm's job and step, empty outside Slurm."""
+    return " ".join(env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")).strip()
 
 
 def get_master_port(env: Mapping[str, str] = os.environ) -> int:

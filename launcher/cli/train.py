@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.cli.arguments import add_current_folder_to_path, handle_info_flags, resolve_config
+from launcher.cli.copies import refuse_copies
 from launcher.config.cli_args import HydraArgs
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_OK, UsageError
@@ -18,6 +19,7 @@ def run_train(args: Sequence[str]) -> int:
     flags, topology = HydraArgs.parse(args), Topology.from_env()
     if handle_info_flags(flags, args):
         return EXIT_OK
+    refuse_copies(topology, shards=flags.shard[1])
     if topology is not None:
         return run_as_rank(args, flags.multirun, topology)
     if not flags.multirun:

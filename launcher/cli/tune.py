@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.cli.arguments import handle_info_flags, resolve_config
+from launcher.cli.copies import refuse_copies
 from launcher.config.cli_args import HydraArgs
 from launcher.errors import EXIT_OK, UsageError
 from launcher.topology import Topology
@@ -17,6 +18,7 @@ def run_tune(args: Sequence[str]) -> int:
     flags, topology = HydraArgs.parse(args), Topology.from_env()
     if handle_info_flags(flags, args):
         return EXIT_OK
+    refuse_copies(topology)
     if flags.multirun:
         return run_tune_multirun(args, topology)
     from launcher.tune import driver

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from launcher import recipe as recipes
-from launcher.checkpoint.manifest import resolve_checkpoint_path
+from launcher.checkpoint.manifest import CorruptCheckpointError, latest_path, read_manifest, resolve_checkpoint_path
 from launcher.config.compose import from_yaml, to_yaml
 from launcher.config.keys import flatten
 from launcher.config.schema import RunConfig
 from launcher.config.strategy_checks import missing_dependency
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
-from launcher.run_dir.resume import ResumeDecision, decide_resume
+from launcher.run_dir.resume import ResumeDecision, check_data_length, decide_resume
 from launcher.run_dir.run_directory import (
     RUNS_DIR,
     RunDirectory,
@@ -25,7 +26,7 @@ from launcher.run_dir.run_directory import (
     unique_run_name,
 )
 from launcher.system.atomic_files import atomic_write_text
-from launcher.topology import get_slurm_job_id
+from launcher.topology import get_batch_job_id, get_slurm_step_id
 
 __all__ = ["OpenedRun", "open_run", "resolve_directory", "reuse_resolved_batch", "run_path", "write_run_files"]
 
@@ -86,21 +87,40 @@ def open_run(
         return OpenedRun(
             with_directory(config, existing), recipe, sizes, plan, RunDirectory(existing), decision, is_restart=True
         )
-    config, path, decision = resolve_directory(config, run_path(config, run_id, nodes))
+    config, path, decision = resolve_directory(
+        config, run_path(config, run_id, nodes), recipes.list_unlearned_keys(recipe)
+    )
     run_dir = RunDirectory(path)
+    check_resumed_data(decision.checkpoint or find_newest_checkpoint(run_dir, config), sizes)
     done = run_dir.read_done()
     complete = done is not None and not decision.is_new_run and covers_request(done, config, plan)
     return OpenedRun(config, recipe, sizes, plan, run_dir, decision, done if complete else None)
 
 
-def resolve_directory(config: RunConfig, path: Path) -> tuple[RunConfig, Path, ResumeDecision]:
+def find_newest_checkpoint(run_dir: RunDirectory, config: RunConfig) -> Path | None:
+    return latest_path(run_dir.resolve_checkpoints_dir(config.checkpoint.dir))
+
+
+def check_resumed_data(checkpoint: Path | None, sizes: DatasetSizes) -> None:
+    """Check the length of the data before anything is written; the workers do so with the checkpoint they load."""
+    with suppress(CorruptCheckpointError):  # the workers fall back to an earlier checkpoint
+        if checkpoint is not None:
+            check_data_length(checkpoint, read_manifest(checkpoint), sizes.train)
+
+
+def resolve_directory(
+    config: RunConfig, path: Path, unlearned: Collection[str] = ()
+) -> tuple[RunConfig, Path, ResumeDecision]:
     """Decide between resuming in `path` and a new run; a new run gets a sibling directory if `path` is taken.
+
+    `unlearned`: keys of recipe fields that may change, since they do not alter what is learned.
 
     Raises:
         UsageError: a key that affects training was changed, or there is nothing to resume from.
     """
     config = reuse_resolved_batch(with_directory(config, path), path)
-    decision = decide_resume(config.resume, path, read_config(path), flatten(from_yaml(to_yaml(config))))
+    old, new = read_config(path), flatten(from_yaml(to_yaml(config)))
+    decision = decide_resume(config.resume, path, old, new, unlearned=unlearned)
     if decision.is_new_run and RunDirectory(path).run_yaml.exists():
         path = next_free_path(path)
         config = with_directory(config, path)
@@ -139,18 +159,18 @@ def write_run_files(opened: OpenedRun, profile: Mapping[str, Any] | None = None)
 
 
 def run_path(config: RunConfig, run_id: str | None, nodes: int, job: str | None = None) -> Path:
-    """Return the requested run directory. `job`: the Slurm job to name it after, default the current one."""
+    """Return the requested run directory. `job`: the Slurm job to name it after, default that of the batch script."""
     if config.run.dir is not None:
         return Path(config.run.dir)
     if config.run.name is not None:
         return RUNS_DIR / config.run.name
-    job = job or get_slurm_job_id()
+    job = job or get_batch_job_id()
     if job is None and nodes > 1:
-        if run_id is None:
+        job = get_slurm_step_id() or run_id
+        if job is None:
             raise UsageError(
                 f"run.name is not set, and its default, the start time, differs between {nodes} nodes: type run.name=…"
             )
-        job = run_id
     return RUNS_DIR / unique_run_name(format_recipe_name(str(config.recipe["_target_"])), job, datetime.now())
 
 

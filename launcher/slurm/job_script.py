@@ -41,8 +41,9 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarting workers in place is mor
 warned=
 trap 'warned=yes; echo "signal from Slurm: saving at the next update, then requeueing"
   scancel --quiet --signal=USR1 "$SLURM_JOB_ID"' USR1
-srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${survive[@]}" "${container[@]}" \
-  bash -c "$agent" bash "$@" "run.dir='$run'" &
+# One task per node, whatever the job itself asks for: one torchrun, which starts the workers.
+srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+  "${survive[@]}" "${container[@]}" bash -c "$agent" bash "$@" "run.dir='$run'" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
   # Repeat every five seconds, since a worker that is still starting misses the signal.
@@ -88,7 +89,8 @@ def iter_sbatch_options(config: RunConfig) -> Iterator[str]:
     low, high = parse_node_range(launch.nodes)
     yield f"--job-name={make_job_name(config)}"
     yield f"--nodes={launch.nodes}"
-    yield "--ntasks-per-node=1"
+    if low == high:
+        yield "--ntasks-per-node=1"  # with it, Slurm gives a range its least number of nodes even if more are idle
     yield f"--cpus-per-task={(launch.workers or 1) * ((launch.threads or 1) + config.data.num_workers)}"
     yield f"--time={format_time_limit(str(launch.time))}"
     for name in ("partition", "account", "qos", "constraint"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher.errors import EXIT_USAGE
 from launcher.slurm.job_script import SCRIPT_BODY
 from launcher.sweep.points import quote_override
 from tests.helpers import wandb_file
@@ -150,11 +152,12 @@ def test_wrong_request_ends_the_job(slurm: Slurm, project: Path) -> None:
 
 
 def test_job_survives_a_lost_node(slurm: Slurm, project: Path) -> None:
-    """Three nodes, then two: the batch is constant, the event describes the change, and lost work is repeated."""
+    """All three idle nodes, then two: the batch is constant, the event describes the change, lost work is repeated."""
     own = [*LONG, "run.name=e", "checkpoint.every=3ba"]
-    job = slurm.submit("--nodes=3", str(SCRIPTS / "elastic.sbatch"), *own, cwd=project, env=env())
+    job = slurm.submit(str(SCRIPTS / "elastic.sbatch"), *own, cwd=project, env=env())
     run_dir = project / "runs/e"
     wait_for(lambda: saved(run_dir))
+    assert slurm.show_job(job)["NumNodes"] == "3", "--nodes=1-3 takes the nodes that are idle"
     try:
         slurm.kill_node("node3")
         wait_for(started(run_dir, 2))
@@ -169,6 +172,43 @@ def test_job_survives_a_lost_node(slurm: Slurm, project: Path) -> None:
     found = read_rows(run_dir)
     assert {row["batch/global"] for row in found} == {50}
     assert {row["update"] for row in found} == set(range(1, max(row["update"] for row in found) + 1))
+
+
+def test_submitted_range_takes_the_idle_nodes(slurm: Slurm, project: Path) -> None:
+    """Three nodes for launch.nodes=1-3, by what Slurm allocates to a job with these options."""
+    shown = run_on_slurm(slurm, project, *HELD, "launch=slurm", "launch.nodes=1-3", "launch.dry_run=true")
+    options = [line.removeprefix("#SBATCH ") for line in shown.splitlines() if line.startswith("#SBATCH ")]
+    job = slurm.submit(*options, "--output=/dev/null", "--wrap=true", cwd=project, env=env())
+    wait_for(has_ended(slurm, job))
+    assert slurm.show_job(job)["NumNodes"] == "3"
+
+
+def test_copies_by_srun_are_refused(slurm: Slurm, project: Path) -> None:
+    """Each copy would train alone; the job's own number of tasks does not matter where srun starts one."""
+    argv = ["srun", "--ntasks=2", "--nodes=1", *LAUNCHER, *HELD]
+    done = subprocess.run(argv, cwd=project, env=env(**slurm.env), capture_output=True, text=True, check=False)
+    assert "srun started 2 copies of this command" in done.stderr
+    assert "one task per node" in done.stderr
+    assert done.returncode == EXIT_USAGE
+    assert not (project / "runs").exists()
+    argv = ["salloc", "--ntasks-per-node=2", "srun", "--ntasks=1", *LAUNCHER, *HELD, "train.duration=1ep"]
+    subprocess.run(argv, cwd=project, env=env(**slurm.env), capture_output=True, text=True, check=True)
+    [run_dir] = (project / "runs").glob("own-*")
+    assert re.fullmatch(r"own-\d{8}-\d{6}", run_dir.name), "named by its time, since the allocation may have more runs"
+
+
+def test_only_a_batch_script_gives_the_job_its_name(slurm: Slurm, project: Path) -> None:
+    """Also for the tasks that it starts, and whatever the user's own ENVIRONMENT is."""
+    code = "from launcher import topology; print(topology.get_batch_job_id(), topology.get_slurm_step_id())"
+    show = f"{sys.executable} -c {shlex.quote(code)}"
+    script = f"{show}; srun --ntasks=1 {show}"
+    job = slurm.submit("--ntasks-per-node=2", "--wrap", script, cwd=project, env=env(ENVIRONMENT="mine"))
+    wait_for(has_ended(slurm, job))
+    assert read_output(project, job).splitlines() == [f"{job} None", f"{job} {job}.0"]
+    argv = ["salloc", "--job-name=mine", "bash", "-c", f"{script}; echo $SLURM_JOB_ID"]
+    done = subprocess.run(argv, cwd=project, env=env(**slurm.env), capture_output=True, text=True, check=True)
+    shell, step, job = done.stdout.splitlines()
+    assert (shell, step) == ("None None", f"None {job}.0")
 
 
 def test_pool_grows_and_survives_its_rendezvous_node(slurm: Slurm, project: Path) -> None:

@@ -47,7 +47,6 @@ def test_every_key_becomes_an_sbatch_option() -> None:
     assert sbatch_options(made) == [
         "--job-name=mlp",
         "--nodes=2-4",
-        "--ntasks-per-node=1",
         "--cpus-per-task=8",
         "--time=90",
         "--partition=gpu,long",
@@ -63,6 +62,11 @@ def test_every_key_becomes_an_sbatch_option() -> None:
         "--exclusive",
     ]
     assert made.endswith(SCRIPT_BODY)
+
+
+def test_fixed_number_of_nodes_has_one_task_each() -> None:
+    assert sbatch_options(render(nodes="2"))[1:3] == ["--nodes=2", "--ntasks-per-node=1"]
+    assert "--ntasks-per-node=1" not in sbatch_options(render(nodes="2-4")), "Slurm would allocate two of three nodes"
 
 
 def test_node_range_survives_lost_nodes() -> None:

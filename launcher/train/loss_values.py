@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from launcher.errors import UsageError
+from launcher.errors import TrainingFailed
 from launcher.recipe import Loss
 
 __all__ = ["get_metrics", "read_scalar"]
@@ -20,21 +20,21 @@ def get_metrics(loss: Loss) -> Mapping[str, Any]:
     """The metrics of a loss by name.
 
     Raises:
-        UsageError: they are not a mapping, or a name is not text or is taken by the loss itself.
+        TrainingFailed: they are not a mapping, or a name is not text or is taken by the loss itself.
     """
     if not isinstance(loss.metrics, Mapping):
-        raise UsageError(
+        raise TrainingFailed(
             f"recipe.loss returned metrics={loss.metrics!r:.80}, a {type(loss.metrics).__name__}: "
             "return a mapping of names to sums, or {} for none"
         )
     for name in loss.metrics:
         if not isinstance(name, str) or not name:
-            raise UsageError(
+            raise TrainingFailed(
                 f"recipe.loss returned a metric named {name!r:.80}, a {type(name).__name__}: "
                 f"name it with text, e.g. {{'metric{name!s:.40}': ...}}"
             )
         if name in RESERVED_METRICS:
-            raise UsageError(
+            raise TrainingFailed(
                 f"recipe.loss returned a metric named {name!r}, which is the name of the loss itself: "
                 f"name it otherwise, e.g. {{'other_{name}': ...}}"
             )
@@ -45,11 +45,11 @@ def read_scalar(value: Any, what: str, device: torch.device) -> torch.Tensor:
     """A number, or a tensor with one element on any device, as a double-precision scalar on `device`.
 
     Raises:
-        UsageError: it is not a single real number; `what` names it.
+        TrainingFailed: it is not a single real number; `what` names it.
     """
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise UsageError(
+            raise TrainingFailed(
                 f"recipe.loss returned {what} with the shape {list(value.shape)} and dtype {value.dtype}: "
                 "return one real number, the sum over the samples"
             )
@@ -59,7 +59,7 @@ def read_scalar(value: Any, what: str, device: torch.device) -> torch.Tensor:
             raise TypeError
         return torch.tensor(float(value), dtype=torch.float64, device=device)
     except (TypeError, ValueError):
-        raise UsageError(
+        raise TrainingFailed(
             f"recipe.loss returned {what}={value!r:.80}, a {type(value).__name__}: "
             "return one real number, the sum over the samples"
         ) from None

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
-from launcher.errors import UsageError
+from launcher.errors import TrainingFailed
 from launcher.plan.training_plan import TrainingPlan
 from launcher.recipe import Loss
 from launcher.strategies.interface import Replica
@@ -100,7 +100,7 @@ class Validator:
         """Validate on all ranks; every rank must call this.
 
         Raises:
-            UsageError: the recipe returned a loss, a count or a metric that cannot be summed; the message names it.
+            TrainingFailed: the recipe returned a loss, a count or a metric that cannot be summed; the message names it.
         """
         replica.broadcast_buffers()
         model = replica.module
@@ -115,7 +115,7 @@ class Validator:
             dist.all_reduce(table)  # each chunk is nonzero on one rank only: exact in any order
         count, *totals = (sum(row) for row in table.tolist())
         if not 0 <= count < math.inf:
-            raise UsageError(f"recipe.loss counted {count:g} in validation: return the number of samples or tokens")
+            raise TrainingFailed(f"recipe.loss counted {count:g} in validation: return the number of samples or tokens")
         means = [total / count if count else math.nan for total in totals]
         return ValidationResult(
             {f"val/{name}": mean for name, mean in zip(["loss", *names], means, strict=True)}, count
@@ -157,7 +157,7 @@ class ChunkSums:
         """Add a batch. A batch that counts nothing may divide by its count: its NaN belongs to no sample and is 0.
 
         Raises:
-            UsageError: a value is not a number, or a metric's name cannot be used.
+            TrainingFailed: a value is not a number, or a metric's name cannot be used.
         """
         count = read_scalar(loss.count, "count", self._zeros.device)
         self.count[chunk] += count

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from launcher.config.schema import BatchConfig, LrConfig, RunConfig
-from launcher.errors import UsageError
+from launcher.errors import TrainingFailed
 from launcher.plan.training_plan import DatasetSizes, make_training_plan
 from launcher.recipe import Loss
 from launcher.strategies.precision import Precision
@@ -103,7 +103,7 @@ def test_metrics_may_be_named_like_other_values() -> None:
     ],
 )
 def test_unusable_metrics_are_refused_by_name(metrics: Any, message: str) -> None:
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(TrainingFailed) as refused:
         validate(Loss(1.0, 2, metrics))
     assert message in str(refused.value)
 
@@ -130,7 +130,7 @@ def test_validation_without_any_target_is_nan() -> None:
 
 @pytest.mark.parametrize("count", [-1, math.nan, math.inf])
 def test_impossible_counts_are_refused(count: float) -> None:
-    with pytest.raises(UsageError, match=r"recipe\.loss counted"):
+    with pytest.raises(TrainingFailed, match=r"recipe\.loss counted"):
         validate(Loss(1.0, count))
 
 

@@ -18,6 +18,7 @@ from launcher.errors import UsageError
 from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
+from launcher.strategies.buffers import preserve_buffers
 from launcher.strategies.interface import Replica, ReplicaArgs
 from launcher.strategies.meta_init import build_on_meta_device
 from launcher.strategies.precision import Precision
@@ -33,6 +34,7 @@ from launcher.train.data import (
     seed_host_generators,
     to_device,
 )
+from launcher.train.modes import enter_training_mode
 from launcher.train.validation import Validator
 
 __all__ = [
@@ -151,7 +153,7 @@ def build_components(
         model = build_model(recipe, config)
     if precision.name == "fp64":
         model = model.double()
-    model.train()
+    enter_training_mode(model)
     model_outline = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     blocks = find_blocks(model, getattr(recipe, "blocks", None))
@@ -217,18 +219,17 @@ def check_batchnorm_batch_size(components: TrainComponents, training_plan: Train
     Raises:
         UsageError: names the layer and the fix.
     """
-    norms = {
-        m: n for n, m in components.replica.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    }
+    model = components.replica.module
+    all_norms = ((m, n) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = {module: name for module, name in all_norms if module.training}
     if not norms or compute_smallest_micro_batch(training_plan) > 1:
         return
     items = get_collate_fn(components.recipe)([components.train_data[0]])
     single = to_device(items, components.device, components.precision.dtype)
     called: list[str] = []
     hooks = [m.register_forward_pre_hook(lambda module, _: called.append(norms[module])) for m in norms]
-    before = {name: buffer.clone() for name, buffer in components.replica.module.named_buffers()}
     try:
-        with torch.no_grad(), components.precision.autocast():
+        with torch.no_grad(), components.precision.autocast(), preserve_buffers(model):
             components.replica.compute_loss(components.recipe.loss, single)
     except ValueError as problem:
         if "more than 1 value per channel" not in str(problem):
@@ -240,9 +241,6 @@ def check_batchnorm_batch_size(components: TrainComponents, training_plan: Train
     finally:
         for hook in hooks:
             hook.remove()
-        with torch.no_grad():
-            for name, buffer in components.replica.module.named_buffers():
-                buffer.copy_(before[name])
 
 
 def compute_smallest_micro_batch(training_plan: TrainingPlan) -> int:

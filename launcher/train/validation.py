@@ -29,6 +29,7 @@ from launcher.train.data import (
 )
 from launcher.train.loss_values import get_metrics, read_scalar
 from launcher.train.micro_batches import seed_generators
+from launcher.train.modes import evaluation_mode
 
 __all__ = ["ValidationResult", "Validator"]
 
@@ -103,12 +104,8 @@ class Validator:
             TrainingFailed: the recipe returned a loss, a count or a metric that cannot be summed; the message names it.
         """
         replica.broadcast_buffers()
-        model = replica.module
-        model.eval()
-        try:
+        with evaluation_mode(replica.module):
             sums = self._compute_sums(replica)
-        finally:
-            model.train()
         names = self._gather_metric_names(sums)
         table = torch.stack([sums.count, sums.loss, *(sums.get_metric(name) for name in names)])
         if self._world > 1:

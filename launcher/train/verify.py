@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from launcher import recipe as recipes
 from launcher.config.schema import RunConfig
@@ -28,6 +29,7 @@ from launcher.system.formatting import format_plural
 from launcher.train.build import build_model, open_dataset
 from launcher.train.data import SeededDataset, derive_seed, get_collate_fn, to_device
 from launcher.train.micro_batches import seed_generators
+from launcher.train.modes import enter_training_mode
 
 __all__ = ["MAX_SPLIT_BATCH", "VerifyResult", "format_verify_result", "verify"]
 
@@ -39,6 +41,8 @@ TRIAL_SPLITS = ((1, 2), (1, 4), (2, 1), (2, 3), (3, 1), (3, 2), (5, 1))
 _CPU = torch.device("cpu")
 
 FIXES_BY_LAYER = {
+    "SyncBatchNorm": "each micro-batch has statistics of its own, over all workers in training (verify runs in one "
+    "process): only accumulation changes the gradient, so keep batch.accumulation=1, or use GroupNorm or LayerNorm",
     "BatchNorm": "statistics are computed per micro-batch: use GroupNorm or LayerNorm, or torch.nn.SyncBatchNorm "
     "across workers; elastic.exact=true computes them over fixed shards",
     "Dropout": "draws a new mask for each micro-batch, as intended; the gradient is correct on average",
@@ -94,7 +98,8 @@ def verify(config: RunConfig) -> VerifyResult:
     samples = min(planned if planned > 1 else MAX_SPLIT_BATCH, MAX_SPLIT_BATCH, sizes.train)
     if samples < 2:
         raise UsageError(f"the training data has {sizes.train} samples: verify needs 2 or more to split")
-    model = build_model(recipe, config).to(_CPU, torch.float64).train()
+    model = build_model(recipe, config).to(_CPU, torch.float64)
+    enter_training_mode(model)
     trial = GradientTrial(recipe, model, open_dataset(recipe, "train", config, sizes.train), config.seed)
     whole, plans = trial.make_update(BatchPlan(1, (samples,), samples, 1)), tuple(_iter_plans(samples))
     expected = trial.compute_gradient(whole)
@@ -201,7 +206,7 @@ class OutputRecorder:
         self._calls: Counter[str] = Counter()
 
     def record(self, name: str, _: nn.Module, output: Any) -> None:
-        self.outputs[name, self._calls[name]] = output
+        self.outputs[name, self._calls[name]] = tree_map_only(torch.Tensor, torch.clone, output)  # may change in place
         self._calls[name] += 1
 
 
@@ -222,17 +227,26 @@ class OutputComparison:
         self._calls.clear()
 
     def __call__(self, name: str, layer: nn.Module, output: Any) -> Any:
-        whole = self._reference.outputs.get((name, self._calls[name]))
+        whole, form = tree_flatten(self._reference.outputs.get((name, self._calls[name])))
         self._calls[name] += 1
-        if not (isinstance(output, torch.Tensor) and isinstance(whole, torch.Tensor) and output.dim() and whole.dim()):
-            return output
-        before = whole[self._start : self._stop]
-        if before.shape != output.shape or len(output) != self._stop - self._start:  # not a row per sample
+        parts, own_form = tree_flatten(output)
+        if form != own_form:
             return output
         layer_name = f"{name} ({type(layer).__name__})" if name else type(layer).__name__
-        if not torch.allclose(before, output, rtol=1e-9, atol=1e-11) and layer_name not in self.offending_layers:
+        return tree_unflatten(
+            [self._compare(layer_name, *tensors) for tensors in zip(whole, parts, strict=True)], own_form
+        )
+
+    def _compare(self, layer_name: str, whole: Any, part: Any) -> Any:
+        """Note the layer if this part of its output differs; return a copy of the part of the whole batch's output."""
+        if not (isinstance(part, torch.Tensor) and isinstance(whole, torch.Tensor) and part.dim() and whole.dim()):
+            return part
+        before = whole[self._start : self._stop]
+        if before.shape != part.shape or len(part) != self._stop - self._start:  # not a row per sample
+            return part
+        if not torch.allclose(before, part, rtol=1e-9, atol=1e-11) and layer_name not in self.offending_layers:
             self.offending_layers.append(layer_name)
-        return before
+        return before.clone()  # the model may change it in place
 
 
 @contextmanager
@@ -269,4 +283,6 @@ def _format_split(plan: BatchPlan) -> str:
 
 
 def _get_kind(layer: str) -> str:
-    return next((kind for kind in FIXES_BY_LAYER if kind in layer), layer.rpartition("(")[2])
+    """The kind of a layer, given as `name (Class)` or `Class`, that its fix is listed by."""
+    class_name = layer.rpartition("(")[2].rstrip(")")
+    return next((kind for kind in FIXES_BY_LAYER if kind in class_name), class_name)

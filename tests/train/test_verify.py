@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.cli.main import main
+from launcher.train.verify import VerifyResult, format_verify_result
 
 RECIPES = '''\
 from dataclasses import dataclass
@@ -34,10 +35,48 @@ class Functional(nn.Module):
         return x - x.mean(0)
 
 
+class Residual(nn.Module):
+    """Adds in place, to what a layer returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.act = nn.Linear(8, 8), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.inner(x)
+        y += x
+        return self.act(y)
+
+
+class Pair(nn.Module):
+    """Returns a tuple, of which one part depends on the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.inner(x)
+        return x, x - x.mean(0)
+
+
+class Paired(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair, self.head = Pair(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(sum(self.pair(x)))
+
+
 LAYERS = {
     "plain": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 4)),
     "normed": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 4)),
     "dropped": lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4)),
+    "in_place": lambda: nn.Sequential(Residual(), nn.BatchNorm1d(8), Residual(), nn.Linear(8, 4)),
+    "synced": lambda: nn.Sequential(nn.Linear(8, 8), nn.SyncBatchNorm(8), nn.Linear(8, 4)),
+    "frozen": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8).eval(), nn.Linear(8, 4)),
+    "paired": Paired,
     "functional": lambda: nn.Sequential(nn.Linear(8, 8), Functional(), nn.Linear(8, 4)),
 }
 
@@ -125,6 +164,27 @@ def test_dropout_is_named(verify: Verify) -> None:
 
 def test_custom_layer_mixing_samples_is_named(verify: Verify) -> None:
     assert verify("+recipe.layers=functional")[1]["breakers"] == ["1 (Functional)"]
+
+
+def test_layers_whose_output_is_changed_in_place_are_not_named(verify: Verify) -> None:
+    assert verify("+recipe.layers=in_place")[1]["breakers"] == ["1 (BatchNorm1d)"]
+
+
+def test_layer_that_returns_several_tensors_is_named_alone(verify: Verify) -> None:
+    assert verify("+recipe.layers=paired")[1]["breakers"] == ["pair (Pair)"]
+
+
+def test_frozen_batchnorm_splits_exactly(verify: Verify) -> None:
+    assert verify("+recipe.layers=frozen")[1]["equal"] is True
+
+
+def test_advice_for_synchronised_batchnorm_is_not_to_use_it(verify: Verify) -> None:
+    breakers = verify("+recipe.layers=synced")[1]["breakers"]
+    assert breakers == ["1 (SyncBatchNorm)"]
+    text = format_verify_result(VerifyResult(1.0, 1.0, 32, (), tuple(breakers)))
+    assert "batch.accumulation=1" in text
+    assert "torch.nn.SyncBatchNorm" not in text
+    assert "torch.nn.SyncBatchNorm" in format_verify_result(VerifyResult(1.0, 1.0, 32, (), ("1 (BatchNorm1d)",)))
 
 
 @pytest.mark.parametrize("kind", ["mean", "pairs"])

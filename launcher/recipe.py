@@ -7,6 +7,9 @@
         def dataset(self, split: str) -> Dataset: ...     # "train" or "val"; len() and [i]
         def loss(self, model, batch) -> Loss: ...         # sums, not means
 
+A field that does not alter what is learned (where the data is, a cache, a log level) may change when a run is resumed:
+`data: str = field(default="data", metadata={"learned": False})`.
+
 Optional: `size(split)`, `tokens_per_sample`, `count(batch)`, `collate(items)`, `param_groups(model)`,
 `synthetic(split)`.
 """
@@ -24,8 +27,9 @@ from launcher.config.keys import closest_match
 from launcher.config.trusted_classes import load_class
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes
+from launcher.system.redaction import mask_nested_secrets
 
-__all__ = ["Loss", "Recipe", "build_recipe", "check_map_style", "get_dataset_sizes"]
+__all__ = ["Loss", "Recipe", "build_recipe", "check_map_style", "find_unlearned_defaults", "get_dataset_sizes"]
 
 REQUIRED_METHODS = ("model", "dataset", "loss")
 NON_FIELD_KEYS = ("_target_", "trust")
@@ -89,6 +93,18 @@ def get_dataset_sizes(recipe: Any) -> DatasetSizes:
     if sizes.train < 1:
         raise UsageError(f"the training data of {type(recipe).__name__} is empty: check the recipe's fields")
     return sizes
+
+
+def find_unlearned_defaults(recipe: Any) -> dict[str, Any]:
+    """The keys of the fields with `field(metadata={"learned": False})`, which do not alter what is learned.
+
+    Each key has the default of its field, None if that is not plain text or a number, so that a value which a run did
+    not set can be compared with one that another command sets.
+    """
+    unlearned = [item for item in fields(recipe) if item.metadata.get("learned") is False]
+    plain = {item.name: item.default if isinstance(item.default, str | int | float) else None for item in unlearned}
+    masked: dict[str, Any] = mask_nested_secrets({"recipe": plain})["recipe"]
+    return {f"recipe.{name}": default for name, default in masked.items()}
 
 
 def _get_split_size(recipe: Any, split: str) -> int:

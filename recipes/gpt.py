@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from launcher.recipes.text import Blocks, Text
@@ -26,7 +26,7 @@ class Gpt:
     block: int = 64
     vocabulary: int = 256
     dropout: float = 0.0
-    data: str | None = None
+    data: str | None = field(default=None, metadata={"learned": False})
     text_bytes: int = 300_000
     validation_split: float = 0.1
 

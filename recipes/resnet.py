@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.recipes.digits import Batches, Digits
@@ -25,7 +25,7 @@ class ResNet:
     width: int = 16
     norm: Literal["batch", "group"] = "batch"
     stem: Literal["auto", "small", "large"] = "auto"
-    data: str | None = None
+    data: str | None = field(default=None, metadata={"learned": False})
     image_size: int | tuple[int, int] | None = None
     augment: Literal["auto", "none"] = "auto"
     validation_split: float = 0.2

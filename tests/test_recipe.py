@@ -14,12 +14,12 @@ from torch.utils.data import ChainDataset, DataLoader, Dataset, IterableDataset
 from launcher.cli.main import main
 from launcher.errors import EXIT_USAGE, UsageError
 from launcher.plan.training_plan import DatasetSizes
-from launcher.recipe import Loss, build_recipe, get_dataset_sizes
+from launcher.recipe import Loss, build_recipe, find_unlearned_defaults, get_dataset_sizes
 from launcher.train.data import get_dataset
 
 RECIPE_MODULE = """
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Mine:
     names: list[str] | None = None
     options: dict[str, int] | None = None
     extra: Any = None
+    data: str = field(default="/data", metadata={"learned": False})
+    cache: str | None = field(default=None, metadata={"learned": False})
+    mirror: str = field(default="https://me:secret@host/data", metadata={"learned": False})
+    options_of_loader: dict = field(default_factory=dict, metadata={"learned": False})
+    seen: str = field(default="x", metadata={"learned": True})
 
     def model(self): ...
     def dataset(self, split): return [1, 2, 3] if split == "train" else [1]
@@ -205,6 +210,15 @@ class TestSizes:
         assert message.startswith(f"the recipe's size('train') is {size!r}")
 
 
+def test_fields_that_do_not_alter_what_is_learned_say_so():
+    assert find_unlearned_defaults(build_recipe(SPEC)) == {
+        "recipe.data": "/data",
+        "recipe.cache": None,
+        "recipe.mirror": "https://me:***@host/data",
+        "recipe.options_of_loader": None,
+    }
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(range(4))
@@ -272,11 +286,11 @@ class TestMapStyle:
         assert get_dataset_sizes(recipe).train == len(data)
 
     def test_every_command_gives_the_same_refusal(self, tmp_path, monkeypatch, capsys):
-        (tmp_path / "streams.py").write_text(STREAM_RECIPE)
+        (tmp_path / "my_streams.py").write_text(STREAM_RECIPE)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("RANK", raising=False)
-        job = ["recipe=own", "recipe._target_=streams.Streams", "recipe.trust=[streams]", "sink=[]"]
+        job = ["recipe=own", "recipe._target_=my_streams.Streams", "recipe.trust=[my_streams]", "sink=[]"]
         job += ["lr.base=0.1", "lr.base_batch=2"]
         refusals = set()
         for command in ("train", "plan", "tune", "verify"):

@@ -35,6 +35,7 @@ __all__ = [
     "newest_first",
     "open_checkpoint",
     "prune",
+    "read_manifest",
     "resolve_checkpoint_path",
     "tmp_checkpoint_path",
     "verify_checkpoint",

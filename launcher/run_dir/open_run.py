@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from launcher import recipe as recipes
@@ -26,6 +27,7 @@ from launcher.run_dir.run_directory import (
     unique_run_name,
 )
 from launcher.system.atomic_files import atomic_write_text
+from launcher.telemetry.wandb_env import get_wandb_run_id
 from launcher.topology import get_batch_job_id, get_slurm_step_id
 
 __all__ = ["OpenedRun", "open_run", "resolve_directory", "reuse_resolved_batch", "run_path", "write_run_files"]
@@ -88,7 +90,7 @@ def open_run(
             with_directory(config, existing), recipe, sizes, plan, RunDirectory(existing), decision, is_restart=True
         )
     config, path, decision = resolve_directory(
-        config, run_path(config, run_id, nodes), recipes.list_unlearned_keys(recipe)
+        config, run_path(config, run_id, nodes), recipes.find_unlearned_defaults(recipe)
     )
     run_dir = RunDirectory(path)
     check_resumed_data(decision.checkpoint or find_newest_checkpoint(run_dir, config), sizes)
@@ -109,11 +111,11 @@ def check_resumed_data(checkpoint: Path | None, sizes: DatasetSizes) -> None:
 
 
 def resolve_directory(
-    config: RunConfig, path: Path, unlearned: Collection[str] = ()
+    config: RunConfig, path: Path, unlearned: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[RunConfig, Path, ResumeDecision]:
     """Decide between resuming in `path` and a new run; a new run gets a sibling directory if `path` is taken.
 
-    `unlearned`: keys of recipe fields that may change, since they do not alter what is learned.
+    `unlearned`: keys of recipe fields that do not alter what is learned, with their defaults; they may change.
 
     Raises:
         UsageError: a key that affects training was changed, or there is nothing to resume from.
@@ -159,12 +161,16 @@ def write_run_files(opened: OpenedRun, profile: Mapping[str, Any] | None = None)
 
 
 def run_path(config: RunConfig, run_id: str | None, nodes: int, job: str | None = None) -> Path:
-    """Return the requested run directory. `job`: the Slurm job to name it after, default that of the batch script."""
+    """Return the requested run directory.
+
+    Without a name of its own the run is named after what finds it again when it is requeued: its id in W&B, else the
+    Slurm job: `job`, default that of the batch script.
+    """
     if config.run.dir is not None:
         return Path(config.run.dir)
     if config.run.name is not None:
         return RUNS_DIR / config.run.name
-    job = job or get_batch_job_id()
+    job = get_wandb_run_id() or job or get_batch_job_id()
     if job is None and nodes > 1:
         job = get_slurm_step_id() or run_id
         if job is None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from launcher import recipe as recipes
 from launcher.checkpoint.manifest import latest_id
@@ -72,11 +73,13 @@ def run_sbatch(script: str) -> str:
     return completed.stdout.strip().partition(";")[0]
 
 
-def validate_request(config: RunConfig, world_size: int | None) -> None:
-    """Check the recipe, its data and the plan; without a known world size a PlanError is ignored."""
-    sizes = recipes.get_dataset_sizes(recipes.build_recipe(config.recipe))
+def validate_request(config: RunConfig, world_size: int | None) -> Any:
+    """Check the recipe, its data and the plan, and return the recipe; a PlanError needs a known world size."""
+    recipe = recipes.build_recipe(config.recipe)
+    sizes = recipes.get_dataset_sizes(recipe)
     with suppress(*() if world_size else (PlanError,)):
         make_training_plan(with_placeholder_batch(config), sizes, world_size or 1)
+    return recipe
 
 
 # --- on the nodes -------------------------------------------------------------------------------------------------
@@ -93,8 +96,8 @@ def create_job_directory(config: RunConfig, job: str | None, *, restarted: bool)
     requested = run_path(config, job, 1, job=job)
     path = next(iter(find_job_directories(requested, job)), None) if restarted else None
     if path is None:  # otherwise it was checked before; importing the recipe may take seconds
-        validate_request(config, None)
-        path = resolve_directory(config, requested)[1]
+        recipe = validate_request(config, None)
+        path = resolve_directory(config, requested, recipes.find_unlearned_defaults(recipe))[1]
     check_script_path(path)
     claim_for_job(RunDirectory(path), job, config)
     return path

@@ -31,7 +31,8 @@ class CheckpointOptions:
     """How a run saves.
 
     `sharded`: every rank writes its own shard. `every_s` is `checkpoint.every` if that is a time. Rank 0 waits up to
-    `shard_timeout_s` for the other ranks' shards. `identity` is stored in the checkpoint: the recipe and the seed.
+    `shard_timeout_s` for the other ranks' shards. `identity` is stored in the checkpoint: the recipe, the seed and
+    the lengths of the data.
     """
 
     settings: CheckpointConfig

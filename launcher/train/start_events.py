@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from launcher.checkpoint.manifest import VerifiedCheckpoint
+from launcher.plan.training_plan import DatasetSizes
 from launcher.run_dir.restart_cost import RestartCost
 from launcher.train.build import TrainComponents
 from launcher.train.context import TrainContext
@@ -46,6 +47,8 @@ def log_start_events(
         context.log_event("resume", **resume, changed=job.spec.changed, lost_samples=restart_cost.lost_samples)
         for detail in iter_checkpoint_warnings(checkpoint, state):
             context.log_event("alarm", kind="checkpoint", detail=detail)
+        for detail in iter_data_warnings(checkpoint, context.training_plan.sizes):
+            context.log_event("alarm", kind="data", detail=detail)
     previous = find_previous_plan(checkpoint, logged_plan)
     if previous and any(previous[name] != plan[name] for name in ("world", "global", "lr_scale")):
         moments = state.second_moment_factor(plan["global"])
@@ -96,6 +99,16 @@ def iter_checkpoint_warnings(checkpoint: VerifiedCheckpoint, state: TrainState) 
         yield f"the best checkpoint so far, {best}, is missing from this run's directory"
     for name, why in checkpoint.skipped:
         yield f"{name} was passed over: {why}"
+
+
+def iter_data_warnings(checkpoint: VerifiedCheckpoint, sizes: DatasetSizes) -> Iterator[str]:
+    """Yield a warning if the validation data has another length than when the checkpoint was saved."""
+    was = checkpoint.manifest.facts.get("data", {}).get("val", sizes.val)
+    if was != sizes.val:
+        yield (
+            f"the validation data has {sizes.val} samples now, and had {was} when {checkpoint.path.name} was saved: "
+            f"its metrics of before and of now are not comparable"
+        )
 
 
 def find_previous_plan(

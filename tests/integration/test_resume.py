@@ -109,6 +109,31 @@ def test_finished_run_reports_and_continues_if_longer(folder: Path) -> None:
     assert (folder / "runs/x-2/done.json").exists()
 
 
+@pytest.mark.core
+def test_data_of_another_length_is_refused_and_data_that_moved_is_an_event(workdir: Path) -> None:
+    text = RECIPE.replace("import dataclass", "import dataclass, field")
+    text = text.replace('Noisy(203 if split == "train" else 5)', "Noisy(self.train if split == 'train' else self.val)")
+    unlearned = 'field(default={}, metadata={{"learned": False}})'
+    fields = [f"    {name}: int = {unlearned.format(size)}\n" for name, size in (("train", 203), ("val", 5))]
+    fields += [f"    path: str = {unlearned.format(repr('/old'))}\n", "    def model"]
+    (workdir / "own.py").write_text(text.replace("    def model", "".join(fields), 1))
+    run_dir, job = workdir / "runs/x", [*HELD, "run.name=x", "batch.per_device=50"]
+    run_launcher(workdir, *job, "train.duration=1ep")
+    for length, duration in ((204, "2ep"), (100, "1ep")):
+        other = [*job, f"recipe.train={length}", f"train.duration={duration}"]
+        refused = run_launcher(workdir, *other, status=2).stderr
+        assert f"{length} samples now, and had 203 when runs/x/checkpoints/update-00000005 was saved" in refused
+    assert (run_dir / "done.json").exists(), "a refused request changes nothing"
+    assert len(read_events(run_dir, "start")) == 1
+    run_launcher(workdir, *job, "train.duration=2ep", "recipe.val=9", "recipe.path=/new")
+    [resumed] = read_events(run_dir, "resume")
+    assert resumed["changed"]["recipe.path"] == ["/old", "/new"]
+    [alarm] = read_events(run_dir, "alarm")
+    assert alarm["kind"] == "data"
+    assert "the validation data has 9 samples now, and had 5" in alarm["detail"]
+    assert json.loads((run_dir / "done.json").read_text())["samples"] == 2 * 203
+
+
 def damage_newest_checkpoint(run_dir: Path) -> str:
     """Change one byte of the newest checkpoint's model, and return the checkpoint's name."""
     newest = sorted((run_dir / "checkpoints").iterdir())[-1]

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes
-from launcher.recipe import get_dataset_sizes
+from launcher.recipe import find_unlearned_defaults, get_dataset_sizes
 from launcher.train.data import collate_or_passthrough
 
 
@@ -35,6 +35,11 @@ def count_parameters(model) -> int:
 
 
 # Common to all recipes
+
+
+@pytest.mark.parametrize(("recipe", "expected"), [(Gpt(), ["recipe.data"]), (ResNet(), ["recipe.data"]), (Mlp(), [])])
+def test_data_may_move_during_a_run(recipe, expected):
+    assert list(find_unlearned_defaults(recipe)) == expected
 
 
 def test_sizes_are_known_without_torch():

@@ -14,7 +14,13 @@ from launcher.checkpoint.manifest import Manifest
 from launcher.config.keys import config_keys, flatten
 from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
-from launcher.run_dir.resume import ResumeDecision, decide_resume, find_changed_keys, is_change_allowed
+from launcher.run_dir.resume import (
+    ResumeDecision,
+    check_data_length,
+    decide_resume,
+    find_changed_keys,
+    is_change_allowed,
+)
 
 FOLDER = Path("runs/one")
 DEFAULTS = flatten(
@@ -86,7 +92,7 @@ MAY_CHANGE = {
     "resume", "run.dir", "run.name", "sink", "strategy.config", "strategy.find_unused_parameters",
     "strategy.param_dtype",
     "strategy.meta_init",
-    "strategy.name", "strategy.offload", "strategy.reshard_after_forward", "strategy.stage",
+    "strategy.name", "strategy.offload", "strategy.reshard_after_forward", "strategy.stage", "strategy.static_graph",
     "sweep.max_parallel", "sweep.metric",
     "sweep.mode", "sweep.trials", "train.activation_checkpointing",
     "train.device", "train.profile", "train.stop_at_target", "train.target.at_least", "train.target.at_most",
@@ -138,6 +144,45 @@ def test_recipe_and_optimizer_fields_may_not_change(key: str) -> None:
         decide({**DEFAULTS, key: None}, {**DEFAULTS, key: 0.5})
     with pytest.raises(UsageError, match=re.escape(f"{key} (null before, 0.5 now)")):
         decide({name: value for name, value in DEFAULTS.items() if name != key} | {key: None}, {**DEFAULTS, key: 0.5})
+
+
+UNLEARNED = {"recipe.data": "/data", "recipe.cache": None, "recipe.options": None}
+
+
+def test_recipe_fields_that_do_not_alter_what_is_learned_may_change() -> None:
+    old, new = config_with(recipe__data="/old", recipe__options__a=1), config_with(recipe__data="/new")
+    changed = {"recipe.data": ("/old", "/new"), "recipe.options.a": (1, None)}
+    assert decide(old, new, unlearned=UNLEARNED).changed == changed
+    with pytest.raises(UsageError, match=r"other values of recipe\.data \(/old before, /new now\), recipe\.options\.a"):
+        decide(old, new)
+    for other in ("recipe.width", "recipe.data_augmentation", "recipe._target_", "seed"):
+        with pytest.raises(UsageError, match=rf"other values of {re.escape(other)} \(\S+ before, 9 now\): type"):
+            decide(old, {**new, other: 9}, unlearned=UNLEARNED)
+
+
+def test_value_that_was_not_set_is_the_default() -> None:
+    assert decide(DEFAULTS, config_with(recipe__data="/new"), unlearned=UNLEARNED).changed == {
+        "recipe.data": ("/data", "/new")
+    }
+    assert decide(config_with(recipe__data="/data"), DEFAULTS, unlearned=UNLEARNED) == ResumeDecision()
+
+
+@pytest.mark.parametrize("length", [63, 65, 1, 6400])
+def test_data_of_another_length_is_refused(tmp_path: Path, length: int) -> None:
+    manifest = Manifest({}, {}, {}, {}, 1, {}, {"data": {"train": 64, "val": 8}})
+    check_data_length(tmp_path, manifest, 64)
+    with pytest.raises(UsageError) as error:
+        check_data_length(tmp_path, manifest, length)
+    assert f"training data has {length} samples now, and had 64 when {tmp_path} was saved" in str(error.value)
+    assert "restore the data of before, or type run.name=..." in str(error.value)
+    assert "model.init" not in str(error.value), "there is no such file"
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UsageError, match=re.escape(f"model.init={tmp_path / 'model.safetensors'}")):
+        check_data_length(tmp_path, manifest, length)
+
+
+def test_checkpoint_of_an_earlier_version_has_no_length(tmp_path: Path) -> None:
+    check_data_length(tmp_path, Manifest({}, {}, {}, {}, 1, {}), 65)
 
 
 def test_hold_allows_other_micro_batches() -> None:

@@ -18,7 +18,11 @@ from launcher.recipe import Loss
 
 @dataclass(frozen=True)
 class MyRecipe:
-    """The fields are the configuration of the recipe, e.g. `recipe.hidden=128`."""
+    """The fields are the configuration of the recipe, e.g. `recipe.hidden=128`.
+
+    A run resumes only with the fields that it was started with. One that does not alter what is learned may change:
+    `data: str = field(default="data", metadata={"learned": False})`.
+    """
 
     hidden: int = 64
     samples: int = 4000

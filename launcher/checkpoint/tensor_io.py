@@ -29,6 +29,7 @@ from launcher.errors import UsageError
 from launcher.system.atomic_files import HashedFile, atomic_write
 
 __all__ = [
+    "CHANGED_BUFFERS",
     "CheckpointError",
     "CheckpointState",
     "LazyTensors",
@@ -38,8 +39,8 @@ __all__ = [
     "ShardedWrite",
     "TensorIndex",
     "TensorReader",
-    "check_tensor_names",
     "export_safetensors",
+    "is_of_model",
     "load_checkpoint",
     "raise_as_checkpoint_error",
     "save_checkpoint",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 TensorIndex = dict[str, dict[str, Any]]
+CHANGED_BUFFERS = "launcher.changed_buffers"  # in the metadata of an exported model
 #: The dtypes that safetensors supports, with its names for them.
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -189,17 +191,19 @@ def write_manifest(
         file.write(manifest.to_json().encode())
 
 
-def export_safetensors(path: Path, model: LazyTensors) -> None:
+def export_safetensors(path: Path, model: LazyTensors, changed_buffers: Mapping[str, str | None] = {}) -> None:
     """Write the model as one file that `safetensors.torch.load_model` loads without this package.
 
-    Tensors are written one at a time, so no process holds them all.
+    Tensors are written one at a time, so no process holds them all. `changed_buffers` differ in dtype or shape from
+    those of the recipe's new model; `launcher.load` reads their names.
 
     Raises:
         CheckpointError: the disk is full or not writable; an existing file is unchanged.
     """
     aliases = {alias: name for name, facts in model.index.items() for alias in facts["aliases"]}
     with raise_as_checkpoint_error(path.name, path.parent), atomic_write(path) as file:
-        write_tensors(file, model.index, model.__getitem__, {"format": "pt", **aliases})
+        buffers = {CHANGED_BUFFERS: json.dumps(dict(changed_buffers))} if changed_buffers else {}
+        write_tensors(file, model.index, model.__getitem__, {"format": "pt", **aliases, **buffers})
 
 
 @contextmanager
@@ -323,12 +327,17 @@ class LazyTensors(Mapping[str, torch.Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._facts[name]["shape"])
 
+    def get_entry(self, name: str) -> Mapping[str, Any]:
+        """The manifest's entry of a tensor: the same object for all names of tensors that shared their memory."""
+        return self._facts[name]
+
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read only elements [start, stop) of the flattened tensor."""
         return self._read(self._facts[name], start, stop)
 
 
 def is_of_model(facts: Mapping[str, Any]) -> bool:
+    """Whether a tensor of the manifest is the model's, not the optimizer's."""
     return str(facts["pieces"][0][0]).startswith("model")
 
 
@@ -359,37 +368,3 @@ class TensorReader:
         if tensor.numel() != numel or str(tensor.dtype) != f"torch.{dtype}":
             raise CorruptCheckpointError(f"{key} in {file} does not match the manifest: dtype or size differs")
         return tensor.reshape(-1)
-
-
-def check_tensor_names(manifest: Manifest, expected: Mapping[str, torch.Tensor]) -> None:
-    """Check that a checkpoint has exactly the names, shapes and dtypes of the model's `state_dict()`.
-
-    Raises:
-        UsageError: the checkpoint belongs to a different model; the first five differences are listed.
-    """
-    saved = {
-        alias: dtype_and_shape(facts["dtype"], facts["shape"])
-        for name, facts in manifest.tensors.items()
-        if is_of_model(facts)
-        for alias in (name, *facts["aliases"])
-    }
-    present = {name: dtype_and_shape(tensor.dtype, tensor.shape) for name, tensor in expected.items()}
-    if differences := list(state_dict_differences(saved, present)):
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise UsageError(
-            f"the checkpoint belongs to a different model: {'; '.join(differences[:5])}{more}: "
-            f"use the recipe it was trained with, or start a new run with run.name=... or resume=never"
-        )
-
-
-def dtype_and_shape(dtype: object, shape: Any) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-
-
-def state_dict_differences(saved: Mapping[str, str], present: Mapping[str, str]) -> Iterator[str]:
-    for name, kind in present.items():
-        if name not in saved:
-            yield f"{name} is not in the checkpoint"
-        elif saved[name] != kind:
-            yield f"{name} is {saved[name]} in the checkpoint, not {kind}"
-    yield from (f"{name} is only in the checkpoint" for name in saved if name not in present)

@@ -1,7 +1,10 @@
 """Behaviour common to all strategies: buffers, padding micro-batches, and skipping steps that are not finite."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.checkpoint.sharded import TensorSlice
+from launcher.checkpoint.tensor_io import LazyTensors
+from launcher.config.schema import RunConfig
 from launcher.recipe import Loss
-from launcher.strategies.activation_checkpointing import preserve_buffers
+from launcher.strategies.buffer_layout import adopt_buffers, describe_buffers, find_changed_buffers, synchronize_buffers
+from launcher.strategies.buffers import BufferSnapshot, preserve_buffers
+from launcher.strategies.extra_state import load_extra_state
 from launcher.strategies.gradient_norms import (
     FIRST_UPDATES,
     FIRST_UPDATES_WITH_HOOKS,
@@ -18,9 +25,12 @@ from launcher.strategies.gradient_norms import (
     GradNormHooks,
     GroupGradNorms,
 )
+from launcher.strategies.interface import StepResult
 from launcher.strategies.loss_module import LossFn, LossModule, run_loss
-from launcher.strategies.optimizer import supports_found_inf
+from launcher.strategies.optimizer import supports_found_inf, take_optimizer_step
+from launcher.strategies.optimizer_state import OptimizerState
 from launcher.strategies.precision import Precision
+from launcher.strategies.training_loss import contribute_nothing, has_gradient, read_training_loss
 from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["BaseReplica", "make_wait_begin_hook", "make_wait_end_hook", "slice_evenly"]
@@ -33,6 +43,8 @@ class BaseReplica:
     """A model whose buffers are local to each rank, and an optimizer that skips non-finite updates."""
 
     optimizer: torch.optim.Optimizer
+    _parameters: Sequence[nn.Parameter]  # those that are trained
+    keeps_new_buffers = True  # those that are registered in an update that is skipped, or in padding
 
     def __init__(self, model: nn.Module, world: int, precision: Precision) -> None:
         self.module = model
@@ -43,17 +55,18 @@ class BaseReplica:
         self._is_padding = False
         self._is_only_micro_batch: bool | None = None
         self._save_pending = True
-        self._buffers = [b for b in model.buffers() if b is not None]
-        self._saved_buffers = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._state_is_checked = False
+        self._buffers_before = BufferSnapshot(model)  # the update
+        self._initial_buffers = describe_buffers(model)
         self._group_norms = GroupGradNorms(precision.device)
         self._norm_hooks: GradNormHooks | None = None  # set if micro-batches are the groups for the noise scale
-        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._is_padding = is_padding
         if self._save_pending:
-            self._save_buffers()
+            self._save_pending = False
+            self._buffers_before.take()
         self._is_only_micro_batch = last and self._is_only_micro_batch is not False
         with self._preserve_running_stats() if is_padding else nullcontext():
             yield
@@ -67,29 +80,42 @@ class BaseReplica:
 
         BatchNorm is in evaluation mode meanwhile, so that it accepts a single sample.
         """
-        training = [norm for norm in self._batch_norms if norm.training]
+        norms = (m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        training = [norm for norm in norms if norm.training]
         for norm in training:
             norm.training = False
         try:
-            with preserve_buffers(self._buffers):
+            with preserve_buffers(self.module, keep_new=self.keeps_new_buffers):
                 yield
         finally:
             for norm in training:
                 norm.training = True
 
     def compute_loss(self, loss_fn: LossFn, batch: Any) -> Loss:
-        return run_loss(self._wrapped if torch.is_grad_enabled() else self._loss_module, loss_fn, batch)
+        if not torch.is_grad_enabled():
+            return run_loss(self._loss_module, loss_fn, batch)
+        return run_loss(self._wrapped, partial(self._compute_training_loss, loss_fn), batch)
+
+    def _compute_training_loss(self, loss_fn: LossFn, model: nn.Module, batch: Any) -> Loss:
+        loss = read_training_loss(loss_fn(model, batch))
+        if loss.count and not self._is_padding:
+            return loss
+        total = loss.total.to(self._precision.device)
+        usable = has_gradient(total) and (self._is_padding or bool(torch.isfinite(total)))
+        return replace(loss, total=self._join_reduction(total, usable))
+
+    def _join_reduction(self, total: torch.Tensor, usable: bool) -> torch.Tensor:
+        """The total of a micro-batch that counts nothing, such that its backward pass takes part in the reduction.
+
+        `usable`: it has a gradient of its own, which a finite total keeps.
+        """
+        if not usable:
+            return contribute_nothing(total, self._parameters)
+        return total if self._world == 1 else total + contribute_nothing(torch.zeros_like(total), self._parameters)
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         self._measure_next_backward(0.0 if self._is_padding else count)
         self._precision.scale_loss(total / samples).backward()
-
-    @torch.no_grad()
-    def _save_buffers(self) -> None:
-        """Save the buffers before an update, so that they can be restored if the update is skipped."""
-        self._save_pending = False
-        if self._buffers:
-            torch._foreach_copy_(self._saved_buffers, self._buffers)
 
     def _pop_group_norms(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
         """This rank's sum of group gradient norms and the number of groups; the gradients were scaled by `scale`."""
@@ -116,22 +142,57 @@ class BaseReplica:
         """
         if finite.device.type == "cuda" and supports_found_inf(self.optimizer) and self.optimizer.state:
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-            for saved, buffer in zip(self._saved_buffers, self._buffers, strict=True):
-                torch.where(finite, buffer, saved, out=buffer)
+            take_optimizer_step(self.optimizer)
+            self._buffers_before.restore_unless(finite)
         elif bool(finite):
-            self.optimizer.step()
+            take_optimizer_step(self.optimizer)
+            self._check_new_state()
         else:
-            for saved, buffer in zip(self._saved_buffers, self._buffers, strict=True):
-                buffer.copy_(saved)
+            self._buffers_before.restore(keep_new=self.keeps_new_buffers)
         self._update_loss_scale(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self._save_pending = True
 
+    def discard_update(self) -> StepResult:
+        """Drop the gradients of an update whose loss counts nothing; buffers stay as the forward passes left them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._save_pending = True
+        norm_sum, groups = self._pop_group_norms(1.0)
+        norm = torch.full((), math.nan, device=self._precision.device)
+        return StepResult(norm, torch.isnan(norm), norm_sum, groups)
+
+    def _set_optimizer(self, optimizer: torch.optim.Optimizer, config: RunConfig) -> None:
+        self.optimizer = optimizer
+        schedules_momentum = config.schedule.momentum is not None
+        self._optimizer_state = OptimizerState(optimizer, self.module, schedules_momentum=schedules_momentum)
+
+    def _check_new_state(self) -> None:
+        """After the first step, which creates it: check that all state of the optimizer can be saved."""
+        if not self._state_is_checked:
+            self._state_is_checked = True
+            self._check_optimizer_state()
+
+    def _check_optimizer_state(self) -> None:
+        self._optimizer_state.collect()
+
+    def _make_facts(self, optimizer: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON values of a checkpoint; `extra` are the extra states of the model's modules."""
+        facts = {
+            "optimizer": optimizer,
+            "scaler": self._precision.state_dict(),
+            "buffers": self._list_changed_buffers(),
+        }
+        return {**facts, "extra": extra} if extra else facts
+
+    def _load_facts(self, facts: Mapping[str, Any], tensors: LazyTensors) -> None:
+        """Load what `_make_facts` collects, except for the optimizer's."""
+        load_extra_state(self.module, facts.get("extra", {}), tensors, self._precision.device)
+        self._precision.load_state_dict(facts["scaler"])
+
     @torch.no_grad()
     def rescale_moments(self, factor: float) -> None:
         for state in self._get_optimizer_states():
-            for slot in SECOND_MOMENT_SLOTS & state.keys():
+            for slot in SECOND_MOMENT_SLOTS & state.keys() if isinstance(state, dict) else ():
                 state[slot].mul_(factor)
 
     def _get_optimizer_states(self) -> Iterable[dict[str, Any]]:
@@ -143,11 +204,16 @@ class BaseReplica:
 
     @torch.no_grad()
     def broadcast_buffers(self) -> None:
-        if self._world == 1:
-            return
-        for buffer in self._buffers:
-            if buffer.is_floating_point():
-                dist.broadcast(buffer, src=0)
+        if self._world > 1:
+            synchronize_buffers(self.module, self._precision.device)
+
+    def _list_changed_buffers(self) -> dict[str, str | None]:
+        """For the checkpoint: the buffers whose dtype or shape is not that of the recipe's new model."""
+        return find_changed_buffers(self.module, self._initial_buffers)
+
+    def _adopt_buffers(self, model: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Before a checkpoint is loaded: take its buffers whose dtype or shape changed in training."""
+        adopt_buffers(self.module, facts.get("buffers", {}), model, self._precision.device)
 
 
 def slice_evenly(group: Mapping[str, torch.Tensor], slices: dict[str, TensorSlice]) -> dict[str, torch.Tensor]:

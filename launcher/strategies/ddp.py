@@ -12,17 +12,12 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
-from launcher.config.schema import RunConfig
 from launcher.strategies.base import BaseReplica, slice_evenly
+from launcher.strategies.extra_state import collect_extra_state, load_model_tensors, split_extra_state
 from launcher.strategies.gradient_norms import GradNormHooks, compute_norms
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
-from launcher.strategies.optimizer import (
-    get_optimizer_facts,
-    get_optimizer_tensors,
-    load_optimizer,
-    make_optimizer,
-    set_lr_and_momentum,
-)
+from launcher.strategies.missing_gradients import find_unreduced, make_unreduced_error, translate_reducer_error
+from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 
 __all__ = ["DdpReplica"]
 
@@ -41,6 +36,9 @@ class DdpReplica(BaseReplica):
     bucket, after which the backward pass only waits, and sends zeros from a rank that has only padding, whatever the
     gradient of the padding is. In the hook, each rank's own gradient is visible: the ranks are the groups for the noise
     scale; with a single worker, the micro-batches are.
+
+    DDP reduces a bucket once all its parameters have a gradient. If one has none, the bucket stays local, and torch
+    would say so in the next forward pass only, after the step: whether the last bucket was reduced is checked before.
     """
 
     sharded = False
@@ -50,20 +48,26 @@ class DdpReplica(BaseReplica):
         model, config = args.model, args.config
         super().__init__(model.to(args.precision.device), args.world, args.precision)
         self._clock = args.clock
-        if args.world > 1:
-            self._wrapped = self._wrap_in_ddp(config)
-        self.optimizer = make_optimizer(model, config, args.groups)
+        self._trained_names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._static_graph = args.world > 1 and config.strategy.static_graph
+        self._is_reduced = False
+        if self._static_graph:
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+        elif args.world > 1:
+            self._wrapped = self._wrap_in_ddp(find_unused_parameters=config.strategy.find_unused_parameters)
+        self._set_optimizer(make_optimizer(model, config, args.groups), config)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._bucket_norms: list[torch.Tensor] = []
         if args.world == 1 and self.by_micro_batch:
             self._norm_hooks = GradNormHooks(self._parameters)
 
-    def _wrap_in_ddp(self, config: RunConfig) -> DistributedDataParallel:
+    def _wrap_in_ddp(self, **options: bool) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(
             self._loss_module,
             gradient_as_bucket_view=True,
-            find_unused_parameters=config.strategy.find_unused_parameters,
             **{BUFFER_SYNC_ARG: False},  # type: ignore[arg-type]
+            **options,
         )
         wrapped.register_comm_hook(None, self._all_reduce_hook)
         return wrapped
@@ -75,19 +79,32 @@ class DdpReplica(BaseReplica):
         if self._group_norms.measuring:
             self._bucket_norms += compute_norms([gradients])
         if bucket.is_last():
+            self._is_reduced = True  # torch reduces the buckets in order
             self._clock.begin_wait()
         work = dist.all_reduce(gradients, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
-        no_sync = (
-            self._wrapped.no_sync()
-            if not last and isinstance(self._wrapped, DistributedDataParallel)
-            else nullcontext()
-        )
+        if last and self._static_graph and self._wrapped is self._loss_module:
+            # DDP takes the first backward pass that it sees for the graph: it must not see the micro-batches before.
+            self._wrapped = self._wrap_in_ddp(static_graph=True, init_sync=False)
+        ddp = self._wrapped if isinstance(self._wrapped, DistributedDataParallel) else None
+        self._is_reduced = False
+        no_sync = nullcontext() if last or ddp is None else ddp.no_sync()
         with no_sync, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
+        if last and ddp is not None and not self._is_reduced:
+            missing = find_unreduced(ddp, self._trained_names)
+            raise make_unreduced_error(missing, dist.get_rank(), static_graph=self._static_graph)
+
+    def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
+        try:
+            super().backward(total, samples, count)
+        except RuntimeError as error:
+            if (final := translate_reducer_error(error, static_graph=self._static_graph)) is not None:
+                raise final from error
+            raise
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
@@ -107,8 +124,10 @@ class DdpReplica(BaseReplica):
         return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
 
     def full_state(self) -> ReplicaState:
-        facts = {"optimizer": get_optimizer_facts(self.optimizer, self.module), "scaler": self._precision.state_dict()}
-        return ReplicaState(self.module.state_dict(), get_optimizer_tensors(self.optimizer, self.module), facts)
+        model, extra = split_extra_state(self.module.state_dict())
+        optimizer, facts = self._optimizer_state.collect()
+        extra_tensors, trees = collect_extra_state(extra)
+        return ReplicaState(model, optimizer | extra_tensors, self._make_facts(facts, trees))
 
     def sharded_state(self) -> ShardedState:
         """Every rank holds the full state and returns an equal slice of it."""
@@ -117,6 +136,7 @@ class DdpReplica(BaseReplica):
         return ShardedState(ReplicaState(slice_evenly(model, slices), slice_evenly(optimizer, slices), facts), slices)
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
-        self.module.load_state_dict(dict(model))
-        load_optimizer(self.optimizer, self.module, optimizer, facts["optimizer"])
-        self._precision.load_state_dict(facts["scaler"])
+        self._adopt_buffers(model, facts)
+        load_model_tensors(self.module, model)
+        self._optimizer_state.load(optimizer, facts["optimizer"])
+        self._load_facts(facts, optimizer)

@@ -18,19 +18,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
+from launcher.errors import TrainingFailed
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook, slice_evenly
 from launcher.strategies.deepspeed_config import make_deepspeed_config
 from launcher.strategies.deepspeed_state import ZeroState
+from launcher.strategies.extra_state import collect_extra_state, load_model_tensors, split_extra_state
 from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
-from launcher.strategies.optimizer import (
-    check_optimizer_class,
-    get_optimizer_facts,
-    get_optimizer_tensors,
-    load_optimizer,
-    make_optimizer,
-    set_lr_and_momentum,
-)
+from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
+from launcher.strategies.optimizer_state import check_optimizer_class
+from launcher.strategies.training_loss import contribute_zeros, has_gradient
 from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["DeepSpeedReplica"]
@@ -49,14 +46,13 @@ class DeepSpeedReplica(BaseReplica):
         model, config, precision = args.model, args.config, args.precision
         model.to(precision.device)
         super().__init__(model, args.world, precision)
-        for buffer in self._buffers:
+        for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
         self._clock = args.clock
         self._rank = dist.get_rank()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.optimizer = make_optimizer(model, config, args.groups)
-        self._optimizer_facts = get_optimizer_facts(self.optimizer, model)
+        self._set_optimizer(make_optimizer(model, config, args.groups), config)
         if precision.name in ("bf16", "fp16"):
             forward = wrap_in_autocast(precision.autocast, self._loss_module.forward)
             self._loss_module.forward = forward  # type: ignore[method-assign]
@@ -68,7 +64,8 @@ class DeepSpeedReplica(BaseReplica):
         self._reduce = self._engine.allreduce_gradients
         self._engine.allreduce_gradients = self._reduce_and_mark_wait
         self._zero = self._engine.optimizer
-        stage = config.strategy.stage
+        self._stage = stage = config.strategy.stage
+        self._discards_gradients = False  # of the micro-batch whose loss was computed last
         self.sharded = stage > 0
         if stage == 3:
             time_param_gathering(self._zero.parameter_offload, args.clock)
@@ -87,9 +84,31 @@ class DeepSpeedReplica(BaseReplica):
         with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
 
+    def _join_reduction(self, total: torch.Tensor, usable: bool) -> torch.Tensor:
+        self._discards_gradients = not usable
+        if usable:
+            return total
+        if self._stage < 3:
+            return contribute_zeros(total, self._parameters)
+        if not has_gradient(total):
+            raise TrainingFailed(
+                "strategy.stage=3: recipe.loss counted 0 and returned a total without a gradient, but all ranks must "
+                "call the model together: return 0 * model(x).sum(), or type strategy.stage=2"
+            )
+        return contribute_zeros(total, [total])  # through the same graph as on other ranks
+
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         self._measure_next_backward(0.0 if self._is_padding else count)
-        self._engine.backward(self._precision.scale_loss(total / samples))
+        discard, self._discards_gradients = self._discards_gradients and not self._is_padding, False
+        with zero_gradients_in_backward(self._parameters) if discard else nullcontext():
+            self._engine.backward(self._precision.scale_loss(total / samples))
+
+    def discard_update(self) -> StepResult:
+        if self._state is None:
+            self._engine.zero_grad()
+        else:
+            self._step_sharded(math.nan, None)
+        return super().discard_update()
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
@@ -99,8 +118,9 @@ class DeepSpeedReplica(BaseReplica):
         norm_sum, groups = self._pop_group_norms(scale)
         norm, applied = run_step(loss_normalizer * self._world / scale, clip_norm)
         if not applied:
-            for saved, buffer in zip(self._saved_buffers, self._buffers, strict=True):
-                buffer.copy_(saved)
+            self._buffers_before.restore()
+        else:
+            self._check_new_state()
         self._precision.update_scale(finite=applied)
         self._save_pending = True
         device = self._precision.device
@@ -135,23 +155,37 @@ class DeepSpeedReplica(BaseReplica):
         """From stage 1 on, the state of this rank's flat partitions."""
         return (self.optimizer if self._state is None else self._zero.optimizer).state.values()
 
-    def _make_facts(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        return {"optimizer": {**self._optimizer_facts, "numbers": numbers}, "scaler": self._precision.state_dict()}
+    def _check_optimizer_state(self) -> None:
+        if self._state is None:
+            super()._check_optimizer_state()
+        else:
+            self._state.check(self._optimizer_state)
 
     @torch.no_grad()
     def full_state(self) -> ReplicaState:
         if self._state is None:
-            numbers = get_optimizer_facts(self.optimizer, self.module)["numbers"]
-            return ReplicaState(
-                self.module.state_dict(), get_optimizer_tensors(self.optimizer, self.module), self._make_facts(numbers)
-            )
+            return self._collect_unsharded()
         slots = dict(self._state.iter_full_slots(self._precision.device))
-        return ReplicaState(dict(self._iter_full_weights()), *self._split_tensors(slots))
+        return ReplicaState(dict(self._iter_full_weights()), *self._split_slots(slots))
 
-    def _split_tensors(self, slots: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Split into the optimizer's tensors, and the JSON values with the part of its state that is not a tensor."""
+    def _collect_unsharded(self) -> ReplicaState:
+        model, extra = split_extra_state(self.module.state_dict())
+        optimizer, facts = self._optimizer_state.collect()
+        extra_tensors, trees = collect_extra_state(extra)
+        return ReplicaState(model, optimizer | extra_tensors, self._make_facts(facts, trees))
+
+    def _get_tensors(self) -> dict[str, torch.Tensor]:
+        return split_extra_state(self.module.state_dict(keep_vars=True))[0]
+
+    def _split_slots(self, slots: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Split into tensors, and the JSON values with the part of the state that is not a tensor."""
+        assert self._state is not None
+        self._state.check(self._optimizer_state)
         numbers = {key: value for key, value in slots.items() if not isinstance(value, torch.Tensor)}
-        return {key: value for key, value in slots.items() if key not in numbers}, self._make_facts(numbers)
+        tensors = {key: value for key, value in slots.items() if key not in numbers}
+        extra_tensors, trees = collect_extra_state(split_extra_state(self.module.state_dict())[1])
+        own_extra = extra_tensors if self._rank == 0 else {}
+        return tensors | own_extra, self._make_facts(self._optimizer_state.make_facts(numbers), trees)
 
     @torch.no_grad()
     def sharded_state(self) -> ShardedState:
@@ -166,11 +200,11 @@ class DeepSpeedReplica(BaseReplica):
             slots[key] = value
             if tensor_slice is not None:
                 slices[key] = tensor_slice
-        return ShardedState(ReplicaState(self._get_local_weights(slices), *self._split_tensors(slots)), slices)
+        return ShardedState(ReplicaState(self._get_local_weights(slices), *self._split_slots(slots)), slices)
 
     def _get_local_weights(self, slices: dict[str, TensorSlice]) -> dict[str, torch.Tensor]:
         """This rank's partitions under stage 3, without padding; an equal slice of tensors that all ranks hold."""
-        tensors = self.module.state_dict(keep_vars=True)
+        tensors = self._get_tensors()
         partitioned = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "ds_id")}
         replicated = {name: tensor for name, tensor in tensors.items() if name not in partitioned}
         local = slice_evenly(replicated, slices)
@@ -183,7 +217,7 @@ class DeepSpeedReplica(BaseReplica):
     def _iter_full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's tensors, tied ones shared under every name; under stage 3 gathered, for rank 0 only."""
         gathered: dict[int, torch.Tensor] = {}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
+        for name, tensor in self._get_tensors().items():
             if not hasattr(tensor, "ds_id"):
                 yield name, tensor.detach()
                 continue
@@ -195,18 +229,19 @@ class DeepSpeedReplica(BaseReplica):
 
     @torch.no_grad()
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
+        self._adopt_buffers(model, facts)
         if self._state is None:
-            self.module.load_state_dict(dict(model))
-            load_optimizer(self.optimizer, self.module, optimizer, facts["optimizer"])
+            load_model_tensors(self.module, model)
+            self._optimizer_state.load(optimizer, facts["optimizer"])
         else:
             check_optimizer_class(self.optimizer, facts["optimizer"])
             self._load_weights(model)
-            self._state.load(optimizer, facts["optimizer"]["numbers"])
-        self._precision.load_state_dict(facts["scaler"])
+            self._state.load(optimizer, facts["optimizer"])
+        self._load_facts(facts, optimizer)
 
     def _load_weights(self, model: LazyTensors) -> None:
         loaded: set[int] = set()
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
+        for name, tensor in self._get_tensors().items():
             if id(tensor) in loaded:
                 continue
             loaded.add(id(tensor))

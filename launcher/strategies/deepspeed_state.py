@@ -19,6 +19,7 @@ from torch import nn
 from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.errors import UsageError
+from launcher.strategies.optimizer_state import OptimizerState
 
 __all__ = ["PartitionSlice", "ZeroState", "partition_slices"]
 
@@ -113,13 +114,35 @@ class ZeroState:
             dist.reduce(whole.view(torch.uint8 if whole.element_size() % 4 else torch.int32), dst=0)
         return whole.view(shape).cpu() if self._rank == 0 else whole.new_empty(0)
 
-    @torch.no_grad()
-    def load(self, tensors: LazyTensors, numbers: Mapping[str, Any]) -> None:
-        """Replace the optimizer's state by the given tensors and numbers.
+    def check(self, optimizer_state: OptimizerState) -> None:
+        """Check that the optimizer's state can be divided as its flat partitions are.
 
         Raises:
-            UsageError: parameters of one group have different step counts, which a flat group cannot represent.
+            UsageError: names the first other state.
         """
+        kept = find_group_state(optimizer_state)
+        flats = {id(piece.flat) for piece in self._slices.values()}
+        for flat, slots in self._zero.optimizer.state.items():
+            kept += [] if id(flat) in flats else [f"state[{flat!r}]" if isinstance(flat, str) else "other state"]
+            if id(flat) in flats:
+                kept += [f"{slot} in its state" for slot, value in slots.items() if not is_divisible(value, flat)]
+        if kept:
+            raise UsageError(
+                f"strategy=deepspeed: optimizer={optimizer_state.kind} keeps {kept[0]}, and only tensors with an "
+                "element for each one of the parameter, and numbers that are the same for all, can be divided at "
+                "strategy.stage=1, 2 or 3: type strategy.stage=0 or strategy=ddp"
+            )
+
+    @torch.no_grad()
+    def load(self, tensors: LazyTensors, facts: Mapping[str, Any]) -> None:
+        """Replace the optimizer's state by a checkpoint's.
+
+        Raises:
+            UsageError: parameters of one group have different step counts, which a flat group cannot represent; or
+                there is state that cannot be divided.
+        """
+        check_divisible(facts)
+        numbers = facts["numbers"]
         slots_by_parameter = group_slots_by_parameter((*tensors, *numbers))
         self._zero.optimizer.state.clear()
         for name, piece in self._slices.items():
@@ -162,3 +185,35 @@ def is_flat(slot: str, value: Any, piece: PartitionSlice) -> bool:
 def is_scalar(slot: str, shape: tuple[int, ...], parameter_shape: torch.Size) -> bool:
     """Whether a slot of this shape is one value for a parameter of `parameter_shape`."""
     return not shape and (slot in SCALAR_SLOTS or len(parameter_shape) > 0)
+
+
+def is_divisible(value: Any, flat: torch.Tensor) -> bool:
+    """Whether a slot can be divided: an element for each one of the parameter, or one number, or nothing."""
+    if isinstance(value, torch.Tensor):
+        return value.shape == flat.shape or not value.ndim
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def find_group_state(optimizer_state: OptimizerState) -> list[str]:
+    """What an optimizer keeps for its groups or as a whole; DeepSpeed steps the parts of a group one by one."""
+    entries = [key for group in optimizer_state.find_changed_entries() for key in group]
+    return [
+        *(f"{key} in its parameter groups" for key in entries),
+        *(f"self.{key}" for key in optimizer_state.find_changed_attributes()),
+    ]
+
+
+def check_divisible(facts: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's optimizer state is one that partitions can hold.
+
+    Raises:
+        UsageError: it has state of groups, or nested state.
+    """
+    nested = [key for key, tree in facts.get("trees", {}).items() if tree != {"value": None}]
+    whole = [part for part in ("entries", "state", "extra", "attributes") if facts.get(part)]
+    if nested or whole:
+        what = nested[0] if nested else "values for its groups or as a whole"
+        raise UsageError(
+            f"strategy=deepspeed: the checkpoint's optimizer {facts['kind']} keeps {what}, which cannot be divided at "
+            "strategy.stage=1, 2 or 3: type strategy.stage=0 or strategy=ddp"
+        )

@@ -18,18 +18,15 @@ from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
+from launcher.recipe import Loss
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook
+from launcher.strategies.block_calls import BlockCalls
+from launcher.strategies.extra_state import collect_extra_state, split_extra_state
 from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
-from launcher.strategies.loss_module import LossModule
+from launcher.strategies.loss_module import LossFn, LossModule
 from launcher.strategies.meta_init import materialize
-from launcher.strategies.optimizer import (
-    get_optimizer_facts,
-    get_optimizer_tensors,
-    load_optimizer,
-    make_optimizer,
-    set_lr_and_momentum,
-)
+from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 from launcher.strategies.precision import Precision
 
 __all__ = ["FsdpReplica"]
@@ -53,10 +50,12 @@ class FsdpReplica(BaseReplica):
         self._sharded = apply_fully_shard(loss_module, config, args.world, precision, args.blocks)
         super().__init__(model, args.world, precision)
         self._wrapped = self._loss_module = loss_module
-        self.optimizer = make_optimizer(model, config, args.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
+        optimizer = make_optimizer(model, config, args.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
+        self._set_optimizer(optimizer, config)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
         self._norm_hooks = GradNormHooks()
+        self._block_calls = BlockCalls([m for m in model.modules() if isinstance(m, FSDPModule)])
         for module in self._loss_module.modules():
             if isinstance(module, FSDPModule):
                 module.register_forward_pre_hook(make_wait_begin_hook(args.clock), prepend=True)
@@ -70,6 +69,13 @@ class FsdpReplica(BaseReplica):
         zero_gradients = zero_padding_gradients(self._loss_module) if is_padding else nullcontext()
         with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
+
+    def _compute_training_loss(self, loss_fn: LossFn, model: nn.Module, batch: Any) -> Loss:
+        with self._block_calls.record():
+            return super()._compute_training_loss(loss_fn, model, batch)
+
+    def _join_reduction(self, total: torch.Tensor, usable: bool) -> torch.Tensor:
+        return total if usable else self._block_calls.contribute(total, self._loss_module)
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
@@ -98,19 +104,25 @@ class FsdpReplica(BaseReplica):
         return square.sqrt()
 
     def full_state(self) -> ReplicaState:
-        state = self.module.state_dict(keep_vars=True)  # first: this reshards blocks left gathered by validation
+        # first: this reshards blocks left gathered by validation
+        state, extra = split_extra_state(self.module.state_dict(keep_vars=True))
         names = {id(p): name for name, p in self.module.named_parameters()}
         model: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():
             first = names.get(id(tensor), name)
             model[name] = model[first] if first in model else self._gather_full_tensor(tensor)
-        moments = get_optimizer_tensors(self.optimizer, self.module)
-        return ReplicaState(
-            model, {name: self._gather_full_tensor(tensor) for name, tensor in moments.items()}, self._make_facts()
-        )
+        others, facts = self._collect_others(extra)
+        return ReplicaState(model, {name: self._gather_full_tensor(tensor) for name, tensor in others.items()}, facts)
 
-    def _make_facts(self) -> dict[str, Any]:
-        return {"optimizer": get_optimizer_facts(self.optimizer, self.module), "scaler": self._precision.state_dict()}
+    def _collect_others(self, extra: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors of the optimizer and of the modules' `extra` states, and everything that is not a tensor."""
+        tensors, facts = self._optimizer_state.collect()
+        extra_tensors, trees = collect_extra_state(extra)
+        return tensors | extra_tensors, self._make_facts(facts, trees)
+
+    def _check_optimizer_state(self) -> None:
+        tensors, _ = self._optimizer_state.collect()
+        check_sharded_state(type(self.optimizer).__name__, tensors, dict(self.module.named_parameters()))
 
     def sharded_state(self) -> ShardedState:
         slices: dict[str, TensorSlice] = {}
@@ -125,11 +137,9 @@ class FsdpReplica(BaseReplica):
                     local[name] = tensor.detach()
             return local
 
-        tensors = take_local(self.module.state_dict(keep_vars=True))
-        return ShardedState(
-            ReplicaState(tensors, take_local(get_optimizer_tensors(self.optimizer, self.module)), self._make_facts()),
-            slices,
-        )
+        model, extra = split_extra_state(self.module.state_dict(keep_vars=True))
+        others, facts = self._collect_others(extra)
+        return ShardedState(ReplicaState(take_local(model), take_local(others), facts), slices)
 
     def _gather_full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """The full tensor in host memory on rank 0; an empty tensor on the other ranks."""
@@ -138,20 +148,19 @@ class FsdpReplica(BaseReplica):
 
     @torch.no_grad()
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
+        self._adopt_buffers(model, facts)
+        tensors, _ = split_extra_state(self.module.state_dict(keep_vars=True))
+        for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
                 rows = tensor.to_local()
                 rows.copy_(model.read_range(name, *get_local_flat_range(tensor, self._rank)).view(rows.shape))
             else:
                 tensor.copy_(model[name])
-        parameters = dict(self.module.named_parameters())
-        state = {key: self._load_slot(optimizer, key, parameters[key.rpartition("/")[0]]) for key in optimizer}
-        load_optimizer(self.optimizer, self.module, state, facts["optimizer"])
+        self._optimizer_state.load(optimizer, facts["optimizer"], partial(self._read_shard, optimizer))
+        self._load_facts(facts, optimizer)
 
-    def _load_slot(self, optimizer: LazyTensors, key: str, parameter: torch.Tensor) -> torch.Tensor:
-        """A tensor of the optimizer state: this rank's rows if it has the shape of its sharded parameter, else all."""
-        if not isinstance(parameter, DTensor) or optimizer.shape(key) != tuple(parameter.shape):
-            return optimizer[key]
+    def _read_shard(self, optimizer: LazyTensors, key: str, parameter: DTensor) -> torch.Tensor:
+        """This rank's rows of a tensor of the optimizer's state that has the shape of its parameter."""
         rows = parameter.to_local()
         values = (
             optimizer.read_range(key, *get_local_flat_range(parameter, self._rank)).view(rows.shape).to(rows.device)
@@ -164,6 +173,30 @@ class FsdpReplica(BaseReplica):
             shape=parameter.shape,
             stride=parameter.stride(),
         )
+
+
+def check_sharded_state(kind: str, tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Check that the optimizer's state consists of shards like those of its parameter, and of single values.
+
+    Other tensors may be computed from the rows of one rank, and only rank 0's would be saved.
+
+    Raises:
+        UsageError: names the first other tensor.
+    """
+    for key, tensor in tensors.items():
+        parameter = parameters.get(key.rpartition("/")[0])
+        is_shard = isinstance(tensor, DTensor) and isinstance(parameter, DTensor)
+        if is_shard and (tensor.shape, tensor.placements) == (parameter.shape, parameter.placements):
+            continue
+        if (
+            isinstance(tensor, DTensor)
+            or tensor.numel() > 1
+            or (parameter is not None and tensor.shape == parameter.shape)
+        ):
+            raise UsageError(
+                f"strategy=fsdp: optimizer={kind} keeps {key}, a tensor of the shape {list(tensor.shape)}, and only "
+                "tensors of the shape of the parameter and single values are sharded: type strategy=ddp"
+            )
 
 
 def register_grad_norm_hooks(norm_hooks: GradNormHooks) -> Callable[..., None]:

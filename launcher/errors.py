@@ -1,8 +1,8 @@
-"""Exit statuses, and the error for a wrong request."""
+"""Exit statuses, and the errors for a wrong request and for training that cannot continue."""
 
 from __future__ import annotations
 
-__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_RESTART", "EXIT_USAGE", "UsageError"]
+__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_RESTART", "EXIT_USAGE", "TrainingFailed", "UsageError"]
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -16,3 +16,7 @@ class UsageError(ValueError):
 
     The message is one line with the key, the value, what is wrong and what to type instead.
     """
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot continue, and a restart would fail again. Exit status 1."""

@@ -151,7 +151,12 @@ class DataConfig:
 @dataclass(frozen=True)
 class StrategyConfig:
     name: Literal["ddp", "fsdp", "deepspeed"] = option("ddp", "how the model is distributed over the workers")
-    find_unused_parameters: bool = option(False, "DDP: detect parameters that received no gradient")
+    find_unused_parameters: bool = option(
+        False, "DDP: allow that loss() leaves out parameters in some updates or ranks"
+    )
+    static_graph: bool = option(
+        False, "DDP: every update uses the same parameters equally often; allows reentrant checkpoints"
+    )
     reshard_after_forward: bool = option(
         True, "FSDP: free a block's gathered parameters between its forward and backward pass"
     )

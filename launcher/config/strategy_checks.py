@@ -196,6 +196,11 @@ def needs_equal_micro_batches(config: RunConfig) -> bool:
 
 def config_errors(config: RunConfig) -> Iterator[str]:
     """What the configured strategy does not support, one line each, with the fix. Does not import torch."""
+    if config.strategy.static_graph and config.strategy.find_unused_parameters:
+        yield (
+            "strategy.static_graph=true and strategy.find_unused_parameters=true contradict each other: the one says "
+            "that all updates use the same parameters, the other that they do not: set one of them to false"
+        )
     if config.strategy.name == "fsdp":
         yield from iter_fsdp_errors(config)
     if config.strategy.name == "deepspeed":

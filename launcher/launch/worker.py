@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from launcher.config.keys import to_mapping
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_RESTART, EXIT_USAGE, UsageError
+from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_RESTART, EXIT_USAGE, TrainingFailed, UsageError
 from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig
 from launcher.launch import log_files
@@ -171,7 +171,7 @@ def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int
     watchdog = start_watchdog(job_spec, topology, terminal)
     try:
         return session.run(job_spec, topology, agreed.store, stop_requests, watchdog)
-    except Exception as error:
+    except BaseException as error:  # the recipe may also have called sys.exit
         if watchdog is not None:
             watchdog.stop()
         status = handle_failure(job_spec, topology, error, terminal)
@@ -299,10 +299,8 @@ def report_complete(summary: str, topology: Topology) -> int:
     return EXIT_OK
 
 
-def handle_failure(job_spec: JobSpec, topology: Topology, error: Exception, terminal: TextIO) -> int:
+def handle_failure(job_spec: JobSpec, topology: Topology, error: BaseException, terminal: TextIO) -> int:
     """Record the failure for the driver to report; under the user's own torchrun, one rank prints it here."""
-    from launcher.train.loop import TrainingFailed
-
     final = isinstance(error, TrainingFailed)
     log = job_spec.run_dir.get_log_path(*topology.rank_and_generation)
     failure = failures.write_failure(job_spec.run_dir.logs, *topology.rank_and_generation, error, log, final=final)

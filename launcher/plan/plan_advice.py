@@ -15,7 +15,7 @@ __all__ = ["collect_plan_advice"]
 
 #: Keys of the section `strategy` that only one strategy uses -> that strategy.
 STRATEGY_OWNING_KEY = {
-    "find_unused_parameters": "ddp",
+    **dict.fromkeys(("find_unused_parameters", "static_graph"), "ddp"),
     **dict.fromkeys(("reshard_after_forward", "param_dtype", "meta_init"), "fsdp"),
     **dict.fromkeys(("stage", "config"), "deepspeed"),
 }

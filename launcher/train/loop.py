@@ -19,15 +19,9 @@ from launcher.train.micro_batches import LossSums, backward, compute_loss_normal
 from launcher.train.outcome import TrainOutcome
 from launcher.train.profiler import profile_updates
 from launcher.train.state import MetricTarget, TrainState
+from launcher.train.update_reports import report_empty_validation, report_update
 
-__all__ = ["TrainingFailed", "train"]
-
-MAX_SKIPS = 3  # consecutive non-finite updates before training fails
-FP16_SKIPS_BEFORE_ALARM = 20  # fp16 skips updates while its loss scale adapts
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot continue, and a restart would fail again."""
+__all__ = ["train"]
 
 
 def train(context: TrainContext, state: TrainState) -> tuple[TrainState, TrainOutcome]:
@@ -108,32 +102,17 @@ def wait_for_stats(context: TrainContext, pending: PendingStats, update: Update)
 def apply_gathered_stats(
     context: TrainContext, state: TrainState, gathered: GatheredStats, previous_update: Update | None
 ) -> TrainState:
-    """Apply the previous update's gathered statistics: count consecutive skipped updates, update the noise scale."""
-    if gathered.stop != StopLevel.CONTINUE:
-        context.stop_requests.acknowledge()
-    updated = state.with_gathered_stats(gathered, previous_update, context.training_plan)
-    log_lr_change_from_noise(context, state, updated)
-    updated = updated.with_skip_count(0 if gathered.finite else updated.skips + 1)
-    if updated.skips:
-        handle_skipped_update(context, updated, gathered.not_finite)
-    return updated
-
-
-def handle_skipped_update(context: TrainContext, state: TrainState, not_finite: tuple[int, ...]) -> None:
-    """Log an alarm that the previous update was skipped; `not_finite` are the ranks whose loss was not finite.
+    """Apply the previous update's gathered statistics: count updates without a step, update the noise scale.
 
     Raises:
         TrainingFailed: three updates in a row were not finite, except under fp16.
     """
-    is_fp16 = context.precision.name == "fp16"
-    if is_fp16 and state.skips != FP16_SKIPS_BEFORE_ALARM:  # `!=`: one alarm per series of skipped updates
-        return
-    ranks = ", ".join(map(str, not_finite))
-    source = f"the loss of rank {ranks}" if ranks else "the gradient, though every loss was finite"
-    detail = f"update {state.position.update} was skipped: NaN or infinity in {source}"
-    context.log_event("alarm", kind="not_finite", detail=detail, ranks=list(not_finite))
-    if state.skips == MAX_SKIPS and not is_fp16:
-        raise TrainingFailed(f"{MAX_SKIPS} updates in a row were not finite; the last: {detail}")
+    if gathered.stop != StopLevel.CONTINUE:
+        context.stop_requests.acknowledge()
+    updated = state.with_gathered_stats(gathered, previous_update, context.training_plan)
+    log_lr_change_from_noise(context, state, updated)
+    report_update(context, state, updated, gathered)
+    return updated
 
 
 def log_lr_change_from_noise(context: TrainContext, before: TrainState, after: TrainState) -> None:
@@ -188,10 +167,13 @@ def compute_lr(schedule: LrSchedule, update: Update) -> LrAndMomentum:
 def step_optimizer(
     context: TrainContext, update: Update, lr: LrAndMomentum, losses: LossSums, gathered: GatheredStats
 ) -> DeferredScalars:
-    """Take the optimizer step, and start to copy the scalars of the update to the host."""
+    """Take the optimizer step, if the loss counts anything; start to copy the scalars of the update to the host."""
     context.enter_phase("optimizer", update)
-    normalizer = compute_loss_normalizer(update, gathered)
-    step = context.replica.step(lr.lr, lr.momentum, normalizer, context.config.train.clip_norm)
+    if gathered.count:
+        normalizer = compute_loss_normalizer(update, gathered)
+        step = context.replica.step(lr.lr, lr.momentum, normalizer, context.config.train.clip_norm)
+    else:
+        step = context.replica.discard_update()
     scalars = UpdateScalars(
         loss=losses.total,
         loss_count=losses.count,
@@ -214,20 +196,13 @@ def validate_if_due(context: TrainContext, state: TrainState, update: Update) ->
     result = context.validator.run(context.replica)
     metrics = result.metrics
     if not result.count:
-        return skip_empty_validation(context, state, metrics), metrics
+        state = state.with_empty_validation(metrics)
+        report_empty_validation(context, state)
+        return state, metrics
     state = state.with_validation(metrics, update.end, context.config.schedule.metric)
     settings = context.config.checkpoint
     state = state.with_best_checkpoint(metrics, settings.best, settings.best_mode, format_checkpoint_name(state))
     return check_target(context, state, metrics), metrics
-
-
-def skip_empty_validation(context: TrainContext, state: TrainState, metrics: Mapping[str, float]) -> TrainState:
-    """Warn, the first time, that validation counted nothing; its NaN reaches no schedule, best checkpoint or target."""
-    state = replace(state, metrics=metrics, empty_validations=state.empty_validations + 1)
-    if state.empty_validations == 1:
-        detail = "the loss counted 0 over the whole validation set: it has no target, and its metrics are NaN"
-        context.log_event("alarm", kind="empty_validation", detail=detail)
-    return state
 
 
 def check_target(context: TrainContext, state: TrainState, metrics: Mapping[str, float]) -> TrainState:

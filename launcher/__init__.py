@@ -25,14 +25,27 @@ def load(run: str | Path, trust: Sequence[str] = ()) -> nn.Module:
         UsageError: the recipe is not trusted, or its fields no longer match the run.
         FileNotFoundError: the run does not exist or has not finished.
     """
-    import yaml
-    from safetensors.torch import load_model
+    import json
 
+    import torch
+    import yaml
+    from safetensors import safe_open
+    from safetensors.torch import load_file, load_model
+
+    from launcher.checkpoint.tensor_io import CHANGED_BUFFERS
     from launcher.recipe import build_recipe
     from launcher.run_dir.run_directory import RunDirectory
 
     run_dir = RunDirectory(Path(run))
     spec = yaml.safe_load(run_dir.run_yaml.read_text())["recipe"]
     model: nn.Module = build_recipe({**spec, "trust": list(trust)}).model()
+    with safe_open(run_dir.model, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if CHANGED_BUFFERS in metadata:
+        from launcher.strategies.buffer_layout import adopt_buffers
+
+        tensors = load_file(run_dir.model)
+        tensors.update({alias: tensors[name] for alias, name in metadata.items() if name in tensors})
+        adopt_buffers(model, json.loads(metadata[CHANGED_BUFFERS]), tensors, torch.device("cpu"))
     load_model(model, run_dir.model)
     return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from launcher.errors import UsageError
+from launcher.strategies.buffers import BufferSnapshot, replay_buffers
 
-__all__ = ["BlocksFn", "apply_activation_checkpointing", "find_blocks", "preserve_buffers"]
+__all__ = ["BlocksFn", "apply_activation_checkpointing", "find_blocks"]
 
 #: The type of a recipe's optional `blocks(model)`.
 BlocksFn = Callable[[nn.Module], Iterable[nn.Module]]
@@ -64,17 +65,16 @@ class _CheckpointedForward:
         return checkpoint(self._forward, *args, use_reentrant=False, context_fn=self._make_contexts, **kwargs)
 
     def _make_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), preserve_buffers(list(self._block.buffers()))
+        """The contexts of the first pass and of the recomputation, which sees the buffers as the first pass did."""
+        start = BufferSnapshot(self._block)
+        return remember_changed_buffers(start), replay_buffers(self._block, start)
 
 
 @contextmanager
-def preserve_buffers(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Restore the buffers to their previous values after the block."""
-    with torch.no_grad():
-        saved = [(buffer, buffer.clone()) for buffer in buffers]
+def remember_changed_buffers(start: BufferSnapshot) -> Iterator[None]:
+    """Copy the buffers that the block changes, as they were before it."""
+    start.take()
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+        start.drop_unchanged()

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.errors import UsageError
 from launcher.plan.virtual_shards import TreeSum, num_training_ranks
+from launcher.recipe import Loss
+from launcher.strategies.buffers import BufferCopy, BufferSnapshot, get_buffer, have_same_layout, preserve_buffers
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.gradient_norms import compute_norms
 from launcher.strategies.interface import ReplicaArgs, ReplicaState
+from launcher.strategies.loss_module import LossFn
 
 __all__ = ["ExactReplica"]
 
@@ -31,10 +35,12 @@ class ExactReplica(DdpReplica):
     Every shard starts from the buffers as they were before the update. A floating-point buffer that some shard changed
     becomes the mean over the shards that have samples (summed in the same tree, each with equal weight whatever its
     number of samples); an unchanged one stays. Other buffers (counters) are those of shard 0, which always has samples.
+    A buffer that is not saved may get another shape (a cache): it is as before the update again in the next shard.
     The shards are the groups for the noise scale, so that is bitwise equal too.
     """
 
     by_micro_batch = False
+    keeps_new_buffers = False  # they would differ between ranks
 
     def __init__(self, args: ReplicaArgs) -> None:
         make_deterministic()
@@ -44,21 +50,20 @@ class ExactReplica(DdpReplica):
         self._rank = dist.get_rank() if world > 1 else 0
         self._training_ranks = num_training_ranks(world, config.elastic.shards)
         self._shards = config.elastic.shards // self._training_ranks if self._rank < self._training_ranks else 0
-        pairs = zip(self._buffers, self._saved_buffers, strict=True)
-        self._mean_buffers = [(buffer, saved) for buffer, saved in pairs if buffer.is_floating_point()]
-        self._counters = [buffer for buffer in self._buffers if not buffer.is_floating_point()]
         self._shard0_counters: list[torch.Tensor] = []
-        summed = [*self._parameters, *(buffer for buffer, _ in self._mean_buffers)]
-        self._dtype = reduce(torch.promote_types, (tensor.dtype for tensor in summed), torch.float32)
         self._gradient_numel = sum(parameter.numel() for parameter in self._parameters)
-        self._sizes = (
-            [tensor.numel() for tensor in summed] + [1] * len(self._mean_buffers) + [len(self._parameters) + 1]
-        )
         self._tree = TreeSum()
         self._shard: int | None = None
         if world > 1:
-            for tensor in (*args.model.parameters(), *self._buffers):
+            for tensor in (*args.model.parameters(), *args.model.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
+
+    def compute_loss(self, loss_fn: LossFn, batch: Any) -> Loss:
+        """As under DDP; a validation batch changes no buffer, since each rank has other batches."""
+        if torch.is_grad_enabled():
+            return super().compute_loss(loss_fn, batch)
+        with preserve_buffers(self.module, keep_new=False):
+            return super().compute_loss(loss_fn, batch)
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
@@ -85,22 +90,48 @@ class ExactReplica(DdpReplica):
         if self._group_norms.measuring:
             self._group_norms.close(compute_norms([packed[: self._gradient_numel]]))
         if self._shard == 0:
-            self._shard0_counters = [counter.clone() for counter in self._counters]
+            self._shard0_counters = [self._get_value(counter).clone() for counter, _ in self._list_counters()]
         self.optimizer.zero_grad(set_to_none=True)
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._saved_buffers)
+        self._buffers_before.restore(keep_new=self.keeps_new_buffers)
 
     def _pack_shard(self) -> torch.Tensor:
-        device = self._precision.device
+        check_shapes_of_buffers(self.module, self._buffers_before)
+        device, dtype = self._precision.device, self._get_sum_dtype()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        changed = [(buffer != saved).any() for buffer, saved in self._mean_buffers]
+        values = [(self._get_value(buffer), saved) for buffer, saved in self._list_mean_buffers()]
+        changed = [(value != saved).any() for value, saved in values]
         flags = torch.tensor([*(p.grad is not None for p in self._parameters), True], device=device)
-        parts = [*gradients, *(buffer for buffer, _ in self._mean_buffers), *changed, flags]
-        return torch.cat([part.reshape(-1).to(self._dtype) for part in parts])
+        parts = [*gradients, *(value for value, _ in values), *changed, flags]
+        return torch.cat([part.reshape(-1).to(dtype) for part in parts])
+
+    def _list_mean_buffers(self) -> list[tuple[BufferCopy, torch.Tensor]]:
+        """The floating-point buffers of this update, with their values before it."""
+        pairs = ((buffer, buffer.copy) for buffer in self._buffers_before.buffers)
+        return [(buffer, saved) for buffer, saved in pairs if saved is not None and saved.is_floating_point()]
+
+    def _list_counters(self) -> list[tuple[BufferCopy, torch.Tensor]]:
+        """The other buffers of this update, with their values before it."""
+        pairs = ((buffer, buffer.copy) for buffer in self._buffers_before.buffers)
+        return [(buffer, saved) for buffer, saved in pairs if saved is not None and not saved.is_floating_point()]
+
+    def _get_value(self, buffer: BufferCopy) -> torch.Tensor:
+        """The buffer's value in this shard; of a cache that grew in it, the value before."""
+        value = get_buffer(buffer.module, buffer.name)
+        assert buffer.copy is not None
+        return value.detach() if value is not None and have_same_layout(value, buffer.copy) else buffer.copy
+
+    def _get_sum_dtype(self) -> torch.dtype:
+        summed = [*self._parameters, *(saved for _, saved in self._list_mean_buffers())]
+        return reduce(torch.promote_types, (tensor.dtype for tensor in summed), torch.float32)
+
+    def _list_sizes(self) -> list[int]:
+        """The numbers of elements of the parts of a shard's vector."""
+        means = [saved.numel() for _, saved in self._list_mean_buffers()]
+        return [*(p.numel() for p in self._parameters), *means, *[1] * len(means), len(self._parameters) + 1]
 
     @torch.no_grad()
     def _sum_shards(self) -> None:
-        zeros = torch.zeros(sum(self._sizes), dtype=self._dtype, device=self._precision.device)
+        zeros = torch.zeros(sum(self._list_sizes()), dtype=self._get_sum_dtype(), device=self._precision.device)
         while self._tree.size < self._shards:
             # Adding zeros is not a no-op (-0.0 + 0.0 is 0.0), and must not depend on which rank has the other operand.
             self._tree.add(zeros)
@@ -125,27 +156,29 @@ class ExactReplica(DdpReplica):
         return total
 
     def _load_summed_gradients(self, total: torch.Tensor) -> None:
-        parts, parameters, means = total.split(self._sizes), len(self._parameters), len(self._mean_buffers)
+        mean_buffers = self._list_mean_buffers()
+        parts, parameters, means = total.split(self._list_sizes()), len(self._parameters), len(mean_buffers)
         *has_gradient, shards = parts[-1].tolist()
         for parameter, gradient, present in zip(self._parameters, parts, has_gradient, strict=False):
             # In the parameter's memory layout: the optimizer's fused kernel iterates over both together.
             parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape)) if present else None
         sums, changed = parts[parameters : parameters + means], parts[parameters + means : -1]
-        for (buffer, saved), total_value, was_changed in zip(self._mean_buffers, sums, changed, strict=True):
-            mean = (total_value / shards).view(buffer.shape).to(buffer.dtype)
-            buffer.copy_(torch.where(was_changed > 0, mean, saved))
+        for (buffer, saved), total_value, was_changed in zip(mean_buffers, sums, changed, strict=True):
+            mean = (total_value / shards).view(saved.shape).to(saved.dtype)
+            buffer.assign(torch.where(was_changed > 0, mean, saved))
 
     def _broadcast_counters(self) -> None:
         """Broadcast the counters of shard 0 to every rank, as bytes in one message."""
-        if not self._counters:
+        counters = self._list_counters()
+        if not counters:
             return
-        values = self._shard0_counters or self._counters
+        values = self._shard0_counters or [saved for _, saved in counters]
         message = torch.cat([counter.reshape(-1).view(torch.uint8) for counter in values])
         if self._real_world > 1:
             dist.broadcast(message, src=0)
-        sizes = [counter.numel() * counter.element_size() for counter in self._counters]
-        for counter, part in zip(self._counters, message.split(sizes), strict=True):
-            counter.copy_(part.clone().view(counter.dtype).view(counter.shape))
+        sizes = [saved.numel() * saved.element_size() for _, saved in counters]
+        for (counter, saved), part in zip(counters, message.split(sizes), strict=True):
+            counter.assign(part.clone().view(saved.dtype).view(saved.shape))
         self._shard0_counters = []
 
     def full_state(self) -> ReplicaState:
@@ -166,6 +199,27 @@ class ExactReplica(DdpReplica):
                     f"changes the last bits: continue with {was}, or start a new run with run.name=…"
                 )
         super().restore(model, optimizer, facts)
+
+
+def check_shapes_of_buffers(model: nn.Module, before: BufferSnapshot) -> None:
+    """Check that a shard left the saved buffers their shapes: else their mean over the shards is not defined.
+
+    Raises:
+        UsageError: names the buffer.
+    """
+    shapes = {(id(buffer.module), buffer.name): buffer.copy for buffer in before.buffers}
+    for path, module in model.named_modules():
+        for name, tensor in module._buffers.items():
+            if name in module._non_persistent_buffers_set:
+                continue
+            saved = shapes.get((id(module), name))
+            if not have_same_layout(saved, tensor):
+                was, now = ("not set" if each is None else str(list(each.shape)) for each in (saved, tensor))
+                raise UsageError(
+                    f"elastic.exact=true: the buffer {path}{'.' if path else ''}{name} changed its shape or dtype in "
+                    f"an update ({was} before, {now} after), so that the shards have no mean of it: register it with "
+                    "its final shape in model(), or with persistent=False if it can be computed again"
+                )
 
 
 def make_deterministic() -> None:

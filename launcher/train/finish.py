@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.checkpoint import tensor_io
-from launcher.checkpoint.manifest import open_checkpoint
+from launcher.checkpoint.manifest import VerifiedCheckpoint, open_checkpoint
 from launcher.run_dir.restart_cost import sum_restart_costs
 from launcher.train.checkpoint_manager import format_checkpoint_name
 from launcher.train.context import TrainContext
 from launcher.train.outcome import TrainOutcome
 from launcher.train.rank_setup import RankJob
 from launcher.train.state import TrainState
+from launcher.train.update_reports import count_unapplied_updates
 
 __all__ = ["finish_run"]
 
@@ -21,7 +22,8 @@ def finish_run(job: RankJob, context: TrainContext, state: TrainState, outcome: 
     run_dir, position = context.run_dir, state.position
     if outcome != TrainOutcome.COMPLETE:
         why = run_dir.read_stop_reason() or context.stop_requests.reason or "another rank"
-        context.log_event("preempt", why=why, samples=position.samples, update=position.update)
+        unapplied = count_unapplied_updates(context, state)
+        context.log_event("preempt", why=why, samples=position.samples, update=position.update, **unapplied)
         return
     export_parameters(job, state, run_dir.resolve_checkpoints_dir(context.config.checkpoint.dir))
     done = {
@@ -30,6 +32,7 @@ def finish_run(job: RankJob, context: TrainContext, state: TrainState, outcome: 
         "seconds": context.meter.seconds(),
         "metrics": dict(state.metrics),
         "restarts": run_dir.read_restarts(),
+        **count_unapplied_updates(context, state),
         **sum_restart_costs(run_dir.metrics),
     }
     if state.target_reached is not None:
@@ -45,7 +48,11 @@ def export_parameters(job: RankJob, state: TrainState, checkpoints_dir: Path) ->
     resumed = job.setup.checkpoint
     # The final checkpoint is absent if training had already ended at a checkpoint that the user named.
     final = resumed if resumed is not None and not final_path.is_dir() else open_checkpoint(final_path)
-    tensor_io.export_safetensors(run_dir.model, tensor_io.load_checkpoint(final).model)
+    export_checkpoint(final, run_dir.model)
     if state.best_checkpoint is not None:
-        best = open_checkpoint(checkpoints_dir / state.best_checkpoint)
-        tensor_io.export_safetensors(run_dir.best_model, tensor_io.load_checkpoint(best).model)
+        export_checkpoint(open_checkpoint(checkpoints_dir / state.best_checkpoint), run_dir.best_model)
+
+
+def export_checkpoint(checkpoint: VerifiedCheckpoint, path: Path) -> None:
+    loaded = tensor_io.load_checkpoint(checkpoint)
+    tensor_io.export_safetensors(path, loaded.model, loaded.manifest.facts.get("buffers", {}))

@@ -14,11 +14,13 @@ import torch
 from launcher import recipe as recipes
 from launcher.checkpoint import tensor_io
 from launcher.checkpoint.manifest import VerifiedCheckpoint, latest_valid, open_checkpoint
+from launcher.checkpoint.model_layout import check_tensor_names
 from launcher.distributed.stop_requests import StopRequests
 from launcher.distributed.watchdog import Watchdog
 from launcher.errors import UsageError
 from launcher.plan.timeline import Position
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan
+from launcher.run_dir.resume import check_data_length
 from launcher.system.fault_injection import FaultInjector
 from launcher.topology import Topology
 from launcher.train.build import Datasets, TrainComponents, open_datasets, resolve_device
@@ -82,12 +84,15 @@ def prepare_rank(job_spec: JobSpec, topology: Topology) -> RankSetup:
     seed_host_generators(derive_seed(config.seed, DATASET_STREAM))  # a data set drawn without a seed of its own
     recipe = recipes.build_recipe(config.recipe)
     sizes = recipes.get_dataset_sizes(recipe)
+    checkpoint = find_checkpoint(job_spec)
+    if checkpoint is not None:
+        check_data_length(checkpoint.path, checkpoint.manifest, sizes.train)
     return RankSetup(
         recipe=recipe,
         sizes=sizes,
         device=resolve_device(config, topology),
         datasets=open_datasets(recipe, config, sizes),
-        checkpoint=find_checkpoint(job_spec),
+        checkpoint=checkpoint,
         run_dir_generation=job_spec.run_dir.read_generation(),
     )
 
@@ -115,7 +120,7 @@ def restore_state(
     """
     if checkpoint is None:
         return TrainState.initial(plan)
-    tensor_io.check_tensor_names(checkpoint.manifest, components.meta_state_dict)
+    check_tensor_names(checkpoint.manifest, components.meta_state_dict)
     loaded = tensor_io.load_checkpoint(checkpoint)
     facts = loaded.manifest.facts
     components.replica.restore(loaded.model, loaded.optimizer, facts)

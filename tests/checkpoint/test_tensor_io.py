@@ -26,13 +26,13 @@ from launcher.checkpoint.manifest import (
     latest_valid,
     open_checkpoint,
 )
+from launcher.checkpoint.model_layout import check_tensor_names
 from launcher.checkpoint.tensor_io import (
     CheckpointError,
     CheckpointState,
     LazyTensors,
     SaveOptions,
     TensorReader,
-    check_tensor_names,
     export_safetensors,
     load_checkpoint,
     save_checkpoint,

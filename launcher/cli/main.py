@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except UsageError as error:
         return print_error(error, args, EXIT_USAGE)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a recipe that calls sys.exit has not done what was asked
         return print_error(error, args, EXIT_FAILED)
 
 
@@ -76,7 +76,7 @@ def is_verb(arg: str) -> bool:
     return "=" not in arg and not arg.startswith(("-", "+", "~"))
 
 
-def print_error(error: Exception, args: Sequence[str], status: int) -> int:
+def print_error(error: Exception | SystemExit, args: Sequence[str], status: int) -> int:
     """Print the error as one line on stderr, with a traceback for debug=true or a failing worker; return `status`.
 
     Usage errors are printed by rank 0 only.
@@ -87,6 +87,9 @@ def print_error(error: Exception, args: Sequence[str], status: int) -> int:
     debug = any(arg.lower() == "debug=true" for arg in args)
     if debug or (topology is not None and not is_usage_error):
         sys.stderr.write(mask_secrets("".join(traceback.format_exception(error))))
+    from launcher.run_dir.failures import describe_error
+
     hint = "" if is_usage_error or debug else " (debug=true shows where)"
-    print_stderr(f"error: {error}" if is_usage_error else f"error: {type(error).__name__}: {error}{hint}")
+    message = describe_error(error)
+    print_stderr(f"error: {message}" if is_usage_error else f"error: {type(error).__name__}: {message}{hint}")
     return status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig, report_unmeasured
 from launcher.launch.resolve_auto import make_unmeasured_config, resolve_from_measurement, resolve_without_measuring
 from launcher.run_dir import failures
+from launcher.run_dir.failed_starts import FailedStarts
 from launcher.run_dir.open_run import OpenedRun, open_run, run_path, write_run_files
 from launcher.run_dir.run_directory import RUNS_DIR, RunDirectory
 from launcher.system.processes import handles_signal, kill_process_tree, list_child_pids, write_memfd
@@ -28,7 +28,7 @@ from launcher.system.stderr import print_stderr
 from launcher.telemetry.sinks.jsonl import append_line
 from launcher.train.job_spec import JobSpec
 
-__all__ = ["describe_killed", "launch_job"]
+__all__ = ["launch_job"]
 
 AGENT_POLL_S = 0.05
 
@@ -113,12 +113,13 @@ class TorchrunJob:
         self._run_dir: RunDirectory = opened.run_dir
         self._config = opened.config
         self._first_generation = opened.run_dir.read_generation() + 1
-        self._failures_file = private / "failures.json"
+        exit_codes = private / "exit-codes.jsonl"
+        self._failed_starts = FailedStarts(opened.run_dir, self._first_generation, exit_codes)
         job_spec = JobSpec.from_opened(opened, under_driver=True, why=resolved.why, profile=resolved.profile)
         job_spec = replace(job_spec, first_generation=self._first_generation)
         self._handover = write_memfd(job_spec.to_json())
         path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")
-        self._command = make_torchrun_command(opened.config, workers, path, self._failures_file)
+        self._command = make_torchrun_command(opened.config, workers, path, exit_codes)
         self._signal_count = self._last_generation = 0
         self._signalled_pids: set[int] = set()
 
@@ -139,22 +140,23 @@ class TorchrunJob:
                 agent.wait(AGENT_POLL_S)
             if self._signal_count > 1:
                 return EXIT_INTERRUPTED
+            generation = self._run_dir.read_generation()  # one higher at each start of the workers
+            self._failed_starts.observe(generation)
             if agent.returncode == 0:
                 return self._finish_successfully()
-            generation = self._run_dir.read_generation()  # one higher at each start of the workers
             last_saved = max(self._first_generation, self._run_dir.read_saved_generation())
             failure = failures.first_failure(self._run_dir.logs, last_saved)
             restarted = generation > max(self._last_generation, self._first_generation)
             self._last_generation = generation
             ended_by = self._record_failure(generation - 1) if restarted else None
-            is_fatal = failure is not None and failure.is_fatal
+            is_fatal = (failure is not None and failure.is_fatal) or self._failed_starts.is_repeated(generation)
             if agent.returncode is not None or is_fatal or generation - last_saved > self._config.elastic.max_restarts:
                 kill_process_tree(agent)
                 self._record_failure(generation)
                 return self._report_failure(failure)
             if restarted:
-                why = "a worker was killed or received SIGTERM" if ended_by is None else ended_by.summary()
-                print_stderr(f"restart {generation - self._first_generation}: {why}")
+                why = self._failed_starts.last_exit if ended_by is None else ended_by.summary()
+                print_stderr(f"restart {generation - self._first_generation}: {why or 'a worker received SIGTERM'}")
             if self._signal_count:
                 self._forward_stop(agent.pid)
 
@@ -198,25 +200,14 @@ class TorchrunJob:
         return EXIT_OK
 
     def _report_failure(self, failure: failures.RankFailure | None) -> int:
-        """Print the error. If all ranks only report a lost peer, the peer was killed: describe its exit code."""
-        line = f"logs: {self._run_dir.logs}" if failure is None else failure.summary()
-        if failure is None or (failure.status != EXIT_USAGE and failures.is_peer_failure(failure.message)):
-            why = (
-                describe_killed(self._failures_file)
-                if self._failures_file.exists()
-                else "the workers were killed repeatedly"
-            )
-            line = f"{why} ({line})"
+        """Print the error. If no rank recorded the cause, a worker was killed or left: describe how it ended."""
+        is_consequence = failure is None or (failure.status != EXIT_USAGE and failures.is_peer_failure(failure.message))
+        line = "" if failure is None else failure.summary()
+        if is_consequence:
+            line = self._failed_starts.last_exit or f"torchrun ended ({line or f'logs: {self._run_dir.logs}'})"
+        if self._failed_starts.repeated:
+            print_stderr("not started again: the workers failed twice in the same way before any update was made")
         print_stderr(f"error: {line}")
         if failure is not None and self._config.debug:
             print_stderr(failure.traceback, multiline=True)
         return EXIT_USAGE if failure is not None and failure.status == EXIT_USAGE else EXIT_FAILED
-
-
-def describe_killed(report: Path) -> str:
-    """Describe workers that died without reporting an error, from the agent's exit codes."""
-    try:
-        codes: dict[str, int] = json.loads(report.read_text())
-    except (OSError, ValueError):
-        return "torchrun ended without reporting an error"
-    return failures.describe_exit_codes({int(rank): code for rank, code in codes.items()}) or "torchrun failed"

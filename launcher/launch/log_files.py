@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -12,13 +13,15 @@ __all__ = ["redirect_output"]
 
 
 def redirect_output(log: Path, rank: int, *, debug: bool) -> TextIO:
-    """Send log records and warnings to this rank's log, on ranks above 0 also stdout and stderr.
+    """Send log records, warnings and the stack of a crash to this rank's log, on ranks above 0 also stdout and stderr.
 
     Returns the terminal's stderr. With `debug`, rank 0 also prints log records to the terminal.
     """
-    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w")
+    terminal = os.fdopen(os.dup(sys.stderr.fileno()), "w", errors="backslashreplace")
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    handler = logging.StreamHandler(os.fdopen(os.dup(fd), "w"))
+    stream = os.fdopen(os.dup(fd), "w", errors="backslashreplace")
+    faulthandler.enable(stream, all_threads=False)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -6,14 +6,18 @@ its driver and does not print its own failure report, because the driver prints 
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from launcher.errors import EXIT_FAILED, EXIT_OK
-from launcher.system.processes import die_with_parent
+from launcher.run_dir.silent_exits import append_exit_codes
+from launcher.system.cleanup_process import CleanupProcess, private_temp_dir
+from launcher.system.processes import die_with_starter, make_starter_env
 
 __all__ = ["main"]
 
@@ -21,12 +25,15 @@ FAILURES_FLAG = "--failures="
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun with `argv`; a leading `--failures=FILE` names the file for the exit codes of failed ranks."""
-    die_with_parent()
+    """Run torchrun with `argv`; a leading `--failures=FILE` names the file for the exit codes of each failed start."""
+    die_with_starter()
+    CleanupProcess.start()
     argv = list(sys.argv[1:] if argv is None else argv)
     report = argv.pop(0).removeprefix(FAILURES_FLAG) if argv and argv[0].startswith(FAILURES_FLAG) else ""
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)  # the driver receives these and signals the workers itself
+    signal.signal(signal.SIGTERM, lambda *_: None)  # as the others, but the workers must not inherit it as ignored
+    os.environ.update(make_starter_env())
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -35,19 +42,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     from launcher.distributed.rendezvous import make_loopback_store
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    if report:
+        record_exit_codes(Path(report))
     store = make_loopback_store(0, serve=True)
-    rendezvous_options = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=0"]
+    options = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=0"]
+    options += ["--signals-to-handle=SIGQUIT", *(f"--log-dir={folder}" for folder in [private_temp_dir()] if folder)]
     try:
-        run.main([*rendezvous_options, *argv])
-    except ChildFailedError as error:
-        if report:
-            failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            with open(report, "w") as file:
-                json.dump(failed, file)
-        return EXIT_FAILED
-    except SignalException:
+        run.main([*options, *argv])
+    except (ChildFailedError, SignalException):
         return EXIT_FAILED
     return EXIT_OK
+
+
+def record_exit_codes(report: Path) -> None:
+    """Make torchrun's agent write the exit codes of its workers each time that some have failed.
+
+    torchrun itself reports only those of the last start, and none of a worker that left with 0 while others trained.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    monitor = LocalElasticAgent._monitor_workers
+
+    def monitor_and_record(self: Any, group: Any) -> Any:
+        result = monitor(self, group)
+        if result.failures:
+            processes = self._pcontext.subprocess_handlers
+            left = {worker.global_rank: 0 for worker in group.workers if processes[worker.local_rank].proc.poll() == 0}
+            append_exit_codes(report, left | {rank: failure.exitcode for rank, failure in result.failures.items()})
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor_and_record  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

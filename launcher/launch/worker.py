@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,7 @@ from launcher.launch.decision import Decision, MeasurementRequest, RunDirClaim
 from launcher.run_dir import failures
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.slurm.claim import read_claim
+from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.processes import die_with_parent
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
@@ -153,7 +155,8 @@ def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int
         UsageError: on rank 0 only, the configuration is invalid.
     """
     die_with_parent()
-    stop_requests = install_stop_requests()
+    cleanup = CleanupProcess.start()
+    stop_requests = install_stop_requests(cleanup)
     try:
         agreed = agree_on_job(topology, decide, under_driver)
     except MeasurementError as error:
@@ -161,6 +164,7 @@ def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int
     job_spec, claim = agreed.job_spec, agreed.claim
     if job_spec is None:
         return EXIT_USAGE  # rank 0 reports the error
+    from launcher.distributed.watchdog import locate_shared_heartbeats
     from launcher.train import session
 
     if job_spec.summary is not None:
@@ -168,6 +172,8 @@ def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int
     topology = topology.with_generation(job_spec.generation)
     log = job_spec.run_dir.get_log_path(*topology.rank_and_generation)
     terminal = log_files.redirect_output(log, topology.rank, debug=job_spec.config.debug)
+    if cleanup is not None:
+        cleanup.remove_at_end(locate_shared_heartbeats(job_spec.run_dir.path, topology))
     watchdog = start_watchdog(job_spec, topology, terminal)
     try:
         return session.run(job_spec, topology, agreed.store, stop_requests, watchdog)
@@ -182,6 +188,7 @@ def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int
         return status
     finally:
         stop_requests.ignore_late_signals()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise where a loader process is killed at the end
         if claim is not None:
             claim.release()
 
@@ -279,10 +286,10 @@ def start_watchdog(job_spec: JobSpec, topology: Topology, terminal: TextIO) -> W
     )
 
 
-def install_stop_requests() -> StopRequests:
+def install_stop_requests(cleanup: CleanupProcess | None) -> StopRequests:
     from launcher.distributed.stop_requests import StopRequests
 
-    stop_requests = StopRequests()
+    stop_requests = StopRequests(cleanup)
     stop_requests.install()
     return stop_requests
 

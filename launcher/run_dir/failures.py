@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import sysconfig
 import time
 import traceback
 from collections.abc import Mapping
@@ -19,14 +21,17 @@ from launcher.telemetry.records import Event
 
 __all__ = [
     "RankFailure",
+    "describe_error",
     "describe_exit",
     "describe_exit_codes",
     "first_failure",
     "is_logged",
     "is_peer_failure",
+    "is_user_code",
     "read_failures",
     "record_for_torchelastic",
     "root_cause",
+    "shorten_path",
     "should_report",
     "write_failure",
     "write_hang_failure",
@@ -34,16 +39,33 @@ __all__ = [
 
 ROOT_CAUSE_WAIT_S = 0.4
 PACKAGE_DIR = Path(__file__).parents[1]  # frames below it are the launcher's own code
+STDLIB_DIR = f"{sysconfig.get_path('stdlib')}/"
+ADDRESSES_AND_NUMBERS = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?")
 HANG = "Hang"
-#: Error texts of a rank that lost a peer: always a consequence of another failure, never the root cause.
-PEER_FAILURE_SIGNS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection was likely closed",  # a TCPStore whose rank 0 was killed
-    "Broken pipe",
-    "NCCL",
-    "Timed out waiting",
-    "gloo",
+#: Errors of torch, gloo and NCCL on a rank that lost a peer: always a consequence of another failure, never the root
+#: cause. Errors of the network that have another cause ("Duplicate GPU detected", "no socket interface found") and a
+#: recipe's own ("[Errno 104] Connection reset by peer") do not match.
+PEER_FAILURE_PATTERN = re.compile(
+    "|".join(
+        (
+            r"Connection closed by peer",  # gloo
+            r"(?:Read error|writev) \[.*?\S: (?:Connection reset by peer|Broken pipe|Connection timed out)",
+            r"(?:Read|Write|Connect) timeout \[",
+            r"Socket (?:unexpectedly )?closed \[",
+            r"timed out connecting: ",
+            r"Timed out waiting \d+ms for (?:recv|send) operation",
+            r"Application timeout caused pair closure",
+            r"^(?:Broken pipe|Connection reset by peer)\b",  # the store
+            r"Connection was likely closed",  # a store whose rank 0 was killed
+            r"\w+ failed on SocketImpl.*: (?:Broken pipe|Connection reset by peer)",
+            r"ncclRemoteError|remote process exited or there was a network error",  # NCCL
+            r"NCCL communicator was aborted",
+            r"ollective operation timeout: WorkNCCL|WorkNCCL\(.*\) timed out",
+            r"retrieving ncclUniqueId from .* got error",
+            r"nccl\w+Error: .*(?:failed : (?:Connection (?:refused|reset by peer|timed out)|Broken pipe)"
+            r"|closed by remote peer|completion from peer)",
+        )
+    )
 )
 
 
@@ -72,7 +94,7 @@ class RankFailure:
             rank=rank,
             generation=generation,
             type=type(error).__name__,
-            message=mask_secrets(" ".join(str(error).split())),
+            message=mask_secrets(" ".join(describe_error(error).split())),
             where="" if is_usage else find_user_frame(error),
             time=time.time(),
             status=EXIT_USAGE if is_usage else EXIT_FAILED,
@@ -80,6 +102,11 @@ class RankFailure:
             log=str(log),
             traceback=mask_secrets("".join(traceback.format_exception(error))),
         )
+
+    @property
+    def signature(self) -> tuple[str, str, str]:
+        """Equal for two failures of one kind at one place: the message's numbers and addresses do not count."""
+        return self.type, self.where, ADDRESSES_AND_NUMBERS.sub("#", self.message)
 
     def to_event(self) -> Event:
         names = ("rank", "generation", "type", "message", "where", "log")
@@ -112,12 +139,25 @@ def write_failure_json(logs: Path, failure: RankFailure) -> None:
     atomic_write_text(logs / f"error-g{failure.generation}-r{failure.rank}.json", json.dumps(asdict(failure)))
 
 
+def describe_error(error: BaseException) -> str:
+    """The error's message; for `sys.exit` its text, or the call itself if it has only a status."""
+    if not isinstance(error, SystemExit):
+        return str(error)
+    return error.code if isinstance(error.code, str) else f"the recipe called sys.exit({error.code})"
+
+
 def find_user_frame(error: BaseException) -> str:
     """Return file:line of the innermost frame in the user's code, or of the innermost frame if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
-    user_frames = [f for f in frames if "site-packages" not in f.filename and f"{PACKAGE_DIR}/" not in f.filename]
+    user_frames = [frame for frame in frames if is_user_code(frame.filename)]
     chosen = (user_frames or list(frames))[-1:]
     return f"{shorten_path(chosen[0].filename)}:{chosen[0].lineno}" if chosen else ""
+
+
+def is_user_code(filename: str) -> bool:
+    """Whether a source file is neither the launcher's nor an installed package's nor Python's own."""
+    own = f"{PACKAGE_DIR}/" in filename or filename.startswith((STDLIB_DIR, "<frozen "))
+    return not own and "site-packages" not in filename
 
 
 def shorten_path(name: str) -> str:
@@ -172,7 +212,7 @@ def should_report(logs: Path, failure: RankFailure, within_s: float = ROOT_CAUSE
 
 def is_peer_failure(message: str) -> bool:
     """Whether an error message only reports the loss of another rank."""
-    return any(sign in message for sign in PEER_FAILURE_SIGNS)
+    return PEER_FAILURE_PATTERN.search(message) is not None
 
 
 def describe_exit_codes(codes: Mapping[int, int]) -> str:

@@ -48,6 +48,7 @@ MAX_SUGGESTED_RUNS = 5
 GENERATION_FILE = "generation"
 RESTARTS_FILE = "restarts"
 SAVED_GENERATION_FILE = "saved"
+TRAINED_GENERATION_FILE = "trained"
 WANDB_ID_FILE = "wandb-id"
 
 
@@ -190,6 +191,13 @@ class RunDirectory:
     def record_saved_generation(self, generation: int) -> None:
         atomic_write_text(self.path / SAVED_GENERATION_FILE, f"{generation}\n")
 
+    def read_trained_generation(self) -> int:
+        """Return the last generation that finished an update; 0 before the first update."""
+        return self._read_number(TRAINED_GENERATION_FILE)
+
+    def record_trained_generation(self, generation: int) -> None:
+        atomic_write_text(self.path / TRAINED_GENERATION_FILE, f"{generation}\n")
+
     def _read_number(self, name: str) -> int:
         try:
             return int((self.path / name).read_text())
@@ -260,12 +268,17 @@ class RunDirectory:
         metrics = {name: value if math.isfinite(value) else None for name, value in facts.get("metrics", {}).items()}
         atomic_write_text(self.done_json, json.dumps({**facts, "metrics": metrics}, indent=1) + "\n")
 
-    def ensure_wandb_id(self) -> str:
-        """Return the W&B run id; created once and kept in the directory, so that restarts use the same id."""
+    def ensure_wandb_id(self, required: str | None = None) -> str:
+        """Return the W&B run id; created once and kept in the directory, so that restarts use the same id.
+
+        `required`: the id that the run must have, which replaces another one.
+        """
         file = self.path / WANDB_ID_FILE
-        if not file.exists():
-            atomic_write_text(file, os.urandom(4).hex())
-        return file.read_text().strip()
+        kept = file.read_text().strip() if file.exists() else None
+        if kept is None or required not in (None, kept):
+            kept = required or os.urandom(4).hex()
+            atomic_write_text(file, kept)
+        return kept
 
     def lock(self, torchrun: int | None = None) -> RunDirLock:
         """Lock the directory for this process. `torchrun`: pid of the torchrun that the user started, if any.

@@ -99,8 +99,8 @@ class MetricsRecorder:
     """Holds an update until its statistics have been gathered from all ranks, then writes its row.
 
     With `every` above 1 a row covers a window of updates; an update with validation or a checkpoint always ends its
-    window. `on_rows_written` is called once a finished update has been recorded; `restart` adds the cost of the restart
-    to the first row.
+    window. `on_rows_written` is called once a finished update has been recorded, `on_first_update` at the end of the
+    first one; `restart` adds the cost of the restart to the first row.
     """
 
     def __init__(
@@ -111,10 +111,12 @@ class MetricsRecorder:
         tokens_per_sample: int | None,
         on_rows_written: Callable[[], None] = lambda: None,
         restart: RestartCost = RestartCost(),  # noqa: B008 (frozen)
+        on_first_update: Callable[[], None] | None = None,
     ) -> None:
         self._logger = logger
         self._on_rows_written = on_rows_written
         self._restart: RestartCost | None = restart
+        self._on_first_update = on_first_update
         self._topology = topology
         self._every = every
         self._tokens = tokens_per_sample
@@ -124,6 +126,9 @@ class MetricsRecorder:
 
     def on_update_end(self, result: UpdateResult) -> None:
         self._pending = result
+        if self._on_first_update is not None:
+            self._on_first_update()
+            self._on_first_update = None
 
     def on_gathered(self, gathered: GatheredStats) -> None:
         """Take the gathered losses and stage times of the pending update."""
@@ -161,9 +166,10 @@ class MetricsRecorder:
     def _make_row(self) -> MetricsRow:
         last = self._window[-1][0]
         gathered_stats = [gathered for _, gathered in self._window if gathered.rank_stats]
+        is_empty = bool(self._window[-1][1].rank_stats) and not self._window[-1][1].loss_count
         values: dict[str, Any] = {
             **(compute_mean_loss(gathered_stats) if gathered_stats else {}),
-            "train/grad_norm": last.deferred.read().grad_norm,
+            **({} if is_empty else {"train/grad_norm": last.deferred.read().grad_norm}),
             "lr/value": last.lr,
             "lr/scale": last.lr_scale,
             **make_batch_metrics(last.update.full_plan),
@@ -199,9 +205,10 @@ class MetricsRecorder:
 
 
 def compute_mean_loss(gathered_stats: Sequence[GatheredStats]) -> dict[str, float]:
-    """Mean loss over all samples (or tokens) of all ranks; NaN if there were none."""
+    """Mean loss over all samples (or tokens) of all ranks; absent if there were none."""
     count = sum(gathered.loss_count for gathered in gathered_stats)
-    return {"train/loss": sum(gathered.loss for gathered in gathered_stats) / count if count else math.nan}
+    total = sum(gathered.loss for gathered in gathered_stats if gathered.loss_count)
+    return {"train/loss": total / count} if count else {}
 
 
 def compute_mean_stages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from launcher.config.keys import flatten
@@ -14,6 +15,7 @@ from launcher.system.fault_injection import FaultInjector
 from launcher.system.redaction import mask_nested_secrets
 from launcher.telemetry.metrics_logger import MetricsLogger
 from launcher.telemetry.sinks import SinkContext, open_sinks
+from launcher.telemetry.wandb_env import get_wandb_run_id
 from launcher.topology import Topology
 from launcher.train.build import TrainComponents
 from launcher.train.checkpoint_manager import CheckpointManager, CheckpointOptions
@@ -45,7 +47,14 @@ class RankOutputs:
         if logger is not None:
             every, tokens_per_sample = plan.config.log.every, plan.sizes.tokens_per_sample
             on_rows_written = checkpoint_manager.rows_written
-            recorder = MetricsRecorder(logger, topology, every, tokens_per_sample, on_rows_written, restart_cost)
+
+            def record_trained() -> None:
+                with suppress(OSError):  # e.g. disk full: the driver then counts this start as one without an update
+                    job.spec.run_dir.record_trained_generation(topology.generation)
+
+            recorder = MetricsRecorder(
+                logger, topology, every, tokens_per_sample, on_rows_written, restart_cost, record_trained
+            )
         return cls(logger, recorder, checkpoint_manager, restart_cost)
 
     def record_failure(self, error: BaseException, job: RankJob) -> None:
@@ -78,7 +87,7 @@ def open_metrics_logger(job_spec: JobSpec) -> MetricsLogger:
     sink_context = SinkContext(
         folder=run_dir.path,
         name=str(job_spec.config.run.name),
-        wandb_id=run_dir.ensure_wandb_id(),
+        wandb_id=run_dir.ensure_wandb_id(get_wandb_run_id()),
         config=dict(mask_nested_secrets(flatten(job_spec.config))),
     )
     return MetricsLogger(open_sinks(job_spec.config.sink, sink_context))
@@ -107,7 +116,11 @@ def make_checkpoint_manager(
         sharded=use_sharded_checkpoint(config, components, topology.world),
         every_s=plan.checkpoint_every_s,
         shard_timeout_s=config.launch.timeout_s,
-        identity={"recipe": mask_nested_secrets(dict(config.recipe)), "seed": config.seed},
+        identity={
+            "recipe": mask_nested_secrets(dict(config.recipe)),
+            "seed": config.seed,
+            "data": {"train": plan.sizes.train, "val": plan.sizes.val},
+        },
     )
     return CheckpointManager(job_spec.run_dir, options, topology, logger, faults)
 

@@ -83,23 +83,35 @@ def test_crash_loop_ends_with_its_first_error(tmp_path: Path) -> None:
 
 LOST = "raise ConnectionResetError('Connection reset by peer')"  # the error of a rank whose peer was killed before
 
+OF_RANK_0 = "if os.environ['RANK'] == '0': return super().loss(model, batch)"
+
 
 @pytest.mark.parametrize(
     ("method", "reported"),
     [
-        ("def model(self): os.kill(os.getpid(), 9)", ""),
         (
             f"def model(self):\n        if os.environ['RANK'] == '1': {LOST}\n        os.kill(os.getpid(), 9)",
-            "rank 1 failed",
+            "rank 0 was killed by SIGKILL: out of memory?",
         ),
+        (
+            f"def loss(self, model, batch):\n        {OF_RANK_0}\n        print('no such drive', flush=True)\n"
+            "        os._exit(3)",
+            'rank 1 exited with code 3 without an error message; its log ends with "no such drive"',
+        ),
+        ("def loss(self, model, batch): raise SystemExit('no such drive')", "own.py:7: SystemExit: no such drive"),
     ],
-    ids=["all ranks", "rank 0"],
+    ids=["killed", "os._exit", "sys.exit"],
 )
-def test_silently_killed_workers_end_the_job(tmp_path: Path, method: str, reported: str) -> None:
+def test_workers_that_end_themselves_are_named(tmp_path: Path, method: str, reported: str) -> None:
+    if "_exit(3)" in method:
+        method = method.replace(
+            "print", "if os.environ['RANK'] == '0': return super().loss(model, batch)\n        print"
+        )
     completed = run_launcher(tmp_path, *make_mlp_job(tmp_path, method), status=1)
-    assert "restart 1: a worker was killed" in completed.stderr
-    last = completed.stderr.splitlines()[-1]
-    assert last.startswith("error: the workers were killed repeatedly")
+    first, *_, last = completed.stderr.splitlines()
+    assert first.startswith("restart 1: ")
+    assert last.startswith("error: ")
+    assert reported in first
     assert reported in last
 
 

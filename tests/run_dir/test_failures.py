@@ -95,13 +95,57 @@ def test_later_root_error_precedes_earlier_consequence(tmp_path: Path) -> None:
     assert "boom" in found.summary()
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:21936",
-        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
-    ],
-)
+LOST_PEER_MESSAGES = [
+    "[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:21936",
+    "Got the following error when running the callback: RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/"
+    "pair.cc:537] Read error [127.0.0.1]:18354: Connection reset by peer. This is typically caused by a remote worker",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:339] writev [::1]:18354: Broken pipe",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation",
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    "Broken pipe",
+    "Connection reset by peer",
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3763, remote process exited or there was "
+    "a network error, NCCL version 2.28.8 ncclRemoteError: A call failed possibly due to a network error or a remote "
+    "process exiting prematurely. Last error: NET/OFI Request completed with error.",
+    "NCCL error in: ProcessGroupNCCL.cpp:1333, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL "
+    "version 2.18.6 ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
+    "error. Last error: socketStartConnect: Connect to 10.0.0.14<52822> failed : Connection refused",
+    "NCCL communicator was aborted on rank 1. Original reason for failure was: ncclSystemError",
+    "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE) ran for 600000 milliseconds",
+    "[5] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
+    "store->get('0') got error: Socket Timeout",
+]
+
+ROOT_CAUSE_MESSAGES = [
+    "NCCL error in: NCCLUtils.hpp:275, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.20.5 "
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library. Last error: Duplicate GPU detected : rank 1"
+    " and rank 0 both on CUDA device 10",
+    "NCCL error in: ProcessGroupNCCL.cpp:1207, internal error, NCCL version 2.14.3 ncclInternalError: Internal check "
+    "failed. Last error: Bootstrap : no socket interface found",
+    "NCCL error in: ProcessGroupNCCL.cpp:1331, unhandled cuda error, NCCL version 2.26.2 ncclUnhandledCudaError: Call "
+    "to CUDA function failed. Last error: Cuda failure 2 'out of memory'",
+    "NCCL error in: ProcessGroupNCCL.cpp:1333, unhandled system error, NCCL version 2.18.6 ncclSystemError: System "
+    "call failed. Last error: Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)",
+    "Distributed package doesn't have NCCL built in",
+    "No backend type associated with device type cpu, only NCCL",
+    "[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/device.cc:161] ifa != nullptr. Unable to find "
+    "interface for: [0.0.0.0]",
+    "[enforce fail at /pytorch/gloo/transport/tcp/pair.cc:459] op.preamble.length <= op.nbytes. 8 vs 4. "
+    "Received data size doesn't match expected size. Is there a distributed collective mismatch in your code?",
+    "[Errno 104] Connection reset by peer",
+    "[Errno 32] Broken pipe",
+    "('Connection aborted.', ConnectionResetError(104, 'Connection reset by peer'))",
+    "Timed out waiting for the lock of /data/gloomy",
+]
+
+
+@pytest.mark.parametrize("message", LOST_PEER_MESSAGES)
 def test_lost_connection_is_a_peer_failure(message: str) -> None:
-    """torch's messages on a rank whose peer, or whose rank 0 with the store, was killed."""
+    """What torch, gloo and NCCL report on a rank whose peer, or whose rank 0 with the store, was killed."""
     assert failures.is_peer_failure(message)
+
+
+@pytest.mark.parametrize("message", ROOT_CAUSE_MESSAGES)
+def test_error_of_its_own_is_no_peer_failure(message: str) -> None:
+    """Errors that name NCCL, gloo or a connection and have a cause of their own."""
+    assert not failures.is_peer_failure(message)

@@ -1,0 +1,62 @@
+"""The failed starts of a job's workers as the driver sees them: how each ended, and whether to start again."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from launcher.errors import EXIT_RESTART
+from launcher.run_dir import failures
+from launcher.run_dir.run_directory import RunDirectory
+from launcher.run_dir.silent_exits import describe_silent_exit, find_decisive_rank, read_exit_codes
+
+__all__ = ["FailedStarts"]
+
+#: Exits that say nothing about the recipe: asked for, or a kill from outside (out of memory, a lost machine).
+OUTSIDE_EXITS = (EXIT_RESTART, -signal.SIGKILL, -signal.SIGTERM)
+
+
+class FailedStarts:
+    """Follows the failure records and the exit codes that the torchrun agent writes.
+
+    `last_exit` describes how the last start ended if its ranks recorded no cause, e.g. `rank 1 exited with code 3`;
+    empty if all ranks saved and asked for a restart. `repeated` is set once `is_repeated` has been true.
+    """
+
+    def __init__(self, run_dir: RunDirectory, first_generation: int, exit_codes: Path) -> None:
+        self._run_dir = run_dir
+        self._first_generation = first_generation
+        self._exit_codes = exit_codes
+        self._count = 0
+        self._exits: dict[int, tuple[int, int]] = {}  # decisive rank and its exit code, by generation
+        self.last_exit = ""
+        self.repeated = False
+
+    def observe(self, generation: int) -> None:
+        """Take the exit codes of a start that has ended since the last call; `generation` is the current one."""
+        starts = read_exit_codes(self._exit_codes)
+        if len(starts) == self._count:
+            return
+        self._count, codes = len(starts), starts[-1]
+        self.last_exit = describe_silent_exit(codes, lambda rank: self._run_dir.get_log_path(rank, generation))
+        rank = find_decisive_rank(codes)
+        if rank is not None:
+            self._exits[generation] = (rank, codes[rank])
+
+    def is_repeated(self, generation: int) -> bool:
+        """Whether the last two starts failed in the same way before any update: a third one would fail as well."""
+        last = max(generation if self._find_signatures(generation) else generation - 1, self._first_generation)
+        same = last > self._first_generation and self._find_signatures(last) & self._find_signatures(last - 1)
+        self.repeated = self.repeated or bool(same and self._run_dir.read_trained_generation() < last - 1)
+        return self.repeated
+
+    def _find_signatures(self, generation: int) -> set[tuple[object, ...]]:
+        """What failed in one generation: type, place and message of each cause; without one, rank and exit code."""
+        causes: set[tuple[object, ...]] = {
+            failure.signature
+            for failure in failures.read_failures(self._run_dir.logs, generation)
+            if failure.type != failures.HANG and not failures.is_peer_failure(failure.message)
+        }
+        exit_of_rank = self._exits.get(generation)
+        is_exit = not causes and exit_of_rank is not None and exit_of_rank[1] not in OUTSIDE_EXITS
+        return {exit_of_rank} if is_exit and exit_of_rank is not None else causes

@@ -15,6 +15,7 @@ def validate_for_plan(config: RunConfig) -> None:
     """Raise UsageError for the first setting that is wrong regardless of world size and data."""
     for problem in iter_limit_errors(config):
         raise UsageError(problem)
+    _check_optimizer(config)
     _check_lr(config)
     _check_batch(config)
     _check_schedule(config)
@@ -61,6 +62,24 @@ def validate_dataset_sizes(config: RunConfig, train: int, val: int) -> None:
             f"batch.global={global_batch} exceeds the {train} training samples: "
             f"type batch.global=full, or {train} or less"
         )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    """Refuse what torch's own optimizers refuse once they are made, and those that the training loop cannot run."""
+    optimizer = config.optimizer
+    if optimizer.get("_target_") == "torch.optim.LBFGS":
+        raise UsageError(
+            "optimizer._target_=torch.optim.LBFGS needs a closure that computes the loss again within a step, which is "
+            "not supported: type optimizer=sgd, optimizer=adamw or optimizer=rprop"
+        )
+    if "lr" in optimizer:
+        raise UsageError(f"optimizer.lr={optimizer['lr']} is not used: type lr.base={optimizer['lr']} instead")
+    for key, wrong in (("momentum", not optimizer.get("momentum")), ("dampening", bool(optimizer.get("dampening")))):
+        if optimizer.get("_target_") == "torch.optim.SGD" and optimizer.get("nesterov") is True and wrong:
+            raise UsageError(
+                f"optimizer.{key}={optimizer.get(key, 0)} does not work with optimizer.nesterov=true: type "
+                "optimizer.nesterov=false too"
+            )
 
 
 def _check_lr(config: RunConfig) -> None:

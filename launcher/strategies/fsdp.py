@@ -269,13 +269,18 @@ def check_parameter_shapes(model: nn.Module) -> None:
     """Check that every parameter can be sharded by rows.
 
     Raises:
-        UsageError: a parameter is a scalar, which has no rows.
+        UsageError: a parameter is a scalar, which has no rows, or not contiguous, as with channels_last.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
             raise UsageError(
                 f"strategy=fsdp: {name} is a scalar, which cannot be sharded by rows: give it the shape (1,), "
                 "or type strategy=ddp"
+            )
+        if not parameter.is_contiguous():
+            raise UsageError(
+                f"strategy=fsdp: {name} is not contiguous in memory, as with channels_last, and cannot be sharded by "
+                "rows: make it contiguous in model(), or type strategy=ddp"
             )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from launcher.config.schema import RunConfig
 from launcher.plan.memory_model import ModelSize
+from launcher.strategies.model_checks import check_is_built
 from launcher.strategies.optimizer import make_optimizer
 
 __all__ = ["measure_model_size"]
@@ -22,6 +23,7 @@ def measure_model_size(recipe: Any, config: RunConfig) -> ModelSize:
     """
     with torch.device("meta"):
         model = recipe.model()
+    check_is_built(model)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ModelSize(
         trainable=sum(numel for numel, trained in sizes if trained),

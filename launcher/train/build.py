@@ -19,8 +19,10 @@ from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
 from launcher.strategies.buffers import preserve_buffers
+from launcher.strategies.extra_state import split_extra_state
 from launcher.strategies.interface import Replica, ReplicaArgs
 from launcher.strategies.meta_init import build_on_meta_device
+from launcher.strategies.model_checks import check_is_built, check_model
 from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
 from launcher.telemetry.stage_clock import CudaTimer, HostTimer, StageClock
@@ -145,7 +147,8 @@ def build_components(
     """Build one rank's components. Every rank must call this: the replica broadcasts rank 0's parameters.
 
     Raises:
-        UsageError: the optimizer cannot be built as configured, or `model.init` does not match the model.
+        UsageError: the model cannot be trained as it is, the optimizer cannot be built as configured, or `model.init`
+            does not match the model.
     """
     precision = Precision.from_name(config.train.precision, device)
     model = build_on_meta_device(recipe, config, topology.rank)
@@ -154,7 +157,8 @@ def build_components(
     if precision.name == "fp64":
         model = model.double()
     enter_training_mode(model)
-    model_outline = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    check_model(model, config, device)
+    model_outline = {name: tensor.to("meta") for name, tensor in split_extra_state(model.state_dict())[0].items()}
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     blocks = find_blocks(model, getattr(recipe, "blocks", None))
     if config.train.activation_checkpointing:
@@ -184,6 +188,7 @@ def build_model(recipe: Any, config: RunConfig) -> nn.Module:
     torch.manual_seed(seed)
     seed_host_generators(seed)
     model: nn.Module = recipe.model()
+    check_is_built(model)
     load_initial_parameters(model, config)
     return model
 

@@ -6,16 +6,21 @@ nor prefetching change which samples are consumed, and a restart needs only the 
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import multiprocessing.context
+import os
 import random
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from torch.utils.data.dataloader import default_collate
 
@@ -114,13 +119,32 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
                 yield keys
 
 
-def prepare_loader_process(_: int) -> None:
-    """Make a loader process exit with its rank and ignore signals that the rank handles."""
+class LoaderProcess(multiprocessing.context.ForkProcess):
+    """A loader process, which ignores SIGTERM: it is ended by SIGKILL."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802  multiprocessing's name; at exit it terminates through this
+        popen = multiprocessing.context.ForkProcess._Popen(process_obj)  # type: ignore[attr-defined]
+        popen.terminate = popen.kill
+        return popen
+
+
+class LoaderContext(multiprocessing.context.ForkContext):
+    """The `fork` context of multiprocessing with `LoaderProcess`."""
+
+    Process = LoaderProcess  # type: ignore[assignment]
+
+
+def prepare_loader_process(_: int, parent: int) -> None:
+    """Make a loader process exit with its rank, and ignore signals to the whole job, which the rank handles.
+
+    The rank may still need it to save after SIGTERM. Programs that the dataset starts do not inherit these settings.
+    """
     import signal
 
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    die_with_parent(parent)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, lambda *_: None)
 
 
 def make_data_loader(
@@ -135,7 +159,8 @@ def make_data_loader(
         persistent_workers=data.num_workers > 0,
         collate_fn=collate,
         pin_memory=pin,
-        worker_init_fn=prepare_loader_process if data.num_workers else None,
+        worker_init_fn=partial(prepare_loader_process, parent=os.getpid()) if data.num_workers else None,
+        multiprocessing_context=LoaderContext() if data.num_workers else None,
     )
 
 
@@ -177,17 +202,58 @@ def collate_or_passthrough(items: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move the batch to the device, casting float32 tensors to the parameters' dtype."""
+    """Move the tensors of a batch to the device, casting float32 ones to the parameters' dtype.
+
+    Containers, also of subclasses, and dataclasses keep their type; another object with a method `to` moves itself.
+    """
     if isinstance(batch, torch.Tensor):
         target_dtype = dtype if batch.dtype == torch.float32 else batch.dtype
         return batch.to(device=device, dtype=target_dtype, non_blocking=True)
+    if isinstance(batch, PackedSequence):  # its batch_sizes stay on the CPU
+        moved = batch.to(device=device, non_blocking=True)
+        return moved._replace(data=to_device(moved.data, device, dtype))
     if isinstance(batch, Mapping):
-        return type(batch)({name: to_device(value, device, dtype) for name, value in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device, dtype) for value in batch))
+        return rebuild_mapping(batch, {name: to_device(value, device, dtype) for name, value in batch.items()})
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device, dtype) for value in batch)
+        return rebuild_sequence(batch, [to_device(value, device, dtype) for value in batch])
+    if isinstance(batch, type):
+        return batch
+    if callable(getattr(batch, "to", None)):
+        moved = batch.to(device)
+        batch = batch if moved is None else moved
+    if is_dataclass(batch):
+        return rebuild_dataclass(
+            batch, {each.name: to_device(getattr(batch, each.name), device, dtype) for each in fields(batch)}
+        )
     return batch
+
+
+def rebuild_mapping(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """A mapping like `batch` with new values. A copy keeps what a constructor would lose, e.g. a default factory."""
+    if type(batch) is dict:
+        return values
+    if not isinstance(batch, MutableMapping):
+        return type(batch)(values)  # type: ignore[call-arg]
+    moved = copy.copy(batch)
+    moved.update(values)
+    return moved
+
+
+def rebuild_sequence(batch: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+    if isinstance(batch, tuple):
+        return tuple.__new__(type(batch), values)
+    if type(batch) is list:
+        return values
+    moved = copy.copy(batch)
+    moved[:] = values
+    return moved
+
+
+def rebuild_dataclass(batch: Any, values: Mapping[str, Any]) -> Any:
+    moved = copy.copy(batch)
+    for name, value in values.items():
+        object.__setattr__(moved, name, value)  # it may be frozen
+    return moved
 
 
 class LoaderCpuUsage:

@@ -19,6 +19,7 @@ from launcher.strategies.precision import Precision
 from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.stage_clock import StageClock
 from launcher.topology import Topology
+from launcher.train.batch_dtypes import explain_dtype_mismatch
 from launcher.train.data import MicroBatchLoader, derive_seed, seed_host_generators, to_device
 
 __all__ = [
@@ -91,7 +92,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def forward(context: StepContext, micro: DeviceMicroBatch, update: Update) -> Loss:
     """Compute the loss of one micro-batch."""
     context.enter_phase("forward", update)
-    with context.precision.autocast():
+    with context.precision.autocast(), explain_dtype_mismatch(context.replica.module, micro.batch):
         loss = context.replica.compute_loss(context.recipe.loss, micro.batch)
     if context.faults.injects_nan("forward", update.index + 1):
         loss = replace(loss, total=loss.total * math.nan)
@@ -131,7 +132,7 @@ class LossSums:
 
 
 def compute_loss_normalizer(update: Update, gathered: GatheredStats) -> float:
-    """Factor from a mean over samples to a mean over the loss count; NaN, and so a skipped update, for a count of 0."""
+    """Factor from a mean over samples to a mean over the loss count; NaN for a count of 0, which has no mean."""
     if gathered.count == update.samples:
         return 1.0
     return update.samples / gathered.count if gathered.count else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from launcher.config.schema import LrConfig, RunConfig
 from launcher.errors import UsageError
-from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
+from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum, take_optimizer_step
 
 
 def make_config(**optimizer: Any) -> RunConfig:
@@ -68,3 +69,96 @@ def test_frozen_parameters_are_left_out() -> None:
     (group,) = make_optimizer(net, make_config()).param_groups
     assert not {id(p) for p in net[0].parameters()} & {id(p) for p in group["params"]}
     assert all(isinstance(p, torch.Tensor) for p in group["params"])
+
+
+class PositiveRate(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        assert lr > 0.0
+        super().__init__(params, lr)
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        super().step(closure)
+
+
+class ExchangesParameters(torch.optim.SGD):
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+def make_own_config(name: str) -> RunConfig:
+    config = make_config()
+    own = {"_target_": f"{__name__}.{name}"}
+    return replace(config, recipe={**config.recipe, "trust": [__name__]}, optimizer=own)
+
+
+def test_optimizer_that_asserts_a_positive_rate_is_made_with_the_base_rate() -> None:
+    optimizer = make_optimizer(model(), make_own_config("PositiveRate"))
+    assert optimizer.defaults["lr"] == 0.1
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("NeedsClosure", "needs a closure"), ("ExchangesParameters", r"has train\(\) and eval\(\)")]
+)
+def test_optimizer_that_the_loop_cannot_run_is_refused(name: str, why: str) -> None:
+    with pytest.raises(UsageError, match=f"optimizer={name} {why}"):
+        make_optimizer(model(), make_own_config(name))
+
+
+@pytest.mark.parametrize(
+    ("groups", "named"),
+    [
+        (lambda net: [*heads(net), {"params": [torch.zeros(5, 2, requires_grad=True)]}], r"shape \[5, 2\] that is not"),
+        (lambda net: list(net.parameters()), "a Parameter among its groups"),
+        (lambda net: [{"lr": 0.1}], "a dict among its groups"),
+        (lambda net: [{"params": set(net.parameters())}], "a set as params among its groups"),
+    ],
+)
+def test_wrong_recipe_groups_are_named(groups: Any, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        make_optimizer(model(), make_config(), groups)
+
+
+def test_recipe_groups_may_hold_named_parameters() -> None:
+    (group,) = make_optimizer(model(), make_config(), lambda net: [{"params": net.named_parameters()}]).param_groups
+    assert [p.ndim for p in group["params"]] == [2, 1, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_gradients_that_start_late_train_as_without_fusing(momentum: float, dampening: float, nesterov: bool) -> None:
+    if nesterov and (dampening or not momentum):
+        pytest.skip("torch refuses it")
+    options = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": 0.1}
+    torch.manual_seed(0)
+    nets = [model(), model()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [
+        make_optimizer(nets[0], make_config(**options)),
+        make_optimizer(nets[1], make_config(**options, fused=False)),
+    ]
+    assert optimizers[0].param_groups[0]["fused"] is not bool(dampening)
+    for update in range(4):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            net.zero_grad()
+            for number, parameter in enumerate(net.parameters()):
+                if number <= update:  # one more parameter in each update has a gradient
+                    parameter.grad = torch.full_like(parameter, 0.1 * (number + 1))
+            set_lr_and_momentum(optimizer, 0.1, momentum=None)
+            take_optimizer_step(optimizer)
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_late_gradient_with_dampening_and_a_requested_fused_kernel_is_refused() -> None:
+    net = model()
+    optimizer = make_optimizer(net, make_config(momentum=0.9, dampening=0.5, fused=True))
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    take_optimizer_step(optimizer)
+    net[0].bias.grad = torch.ones_like(net[0].bias)
+    with pytest.raises(UsageError, match=r"optimizer\.dampening=0\.5 with optimizer\.fused=true: some parameters"):
+        take_optimizer_step(optimizer)

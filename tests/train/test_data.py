@@ -1,4 +1,4 @@
-"""Data loading: its CPU utilisation, and random draws that depend on the position only."""
+"""Data loading: its CPU utilisation, random draws that depend on the position only, and batches of any kind."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict, UserDict, defaultdict
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import TensorDataset
 
 from launcher.config.schema import LrConfig, RunConfig
@@ -22,7 +25,7 @@ from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Position, Timeline
 from launcher.system.processes import read_cpu_seconds
 from launcher.train.build import build_model
-from launcher.train.data import LoaderCpuUsage, MicroBatchLoader
+from launcher.train.data import LoaderCpuUsage, MicroBatchLoader, to_device
 from launcher.train.micro_batches import seed_generators
 
 
@@ -119,3 +122,78 @@ class DrawsParameters:
 
 def test_initial_parameters_may_be_drawn_by_any_generator() -> None:
     assert torch.equal(build_model(DrawsParameters(), CONFIG).bias, build_model(DrawsParameters(), CONFIG).bias)
+
+
+class Words(dict[str, Any]):
+    """As a tokenizer's encoding: a mapping whose constructor takes more than a mapping."""
+
+    def __init__(self, values: dict[str, Any], encoding: str) -> None:
+        super().__init__(values)
+        self.encoding = encoding
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Items(list[Any]):
+    note = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    x: Any
+    name: str
+
+
+class Graph:
+    """As a graph library's batch: neither a container nor a dataclass, but with `to`."""
+
+    def __init__(self, nodes: Any) -> None:
+        self.nodes = nodes
+
+    def to(self, device: torch.device) -> Graph:
+        return Graph(self.nodes.to(device))
+
+
+class InPlace(Graph):
+    def to(self, device: torch.device) -> None:  # type: ignore[override]
+        self.nodes = self.nodes.to(device)
+
+
+X = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "get"),
+    [
+        (defaultdict(list, x=[X]), lambda batch: batch["x"][0]),
+        (OrderedDict(x=X), lambda batch: batch["x"]),
+        (Words({"x": X}, "utf-8"), lambda batch: batch["x"]),
+        (UserDict({"x": X}), lambda batch: batch["x"]),
+        (MappingProxyType({"x": X}), lambda batch: batch["x"]),
+        (Point(1, (X, None)), lambda batch: batch.y[0]),
+        (Items([X]), lambda batch: batch[0]),
+        (Sample(X, "a"), lambda batch: batch.x),
+        (pack_sequence([X, X[:1]]), lambda batch: batch.data),
+        ([{"x": (X,)}], lambda batch: batch[0]["x"][0]),
+    ],
+)
+def test_batches_of_any_kind_move_and_keep_their_type(batch: Any, get: Any) -> None:
+    moved = to_device(batch, torch.device("meta"), torch.float64)
+    assert type(moved) is type(batch)
+    assert get(moved).is_meta
+    assert get(moved).dtype == torch.float64
+    assert not get(batch).is_meta, "the loader's own batch is left alone"
+    if isinstance(batch, defaultdict):
+        assert moved["new"] == []
+    if isinstance(batch, Words):
+        assert moved.encoding == "utf-8"
+    if isinstance(batch, PackedSequence):
+        assert moved.batch_sizes.device.type == "cpu"
+
+
+@pytest.mark.parametrize("kind", [Graph, InPlace])
+def test_batch_that_moves_itself(kind: type[Graph]) -> None:
+    assert to_device(kind(X), torch.device("meta"), torch.float32).nodes.is_meta

@@ -1,0 +1,89 @@
+"""Refuse models that cannot be trained as they are, before training, naming the module and what to use instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from launcher.config.schema import RunConfig
+from launcher.errors import UsageError
+from launcher.strategies.extra_state import collect_extra_state, split_extra_state
+
+__all__ = ["check_is_built", "check_model"]
+
+
+def check_is_built(model: Any) -> None:
+    """Check that what a recipe's `model()` returned is a module whose parameters have values.
+
+    Raises:
+        UsageError: it is not a module, or a lazy one.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"the recipe's model() returns a {type(model).__name__}: return a torch.nn.Module")
+    for path, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            name = type(module).__name__
+            raise UsageError(
+                f"the model's {path or 'outermost module'} is a {name} that has no shape before it sees data, so it "
+                f"cannot be planned, synchronised or saved: use {name.replace('Lazy', '')} with its sizes, or call the "
+                "model once on data of the right shape in model()"
+            )
+
+
+def check_model(model: nn.Module, config: RunConfig, device: torch.device) -> None:
+    """Check that the training loop and the strategy can train a model.
+
+    Raises:
+        UsageError: names the first module or parameter that they cannot, and what to use instead.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            "the model has no trainable parameter: set requires_grad of the parameters to train in model()"
+        )
+    collect_extra_state(split_extra_state(model.state_dict())[1])
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise UsageError(
+                f"the model's {path or type(module).__name__} has sparse=True: sparse gradients are not supported: "
+                "leave sparse=True out"
+            )
+        if isinstance(module, nn.SyncBatchNorm):
+            check_sync_batchnorm(path, config, device)
+    if config.strategy.name == "deepspeed":
+        check_parameter_dtypes(model)
+
+
+def check_sync_batchnorm(path: str, config: RunConfig, device: torch.device) -> None:
+    """SyncBatchNorm communicates in the forward pass, on GPUs only.
+
+    Raises:
+        UsageError: training is on the CPU, or exact.
+    """
+    if device.type == "cpu":
+        raise UsageError(
+            f"the model's {path} is a SyncBatchNorm, which torch supports on GPUs only, and training is on the CPU: "
+            "leave convert_sync_batchnorm out, or use GroupNorm or LayerNorm"
+        )
+    if config.elastic.exact:
+        raise UsageError(
+            f"elastic.exact=true: the model's {path} is a SyncBatchNorm, whose sums depend on the number of workers: "
+            "leave convert_sync_batchnorm out, or type elastic.exact=false"
+        )
+
+
+def check_parameter_dtypes(model: nn.Module) -> None:
+    """DeepSpeed's parameters are fp32.
+
+    Raises:
+        UsageError: names the first other one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype is not torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"strategy=deepspeed trains float32 parameters and {name} is {dtype}: build the model in float32 and "
+                "choose train.precision, or type strategy=ddp"
+            )

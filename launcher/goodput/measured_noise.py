@@ -12,8 +12,7 @@ from launcher.goodput.noise_scale import compute_efficiency
 from launcher.goodput.throughput_model import Estimate
 from launcher.run_dir.metrics_reader import RunMetrics, read_run_metrics
 from launcher.run_dir.run_directory import RUNS_DIR
-from launcher.system.jsonl import JsonlReader
-from launcher.system.run_files import EVENTS_FILE, METRICS_FILE
+from launcher.system.run_files import METRICS_FILE, RUN_YAML_FILE
 
 __all__ = ["MeasuredNoise", "find_noise_scale", "resolve_initial_noise"]
 
@@ -41,13 +40,23 @@ def find_noise_scale(config: RunConfig) -> MeasuredNoise | None:
     """
     if config.plan.noise is not None:
         return _resolve_configured_noise(config, last=True)
-    recipe_class = _get_recipe_class(config)
-    for metrics in sorted(RUNS_DIR.glob(f"*/{METRICS_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True):
-        if _read_recipe_class(metrics.parent) == recipe_class:
-            noise = _find_measured_noise(read_run_metrics(str(metrics.parent)))
-            if noise is not None:
-                return noise
+    target = _get_recipe_target(config)
+    for folder in _list_newest_runs():
+        if _read_recipe_target(folder) == target:
+            with suppress(UsageError):  # it failed before its first row
+                noise = _find_measured_noise(read_run_metrics(str(folder)))
+                if noise is not None:
+                    return noise
     return None
+
+
+def _list_newest_runs() -> list[Path]:
+    """The runs that have begun to write metrics, newest first."""
+    started: list[tuple[float, Path]] = []
+    for file in RUNS_DIR.glob(f"*/{METRICS_FILE}"):
+        with suppress(OSError):
+            started.append((file.stat().st_mtime, file.parent))
+    return [folder for _, folder in sorted(started, reverse=True)]
 
 
 def resolve_initial_noise(config: RunConfig) -> RunConfig:
@@ -67,10 +76,10 @@ def resolve_initial_noise(config: RunConfig) -> RunConfig:
 def _resolve_configured_noise(config: RunConfig, *, last: bool) -> MeasuredNoise:
     setting = config.plan.noise
     if isinstance(setting, str):
-        noise, recipe_class = _read_run_noise(setting, last=last)
-        if recipe_class not in (None, _get_recipe_class(config)):
+        noise, target = _read_run_noise(setting, last=last)
+        if target not in (None, _get_recipe_target(config)):
             raise UsageError(
-                f"plan.noise={setting}: that run trained {recipe_class}, not {_get_recipe_class(config)}: type a run "
+                f"plan.noise={setting}: that run trained {target}, not {_get_recipe_target(config)}: type a run "
                 "of this recipe, or a number of samples"
             )
         if noise is None:
@@ -82,16 +91,16 @@ def _resolve_configured_noise(config: RunConfig, *, last: bool) -> MeasuredNoise
 
 
 def _read_run_noise(name: str, *, last: bool) -> tuple[MeasuredNoise | None, str | None]:
-    """The noise scale measured by the named run, and the class of its recipe."""
+    """The noise scale measured by the named run, and the `_target_` of its recipe."""
     try:
         metrics = read_run_metrics(name)
     except UsageError as problem:
         raise UsageError(f"plan.noise={problem}; or type a number of samples") from problem
-    return _find_measured_noise(metrics, last=last), _read_recipe_class(metrics.folder)
+    return _find_measured_noise(metrics, last=last), _read_recipe_target(metrics.folder)
 
 
-def _get_recipe_class(config: RunConfig) -> str:
-    return str(config.recipe["_target_"]).rpartition(".")[2]
+def _get_recipe_target(config: RunConfig) -> str:
+    return str(config.recipe["_target_"])
 
 
 def _find_measured_noise(run: RunMetrics, *, last: bool = True) -> MeasuredNoise | None:
@@ -103,10 +112,11 @@ def _find_measured_noise(run: RunMetrics, *, last: bool = True) -> MeasuredNoise
     return MeasuredNoise(scale, low, high, run.name)
 
 
-def _read_recipe_class(folder: Path) -> str | None:
-    """The recipe class named in the run's start event; None if it cannot be read."""
-    with suppress(OSError):
-        for event in JsonlReader(folder / EVENTS_FILE, containing="start"):
-            if event.get("event") == "start":
-                return str(event.get("recipe"))
-    return None
+def _read_recipe_target(folder: Path) -> str | None:
+    """The full `_target_` of the run's recipe; None if it cannot be read. Classes of one name may differ."""
+    import yaml
+
+    try:
+        return str(yaml.safe_load((folder / RUN_YAML_FILE).read_text())["recipe"]["_target_"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None

@@ -30,7 +30,8 @@ def resolve_without_measuring(
         return ResolvedConfig(config)
     config = resolve_initial_noise(config)
     path = existing or run_path(config, run_id, nodes)
-    return auto_batch.from_existing_run(reuse_resolved_batch(config, path), path, world, nodes)
+    config = reuse_resolved_batch(config, path, is_restart=existing is not None)
+    return auto_batch.from_existing_run(config, path, world, nodes)
 
 
 def make_unmeasured_config(config: RunConfig) -> RunConfig:

@@ -19,6 +19,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.strategy_checks import missing_dependency
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
+from launcher.run_dir.lock import find_lock_owner
 from launcher.run_dir.resume import ResumeDecision, check_data_length, decide_resume
 from launcher.run_dir.run_directory import (
     RUNS_DIR,
@@ -27,6 +28,7 @@ from launcher.run_dir.run_directory import (
     unique_run_name,
 )
 from launcher.system.atomic_files import atomic_write_text
+from launcher.system.stderr import print_stderr
 from launcher.telemetry.wandb_env import get_wandb_run_id
 from launcher.topology import get_batch_job_id, get_slurm_step_id
 
@@ -80,7 +82,7 @@ def open_run(
         raise UsageError(problem)
     recipe = recipes.build_recipe(config.recipe)
     sizes = recipes.get_dataset_sizes(recipe)
-    config = reuse_resolved_batch(config, existing or run_path(config, run_id, nodes))
+    config = reuse_resolved_batch(config, existing or run_path(config, run_id, nodes), is_restart=existing is not None)
     plan = make_training_plan(config, sizes, world)
     if existing is not None:
         decision = ResumeDecision(
@@ -122,16 +124,36 @@ def resolve_directory(
     """
     config = reuse_resolved_batch(with_directory(config, path), path)
     old, new = read_config(path), flatten(from_yaml(to_yaml(config)))
-    decision = decide_resume(config.resume, path, old, new, unlearned=unlearned)
+    try:
+        decision = decide_resume(config.resume, path, old, new, unlearned=unlearned)
+    except UsageError:
+        if config.resume != "auto" or not has_nothing_to_resume(path):
+            raise
+        decision = ResumeDecision(starts_over=True)
     if decision.is_new_run and RunDirectory(path).run_yaml.exists():
         path = next_free_path(path)
         config = with_directory(config, path)
     return config, path, decision
 
 
-def reuse_resolved_batch(config: RunConfig, path: Path) -> RunConfig:
-    """Replace batch.per_device=auto by the value that the run in `path` resolved it to, if there is one."""
+def has_nothing_to_resume(path: Path) -> bool:
+    """Whether the run in `path` ended before its first checkpoint, so that it does not hold its name."""
+    run_dir, old = RunDirectory(path), read_config(path)
+    if old is None or run_dir.done_json.exists() or find_lock_owner(path) is not None:
+        return False
+    checkpoints = run_dir.resolve_checkpoints_dir(old.get("checkpoint.dir"))
+    names = [entry.name for entry in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return all(name.startswith((".", "tmp")) for name in names)  # those are still being written
+
+
+def reuse_resolved_batch(config: RunConfig, path: Path, *, is_restart: bool = False) -> RunConfig:
+    """Replace batch.per_device=auto by the value that the run in `path` resolved it to, if there is one.
+
+    A run without a checkpoint may have had another model; only a restart of the same job (`is_restart`) has not.
+    """
     if config.batch.per_device != "auto" or config.resume == "never":
+        return config
+    if not is_restart and has_nothing_to_resume(path):
         return config
     size = (read_config(path) or {}).get("batch.per_device")
     return replace(config, batch=replace(config.batch, per_device=size)) if isinstance(size, int) else config
@@ -152,6 +174,12 @@ def write_run_files(opened: OpenedRun, profile: Mapping[str, Any] | None = None)
 
     `profile`: the measured update times that batch=goodput uses.
     """
+    if opened.decision.starts_over:
+        opened.run_dir.set_aside_records()
+        print_stderr(
+            f"note: {opened.run_dir.path} ended before its first checkpoint and had another configuration: this run "
+            f"replaces it, and the old records are in {opened.run_dir.logs}"
+        )
     atomic_write_text(opened.run_dir.run_yaml, to_yaml(opened.config))
     if profile is not None:
         atomic_write_text(opened.run_dir.profile_json, json.dumps(profile) + "\n")

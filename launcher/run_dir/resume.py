@@ -26,13 +26,14 @@ class ResumeDecision:
 
     `is_new_run`: start a new run in a new directory. `require_checkpoint`: there has to be a checkpoint. `checkpoint`:
     the one named by the user. `changed`: keys that differ from the configuration in the run directory and may differ,
-    as (old, new).
+    as (old, new). `starts_over`: the run in the directory failed before its first checkpoint and is replaced.
     """
 
     is_new_run: bool = False
     require_checkpoint: bool = False
     checkpoint: Path | None = None
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    starts_over: bool = False
 
 
 def decide_resume(

@@ -158,6 +158,13 @@ class RunDirectory:
             with suppress(OSError):
                 parent.rmdir()
 
+    def set_aside_records(self) -> None:
+        """Move the records of a run that is replaced to the logs, so that they do not mix with those of the new one."""
+        generation = self.read_generation()
+        names = (METRICS_FILE, EVENTS_FILE, PLAN_FILE, PROFILE_FILE, WANDB_ID_FILE)
+        for file in [self.path / name for name in names if (self.path / name).exists()]:
+            file.rename(self.logs / f"{file.stem}-g{generation}{file.suffix}")
+
     def read_generation(self) -> int:
         """Return how often the workers of this run have been started; 0 before the first start.
 

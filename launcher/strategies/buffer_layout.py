@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.checkpoint.model_layout import dtype_and_shape
-from launcher.strategies.buffers import write_values
+from launcher.strategies.buffers import is_overlapping, iter_buffers, write_values
 
 __all__ = ["adopt_buffers", "describe_buffers", "find_changed_buffers", "synchronize_buffers"]
 
@@ -48,7 +48,13 @@ def find_changed_buffers(model: nn.Module, initial: Mapping[str, str]) -> dict[s
 def adopt_buffers(
     model: nn.Module, changed: Mapping[str, str | None], tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> None:
-    """Give a new model the buffers of a saved one that had `changed` in training, with their values in `tensors`."""
+    """Give a new model the buffers of a saved one that had `changed` in training, with their values in `tensors`.
+
+    Its other buffers can be written to afterwards: one whose elements share memory is replaced.
+    """
+    for module, own_name, tensor in list(iter_buffers(model)):
+        if tensor is not None and is_overlapping(tensor):
+            module._buffers[own_name] = tensor.clone()
     for name in changed:
         path, _, own_name = name.rpartition(".")
         module = model.get_submodule(path)

@@ -14,6 +14,7 @@ __all__ = [
     "BufferSnapshot",
     "get_buffer",
     "have_same_layout",
+    "is_overlapping",
     "iter_buffers",
     "preserve_buffers",
     "replay_buffers",
@@ -161,10 +162,14 @@ def have_same_layout(one: torch.Tensor | None, other: torch.Tensor | None) -> bo
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
+def is_overlapping(tensor: torch.Tensor) -> bool:
+    """Whether elements share memory, as after `expand`: such a tensor cannot be written to."""
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def write_values(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`tensor` with these values, written in place if that is possible; else a new tensor."""
-    is_overlapping = any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
-    if is_overlapping or not have_same_layout(tensor, values):
+    if is_overlapping(tensor) or not have_same_layout(tensor, values):
         return values.clone()
     tensor.detach().copy_(values)
     return tensor

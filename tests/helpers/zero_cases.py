@@ -59,7 +59,7 @@ class OddSizesModel(nn.Module):
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
         if self.training:
-            self.mean += 0.1 * (words.float().mean() - self.mean)
+            self.mean = self.mean + 0.1 * (words.float().mean() - self.mean)  # assigned anew
             self.calls += 1
         hidden = torch.relu(self.norm(self.into(self.embed(words))))
         return self.head(self.out(torch.tanh(self.fixed(hidden))))

@@ -35,7 +35,7 @@ class Noisy:
         return self.x[i] + 0.1 * random.random() * torch.randn(1, 6, 6), int(self.x[i].mean() > 0)
 
 class Model(nn.Sequential):
-    """`ten` is a buffer that nothing changes, `unused` a parameter that gets no gradient."""
+    """`ten` is a buffer that nothing changes, `unused` a parameter that gets no gradient; two buffers are assigned."""
     def __init__(self):
         super().__init__(
             nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3),
@@ -43,6 +43,13 @@ class Model(nn.Sequential):
         )
         self.unused = nn.Parameter(torch.ones(3, 3))
         self.register_buffer("ten", torch.full((3,), 0.1))
+        self.register_buffer("centre", torch.zeros(()))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+    def forward(self, x):
+        if self.training:
+            self.centre = 0.9 * self.centre + 0.1 * x.mean()
+            self.calls = self.calls + 1
+        return super().forward(x - self.centre)
 
 @dataclass(frozen=True)
 class Exact:

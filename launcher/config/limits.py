@@ -82,6 +82,7 @@ LIMITS: Mapping[str, Limit] = {
     "launch.workers": _AT_LEAST_ONE,
     "launch.threads": _AT_LEAST_ONE,
     "launch.timeout_s": _POSITIVE,
+    "launch.grace_s": _POSITIVE,
     "checkpoint.keep": _AT_LEAST_ONE,
     "log.every": _AT_LEAST_ONE,
     "tune.max": _AT_LEAST_ONE,

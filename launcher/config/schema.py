@@ -206,6 +206,7 @@ class LaunchConfig:
         "auto", "backend of the collectives; auto: nccl on GPUs, otherwise gloo"
     )
     timeout_s: float = option(600.0, "time limit in seconds of a collective; a slower one counts as failed")
+    grace_s: float = option(30.0, "seconds from SIGTERM to the end of the job, saved if that is possible by then")
     threads: int | None = option(
         None, "CPU threads per rank; default: OMP_NUM_THREADS if it is set, otherwise cores / workers"
     )

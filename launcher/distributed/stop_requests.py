@@ -15,12 +15,17 @@ from enum import IntEnum
 from types import FrameType
 from typing import Protocol
 
-from launcher.errors import EXIT_INTERRUPTED, EXIT_RESTART
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_RESTART
+from launcher.system.cleanup_process import CleanupProcess
+from launcher.system.signal_handlers import list_not_ignored
+from launcher.system.stderr import print_stderr
 
 __all__ = ["StopLevel", "StopRequests", "StopSource"]
 
 STOP_POLL_S = 0.2
-SIGTERM_GRACE_S = 5.0
+MIN_AGREEMENT_S = 5.0  # time for the ranks to agree on a stop, if their updates are short
+AGREEMENT_UPDATES = 3
+EXIT_S = 0.5  # before the end of the grace time: time to end this process
 
 
 class StopLevel(IntEnum):
@@ -46,26 +51,34 @@ class StopSource(Protocol):
 class StopRequests:
     """The requests received so far. Call `install` before anything slow: a signal's default action ends the process.
 
-    SIGTERM keeps its default action until `handle_sigterm`: before training there is nothing to save, and a rank that
-    waits for the others inside torch would react late, while its agent waits 30 s for it. A rank that receives SIGTERM
-    and reaches no agreement with the others within `grace_s` exits without saving: the other ranks are gone or stuck.
+    SIGTERM and SIGHUP keep their default action until `handle_sigterm`: before training there is nothing to save, and a
+    rank that waits for the others inside torch would react late, while its agent waits 30 s for it. From then on they
+    mean: save, then exit, within `launch.grace_s`. A rank that reaches no agreement with the others within three
+    updates (at least 5 s) exits without saving: the other ranks are gone or stuck.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, grace_s: float = SIGTERM_GRACE_S) -> None:
+    def __init__(self, cleanup: CleanupProcess | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._cleanup = cleanup
         self.reason: str | None = None
         self._level = StopLevel.CONTINUE
         self._clock = clock
         self._last_poll_s = float("-inf")
-        self._grace_s = grace_s
+        self._update_began_s: float | None = None
+        self._update_s: float | None = None
+        self._grace_s = 0.0
         self._acknowledged = threading.Event()
 
     def install(self) -> None:
         signal.signal(signal.SIGUSR1, self._on_sigusr1)
         signal.signal(signal.SIGINT, self._on_sigint)
 
-    def handle_sigterm(self) -> None:
-        """Call when training begins: from now on SIGTERM means save first, then exit."""
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+    def handle_sigterm(self, grace_s: float) -> None:
+        """Call when training begins: from now on SIGTERM and SIGHUP mean save first, then exit, within `grace_s`."""
+        self._grace_s = grace_s
+        if self._cleanup is not None:
+            self._cleanup.limit_time_after_sigterm(grace_s)
+        for signum in (signal.SIGTERM, *list_not_ignored(signal.SIGHUP)):
+            signal.signal(signum, self._on_sigterm)
 
     def acknowledge(self) -> None:
         """Record that the ranks have agreed to stop or restart: saving may now take as long as it needs."""
@@ -76,8 +89,14 @@ class StopRequests:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def poll(self, source: StopSource | None) -> StopLevel:
-        """Return the current level. `source` is passed on rank 0 only and is polled a few times per second."""
+        """Return the current level; called once per update.
+
+        `source` is passed on rank 0 only and is polled a few times per second.
+        """
         now = self._clock()
+        if self._update_began_s is not None:
+            self._update_s = now - self._update_began_s
+        self._update_began_s = now
         if source is not None and self._level == StopLevel.CONTINUE and now - self._last_poll_s >= STOP_POLL_S:
             self._last_poll_s = now
             if source.stop_requested():
@@ -104,13 +123,23 @@ class StopRequests:
     def _on_sigusr1(self, _: int, __: FrameType | None) -> None:
         self._raise_level(StopLevel.STOP, "SIGUSR1")
 
-    def _on_sigterm(self, _: int, __: FrameType | None) -> None:
-        self._raise_level(StopLevel.RESTART, "SIGTERM")
-        threading.Thread(target=self._exit_if_unacknowledged, name="exit-unsaved", daemon=True).start()
+    def _on_sigterm(self, signum: int, _: FrameType | None) -> None:
+        if self._level < StopLevel.RESTART:
+            self._raise_level(StopLevel.RESTART, signal.Signals(signum).name)
+            threading.Thread(target=self._exit_in_time, name="exit-in-time", daemon=True).start()
 
-    def _exit_if_unacknowledged(self) -> None:
-        if not self._acknowledged.wait(self._grace_s):
+    def _exit_in_time(self) -> None:
+        """Exit without an agreement between the ranks after some updates, in any case before the grace time is over."""
+        ends_s = time.monotonic() + max(self._grace_s - EXIT_S, self._grace_s / 2)
+        usual_s = max(MIN_AGREEMENT_S, AGREEMENT_UPDATES * (self._update_s or self._grace_s))
+        if not self._acknowledged.wait(min(usual_s, ends_s - time.monotonic())):
             os._exit(EXIT_RESTART)
+        time.sleep(max(0.0, ends_s - time.monotonic()))
+        print_stderr(
+            f"error: {self.reason}: this worker was not done within launch.grace_s={self._grace_s:g} and has left; "
+            "the run continues from its newest checkpoint"
+        )
+        os._exit(EXIT_FAILED)
 
     def _on_sigint(self, _: int, __: FrameType | None) -> None:
         if self._level != StopLevel.CONTINUE and self.reason == "Ctrl-C":

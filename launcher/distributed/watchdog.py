@@ -40,7 +40,7 @@ from launcher.telemetry.records import Event
 from launcher.telemetry.sinks.jsonl import append_line_concurrently
 from launcher.topology import Topology
 
-__all__ = ["SharedHeartbeats", "Watchdog"]
+__all__ = ["SharedHeartbeats", "Watchdog", "locate_shared_heartbeats"]
 
 HEARTBEAT_INTERVAL_S = 0.25
 STALE_HEARTBEAT_S = 1.0  # for a heartbeat older than this, ask the kernel for the state of the process
@@ -94,9 +94,14 @@ class SharedHeartbeats:
 
 def open_shared_heartbeats(folder: Path, topology: Topology) -> SharedHeartbeats:
     """The shared heartbeats of this node's workers for one run and one generation."""
+    return SharedHeartbeats(locate_shared_heartbeats(folder, topology), topology.local_world)
+
+
+def locate_shared_heartbeats(folder: Path, topology: Topology) -> Path:
+    """The file of this node's heartbeats; it exists only until all workers of the node have opened it."""
     key = f"{folder.resolve()}\0{topology.node}\0{topology.generation}".encode()
     name = f"launcher-beat-{hashlib.blake2b(key, digest_size=12).hexdigest()}"
-    return SharedHeartbeats(Path(tempfile.gettempdir()) / name, topology.local_world)
+    return Path(tempfile.gettempdir()) / name
 
 
 class Watchdog:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["forward_signals_to", "sigterm_as_keyboard_interrupt"]
+__all__ = ["forward_signals_to", "list_not_ignored", "sigterm_as_keyboard_interrupt"]
 
 
 @contextmanager
@@ -45,4 +45,5 @@ def install_handler(
 
 
 def list_not_ignored(*signals: signal.Signals) -> list[signal.Signals]:
+    """The signals that this process does not ignore, e.g. because of nohup."""
     return [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]

@@ -75,7 +75,7 @@ def connect_and_train(job: RankJob, store: dist.Store) -> TrainOutcome:
     try:
         context = make_context(job, plan, components, outputs, state, goodput)
         log_start_events(job, context, components, state, backend, outputs.restart_cost)
-        job.stop_requests.handle_sigterm()
+        job.stop_requests.handle_sigterm(config.launch.grace_s)
         state, outcome = train(context, state)
         while outcome in (TrainOutcome.REPLAN, TrainOutcome.ADMIT_NODES):
             if outcome == TrainOutcome.REPLAN:

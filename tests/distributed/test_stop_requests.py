@@ -12,13 +12,15 @@ import pytest
 
 from launcher.distributed.stop_requests import StopLevel, StopRequests
 from launcher.run_dir.run_directory import RunDirectory
+from tests.helpers.jobs import restore_default_signals
 
 PROGRAM = """
 import sys, threading
+from launcher.system.cleanup_process import CleanupProcess
 from launcher.distributed.stop_requests import StopRequests
-stop_requests = StopRequests(grace_s={grace_s})
+stop_requests = StopRequests(CleanupProcess.start())
 stop_requests.install()
-stop_requests.handle_sigterm()
+stop_requests.handle_sigterm({grace_s})
 print("ready", flush=True)
 {then}
 """
@@ -31,9 +33,10 @@ threading.Event().wait(0.5)
 """
 
 
-def start_process(then: str, grace_s: float = 0.2) -> subprocess.Popen[str]:
-    code = PROGRAM.format(then=then, grace_s=grace_s)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+def start_process(then: str, grace_s: float = 0.2, *, nohup: bool = False) -> subprocess.Popen[str]:
+    code, pipe = PROGRAM.format(then=then, grace_s=grace_s), subprocess.PIPE
+    hangup = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else restore_default_signals
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, preexec_fn=hangup)  # noqa: PLW1509
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -45,12 +48,46 @@ def test_sigterm_without_agreement_exits_unsaved() -> None:
     assert process.wait(timeout=20) == 75
 
 
-@pytest.mark.parametrize(("number", "level"), [(signal.SIGTERM, StopLevel.RESTART), (signal.SIGUSR1, StopLevel.STOP)])
-def test_acknowledged_request_has_no_time_limit(number: signal.Signals, level: int) -> None:
+def test_sigusr1_has_no_time_limit() -> None:
     process = start_process(ACKNOWLEDGE)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=20)
-    assert (output.strip(), process.returncode) == (f"{number.name} {level}", 0)
+    assert (output.strip(), process.returncode) == (f"SIGUSR1 {StopLevel.STOP}", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_acknowledged_sigterm_or_hangup_may_save_within_the_grace_time(number: signal.Signals) -> None:
+    in_time, late = start_process(ACKNOWLEDGE, grace_s=60.0), start_process(ACKNOWLEDGE, grace_s=0.2)
+    for process in (in_time, late):
+        process.send_signal(number)
+    output, _ = in_time.communicate(timeout=20)
+    assert (output.strip(), in_time.returncode) == (f"{number.name} {StopLevel.RESTART}", 0)
+    assert late.wait(timeout=20) == 1
+
+
+def test_hangup_stays_ignored_under_nohup() -> None:
+    process = start_process("stop_requests.poll(None)\nsys.stdin.readline()\nprint(stop_requests.reason)", nohup=True)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate("go on\n", timeout=20)[0] == "None\n"
+
+
+def test_rank_without_agreement_leaves_after_a_few_updates() -> None:
+    """Of a grace time of ten minutes it uses three updates, or five seconds."""
+    trained = "stop_requests.poll(None)\nstop_requests.poll(None)\nprint('trained', flush=True)\n"
+    process = start_process(trained + STUCK, grace_s=600.0)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "trained\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=200) == 75
+
+
+@pytest.mark.parametrize("library", ["PyDLL", "CDLL"])
+def test_sigterm_ends_a_process_whose_interpreter_is_held(library: str) -> None:
+    """A library that does not return, with or without the interpreter's lock: no handler of Python's can run."""
+    lock = f"lock = ctypes.{library}(None).pthread_mutex_lock"
+    process = start_process(f"import ctypes\n{lock}\nmutex = ctypes.create_string_buffer(64)\nlock(mutex), lock(mutex)")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=200) in (-signal.SIGKILL, 75), "75: the signal came before the call"
 
 
 def test_second_sigint_exits_at_once() -> None:
@@ -69,7 +106,7 @@ def clock() -> Callable[[], float]:
 
 
 def test_only_rank_0_polls_stop_file(tmp_path: Path, clock: Callable[[], float]) -> None:
-    stop_requests, others = StopRequests(clock), StopRequests(clock)
+    stop_requests, others = StopRequests(clock=clock), StopRequests(clock=clock)
     assert stop_requests.poll(RunDirectory(tmp_path)) == StopLevel.CONTINUE
     (tmp_path / "stop").touch()
     assert stop_requests.poll(RunDirectory(tmp_path)) == StopLevel.STOP
@@ -85,7 +122,7 @@ def test_stop_file_polling_is_rate_limited(tmp_path: Path) -> None:
 
 
 def test_join_request_is_admitted_once_below_stop(tmp_path: Path, clock: Callable[[], float]) -> None:
-    run_dir, stop_requests = RunDirectory(tmp_path), StopRequests(clock)
+    run_dir, stop_requests = RunDirectory(tmp_path), StopRequests(clock=clock)
     assert stop_requests.poll(run_dir) == StopLevel.CONTINUE
     run_dir.join_requests_dir.mkdir()
     (run_dir.join_requests_dir / "node7-123").touch()

@@ -32,8 +32,10 @@ SINK_OPTION_TYPES: Mapping[str, Mapping[str, Any]] = {
         "project": str | None,
         "entity": str | None,
         "group": str | None,
+        "name": str | None,
         "tags": tuple[str, ...],
         "mode": Literal["online", "offline", "disabled"] | None,
+        "system_metrics": bool,
     },
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from launcher.errors import EXIT_OK, UsageError
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.system.redaction import mask_nested_secrets
 from launcher.system.run_files import RUN_NAME_PATTERN
+from launcher.telemetry.wandb_env import get_wandb_group, get_wandb_run_id
 
 __all__ = [
     "FINISHED",
@@ -26,6 +27,7 @@ __all__ = [
     "find_worst_status",
     "make_point_config",
     "mask_hydra_file",
+    "refuse_shared_wandb_run",
 ]
 
 FINISHED, STOPPED, NOT_RUN = "finished", "stopped", "not run"
@@ -33,16 +35,28 @@ FINISHED, STOPPED, NOT_RUN = "finished", "stopped", "not run"
 
 @dataclass(frozen=True)
 class PointOutcome:
-    """Outcome of one point: number, overrides, exit status, and that status in a word."""
+    """Outcome of one point: number, overrides, exit status, and that status in a word.
+
+    `run_dir`: its run directory if that has a name of its own, else it is numbered in the sweep's folder.
+    """
 
     number: int
     overrides: tuple[str, ...]
     status: int
     ended: str = FINISHED
+    run_dir: str | None = None
 
     @property
     def stopped(self) -> bool:
         return self.ended == STOPPED
+
+    def get_path(self, folder: Path) -> Path:
+        """The run directory, given the sweep's folder."""
+        return folder / str(self.number) if self.run_dir is None else Path(self.run_dir)
+
+    @property
+    def label(self) -> str:
+        return str(self.number) if self.run_dir is None else Path(self.run_dir).name
 
 
 def choose_sweep_directory(run: RunDirConfig, now: float | None = None) -> Path:
@@ -58,16 +72,29 @@ def choose_sweep_directory(run: RunDirConfig, now: float | None = None) -> Path:
     return next(folder for folder in candidates if not folder.exists())
 
 
-def make_point_config(config: RunConfig, folder: Path, number: int | str) -> RunConfig:
-    """Configure point `number`: a run directory `<folder>/<number>`, and the wandb group shared by the sweep."""
+def make_point_config(config: RunConfig, folder: Path, number: int | str, own: RunDirConfig | None = None) -> RunConfig:
+    """Configure point `number`: a run directory `<folder>/<number>`, or its `own`, and the sweep's wandb group."""
     name = f"{folder.name}-{number}"
     if "wandb" in config.sink:
         options = config.sink["wandb"] or {}
-        options = {**options, "group": options.get("group") or folder.name}
+        options = {**options, "group": options.get("group") or get_wandb_group() or folder.name}
         config = replace(config, sink={**config.sink, "wandb": options})
-    return replace(
-        config, run=RunDirConfig(name=name if RUN_NAME_PATTERN.fullmatch(name) else None, dir=str(folder / str(number)))
-    )
+    numbered = RunDirConfig(name=name if RUN_NAME_PATTERN.fullmatch(name) else None, dir=str(folder / str(number)))
+    return replace(config, run=own or numbered)
+
+
+def refuse_shared_wandb_run(sinks: Iterable[str]) -> None:
+    """Refuse a sweep whose points would all be written into one run in W&B.
+
+    Raises:
+        UsageError: WANDB_RUN_ID is set, as under `wandb agent`, and wandb is among the sinks.
+    """
+    run_id = get_wandb_run_id()
+    if run_id and "wandb" in sinks:
+        raise UsageError(
+            f"WANDB_RUN_ID={run_id} names one run, and -m makes one of each point: type env -u WANDB_RUN_ID before the "
+            "command, or sink=console"
+        )
 
 
 def mask_hydra_file(file: Path) -> None:

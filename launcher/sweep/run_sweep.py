@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.analysis.point_metrics import is_lower_better, read_objective, read_point_metrics
@@ -14,6 +14,7 @@ from launcher.config.resume_keys import may_change_on_resume
 from launcher.config.schema import RunConfig, SweepConfig
 from launcher.config.search_space import SearchAxis
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError
+from launcher.recipe import build_recipe, find_unlearned_defaults
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.sweep import outcome
 from launcher.sweep.machine_slices import MachineResources, divide_machine
@@ -21,7 +22,9 @@ from launcher.sweep.optuna_search import OptunaSearch, check_optuna
 from launcher.sweep.parallel_points import ParallelRunner, PointJob
 from launcher.sweep.points import PointFunction, PointTask, run_in_directory, run_points, select_point_overrides
 from launcher.sweep.results_table import format_sweep_table
+from launcher.sweep.run_dirs import check_search_name, choose_directories
 from launcher.system.atomic_files import make_private_dir
+from launcher.system.formatting import format_plural
 from launcher.system.redaction import mask_secrets
 from launcher.system.stderr import print_stderr
 
@@ -40,22 +43,56 @@ def run_sweep(args: Sequence[str], point: PointFunction) -> int:
     arguments = HydraArgs.parse(args)
     composer = ConfigComposer(arguments.config_dirs)
     request = composer.read_sweep_request(arguments.overrides)
+    outcome.refuse_shared_wandb_run(request.config.get("sink") or ())
     flags = [word for folder in arguments.config_dirs for word in ("--config-dir", folder)]
     task = PointTask(point, tuple(flags), arguments.shard)
-    folder = outcome.choose_sweep_directory(request.settings.run)
     settings = request.settings.sweep
     require_local(settings, request, task)
     if settings.trials is not None:
-        outcomes = run_search(composer, task, folder, request)
+        return run_search(composer, task, request)
+    points = composer.expand_points(request.config)
+    composed = [composer.compose_single(overrides) for overrides in points]
+    directories = choose_directories(request, points, composed)
+    folder, task = directories.folder, replace(task, own=directories.own)
+    if is_dry_run(request, composed):
+        return show_points(task, folder, points, composed)
+    if settings.max_parallel > 1 and points:
+        outcomes = run_in_parallel(task, folder, points, composed, settings.max_parallel)
     else:
-        points = composer.expand_points(request.config)
-        composed = [composer.compose_single(overrides) for overrides in points]
-        if settings.max_parallel > 1 and points:
-            outcomes = run_in_parallel(task, folder, points, composed, settings.max_parallel)
-        else:
-            outcomes = run_points(composer, task, folder, request.overrides)
+        outcomes = run_points(composer, task, folder, request.overrides)
     print(format_sweep_table(folder, outcomes))
     return outcome.find_worst_status(outcomes)
+
+
+def is_dry_run(request: SweepRequest, composed: Sequence[ComposedConfig]) -> bool:
+    """Whether the points are only shown.
+
+    Raises:
+        UsageError: only some of them are, or another sweeper chooses them.
+    """
+    dry = {point.config.launch.dry_run for point in composed} or {bool(request.config.launch.dry_run)}
+    if len(dry) > 1:
+        raise UsageError("launch.dry_run can't be swept over: type one value")
+    if dry == {True} and not composed:
+        raise UsageError("launch.dry_run=true cannot show the points of hydra/sweeper=, which chooses them as they run")
+    return dry == {True}
+
+
+def show_points(
+    task: PointTask, folder: Path, points: Sequence[Sequence[str]], composed: Sequence[ComposedConfig]
+) -> int:
+    """Show what every point of this process's shard would start; returns the highest exit status."""
+    status, shown = EXIT_OK, 0
+    for number, overrides in enumerate(points):
+        if task.is_in_shard(number):
+            words = [word for word in select_point_overrides(overrides) if not word.startswith("launch.dry_run=")]
+            run_dir = task.get_own_dir(number) or folder / str(number)
+            print(mask_secrets(f"# point {number}, {run_dir}: {' '.join(' '.join(words).split())}"), flush=True)
+            compose = functools.partial(composed.__getitem__, number)
+            status = max(status, run_in_directory(task, folder, str(number), compose, overrides)[1])
+            shown += 1
+    print_stderr(f"{format_plural(shown, 'point')} shown, nothing was started")
+    return status
 
 
 def require_local(settings: SweepConfig, request: SweepRequest, task: PointTask) -> None:
@@ -88,10 +125,9 @@ def run_in_parallel(
         MachineResources.from_environment(),
     )
     print_stderr(f"running {len(slices)} points in parallel, each on {slices[-1]}")
-    runner, progress = ParallelRunner(slices, print_stderr), SweepProgress(folder)
+    runner, progress = ParallelRunner(slices, print_stderr), SweepProgress(folder, task)
     jobs = (
-        progress.make_job(task, number, points[number], functools.partial(composed.__getitem__, number))
-        for number in numbers
+        progress.make_job(number, points[number], functools.partial(composed.__getitem__, number)) for number in numbers
     )
     runner.run(jobs, progress.record_exit)
     progress.raise_interrupted()
@@ -101,20 +137,20 @@ def run_in_parallel(
 class SweepProgress:
     """Exit statuses of the points so far; prints a line as each point ends."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, task: PointTask) -> None:
         self._folder = folder
+        self._task = task
         self._statuses: dict[int, int] = {}
 
-    def make_job(
-        self, task: PointTask, number: int, overrides: Sequence[str], compose: Callable[[], ComposedConfig]
-    ) -> PointJob:
-        run = functools.partial(run_point_in_process, self._folder, task, number, overrides, compose)
+    def make_job(self, number: int, overrides: Sequence[str], compose: Callable[[], ComposedConfig]) -> PointJob:
+        run = functools.partial(run_point_in_process, self._folder, self._task, number, overrides, compose)
         return PointJob(number, run, self._folder / f"{number}.log")
 
     def record_exit(self, job: PointJob, status: int) -> None:
         self._statuses[job.number] = status
-        metrics = read_point_metrics(self._folder / str(job.number))
-        facts = [self.make_outcome(job.number, ()).ended]
+        ended = self.make_outcome(job.number, ())
+        metrics = read_point_metrics(ended.get_path(self._folder))
+        facts = [ended.ended]
         facts += [f"{metrics.seconds:.1f} s"] if metrics.seconds else []
         facts += [f"{metrics.metric} {metrics.best:.4g}"] if metrics.metric else []
         facts += [find_last_error(job.log)] if status else []
@@ -122,11 +158,15 @@ class SweepProgress:
 
     def make_outcome(self, number: int, overrides: Sequence[str]) -> outcome.PointOutcome:
         status, own_overrides = self._statuses.get(number), tuple(select_point_overrides(overrides))
+        point = outcome.PointOutcome(
+            number, own_overrides, status or EXIT_OK, outcome.NOT_RUN, self._task.get_own_dir(number)
+        )
         if status is None:
-            return outcome.PointOutcome(number, own_overrides, EXIT_OK, outcome.NOT_RUN)
-        is_done = RunDirectory(self._folder / str(number)).done_json.exists()
-        ended = f"failed ({status})" if status else outcome.FINISHED if is_done else outcome.STOPPED
-        return outcome.PointOutcome(number, own_overrides, status, ended)
+            return point
+        is_done = RunDirectory(point.get_path(self._folder)).done_json.exists()
+        return replace(
+            point, ended=f"failed ({status})" if status else outcome.FINISHED if is_done else outcome.STOPPED
+        )
 
     def raise_interrupted(self) -> None:
         """After a second Ctrl-C end the sweep without a table, as in sequential sweeps."""
@@ -166,36 +206,46 @@ class Objective:
         return cls(metric, maximize)
 
 
-def run_search(
-    composer: ConfigComposer, task: PointTask, folder: Path, request: SweepRequest
-) -> list[outcome.PointOutcome]:
-    """Run up to sweep.trials points, including those of earlier commands. Failed points count as trials."""
+def run_search(composer: ConfigComposer, task: PointTask, request: SweepRequest) -> int:
+    """Run up to sweep.trials points, including those of earlier commands, and print the results table.
+
+    Failed points count as trials. Returns the highest exit status.
+    """
     settings = request.settings.sweep
     trials = settings.trials or 1
     if (problem := check_optuna(trials)) is not None:
         raise UsageError(problem)
+    if request.config.launch.dry_run:
+        raise UsageError(
+            f"launch.dry_run=true cannot show the points of sweep.trials={settings.trials}, which are chosen from the "
+            "results of earlier ones: remove one of them"
+        )
     fixed, axes = composer.split_axes(request.config)
     configs = [composer.compose_single([*fixed, *overrides]).config for overrides in iter_boundary_points(axes)]
     slices = divide_machine(min(settings.max_parallel, trials), configs, MachineResources.from_environment())
     objective = Objective.from_settings(settings, configs[0])
+    folder = outcome.choose_sweep_directory(check_search_name(request, configs))
     make_private_dir(folder)
-    fingerprint = make_search_fingerprint(fixed, axes, objective)
+    unlearned = find_unlearned_defaults(build_recipe(configs[0].recipe))
+    fingerprint = make_search_fingerprint(fixed, axes, objective, unlearned)
     search = OptunaSearch(folder, axes, fingerprint, maximize=objective.maximize, seed=configs[0].seed)
-    progress, runner = SweepProgress(folder), ParallelRunner(slices, print_stderr)
+    progress, runner = SweepProgress(folder, task), ParallelRunner(slices, print_stderr)
     jobs = (
-        progress.make_job(task, number, overrides, functools.partial(composer.compose_single, overrides))
+        progress.make_job(number, overrides, functools.partial(composer.compose_single, overrides))
         for number, chosen in search.iter_points(trials)
         for overrides in [[*fixed, *chosen]]
     )
     runner.run(jobs, functools.partial(record_point, progress, folder, search, objective))
     progress.raise_interrupted()
     print_best_point(search, objective)
-    return [
+    outcomes = [
         outcome.PointOutcome(
             number, tuple(select_point_overrides([*fixed, *chosen])), EXIT_FAILED * (ended == "failed"), ended
         )
         for number, chosen, ended in search.list_results()
     ]
+    print(format_sweep_table(folder, outcomes))
+    return outcome.find_worst_status(outcomes)
 
 
 def iter_boundary_points(axes: Sequence[SearchAxis]) -> Iterator[list[str]]:
@@ -208,12 +258,21 @@ def iter_boundary_points(axes: Sequence[SearchAxis]) -> Iterator[list[str]]:
             yield [*first[:index], override, *first[index + 1 :]]
 
 
-def make_search_fingerprint(fixed: Sequence[str], axes: Sequence[SearchAxis], objective: Objective) -> dict[str, str]:
-    """Fingerprint of the search; a change means that it is a different search."""
-    values = {
+def make_search_fingerprint(
+    fixed: Sequence[str], axes: Sequence[SearchAxis], objective: Objective, unlearned: Collection[str] = ()
+) -> dict[str, str]:
+    """Fingerprint of the search; a change means that it is a different search.
+
+    `unlearned`: keys of recipe fields that do not alter what is learned.
+    """
+    typed = {
         key.lstrip("+"): value for key, _, value in (word.partition("=") for word in select_point_overrides(fixed))
     }
-    values = {key: mask_secrets(value) for key, value in values.items() if not may_change_on_resume(key)}
+    values = {
+        key: mask_secrets(value)
+        for key, value in typed.items()
+        if not may_change_on_resume(key) and key not in unlearned
+    }
     return {**values, **{axis.name: repr(axis) for axis in axes}, "sweep.metric": objective.metric}
 
 

@@ -152,6 +152,12 @@ def test_wandb_id_is_created_once(run_dir: RunDirectory) -> None:
     assert re.fullmatch("[0-9a-f]{8}", run_dir.ensure_wandb_id())
 
 
+def test_wandb_id_is_the_required_one(run_dir: RunDirectory) -> None:
+    """An id from the environment replaces the own one, and stays where later starts require none."""
+    run_dir.ensure_wandb_id()
+    assert [run_dir.ensure_wandb_id(required) for required in ("a1", None, "b2", "b2")] == ["a1", "a1", "b2", "b2"]
+
+
 # --- names --------------------------------------------------------------------------------------------------------
 
 

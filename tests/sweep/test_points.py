@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.cli.train import launch_or_submit
 from launcher.config import compose
 from launcher.config.overrides import parse_overrides
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
+from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.sweep import points, run_sweep
 from tests.helpers.config_dirs import make_config_dir
@@ -39,6 +40,18 @@ def start_sweep(config_dir: Path) -> Iterator[Any]:
 
 
 SEEN: list[RunConfig] = []
+TINY_RECIPE = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Tiny:
+    width: int = 16
+    data: str | None = None
+
+    def model(self): ...
+    def dataset(self, split): return range(1000)
+    def loss(self, model, batch): ...
+"""
 
 
 def record_point(config: RunConfig, overrides: Sequence[str]) -> int:
@@ -139,6 +152,21 @@ def test_overrides_of_a_point_compose_its_config(start_sweep: Any) -> None:
     assert [config.sink["wandb"]["group"] for config in configs] == ["a b", "a b"]
 
 
+def test_points_share_the_environment_s_group(start_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    start_sweep("batch.per_device=8,16", "sink=wandb", "run.name=sizes")
+    assert [config.sink["wandb"]["group"] for config in SEEN] == ["mine", "mine"]
+
+
+def test_one_wandb_id_for_all_points_is_refused(start_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All points would be written into one run in W&B, one over the other."""
+    monkeypatch.setenv("WANDB_RUN_ID", "abc12345")
+    with pytest.raises(UsageError, match=r"WANDB_RUN_ID=abc12345 names one run.*env -u WANDB_RUN_ID"):
+        start_sweep("batch.per_device=8,16", "sink=wandb")
+    start_sweep("batch.per_device=8,16", "sink=[]")
+    assert len(SEEN) == 2
+
+
 def test_global_batch_selects_hold_at_every_point(start_sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
     start_sweep("batch.global=64,128")
     assert [(config.batch.policy, config.batch.global_batch) for config in SEEN] == [("hold", 64), ("hold", 128)]
@@ -204,6 +232,21 @@ def test_point_task_can_be_pickled() -> None:
         ),
         (["sweep.max_parallel=2", "seed=1,2", "launch.workers=999"], "each point needs 999 cores"),
         (["hydra/sweeper=optuna", "seed=1,2"], "type sweep.trials=20 instead"),
+        (
+            ["batch.per_device=8,16", "seed=1,2", "run.name=b-${batch.per_device}"],
+            "run.name=b-${batch.per_device}: points 0 and 1 both get runs/b-8: add ${seed}, so that each point has",
+        ),
+        (["batch.per_device=8,16,8.0", "run.dir=a/../b${batch.per_device}"], "points 0 and 2 both get a/../b8: add "),
+        (["seed=1,2", "run.name='a b-${seed}'"], "run.name=a b-1: type up to 64 letters"),
+        (["seed=1,2", "launch.dry_run=true,false"], "launch.dry_run can't be swept over"),
+        (
+            ["seed=range(1,9)", "sweep.trials=2", "sweep.metric=val/loss", "launch.dry_run=true"],
+            "cannot show the points",
+        ),
+        (
+            ["seed=range(1,9)", "sweep.trials=2", "sweep.metric=val/loss", "run.name=s-${seed}"],
+            "run.name=s-${seed} depends on a key that is searched over",
+        ),
     ],
 )
 def test_invalid_point_is_refused_before_any_starts(start_sweep: Any, overrides: list[str], message: str) -> None:
@@ -212,3 +255,87 @@ def test_invalid_point_is_refused_before_any_starts(start_sweep: Any, overrides:
     assert message in str(caught.value)
     assert SEEN == []
     assert list(Path.cwd().iterdir()) == []
+
+
+# --- names of their own, and dry runs -----------------------------------------------------------------------------
+
+NAMED = "run.name=size-${batch.per_device}"
+
+
+def test_name_that_contains_a_swept_key_is_each_points_own(start_sweep: Any, capsys: Any) -> None:
+    assert start_sweep("batch.per_device=8,16", NAMED, "recipe.data=b-${batch.per_device}") == EXIT_OK
+    assert [(config.run.name, config.run.dir) for config in SEEN] == [(f"size-{n}", f"runs/size-{n}") for n in (8, 16)]
+    assert [config.recipe["data"] for config in SEEN] == ["b-8", "b-16"]
+    assert capsys.readouterr().out.count(" size-") == 2, "the table has a row for each"
+    assert all(Path(f"runs/size-{size}/done.json").exists() for size in (8, 16))
+    [folder] = [path for path in Path("runs").iterdir() if path.name.startswith("sweep-")]
+    assert [path.name for path in folder.iterdir()] == ["multirun.yaml"]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two points at a time take two cores")
+def test_parallel_points_have_names_of_their_own(start_sweep: Any, capsys: Any) -> None:
+    more = ["sweep.max_parallel=2", "recipe.data=b-${batch.per_device}"]
+    assert start_sweep("batch.per_device=8,16,32", NAMED, *more, point=fail_at_16) == 1
+    cells = [line.split() for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert [cells[n][:1] + cells[n][3:4] for n in range(3)] == [
+        ["size-8", "500"],
+        ["size-16", "failed"],
+        ["size-32", "500"],
+    ]
+    assert all((Path("runs") / f"size-{size}/done.json").exists() for size in (8, 32))
+
+
+def test_shard_of_points_with_names_of_their_own(start_sweep: Any) -> None:
+    start_sweep("batch.per_device=8,16,32", "run.dir='out/${batch.per_device}'", "--shard=1/2")
+    assert [(config.run.name, config.run.dir) for config in SEEN] == [(None, "out/16")]
+
+
+@pytest.mark.parametrize("name", ["run.name=x-${data.num_workers}", "run.dir=runs/x-${data.num_workers}"])
+def test_name_without_a_swept_key_is_that_of_the_sweep(start_sweep: Any, name: str) -> None:
+    start_sweep("batch.per_device=8,16", name)
+    assert [config.run.dir for config in SEEN] == ["runs/x-0/0", "runs/x-0/1"]
+
+
+def test_swept_key_of_a_name_may_be_new(start_sweep: Any) -> None:
+    """The sweep's own configuration does not contain it, only those of the points do."""
+    start_sweep("+recipe.deep=1,2", "run.name=x-${recipe.deep}")
+    assert [config.run.name for config in SEEN] == ["x-1", "x-2"]
+
+
+SLURM = ["launch=slurm", "launch.time=10"]
+
+
+@pytest.mark.parametrize("launch", [[], SLURM], ids=["local", "slurm"])
+def test_dry_sweep_shows_every_point_and_makes_nothing(
+    launch_sweep: Any, launch: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch_sweep("batch.per_device=8,16,32", "launch.dry_run=true", NAMED, *launch) == EXIT_OK
+    out = capsys.readouterr().out
+    for number, size in enumerate((8, 16, 32)):
+        assert f"# point {number}, runs/size-{size}: recipe=tiny batch.per_device={size}" in out
+    assert out.count("#SBATCH --job-name=size-" if launch else "torchrun_agent") == 3
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_dry_sweep_shows_the_points_that_cannot_run(launch_sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch_sweep("batch.global=8,99999", "launch.dry_run=true", "--shard=1/2") == EXIT_USAGE
+    assert launch_sweep("batch.global=8,99999", "launch.dry_run=true") == EXIT_USAGE
+    printed = capsys.readouterr()
+    assert printed.err.count("error: batch.global=99999 exceeds") == 2
+    assert [line[:9] for line in printed.out.splitlines() if line.startswith("#")] == [
+        "# point 1",
+        "# point 0",
+        "# point 1",
+    ]
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.fixture
+def launch_sweep(start_sweep: Any, config_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Start a sweep of real jobs."""
+    code = config_dir.parent / "code"
+    code.mkdir(exist_ok=True)
+    (code / "tiny_recipe.py").write_text(TINY_RECIPE)
+    monkeypatch.syspath_prepend(str(code))
+    own = ["recipe._target_=tiny_recipe.Tiny", "recipe.trust=[tiny_recipe]"]
+    return lambda *overrides: start_sweep(*own, *overrides, point=launch_or_submit)

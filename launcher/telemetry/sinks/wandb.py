@@ -11,16 +11,17 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from launcher.system.redaction import mask_secrets
-from launcher.system.run_files import STOP_FILE, WANDB_DIR
+from launcher.system.run_files import STOP_FILE
 from launcher.system.stderr import print_over_progress_bar
 from launcher.telemetry.records import Event, MetricsRow
 from launcher.telemetry.sink import SINK_TIMEOUT_S, SinkContext
 from launcher.telemetry.sinks.rate_limit import SLOW_SINK_INTERVAL_S, RowRateLimiter
+from launcher.telemetry.wandb_env import get_wandb_name, get_wandb_project, resolve_wandb_dir
 
 __all__ = ["WandbSink", "is_reachable"]
 
@@ -40,8 +41,6 @@ QUIET_WANDB_SETTINGS: Mapping[str, Any] = {
     "disable_code": True,
     "disable_git": True,
     "x_disable_meta": True,
-    "x_disable_stats": True,
-    "x_disable_machine_info": True,
     "x_disable_viewer": True,
     "x_save_requirements": False,
     "x_transaction_log_flush_interval": UPLOAD_GRACE_S / 2,
@@ -51,32 +50,34 @@ QUIET_WANDB_SETTINGS: Mapping[str, Any] = {
 }
 
 
+#: System metrics need information about the machine; without `x_disable_meta` it would be sent as well.
+NO_SYSTEM_METRICS: Mapping[str, Any] = {"x_disable_stats": True, "x_disable_machine_info": True}
+
+
 class WandbSink:
-    """One W&B run across all restarts; its id is stored in the run directory."""
+    """One W&B run across all restarts; its id is stored in the run directory.
+
+    An option that is None or empty leaves the choice to wandb's environment variables.
+    """
 
     def __init__(
-        self,
-        context: SinkContext,
-        project: str | None = "launcher",
-        entity: str | None = None,
-        group: str | None = None,
-        tags: Sequence[str] = (),
-        mode: str | None = None,
-        report: Callable[[str], None] = print_over_progress_bar,
+        self, context: SinkContext, report: Callable[[str], None] = print_over_progress_bar, **options: Any
     ) -> None:
         self.write_interval_s = SLOW_SINK_INTERVAL_S
         self.close_timeout_s = LOCAL_TIMEOUT_S
-        self._folder = context.folder
+        self._folder, self._files = context.folder, resolve_wandb_dir(context.folder)
         self._identity: Mapping[str, Any] = {
             "id": context.wandb_id,
-            "name": context.name,
+            "name": options.get("name") or get_wandb_name() or context.name,
             "config": dict(context.config),
-            "project": project,
-            "entity": entity,
-            "group": group,
-            "tags": list(tags) or None,
+            "project": options.get("project") or get_wandb_project(),
+            "entity": options.get("entity"),
+            "group": options.get("group"),
+            "tags": list(options.get("tags") or ()) or None,
         }
-        self._mode = mode or os.environ.get("WANDB_MODE")  # read here because wandb is imported only later
+        has_system_metrics = options.get("system_metrics", True)
+        self._settings = QUIET_WANDB_SETTINGS if has_system_metrics else {**QUIET_WANDB_SETTINGS, **NO_SYSTEM_METRICS}
+        self._mode = options.get("mode") or os.environ.get("WANDB_MODE")  # read here: wandb is imported only later
         self._report = report
         self._rate_limiter = RowRateLimiter()
         self._events: dict[str, Any] = {}
@@ -143,7 +144,7 @@ class WandbSink:
         import wandb
 
         supported = wandb.Settings.model_fields
-        settings = wandb.Settings(**{name: value for name, value in QUIET_WANDB_SETTINGS.items() if name in supported})
+        settings = wandb.Settings(**{name: value for name, value in self._settings.items() if name in supported})
         if "stop_fn" in supported:
             settings.stop_fn = (self._folder / STOP_FILE).touch
         session = wandb.setup(settings).settings
@@ -185,7 +186,9 @@ class WandbSink:
     def _init_wandb(self, wandb: Any, settings: Any, mode: str) -> Any:
         if self._abandoned:
             raise RuntimeError("wandb was abandoned")
-        return wandb.init(**self._identity, dir=str(self._folder), mode=mode, resume="allow", settings=settings)
+        parent = self._files.parent
+        parent.mkdir(parents=True, exist_ok=True)  # wandb would take another folder if WANDB_DIR does not exist
+        return wandb.init(**self._identity, dir=str(parent), mode=mode, resume="allow", settings=settings)
 
     def _finish_run(self) -> None:
         try:
@@ -199,7 +202,8 @@ class WandbSink:
             self._finish_run()
 
     def _format_sync_command(self, kind: str) -> str:
-        return f"wandb sync {self._folder / WANDB_DIR}/{kind}run-*"
+        is_shared = self._files.parent != self._folder  # with other runs
+        return f"wandb sync {self._files}/{kind}run-*{'-' + self._identity['id'] if is_shared else ''}"
 
 
 def _has_key(wandb: Any) -> bool:

@@ -5,6 +5,7 @@ Each run is a process of its own, since wandb keeps state for the whole process.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from launcher.telemetry.sinks.wandb import is_reachable
 from tests.helpers import wandb_file
+from tests.helpers.jobs import wait_for
 from tests.helpers.wandb_server import Server, run_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]  # a real wandb service is started
@@ -29,16 +31,20 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 #: argv: the run directory, the first update, the last, the last event; then it waits for a line on stdin and closes.
 PROGRAM = """
-import sys, time
+import json, os, sys, time
 from pathlib import Path
 from launcher.telemetry.records import MetricsRow
 from launcher.telemetry.sinks import SinkContext, open_sinks
 from launcher.telemetry.metrics_logger import MetricsLogger
+from launcher.telemetry.wandb_env import get_wandb_run_id
+from launcher.run_dir.run_directory import RunDirectory
 
 
 folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = {"batch.per_device": 32, "lr.base": 0.1}
-logger = MetricsLogger(open_sinks({"wandb": {"tags": ["a"]}}, SinkContext(folder, "my-run", "run1234", config)))
+options = json.loads(os.environ.get("OPTIONS", '{"tags": ["a"]}'))
+run_id = RunDirectory(folder).ensure_wandb_id(get_wandb_run_id() or "run1234")
+logger = MetricsLogger(open_sinks({"wandb": options}, SinkContext(folder, "my-run", run_id, config)))
 logger.log_event("start", world=2)
 for update in range(first, last + 1):
     values = {"train/loss": 1 / update, "stage/data/ms": 1.5, "stage/data/share": 0.1, "stage/data/samples_per_s": 9.0}
@@ -113,6 +119,67 @@ def test_missing_key_goes_offline_and_writes_everything(tmp_path: Path) -> None:
     assert (config["batch.per_device"], config["lr.base"]) == ("32", "0.1")
     assert not list(folder.glob("wandb/*run-*/files/requirements.txt"))
     assert not list(folder.glob("wandb/*run-*/files/wandb-metadata.json"))
+
+
+NAMED = {"WANDB_PROJECT": "vision", "WANDB_NAME": "ada", "WANDB_RUN_GROUP": "g", "WANDB_TAGS": "b,c"}
+
+
+def describe(record: Any) -> tuple[str, ...]:
+    return (record.project, record.display_name, record.entity, record.run_group, *record.tags)
+
+
+def test_environment_names_the_run_and_its_folder(tmp_path: Path) -> None:
+    """What no key sets is left to wandb's own variables; WANDB_DIR need not exist."""
+    elsewhere = tmp_path / "elsewhere" / "deep"
+    given = {**NAMED, "WANDB_ENTITY": "team", "WANDB_NOTES": "why", "WANDB_DIR": str(elsewhere), "OPTIONS": "{}"}
+    _, messages = run_program(tmp_path / "run", 1, 2, **given)
+    assert messages == [
+        f"wandb: offline, no API key; to upload later: wandb sync {elsewhere}/wandb/offline-run-*-run1234"
+    ]
+    [path] = find_files(elsewhere)
+    assert not (tmp_path / "run" / "wandb").exists()
+    record = run_record(path)
+    assert describe(record) == ("vision", "ada", "team", "g", "b", "c")
+    assert record.notes == "why"
+
+
+def test_keys_win_over_the_environment(tmp_path: Path) -> None:
+    options = {"project": "mine", "name": "own", "entity": "me", "group": "other", "tags": ["x"]}
+    run_program(tmp_path / "run", 1, 2, **NAMED, WANDB_ENTITY="team", OPTIONS=json.dumps(options))
+    [path] = find_files(tmp_path / "run")
+    assert describe(run_record(path)) == ("mine", "own", "me", "other", "x")
+
+
+def test_run_of_a_sweep_has_the_id_of_its_agent(tmp_path: Path) -> None:
+    """As `wandb agent` sets them. The folder's wandb-id is the id that was used."""
+    parameters = tmp_path / "config.yaml"
+    parameters.write_text("wandb_version: 1\nlr.base:\n  value: 0.1\n")
+    agent = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "abc12345", "WANDB_SWEEP_PARAM_PATH": str(parameters)}
+    run_program(tmp_path / "run", 1, 2, **agent, WANDB_MODE="offline")
+    [path] = (tmp_path / "run").glob("wandb/*run-*/*.wandb")
+    record = run_record(path)
+    assert (record.run_id, record.sweep_id) == ("abc12345", "s1")
+    assert (tmp_path / "run" / "wandb-id").read_text() == "abc12345"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_system_metrics_are_on_unless_turned_off(tmp_path: Path, wanted: bool) -> None:
+    """Metadata of the machine, of git and of the code are not sent in either case."""
+    options = json.dumps({} if wanted else {"system_metrics": False})
+    env = {"OPTIONS": options, "WANDB_MODE": "offline", "WANDB__STATS_SAMPLING_INTERVAL": "0.1"}
+    folder = tmp_path / "run"
+    process = start_program(folder, 1, 2, env)
+    wait_for(lambda: bool(find_files(folder)))
+    wait_for(lambda: ("stats" if wanted else "history") in list_record_kinds(folder))
+    process.communicate("close\n", timeout=60)
+    assert ("stats" in list_record_kinds(folder)) == wanted
+    assert "environment" not in list_record_kinds(folder)
+    assert not list(folder.glob("wandb/*run-*/files/*"))
+
+
+def list_record_kinds(folder: Path) -> set[str]:
+    [path] = find_files(folder)
+    return {record.WhichOneof("record_type") for record in wandb_file.read_records(path)}
 
 
 def test_restart_continues_same_run_and_steps(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,7 +23,10 @@ __all__ = [
 
 
 class BufferCopy(NamedTuple):
-    """A buffer at one moment: the tensor that it was, and a copy of its values; both None for a buffer set to None."""
+    """A buffer at one moment: the tensor that it was, and a copy of its values; both None for a buffer set to None.
+
+    `version` is torch's count of changes in place.
+    """
 
     module: nn.Module
     name: str
@@ -31,6 +34,7 @@ class BufferCopy(NamedTuple):
     tensor: torch.Tensor | None
     copy: torch.Tensor | None
     version: int
+    is_writable: bool
 
     def assign(self, values: torch.Tensor | None) -> None:
         """Give the buffer these values, in the tensor that it was if possible; register it again if it was deleted."""
@@ -40,17 +44,23 @@ class BufferCopy(NamedTuple):
         self.module._buffers[self.name] = write_values(self.tensor, values) if can_write else values
 
 
+def list_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module once, in a fixed order; faster than `model.modules()`, since each update calls it."""
+    modules, seen = [model], {id(model)}
+    for module in modules:  # the list grows while it is read
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                modules.append(child)
+    return modules
+
+
 def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor | None]]:
-    """Every registered buffer with its module and name, in the order of `model.modules()`; None where it is not set."""
-    pending, seen = [model], {model}
-    while pending:
-        module = pending.pop()
-        for name, tensor in module._buffers.items():
-            yield module, name, tensor
-        for child in reversed(module._modules.values()):
-            if child is not None and child not in seen:
-                seen.add(child)
-                pending.append(child)
+    """Every registered buffer with its module and name; None where it is not set."""
+    for module in list_modules(model):
+        if module._buffers:
+            for name, tensor in module._buffers.items():
+                yield module, name, tensor
 
 
 def get_buffer(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -67,21 +77,19 @@ class BufferSnapshot:
 
     @torch.no_grad()
     def take(self) -> None:
-        earlier = {(id(buffer.module), buffer.name): buffer.copy for buffer in self.buffers}
-        self.buffers, copies, tensors = [], [], []
-        for module, name, tensor in iter_buffers(self._model):
-            copy = None
-            if tensor is not None:
-                copy = earlier.get((id(module), name))
-                if copy is None or not have_same_layout(copy, tensor):
-                    copy = torch.empty_like(tensor, requires_grad=False)
-                copies.append(copy)
-                tensors.append(tensor.detach())
-            persistent = name not in module._non_persistent_buffers_set
-            version = 0 if tensor is None or tensor.is_inference() else tensor._version
-            self.buffers.append(BufferCopy(module, name, persistent, tensor, copy, version))
-        if tensors:
-            torch._foreach_copy_(copies, tensors)
+        current = list(iter_buffers(self._model))
+        if not self._are_same_tensors(current):
+            earlier = [*self.buffers, *[None] * len(current)][: len(current)]
+            self.buffers = [make_copy(*buffer, before) for buffer, before in zip(current, earlier, strict=True)]
+        if copies := [buffer.copy for buffer in self.buffers if buffer.copy is not None]:
+            torch._foreach_copy_(copies, [buffer.tensor for buffer in self.buffers if buffer.copy is not None])
+
+    def _are_same_tensors(self, current: Sequence[tuple[nn.Module, str, torch.Tensor | None]]) -> bool:
+        """Whether every buffer is still the tensor that it was. It compares little, since each update calls it."""
+        return len(current) == len(self.buffers) and all(
+            known is tensor and (known is None or known.shape == copy.shape)  # type: ignore[union-attr]
+            for (_, _, _, known, copy, _, _), (_, _, tensor) in zip(self.buffers, current, strict=True)
+        )
 
     @torch.no_grad()
     def restore(self, *, keep_new: bool = True) -> None:
@@ -89,9 +97,9 @@ class BufferSnapshot:
 
         A buffer that was registered since has no earlier value. It stays if it is finite and `keep_new`.
         """
-        for module, name in self._list_new():
-            tensor = get_buffer(module, name)
-            if not keep_new or (tensor is not None and not bool(torch.isfinite(tensor).all())):
+        known = {(id(buffer.module), buffer.name) for buffer in self.buffers}
+        for module, name, tensor in list(iter_buffers(self._model)):
+            if (id(module), name) not in known and not (keep_new and is_finite(tensor)):
                 del module._buffers[name]
         for buffer in self.buffers:
             buffer.assign(buffer.copy)
@@ -99,19 +107,25 @@ class BufferSnapshot:
     @torch.no_grad()
     def restore_unless(self, condition: torch.Tensor) -> None:
         """Restore unless a device scalar is true; the host waits for it if a buffer is new or has changed its shape."""
-        current = [get_buffer(buffer.module, buffer.name) for buffer in self.buffers]
-        pairs = list(zip(self.buffers, current, strict=True))
-        if any(not have_same_layout(buffer.copy, tensor) for buffer, tensor in pairs) or self._list_new():
+        current = list(iter_buffers(self._model))
+        if not self._are_same_tensors(current) and not self._have_same_layouts(current):
             if not bool(condition):
                 self.restore()
             return
-        for buffer, tensor in pairs:
-            if tensor is not None and buffer.copy is not None:
-                values = torch.where(condition, tensor.detach(), buffer.copy)
+        for buffer, (module, name, tensor) in zip(self.buffers, current, strict=True):
+            if tensor is None or buffer.copy is None:
+                continue
+            if tensor is buffer.tensor and buffer.is_writable:
+                torch.where(condition, tensor, buffer.copy, out=tensor)
+            else:
                 # what was assigned is not written to: it may be the memory of something else, such as a parameter
-                buffer.module._buffers[buffer.name] = (
-                    write_values(tensor, values) if tensor is buffer.tensor else values
-                )
+                module._buffers[name] = torch.where(condition, tensor.detach(), buffer.copy)
+
+    def _have_same_layouts(self, current: Sequence[tuple[nn.Module, str, torch.Tensor | None]]) -> bool:
+        return len(current) == len(self.buffers) and all(
+            buffer.module is module and buffer.name == name and have_same_layout(buffer.copy, tensor)
+            for buffer, (module, name, tensor) in zip(self.buffers, current, strict=True)
+        )
 
     def drop_unchanged(self) -> None:
         """Forget the buffers that have not been assigned or changed since, as far as torch counts changes."""
@@ -122,9 +136,23 @@ class BufferSnapshot:
             or (buffer.tensor is not None and buffer.tensor._version != buffer.version)
         ]
 
-    def _list_new(self) -> list[tuple[nn.Module, str]]:
-        known = {(id(buffer.module), buffer.name) for buffer in self.buffers}
-        return [(module, name) for module, name, _ in iter_buffers(self._model) if (id(module), name) not in known]
+
+def make_copy(module: nn.Module, name: str, tensor: torch.Tensor | None, before: BufferCopy | None) -> BufferCopy:
+    """The buffer with memory for its values, that of `before` if that is the same buffer."""
+    if before is not None and not (before.module is module and before.name == name):
+        before = None
+    if tensor is None:
+        copy = None
+    elif before is not None and have_same_layout(before.copy, tensor):
+        if before.tensor is tensor:
+            return before
+        copy = before.copy
+    else:
+        copy = torch.empty_like(tensor, requires_grad=False)
+    version = 0 if tensor is None or tensor.is_inference() else tensor._version
+    persistent = name not in module._non_persistent_buffers_set
+    is_writable = tensor is not None and not is_overlapping(tensor)
+    return BufferCopy(module, name, persistent, tensor, copy, version, is_writable)
 
 
 @contextmanager
@@ -156,7 +184,12 @@ def replay_buffers(model: nn.Module, start: BufferSnapshot) -> Iterator[None]:
             module._buffers[name] = tensor
 
 
+def is_finite(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or bool(torch.isfinite(tensor).all())
+
+
 def have_same_layout(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether shapes, dtypes and devices are equal, or both are not set."""
     if one is None or other is None:
         return one is other
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device

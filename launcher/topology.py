@@ -13,6 +13,7 @@ __all__ = [
     "count_slurm_restarts",
     "find_task_copies",
     "get_batch_job_id",
+    "get_master_address",
     "get_master_port",
     "get_slurm_job_id",
     "get_slurm_step_id",
@@ -184,6 +185,11 @@ def read_restart_count(env: Mapping[str, str]) -> int | None:
 def read_slurm_step(env: Mapping[str, str] = os.environ) -> str:
     """Slurm's job and step, empty outside Slurm."""
     return " ".join(env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")).strip()
+
+
+def get_master_address(env: Mapping[str, str] = os.environ) -> str:
+    """The host of the workers' store, as chosen by torchrun."""
+    return env["MASTER_ADDR"]
 
 
 def get_master_port(env: Mapping[str, str] = os.environ) -> int:

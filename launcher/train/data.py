@@ -29,7 +29,9 @@ from launcher.errors import UsageError
 from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import Position, Timeline
 from launcher.recipe import check_map_style
+from launcher.run_dir.failures import describe_error
 from launcher.system.processes import die_with_parent, read_cpu_seconds
+from launcher.train.loader_errors import explained_loader_errors, send_errors_of_unsent_batches
 
 __all__ = [
     "DATASET_STREAM",
@@ -93,9 +95,9 @@ class SeededDataset(Dataset[Any]):
             return self._items[key[1]]
         except UsageError:
             raise
-        except Exception as problem:
-            kind = type(problem).__name__
-            raise UsageError(f"sample {key[1]} cannot be read: {kind}: {problem}; fix or remove it") from problem
+        except (Exception, SystemExit) as problem:
+            kind, why = type(problem).__name__, describe_error(problem)
+            raise UsageError(f"sample {key[1]} cannot be read: {kind}: {why}; fix or remove it") from problem
 
 
 class MicroBatchSampler(Sampler[list[SampleKey]]):
@@ -143,6 +145,7 @@ def prepare_loader_process(_: int, parent: int) -> None:
     import signal
 
     die_with_parent(parent)
+    send_errors_of_unsent_batches()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, lambda *_: None)
 
@@ -301,13 +304,10 @@ class MicroBatchLoader:
         """Return the next micro-batch, on the host.
 
         Raises:
-            UsageError: a sample cannot be read; the message names it.
+            UsageError: a sample cannot be read, or shared memory is too small; the message names it.
         """
-        try:
-            with self.loading:
-                return next(self.batches)
-        except UsageError as error:  # a loader process prepends its traceback; the last line is the message
-            raise UsageError(str(error).strip().rpartition("UsageError: ")[2]) from error
+        with explained_loader_errors(), self.loading:
+            return next(self.batches)
 
     @classmethod
     def from_dataset(

@@ -27,6 +27,7 @@ from launcher.train.data import (
     make_data_loader,
     to_device,
 )
+from launcher.train.loader_errors import iter_explaining_errors
 from launcher.train.loss_values import get_metrics, read_scalar
 from launcher.train.micro_batches import seed_generators
 from launcher.train.modes import evaluation_mode
@@ -128,7 +129,8 @@ class Validator:
     def _compute_sums(self, replica: Replica) -> ChunkSums:
         """The per-chunk sums of each value, with zeros for the chunks of other ranks."""
         sums = ChunkSums(self._chunks, self._precision.device)
-        for chunk, keys, batch in zip(self._sampler.chunks, self._sampler, self._batches, strict=True):
+        batches = iter_explaining_errors(self._batches)
+        for chunk, keys, batch in zip(self._sampler.chunks, self._sampler, batches, strict=True):
             batch = to_device(batch, self._precision.device, self._precision.dtype)
             seed = derive_seed(self._seed, VALIDATION_STREAM, keys[0][1], len(keys))
             seed_generators(seed, self._precision.device)

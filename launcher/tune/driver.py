@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +20,15 @@ from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from launcher.goodput.auto_batch import MeasurementError, report_unmeasured, with_placeholder_batch
 from launcher.goodput.measured_noise import find_noise_scale
 from launcher.run_dir import failures
-from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.system.atomic_files import atomic_write_text, make_durable_dir
+from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.formatting import encodable
-from launcher.system.processes import die_with_parent, kill_process_tree, write_memfd
+from launcher.system.leftovers import JobMark, end_leftovers
+from launcher.system.machine_limits import check_machine
+from launcher.system.processes import MemoryFile, die_with_parent, kill_process_tree, make_starter_env
 from launcher.system.signal_handlers import sigterm_as_keyboard_interrupt
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
-from launcher.tune.processes.fork_server import OUTCOME_FILE
 from launcher.tune.report.document import explain_recommendation
 from launcher.tune.report.goodput_column import goodput_values
 
@@ -83,21 +84,24 @@ def measure(config: RunConfig, workers: int, *, use_cache: bool = False) -> dict
         MeasurementError: a worker failed.
         KeyboardInterrupt: SIGTERM or Ctrl-C was received; workers and temporary files have been removed.
     """
-    with tempfile.TemporaryDirectory(prefix="launcher-tune-") as private:
-        return _start_measurement(config, workers, Path(private), use_cache)
-
-
-def _start_measurement(config: RunConfig, workers: int, private: Path, use_cache: bool) -> dict[str, Any]:
-    handover = write_memfd(json.dumps({"config": to_mapping(config), "private": str(private), "use_cache": use_cache}))
-    command = make_probe_command(config, workers, Path(f"/proc/{os.getpid()}/fd/{handover}"))
+    check_machine(workers, config.data.num_workers)
+    outcome = MemoryFile()
+    handover = MemoryFile(
+        json.dumps({"config": to_mapping(config), "outcome": str(outcome.path), "use_cache": use_cache})
+    )
+    command = make_probe_command(config, workers, handover.path)
     with sigterm_as_keyboard_interrupt():
-        fork_server = subprocess.Popen(command.argv, env=os.environ | command.env, stdout=2, start_new_session=True)
+        env = os.environ | command.env | make_starter_env()
+        fork_server = subprocess.Popen(command.argv, env=env, stdout=2, start_new_session=True)
+        mark = JobMark.of_process(fork_server.pid)
         try:
             fork_server.wait()
-            return _read_outcome(private / OUTCOME_FILE, fork_server.returncode)
+            return _read_outcome(outcome.path, fork_server.returncode)
         finally:
             kill_process_tree(fork_server)
-            os.close(handover)
+            end_leftovers([mark] if mark is not None else [])
+            for file in (handover, outcome):
+                file.close()
 
 
 def _read_outcome(file: Path, status: int) -> dict[str, Any]:
@@ -106,9 +110,10 @@ def _read_outcome(file: Path, status: int) -> dict[str, Any]:
     Raises:
         UsageError, MeasurementError: as `measure`.
     """
-    if not file.exists():
+    text = file.read_text()
+    if not text:
         raise MeasurementError(failures.describe_exit("the process that starts the measuring ranks", status))
-    outcome = json.loads(file.read_text())
+    outcome = json.loads(text)
     if "usage_error" in outcome:
         raise UsageError(outcome["usage_error"])
     if "measurement_error" in outcome:
@@ -152,7 +157,7 @@ def write_outputs(folder: Path, texts: Mapping[str, str]) -> None:
         UsageError: the folder cannot be written.
     """
     try:
-        make_private_dir(folder)
+        make_durable_dir(folder)
         for name, text in texts.items():
             atomic_write_text(folder / name, text)
     except OSError as problem:
@@ -167,6 +172,7 @@ def main(compose: Callable[[], RunConfig], topology: Topology) -> int:
     from launcher.distributed import rendezvous
 
     die_with_parent()
+    CleanupProcess.start()
     composed = compose() if topology.rank == 0 else None
     timeout_s = composed.launch.timeout_s if composed else 600.0
     store = rendezvous.connect_store(topology, loopback=False, timeout_s=timeout_s)

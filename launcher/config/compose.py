@@ -108,13 +108,15 @@ class SweepRequest:
 
     `settings`: a configuration of which only the sections `run` and `sweep` are filled. `overrides`: those typed,
     except the ones that set the folder. `is_local`: whether Hydra's basic launcher is selected, i.e. the points run on
-    this machine.
+    this machine. `interpolated_run`: run.name or run.dir as typed if one contains ${...}; `settings` then has neither,
+    since each point has its own.
     """
 
     settings: RunConfig
     overrides: tuple[str, ...]
     is_local: bool
     config: DictConfig
+    interpolated_run: str | None = None
 
 
 class ConfigComposer:
@@ -172,9 +174,13 @@ class ConfigComposer:
         config = self.compose_hydra(overrides, RunMode.MULTIRUN)
         refuse_unsweepable_keys(parsed, config)
         typed = [str(o.input_line) for o in parsed if o.key_or_group not in RUN_DIR_KEYS]
-        run_section = {name: OmegaConf.select(config, f"run.{name}") for name in ("name", "dir")}
+        run_section = OmegaConf.to_container(config.run, resolve=False)
+        interpolated = next((f"run.{key}={value}" for key, value in run_section.items() if "${" in str(value)), None)
+        if interpolated is not None:
+            run_section = {}
         settings = from_mapping({"run": run_section, "sweep": OmegaConf.to_container(config.sweep, resolve=True)})
-        return SweepRequest(settings, tuple(typed), config.hydra.launcher._target_ == BASIC_LAUNCHER, config)
+        is_local = config.hydra.launcher._target_ == BASIC_LAUNCHER
+        return SweepRequest(settings, tuple(typed), is_local, config, interpolated)
 
     def expand_points(self, config: DictConfig) -> list[list[str]]:
         """The overrides of every point of a plain sweep; empty if the user chose another sweeper, which decides."""
@@ -195,9 +201,14 @@ class ConfigComposer:
         return [*searchpath_overrides(config), *fixed], [parse_axis(o) for o in parsed if o.is_sweep_override()]
 
     def _parse_sweep_overrides(self, config: DictConfig) -> list[Override]:
-        params = [f"{name}={value}" for name, value in (config.hydra.sweeper.params or {}).items()]
+        """Parse the overrides of a sweep as they were typed: a ${...} in them has another value at each point."""
+        typed, configured = (
+            OmegaConf.to_container(node, resolve=False) if node else None
+            for node in (config.hydra.overrides.task, config.hydra.sweeper.get("params"))
+        )
+        params = [f"{name}={value}" for name, value in dict(configured or {}).items()]
         parser = OverridesParser.create(config_loader=self._loader)
-        return parser.parse_overrides([*params, *config.hydra.overrides.task])
+        return parser.parse_overrides([*params, *(typed or [])])
 
     def _warn_on_unmatched_lr(self, config: RunConfig, parsed: Sequence[Override]) -> Iterator[str]:
         """Warn if the recipe's learning rate is used with another optimizer than the one it was chosen for."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.search_space import SearchAxis
 from launcher.errors import UsageError
 from launcher.sweep.outcome import FINISHED, STOPPED
+from launcher.system.atomic_files import PRIVATE_MODE
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -103,5 +104,5 @@ def create_study(journal: Path, maximize: bool) -> Study:
         direction="maximize" if maximize else "minimize",
         load_if_exists=True,
     )
-    journal.chmod(0o600)
+    journal.chmod(PRIVATE_MODE)  # it has the values as they were typed
     return study

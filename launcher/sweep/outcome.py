@@ -13,6 +13,7 @@ import yaml
 from launcher.config.schema import RunConfig, RunDirConfig
 from launcher.errors import EXIT_OK, UsageError
 from launcher.run_dir.run_directory import RunDirectory
+from launcher.system.atomic_files import PRIVATE_MODE
 from launcher.system.redaction import mask_nested_secrets
 from launcher.system.run_files import RUN_NAME_PATTERN
 from launcher.telemetry.wandb_env import get_wandb_group, get_wandb_run_id
@@ -103,7 +104,7 @@ def mask_hydra_file(file: Path) -> None:
         return
     masked = yaml.safe_dump(mask_nested_secrets(yaml.safe_load(file.read_text(encoding="utf-8"))), sort_keys=False)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as stream:
+    with open(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, PRIVATE_MODE), "w", encoding="utf-8") as stream:
         stream.write(masked)
     temporary.replace(file)
 

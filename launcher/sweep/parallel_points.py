@@ -15,7 +15,7 @@ from types import FrameType
 
 from launcher.errors import EXIT_FAILED, EXIT_OK
 from launcher.sweep.machine_slices import MachineSlice
-from launcher.system.atomic_files import make_private_dir
+from launcher.system.atomic_files import PRIVATE_MODE, make_durable_dir
 from launcher.system.processes import die_with_parent
 from launcher.system.signal_handlers import forward_signals_to
 
@@ -65,7 +65,7 @@ class ParallelRunner:
         return bool(self._running)
 
     def _start_job(self, job: PointJob, machine_slice: MachineSlice) -> None:
-        make_private_dir(job.log.parent)
+        make_durable_dir(job.log.parent)
         # Fork: the point is already composed and checked, and holds secrets that must not appear on a command line.
         process = get_context("fork").Process(
             target=run_isolated, args=(job, machine_slice), name=f"point {job.number}"
@@ -106,7 +106,7 @@ def run_isolated(job: PointJob, machine_slice: MachineSlice) -> None:
     """Run a job in the forked process: detach from the terminal, redirect output to the log, enter the slice."""
     die_with_parent()
     os.setsid()
-    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, PRIVATE_MODE)
     for stream in (1, 2):
         os.dup2(log, stream)
     sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1, encoding="utf-8", errors="replace")

@@ -22,7 +22,7 @@ from launcher.config.compose import (
     to_container,
 )
 from launcher.config.overrides import RUN_DIR_KEYS, parse_overrides, with_force_add
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, RunDirConfig
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
 from launcher.sweep import outcome
 from launcher.system.stderr import print_stderr
@@ -43,14 +43,22 @@ PointFunction = Callable[[RunConfig, Sequence[str]], int]
 
 @dataclass(frozen=True)
 class PointTask:
-    """How to run each point. `flags` precede its overrides; `shard` (k, n): run every n-th point starting at k."""
+    """How to run each point.
+
+    `flags` precede its overrides. `shard` (k, n): run every n-th point starting at k. `own`: the points' run
+    directories if they have names of their own.
+    """
 
     point: PointFunction
     flags: tuple[str, ...] = ()
     shard: tuple[int, int] = (0, 1)
+    own: tuple[RunDirConfig, ...] = ()
 
     def is_in_shard(self, number: int) -> bool:
         return number % self.shard[1] == self.shard[0] % self.shard[1]
+
+    def get_own_dir(self, number: int) -> str | None:
+        return self.own[number].dir if self.own else None
 
 
 def run_points(
@@ -62,12 +70,14 @@ def run_points(
     outcomes: list[outcome.PointOutcome] = []
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2(PRIMARY_CONFIG_NAME, composer.search_path)
-    folder_override = f"hydra.sweep.dir={quote_override(folder)}"
+    folder_overrides = [f"hydra.sweep.dir={quote_override(folder)}"]
+    if task.own:
+        folder_overrides.append("hydra.sweep.subdir=.")  # no numbered folders beside the points' own
     try:
         with hydra_errors_as_usage_errors():
             job = functools.partial(run_point, task, outcomes)
             returned = hydra.multirun(
-                PRIMARY_CONFIG_NAME, job, [*with_force_add(overrides), folder_override], with_log_configuration=False
+                PRIMARY_CONFIG_NAME, job, [*with_force_add(overrides), *folder_overrides], with_log_configuration=False
             )
     finally:
         GlobalHydra.instance().clear()
@@ -88,12 +98,12 @@ def run_point(task: PointTask, outcomes: list[outcome.PointOutcome], config: Dic
     After a stopped point no further point is started.
     """
     hydra = HydraConfig.get()
-    folder, number = Path(hydra.sweep.dir), str(hydra.sweep.subdir)
+    folder, number = Path(hydra.sweep.dir), str(hydra.job.num)
     overrides = [str(override) for override in hydra.overrides.task]
     outcome.mask_hydra_file(folder / "multirun.yaml")
     job = int(hydra.job.num)
     if not task.is_in_shard(job) or any(earlier.stopped for earlier in outcomes):
-        outcomes.append(outcome.PointOutcome(job, tuple(overrides), EXIT_OK, outcome.NOT_RUN))
+        outcomes.append(outcome.PointOutcome(job, tuple(overrides), EXIT_OK, outcome.NOT_RUN, task.get_own_dir(job)))
         return outcomes[-1]
     print_stderr(f"point {number}: {' '.join(overrides)}")
     ended, status = run_in_directory(
@@ -101,7 +111,7 @@ def run_point(task: PointTask, outcomes: list[outcome.PointOutcome], config: Dic
     )
     if status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt  # ends the sweep
-    outcomes.append(outcome.PointOutcome(job, tuple(overrides), status, ended))
+    outcomes.append(outcome.PointOutcome(job, tuple(overrides), status, ended, task.get_own_dir(job)))
     return outcomes[-1]
 
 
@@ -113,7 +123,8 @@ def run_in_directory(
         composed = compose()
         for note in composed.notes:
             print_stderr(f"note: {note}")
-        config = outcome.make_point_config(composed.config, folder, number)
+        own = task.own[int(number)] if task.own else None
+        config = outcome.make_point_config(composed.config, folder, number, own)
         args = [
             *task.flags,
             *select_point_overrides(overrides),

@@ -27,11 +27,11 @@ MAX_TABLE_WIDTH = 80
 
 def format_sweep_table(folder: Path, outcomes: Sequence[PointOutcome]) -> str:
     """Results of all points and the best ones, in lines of at most 80 columns unless swept keys are too long."""
-    metrics = [read_point_metrics(folder / str(outcome.number)) for outcome in outcomes]
+    metrics = [read_point_metrics(outcome.get_path(folder)) for outcome in outcomes]
     swept = find_swept_values([outcome.overrides for outcome in outcomes])
     target = any(point.has_target for point in metrics)
     rows = [
-        (str(outcome.number), *format_cells(point, outcome.ended, target=target))
+        (outcome.label, *format_cells(point, outcome.ended, target=target))
         for outcome, point in zip(outcomes, metrics, strict=True)
     ]
     lines = [f"sweep {folder}", *align_table(("", *list_table_heads(target)), rows, swept)]
@@ -39,7 +39,7 @@ def format_sweep_table(folder: Path, outcomes: Sequence[PointOutcome]) -> str:
     groups = group_by_seed([swept[index] for index in finished], [metrics[index] for index in finished])
     if groups:
         lines += ["averages over seed, with the standard deviation", *format_averages(groups, target)]
-    named = name_ranked_points(swept, [f"point {outcome.number}" for outcome in outcomes], metrics)
+    named = name_ranked_points(swept, [f"point {outcome.label}" for outcome in outcomes], metrics)
     lines += [*describe_best_points(named), *format_critical_batch(swept, metrics)]
     return "\n".join(mask_secrets(line) for line in lines)
 

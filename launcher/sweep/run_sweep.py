@@ -23,7 +23,7 @@ from launcher.sweep.parallel_points import ParallelRunner, PointJob
 from launcher.sweep.points import PointFunction, PointTask, run_in_directory, run_points, select_point_overrides
 from launcher.sweep.results_table import format_sweep_table
 from launcher.sweep.run_dirs import check_search_name, choose_directories
-from launcher.system.atomic_files import make_private_dir
+from launcher.system.atomic_files import make_durable_dir
 from launcher.system.formatting import format_plural
 from launcher.system.redaction import mask_secrets
 from launcher.system.stderr import print_stderr
@@ -225,7 +225,7 @@ def run_search(composer: ConfigComposer, task: PointTask, request: SweepRequest)
     slices = divide_machine(min(settings.max_parallel, trials), configs, MachineResources.from_environment())
     objective = Objective.from_settings(settings, configs[0])
     folder = outcome.choose_sweep_directory(check_search_name(request, configs))
-    make_private_dir(folder)
+    make_durable_dir(folder)
     unlearned = find_unlearned_defaults(build_recipe(configs[0].recipe))
     fingerprint = make_search_fingerprint(fixed, axes, objective, unlearned)
     search = OptunaSearch(folder, axes, fingerprint, maximize=objective.maximize, seed=configs[0].seed)

@@ -236,7 +236,7 @@ def test_point_task_can_be_pickled() -> None:
             ["batch.per_device=8,16", "seed=1,2", "run.name=b-${batch.per_device}"],
             "run.name=b-${batch.per_device}: points 0 and 1 both get runs/b-8: add ${seed}, so that each point has",
         ),
-        (["batch.per_device=8,16,8.0", "run.dir=a/../b${batch.per_device}"], "points 0 and 2 both get a/../b8: add "),
+        (["seed=1,2,1", "run.dir=a/../b${seed}"], "points 0 and 2 both get a/../b1: add another key"),
         (["seed=1,2", "run.name='a b-${seed}'"], "run.name=a b-1: type up to 64 letters"),
         (["seed=1,2", "launch.dry_run=true,false"], "launch.dry_run can't be swept over"),
         (
@@ -266,7 +266,8 @@ def test_name_that_contains_a_swept_key_is_each_points_own(start_sweep: Any, cap
     assert start_sweep("batch.per_device=8,16", NAMED, "recipe.data=b-${batch.per_device}") == EXIT_OK
     assert [(config.run.name, config.run.dir) for config in SEEN] == [(f"size-{n}", f"runs/size-{n}") for n in (8, 16)]
     assert [config.recipe["data"] for config in SEEN] == ["b-8", "b-16"]
-    assert capsys.readouterr().out.count(" size-") == 2, "the table has a row for each"
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert rows == ["size-8", "size-16"]
     assert all(Path(f"runs/size-{size}/done.json").exists() for size in (8, 16))
     [folder] = [path for path in Path("runs").iterdir() if path.name.startswith("sweep-")]
     assert [path.name for path in folder.iterdir()] == ["multirun.yaml"]
@@ -312,7 +313,8 @@ def test_dry_sweep_shows_every_point_and_makes_nothing(
     assert launch_sweep("batch.per_device=8,16,32", "launch.dry_run=true", NAMED, *launch) == EXIT_OK
     out = capsys.readouterr().out
     for number, size in enumerate((8, 16, 32)):
-        assert f"# point {number}, runs/size-{size}: recipe=tiny batch.per_device={size}" in out
+        assert f"# point {number}, runs/size-{size}: recipe=tiny " in out
+        assert f" batch.per_device={size}" in out
     assert out.count("#SBATCH --job-name=size-" if launch else "torchrun_agent") == 3
     assert list(Path.cwd().iterdir()) == []
 

@@ -97,7 +97,11 @@ class Replica(Protocol):
     def compute_loss(self, loss_fn: LossFn, batch: Any) -> Loss:
         """Call the recipe's loss with its own model, whose methods and parts it may use, within the strategy's wrapper.
 
-        Without gradients, as in validation, nothing is prepared for a backward pass.
+        With gradients, `total` is a scalar tensor, `count` a number, and the backward pass of a loss that counts
+        nothing is part of the reduction. Without, as in validation, nothing is prepared for a backward pass.
+
+        Raises:
+            TrainingFailed: with gradients, loss() returned what cannot be trained on.
         """
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
@@ -111,6 +115,12 @@ class Replica(Protocol):
 
     def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
         """Take one optimizer step with learning rate `lr` on gradients x `loss_normalizer`; skip non-finite ones."""
+
+    def discard_update(self) -> StepResult:
+        """Take no step, since the loss counts nothing on any rank: parameters and moments stay, gradients are dropped.
+
+        Buffers keep what the forward passes made of them. `norm` is NaN, and `finite` true: nothing failed.
+        """
 
     def rescale_moments(self, factor: float) -> None:
         """Multiply Adam's second moments and AMSGrad's maxima of them by `factor`, after a change of the batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema import TargetConfig
@@ -19,7 +19,7 @@ from launcher.plan.training_plan import TrainingPlan
 if TYPE_CHECKING:
     from launcher.distributed.rank_stats import GatheredStats
 
-__all__ = ["MetricTarget", "TrainState", "get_metric", "update_noise_scale"]
+__all__ = ["MetricTarget", "TrainState", "UpdateCounts", "get_metric", "update_noise_scale"]
 
 
 def get_metric(measured: Mapping[str, float], metric: str, key: str) -> float:
@@ -56,13 +56,34 @@ class MetricTarget:
 
 
 @dataclass(frozen=True)
+class UpdateCounts:
+    """Updates since the start of the run that took no step or whose loss says nothing.
+
+    `skipped`: the gradient was not finite. `empty`: the loss counted 0 on all ranks. `loss_not_finite`: the step was
+    taken, but a rank's loss was NaN or infinite. `empty_validations`: validations whose loss counted 0.
+    """
+
+    skipped: int = 0
+    empty: int = 0
+    loss_not_finite: int = 0
+    empty_validations: int = 0
+
+    def with_update(self, gathered: GatheredStats) -> UpdateCounts:
+        """Count an update by its gathered statistics."""
+        if not gathered.loss_count:
+            return replace(self, empty=self.empty + 1)
+        if not gathered.finite:
+            return replace(self, skipped=self.skipped + 1)
+        return replace(self, loss_not_finite=self.loss_not_finite + 1) if gathered.not_finite else self
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Training progress, in samples seen.
 
-    `skips` counts consecutive non-finite updates, `seconds` the time trained. `empty_validations` counts validations
-    without any target. `noise` is the gradient noise scale,
-    equal on every rank, since it is computed only from all-gathered statistics. `second_moment` tracks the batch size
-    that Adam's second moment corresponds to, None for other optimizers.
+    `skips` counts consecutive non-finite updates, `counts` those of the whole run; `seconds` is the time trained.
+    `noise` is the gradient noise scale, equal on every rank, since it is computed only from all-gathered statistics.
+    `second_moment` tracks the batch size that Adam's second moment corresponds to, None for other optimizers.
     """
 
     position: Position
@@ -70,7 +91,7 @@ class TrainState:
     noise: NoiseScale = NoiseScale()
     second_moment: SecondMomentScale | None = None
     skips: int = 0
-    empty_validations: int = 0
+    counts: UpdateCounts = UpdateCounts()
     seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     target_reached: Mapping[str, Any] | None = None
@@ -94,14 +115,21 @@ class TrainState:
     def with_gathered_stats(
         self, gathered: GatheredStats, update: Update | None, training_plan: TrainingPlan
     ) -> TrainState:
-        """Apply the gathered gradient statistics of `update`; under lr.rule=noise the learning rate follows."""
+        """Apply the gathered statistics of `update`: its counts, and its gradient, which lr.rule=noise follows."""
+        state = self if update is None else self._count_update(gathered)
         noise = update_noise_scale(self.noise, gathered, update)
         if noise is self.noise:
-            return self
+            return state
         if training_plan.rule != "noise":
-            return replace(self, noise=noise)
+            return replace(state, noise=noise)
         schedule = training_plan.schedule_with_noise(self.schedule, self.position.samples, noise.applied)
-        return replace(self, noise=noise, schedule=schedule)
+        return replace(state, noise=noise, schedule=schedule)
+
+    def _count_update(self, gathered: GatheredStats) -> TrainState:
+        """Count an update. One that counted nothing neither failed nor ends a series of those that did."""
+        counts = self.counts.with_update(gathered)
+        skips = self.skips if counts.empty > self.counts.empty else 0 if gathered.finite else self.skips + 1
+        return self if (skips, counts) == (self.skips, self.counts) else replace(self, skips=skips, counts=counts)
 
     def advance_second_moment(self, update: Update) -> tuple[TrainState, float]:
         """During a change of batch: the state at `update`, and the factor to multiply Adam's second moment by."""
@@ -119,8 +147,10 @@ class TrainState:
             return "kept"
         return transition.compute_factor(transition.advance(1.0))
 
-    def with_skip_count(self, skips: int) -> TrainState:
-        return self if skips == self.skips else replace(self, skips=skips)
+    def with_empty_validation(self, measured: Mapping[str, float]) -> TrainState:
+        """Store the metrics of a validation that counted nothing, which are NaN: no schedule or record follows them."""
+        counts = replace(self.counts, empty_validations=self.counts.empty_validations + 1)
+        return replace(self, metrics=dict(measured), counts=counts)
 
     def with_validation(self, measured: Mapping[str, float], samples: int, watched: str) -> TrainState:
         """Store the metrics and, for schedule.decay=plateau, pass the watched metric to the schedule."""
@@ -150,7 +180,7 @@ class TrainState:
             "noise": self.noise.to_facts(),
             "moments": self.second_moment and self.second_moment.to_facts(),
             "skips": self.skips,
-            "empty_validations": self.empty_validations,
+            "counts": asdict(self.counts),
             "seconds": self.seconds,
             "metrics": {name: value if math.isfinite(value) else None for name, value in self.metrics.items()},
             "reached": self.target_reached,
@@ -166,7 +196,7 @@ class TrainState:
             noise=replace(NoiseScale.from_facts(facts["noise"]), dataset_size=get_noise_population_size(training_plan)),
             second_moment=SecondMomentScale.from_facts(facts["moments"]) if facts["moments"] else None,
             skips=facts["skips"],
-            empty_validations=facts.get("empty_validations", 0),
+            counts=UpdateCounts(**facts.get("counts", {})),
             seconds=facts["seconds"],
             metrics={name: math.nan if value is None else value for name, value in facts["metrics"].items()},
             target_reached=facts["reached"],

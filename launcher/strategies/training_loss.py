@@ -1,0 +1,124 @@
+"""The loss of a training micro-batch: what loss() returned, checked, and made to take part in the backward pass.
+
+A micro-batch without any target, whose loss count is 0, contributes nothing. Its total may be a number without a graph,
+or NaN, the mean over no targets. The rank must take part in the reduction of gradients all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.errors import TrainingFailed
+from launcher.recipe import Loss
+
+__all__ = ["contribute_nothing", "contribute_zeros", "has_gradient", "read_training_loss"]
+
+
+def read_training_loss(loss: Any) -> Loss:
+    """The loss with a scalar tensor as its total and a number as its count.
+
+    Raises:
+        TrainingFailed: the total or the count is not a number, or there is no gradient though something was counted.
+    """
+    if not hasattr(loss, "total") or not hasattr(loss, "count"):
+        raise TrainingFailed(
+            f"recipe.loss returned a {type(loss).__name__}: return Loss(total, count) of launcher.recipe"
+        )
+    count = read_count(loss.count)
+    total = loss.total
+    if not isinstance(total, torch.Tensor):
+        total = torch.tensor(read_number(total, "total", "the sum over the samples, a scalar tensor"))
+    if total.numel() != 1 or total.is_complex():
+        raise TrainingFailed(
+            f"recipe.loss returned a total with the shape {list(total.shape)} and dtype {total.dtype}: "
+            "return one real number, the sum over the samples, e.g. total.sum()"
+        )
+    total = total.reshape(())
+    if count and not has_gradient(total):
+        raise TrainingFailed(
+            f"recipe.loss counted {count:g} but returned a total without a gradient: compute it from the model's "
+            "output, without detach(), item() or no_grad(); count 0 where a batch has no target"
+        )
+    return replace(loss, total=total, count=count)
+
+
+def read_count(count: Any) -> float:
+    """The loss count as a number.
+
+    Raises:
+        TrainingFailed: it is not a number of samples or tokens.
+    """
+    number = read_number(count, "count", "the number of samples or tokens that total sums over")
+    if not 0 <= number < float("inf"):
+        raise TrainingFailed(
+            f"recipe.loss returned count={number:g}: return the number of samples or tokens that total sums over"
+        )
+    return number
+
+
+def read_number(value: Any, name: str, meaning: str) -> float:
+    """A number, or a tensor with one element, as a Python number.
+
+    Raises:
+        TrainingFailed: it is neither.
+    """
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of the shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f" ({value!r:.60})"
+        raise TrainingFailed(
+            f"recipe.loss returned a {type(value).__name__}{shape} as {name}: return {meaning}"
+        ) from None
+
+
+def has_gradient(total: torch.Tensor) -> bool:
+    """Whether the total was computed with gradients; a leaf, such as zeros(requires_grad=True), reaches nothing."""
+    return total.grad_fn is not None or isinstance(total, nn.Parameter)
+
+
+def contribute_nothing(total: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A scalar with the value of `total` whose backward pass reaches `tensors`, and gives none of them a gradient.
+
+    DDP counts a parameter as ready, and a parameter that has no gradient elsewhere keeps none.
+    """
+    return make_contribution(total, list(tensors), zeros=False)
+
+
+def contribute_zeros(total: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A scalar with the value of `total` whose backward pass gives `tensors` zeros as their gradients."""
+    return make_contribution(total, list(tensors), zeros=True)
+
+
+def make_contribution(total: torch.Tensor, tensors: list[torch.Tensor], *, zeros: bool) -> torch.Tensor:
+    dtype = total.dtype if total.is_floating_point() else torch.float32
+    value = torch.nan_to_num(total.detach().to(dtype), nan=0.0, posinf=0.0, neginf=0.0)
+    scalar: torch.Tensor = Contribution.apply(value, zeros, *tensors)
+    return scalar
+
+
+class Contribution(torch.autograd.Function):
+    """A constant that depends on tensors in the graph alone: their gradient is zeros, or undefined.
+
+    A product with 0 would not do, since 0 · NaN is NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, zeros: bool, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.like = [torch.empty_like(tensor, device="meta") for tensor in tensors] if zeros else []
+        ctx.devices = [tensor.device for tensor in tensors]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if not ctx.like:
+            return (None, None, *(None for _ in ctx.devices))
+        zeros = (torch.zeros_like(like, device=at) for like, at in zip(ctx.like, ctx.devices, strict=True))
+        return (None, None, *zeros)

@@ -3,8 +3,10 @@
 import sys
 
 from launcher.system.processes import die_with_starter
+from launcher.system.standard_streams import ensure_standard_streams
 
 if __name__ == "__main__":
+    ensure_standard_streams()  # before any file is opened
     die_with_starter()  # before anything slow is imported
     from launcher.cli.main import main
 

@@ -12,6 +12,7 @@ from launcher.cli.arguments import add_current_folder_to_path, handle_help
 from launcher.config.keys import closest_match
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
 from launcher.system.redaction import mask_secrets
+from launcher.system.standard_streams import ensure_standard_streams
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
 
@@ -43,19 +44,35 @@ INTERNAL_VERBS = ("worker", "folder", "again", "store", "probe")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, `train` if none is given, and return the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
+    ensure_standard_streams()
+    status = EXIT_FAILED
     try:
+        refuse_undecodable(args)
         status = dispatch_verb(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has closed the pipe: discard the rest
-        return EXIT_FAILED
+        return EXIT_FAILED if Topology.from_env() is None else status  # a worker has trained nevertheless
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except UsageError as error:
         return print_error(error, args, EXIT_USAGE)
     except (Exception, SystemExit) as error:  # a recipe that calls sys.exit has not done what was asked
         return print_error(error, args, EXIT_FAILED)
+
+
+def refuse_undecodable(args: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageError: an argument is not text in the encoding of file names, so that no file could record it.
+    """
+    for arg in args:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            shown = arg.encode(errors="backslashreplace").decode()
+            raise UsageError(f"{shown} is not UTF-8: rename the file or folder, or type it relative to it") from None
 
 
 def dispatch_verb(args: list[str]) -> int:

@@ -18,6 +18,7 @@ from launcher.errors import EXIT_FAILED, EXIT_OK
 from launcher.run_dir.silent_exits import append_exit_codes
 from launcher.system.cleanup_process import CleanupProcess, private_temp_dir
 from launcher.system.processes import die_with_starter, make_starter_env
+from launcher.system.standard_streams import ensure_standard_streams
 
 __all__ = ["main"]
 
@@ -26,6 +27,7 @@ FAILURES_FLAG = "--failures="
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun with `argv`; a leading `--failures=FILE` names the file for the exit codes of each failed start."""
+    ensure_standard_streams()
     die_with_starter()
     CleanupProcess.start()
     argv = list(sys.argv[1:] if argv is None else argv)

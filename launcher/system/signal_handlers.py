@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -36,6 +37,9 @@ def sigterm_as_keyboard_interrupt() -> Iterator[None]:
 def install_handler(
     handler: Callable[[int, FrameType | None], Any], signals: Iterable[signal.Signals]
 ) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread only: they are the calling program's
+        return
     previous = {signum: signal.signal(signum, handler) for signum in signals}
     try:
         yield

@@ -40,6 +40,7 @@ __all__ = [
     "TensorIndex",
     "TensorReader",
     "export_safetensors",
+    "export_tensors",
     "is_of_model",
     "load_checkpoint",
     "raise_as_checkpoint_error",
@@ -200,10 +201,31 @@ def export_safetensors(path: Path, model: LazyTensors, changed_buffers: Mapping[
     Raises:
         CheckpointError: the disk is full or not writable; an existing file is unchanged.
     """
-    aliases = {alias: name for name, facts in model.index.items() for alias in facts["aliases"]}
+    write_export(path, model.index, model.__getitem__, changed_buffers)
+
+
+def export_tensors(
+    path: Path, model: Mapping[str, torch.Tensor], changed_buffers: Mapping[str, str | None] = {}
+) -> None:
+    """As `export_safetensors`, for a model that is in memory.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; an existing file is unchanged.
+    """
+    unique, index = index_tensors(model, path.name)
+    write_export(path, index, unique.__getitem__, changed_buffers)
+
+
+def write_export(
+    path: Path,
+    index: Mapping[str, Mapping[str, Any]],
+    get_tensor: Callable[[str], torch.Tensor],
+    changed_buffers: Mapping[str, str | None],
+) -> None:
+    aliases = {alias: name for name, facts in index.items() for alias in facts["aliases"]}
     with raise_as_checkpoint_error(path.name, path.parent), atomic_write(path) as file:
         buffers = {CHANGED_BUFFERS: json.dumps(dict(changed_buffers))} if changed_buffers else {}
-        write_tensors(file, model.index, model.__getitem__, {"format": "pt", **aliases, **buffers})
+        write_tensors(file, index, get_tensor, {"format": "pt", **aliases, **buffers})
 
 
 @contextmanager

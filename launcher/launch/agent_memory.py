@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.run_dir.run_directory import RUNS_DIR
-from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.system.atomic_files import atomic_write_text, make_durable_dir
 from launcher.system.processes import read_start_time
 
 __all__ = ["AGENT_MEMORY_DIR", "AgentMemory", "get_agent_memory_path", "load_agent_memory", "save_agent_memory"]
@@ -44,7 +44,7 @@ def load_agent_memory() -> AgentMemory | None:
 
 def save_agent_memory(memory: AgentMemory) -> None:
     """Save the decision, keyed by host, agent pid and agent start time; remove the files of dead agents."""
-    make_private_dir(AGENT_MEMORY_DIR)
+    make_durable_dir(AGENT_MEMORY_DIR)
     for old in AGENT_MEMORY_DIR.iterdir():
         host, _, agent = old.name.rpartition("@")
         pid, _, start = agent.partition("-")

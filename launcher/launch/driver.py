@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import tempfile
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from launcher.config.schema import RunConfig
 from launcher.distributed.commands import make_torchrun_command
@@ -17,12 +15,15 @@ from launcher.distributed.worker_env import resolve_num_workers
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig, report_unmeasured
+from launcher.launch.job_stop import AgentWorkers, JobStop
 from launcher.launch.resolve_auto import make_unmeasured_config, resolve_from_measurement, resolve_without_measuring
 from launcher.run_dir import failures
 from launcher.run_dir.failed_starts import FailedStarts
 from launcher.run_dir.open_run import OpenedRun, open_run, run_path, write_run_files
 from launcher.run_dir.run_directory import RUNS_DIR, RunDirectory
-from launcher.system.processes import handles_signal, kill_process_tree, list_child_pids, write_memfd
+from launcher.system.jsonl import JsonlReader
+from launcher.system.machine_limits import check_machine
+from launcher.system.processes import MemoryFile, kill_process_tree, make_starter_env
 from launcher.system.signal_handlers import forward_signals_to
 from launcher.system.stderr import print_stderr
 from launcher.telemetry.sinks.jsonl import append_line
@@ -40,6 +41,8 @@ def launch_job(config: RunConfig) -> int:
         UsageError: the configuration is invalid; nothing was created.
     """
     workers = resolve_num_workers(config)
+    if not config.launch.dry_run:
+        check_machine(workers, config.data.num_workers)
     try:
         resolved, opened = resolve_and_open(config, workers)
     except MeasurementError as error:
@@ -97,8 +100,7 @@ def start_run(resolved: ResolvedConfig, opened: OpenedRun, workers: int) -> int:
     lock = run_dir.lock()
     try:
         write_run_files(opened, resolved.profile)
-        with tempfile.TemporaryDirectory(prefix="launcher-") as private:
-            status = TorchrunJob(opened, workers, Path(private), resolved).run()
+        status = TorchrunJob(opened, workers, resolved).run()
         if status == EXIT_USAGE and created_dir is not None:
             run_dir.discard(created_dir)  # also if only the workers found the error
         return status
@@ -109,43 +111,50 @@ def start_run(resolved: ResolvedConfig, opened: OpenedRun, workers: int) -> int:
 class TorchrunJob:
     """A torchrun process: starts it, watches it, forwards stop requests and reports how it ended."""
 
-    def __init__(self, opened: OpenedRun, workers: int, private: Path, resolved: ResolvedConfig) -> None:
+    def __init__(self, opened: OpenedRun, workers: int, resolved: ResolvedConfig) -> None:
         self._run_dir: RunDirectory = opened.run_dir
         self._config = opened.config
         self._first_generation = opened.run_dir.read_generation() + 1
-        exit_codes = private / "exit-codes.jsonl"
-        self._failed_starts = FailedStarts(opened.run_dir, self._first_generation, exit_codes)
+        self._unwritten, self._exit_codes = MemoryFile(), MemoryFile()
+        self._failed_starts = FailedStarts(opened.run_dir, self._first_generation, self._exit_codes.path)
         job_spec = JobSpec.from_opened(opened, under_driver=True, why=resolved.why, profile=resolved.profile)
-        job_spec = replace(job_spec, first_generation=self._first_generation)
-        self._handover = write_memfd(job_spec.to_json())
-        path = Path(f"/proc/{os.getpid()}/fd/{self._handover}")
-        self._command = make_torchrun_command(opened.config, workers, path, exit_codes)
-        self._signal_count = self._last_generation = 0
-        self._signalled_pids: set[int] = set()
+        job_spec = replace(
+            job_spec, first_generation=self._first_generation, unwritten_failures=str(self._unwritten.path)
+        )
+        self._handover = MemoryFile(job_spec.to_json())
+        self._command = make_torchrun_command(opened.config, workers, self._handover.path, self._exit_codes.path)
+        self._last_generation = 0
+        self._started = time.time()
+        self._stop = JobStop(opened.run_dir, opened.config.launch.grace_s)
 
     def run(self) -> int:
-        with forward_signals_to(self._on_signal):
-            env = os.environ | self._command.env
+        with forward_signals_to(self._stop.on_signal):
+            env = os.environ | self._command.env | make_starter_env()
             agent = subprocess.Popen(self._command.argv, env=env, start_new_session=True)
+            workers = AgentWorkers(agent.pid)
             try:
-                return self._wait_for_agent(agent)
+                return self._wait_for_agent(agent, workers)
             finally:
+                workers.refresh()
                 kill_process_tree(agent)
-                os.close(self._handover)
+                workers.end_leftovers()
+                for file in (self._handover, self._unwritten, self._exit_codes):
+                    file.close()
 
-    def _wait_for_agent(self, agent: subprocess.Popen[bytes]) -> int:
+    def _wait_for_agent(self, agent: subprocess.Popen[bytes], workers: AgentWorkers) -> int:
         """Wait until the agent ends, or until restarting the workers is pointless; return the exit status."""
         while True:
             with suppress(subprocess.TimeoutExpired):
                 agent.wait(AGENT_POLL_S)
-            if self._signal_count > 1:
+            if self._stop.is_aborted:
                 return EXIT_INTERRUPTED
-            generation = self._run_dir.read_generation()  # one higher at each start of the workers
+            workers.refresh()
+            generation = self._count_generation()
             self._failed_starts.observe(generation)
             if agent.returncode == 0:
                 return self._finish_successfully()
             last_saved = max(self._first_generation, self._run_dir.read_saved_generation())
-            failure = failures.first_failure(self._run_dir.logs, last_saved)
+            failure = failures.first_failure(self._run_dir.logs, last_saved, self._unwritten.path)
             restarted = generation > max(self._last_generation, self._first_generation)
             self._last_generation = generation
             ended_by = self._record_failure(generation - 1) if restarted else None
@@ -154,11 +163,42 @@ class TorchrunJob:
                 kill_process_tree(agent)
                 self._record_failure(generation)
                 return self._report_failure(failure)
+            if (status := self._end_if_stopping(workers, failure, restarted=restarted)) is not None:
+                kill_process_tree(agent)
+                return status
             if restarted:
                 why = self._failed_starts.last_exit if ended_by is None else ended_by.summary()
                 print_stderr(f"restart {generation - self._first_generation}: {why or 'a worker received SIGTERM'}")
-            if self._signal_count:
-                self._forward_stop(agent.pid)
+
+    def _count_generation(self) -> int:
+        """The current generation: one higher at each start of the workers.
+
+        The workers count it in the run directory, which may be full; the agent's record of failed starts is in memory.
+        """
+        return max(self._run_dir.read_generation(), self._first_generation + self._failed_starts.count)
+
+    def _end_if_stopping(
+        self, workers: AgentWorkers, failure: failures.RankFailure | None, *, restarted: bool
+    ) -> int | None:
+        """Pass a requested stop on to the workers; return the exit status once the job has nothing more to wait for."""
+        if restarted and (self._stop.signal_name or self._run_dir.stop_requested()):
+            return self._finish_successfully() if self._stop.was_saved() else self._report_failure(failure)
+        if not self._stop.signal_name:
+            return None
+        if self._stop.has_nothing_to_save(workers):
+            print_stderr(f"stopped before training: the same command with {self._run_option} starts from there")
+            self._run_dir.clear_stop()
+            return EXIT_OK
+        if self._stop.is_overdue:
+            print_stderr(
+                f"error: {self._stop.signal_name}: the workers were not done within "
+                f"launch.grace_s={self._config.launch.grace_s:g} and were killed; "
+                f"the same command with {self._run_option} continues from the newest checkpoint"
+            )
+            self._run_dir.clear_stop()
+            return EXIT_FAILED
+        self._stop.forward(workers)
+        return None
 
     def _record_failure(self, generation: int) -> failures.RankFailure | None:
         """Return the failure that ended a generation, and log it as an event if rank 0 did not.
@@ -172,32 +212,28 @@ class TorchrunJob:
                 append_line(self._run_dir.events, failure.to_event())
         return failure
 
-    def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP request save and stop from the workers; a second Ctrl-C aborts."""
-        if not self._signal_count:
-            self._signal_count = 1
-            name = signal.Signals(signum).name
-            self._run_dir.request_stop(name)
-            more = " (press Ctrl-C again to end at once)" if signum == signal.SIGINT else ""
-            print_stderr(f"{name}: saving at the next update, then stopping{more}")
-        elif signum == signal.SIGINT:
-            self._signal_count = 2
-
-    def _forward_stop(self, agent: int) -> None:
-        """Send SIGUSR1 to each worker that has installed its handler; until then it polls the stop file."""
-        for pid in list_child_pids(agent):
-            if pid not in self._signalled_pids and handles_signal(pid, signal.SIGUSR1):
-                self._signalled_pids.add(pid)
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGUSR1)
-
     def _finish_successfully(self) -> int:
         if self._run_dir.read_done() is None:
-            name, path = self._config.run.name, self._run_dir.path
-            run_option = f"run.name={name}" if path == RUNS_DIR / str(name) else f"run.dir={path}"
-            print_stderr(f"stopped after saving: the same command with {run_option} continues from there")
+            if not self._stopped_on_request():
+                print_stderr(
+                    f"error: the workers exited with code 0 before training ended (logs: {self._run_dir.logs})"
+                )
+                return EXIT_FAILED
+            print_stderr(f"stopped after saving: the same command with {self._run_option} continues from there")
         self._run_dir.clear_stop()
         return EXIT_OK
+
+    @property
+    def _run_option(self) -> str:
+        """What to type to continue this run."""
+        name, path = self._config.run.name, self._run_dir.path
+        return f"run.name={name}" if path == RUNS_DIR / str(name) else f"run.dir={path}"
+
+    def _stopped_on_request(self) -> bool:
+        """Whether the workers left because of a stop request, and not because the recipe ended its process."""
+        stops = JsonlReader(self._run_dir.events, containing="preempt")
+        is_logged = any(event.get("event") == "preempt" and event["time"] >= self._started for event in stops)
+        return bool(self._stop.signal_name or self._run_dir.stop_requested() or is_logged)
 
     def _report_failure(self, failure: failures.RankFailure | None) -> int:
         """Print the error. If no rank recorded the cause, a worker was killed or left: describe how it ended."""

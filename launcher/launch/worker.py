@@ -31,9 +31,10 @@ from launcher.run_dir import failures
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.slurm.claim import read_claim
 from launcher.system.cleanup_process import CleanupProcess
+from launcher.system.machine_limits import check_host_name, ensure_open_files, estimate_open_files
 from launcher.system.processes import die_with_parent
 from launcher.system.stderr import print_stderr
-from launcher.topology import Topology
+from launcher.topology import Topology, get_master_address, get_master_port
 from launcher.train.job_spec import JobSpec
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ DecideFn = Callable[[AgentMemory | None, Mapping[str, Any] | None], RunDirClaim 
 
 def main(args: Sequence[str], topology: Topology) -> int:
     """Entry point under the user's own torchrun: rank 0 composes the configuration from the command line."""
+    check_store_address(topology)
     return run_rank(
         topology,
         lambda recalled, measurement: compose_on_rank0(args, topology, recalled, measurement),
@@ -58,13 +60,44 @@ def main(args: Sequence[str], topology: Topology) -> int:
     )
 
 
+def check_store_address(topology: Topology) -> None:
+    """
+    Raises:
+        UsageError: this node cannot resolve the host of the store; torch would try for ten minutes. Other nodes than
+            rank 0's report it themselves.
+    """
+    try:
+        check_host_name(get_master_address(), get_master_port())
+    except UsageError as error:
+        if topology.node and topology.local_rank == 0:
+            print_stderr(f"error: {error}")
+        raise
+
+
 def main_handover(path: str, topology: Topology) -> int:
     """Entry point under the driver's agent: the driver has written the composed job to a private file."""
     return run_rank(
         topology,
-        lambda *_: RunDirClaim(JobSpec.from_json(Path(path).read_text()).start_generation()),
+        lambda *_: RunDirClaim(start_or_record(JobSpec.from_json(Path(path).read_text()), topology)),
         under_driver=True,
     )
+
+
+def start_or_record(job_spec: JobSpec, topology: Topology) -> JobSpec:
+    """Start a generation; the driver reports a failure, since nothing else could be written either.
+
+    Raises:
+        TrainingFailed: the run directory cannot be written, e.g. because the disk is full.
+    """
+    try:
+        return job_spec.start_generation()
+    except OSError as problem:
+        error = TrainingFailed(f"{job_spec.run_dir.path} cannot be written: {problem.strerror or problem}")
+        generation = (job_spec.first_generation or 1) + topology.restarts
+        logs = job_spec.run_dir.logs
+        log, unwritten = job_spec.run_dir.get_log_path(topology.rank, generation), job_spec.unwritten_failures
+        failures.write_failure(logs, topology.rank, generation, error, log, final=True, unwritten=unwritten)
+        raise error from problem
 
 
 def compose_on_rank0(
@@ -159,12 +192,11 @@ def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int
     stop_requests = install_stop_requests(cleanup)
     try:
         agreed = agree_on_job(topology, decide, under_driver)
-    except MeasurementError as error:
-        return report_measurement_error(error, topology)
+    except (MeasurementError, TrainingFailed) as error:
+        return report_early_failure(error, topology)
     job_spec, claim = agreed.job_spec, agreed.claim
     if job_spec is None:
         return EXIT_USAGE  # rank 0 reports the error
-    from launcher.distributed.watchdog import locate_shared_heartbeats
     from launcher.train import session
 
     if job_spec.summary is not None:
@@ -172,10 +204,9 @@ def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int
     topology = topology.with_generation(job_spec.generation)
     log = job_spec.run_dir.get_log_path(*topology.rank_and_generation)
     terminal = log_files.redirect_output(log, topology.rank, debug=job_spec.config.debug)
-    if cleanup is not None:
-        cleanup.remove_at_end(locate_shared_heartbeats(job_spec.run_dir.path, topology))
-    watchdog = start_watchdog(job_spec, topology, terminal)
+    watchdog = start_watchdog(job_spec, topology, terminal, cleanup)
     try:
+        ensure_open_files(estimate_open_files(topology.world, job_spec.config.data.num_workers))
         return session.run(job_spec, topology, agreed.store, stop_requests, watchdog)
     except BaseException as error:  # the recipe may also have called sys.exit
         if watchdog is not None:
@@ -275,10 +306,14 @@ def exit_immediately(status: int) -> NoReturn:
     os._exit(status)
 
 
-def start_watchdog(job_spec: JobSpec, topology: Topology, terminal: TextIO) -> Watchdog | None:
+def start_watchdog(
+    job_spec: JobSpec, topology: Topology, terminal: TextIO, cleanup: CleanupProcess | None
+) -> Watchdog | None:
     from launcher.distributed.hang_detection import HangTimeouts
-    from launcher.distributed.watchdog import Watchdog
+    from launcher.distributed.watchdog import Watchdog, locate_shared_heartbeats
 
+    if cleanup is not None:
+        cleanup.remove_at_end(locate_shared_heartbeats(job_spec.run_dir.path, topology))
     elastic, compiles = job_spec.config.elastic, job_spec.config.train.compile
     limits = HangTimeouts(elastic.hang_timeout_s, elastic.first_timeout_s)
     return Watchdog.start(
@@ -294,8 +329,9 @@ def install_stop_requests(cleanup: CleanupProcess | None) -> StopRequests:
     return stop_requests
 
 
-def report_measurement_error(error: MeasurementError, topology: Topology) -> int:
-    if topology.rank == 0:
+def report_early_failure(error: MeasurementError | TrainingFailed, topology: Topology) -> int:
+    """Print an error that occurred before training on rank 0; the driver prints what was recorded for it."""
+    if topology.rank == 0 and isinstance(error, MeasurementError):
         print_stderr(f"error: {error}", multiline=True)
     return EXIT_FAILED
 
@@ -310,7 +346,14 @@ def handle_failure(job_spec: JobSpec, topology: Topology, error: BaseException, 
     """Record the failure for the driver to report; under the user's own torchrun, one rank prints it here."""
     final = isinstance(error, TrainingFailed)
     log = job_spec.run_dir.get_log_path(*topology.rank_and_generation)
-    failure = failures.write_failure(job_spec.run_dir.logs, *topology.rank_and_generation, error, log, final=final)
+    failure = failures.write_failure(
+        job_spec.run_dir.logs,
+        *topology.rank_and_generation,
+        error,
+        log,
+        final=final,
+        unwritten=job_spec.unwritten_failures,
+    )
     logging.getLogger(__name__).error("%s", failure.traceback)
     if failures.is_peer_failure(failure.message) and (job_spec.under_driver or topology.restarts_left > 0):
         return EXIT_RESTART

@@ -19,15 +19,16 @@ OUTSIDE_EXITS = (EXIT_RESTART, -signal.SIGKILL, -signal.SIGTERM)
 class FailedStarts:
     """Follows the failure records and the exit codes that the torchrun agent writes.
 
-    `last_exit` describes how the last start ended if its ranks recorded no cause, e.g. `rank 1 exited with code 3`;
-    empty if all ranks saved and asked for a restart. `repeated` is set once `is_repeated` has been true.
+    `count` is the number of failed starts so far. `last_exit` describes how the last start ended if its ranks recorded
+    no cause, e.g. `rank 1 exited with code 3`; empty if all ranks saved and asked for a restart. `repeated` is set once
+    `is_repeated` has been true.
     """
 
     def __init__(self, run_dir: RunDirectory, first_generation: int, exit_codes: Path) -> None:
         self._run_dir = run_dir
         self._first_generation = first_generation
         self._exit_codes = exit_codes
-        self._count = 0
+        self.count = 0
         self._exits: dict[int, tuple[int, int]] = {}  # decisive rank and its exit code, by generation
         self.last_exit = ""
         self.repeated = False
@@ -35,9 +36,9 @@ class FailedStarts:
     def observe(self, generation: int) -> None:
         """Take the exit codes of a start that has ended since the last call; `generation` is the current one."""
         starts = read_exit_codes(self._exit_codes)
-        if len(starts) == self._count:
+        if len(starts) == self.count:
             return
-        self._count, codes = len(starts), starts[-1]
+        self.count, codes = len(starts), starts[-1]
         self.last_exit = describe_silent_exit(codes, lambda rank: self._run_dir.get_log_path(rank, generation))
         rank = find_decisive_rank(codes)
         if rank is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sysconfig
@@ -120,11 +121,22 @@ class RankFailure:
 
 
 def write_failure(
-    logs: Path, rank: int, generation: int, error: BaseException, log: Path, *, final: bool = False
+    logs: Path,
+    rank: int,
+    generation: int,
+    error: BaseException,
+    log: Path,
+    *,
+    final: bool = False,
+    unwritten: str | None = None,
 ) -> RankFailure:
-    """Write `error-g<generation>-r<rank>.json` beside the logs."""
+    """Write `error-g<generation>-r<rank>.json` beside the logs; if the disk is full, append it to `unwritten`."""
     failure = RankFailure.from_exception(rank, generation, error, log, final=final)
-    write_failure_json(logs, failure)
+    try:
+        write_failure_json(logs, failure)
+    except OSError:
+        with suppress(OSError), open(unwritten or os.devnull, "a") as file:
+            file.write(json.dumps(asdict(failure)) + "\n")
     return failure
 
 
@@ -167,9 +179,15 @@ def shorten_path(name: str) -> str:
         return name
 
 
-def first_failure(logs: Path, since: int) -> RankFailure | None:
-    """Return the first root cause since generation `since`, or the first peer failure if that is all there is."""
+def first_failure(logs: Path, since: int, unwritten: Path | None = None) -> RankFailure | None:
+    """Return the first root cause since generation `since`, or the first peer failure if that is all there is.
+
+    `unwritten` holds the failures that could not be written to `logs`, one per line.
+    """
     failures = [failure for failure in read_failures(logs) if failure.generation >= since]
+    for line in unwritten.read_text().splitlines() if unwritten is not None else ():
+        with suppress(ValueError, TypeError):  # the line is still being written
+            failures.append(RankFailure(**json.loads(line)))
     return min(failures, key=lambda f: (is_peer_failure(f.message), f.generation, f.time), default=None)
 
 
@@ -191,6 +209,8 @@ def read_failures(logs: Path, generation: int | None = None) -> list[RankFailure
     """Return the failures recorded so far, in one generation or in all of them."""
     failures = []
     for path in logs.glob(f"error-g{'*' if generation is None else generation}-r*.json"):
+        if path.is_symlink():
+            continue
         with suppress(OSError, ValueError, TypeError):  # the file is still being written
             failures.append(RankFailure(**json.loads(path.read_text())))
     return failures

@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.topology import is_torchrun_worker
 
 __all__ = [
+    "MemoryFile",
     "die_with_parent",
     "die_with_starter",
     "find_agent",
@@ -27,7 +28,6 @@ __all__ = [
     "read_sibling_state",
     "read_start_time",
     "reset_after_fork",
-    "write_memfd",
 ]
 
 PR_SET_PDEATHSIG = 1
@@ -197,8 +197,16 @@ def handles_signal(pid: int, signum: int) -> bool:
     return bool(int(caught, 16) >> (signum - 1) & 1)
 
 
-def write_memfd(text: str) -> int:
-    """Write `text` to a memfd: private to this user, never on disk, gone with this process, as it holds secrets."""
-    fd = os.memfd_create("handover")
-    os.write(fd, text.encode())
-    return fd
+class MemoryFile:
+    """A file in memory: private to this user, never on disk, gone with this process; it may hold secrets.
+
+    Other processes of the user open it by its `path`, also to append to it when a disk is full.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        self._fd = os.memfd_create("launcher")
+        os.write(self._fd, text.encode())
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._fd}")
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint import tensor_io
@@ -74,6 +76,7 @@ class CheckpointManager:
         self._rows_are_written = threading.Event()
         self._closing = threading.Event()
         self._problem: Exception | None = None
+        self._unsaved: tensor_io.CheckpointState | None = None
 
     def is_due(self) -> bool:
         """Return whether a timed save is due; decided by rank 0 for all ranks."""
@@ -139,6 +142,19 @@ class CheckpointManager:
         if self._problem is not None:
             raise self._problem
 
+    def export_unsaved(self, paths: Sequence[Path]) -> Path | None:
+        """Write the parameters of the last save, which failed, to the first of these files that there is room for.
+
+        Returns None if there is room for none, or if each rank saves its own shard.
+        """
+        if self._unsaved is None or self._options.sharded:
+            return None
+        for path in paths:
+            with suppress(OSError):
+                tensor_io.export_tensors(path, self._unsaved.model, self._unsaved.facts.get("buffers", {}))
+                return path
+        return None
+
     def close(self) -> None:
         """Wait for the current save to end, whether or not it succeeds."""
         self._closing.set()
@@ -153,7 +169,7 @@ class CheckpointManager:
     def _write_checkpoint(
         self, name: str, saved: tensor_io.CheckpointState, shard: ShardInfo | None, protect: frozenset[str]
     ) -> None:
-        self._problem = None
+        self._problem = self._unsaved = None
         try:
             self._snapshot.wait()
             phase = partial(self._on_phase, saved.position["update"])
@@ -166,10 +182,11 @@ class CheckpointManager:
             else:
                 report = save_sharded_checkpoint(self._checkpoints, name, saved, shard, options)
         except Exception as problem:
-            self._problem = problem
+            self._problem, self._unsaved = problem, saved
             self._log_event("alarm", kind="checkpoint", detail=str(problem))
             return
-        self._run_dir.record_saved_generation(self._topology.generation)
+        with suppress(OSError):  # a full disk: more restarts than necessary are then counted without a checkpoint
+            self._run_dir.record_saved_generation(self._topology.generation)
         size = {"seconds": report.seconds, "bytes": report.bytes}
         self._log_event("checkpoint", name=name, **saved.position, **size)
 

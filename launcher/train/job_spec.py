@@ -29,7 +29,8 @@ class JobSpec:
     `first_generation` (None: this one). `restarted`: this job has started its workers before. `under_driver`: the
     driver has started the job, on one machine and with our own store. `summary`: the run is already complete, and only
     this text is printed. `why`: values that were chosen automatically for this command, and the reason. `profile`: the
-    timing profile that batch=goodput uses.
+    timing profile that batch=goodput uses. `unwritten_failures`: the driver's file in memory for failures that cannot
+    be written to the run directory.
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class JobSpec:
     summary: str | None = None
     why: str = ""
     profile: Mapping[str, Any] | None = None
+    unwritten_failures: str | None = None
 
     @classmethod
     def from_opened(

@@ -19,6 +19,7 @@ from launcher.train.context_setup import choose_config, make_context, make_goodp
 from launcher.train.finish import finish_run
 from launcher.train.job_spec import JobSpec
 from launcher.train.loop import train
+from launcher.train.loss_check import check_loss
 from launcher.train.outcome import TrainOutcome
 from launcher.train.rank_outputs import RankOutputs
 from launcher.train.rank_setup import RankJob, RankSetup, prepare_rank, restore_state
@@ -76,6 +77,7 @@ def connect_and_train(job: RankJob, store: dist.Store) -> TrainOutcome:
         context = make_context(job, plan, components, outputs, state, goodput)
         log_start_events(job, context, components, state, backend, outputs.restart_cost)
         job.stop_requests.handle_sigterm(config.launch.grace_s)
+        context = check_loss(context, state, components.train_data)
         state, outcome = train(context, state)
         while outcome in (TrainOutcome.REPLAN, TrainOutcome.ADMIT_NODES):
             if outcome == TrainOutcome.REPLAN:
@@ -88,10 +90,7 @@ def connect_and_train(job: RankJob, store: dist.Store) -> TrainOutcome:
             state, outcome = train(context, state)
         if job.watchdog is not None:
             job.watchdog.enter_phase("finish")
-        outputs.checkpoint_manager.wait()
-        job.faults.inject_at("finish")
-        if job.topology.rank == 0:
-            finish_run(job, context, state, outcome)
+        finish_run(job, outputs.checkpoint_manager, context, state, outcome)
     except BaseException as error:
         if job.watchdog is not None:
             job.watchdog.stop()

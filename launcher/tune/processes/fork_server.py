@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import EXIT_OK, UsageError
 from launcher.goodput.auto_batch import MeasurementError
-from launcher.system.atomic_files import atomic_write_text
+from launcher.system.cleanup_process import CleanupProcess, private_temp_dir
 from launcher.system.processes import die_with_parent
 from launcher.topology import torchrun_env
 from launcher.tune.processes.probe_process import ProbeTask, ProcessHandle, start_probe
@@ -25,21 +26,21 @@ from launcher.tune.processes.retries import RankResult, run_with_retries
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-__all__ = ["OUTCOME_FILE", "main"]
+__all__ = ["main"]
 
 RANK_POLL_INTERVAL_S = 0.02
-OUTCOME_FILE = "outcome.json"
 
 
 def main(path: str, workers: int) -> int:
-    """Run the request in the file at `path` with `workers` ranks; write the result into the folder the file names."""
+    """Run the request in the file at `path` with `workers` ranks; write the result to the file that it names."""
     die_with_parent()
+    CleanupProcess.start()
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)  # the driver handles these and kills this process if needed
     request = json.loads(Path(path).read_text())
-    private = Path(request["private"])
-    outcome = run_and_report(request["config"], workers, private, request["use_cache"])
-    atomic_write_text(private / OUTCOME_FILE, json.dumps(outcome))
+    with tempfile.TemporaryDirectory(prefix="measure-", dir=private_temp_dir()) as private:
+        outcome = run_and_report(request["config"], workers, Path(private), request["use_cache"])
+    Path(request["outcome"]).write_text(json.dumps(outcome))
     return EXIT_OK
 
 

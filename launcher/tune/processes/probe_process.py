@@ -21,7 +21,7 @@ from launcher.config.keys import from_mapping
 from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_RESTART, EXIT_USAGE, UsageError
 from launcher.run_dir import failures
 from launcher.system.atomic_files import atomic_write_text
-from launcher.system.processes import die_with_parent, has_open_file, reset_after_fork
+from launcher.system.processes import die_with_parent, has_open_file, make_starter_env, reset_after_fork
 from launcher.topology import Topology
 from launcher.tune.processes.retries import EXIT_RANK_OOM, RESULT_FILE, STATE_FILE
 
@@ -75,7 +75,7 @@ def start_probe(task: ProbeTask, env: Mapping[str, str]) -> ProcessHandle:
     handover = Path(task.private) / "handover.json"
     atomic_write_text(handover, json.dumps(asdict(task)))
     argv = [sys.executable, "-m", "launcher", "probe", str(handover)]
-    return subprocess.Popen(argv, env={**os.environ, **env}, stdout=2)
+    return subprocess.Popen(argv, env={**os.environ, **env, **make_starter_env()}, stdout=2)
 
 
 def can_fork() -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.distributed.store_gather import StoreGather
 from launcher.errors import EXIT_OK
+from launcher.system.cleanup_process import private_temp_dir
 from launcher.topology import USE_AGENT_STORE_ENV, Topology
 from launcher.tune.processes.probe_process import ProbeTask, start_probe
 from launcher.tune.processes.retries import RankResult, run_with_retries
@@ -40,7 +41,7 @@ def measure_in_sidecars(config: Mapping[str, Any], token: str, topology: Topolog
     store_gather = StoreGather(store, topology.rank, topology.world)
 
     def start(attempt: int, earlier: Mapping[str, Any] | None) -> list[RankResult]:
-        with tempfile.TemporaryDirectory(prefix="launcher-auto-") as private:
+        with tempfile.TemporaryDirectory(prefix="measure-", dir=private_temp_dir()) as private:
             prefix = f"{token}/{attempt}"
             task = ProbeTask(config, True, attempt, prefix, private, earlier)
             own = RankResult.from_process(Path(private), wait_for_rank(task, store, topology.rank))

@@ -112,7 +112,7 @@ def _run_task(task: ProbeTask) -> int:
         return _measure_task(task, topology, private)
     except OomInCollective:
         os._exit(EXIT_RANK_OOM)  # the other ranks notice the exit, and all are restarted
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the recipe may have called sys.exit
         final = isinstance(error, UsageError)
         failures.write_failure(private, *topology.rank_and_generation, error, private, final=final)
         if failures.is_peer_failure(str(error)):

@@ -1,5 +1,6 @@
 """FSDP2: the model sharded by rows over the ranks with torch's fully_shard, gathered block by block when needed."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -121,8 +122,16 @@ class FsdpReplica(BaseReplica):
         return tensors | extra_tensors, self._make_facts(facts, trees)
 
     def _check_optimizer_state(self) -> None:
-        tensors, _ = self._optimizer_state.collect()
-        check_sharded_state(type(self.optimizer).__name__, tensors, dict(self.module.named_parameters()))
+        tensors, facts = self._optimizer_state.collect()
+        check_sharded_state(self._optimizer_state.kind, tensors, dict(self.module.named_parameters()))
+        own = {key: value.tolist() for key, value in tensors.items() if not isinstance(value, DTensor)}
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, hashlib.sha256(repr((facts, own)).encode()).hexdigest())
+        if len(set(everywhere)) > 1:
+            raise UsageError(
+                f"strategy=fsdp: optimizer={self._optimizer_state.kind} keeps values that differ between the workers, "
+                "which a checkpoint cannot hold: type strategy=ddp"
+            )
 
     def sharded_state(self) -> ShardedState:
         slices: dict[str, TensorSlice] = {}
@@ -194,8 +203,9 @@ def check_sharded_state(kind: str, tensors: Mapping[str, torch.Tensor], paramete
             or (parameter is not None and tensor.shape == parameter.shape)
         ):
             raise UsageError(
-                f"strategy=fsdp: optimizer={kind} keeps {key}, a tensor of the shape {list(tensor.shape)}, and only "
-                "tensors of the shape of the parameter and single values are sharded: type strategy=ddp"
+                f"strategy=fsdp: optimizer={kind} keeps {key}, a {type(tensor).__name__} of the shape "
+                f"{list(tensor.shape)}, and a checkpoint holds only tensors that are sharded as their parameter is and "
+                "single values that are the same on all workers: type strategy=ddp"
             )
 
 

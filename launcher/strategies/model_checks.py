@@ -53,7 +53,7 @@ def check_model(model: nn.Module, config: RunConfig, device: torch.device) -> No
         if isinstance(module, nn.SyncBatchNorm):
             check_sync_batchnorm(path, config, device)
     if config.strategy.name == "deepspeed":
-        check_parameter_dtypes(model)
+        check_deepspeed_parameters(model)
 
 
 def check_sync_batchnorm(path: str, config: RunConfig, device: torch.device) -> None:
@@ -74,8 +74,8 @@ def check_sync_batchnorm(path: str, config: RunConfig, device: torch.device) -> 
         )
 
 
-def check_parameter_dtypes(model: nn.Module) -> None:
-    """DeepSpeed's parameters are fp32.
+def check_deepspeed_parameters(model: nn.Module) -> None:
+    """DeepSpeed's parameters are fp32 and contiguous.
 
     Raises:
         UsageError: names the first other one.
@@ -86,4 +86,9 @@ def check_parameter_dtypes(model: nn.Module) -> None:
             raise UsageError(
                 f"strategy=deepspeed trains float32 parameters and {name} is {dtype}: build the model in float32 and "
                 "choose train.precision, or type strategy=ddp"
+            )
+        if not parameter.is_contiguous():
+            raise UsageError(
+                f"strategy=deepspeed: {name} is not contiguous in memory, as with channels_last, and cannot be "
+                "partitioned: make it contiguous in model(), or type strategy=ddp"
             )

@@ -383,6 +383,42 @@ def check_mixed_steps_refused(world: int, settings: dict[str, Any]) -> None:
         load_state(make_replica(make_config("adamw", **settings), world), state)
 
 
+class CountsInGroup(torch.optim.Optimizer):
+    """Keeps its step count in the groups, and the gradients' norm by parameter."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                    mean.lerp_(parameter.grad, 0.1)
+                    parameter.sub_(mean * (group["lr"] / (1 - 0.9 ** group["count"])))
+
+
+def check_state_in_groups(world: int, settings: dict[str, Any]) -> None:
+    """Restored exactly where the optimizer sees whole parameters; else refused after the first update."""
+    own = {"optimizer": {"_target_": "zero_cases.CountsInGroup"}, "recipe": {"trust": ["zero_cases"]}}
+    config = replace(make_config("sgd", **settings), **own)
+    replica = make_replica(config, world)
+    if settings.get("stage"):
+        with pytest.raises(UsageError, match="optimizer=CountsInGroup keeps count in its parameter groups"):
+            train_updates(replica, range(1), world=world)
+        return
+    train_updates(replica, range(3), world=world)
+    again = make_replica(config, world)
+    load_state(again, gather_state(replica))
+    for one in (replica, again):
+        train_updates(one, range(3, 5), world=world)
+    state = gather_state(replica)
+    assert state.facts["optimizer"]["entries"] == [{"count": {"value": 5}}]
+    assert_bitwise_equal(state, gather_state(again))
+
+
 def check_timeout(world: int, settings: dict[str, Any]) -> None:
     """DeepSpeed's process group uses our timeout, not torch's half hour."""
     make_replica(replace(make_config("sgd", **settings), launch=LaunchConfig(timeout_s=77.0)), world)
@@ -412,6 +448,8 @@ def iter_cases(world: int, folder: Path) -> Iterator[Case]:
         yield f"bf16: {name}", partial(check_mixed_precision, world, settings, "bf16")
         yield f"buffers: {name}", partial(check_buffers_of_rank_0, world, settings)
     yield "mixed steps", partial(check_mixed_steps_refused, world, kinds["stage 2"])
+    for name, settings in {**kinds, "fsdp": {"name": "fsdp"}}.items():
+        yield f"state in groups: {name}", partial(check_state_in_groups, world, settings)
     yield "timeout", partial(check_timeout, world, kinds["stage 1"])
 
 

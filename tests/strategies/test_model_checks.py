@@ -34,6 +34,7 @@ def make_frozen() -> nn.Module:
 
 
 SYNC = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+CHANNELS_LAST = nn.Sequential(nn.Conv2d(2, 3, 3)).to(memory_format=torch.channels_last)
 ZERO = replace(RunConfig(), strategy=StrategyConfig(name="deepspeed"))
 
 
@@ -45,6 +46,7 @@ ZERO = replace(RunConfig(), strategy=StrategyConfig(name="deepspeed"))
         (SYNC, RunConfig(), "the model's 1 is a SyncBatchNorm, which torch supports on GPUs only"),
         (nn.Sequential(WithExtraState({"seen": {1}})), RunConfig(), r"0\._extra_state\['seen'\] is a set"),
         (make_frozen(), RunConfig(), "no trainable parameter"),
+        (CHANNELS_LAST, ZERO, r"strategy=deepspeed: 0\.weight is not contiguous in memory, as with channels_last"),
         (nn.Linear(2, 1).bfloat16(), ZERO, "strategy=deepspeed trains float32 parameters and weight is bfloat16"),
     ],
 )
@@ -82,4 +84,4 @@ def test_lazy_model_that_has_seen_data_passes() -> None:
 
 def test_fsdp_refuses_parameters_that_are_not_contiguous() -> None:
     with pytest.raises(UsageError, match=r"0\.weight is not contiguous in memory, as with channels_last"):
-        check_parameter_shapes(nn.Sequential(nn.Conv2d(2, 3, 3)).to(memory_format=torch.channels_last))
+        check_parameter_shapes(CHANNELS_LAST)

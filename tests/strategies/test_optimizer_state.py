@@ -16,8 +16,9 @@ from launcher.checkpoint.manifest import open_checkpoint
 from launcher.checkpoint.tensor_io import CheckpointState, SaveOptions, load_checkpoint, save_checkpoint
 from launcher.config.schema import LrConfig, RunConfig, ScheduleConfig
 from launcher.errors import UsageError
+from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
-from launcher.strategies.interface import ReplicaArgs
+from launcher.strategies.interface import Replica, ReplicaArgs
 from launcher.strategies.precision import Precision
 from launcher.telemetry.stage_clock import HostTimer, StageClock
 
@@ -178,14 +179,18 @@ def make_replica(config: RunConfig, model: nn.Module | None = None) -> DdpReplic
     return DdpReplica(ReplicaArgs(model or make_model(), config, 1, precision, clock))
 
 
-def train_update(replica: DdpReplica, update: int, lr: float = 1e-3) -> None:
+def compute_loss(model: nn.Module, samples: torch.Tensor) -> Loss:
+    return Loss(model(samples).square().sum(), len(samples))
+
+
+def train_update(replica: Replica, update: int, lr: float = 1e-3) -> None:
     samples = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(update))
     with replica.micro_batch(last=True, is_padding=False, shard=0):
-        replica.backward(replica.module(samples).square().sum(), 4)
+        replica.backward(replica.compute_loss(compute_loss, samples).total, 4)
     replica.step(lr, None, 1.0, None)
 
 
-def save_and_restore(replica: DdpReplica, fresh: DdpReplica, folder: Path) -> None:
+def save_and_restore(replica: Replica, fresh: Replica, folder: Path) -> None:
     model, optimizer, facts = replica.full_state()
     state = CheckpointState(model, optimizer, {"samples": 1}, {}, 1, facts)
     checkpoint = open_checkpoint(save_checkpoint(folder, "one", state, SaveOptions(keep=1)).path)

@@ -30,7 +30,7 @@ from launcher.strategies.loss_module import LossFn, LossModule, run_loss
 from launcher.strategies.optimizer import supports_found_inf, take_optimizer_step
 from launcher.strategies.optimizer_state import OptimizerState
 from launcher.strategies.precision import Precision
-from launcher.strategies.training_loss import contribute_nothing, has_gradient, read_training_loss
+from launcher.strategies.training_loss import contribute_nothing, reaches_parameter, read_training_loss
 from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["BaseReplica", "make_wait_begin_hook", "make_wait_end_hook", "slice_evenly"]
@@ -101,13 +101,13 @@ class BaseReplica:
         if loss.count and not self._is_padding:
             return loss
         total = loss.total.to(self._precision.device)
-        usable = has_gradient(total) and (self._is_padding or bool(torch.isfinite(total)))
+        usable = reaches_parameter(total) and (self._is_padding or bool(torch.isfinite(total)))
         return replace(loss, total=self._join_reduction(total, usable))
 
     def _join_reduction(self, total: torch.Tensor, usable: bool) -> torch.Tensor:
         """The total of a micro-batch that counts nothing, such that its backward pass takes part in the reduction.
 
-        `usable`: it has a gradient of its own, which a finite total keeps.
+        `usable`: it is finite, or that of padding, and has a gradient of its own, which it keeps.
         """
         if not usable:
             return contribute_nothing(total, self._parameters)

@@ -27,7 +27,7 @@ from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 from launcher.strategies.optimizer_state import check_optimizer_class
-from launcher.strategies.training_loss import contribute_zeros, has_gradient
+from launcher.strategies.training_loss import contribute_zeros, reaches_parameter
 from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["DeepSpeedReplica"]
@@ -90,7 +90,7 @@ class DeepSpeedReplica(BaseReplica):
             return total
         if self._stage < 3:
             return contribute_zeros(total, self._parameters)
-        if not has_gradient(total):
+        if not reaches_parameter(total):
             raise TrainingFailed(
                 "strategy.stage=3: recipe.loss counted 0 and returned a total without a gradient, but all ranks must "
                 "call the model together: return 0 * model(x).sum(), or type strategy.stage=2"

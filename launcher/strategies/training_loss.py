@@ -16,7 +16,7 @@ from torch import nn
 from launcher.errors import TrainingFailed
 from launcher.recipe import Loss
 
-__all__ = ["contribute_nothing", "contribute_zeros", "has_gradient", "read_training_loss"]
+__all__ = ["contribute_nothing", "contribute_zeros", "reaches_parameter", "read_training_loss"]
 
 
 def read_training_loss(loss: Any) -> Loss:
@@ -38,13 +38,15 @@ def read_training_loss(loss: Any) -> Loss:
             f"recipe.loss returned a total with the shape {list(total.shape)} and dtype {total.dtype}: "
             "return one real number, the sum over the samples, e.g. total.sum()"
         )
-    total = total.reshape(())
-    if count and not has_gradient(total):
+    trained = total.grad_fn is not None or isinstance(total, nn.Parameter)  # a leaf, as zeros(()), reaches nothing
+    if count and not trained:
         raise TrainingFailed(
             f"recipe.loss counted {count:g} but returned a total without a gradient: compute it from the model's "
             "output, without detach(), item() or no_grad(); count 0 where a batch has no target"
         )
-    return replace(loss, total=total, count=count)
+    if not trained:
+        total = total.detach()
+    return replace(loss, total=total.sum() if total.dim() else total, count=count)
 
 
 def read_count(count: Any) -> float:
@@ -78,9 +80,19 @@ def read_number(value: Any, name: str, meaning: str) -> float:
         ) from None
 
 
-def has_gradient(total: torch.Tensor) -> bool:
-    """Whether the total was computed with gradients; a leaf, such as zeros(requires_grad=True), reaches nothing."""
-    return total.grad_fn is not None or isinstance(total, nn.Parameter)
+def reaches_parameter(total: torch.Tensor) -> bool:
+    """Whether a backward pass from `total` may reach a parameter; 2 * zeros(requires_grad=True) has a graph too."""
+    pending, seen = [total.grad_fn], {None, total.grad_fn}
+    if total.grad_fn is None:
+        return isinstance(total, nn.Parameter)
+    while pending:
+        node = pending.pop()
+        if isinstance(getattr(node, "variable", None), nn.Parameter) or "Checkpoint" in type(node).__name__:
+            return True  # a reentrant checkpoint hides the graph of what it recomputes
+        following = [other for other, _ in getattr(node, "next_functions", ()) if other not in seen]
+        seen.update(following)
+        pending += following
+    return False
 
 
 def contribute_nothing(total: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:

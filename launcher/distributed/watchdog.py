@@ -99,7 +99,7 @@ def open_shared_heartbeats(folder: Path, topology: Topology) -> SharedHeartbeats
 
 def locate_shared_heartbeats(folder: Path, topology: Topology) -> Path:
     """The file of this node's heartbeats; it exists only until all workers of the node have opened it."""
-    key = f"{folder.resolve()}\0{topology.node}\0{topology.generation}".encode()
+    key = os.fsencode(f"{folder.resolve()}\0{topology.node}\0{topology.generation}")
     name = f"launcher-beat-{hashlib.blake2b(key, digest_size=12).hexdigest()}"
     return Path(tempfile.gettempdir()) / name
 

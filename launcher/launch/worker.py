@@ -359,10 +359,20 @@ def handle_failure(job_spec: JobSpec, topology: Topology, error: BaseException, 
         return EXIT_RESTART
     if not job_spec.under_driver:
         if failures.should_report(job_spec.run_dir.logs, failure):
-            print(f"error: {failure.summary()}", file=terminal, flush=True)
+            print(f"error: {describe_for_torchrun(failure)}", file=terminal, flush=True)
             log_failure_event(job_spec.run_dir, failure)
         failures.record_for_torchelastic(error)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+
+
+def describe_for_torchrun(failure: failures.RankFailure) -> str:
+    """The error as one line; torchrun itself shows how a worker ended that recorded no failure."""
+    if not failures.is_peer_failure(failure.message):
+        return failure.summary()
+    return (
+        f"another worker ended without an error message, and rank {failure.rank} lost its connection to it: torchrun "
+        f"names its rank and exit code below (log: {failure.log})"
+    )
 
 
 def log_failure_event(run_dir: RunDirectory, failure: failures.RankFailure) -> None:

@@ -27,7 +27,7 @@ def send_errors_of_unsent_batches() -> None:
         exc_info = (type(error), error, error.__traceback__)
         queue.put((index, ExceptionWrapper(exc_info, where="in a loader process that sends a batch")))  # type: ignore[arg-type]
 
-    multiprocessing.queues.Queue._on_queue_feeder_error = send_error  # type: ignore[method-assign,assignment]
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_error  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def get_batch_job_id(env: Mapping[str, str] = os.environ) -> str | None:
 
 def get_slurm_step_id(env: Mapping[str, str] = os.environ) -> str | None:
     """`123.4` for step 4 of job 123, the same on all nodes of the step; None outside a step of srun."""
-    step = read_count(env, "SLURM_STEP_ID")
+    step = read_env_count(env, "SLURM_STEP_ID")
     job = get_slurm_job_id(env)
     return f"{job}.{step}" if job and "SLURM_STEP_ID" in env and step < FIRST_SPECIAL_STEP else None
 
@@ -142,14 +142,14 @@ def find_task_copies(env: Mapping[str, str] = os.environ) -> TaskCopies | None:
 
     A batch script is one process, however many tasks its job asks for.
     """
-    if get_slurm_step_id(env) is not None or read_count(env, "SLURM_PROCID"):
-        tasks = read_count(env, "SLURM_STEP_NUM_TASKS") or read_count(env, "SLURM_NTASKS")
-        nodes = read_count(env, "SLURM_STEP_NUM_NODES") or read_count(env, "SLURM_NNODES")
+    if get_slurm_step_id(env) is not None or read_env_count(env, "SLURM_PROCID"):
+        tasks = read_env_count(env, "SLURM_STEP_NUM_TASKS") or read_env_count(env, "SLURM_NTASKS")
+        nodes = read_env_count(env, "SLURM_STEP_NUM_NODES") or read_env_count(env, "SLURM_NNODES")
         if tasks > 1:
             return TaskCopies("srun", tasks, max(nodes, 1))
     for name, name_on_node in MPI_SIZES.items():
-        if (tasks := read_count(env, name)) > 1:
-            return TaskCopies("mpirun", tasks, max(1, tasks // (read_count(env, name_on_node) or tasks)))
+        if (tasks := read_env_count(env, name)) > 1:
+            return TaskCopies("mpirun", tasks, max(1, tasks // (read_env_count(env, name_on_node) or tasks)))
     return None
 
 
@@ -158,7 +158,7 @@ def is_torchrun_worker(env: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in env and "TORCHELASTIC_RUN_ID" in env
 
 
-def read_count(env: Mapping[str, str], name: str) -> int:
+def read_env_count(env: Mapping[str, str], name: str) -> int:
     """A variable's number; 0 if it is absent or no number."""
     text = env.get(name, "")
     return int(text) if text.isdecimal() else 0

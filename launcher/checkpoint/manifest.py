@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UsageError
-from launcher.system.atomic_files import fsync_dir, make_private_dir
+from launcher.system.atomic_files import fsync_dir, make_durable_dir
 from launcher.system.run_files import CHECKPOINTS_DIR
 
 __all__ = [
@@ -146,10 +146,10 @@ def atomic_directory(
     """
     if not CHECKPOINT_NAME_PATTERN.fullmatch(name):
         raise ValueError(f"{name!r} is not a valid checkpoint name")
-    make_private_dir(folder)
+    make_durable_dir(folder)
     tmp_dir = tmp_checkpoint_path(folder, name, token or str(os.getpid()))
     remove_stale_tmp(folder, keep=tmp_dir if token else None)
-    os.makedirs(tmp_dir, 0o700, exist_ok=token is not None)
+    os.makedirs(tmp_dir, exist_ok=token is not None)
     try:
         yield tmp_dir
         fsync_dir(tmp_dir)

@@ -27,7 +27,7 @@ from launcher.checkpoint.tensor_io import (
     save_checkpoint,
     write_groups,
 )
-from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.system.atomic_files import atomic_write_text, make_durable_dir
 
 __all__ = ["ShardInfo", "TensorSlice", "save_shard", "save_sharded_checkpoint"]
 
@@ -70,11 +70,11 @@ def save_shard(
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    make_private_dir(folder)
+    make_durable_dir(folder)
     tmp_dir = tmp_checkpoint_path(folder, name, shard.token)
     note = tmp_dir / format_shard_index_name(shard.rank)
     with raise_as_checkpoint_error(f"checkpoint {name}", folder):
-        os.makedirs(tmp_dir, 0o700, exist_ok=True)
+        os.makedirs(tmp_dir, exist_ok=True)
         try:
             files, tensors = write_groups(tmp_dir, state, inject_fault, shard.suffix)
         except OSError as problem:

@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.errors import EXIT_OK, UsageError
 from launcher.run_dir.lock import LockOwner, find_lock_owner
+from launcher.run_dir.outward_links import refuse_outward_links
 from launcher.run_dir.restart_cost import read_last_row
 from launcher.run_dir.run_directory import RUNS_DIR, RunDirectory, suggest_runs
 from launcher.slurm import queue
@@ -58,10 +59,11 @@ def find_run(run: str) -> RunDirectory:
     """Find the directory of a run given by its name in runs/ or by its path.
 
     Raises:
-        UsageError: there is no such run.
+        UsageError: there is no such run, or a link leads out of it.
     """
     for path in (Path(run), RUNS_DIR / run):
         run_dir = RunDirectory(path)
+        refuse_outward_links(path)
         if run_dir.run_yaml.is_file() or run_dir.slurm_json.is_file():
             return run_dir
     raise UsageError(f"{run} is not a run: {suggest_runs(RUN_YAML_FILE)}")

@@ -43,7 +43,11 @@ def run_report(args: Sequence[str]) -> int:
 
     runs = list(load_reports(parsed.paths))
     print_notes(run.history.describe_unreadable() for run in runs)
-    write_output_file(Path(parsed.output) if parsed.output else choose_output_path(parsed.paths), render_report(runs))
+    page = render_report(runs)
+    if parsed.output is None:
+        write_in_run_directory(choose_output_path(parsed.paths), page)
+    else:
+        write_output_file(Path(parsed.output), page)
     return EXIT_OK
 
 
@@ -64,6 +68,15 @@ def run_export(args: Sequence[str]) -> int:
     else:
         write_output_file(Path(parsed.output), format_csv(run.rows))
     return EXIT_OK
+
+
+def write_in_run_directory(file: Path, text: str) -> None:
+    """Write the file atomically and print its path; a link of that name is replaced, not followed."""
+    try:
+        atomic_write_text(file, text)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written ({error.strerror}): type -o FILE") from error
+    print(file)
 
 
 def write_output_file(file: Path, text: str) -> None:

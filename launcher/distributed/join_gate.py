@@ -9,7 +9,7 @@ import time
 
 from launcher.run_dir.lock import find_lock_owner
 from launcher.run_dir.run_directory import RunDirectory
-from launcher.system.atomic_files import make_private_dir
+from launcher.system.atomic_files import make_durable_dir
 
 __all__ = ["wait_to_join"]
 
@@ -20,9 +20,9 @@ def wait_to_join(run_dir: RunDirectory, name: str) -> None:
     """Wait until the workers that train in `run_dir` have saved and paused, or until no process trains there."""
     if find_lock_owner(run_dir.path) is None:
         return
-    make_private_dir(run_dir.join_requests_dir)
+    make_durable_dir(run_dir.join_requests_dir)
     request_file = run_dir.join_requests_dir / name
-    request_file.touch(0o600)
+    request_file.touch()
     while request_file.exists() and find_lock_owner(run_dir.path) is not None:
         time.sleep(JOIN_POLL_S)
     request_file.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from launcher.errors import UsageError
 from launcher.goodput.noise_scale import compute_efficiency
 from launcher.goodput.throughput_model import Estimate
 from launcher.run_dir.metrics_reader import RunMetrics, read_run_metrics
+from launcher.run_dir.outward_links import find_outward_link
 from launcher.run_dir.run_directory import RUNS_DIR
 from launcher.system.run_files import METRICS_FILE, RUN_YAML_FILE
 
@@ -54,6 +55,8 @@ def _list_newest_runs() -> list[Path]:
     """The runs that have begun to write metrics, newest first."""
     started: list[tuple[float, Path]] = []
     for file in RUNS_DIR.glob(f"*/{METRICS_FILE}"):
+        if find_outward_link(file.parent) is not None:
+            continue
         with suppress(OSError):
             started.append((file.stat().st_mtime, file.parent))
     return [folder for _, folder in sorted(started, reverse=True)]

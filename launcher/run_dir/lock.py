@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from launcher.errors import UsageError
+from launcher.system.atomic_files import SHARED_MODE
 
 __all__ = ["LockOwner", "RunDirLock", "find_lock_owner"]
 
@@ -53,9 +54,9 @@ def find_lock_owner(folder: Path) -> LockOwner | None:
     The kernel releases the lock of a process that ends.
     """
     try:
-        with (folder / LOCK_FILE).open("r+") as file:
+        with (folder / LOCK_FILE).open() as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # needs no right to write: others may look at the run
             except OSError:
                 return LockOwner.parse(file.read())
     except FileNotFoundError:
@@ -68,7 +69,7 @@ class RunDirLock:
 
     def __init__(self, folder: Path, torchrun: int | None = None) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        self._file = open(os.open(folder / LOCK_FILE, flags, 0o600), "r+")  # noqa: SIM115 (held)
+        self._file = open(os.open(folder / LOCK_FILE, flags, SHARED_MODE), "r+")  # noqa: SIM115 (held)
         try:
             acquire_lock(self._file)
         except OSError as problem:

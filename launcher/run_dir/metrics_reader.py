@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import UsageError
+from launcher.run_dir.outward_links import leads_out, refuse_outward_links
 from launcher.run_dir.run_directory import RUNS_DIR, suggest_runs
 from launcher.system.jsonl import JsonlReader, is_number
 from launcher.system.run_files import METRICS_FILE
@@ -63,17 +64,28 @@ def find_runs(run: str) -> list[Path]:
     """Find the run directory named `run`, or the run directories inside it (multirun), in order.
 
     Raises:
-        UsageError: no run was found.
+        UsageError: no run was found, or a link leads out of one.
     """
     candidates = [path for path in (Path(run), RUNS_DIR / run) if path.is_dir()]
     for path in candidates:
+        refuse_outward_links(path)
         if (path / METRICS_FILE).is_file():
             return [path]
         if points := sorted((file.parent for file in path.glob(f"*/{METRICS_FILE}")), key=_get_sort_key):
+            for point in points:
+                _refuse_outward_point(point, path)
             return points
     if candidates:
         raise UsageError(f"{run} has no {METRICS_FILE}: it has not trained yet")
     raise UsageError(f"{run} is not a run: {suggest_runs(METRICS_FILE)}")
+
+
+def _refuse_outward_point(point: Path, folder: Path) -> None:
+    if leads_out(point, folder):
+        raise UsageError(
+            f"{point} is a link that leads out of {folder}, which is not followed: name the runs themselves"
+        )
+    refuse_outward_links(point)
 
 
 def _get_sort_key(folder: Path) -> tuple[int, str]:

@@ -20,6 +20,7 @@ from launcher.config.strategy_checks import missing_dependency
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
 from launcher.run_dir.lock import find_lock_owner
+from launcher.run_dir.outward_links import refuse_outward_links
 from launcher.run_dir.resume import ResumeDecision, check_data_length, decide_resume
 from launcher.run_dir.run_directory import (
     RUNS_DIR,
@@ -170,7 +171,9 @@ def covers_request(done: Mapping[str, Any], config: RunConfig, plan: TrainingPla
 
 
 def write_run_files(opened: OpenedRun, profile: Mapping[str, Any] | None = None) -> None:
-    """Write run.yaml and clear the stop request and done.json of an earlier job. The caller holds the lock.
+    """Write run.yaml and clear the stop request of an earlier job. The caller holds the lock.
+
+    Its done.json is cleared by the workers, once all their checks have passed.
 
     `profile`: the measured update times that batch=goodput uses.
     """
@@ -185,7 +188,6 @@ def write_run_files(opened: OpenedRun, profile: Mapping[str, Any] | None = None)
         atomic_write_text(opened.run_dir.profile_json, json.dumps(profile) + "\n")
     if not opened.is_restart:
         opened.run_dir.clear_stop()
-        opened.run_dir.done_json.unlink(missing_ok=True)  # more training is requested: not complete any more
 
 
 def run_path(config: RunConfig, run_id: str | None, nodes: int, job: str | None = None) -> Path:
@@ -213,7 +215,12 @@ def with_directory(config: RunConfig, path: Path) -> RunConfig:
 
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
-    """Read the flat configuration of the run in `path`; None if there is no run."""
+    """Read the flat configuration of the run in `path`; None if there is no run.
+
+    Raises:
+        UsageError: it cannot be read, or a link leads out of the run directory.
+    """
+    refuse_outward_links(path)
     run_yaml = RunDirectory(path).run_yaml
     try:
         return flatten(from_yaml(run_yaml.read_text()))

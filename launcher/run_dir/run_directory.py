@@ -15,7 +15,8 @@ from typing import Any
 
 from launcher.errors import UsageError
 from launcher.run_dir.lock import RunDirLock
-from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.run_dir.outward_links import refuse_outward_links
+from launcher.system.atomic_files import atomic_write_text, make_durable_dir
 from launcher.system.run_files import (
     BEST_MODEL_FILE,
     CHECKPOINTS_DIR,
@@ -54,7 +55,7 @@ WANDB_ID_FILE = "wandb-id"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths in one run directory, and access to its small files. Everything is readable by the user only."""
+    """Paths in one run directory, and access to its small files."""
 
     path: Path
 
@@ -132,12 +133,12 @@ class RunDirectory:
         """Create the directory and its subfolders; existing files stay. Return the topmost folder that was created.
 
         Raises:
-            UsageError: it cannot be created, or a subfolder is a symbolic link.
+            UsageError: it cannot be created, a subfolder is a symbolic link, or a link leads out of it.
         """
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             for folder in (self.path, self.logs, self.checkpoints):
-                make_private_dir(folder)
+                make_durable_dir(folder)
         except OSError as problem:
             raise UsageError(
                 f"run.dir={self.path} cannot be created ({problem.strerror}): type another run.dir="
@@ -145,6 +146,7 @@ class RunDirectory:
         for folder in (self.logs, self.checkpoints):
             if folder.is_symlink() or not folder.is_dir():
                 raise UsageError(f"{folder} is a link or not a folder: remove it, or type another run.name=")
+        refuse_outward_links(self.path)
         return missing[-1] if missing else None
 
     def discard(self, created: Path) -> None:
@@ -219,7 +221,7 @@ class RunDirectory:
         try:
             atomic_write_text(self.stop_file, source)
         except OSError:
-            self.stop_file.touch(0o600)
+            self.stop_file.touch()
 
     def stop_requested(self) -> bool:
         return self.stop_file.exists()

@@ -12,7 +12,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from launcher.system.atomic_files import atomic_write_text
+from launcher.system.atomic_files import SHARED_MODE, atomic_write_text
 from launcher.system.processes import die_with_parent
 
 __all__ = ["serve_store", "wait_for_endpoint"]
@@ -25,7 +25,7 @@ def serve_store(run_dir: Path, host: str) -> None:
     """Wait until no other process serves, then serve on all interfaces of `host` until the parent ends."""
     die_with_parent()
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    lock_fd = os.open(run_dir / ".store.lock", flags, 0o600)
+    lock_fd = os.open(run_dir / ".store.lock", flags, SHARED_MODE)
     while not try_lock(lock_fd):
         time.sleep(POOL_POLL_INTERVAL_S)
     (run_dir / "rendezvous").unlink(missing_ok=True)  # address of the previous server
@@ -40,7 +40,7 @@ def serve_store(run_dir: Path, host: str) -> None:
 def wait_for_endpoint(run_dir: Path) -> str:
     """Return `host:port` of the serving store; wait until there is one."""
     while True:
-        lock_fd = os.open(run_dir / ".store.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        lock_fd = os.open(run_dir / ".store.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, SHARED_MODE)
         try:
             if not try_lock(lock_fd) and (endpoint := read_or_empty(run_dir / "rendezvous")):
                 return endpoint

@@ -19,10 +19,11 @@ from launcher.plan.batch import PlanError
 from launcher.plan.training_plan import make_training_plan
 from launcher.run_dir.failures import is_peer_failure, read_failures
 from launcher.run_dir.open_run import resolve_directory, run_path
+from launcher.run_dir.outward_links import refuse_outward_links
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.slurm.claim import read_claim, write_claim
 from launcher.slurm.job_script import OUTPUT_PATTERN, render_sbatch_script
-from launcher.system.atomic_files import make_private_dir
+from launcher.system.atomic_files import make_durable_dir
 from launcher.system.redaction import mask_secrets
 from launcher.system.stderr import print_stderr
 
@@ -63,7 +64,7 @@ def submit_run(config: RunConfig, overrides: Sequence[str]) -> int:
 
 def run_sbatch(script: str) -> str:
     """Submit the script with sbatch; return the job id."""
-    make_private_dir(Path(OUTPUT_PATTERN).parent)
+    make_durable_dir(Path(OUTPUT_PATTERN).parent)
     try:
         completed = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -130,6 +131,7 @@ def compute_requeue_status(path: str, job: str | None) -> int:
     once.
     """
     run_dir = RunDirectory(Path(path))
+    refuse_outward_links(run_dir.path)
     saved = run_dir.read_saved_generation()
     failures_file = run_dir.path / "slurm-failures"
     entry = f"{saved} {job}"

@@ -1,4 +1,7 @@
-"""Atomic writes of private files, hashed while they are written and fsynced before they are renamed into place."""
+"""Atomic writes, hashed while they are written and fsynced before they are renamed into place.
+
+Files and folders get the permissions that the user's umask leaves; PRIVATE_MODE is for files that may hold secrets.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["HashedFile", "atomic_write", "atomic_write_text", "fsync_dir", "make_private_dir"]
+__all__ = [
+    "PRIVATE_MODE",
+    "SHARED_MODE",
+    "HashedFile",
+    "atomic_write",
+    "atomic_write_text",
+    "fsync_dir",
+    "make_durable_dir",
+]
+
+#: Modes of new files, before the umask: readable by whom the umask allows, and by the user alone.
+SHARED_MODE = 0o666
+PRIVATE_MODE = 0o600
 
 
 class HashedFile:
-    """A new file (mode 0600), fsynced when its `with` block ends without an error; then `size_and_hash` is final.
+    """A new file, fsynced when its `with` block ends without an error; then `size_and_hash` is final.
 
     The hash covers the data passed to `write`, not what is read back, so a later check also detects disk errors.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, SHARED_MODE), "wb")
         self._hash = hashlib.sha256()
         self._size = 0
 
@@ -67,13 +82,13 @@ def atomic_write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def make_private_dir(path: Path) -> None:
-    """Create a folder and its missing parents with mode 0700; an existing folder is left unchanged."""
+def make_durable_dir(path: Path) -> None:
+    """Create a folder and its missing parents, also after a crash; an existing folder is left unchanged."""
     if path.is_dir():
         return
-    make_private_dir(path.parent)
+    make_durable_dir(path.parent)
     with suppress(FileExistsError):  # another process created it; if it is a file, the next write reports it
-        path.mkdir(0o700)
+        path.mkdir()
         fsync_dir(path.parent)
 
 

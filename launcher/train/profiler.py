@@ -55,4 +55,3 @@ def profile_updates(updates: Iterable[Update], which: str | None, folder: Path, 
 def write_trace(profiler: Any, path: Path) -> None:
     profiler.stop()
     profiler.export_chrome_trace(str(path))
-    path.chmod(0o600)

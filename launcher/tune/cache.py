@@ -23,7 +23,7 @@ from launcher.config.coercion import format_value
 from launcher.config.keys import flatten
 from launcher.config.schema import RunConfig
 from launcher.run_dir.run_directory import RUNS_DIR, format_recipe_name
-from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.system.atomic_files import atomic_write_text, make_durable_dir
 from launcher.system.redaction import mask_nested_secrets
 
 __all__ = [
@@ -248,7 +248,7 @@ def store(profile: CachedProfile, folder: Path = CACHE_DIR) -> Path:
     Raises:
         OSError: the file cannot be written.
     """
-    make_private_dir(folder)
+    make_durable_dir(folder)
     path = make_profile_path(profile.key, folder)
     atomic_write_text(path, profile.to_text())
     return path

@@ -99,11 +99,16 @@ def test_checkpoint_folder_holds_safetensors_and_json_manifest(tmp_path: Path) -
         assert re.fullmatch("[0-9a-f]{64}", facts["sha256"])
 
 
-def test_checkpoint_is_readable_by_owner_only(tmp_path: Path) -> None:
-    path = save_update(tmp_path / "runs" / "one" / "checkpoints", 1).path
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_checkpoint_is_readable_for_whom_the_umask_says(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = save_update(tmp_path / "runs" / "one" / "checkpoints", 1).path
+    finally:
+        os.umask(before)
     for folder in (path, path.parent, path.parent.parent):
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o600}
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize(
@@ -432,4 +437,10 @@ def test_failed_export_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert list_names(tmp_path) == ["model.safetensors", "new", "old"]
     export_safetensors(path, new)
     assert torch.equal(safetensors.torch.load_file(path)["conv.weight"], make_tensors(2.0)["conv.weight"])
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~get_umask()
+
+
+def get_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -1,4 +1,4 @@
-"""The run directory: private, with fixed file names and a name that is decided once."""
+"""The run directory: readable as the umask says, with fixed file names and a name that is decided once."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def test_file_names_are_fixed(run_dir: RunDirectory) -> None:
     assert run_dir.get_log_path(1, 3) == run_dir.logs / "rank1-g3.log"
 
 
-def test_files_are_private_for_any_umask(tmp_path: Path) -> None:
-    before = os.umask(0)
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o027, 0o077])
+def test_files_are_readable_for_whom_the_umask_says(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
     try:
         run_dir = RunDirectory(tmp_path / "runs" / "one")
         run_dir.create()
@@ -61,8 +62,8 @@ def test_files_are_private_for_any_umask(tmp_path: Path) -> None:
         os.umask(before)
     made = [tmp_path / "runs", run_dir.path, *run_dir.path.rglob("*")]
     assert {path.name for path in made} >= {"runs", "one", "logs", "checkpoints", "generation", "done.json", ".lock"}
-    assert {file_mode(path) for path in made if path.is_dir()} == {0o700}
-    assert {file_mode(path) for path in made if path.is_file()} == {0o600}
+    assert {file_mode(path) for path in made if path.is_dir()} == {0o777 & ~umask}
+    assert {file_mode(path) for path in made if path.is_file()} == {0o666 & ~umask}
 
 
 def test_existing_folder_is_kept(run_dir: RunDirectory) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.system.atomic_files import atomic_write_text, make_private_dir
+from launcher.system.atomic_files import atomic_write_text, make_durable_dir
 
 
 def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_full_device_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         atomic_write_text(tmp_path / "file", "x")
 
 
-def test_private_dir_may_already_exist(tmp_path: Path) -> None:
-    make_private_dir(tmp_path / "a" / "b")
-    make_private_dir(tmp_path / "a" / "b")
+def test_durable_dir_may_already_exist(tmp_path: Path) -> None:
+    make_durable_dir(tmp_path / "a" / "b")
+    make_durable_dir(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.system.atomic_files import atomic_write_text
+from launcher.system.atomic_files import SHARED_MODE, atomic_write_text
 from launcher.system.jsonl import parse_json_object
 from launcher.system.run_files import EVENTS_FILE, METRICS_FILE, PLAN_FILE
 from launcher.telemetry.records import Event, MetricsRow
@@ -52,11 +52,11 @@ class JsonlSink:
 
 
 class LineFile:
-    """A file of lines, readable and writable by its owner only."""
+    """A file of lines."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = os.open(path, flags, 0o600)
+        self._fd = os.open(path, flags, SHARED_MODE)
         self._rest = b""
         _repair_last_line(self._fd)
 
@@ -88,7 +88,7 @@ def append_line(path: Path, entry: MetricsRow | Event) -> None:
 
 def append_line_concurrently(path: Path, entry: MetricsRow | Event) -> None:
     """Append one line to a file that rank 0 may be writing to: a single append write keeps both lines whole."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, SHARED_MODE)
     try:
         os.write(fd, to_json_line(entry))
     finally:

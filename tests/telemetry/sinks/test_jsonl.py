@@ -41,10 +41,15 @@ def test_events_go_to_separate_file(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
-def test_both_files_are_private(tmp_path: Path) -> None:
-    JsonlSink(tmp_path).close()
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_both_files_are_readable_for_whom_the_umask_says(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        JsonlSink(tmp_path).close()
+    finally:
+        os.umask(before)
     for name in ("metrics.jsonl", "events.jsonl"):
-        assert stat.S_IMODE((tmp_path / name).stat().st_mode) & 0o077 == 0
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
 
 
 def test_non_finite_values_become_null() -> None:

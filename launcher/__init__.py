@@ -45,12 +45,13 @@ def load(run: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     import torch
     import yaml
     from safetensors import safe_open
-    from safetensors.torch import load_file, load_model
+    from safetensors.torch import load_file
 
     from launcher.checkpoint.tensor_io import CHANGED_BUFFERS
     from launcher.recipe import build_recipe
     from launcher.run_dir.outward_links import refuse_outward_links
     from launcher.run_dir.run_directory import RunDirectory
+    from launcher.strategies.extra_state import load_exported_model
 
     run_dir = RunDirectory(Path(run))
     refuse_outward_links(run_dir.path)
@@ -64,5 +65,5 @@ def load(run: str | Path, trust: Sequence[str] = ()) -> nn.Module:
         tensors = load_file(run_dir.model)
         tensors.update({alias: tensors[name] for alias, name in metadata.items() if name in tensors})
         adopt_buffers(model, json.loads(metadata[CHANGED_BUFFERS]), tensors, torch.device("cpu"))
-    load_model(model, run_dir.model)
+    load_exported_model(model, run_dir.model)
     return model.eval()

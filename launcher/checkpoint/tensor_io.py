@@ -192,16 +192,18 @@ def write_manifest(
         file.write(manifest.to_json().encode())
 
 
-def export_safetensors(path: Path, model: LazyTensors, changed_buffers: Mapping[str, str | None] = {}) -> None:
+def export_safetensors(
+    path: Path, model: LazyTensors, changed_buffers: Mapping[str, str | None] = {}, metadata: Mapping[str, str] = {}
+) -> None:
     """Write the model as one file that `safetensors.torch.load_model` loads without this package.
 
     Tensors are written one at a time, so no process holds them all. `changed_buffers` differ in dtype or shape from
-    those of the recipe's new model; `launcher.load` reads their names.
+    those of the recipe's new model; `launcher.load` reads their names, and the rest of the `metadata`.
 
     Raises:
         CheckpointError: the disk is full or not writable; an existing file is unchanged.
     """
-    write_export(path, model.index, model.__getitem__, changed_buffers)
+    write_export(path, model.index, model.__getitem__, changed_buffers, metadata)
 
 
 def export_tensors(
@@ -221,11 +223,12 @@ def write_export(
     index: Mapping[str, Mapping[str, Any]],
     get_tensor: Callable[[str], torch.Tensor],
     changed_buffers: Mapping[str, str | None],
+    metadata: Mapping[str, str] = {},
 ) -> None:
     aliases = {alias: name for name, facts in index.items() for alias in facts["aliases"]}
     with raise_as_checkpoint_error(path.name, path.parent), atomic_write(path) as file:
         buffers = {CHANGED_BUFFERS: json.dumps(dict(changed_buffers))} if changed_buffers else {}
-        write_tensors(file, index, get_tensor, {"format": "pt", **aliases, **buffers})
+        write_tensors(file, index, get_tensor, {"format": "pt", **aliases, **buffers, **metadata})
 
 
 @contextmanager

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, load_file, load_model, save
 from torch import nn
 
 from launcher.checkpoint.tensor_io import LazyTensors
-from launcher.checkpoint.value_tree import TreeEncoder, UnsavableValueError, decode_tree
+from launcher.checkpoint.value_tree import TreeEncoder, UnsavableValueError, decode_tree, find_tensor_keys
 from launcher.errors import UsageError
 
-__all__ = ["collect_extra_state", "load_extra_state", "load_model_tensors", "split_extra_state"]
+__all__ = [
+    "collect_extra_state",
+    "load_exported_model",
+    "load_extra_state",
+    "load_model_tensors",
+    "make_extra_metadata",
+    "split_extra_state",
+]
 
 EXTRA_STATE = "_extra_state"
 #: Prefix of the keys under which tensors of extra states are stored beside the optimizer's.
 PREFIX = "extra state/"
+METADATA = "launcher.extra_state"  # in an exported model
 
 
 def split_extra_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -42,7 +55,9 @@ def collect_extra_state(extra: Mapping[str, Any]) -> tuple[dict[str, torch.Tenso
         ) from problem
 
 
-def load_extra_state(module: nn.Module, trees: Mapping[str, Any], tensors: LazyTensors, device: torch.device) -> None:
+def load_extra_state(
+    module: nn.Module, trees: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
     """Set the extra states of a checkpoint."""
     for name, tree in trees.items():
         value = decode_tree(tree, lambda key: tensors[key].to(device))
@@ -59,3 +74,36 @@ def load_model_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -
     missing = [name for name in missing if name.rpartition(".")[2] != EXTRA_STATE]
     if missing or unexpected:
         raise RuntimeError(f"the model's state lacks {missing} and has {unexpected} beside it")
+
+
+def make_extra_metadata(trees: Mapping[str, Any], tensors: LazyTensors) -> dict[str, str]:
+    """The extra states of a checkpoint as metadata of an exported model, which as a safetensors file has no others."""
+    if not trees:
+        return {}
+    own = {key: tensors[key] for key in find_tensor_keys(dict(trees))}
+    return {METADATA: json.dumps({"trees": trees, "tensors": base64.b64encode(save(own)).decode()})}
+
+
+def load_exported_model(
+    model: nn.Module, path: Path | str, *, strict: bool = True
+) -> tuple[list[str] | set[str], list[str]]:
+    """As safetensors' `load_model`; then set the extra states that the file's metadata has.
+
+    Raises:
+        RuntimeError: with `strict`, the names are not those of the model.
+    """
+    if not split_extra_state(model.state_dict())[1]:
+        return load_model(model, path, strict=strict)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    tensors, text = load_file(path), metadata.get(METADATA)
+    tensors.update({alias: tensors[name] for alias, name in metadata.items() if name in tensors})
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if text is not None:
+        missing = [name for name in missing if name.rpartition(".")[2] != EXTRA_STATE]
+    if strict and (missing or unexpected):
+        raise RuntimeError(f"missing in the file: {sorted(missing)}; not in the model: {sorted(unexpected)}")
+    if text is not None:
+        extra = json.loads(text)
+        load_extra_state(model, extra["trees"], load(base64.b64decode(extra["tensors"])), torch.device("cpu"))
+    return missing, unexpected

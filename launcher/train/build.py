@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import nn
 
 from launcher.config.schema import RunConfig
@@ -19,7 +18,7 @@ from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
 from launcher.strategies.buffers import preserve_buffers
-from launcher.strategies.extra_state import split_extra_state
+from launcher.strategies.extra_state import load_exported_model, split_extra_state
 from launcher.strategies.interface import Replica, ReplicaArgs
 from launcher.strategies.meta_init import build_on_meta_device
 from launcher.strategies.model_checks import check_is_built, check_model
@@ -202,7 +201,7 @@ def load_initial_parameters(model: nn.Module, config: RunConfig) -> None:
     if config.model.init is None:
         return
     try:
-        missing, unexpected = load_model(model, config.model.init, strict=config.model.strict)
+        missing, unexpected = load_exported_model(model, config.model.init, strict=config.model.strict)
     except (OSError, SafetensorError) as problem:
         raise UsageError(
             f"model.init={config.model.init} cannot be read: {problem}; name a safetensors file"

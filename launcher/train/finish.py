@@ -9,6 +9,7 @@ from launcher.checkpoint import tensor_io
 from launcher.checkpoint.manifest import VerifiedCheckpoint, latest_path, open_checkpoint
 from launcher.errors import TrainingFailed
 from launcher.run_dir.restart_cost import sum_restart_costs
+from launcher.strategies.extra_state import make_extra_metadata
 from launcher.train.checkpoint_manager import CheckpointManager, format_checkpoint_name
 from launcher.train.context import TrainContext
 from launcher.train.outcome import TrainOutcome
@@ -96,4 +97,6 @@ def export_parameters(job: RankJob, state: TrainState, checkpoints_dir: Path) ->
 
 def export_checkpoint(checkpoint: VerifiedCheckpoint, path: Path) -> None:
     loaded = tensor_io.load_checkpoint(checkpoint)
-    tensor_io.export_safetensors(path, loaded.model, loaded.manifest.facts.get("buffers", {}))
+    facts = loaded.manifest.facts
+    metadata = make_extra_metadata(facts.get("extra", {}), loaded.optimizer)
+    tensor_io.export_safetensors(path, loaded.model, facts.get("buffers", {}), metadata)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from launcher.config.schema import RunConfig
 from launcher.distributed.load_balancing import LoadBalancer
 from launcher.distributed.rank_stats import StatsAllGather
 from launcher.goodput.policy import BatchChooser, GoodputPolicy, TimingProfile
 from launcher.plan.training_plan import TrainingPlan, make_training_plan
-from launcher.telemetry.metrics_logger import MetricsLogger
 from launcher.telemetry.resource_meter import ResourceMeter
 from launcher.train.build import TrainComponents
 from launcher.train.context import TrainContext
-from launcher.train.loss_check import RecipeWithLossCheck
 from launcher.train.rank_outputs import RankOutputs
 from launcher.train.rank_setup import RankJob
 from launcher.train.state import TrainState
@@ -39,7 +35,7 @@ def make_context(
         training_plan=plan,
         topology=topology,
         run_dir=job.spec.run_dir,
-        recipe=with_loss_check(components.recipe, outputs.logger, state),
+        recipe=components.recipe,
         replica=components.replica,
         precision=components.precision,
         loader=loader,
@@ -56,13 +52,6 @@ def make_context(
         goodput=goodput,
         watchdog=job.watchdog,
     )
-
-
-def with_loss_check(recipe: Any, logger: MetricsLogger | None, state: TrainState) -> Any:
-    """Wrap the recipe to check its first loss, on rank 0 at the start of training only."""
-    if logger is None or state.position.samples:
-        return recipe
-    return RecipeWithLossCheck(recipe, lambda detail: logger.log_event("alarm", kind="loss", detail=detail))
 
 
 def make_load_balancer(plan: TrainingPlan) -> LoadBalancer | None:

@@ -1,31 +1,54 @@
-"""Check once, from the autograd graph of the first loss, that a recipe's loss is a sum, as required.
+"""Check once, at the start of training, that a recipe's loss is a sum, as required.
 
 A mean would be divided by the number of samples a second time: training would continue silently with gradients that are
-too small by that factor. The check computes nothing and does not call loss() again. `launcher verify` is more thorough.
+too small by that factor. A micro-batch is compared with its halves (`loss_scaling`), and the autograd graph of the
+first loss names the operation of a plain mean. `launcher verify` is more thorough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from launcher.recipe import Loss
+from launcher.train.context import TrainContext
+from launcher.train.loss_scaling import find_scaling_problem
+from launcher.train.state import TrainState
 
-__all__ = ["RecipeWithLossCheck", "describe_mean_loss"]
+__all__ = ["RecipeWithLossCheck", "check_loss", "describe_mean_loss"]
 
 #: Operations that leave a mean a mean: they may lie between it and the loss.
 PASSTHROUGH_OPS = ("AddBackward", "ToCopyBackward", "AliasBackward", "ViewBackward", "SqueezeBackward", "NegBackward")
 MEAN_REDUCTION = 1  # torch numbers the reductions of its losses: none 0, mean 1, sum 2
 
 
+def check_loss(context: TrainContext, state: TrainState, items: Any) -> TrainContext:
+    """At the first start of a run, check the loss on its training data `items`. Every rank must call this.
+
+    Returns the context with a recipe that raises an alarm with the first training loss if there is something to say.
+    """
+    if state.position.samples or context.topology.generation > 1:
+        return context
+    problem, is_known = find_scaling_problem(context, items)
+    if context.logger is None or (is_known and problem is None):
+        return context
+
+    def warn(detail: str) -> None:
+        context.log_event("alarm", kind="loss", detail=detail)
+
+    return replace(context, recipe=RecipeWithLossCheck(context.recipe, warn, problem))
+
+
 class RecipeWithLossCheck:
     """Wraps a recipe and checks its first training loss; everything else is passed through unchanged.
 
-    `warn` is called with the problem, if there is one.
+    `warn` is called with the problem, if there is one: that the loss is a plain mean, else `known_problem`.
     """
 
-    def __init__(self, recipe: Any, warn: Callable[[str], None]) -> None:
+    def __init__(self, recipe: Any, warn: Callable[[str], None], known_problem: str | None = None) -> None:
         self._recipe = recipe
+        self._known_problem = known_problem
         self._warn: Callable[[str], None] | None = warn
 
     def __getattr__(self, name: str) -> Any:
@@ -35,7 +58,7 @@ class RecipeWithLossCheck:
         first_loss: Loss = self._recipe.loss(model, batch)
         if self._warn is not None:
             warn, self._warn = self._warn, None
-            problem = describe_mean_loss(first_loss)
+            problem = describe_mean_loss(first_loss) or self._known_problem
             if problem is not None:
                 warn(f"loss() of {type(self._recipe).__name__} {problem}")
         return first_loss

@@ -25,6 +25,7 @@ from launcher.train.rank_outputs import RankOutputs
 from launcher.train.rank_setup import RankJob, RankSetup, prepare_rank, restore_state
 from launcher.train.start_events import log_start_events
 from launcher.train.transitions import admit_waiting_nodes, continue_with_plan, replan
+from launcher.train.watched_metrics import check_watched_metrics
 
 __all__ = ["run"]
 
@@ -75,6 +76,9 @@ def connect_and_train(job: RankJob, store: dist.Store) -> TrainOutcome:
     outputs = RankOutputs.open(job, plan, components, state)
     try:
         context = make_context(job, plan, components, outputs, state, goodput)
+        check_watched_metrics(context, state)
+        if job.topology.rank == 0:  # not before all checks: a refused request leaves a complete run complete
+            job.spec.run_dir.done_json.unlink(missing_ok=True)
         log_start_events(job, context, components, state, backend, outputs.restart_cost)
         job.stop_requests.handle_sigterm(config.launch.grace_s)
         context = check_loss(context, state, components.train_data)

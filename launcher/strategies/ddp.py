@@ -16,7 +16,12 @@ from launcher.strategies.base import BaseReplica, slice_evenly
 from launcher.strategies.extra_state import collect_extra_state, load_model_tensors, split_extra_state
 from launcher.strategies.gradient_norms import GradNormHooks, compute_norms
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
-from launcher.strategies.missing_gradients import find_unreduced, make_unreduced_error, translate_reducer_error
+from launcher.strategies.missing_gradients import (
+    FIND_UNUSED,
+    find_unreduced,
+    make_unreduced_error,
+    translate_reducer_error,
+)
 from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 
 __all__ = ["DdpReplica"]
@@ -50,6 +55,7 @@ class DdpReplica(BaseReplica):
         self._clock = args.clock
         self._trained_names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._static_graph = args.world > 1 and config.strategy.static_graph
+        self._left_out: dict[str, torch.Tensor] | None = None
         self._is_reduced = False
         if self._static_graph:
             for tensor in (*model.parameters(), *model.buffers()):
@@ -94,9 +100,25 @@ class DdpReplica(BaseReplica):
         no_sync = nullcontext() if last or ddp is None else ddp.no_sync()
         with no_sync, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
-        if last and ddp is not None and not self._is_reduced:
-            missing = find_unreduced(ddp, self._trained_names)
-            raise make_unreduced_error(missing, dist.get_rank(), static_graph=self._static_graph)
+        if last and ddp is not None:
+            self._check_reduction(ddp)
+
+    def _check_reduction(self, ddp: DistributedDataParallel) -> None:
+        """Check that every gradient of this update was summed over the ranks.
+
+        Raises:
+            TrainingFailed: a parameter had no gradient in the last micro-batch.
+        """
+        missing: list[str] = []
+        if self._static_graph and self._is_reduced:  # what the first update did not use is never reduced
+            if self._left_out is None:
+                pairs = zip(self._trained_names, self._parameters, strict=True)
+                self._left_out = {name: parameter for name, parameter in pairs if parameter.grad is None}
+            missing = [name for name, parameter in self._left_out.items() if parameter.grad is not None]
+        if missing or not self._is_reduced:
+            missing = missing or find_unreduced(ddp, self._trained_names)
+            fix = f"strategy.static_graph=false {FIND_UNUSED}" if self._static_graph else FIND_UNUSED
+            raise make_unreduced_error(missing, dist.get_rank(), fix)
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         try:

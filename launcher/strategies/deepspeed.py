@@ -25,6 +25,7 @@ from launcher.strategies.deepspeed_state import ZeroState
 from launcher.strategies.extra_state import collect_extra_state, load_model_tensors, split_extra_state
 from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
+from launcher.strategies.missing_gradients import FIND_UNUSED, GradientUse, describe_parameters
 from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 from launcher.strategies.optimizer_state import check_optimizer_class
 from launcher.strategies.training_loss import contribute_zeros, reaches_parameter
@@ -52,7 +53,10 @@ class DeepSpeedReplica(BaseReplica):
         self._rank = dist.get_rank()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._use = GradientUse(names, precision.device, fix=f"strategy=ddp {FIND_UNUSED}")
         self._set_optimizer(make_optimizer(model, config, args.groups), config)
+        self._decayed = list_decayed(model, self.optimizer)
         if precision.name in ("bf16", "fp16"):
             forward = wrap_in_autocast(precision.autocast, self._loss_module.forward)
             self._loss_module.forward = forward  # type: ignore[method-assign]
@@ -61,6 +65,8 @@ class DeepSpeedReplica(BaseReplica):
         set_group_timeout(config.launch.timeout_s)
         self._wrapped = self._engine
         self._norm_hooks = GradNormHooks(self._parameters)
+        for name, parameter in zip(names, self._parameters, strict=True):
+            self._use.register(name, parameter)
         self._reduce = self._engine.allreduce_gradients
         self._engine.allreduce_gradients = self._reduce_and_mark_wait
         self._zero = self._engine.optimizer
@@ -72,14 +78,26 @@ class DeepSpeedReplica(BaseReplica):
         self._state = ZeroState(self._zero, model, self._shapes, stage, args.world) if stage else None
 
     def _reduce_and_mark_wait(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's gradient reduction after a backward pass; marks the wait after the last one of an update."""
+        """DeepSpeed's gradient reduction after a backward pass; marks the wait after the last one of an update.
+
+        Raises:
+            TrainingFailed: DeepSpeed would take zeros for the gradient of a parameter that has none, and change it.
+        """
         if self._engine.is_gradient_accumulation_boundary():
+            unused = self._use.end_update()
+            if decayed := [name for name in self._decayed if name in unused]:
+                raise TrainingFailed(
+                    f"strategy=deepspeed would decay {describe_parameters(decayed)}, which loss() does not use: "
+                    "freeze in model() what is never trained, or type optimizer.weight_decay=0 or strategy=ddp "
+                    f"{FIND_UNUSED}"
+                )
             self._clock.begin_wait()
         self._reduce(*args, **kwargs)
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
+        self._use.begin_micro_batch()
         zero_gradients = zero_gradients_in_backward(self._parameters) if is_padding else nullcontext()
         with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
@@ -88,6 +106,7 @@ class DeepSpeedReplica(BaseReplica):
         self._discards_gradients = not usable
         if usable:
             return total
+        self._use.ignore_micro_batch()
         if self._stage < 3:
             return contribute_zeros(total, self._parameters)
         if not reaches_parameter(total):
@@ -337,3 +356,9 @@ def poison_gradients(zero: Any) -> None:
     for gradients in zero.averaged_gradients.values():
         for gradient in gradients or ():
             gradient.mul_(math.nan)
+
+
+def list_decayed(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the parameters with weight decay."""
+    decayed = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]

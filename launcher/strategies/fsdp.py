@@ -27,6 +27,7 @@ from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.strategies.loss_module import LossFn, LossModule
 from launcher.strategies.meta_init import materialize
+from launcher.strategies.missing_gradients import GradientUse
 from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 from launcher.strategies.precision import Precision
 
@@ -57,26 +58,62 @@ class FsdpReplica(BaseReplica):
         self._rank = dist.get_rank()
         self._norm_hooks = GradNormHooks()
         self._block_calls = BlockCalls([m for m in model.modules() if isinstance(m, FSDPModule)])
-        for module in self._loss_module.modules():
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._use: GradientUse | None = None
+        if args.world > 1:
+            # Every rank reduces all parameters of a block, zeros for those that its loss did not use: otherwise the
+            # ranks would reduce tensors of different lengths.
+            self._sharded.set_reduce_scatter_unused_params(True)
+            may_vary = config.strategy.find_unused_parameters
+            self._use = GradientUse(self._trained, precision.device, may_vary=may_vary)
+        for name, module in self._loss_module.named_modules():
             if isinstance(module, FSDPModule):
                 module.register_forward_pre_hook(make_wait_begin_hook(args.clock), prepend=True)
                 module.register_forward_pre_hook(make_wait_end_hook(args.clock))
-                module.register_forward_pre_hook(register_grad_norm_hooks(self._norm_hooks))
+                module.register_forward_pre_hook(self._make_gradient_hook(f"{name}." if name else ""))
+
+    def _make_gradient_hook(self, prefix: str) -> Callable[..., None]:
+        """A forward pre-hook that registers hooks on the gradients of a block's gathered parameters.
+
+        They exist from the first forward pass on and stay the same tensors. `prefix`: of their names.
+        """
+        registered: set[str] = set()
+
+        def hook(block: nn.Module, *_: object) -> None:
+            if registered or not torch.is_grad_enabled():
+                return
+            for name, parameter in block.named_parameters(prefix.removesuffix(".")):
+                if parameter.requires_grad and not isinstance(parameter, DTensor):
+                    registered.add(name)
+                    self._norm_hooks.register(parameter)
+                    if self._use is not None:
+                        self._use.register(name.removeprefix("model."), parameter)
+
+        return hook
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._sharded.set_requires_gradient_sync(last)
         self._sharded.set_is_last_backward(last)
         zero_gradients = zero_padding_gradients(self._loss_module) if is_padding else nullcontext()
+        if self._use is not None:
+            self._use.begin_micro_batch()
         with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
+        if last and self._use is not None:
+            for name in self._use.end_update():
+                self._trained[name].grad = None  # the optimizer leaves it alone, as with one worker
 
     def _compute_training_loss(self, loss_fn: LossFn, model: nn.Module, batch: Any) -> Loss:
         with self._block_calls.record():
             return super()._compute_training_loss(loss_fn, model, batch)
 
     def _join_reduction(self, total: torch.Tensor, usable: bool) -> torch.Tensor:
-        return total if usable else self._block_calls.contribute(total, self._loss_module)
+        if usable:
+            return total
+        if self._use is not None:
+            self._use.ignore_micro_batch()
+        return self._block_calls.contribute(total, self._loss_module)
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
@@ -207,23 +244,6 @@ def check_sharded_state(kind: str, tensors: Mapping[str, torch.Tensor], paramete
                 f"{list(tensor.shape)}, and a checkpoint holds only tensors that are sharded as their parameter is and "
                 "single values that are the same on all workers: type strategy=ddp"
             )
-
-
-def register_grad_norm_hooks(norm_hooks: GradNormHooks) -> Callable[..., None]:
-    """A forward pre-hook that registers gradient norm hooks on a block's gathered parameters.
-
-    They exist from the first forward pass on and stay the same tensors.
-    """
-    registered: set[int] = set()
-
-    def hook(block: nn.Module, *_: object) -> None:
-        if torch.is_grad_enabled() and id(block) not in registered:
-            registered.add(id(block))
-            for parameter in block.parameters():
-                if parameter.requires_grad and not isinstance(parameter, DTensor):
-                    norm_hooks.register(parameter)
-
-    return hook
 
 
 def apply_fully_shard(

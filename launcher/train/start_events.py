@@ -15,6 +15,7 @@ from launcher.run_dir.restart_cost import RestartCost
 from launcher.train.build import TrainComponents
 from launcher.train.context import TrainContext
 from launcher.train.metrics_recorder import plan_to_dict
+from launcher.train.modes import find_modules_in_eval
 from launcher.train.rank_setup import RankJob
 from launcher.train.state import TrainState
 
@@ -65,6 +66,7 @@ def make_start_facts(context: TrainContext, components: TrainComponents, state: 
         "data": {"train": plan.sizes.train, "val": plan.sizes.val},
         "parameters": components.parameters,
         "trainable": components.trainable,
+        "in_eval_mode": find_modules_in_eval(components.replica.module),
         "strategy": config.strategy.name,
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

@@ -106,6 +106,9 @@ def _describe_model(facts: Facts) -> str:
     parts = [f"{parameters:,} parameters"] if parameters else []
     if parameters and trainable not in (None, parameters):
         parts.append(f"{trainable:,} of them trained")
+    if frozen := facts.get("in_eval_mode"):
+        others = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
+        parts.append(f"{strip_control_characters(frozen[0])}{others} in eval mode")
     return " · ".join([*parts, *(str(facts[key]) for key in ("precision", "strategy") if facts.get(key))])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.config.schema import RunConfig
 from launcher.distributed.commands import make_torchrun_command
+from launcher.distributed.machine_limits import check_machine
 from launcher.distributed.worker_env import resolve_num_workers
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from launcher.goodput import auto_batch
@@ -22,7 +23,6 @@ from launcher.run_dir.failed_starts import FailedStarts
 from launcher.run_dir.open_run import OpenedRun, open_run, run_path, write_run_files
 from launcher.run_dir.run_directory import RUNS_DIR, RunDirectory
 from launcher.system.jsonl import JsonlReader
-from launcher.system.machine_limits import check_machine
 from launcher.system.processes import MemoryFile, kill_process_tree, make_starter_env
 from launcher.system.signal_handlers import forward_signals_to
 from launcher.system.stderr import print_stderr

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from launcher.config.keys import to_mapping
 from launcher.config.schema import RunConfig
+from launcher.distributed.machine_limits import check_host_name, ensure_open_files, estimate_open_files
 from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_RESTART, EXIT_USAGE, TrainingFailed, UsageError
 from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig
@@ -31,7 +32,6 @@ from launcher.run_dir import failures
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.slurm.claim import read_claim
 from launcher.system.cleanup_process import CleanupProcess
-from launcher.system.machine_limits import check_host_name, ensure_open_files, estimate_open_files
 from launcher.system.processes import die_with_parent
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology, get_master_address, get_master_port
@@ -207,7 +207,7 @@ def run_rank(topology: Topology, decide: DecideFn, *, under_driver: bool) -> int
     watchdog = start_watchdog(job_spec, topology, terminal, cleanup)
     try:
         ensure_open_files(estimate_open_files(topology.world, job_spec.config.data.num_workers))
-        return session.run(job_spec, topology, agreed.store, stop_requests, watchdog)
+        return session.run_session(job_spec, topology, agreed.store, stop_requests, watchdog)
     except BaseException as error:  # the recipe may also have called sys.exit
         if watchdog is not None:
             watchdog.stop()

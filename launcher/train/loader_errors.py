@@ -9,8 +9,8 @@ from typing import Any
 
 from torch._utils import ExceptionWrapper
 
+from launcher.distributed.machine_limits import describe_loader_limit
 from launcher.errors import UsageError
-from launcher.system.machine_limits import describe_loader_limit
 
 __all__ = ["explained_loader_errors", "iter_explaining_errors", "send_errors_of_unsent_batches"]
 

@@ -27,10 +27,10 @@ from launcher.train.start_events import log_start_events
 from launcher.train.transitions import admit_waiting_nodes, continue_with_plan, replan
 from launcher.train.watched_metrics import check_watched_metrics
 
-__all__ = ["run"]
+__all__ = ["run_session"]
 
 
-def run(
+def run_session(
     job_spec: JobSpec,
     topology: Topology,
     store: dist.Store,

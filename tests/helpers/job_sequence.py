@@ -109,7 +109,7 @@ def train(job_spec: JobSpec, topology: Topology, store: dist.Store) -> None:
     """Train one job; a fault may stop it with SIGUSR1, as the driver does."""
     stop_requests = StopRequests()
     stop_requests.install()
-    assert session.run(job_spec, topology, store, stop_requests, None) == 0
+    assert session.run_session(job_spec, topology, store, stop_requests, None) == 0
     stop_requests.ignore_late_signals()
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher.distributed import machine_limits
+from launcher.distributed.machine_limits import check_host_name, check_machine, describe_loader_limit
 from launcher.errors import UsageError
-from launcher.system import machine_limits
-from launcher.system.machine_limits import check_host_name, check_machine, describe_loader_limit
 from tests.helpers.namespaces import run_in_namespace
 from tests.helpers.small_job import LAUNCHER, OWN, RECIPE
 
-CHECK = "from launcher.system.machine_limits import *\ntry: {call}\nexcept ValueError as error: print(error)"
+CHECK = "from launcher.distributed.machine_limits import *\ntry: {call}\nexcept ValueError as error: print(error)"
 
 
 def check_with_limit(limits: str, call: str) -> str:

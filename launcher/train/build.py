@@ -14,6 +14,7 @@ from torch import nn
 
 from launcher.config.schema import RunConfig
 from launcher.errors import UsageError
+from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
@@ -223,6 +224,7 @@ def check_batchnorm_batch_size(components: TrainComponents, training_plan: Train
     Raises:
         UsageError: names the layer and the fix.
     """
+    check_sync_batchnorm_shares(components.replica.module, training_plan)
     model = components.replica.module
     all_norms = ((m, n) for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     norms = {module: name for module, name in all_norms if module.training}
@@ -247,12 +249,34 @@ def check_batchnorm_batch_size(components: TrainComponents, training_plan: Train
             hook.remove()
 
 
+def check_sync_batchnorm_shares(model: nn.Module, training_plan: TrainingPlan) -> None:
+    """Detect, before training, a SyncBatchNorm that would wait for workers that have fewer micro-batches.
+
+    Raises:
+        UsageError: names the layer, the numbers of micro-batches and the fix.
+    """
+    name = next((n for n, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)), None)
+    for plan in list_batch_plans(training_plan) if name is not None else ():
+        counts = [len(plan.micro_batches(rank)) for rank in range(plan.world)]
+        if len(set(counts)) > 1:
+            raise UsageError(
+                f"the model's {name} is a SyncBatchNorm, which needs the same number of micro-batches on every worker, "
+                f"and an update of {plan.global_batch} samples has {max(counts)} on one and {min(counts)} on another: "
+                "type data.tail=carry and a batch that the workers divide, or leave convert_sync_batchnorm out"
+            )
+
+
 def compute_smallest_micro_batch(training_plan: TrainingPlan) -> int:
-    """The smallest micro-batch of the run; for very long runs, of the first 100,000 updates and the last epoch."""
+    """The smallest micro-batch of the run."""
+    plans = list_batch_plans(training_plan)
+    return min(min(plan.micro_batches(rank), default=plan.per_device) for plan in plans for rank in range(plan.world))
+
+
+def list_batch_plans(training_plan: TrainingPlan) -> list[BatchPlan]:
+    """The different plans of the run's updates; for very long runs, of the first 100,000 and of the last epoch."""
     timeline = training_plan.timeline
     updates: Iterable[Update] = islice(timeline.iter_updates(), 100_000)
     if training_plan.config.data.tail == "flush":
         last_epoch = (training_plan.duration - 1) // training_plan.sizes.train * training_plan.sizes.train
         updates = chain(updates, timeline.iter_updates(Position(last_epoch)))
-    plans = {update.plan for update in updates}
-    return min(min(plan.micro_batches(rank), default=plan.per_device) for plan in plans for rank in range(plan.world))
+    return list(dict.fromkeys(update.plan for update in updates))

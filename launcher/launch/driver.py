@@ -237,11 +237,14 @@ class TorchrunJob:
 
     def _report_failure(self, failure: failures.RankFailure | None) -> int:
         """Print the error. If no rank recorded the cause, a worker was killed or left: describe how it ended."""
+        repeated = self._failed_starts.repeated
+        if repeated is not None:
+            failure = failures.root_cause(self._run_dir.logs, repeated)
         is_consequence = failure is None or (failure.status != EXIT_USAGE and failures.is_peer_failure(failure.message))
         line = "" if failure is None else failure.summary()
         if is_consequence:
             line = self._failed_starts.last_exit or f"torchrun ended ({line or f'logs: {self._run_dir.logs}'})"
-        if self._failed_starts.repeated:
+        if repeated is not None:
             print_stderr("not started again: the workers failed twice in the same way before any update was made")
         print_stderr(f"error: {line}")
         if failure is not None and self._config.debug:

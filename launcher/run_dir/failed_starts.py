@@ -20,8 +20,8 @@ class FailedStarts:
     """Follows the failure records and the exit codes that the torchrun agent writes.
 
     `count` is the number of failed starts so far. `last_exit` describes how the last start ended if its ranks recorded
-    no cause, e.g. `rank 1 exited with code 3`; empty if all ranks saved and asked for a restart. `repeated` is set once
-    `is_repeated` has been true.
+    no cause, e.g. `rank 1 exited with code 3`; empty if all ranks saved and asked for a restart. `repeated` is the
+    generation of the first of two equal failures, once `is_repeated` has been true.
     """
 
     def __init__(self, run_dir: RunDirectory, first_generation: int, exit_codes: Path) -> None:
@@ -31,7 +31,7 @@ class FailedStarts:
         self.count = 0
         self._exits: dict[int, tuple[int, int]] = {}  # decisive rank and its exit code, by generation
         self.last_exit = ""
-        self.repeated = False
+        self.repeated: int | None = None
 
     def observe(self, generation: int) -> None:
         """Take the exit codes of a start that has ended since the last call; `generation` is the current one."""
@@ -48,8 +48,9 @@ class FailedStarts:
         """Whether the last two starts failed in the same way before any update: a third one would fail as well."""
         last = max(generation if self._find_signatures(generation) else generation - 1, self._first_generation)
         same = last > self._first_generation and self._find_signatures(last) & self._find_signatures(last - 1)
-        self.repeated = self.repeated or bool(same and self._run_dir.read_trained_generation() < last - 1)
-        return self.repeated
+        if self.repeated is None and same and self._run_dir.read_trained_generation() < last - 1:
+            self.repeated = last - 1
+        return self.repeated is not None
 
     def _find_signatures(self, generation: int) -> set[tuple[object, ...]]:
         """What failed in one generation: type, place and message of each cause; without one, rank and exit code."""

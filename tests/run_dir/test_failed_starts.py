@@ -93,6 +93,15 @@ def test_same_error_twice_before_any_update_is_final(run_dir: RunDirectory, tmp_
     fail(run_dir, 2, "cannot use <Item object at 0x7f99> of 7 items", rank=1)
     assert starts.is_repeated(2)
     assert starts.is_repeated(3), "also if the third start has already begun"
+    assert starts.repeated == 1
+
+
+def test_repeated_error_may_follow_another(run_dir: RunDirectory, tmp_path: Path) -> None:
+    starts = make_failed_starts(run_dir, tmp_path)
+    for generation, message in enumerate(["disk quota exceeded", "no such file", "no such file"], start=1):
+        fail(run_dir, generation, message)
+        assert starts.is_repeated(generation) == (generation == 3)
+    assert starts.repeated == 2, "this is the error to report"
 
 
 def test_other_error_in_the_second_start_is_not_final(run_dir: RunDirectory, tmp_path: Path) -> None:

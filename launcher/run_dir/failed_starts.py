@@ -5,15 +5,14 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from launcher.errors import EXIT_RESTART
 from launcher.run_dir import failures
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.run_dir.silent_exits import describe_silent_exit, find_decisive_rank, read_exit_codes
 
 __all__ = ["FailedStarts"]
 
-#: Exits that say nothing about the recipe: asked for, or a kill from outside (out of memory, a lost machine).
-OUTSIDE_EXITS = (EXIT_RESTART, -signal.SIGKILL, -signal.SIGTERM)
+#: Signals that say nothing about the recipe: out of memory, a lost machine, a user.
+KILLS_FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM})
 
 
 class FailedStarts:
@@ -29,7 +28,7 @@ class FailedStarts:
         self._first_generation = first_generation
         self._exit_codes = exit_codes
         self.count = 0
-        self._exits: dict[int, tuple[int, int]] = {}  # decisive rank and its exit code, by generation
+        self._exits: dict[int, dict[int, int]] = {}  # exit codes by rank, by generation
         self.last_exit = ""
         self.repeated: int | None = None
 
@@ -40,9 +39,7 @@ class FailedStarts:
             return
         self.count, codes = len(starts), starts[-1]
         self.last_exit = describe_silent_exit(codes, lambda rank: self._run_dir.get_log_path(rank, generation))
-        rank = find_decisive_rank(codes)
-        if rank is not None:
-            self._exits[generation] = (rank, codes[rank])
+        self._exits[generation] = codes
 
     def is_repeated(self, generation: int) -> bool:
         """Whether the last two starts failed in the same way before any update: a third one would fail as well."""
@@ -53,12 +50,18 @@ class FailedStarts:
         return self.repeated is not None
 
     def _find_signatures(self, generation: int) -> set[tuple[object, ...]]:
-        """What failed in one generation: type, place and message of each cause; without one, rank and exit code."""
+        """What failed in one generation: type, place and message of each cause; without one, rank and exit code.
+
+        Empty until its exit codes are known, and if a rank was killed from outside: then the errors of the others, of
+        which torch has many, may be its consequence.
+        """
+        codes = self._exits.get(generation, {})
+        rank = find_decisive_rank(codes)
+        if not codes or not KILLS_FROM_OUTSIDE.isdisjoint(codes.values()):
+            return set()
         causes: set[tuple[object, ...]] = {
             failure.signature
             for failure in failures.read_failures(self._run_dir.logs, generation)
             if failure.type != failures.HANG and not failures.is_peer_failure(failure.message)
         }
-        exit_of_rank = self._exits.get(generation)
-        is_exit = not causes and exit_of_rank is not None and exit_of_rank[1] not in OUTSIDE_EXITS
-        return {exit_of_rank} if is_exit and exit_of_rank is not None else causes
+        return {(rank, codes[rank])} if not causes and rank is not None else causes

@@ -80,7 +80,6 @@ def test_argument_that_is_not_text_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-@pytest.mark.process
 def test_training_twice_in_a_thread(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(RECIPE)
     argv = [sys.executable, "-c", TRAIN_TWICE, *HELD, "train.duration=1ep"]
@@ -91,7 +90,6 @@ def test_training_twice_in_a_thread(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.process
 def test_training_without_streams_in_a_folder_that_is_not_utf8(tmp_path: Path) -> None:
     """As a daemon starts it; the folder's name is not text, and the last checkpoint loads."""
     folder = tmp_path / "caf\udce9"

@@ -29,6 +29,7 @@ except ValueError as error: print(error)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
 @pytest.mark.parametrize("collate", ["torch.stack", "list"], ids=["stacked", "sent as they are"])
 def test_full_shared_memory_is_refused(tmp_path: Path, strategy: str, collate: str) -> None:

@@ -61,7 +61,7 @@ def read_run_metrics(run: str) -> RunMetrics:
 
 
 def find_runs(run: str) -> list[Path]:
-    """Find the run directory named `run`, or the run directories inside it (multirun), in order.
+    """Find the run directory named `run`, or the run directories with rows inside it (multirun), in order.
 
     Raises:
         UsageError: no run was found, or a link leads out of one.
@@ -71,7 +71,8 @@ def find_runs(run: str) -> list[Path]:
         refuse_outward_links(path)
         if (path / METRICS_FILE).is_file():
             return [path]
-        if points := sorted((file.parent for file in path.glob(f"*/{METRICS_FILE}")), key=_get_sort_key):
+        written = (file.parent for file in path.glob(f"*/{METRICS_FILE}") if _has_rows(file))
+        if points := sorted(written, key=_get_sort_key):
             for point in points:
                 _refuse_outward_point(point, path)
             return points
@@ -86,6 +87,14 @@ def _refuse_outward_point(point: Path, folder: Path) -> None:
             f"{point} is a link that leads out of {folder}, which is not followed: name the runs themselves"
         )
     refuse_outward_links(point)
+
+
+def _has_rows(metrics: Path) -> bool:
+    """Whether anything was written: a run that failed before its first update leaves an empty file."""
+    try:
+        return metrics.stat().st_size > 0
+    except OSError:
+        return False
 
 
 def _get_sort_key(folder: Path) -> tuple[int, str]:

@@ -62,6 +62,14 @@ def test_run_is_found_by_path_or_name(tmp_path: Path, monkeypatch: pytest.Monkey
     assert read_run_metrics("runs/lr=0.1").name == "lr=0.1"
 
 
+def test_sweep_point_without_rows_is_passed_over(tmp_path: Path) -> None:
+    """It failed before its first update; the other points are still reported."""
+    for name in ("0", "1"):
+        write_run(tmp_path / "sweep" / name, [make_row(1)])
+    (tmp_path / "sweep" / "1" / "metrics.jsonl").write_text("")
+    assert [folder.name for folder in find_runs(str(tmp_path / "sweep"))] == ["0"]
+
+
 def test_sweep_points_are_in_numeric_order(tmp_path: Path) -> None:
     for point in (10, 2, 1):
         write_run(tmp_path / "sweep" / str(point), [make_row(1)])

@@ -96,5 +96,6 @@ def test_invalid_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_run(tmp_path / "runs" / "empty", [])
     with pytest.raises(UsageError, match="has no rows"):
         read_run_metrics("empty")
-    with pytest.raises(UsageError, match=r"runs contains 2 runs: name one of them, e\.g\. runs/empty"):
+    write_run(tmp_path / "runs" / "later", [make_row(1)])
+    with pytest.raises(UsageError, match=r"runs contains 2 runs: name one of them, e\.g\. runs/later"):
         read_run_metrics("runs")

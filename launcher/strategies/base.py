@@ -26,6 +26,7 @@ from launcher.strategies.gradient_norms import (
     GroupGradNorms,
 )
 from launcher.strategies.interface import StepResult
+from launcher.strategies.later_parameters import LaterParameters
 from launcher.strategies.loss_module import LossFn, LossModule, run_loss
 from launcher.strategies.optimizer import supports_found_inf, take_optimizer_step
 from launcher.strategies.optimizer_state import OptimizerState
@@ -44,6 +45,7 @@ class BaseReplica:
 
     optimizer: torch.optim.Optimizer
     _parameters: Sequence[nn.Parameter]  # those that are trained
+    same_parameter_tensors = True  # the strategy never replaces a parameter in the model
     keeps_new_buffers = True  # those that are registered in an update that is skipped, or in padding
 
     def __init__(self, model: nn.Module, world: int, precision: Precision) -> None:
@@ -52,6 +54,7 @@ class BaseReplica:
         self._wrapped: nn.Module = self._loss_module  # around which a strategy puts its wrapper
         self._world = world
         self._precision = precision
+        self._later_parameters = LaterParameters(model, same_tensors=self.same_parameter_tensors)
         self._is_padding = False
         self._is_only_micro_batch: bool | None = None
         self._save_pending = True
@@ -98,6 +101,7 @@ class BaseReplica:
 
     def _compute_training_loss(self, loss_fn: LossFn, model: nn.Module, batch: Any) -> Loss:
         loss = read_training_loss(loss_fn(model, batch))
+        self._later_parameters.find(self.module)
         if loss.count and not self._is_padding:
             return loss
         total = loss.total.to(self._precision.device)
@@ -121,6 +125,9 @@ class BaseReplica:
         """This rank's sum of group gradient norms and the number of groups; the gradients were scaled by `scale`."""
         self._is_only_micro_batch = None
         return self._group_norms.pop(scale)
+
+    def pop_later_parameters(self) -> list[str]:
+        return self._later_parameters.pop()
 
     def measures_noise_at(self, update: int) -> bool:
         return (

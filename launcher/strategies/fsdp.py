@@ -23,6 +23,13 @@ from launcher.recipe import Loss
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook
 from launcher.strategies.block_calls import BlockCalls
 from launcher.strategies.extra_state import collect_extra_state, split_extra_state
+from launcher.strategies.fsdp_checks import (
+    check_parameter_shapes,
+    check_sharded_state,
+    check_tied_parameters,
+    check_uniform_dtypes,
+    refuse_gathered,
+)
 from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.strategies.loss_module import LossFn, LossModule
@@ -43,11 +50,13 @@ class FsdpReplica(BaseReplica):
     """
 
     sharded = True
+    same_parameter_tensors = False
 
     def __init__(self, args: ReplicaArgs) -> None:
         model, config, precision = args.model, args.config, args.precision
         check_parameter_shapes(model)
         check_tied_parameters(model, args.blocks)
+        check_uniform_dtypes(model, args.blocks)
         loss_module = LossModule(model)
         self._sharded = apply_fully_shard(loss_module, config, args.world, precision, args.blocks)
         super().__init__(model, args.world, precision)
@@ -118,6 +127,8 @@ class FsdpReplica(BaseReplica):
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
+        if not self._state_is_checked:
+            refuse_gathered(self.module)
         scale = self._precision.scale()
         norm_sum, groups = self._pop_group_norms(scale)
         factor = loss_normalizer / scale
@@ -221,31 +232,6 @@ class FsdpReplica(BaseReplica):
         )
 
 
-def check_sharded_state(kind: str, tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
-    """Check that the optimizer's state consists of shards like those of its parameter, and of single values.
-
-    Other tensors may be computed from the rows of one rank, and only rank 0's would be saved.
-
-    Raises:
-        UsageError: names the first other tensor.
-    """
-    for key, tensor in tensors.items():
-        parameter = parameters.get(key.rpartition("/")[0])
-        is_shard = isinstance(tensor, DTensor) and isinstance(parameter, DTensor)
-        if is_shard and (tensor.shape, tensor.placements) == (parameter.shape, parameter.placements):
-            continue
-        if (
-            isinstance(tensor, DTensor)
-            or tensor.numel() > 1
-            or (parameter is not None and tensor.shape == parameter.shape)
-        ):
-            raise UsageError(
-                f"strategy=fsdp: optimizer={kind} keeps {key}, a {type(tensor).__name__} of the shape "
-                f"{list(tensor.shape)}, and a checkpoint holds only tensors that are sharded as their parameter is and "
-                "single values that are the same on all workers: type strategy=ddp"
-            )
-
-
 def apply_fully_shard(
     loss_module: LossModule, config: RunConfig, world: int, precision: Precision, blocks: Sequence[nn.Module]
 ) -> FSDPModule:
@@ -293,44 +279,6 @@ def broadcast_from_rank0(model: nn.Module, device: torch.device) -> None:
         values = tensor.detach().to(device)
         dist.broadcast(values, src=0)
         tensor.copy_(values)
-
-
-def check_parameter_shapes(model: nn.Module) -> None:
-    """Check that every parameter can be sharded by rows.
-
-    Raises:
-        UsageError: a parameter is a scalar, which has no rows, or not contiguous, as with channels_last.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 0:
-            raise UsageError(
-                f"strategy=fsdp: {name} is a scalar, which cannot be sharded by rows: give it the shape (1,), "
-                "or type strategy=ddp"
-            )
-        if not parameter.is_contiguous():
-            raise UsageError(
-                f"strategy=fsdp: {name} is not contiguous in memory, as with channels_last, and cannot be sharded by "
-                "rows: make it contiguous in model(), or type strategy=ddp"
-            )
-
-
-def check_tied_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Check that no tied parameter crosses a block boundary.
-
-    Raises:
-        UsageError: a parameter is shared by two blocks, or by a block and the rest: torch would shard it twice and
-            train two independent parameters.
-    """
-    block_of = {module: number for number, block in enumerate(blocks) for module in block.modules()}
-    first_uses: dict[nn.Parameter, tuple[int | None, str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        block = block_of.get(model.get_submodule(name.rpartition(".")[0]))
-        first_block, first_name = first_uses.setdefault(parameter, (block, name))
-        if block != first_block:
-            raise UsageError(
-                f"strategy=fsdp: {first_name} and {name} are one parameter in two blocks, which FSDP2 would train as "
-                "two: exclude the modules that hold it from the recipe's blocks(model), or type strategy=ddp"
-            )
 
 
 def get_local_flat_range(tensor: DTensor, rank: int) -> tuple[int, int]:

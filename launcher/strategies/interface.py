@@ -122,6 +122,9 @@ class Replica(Protocol):
         Buffers keep what the forward passes made of them. `norm` is NaN, and `finite` true: nothing failed.
         """
 
+    def pop_later_parameters(self) -> list[str]:
+        """Parameters found since the last call that need a gradient but were frozen or absent at the start."""
+
     def rescale_moments(self, factor: float) -> None:
         """Multiply Adam's second moments and AMSGrad's maxima of them by `factor`, after a change of the batch."""
 

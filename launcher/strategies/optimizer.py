@@ -114,6 +114,8 @@ def get_recipe_param_groups(model: nn.Module, config: RunConfig, groups: ParamGr
         if parameter.requires_grad and grouped[id(parameter)] != 1:
             times = "more than one" if grouped[id(parameter)] else "none"
             raise UsageError(f"the recipe's param_groups(model) has {name} in {times} of its groups: put it in one")
+    for group in param_groups:  # what is frozen stays so: its gradients would not be summed over the ranks
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     return param_groups
 
 

@@ -19,7 +19,8 @@ from launcher.train.micro_batches import LossSums, backward, compute_loss_normal
 from launcher.train.outcome import TrainOutcome
 from launcher.train.profiler import profile_updates
 from launcher.train.state import MetricTarget, TrainState
-from launcher.train.update_reports import report_empty_validation, report_update
+from launcher.train.update_reports import report_empty_validation, report_later_parameters, report_update
+from launcher.train.watched_metrics import report_unmeasured
 
 __all__ = ["train"]
 
@@ -183,6 +184,7 @@ def step_optimizer(
         groups=step.groups,
     )
     deferred = DeferredScalars(scalars, update)
+    report_later_parameters(context)
     context.clock.lap("optimizer")
     return deferred
 
@@ -199,6 +201,7 @@ def validate_if_due(context: TrainContext, state: TrainState, update: Update) ->
         state = state.with_empty_validation(metrics)
         report_empty_validation(context, state)
         return state, metrics
+    report_unmeasured(context, state, metrics)
     state = state.with_validation(metrics, update.end, context.config.schedule.metric)
     settings = context.config.checkpoint
     state = state.with_best_checkpoint(metrics, settings.best, settings.best_mode, format_checkpoint_name(state))

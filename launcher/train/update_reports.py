@@ -6,10 +6,11 @@ import math
 
 from launcher.distributed.rank_stats import GatheredStats
 from launcher.errors import TrainingFailed
+from launcher.strategies.missing_gradients import describe_parameters
 from launcher.train.context import TrainContext
 from launcher.train.state import TrainState
 
-__all__ = ["count_unapplied_updates", "report_empty_validation", "report_update"]
+__all__ = ["count_unapplied_updates", "report_empty_validation", "report_later_parameters", "report_update"]
 
 MAX_SKIPS = 3  # consecutive non-finite updates before training fails
 FP16_SKIPS_BEFORE_ALARM = 20  # fp16 skips updates while its loss scale adapts
@@ -81,6 +82,17 @@ def report_empty_validation(context: TrainContext, state: TrainState) -> None:
     if state.counts.empty_validations == 1:
         detail = "the loss counted 0 over the whole validation set: it has no target, and its metrics are NaN"
         context.log_event("alarm", kind="empty_validation", detail=detail)
+
+
+def report_later_parameters(context: TrainContext) -> None:
+    """Warn of parameters that need a gradient from now on but are not in the optimizer, nor summed over the ranks."""
+    if names := context.replica.pop_later_parameters():
+        detail = (
+            f"{describe_parameters(names)} should be trained from now on, but was frozen or absent at the start: the "
+            "optimizer does not have it, and it does not move. Leave it trainable in model(); to start it later, stop "
+            "here and begin a run whose model() leaves it trainable with model.init=<this run>/model.safetensors"
+        )
+        context.log_event("alarm", kind="later_parameters", detail=detail, parameters=names)
 
 
 def count_unapplied_updates(context: TrainContext, state: TrainState) -> dict[str, float]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ USES: dict[str, Callable[[Parts, torch.Tensor, At], torch.Tensor]] = {
     "rank 0": use_aux_if(lambda at: at.rank == 0),
     "not in update 2": use_aux_if(lambda at: at.update != 2),
     "not in the last micro-batch": use_aux_if(lambda at: not at.last_micro),
-    "once": use_aux_if(lambda at: at == At(1, 1, 0)),
+    "once": use_aux_if(lambda at: at.update == 1 and not at.last_micro),
     "frozen later": freeze_aux_later,
     "reentrant": use_twice_reentrant,
     "fewer blocks": fewer_blocks_on_rank_1,
@@ -191,15 +192,30 @@ def run_case(case: str, store: dist.Store, rank: int) -> Outcome:
     return outcome
 
 
+def forget_deepspeed_groups() -> None:
+    """Let DeepSpeed start anew on the next case's process group."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        comm.cdb = None
+        for name, value in vars(groups).items():
+            if isinstance(value, dist.ProcessGroup):
+                setattr(groups, name, None)
+
+
 def main(folder: Path, rank: int, cases: list[str]) -> None:
     torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu")
     store = dist.FileStore(str(folder / "store"), WORLD)
     outcomes = {}
     for number, case in enumerate(cases):
+        print(case, flush=True)
         outcomes[case] = vars(run_case(case, dist.PrefixStore(f"case {number}", store), rank))
         store.set(f"done {number} {rank}", "1")
         store.wait([f"done {number} {other}" for other in range(WORLD)])
         torch.use_deterministic_algorithms(False)
+        forget_deepspeed_groups()
     (folder / f"{rank}.json").write_text(json.dumps(outcomes))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from launcher.cli.arguments import add_current_folder_to_path, handle_info_flags, resolve_config
@@ -32,6 +33,8 @@ def run_train(args: Sequence[str]) -> int:
 def run_as_rank(args: Sequence[str], multirun: bool, topology: Topology) -> int:
     if multirun:
         raise UsageError(f"-m does not work in torchrun: type launcher {' '.join(args)} without torchrun")
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("a worker of torchrun receives signals: call launcher.run in its main thread")
     from launcher.launch import worker
 
     return int(worker.main(list(args), topology))

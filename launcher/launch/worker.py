@@ -114,6 +114,7 @@ def compose_on_rank0(
     from launcher.run_dir.open_run import open_run, write_run_files
 
     resolution = resolve(args)
+    ensure_open_files(estimate_open_files(topology.world, resolution.config.data.num_workers))
     recalled = recalled or recall_requeued_job(resolution.config, topology)
     existing = None if recalled is None else recalled.folder
     resolved = resolve_auto_values(resolution.config, topology, existing, measurement)

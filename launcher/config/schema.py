@@ -152,10 +152,10 @@ class DataConfig:
 class StrategyConfig:
     name: Literal["ddp", "fsdp", "deepspeed"] = option("ddp", "how the model is distributed over the workers")
     find_unused_parameters: bool = option(
-        False, "DDP: allow that loss() leaves out parameters in some updates or ranks"
+        False, "DDP and FSDP: loss() may leave out parameters in some updates, or on some workers"
     )
     static_graph: bool = option(
-        False, "DDP: every update uses the same parameters equally often; allows reentrant checkpoints"
+        False, "DDP: every update uses the same parameters equally often; allows reentrant activation checkpoints"
     )
     reshard_after_forward: bool = option(
         True, "FSDP: free a block's gathered parameters between its forward and backward pass"

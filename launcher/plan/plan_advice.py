@@ -13,11 +13,12 @@ from launcher.plan.virtual_shards import num_training_ranks
 
 __all__ = ["collect_plan_advice"]
 
-#: Keys of the section `strategy` that only one strategy uses -> that strategy.
-STRATEGY_OWNING_KEY = {
-    **dict.fromkeys(("find_unused_parameters", "static_graph"), "ddp"),
-    **dict.fromkeys(("reshard_after_forward", "param_dtype", "meta_init"), "fsdp"),
-    **dict.fromkeys(("stage", "config"), "deepspeed"),
+#: Keys of the section `strategy` that not all strategies use -> those that do.
+STRATEGIES_OWNING_KEY: dict[str, tuple[str, ...]] = {
+    "find_unused_parameters": ("ddp", "fsdp"),
+    "static_graph": ("ddp",),
+    **dict.fromkeys(("reshard_after_forward", "param_dtype", "meta_init"), ("fsdp",)),
+    **dict.fromkeys(("stage", "config"), ("deepspeed",)),
 }
 
 
@@ -82,11 +83,11 @@ def _advise_on_goodput(config: RunConfig) -> str:
 def _advise_on_strategy(config: RunConfig) -> Iterator[str]:
     """Warn about keys of another strategy; an error would break sweeps over strategies, where some points have them."""
     defaults, selected = StrategyConfig(), config.strategy.name
-    for name, strategy in STRATEGY_OWNING_KEY.items():
+    for name, owners in STRATEGIES_OWNING_KEY.items():
         value = getattr(config.strategy, name)
-        if value != getattr(defaults, name) and selected != strategy:
+        if value != getattr(defaults, name) and selected not in owners:
             setting = f"strategy.{name}={format_value(value)}"
-            yield f"{setting} has no effect under strategy={selected}: it is for strategy={strategy}"
+            yield f"{setting} has no effect under strategy={selected}: it is for strategy={' or '.join(owners)}"
 
 
 def _advise_on_hold(config: RunConfig) -> str:

@@ -44,6 +44,14 @@ def check_model(model: nn.Module, config: RunConfig, device: torch.device) -> No
             "the model has no trainable parameter: set requires_grad of the parameters to train in model()"
         )
     collect_extra_state(split_extra_state(model.state_dict())[1])
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UsageError(
+                f"the model's {name} is {str(parameter.dtype).removeprefix('torch.')}: complex parameters are not "
+                "supported: keep a float parameter and use torch.view_as_complex in forward()"
+            )
+        if parameter.requires_grad:
+            refuse_sparse_gradient(name, parameter)
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             raise UsageError(
@@ -54,6 +62,24 @@ def check_model(model: nn.Module, config: RunConfig, device: torch.device) -> No
             check_sync_batchnorm(path, config, device)
     if config.strategy.name == "deepspeed":
         check_deepspeed_parameters(model)
+
+
+def refuse_sparse_gradient(name: str, parameter: nn.Parameter) -> None:
+    """Check the parameter's first gradient, in the backward pass: functions may return a sparse one for any parameter.
+
+    Raises:
+        UsageError: in that backward pass, before any step, if the gradient is sparse.
+    """
+
+    def check(gradient: torch.Tensor) -> None:
+        handle.remove()
+        if gradient.layout != torch.strided:
+            raise UsageError(
+                f"the gradient of {name} is sparse: sparse gradients are not supported: leave sparse=True out, e.g. "
+                "of torch.nn.functional.embedding"
+            )
+
+    handle = parameter.register_hook(check)
 
 
 def check_sync_batchnorm(path: str, config: RunConfig, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from launcher.errors import UsageError
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing, find_blocks
-from launcher.strategies.fsdp import check_tied_parameters
+from launcher.strategies.fsdp_checks import check_tied_parameters
 
 
 class Counted(nn.Module):

@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.functional import embedding
+from torch.utils.checkpoint import checkpoint
 
 from launcher.config.schema import ElasticConfig, RunConfig, StrategyConfig
 from launcher.errors import UsageError
-from launcher.strategies.fsdp import check_parameter_shapes
+from launcher.recipe import Loss
+from launcher.strategies.fsdp_checks import check_parameter_shapes, check_uniform_dtypes
+from launcher.strategies.interface import ReplicaArgs
 from launcher.strategies.model_checks import check_is_built, check_model
+from launcher.strategies.precision import Precision
+from launcher.strategies.registry import build_replica
+from launcher.telemetry.stage_clock import HostTimer, StageClock
 
 CPU = torch.device("cpu")
 
@@ -27,6 +35,12 @@ class WithExtraState(nn.Linear):
 
     def set_extra_state(self, state: Any) -> None:
         self.extra = state
+
+
+class ComplexWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
 
 
 def make_frozen() -> nn.Module:
@@ -45,6 +59,7 @@ ZERO = replace(RunConfig(), strategy=StrategyConfig(name="deepspeed"))
         (nn.Sequential(nn.EmbeddingBag(4, 2, sparse=True)), RunConfig(), "the model's 0 has sparse=True"),
         (SYNC, RunConfig(), "the model's 1 is a SyncBatchNorm, which torch supports on GPUs only"),
         (nn.Sequential(WithExtraState({"seen": {1}})), RunConfig(), r"0\._extra_state\['seen'\] is a set"),
+        (ComplexWeight(), RunConfig(), "the model's weight is complex64: complex parameters are not supported"),
         (make_frozen(), RunConfig(), "no trainable parameter"),
         (CHANNELS_LAST, ZERO, r"strategy=deepspeed: 0\.weight is not contiguous in memory, as with channels_last"),
         (nn.Linear(2, 1).bfloat16(), ZERO, "strategy=deepspeed trains float32 parameters and weight is bfloat16"),
@@ -85,3 +100,64 @@ def test_lazy_model_that_has_seen_data_passes() -> None:
 def test_fsdp_refuses_parameters_that_are_not_contiguous() -> None:
     with pytest.raises(UsageError, match=r"0\.weight is not contiguous in memory, as with channels_last"):
         check_parameter_shapes(CHANNELS_LAST)
+
+
+def test_fsdp_refuses_types_that_differ_within_a_block() -> None:
+    model = nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2))
+    check_uniform_dtypes(model, list(model))
+    with pytest.raises(UsageError, match=r"0\.bias is bfloat16|0\.weight is bfloat16"):
+        check_uniform_dtypes(model, [])
+
+
+def test_sparse_gradient_of_a_function_is_refused_in_the_backward_pass() -> None:
+    model = nn.Linear(3, 4)
+    check_model(model, RunConfig(), CPU)
+    rows = embedding(torch.tensor([0, 1]), model.weight, sparse=True)
+    with pytest.raises(UsageError, match="the gradient of weight is sparse"):
+        rows.sum().backward()
+    model(torch.ones(2, 3)).sum().backward()
+    assert not model.weight._backward_hooks, "later passes are not slowed down"
+
+
+class Reentrant(nn.Module):
+    def __init__(self, uses: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.block, self.last = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 1)
+        self.uses = uses
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for _ in range(self.uses):
+            x = checkpoint(self.block, x, use_reentrant=True)
+        return self.last(x)
+
+
+def compute_loss(model: nn.Module, batch: torch.Tensor) -> Loss:
+    return Loss(model(batch).square().sum(), len(batch))
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+def test_fsdp_refuses_reentrant_checkpoints_that_it_would_train_wrongly(uses: int) -> None:
+    """Where a block is used twice, its gradient stays on the worker, and a step would train without it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        config = replace(RunConfig(), optimizer={"_target_": "torch.optim.SGD"}, strategy=StrategyConfig(name="fsdp"))
+        model, precision = Reentrant(uses), Precision.from_name("fp32", CPU)
+        blocks = list(model.block)[:1]
+        replica = build_replica(ReplicaArgs(model, config, 1, precision, StageClock(HostTimer()), blocks=blocks))
+        with replica.micro_batch(last=True, is_padding=False, shard=0):
+            replica.backward(replica.compute_loss(compute_loss, torch.ones(2, 3)).total, 2)
+        if uses == 2:
+            with pytest.raises(
+                UsageError, match=r"the gradient of block\.0\.weight was not summed .*use_reentrant=False"
+            ):
+                replica.step(0.1, None, 1.0, None)
+            return
+        replica.step(0.1, None, 1.0, None)
+        plain = Reentrant(uses)
+        (compute_loss(plain, torch.ones(2, 3)).total / 2).backward()
+        torch.optim.SGD(plain.parameters(), lr=0.1).step()
+        torch.testing.assert_close(dict(replica.full_state().model), plain.state_dict())
+    finally:
+        dist.destroy_process_group()

@@ -8,7 +8,7 @@ from launcher.config.limits import get_value, iter_limit_errors
 from launcher.config.schema import ElasticConfig, RunConfig
 from launcher.errors import UsageError
 
-__all__ = ["iter_target_errors", "validate_dataset_sizes", "validate_for_plan"]
+__all__ = ["iter_target_errors", "list_watched_metrics", "validate_dataset_sizes", "validate_for_plan"]
 
 
 def validate_for_plan(config: RunConfig) -> None:
@@ -33,7 +33,7 @@ def validate_for_plan(config: RunConfig) -> None:
 
 
 def iter_target_errors(config: RunConfig) -> Iterator[str]:
-    """One line for each part of train.target that is missing or superfluous."""
+    """One line for each part of train.target that is missing or superfluous, and for each metric that cannot exist."""
     target = config.train.target
     bounds = [bound for bound in (target.at_least, target.at_most) if bound is not None]
     if target.metric is None and bounds:
@@ -45,6 +45,24 @@ def iter_target_errors(config: RunConfig) -> Iterator[str]:
         )
     if config.train.stop_at_target and target.metric is None:
         yield "train.stop_at_target=true has no target: type train.target.metric=val/accuracy and a bound"
+    for key, metric in list_watched_metrics(config).items():
+        name = metric.rpartition("/")[2]
+        if metric != f"val/{name}" or not name:
+            hint = f"did you mean {key}=val/{name}? " if name else ""
+            yield (
+                f"{key}={metric} is not measured in validation: {hint}Type val/loss, or val/NAME, where NAME is a "
+                "metric that the recipe's loss() gives"
+            )
+
+
+def list_watched_metrics(config: RunConfig) -> dict[str, str]:
+    """The metrics of validation that something depends on, by the key that names each."""
+    watched = {
+        "train.target.metric": config.train.target.metric,
+        "checkpoint.best": config.checkpoint.best,
+        "schedule.metric": config.schedule.metric if config.schedule.decay == "plateau" else None,
+    }
+    return {key: metric for key, metric in watched.items() if metric is not None}
 
 
 def validate_dataset_sizes(config: RunConfig, train: int, val: int) -> None:
@@ -55,6 +73,12 @@ def validate_dataset_sizes(config: RunConfig, train: int, val: int) -> None:
         raise UsageError(
             f"train.validate_every={config.train.validate_every} but the recipe's validation data are empty: "
             "add validation samples, or type train.validate_every=null"
+        )
+    for key, metric in list_watched_metrics(config).items() if val < 1 else ():
+        fix = "type another schedule" if key == "schedule.metric" else f"remove {key}"
+        raise UsageError(
+            f"{key}={metric} but the recipe's validation data are empty, so it is never measured: "
+            f"add validation samples, or {fix}"
         )
     global_batch = config.batch.global_batch
     if isinstance(global_batch, int) and global_batch > train:

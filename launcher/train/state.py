@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.schema import TargetConfig
-from launcher.errors import UsageError
 from launcher.goodput.noise_scale import NoiseScale
 from launcher.plan.adam_moments import SecondMomentScale
 from launcher.plan.lr_scaling import has_second_moment
@@ -19,18 +18,7 @@ from launcher.plan.training_plan import TrainingPlan
 if TYPE_CHECKING:
     from launcher.distributed.rank_stats import GatheredStats
 
-__all__ = ["MetricTarget", "TrainState", "UpdateCounts", "get_metric", "update_noise_scale"]
-
-
-def get_metric(measured: Mapping[str, float], metric: str, key: str) -> float:
-    """The value of a metric; `key` is the configuration key to name in the error.
-
-    Raises:
-        UsageError: the recipe does not measure this metric.
-    """
-    if metric not in measured:
-        raise UsageError(f"{key}={metric} is not measured here: choose from {', '.join(sorted(measured))}")
-    return measured[metric]
+__all__ = ["MetricTarget", "TrainState", "UpdateCounts", "update_noise_scale"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +34,8 @@ class MetricTarget:
         return None if settings.metric is None else cls(settings.metric, settings.at_least, settings.at_most)
 
     def is_met(self, measured: Mapping[str, float]) -> bool:
-        """Return whether the measured metrics meet the target.
-
-        Raises:
-            UsageError: the recipe does not measure this metric.
-        """
-        value = get_metric(measured, self.metric, "train.target.metric")
+        """Return whether the measured metrics meet the target; one that was not measured does not."""
+        value = measured.get(self.metric, math.nan)
         return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
 
 
@@ -153,17 +137,17 @@ class TrainState:
         return replace(self, metrics=dict(measured), counts=counts)
 
     def with_validation(self, measured: Mapping[str, float], samples: int, watched: str) -> TrainState:
-        """Store the metrics and, for schedule.decay=plateau, pass the watched metric to the schedule."""
+        """Store the metrics and, for schedule.decay=plateau, pass the watched metric to the schedule if it is there."""
         schedule = self.schedule
-        if schedule.decay.kind == "plateau":
-            schedule = schedule.validated(samples, get_metric(measured, watched, "schedule.metric"))
+        if schedule.decay.kind == "plateau" and watched in measured:
+            schedule = schedule.validated(samples, measured[watched])
         return replace(self, schedule=schedule, metrics=dict(measured))
 
     def with_best_checkpoint(self, measured: Mapping[str, float], best: str | None, mode: str, name: str) -> TrainState:
         """With `checkpoint.best`: record `name` as the best checkpoint if the metric has improved."""
-        if best is None or not measured:
+        if best not in measured:
             return self
-        value = get_metric(measured, best, "checkpoint.best")
+        value = measured[best]
         lower = mode == "min" or (mode == "auto" and "loss" in best)
         before = math.nan if self.best is None else self.best
         better = math.isnan(before) and not math.isnan(value)  # the first number; NaN is never the best

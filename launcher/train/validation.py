@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -107,7 +107,7 @@ class Validator:
         replica.broadcast_buffers()
         with evaluation_mode(replica.module):
             sums = self._compute_sums(replica)
-        names = self._gather_metric_names(sums)
+        names = self._gather_metric_names(sums.metrics)
         table = torch.stack([sums.count, sums.loss, *(sums.get_metric(name) for name in names)])
         if self._world > 1:
             dist.all_reduce(table)  # each chunk is nonzero on one rank only: exact in any order
@@ -119,9 +119,19 @@ class Validator:
             {f"val/{name}": mean for name, mean in zip(["loss", *names], means, strict=True)}, count
         )
 
-    def _gather_metric_names(self, sums: ChunkSums) -> list[str]:
+    @torch.no_grad()
+    def measure_names(self, replica: Replica) -> set[str]:
+        """The names of the metrics that the first batch of each rank has; every rank must call this."""
+        replica.broadcast_buffers()
+        batch, keys = next(iter_explaining_errors(self._batches)), next(iter(self._sampler))
+        with evaluation_mode(replica.module):
+            loss = self._compute_loss(replica, keys, batch)
+        is_padding = self._sampler.chunks[0] is None
+        return {f"val/{name}" for name in ("loss", *self._gather_metric_names(() if is_padding else get_metrics(loss)))}
+
+    def _gather_metric_names(self, own: Iterable[str]) -> list[str]:
         """The names of the metrics of all ranks, in the same order on every rank."""
-        names: list[Any] = [sorted(sums.metrics)] * self._world
+        names: list[Any] = [sorted(own)] * self._world
         if self._world > 1:
             dist.all_gather_object(names, names[0])
         return sorted(set(chain.from_iterable(names)))
@@ -131,14 +141,17 @@ class Validator:
         sums = ChunkSums(self._chunks, self._precision.device)
         batches = iter_explaining_errors(self._batches)
         for chunk, keys, batch in zip(self._sampler.chunks, self._sampler, batches, strict=True):
-            batch = to_device(batch, self._precision.device, self._precision.dtype)
-            seed = derive_seed(self._seed, VALIDATION_STREAM, keys[0][1], len(keys))
-            seed_generators(seed, self._precision.device)
-            with self._precision.autocast():
-                loss = replica.compute_loss(self._recipe.loss, batch)
+            loss = self._compute_loss(replica, keys, batch)
             if chunk is not None:
                 sums.add(chunk, loss)
         return sums
+
+    def _compute_loss(self, replica: Replica, keys: list[SampleKey], batch: Any) -> Loss:
+        batch = to_device(batch, self._precision.device, self._precision.dtype)
+        seed_generators(derive_seed(self._seed, VALIDATION_STREAM, keys[0][1], len(keys)), self._precision.device)
+        with self._precision.autocast():
+            loss: Loss = replica.compute_loss(self._recipe.loss, batch)
+        return loss
 
 
 class ChunkSums:

@@ -360,6 +360,28 @@ def test_names_of_other_frameworks_are_answered_with_what_to_type(
     assert f"did you mean {setting}?" in message or message.endswith(f"? Type {setting}")
 
 
+@pytest.mark.parametrize(
+    ("key", "more"),
+    [
+        ("train.target.metric", "train.target.at_least=0.5"),
+        ("checkpoint.best", "checkpoint.best_mode=max"),
+        ("schedule.metric", "schedule=plateau"),
+    ],
+)
+def test_metric_that_validation_cannot_give_is_refused(
+    get_usage_error: Any, compose_config: Any, key: str, more: str
+) -> None:
+    for metric, near in (("train/loss", "val/loss"), ("accuracy", "val/accuracy"), ("val/top/1", "val/1")):
+        message = get_usage_error(f"{key}={metric}", more)
+        assert message.startswith(f"{key}={metric} is not measured in validation: did you mean {key}={near}? Type val/")
+    assert "is not measured in validation: Type val/loss" in get_usage_error(f"{key}=val/", more)
+    compose_config(f"{key}=val/any_name", more)
+
+
+def test_metric_of_a_schedule_that_does_not_read_it_is_not_checked(compose_config: Any) -> None:
+    assert compose_config("schedule.metric=accuracy").schedule.metric == "accuracy"
+
+
 def test_the_table_of_other_names_leads_to_keys_and_hides_none() -> None:
     keys = config_keys()
     for name, setting in SETTING_BY_NAME.items():

@@ -109,6 +109,24 @@ def test_finished_run_reports_and_continues_if_longer(folder: Path) -> None:
     assert (folder / "runs/x-2/done.json").exists()
 
 
+def test_mistyped_metric_is_refused_before_training_and_a_complete_run_stays_complete(workdir: Path) -> None:
+    """The right name makes no difference to what is trained, though one batch is validated for it at the start."""
+    job = [*HELD, "+recipe.drop=0.3", "launch.workers=2", "train.target.at_least=0.01"]
+    run_launcher(workdir, *HELD, "+recipe.drop=0.3", "launch.workers=2", "run.name=plain", "train.duration=1ep")
+    wrong = run_launcher(workdir, *job, "run.name=new", "train.target.metric=val/rigth", status=2).stderr
+    assert (
+        "train.target.metric=val/rigth is not measured in validation: did you mean train.target.metric=val/right?"
+        in (wrong.splitlines()[-1])
+    )
+    assert not (workdir / "runs/new").exists()
+    longer = [*job, "run.name=plain", "train.duration=2ep"]
+    run_launcher(workdir, *longer, "train.target.metric=val/rigth", status=2)
+    assert json.loads((workdir / "runs/plain/done.json").read_text())["samples"] == 203
+    run_launcher(workdir, *job, "run.name=new", "train.duration=1ep", "train.target.metric=val/right")
+    assert read_events(workdir / "runs/new", "target")
+    assert max_parameter_difference(workdir / "runs/plain", workdir / "runs/new") == 0.0
+
+
 @pytest.mark.core
 def test_data_of_another_length_is_refused_and_data_that_moved_is_an_event(workdir: Path) -> None:
     text = RECIPE.replace("import dataclass", "import dataclass, field")

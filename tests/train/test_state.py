@@ -14,7 +14,7 @@ from launcher.goodput.noise_scale import NoiseScale
 from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
-from launcher.train.state import TrainState
+from launcher.train.state import MetricTarget, TrainState
 
 PHI = 100.0
 
@@ -89,3 +89,15 @@ def test_state_with_nan_is_strict_json() -> None:
     metrics = TrainState.from_state_dict(make_plan(1), Position(), facts).metrics
     assert math.isnan(metrics["val/loss"])
     assert metrics["val/accuracy"] == 0.5
+
+
+def test_metric_that_a_validation_lacks_changes_nothing() -> None:
+    plan = make_plan(1)
+    plateau = replace(plan.config, schedule=replace(plan.config.schedule, decay="plateau", metric="val/accuracy"))
+    state = TrainState.initial(make_training_plan(plateau, plan.sizes, 1))
+    after = state.with_validation({"val/loss": 2.0}, 1000, "val/accuracy")
+    assert after == replace(state, metrics={"val/loss": 2.0})
+    assert after.with_best_checkpoint({"val/loss": 2.0}, "val/accuracy", "auto", "update-1") is after
+    assert not MetricTarget("val/accuracy", at_least=0.1).is_met({"val/loss": 2.0})
+    assert not MetricTarget("val/accuracy", at_most=0.1).is_met({"val/loss": 2.0})
+    assert state.with_validation({"val/accuracy": 0.5}, 1000, "val/accuracy").schedule != state.schedule

@@ -18,7 +18,7 @@ __all__ = ["TreeEncoder", "UnsavableValueError", "decode_tree", "find_tensor_key
 
 SEQUENCES: Mapping[str, Callable[..., Any]] = {"list": list, "tuple": tuple, "deque": deque}
 MAPPINGS: Mapping[str, Callable[..., Any]] = {"dict": dict, "ordered": OrderedDict}
-KIND_NAMES: Mapping[type, str] = {kind: name for name, kind in (SEQUENCES | MAPPINGS).items()}  # type: ignore[misc]
+KIND_NAMES: Mapping[Any, str] = {kind: name for name, kind in (*SEQUENCES.items(), *MAPPINGS.items())}
 MAX_DEPTH = 50
 
 

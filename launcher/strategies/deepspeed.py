@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
-from launcher.errors import TrainingFailed
+from launcher.errors import TrainingFailed, UsageError
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook, slice_evenly
 from launcher.strategies.deepspeed_config import make_deepspeed_config
 from launcher.strategies.deepspeed_state import ZeroState
@@ -119,8 +119,16 @@ class DeepSpeedReplica(BaseReplica):
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         self._measure_next_backward(0.0 if self._is_padding else count)
         discard, self._discards_gradients = self._discards_gradients and not self._is_padding, False
-        with zero_gradients_in_backward(self._parameters) if discard else nullcontext():
-            self._engine.backward(self._precision.scale_loss(total / samples))
+        try:
+            with zero_gradients_in_backward(self._parameters) if discard else nullcontext():
+                self._engine.backward(self._precision.scale_loss(total / samples))
+        except AssertionError as error:
+            if "already been reduced" not in str(error):
+                raise
+            raise UsageError(
+                f"strategy.stage={self._stage} sums a gradient as soon as a backward pass has it, and several passes "
+                "of one loss use a block, as with reentrant checkpoints: checkpoint with use_reentrant=False"
+            ) from error
 
     def discard_update(self) -> StepResult:
         if self._state is None:
@@ -193,7 +201,7 @@ class DeepSpeedReplica(BaseReplica):
         extra_tensors, trees = collect_extra_state(extra)
         return ReplicaState(model, optimizer | extra_tensors, self._make_facts(facts, trees))
 
-    def _get_tensors(self) -> dict[str, torch.Tensor]:
+    def _get_tensors(self) -> dict[str, Any]:
         return split_extra_state(self.module.state_dict(keep_vars=True))[0]
 
     def _split_slots(self, slots: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -29,8 +29,7 @@ def check_sharded_state(kind: str, tensors: Mapping[str, torch.Tensor], paramete
     """
     for key, tensor in tensors.items():
         parameter = parameters.get(key.rpartition("/")[0])
-        is_shard = isinstance(tensor, DTensor) and isinstance(parameter, DTensor)
-        if is_shard and (tensor.shape, tensor.placements) == (parameter.shape, parameter.placements):
+        if isinstance(tensor, DTensor) and isinstance(parameter, DTensor) and is_sharded_like(tensor, parameter):
             continue
         if (
             isinstance(tensor, DTensor)
@@ -42,6 +41,10 @@ def check_sharded_state(kind: str, tensors: Mapping[str, torch.Tensor], paramete
                 f"{list(tensor.shape)}, and a checkpoint holds only tensors that are sharded as their parameter is and "
                 "single values that are the same on all workers: type strategy=ddp"
             )
+
+
+def is_sharded_like(tensor: DTensor, parameter: DTensor) -> bool:
+    return (tensor.shape, tensor.placements) == (parameter.shape, parameter.placements)
 
 
 def check_parameter_shapes(model: nn.Module) -> None:

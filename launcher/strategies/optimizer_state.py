@@ -145,7 +145,7 @@ class OptimizerState:
 
     def _collect_others(self, encoder: TreeEncoder) -> dict[str, Any]:
         """What belongs to no parameter."""
-        state = []
+        state: list[Any] = []
         for key, value in self._optimizer.state.items():
             if isinstance(key, torch.Tensor) and id(key) not in self._names:
                 raise UnsavableValueError("a key of its state", "a tensor that is no parameter of the model")

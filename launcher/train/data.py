@@ -213,7 +213,7 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
         target_dtype = dtype if batch.dtype == torch.float32 else batch.dtype
         return batch.to(device=device, dtype=target_dtype, non_blocking=True)
     if isinstance(batch, PackedSequence):  # its batch_sizes stay on the CPU
-        moved = batch.to(device=device, non_blocking=True)
+        moved = batch.to(device, non_blocking=True)  # type: ignore[arg-type]
         return moved._replace(data=to_device(moved.data, device, dtype))
     if isinstance(batch, Mapping):
         return rebuild_mapping(batch, {name: to_device(value, device, dtype) for name, value in batch.items()})

@@ -31,7 +31,13 @@ from launcher.strategies.loss_module import LossFn, LossModule, run_loss
 from launcher.strategies.optimizer import supports_found_inf, take_optimizer_step
 from launcher.strategies.optimizer_state import OptimizerState
 from launcher.strategies.precision import Precision
-from launcher.strategies.training_loss import contribute_nothing, reaches_parameter, read_training_loss
+from launcher.strategies.training_loss import (
+    contribute_nothing,
+    contribute_zeros,
+    get_value,
+    reaches_parameter,
+    read_training_loss,
+)
 from launcher.telemetry.stage_clock import StageClock
 
 __all__ = ["BaseReplica", "make_wait_begin_hook", "make_wait_end_hook", "slice_evenly"]
@@ -45,6 +51,7 @@ class BaseReplica:
 
     optimizer: torch.optim.Optimizer
     _parameters: Sequence[nn.Parameter]  # those that are trained
+    _finds_unused = False  # parameters without a gradient in an update keep none
     same_parameter_tensors = True  # the strategy never replaces a parameter in the model
     keeps_new_buffers = True  # those that are registered in an update that is skipped, or in padding
 
@@ -113,13 +120,16 @@ class BaseReplica:
 
         `usable`: it is finite, or that of padding, and has a gradient of its own, which it keeps.
         """
-        if not usable:
-            return contribute_nothing(total, self._parameters)
-        return total if self._world == 1 else total + contribute_nothing(torch.zeros_like(total), self._parameters)
+        if self._world == 1:
+            return total if usable else get_value(total)
+        contribute = contribute_nothing if self._finds_unused else contribute_zeros
+        own = total if usable else get_value(total)
+        return own + contribute(torch.zeros_like(own), self._parameters)
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         self._measure_next_backward(0.0 if self._is_padding else count)
-        self._precision.scale_loss(total / samples).backward()
+        if total.requires_grad:
+            self._precision.scale_loss(total / samples).backward()
 
     def _pop_group_norms(self, scale: torch.Tensor | float) -> tuple[torch.Tensor, int]:
         """This rank's sum of group gradient norms and the number of groups; the gradients were scaled by `scale`."""

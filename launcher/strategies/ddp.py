@@ -61,7 +61,8 @@ class DdpReplica(BaseReplica):
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
         elif args.world > 1:
-            self._wrapped = self._wrap_in_ddp(find_unused_parameters=config.strategy.find_unused_parameters)
+            self._finds_unused = config.strategy.find_unused_parameters
+            self._wrapped = self._wrap_in_ddp(find_unused_parameters=self._finds_unused)
         self._set_optimizer(make_optimizer(model, config, args.groups), config)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._bucket_norms: list[torch.Tensor] = []

@@ -71,7 +71,9 @@ def refuse_sparse_gradient(name: str, parameter: nn.Parameter) -> None:
         UsageError: in that backward pass, before any step, if the gradient is sparse.
     """
 
-    def check(gradient: torch.Tensor) -> None:
+    def check(gradient: torch.Tensor | None) -> None:
+        if gradient is None:  # of a micro-batch that contributes nothing
+            return
         handle.remove()
         if gradient.layout != torch.strided:
             raise UsageError(

@@ -90,8 +90,10 @@ class ZeroState:
         for name, slot, piece, value in self._iter_values():
             if is_flat(slot, value, piece):
                 yield f"{name}/{slot}", piece.slice_flat(value), TensorSlice(tuple(self._shapes[name]), piece.start)
-            elif self._rank == 0 or not isinstance(value, torch.Tensor):
+            elif not isinstance(value, torch.Tensor):
                 yield f"{name}/{slot}", value, None
+            elif self._rank == 0:  # a copy: a checkpoint keeps track of tensors that are shared, and this is a group's
+                yield f"{name}/{slot}", value.clone(), None
 
     def iter_full_slots(self, device: torch.device) -> Iterator[tuple[str, Any]]:
         """Each slot as `<parameter>/<slot>`: in full on rank 0, on the CPU; empty on the others. Collective.

@@ -243,6 +243,10 @@ class OptimizerState:
         trees = facts.get("trees", {})
         within = find_tensor_keys([trees, *(facts.get(part) for part in ("entries", "state", "extra", "attributes"))])
         values = {key: read(key) for key in tensors if key not in within} | dict(facts["numbers"])
+        if type(self._optimizer).__module__.startswith("torch.optim"):
+            # torch's own share nothing; earlier versions saved ZeRO's one step count of a group as shared
+            counts = {key: value for key, value in values.items() if isinstance(value, torch.Tensor) and not value.ndim}
+            values |= {key: value.clone() for key, value in counts.items()}
         values |= {key: decode(tree) for key, tree in trees.items()}
         state: dict[str, Any] = {}
         for key, value in values.items():

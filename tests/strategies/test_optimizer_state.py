@@ -321,3 +321,21 @@ def test_state_of_other_groups_is_refused(tmp_path: Path) -> None:
     other._optimizer_state._names_by_group = [["0.weight"]]
     with pytest.raises(UsageError, match="state of other parameter groups"):
         save_and_restore(replica, other, tmp_path)
+
+
+def test_step_count_saved_once_for_a_group_is_one_for_each_parameter(tmp_path: Path) -> None:
+    """As ZeRO keeps it, and as earlier versions saved it."""
+    config = make_config("torch.optim.AdamW")
+    replica, fresh = make_replica(config), make_replica(config)
+    for update in range(3):
+        train_update(replica, update)
+    model, optimizer, facts = replica.full_state()
+    step = torch.tensor(3.0)
+    shared = {key: step if key.endswith("/step") else value for key, value in optimizer.items()}
+    state = CheckpointState(model, shared, {"samples": 1}, {}, 1, facts)
+    loaded = load_checkpoint(open_checkpoint(save_checkpoint(tmp_path, "one", state, SaveOptions(keep=1)).path))
+    fresh.restore(loaded.model, loaded.optimizer, loaded.manifest.facts)
+    for update in range(3, 6):
+        train_update(replica, update)
+        train_update(fresh, update)
+    assert_same_parameters(replica.module, fresh.module)

@@ -22,6 +22,7 @@ from launcher.errors import TrainingFailed, UsageError
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook, slice_evenly
 from launcher.strategies.deepspeed_config import make_deepspeed_config
 from launcher.strategies.deepspeed_state import ZeroState
+from launcher.strategies.elementwise import check_elementwise
 from launcher.strategies.extra_state import collect_extra_state, load_model_tensors, split_extra_state
 from launcher.strategies.gradient_norms import GradNormHooks
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
@@ -55,6 +56,8 @@ class DeepSpeedReplica(BaseReplica):
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._use = GradientUse(names, precision.device, fix=f"strategy=ddp {FIND_UNUSED}")
+        if config.strategy.stage:
+            check_elementwise(config)
         self._set_optimizer(make_optimizer(model, config, args.groups), config)
         self._decayed = list_decayed(model, self.optimizer)
         if precision.name in ("bf16", "fp16"):

@@ -174,7 +174,7 @@ class ConfigComposer:
         config = self.compose_hydra(overrides, RunMode.MULTIRUN)
         refuse_unsweepable_keys(parsed, config)
         typed = [str(o.input_line) for o in parsed if o.key_or_group not in RUN_DIR_KEYS]
-        run_section = OmegaConf.to_container(config.run, resolve=False)
+        run_section: dict[str, Any] = to_typed(config.run)
         interpolated = next((f"run.{key}={value}" for key, value in run_section.items() if "${" in str(value)), None)
         if interpolated is not None:
             run_section = {}
@@ -202,13 +202,10 @@ class ConfigComposer:
 
     def _parse_sweep_overrides(self, config: DictConfig) -> list[Override]:
         """Parse the overrides of a sweep as they were typed: a ${...} in them has another value at each point."""
-        typed, configured = (
-            OmegaConf.to_container(node, resolve=False) if node else None
-            for node in (config.hydra.overrides.task, config.hydra.sweeper.get("params"))
-        )
-        params = [f"{name}={value}" for name, value in dict(configured or {}).items()]
+        configured = config.hydra.sweeper.get("params")
+        params = [f"{name}={value}" for name, value in to_typed(configured).items()] if configured else []
         parser = OverridesParser.create(config_loader=self._loader)
-        return parser.parse_overrides([*params, *(typed or [])])
+        return parser.parse_overrides([*params, *to_typed(config.hydra.overrides.task)])
 
     def _warn_on_unmatched_lr(self, config: RunConfig, parsed: Sequence[Override]) -> Iterator[str]:
         """Warn if the recipe's learning rate is used with another optimizer than the one it was chosen for."""
@@ -220,6 +217,11 @@ class ConfigComposer:
         if config.lr.base is not None and usual != config.optimizer["_target_"]:
             chosen = config.optimizer["_target_"]
             yield f"lr.base={config.lr.base:g} was chosen for {usual}, not for {chosen}: set lr.base= too"
+
+
+def to_typed(node: Any) -> Any:
+    """A part of the composed configuration as it was typed, with its ${...}."""
+    return OmegaConf.to_container(node, resolve=False)
 
 
 def searchpath_overrides(config: DictConfig) -> list[str]:

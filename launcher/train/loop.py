@@ -20,7 +20,7 @@ from launcher.train.outcome import TrainOutcome
 from launcher.train.profiler import profile_updates
 from launcher.train.state import MetricTarget, TrainState
 from launcher.train.update_reports import report_empty_validation, report_later_parameters, report_update
-from launcher.train.watched_metrics import report_unmeasured
+from launcher.train.watched_metrics import report_missing_metrics
 
 __all__ = ["train"]
 
@@ -201,7 +201,7 @@ def validate_if_due(context: TrainContext, state: TrainState, update: Update) ->
         state = state.with_empty_validation(metrics)
         report_empty_validation(context, state)
         return state, metrics
-    report_unmeasured(context, state, metrics)
+    report_missing_metrics(context, state, metrics)
     state = state.with_validation(metrics, update.end, context.config.schedule.metric)
     settings = context.config.checkpoint
     state = state.with_best_checkpoint(metrics, settings.best, settings.best_mode, format_checkpoint_name(state))

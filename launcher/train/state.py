@@ -145,7 +145,7 @@ class TrainState:
 
     def with_best_checkpoint(self, measured: Mapping[str, float], best: str | None, mode: str, name: str) -> TrainState:
         """With `checkpoint.best`: record `name` as the best checkpoint if the metric has improved."""
-        if best not in measured:
+        if best is None or best not in measured:
             return self
         value = measured[best]
         lower = mode == "min" or (mode == "auto" and "loss" in best)

@@ -16,7 +16,7 @@ from launcher.train.context import TrainContext
 from launcher.train.state import TrainState
 from launcher.train.validation import Validator
 
-__all__ = ["check_watched_metrics", "report_unmeasured"]
+__all__ = ["check_watched_metrics", "report_missing_metrics"]
 
 
 def check_watched_metrics(context: TrainContext, state: TrainState) -> None:
@@ -55,7 +55,7 @@ def find_unmeasured(context: TrainContext, measured: Collection[str]) -> dict[st
     return {key: metric for key, metric in watched.items() if metric not in measured}
 
 
-def report_unmeasured(context: TrainContext, state: TrainState, measured: Mapping[str, float]) -> None:
+def report_missing_metrics(context: TrainContext, state: TrainState, measured: Mapping[str, float]) -> None:
     """Log an alarm if a validation lacks a metric that the one before had, or that none had so far."""
     missing = find_unmeasured(context, measured)
     before = find_unmeasured(context, state.metrics) if state.metrics else {}

@@ -21,7 +21,7 @@ from launcher.strategies.precision import Precision
 from launcher.topology import Topology
 from launcher.train.state import TrainState
 from launcher.train.validation import Validator
-from launcher.train.watched_metrics import check_watched_metrics, report_unmeasured
+from launcher.train.watched_metrics import check_watched_metrics, report_missing_metrics
 
 CONFIG = RunConfig(
     optimizer={"_target_": "torch.optim.SGD"}, lr=LrConfig(base=0.1, base_batch=2), batch=BatchConfig(per_device=2)
@@ -122,7 +122,7 @@ def test_metric_that_is_missing_later_is_an_alarm() -> None:
     """One alarm where it goes missing, not one for each validation."""
     context, state = make_context(TARGET[1]("val/accuracy"), SometimesMinority())
     for measured in ({"val/loss": 1.0, "val/accuracy": 0.1}, {"val/loss": 1.0}, {"val/loss": 0.5}):
-        report_unmeasured(context, state, measured)
+        report_missing_metrics(context, state, measured)
         state = state.with_validation(measured, 10, "val/loss")
     [alarm] = context.events
     assert (alarm["event"], alarm["kind"]) == ("alarm", "metric")

@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 from launcher.cli.arguments import add_current_folder_to_path, handle_help
 from launcher.config.keys import closest_match
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
+from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.redaction import mask_secrets
 from launcher.system.standard_streams import ensure_standard_streams
 from launcher.system.stderr import print_stderr
@@ -38,6 +39,8 @@ VERBS: Mapping[str, str] = {
     "store": "launcher.cli.internal:run_store",
     "probe": "launcher.cli.internal:run_probe",
 }
+#: The commands that run the code of a recipe in their own process.
+RECIPE_VERBS = ("train", "plan", "tune", "verify")
 INTERNAL_VERBS = ("worker", "folder", "again", "store", "probe")
 
 
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = EXIT_FAILED
     try:
         refuse_undecodable(args)
-        status = dispatch_verb(args)
+        status = dispatch_verb(args, is_program=argv is None)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -75,7 +78,7 @@ def refuse_undecodable(args: Sequence[str]) -> None:
             raise UsageError(f"{shown} is not UTF-8: rename the file or folder, or type it relative to it") from None
 
 
-def dispatch_verb(args: list[str]) -> int:
+def dispatch_verb(args: list[str], *, is_program: bool) -> int:
     add_current_folder_to_path()
     named = args[0] if args and is_verb(args[0]) else None
     verb, rest = (named, args[1:]) if named else ("train", args)
@@ -86,6 +89,8 @@ def dispatch_verb(args: list[str]) -> int:
         raise UsageError(f"{verb} is not a command: {hint}")
     if verb not in INTERNAL_VERBS and handle_help(rest, named):
         return EXIT_OK
+    if is_program and verb in RECIPE_VERBS and Topology.from_env() is None:
+        CleanupProcess.start()  # a worker starts its own
     return int(resolve_name(VERBS[verb])(rest))
 
 

@@ -217,9 +217,14 @@ class RunDirectory:
         self.stop_file.unlink(missing_ok=True)
 
     def request_stop(self, source: str) -> None:
-        """Request a stop that `source` is reported as the origin of; on a full disk an empty file still requests it."""
+        """Request a stop that `source` is reported as the origin of; on a full disk an empty file still requests it.
+
+        It is not written durably: a signal handler must not wait for a busy disk.
+        """
         try:
-            atomic_write_text(self.stop_file, source)
+            temporary = self.stop_file.with_name(f".tmp-stop-{os.getpid()}")
+            temporary.write_text(source)
+            temporary.replace(self.stop_file)
         except OSError:
             self.stop_file.touch()
 

@@ -16,6 +16,7 @@ from types import FrameType
 from launcher.errors import EXIT_FAILED, EXIT_OK
 from launcher.sweep.machine_slices import MachineSlice
 from launcher.system.atomic_files import PRIVATE_MODE, make_durable_dir
+from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.processes import die_with_parent
 from launcher.system.signal_handlers import forward_signals_to
 
@@ -68,7 +69,7 @@ class ParallelRunner:
         make_durable_dir(job.log.parent)
         # Fork: the point is already composed and checked, and holds secrets that must not appear on a command line.
         process = get_context("fork").Process(
-            target=run_isolated, args=(job, machine_slice), name=f"point {job.number}"
+            target=run_isolated, args=(job, machine_slice, self._parent_pid), name=f"point {job.number}"
         )
         process.start()
         self._running[process] = (job, machine_slice)
@@ -102,10 +103,11 @@ class ParallelRunner:
             os.kill(process.pid or 0, signum)
 
 
-def run_isolated(job: PointJob, machine_slice: MachineSlice) -> None:
+def run_isolated(job: PointJob, machine_slice: MachineSlice, parent: int) -> None:
     """Run a job in the forked process: detach from the terminal, redirect output to the log, enter the slice."""
-    die_with_parent()
+    die_with_parent(parent)
     os.setsid()
+    CleanupProcess.start()
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, PRIVATE_MODE)
     for stream in (1, 2):
         os.dup2(log, stream)

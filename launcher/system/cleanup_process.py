@@ -21,7 +21,7 @@ from typing import NoReturn
 from launcher.system.leftovers import MARK_ENV, JobMark, end_leftovers
 from launcher.system.processes import find_agent, identify_process
 
-__all__ = ["CleanupProcess", "private_temp_dir"]
+__all__ = ["CleanupProcess", "private_temp_dir", "use_private_temp_dir"]
 
 LIMIT_MESSAGE, REMOVE_MESSAGE = 0x80, 0x81  # above every signal number
 LIMIT_STRUCT, LENGTH_STRUCT = struct.Struct("=d"), struct.Struct("=H")
@@ -83,6 +83,14 @@ def private_temp_dir() -> Path | None:
     folder = locate_private_dir(os.environ[MARK_ENV])
     folder.mkdir(0o700, exist_ok=True)
     return folder
+
+
+def use_private_temp_dir() -> None:
+    """Have multiprocessing keep its sockets in `private_temp_dir`: its own folder stays where a process is killed."""
+    import multiprocessing
+
+    if (folder := private_temp_dir()) is not None:
+        multiprocessing.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
 
 
 def locate_private_dir(identity: str) -> Path:

@@ -30,6 +30,7 @@ from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import Position, Timeline
 from launcher.recipe import check_map_style
 from launcher.run_dir.failures import describe_error
+from launcher.system.cleanup_process import use_private_temp_dir
 from launcher.system.processes import die_with_parent, read_cpu_seconds
 from launcher.train.loader_errors import explained_loader_errors, send_errors_of_unsent_batches
 
@@ -154,6 +155,8 @@ def make_data_loader(
     items: Dataset[Any], batches: Sampler[list[Any]], data: DataConfig, collate: Callable[..., Any], pin: bool
 ) -> DataLoader[Any]:
     """Create a DataLoader over predefined batches, with the configured loader processes."""
+    if data.num_workers:
+        use_private_temp_dir()
     return DataLoader(
         items,
         batch_sampler=batches,

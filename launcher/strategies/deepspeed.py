@@ -86,7 +86,8 @@ class DeepSpeedReplica(BaseReplica):
         Raises:
             TrainingFailed: DeepSpeed would take zeros for the gradient of a parameter that has none, and change it.
         """
-        if self._engine.is_gradient_accumulation_boundary():
+        is_last = self._engine.is_gradient_accumulation_boundary()
+        if is_last or self._stage >= 2:  # from stage 2 on, every micro-batch's gradients are reduced
             unused = self._use.end_update()
             if decayed := [name for name in self._decayed if name in unused]:
                 raise TrainingFailed(
@@ -94,6 +95,7 @@ class DeepSpeedReplica(BaseReplica):
                     "freeze in model() what is never trained, or type optimizer.weight_decay=0 or strategy=ddp "
                     f"{FIND_UNUSED}"
                 )
+        if is_last:
             self._clock.begin_wait()
         self._reduce(*args, **kwargs)
 
@@ -160,11 +162,14 @@ class DeepSpeedReplica(BaseReplica):
     def _step_sharded(self, factor: float, clip_norm: float | None) -> tuple[Any, bool]:
         """Step under stages 1 to 3: DeepSpeed itself skips a non-finite norm, on all ranks alike."""
         self._zero.clip_grad = clip_norm or 0.0
+        poisoned: list[torch.Tensor] = []
         if math.isfinite(factor):
             self._zero.override_loss_scale(1.0 / factor)
         else:
-            poison_gradients(self._zero)
+            poisoned = poison_gradients(self._zero)
         self._engine.step()
+        for gradient in poisoned:  # stage 3 reuses them, and does not overwrite the elements that pad them
+            gradient.zero_()
         self._zero.override_loss_scale(1.0)
         return self._engine.get_global_grad_norm(), self._engine.was_step_applied()
 
@@ -359,14 +364,18 @@ def zero_gradients_in_backward(parameters: Iterable[nn.Parameter]) -> Iterator[N
             hook.remove()
 
 
-def poison_gradients(zero: Any) -> None:
-    """Set the gradients to NaN so that DeepSpeed skips the step: there is no other way to request that."""
+def poison_gradients(zero: Any) -> list[torch.Tensor]:
+    """Set the gradients to NaN so that DeepSpeed skips the step: there is no other way to request that.
+
+    Returns what was set.
+    """
     norms = getattr(zero, "norm_for_param_grads", {})  # for offloaded gradients, DeepSpeed checks only the norms
     for key in norms:
         norms[key] = norms[key] * math.nan
-    for gradients in zero.averaged_gradients.values():
-        for gradient in gradients or ():
-            gradient.mul_(math.nan)
+    poisoned = [gradient for gradients in zero.averaged_gradients.values() for gradient in gradients or ()]
+    for gradient in poisoned:
+        gradient.mul_(math.nan)
+    return poisoned
 
 
 def list_decayed(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

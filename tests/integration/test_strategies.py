@@ -20,7 +20,7 @@ from launcher.checkpoint.tensor_io import load_checkpoint
 from tests.helpers.job_sequence import Job, train_in_sequence
 from tests.helpers.jobs import make_env, max_parameter_difference, read_events, read_rows
 from tests.helpers.small_job import HELD as HELD_JOB
-from tests.helpers.small_job import run_launcher
+from tests.helpers.small_job import OWN, RECIPE, run_launcher
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +90,15 @@ def recomputing_jobs() -> dict[str, Job]:
     return jobs
 
 
+def rooted_jobs(folder: Path) -> dict[str, Job]:
+    """The root of a mean as the loss."""
+    recipe = RECIPE.replace("Loss(losses.mean(), len(y))", "Loss(losses.mean().sqrt(), len(y))")
+    (folder / "own.py").write_text(recipe)
+    job = [*OWN, "recipe.mean=true", "sink=[]", "batch.global=18", "batch.per_device=9", "train.duration=36sp"]
+    job += ["train.validate_every=null", "checkpoint.every=null"]
+    return {f"rooted-{layout}": Job([*job, *strategy]) for layout, strategy in PARALLEL.items()}
+
+
 def straggling_jobs(folder: Path) -> dict[str, Job]:
     """Rank 1 sleeps 50 ms per micro-batch; in `gathering` all parameters are gathered in forward and backward."""
     config = folder / "gathering.json"
@@ -108,8 +117,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = {name: Job([*HELD, *options]) for name, options in OPTIMIZERS.items()}
     models = {name: Job(arguments) for name, arguments in MODELS.items()}
     train_in_sequence(folder, 1, reference | models | compared_jobs(1))
-    on_two = compared_jobs(2) | validated_jobs() | recomputing_jobs() | straggling_jobs(folder)
-    train_in_sequence(folder, 2, on_two | carrying_jobs(folder, 2, before=""))
+    on_two = compared_jobs(2) | validated_jobs() | recomputing_jobs() | straggling_jobs(folder) | rooted_jobs(folder)
+    train_in_sequence(folder, 2, on_two | carrying_jobs(folder, 2, before=""), PYTHONPATH=str(folder))
     train_in_sequence(folder, 3, compared_jobs(3) | carrying_jobs(folder, 3, before="-zero3-2-true"))
     train_in_sequence(folder, 1, carrying_jobs(folder, 1, before="-zero3-3-true"))
     return folder
@@ -192,6 +201,17 @@ def test_activation_checkpointing_changes_nothing(runs: Path) -> None:
         for name in RECOMPUTED:
             job = f"{name}-{layout}"
             assert max_parameter_difference(runs / f"stored-{job}", runs / f"recomputed-{job}") == 0.0, job
+
+
+def test_loss_that_is_no_sum_is_told_in_every_layout(runs: Path) -> None:
+    """Every rank takes part where a forward pass gathers parameters; a sum raises no alarm."""
+    for layout in PARALLEL:
+        (alarm,) = read_events(runs / f"rooted-{layout}", "alarm")
+        assert alarm["kind"] == "loss"
+        assert alarm["detail"].startswith("loss() of Own does not add up: its total of 9 samples is 0."), layout
+    others = [file.parent for file in runs.glob("*/events.jsonl") if not file.parent.name.startswith("rooted")]
+    alarms = [event for run in others for event in read_events(run, "alarm") if event["kind"] == "loss"]
+    assert alarms == []
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "gathering"])

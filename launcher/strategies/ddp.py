@@ -69,7 +69,7 @@ class DdpReplica(BaseReplica):
         if args.world == 1 and self.by_micro_batch:
             self._norm_hooks = GradNormHooks(self._parameters)
 
-    def _wrap_in_ddp(self, **options: bool) -> DistributedDataParallel:
+    def _wrap_in_ddp(self, **options: Any) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(
             self._loss_module,
             gradient_as_bucket_view=True,

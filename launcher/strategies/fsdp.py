@@ -65,7 +65,7 @@ class FsdpReplica(BaseReplica):
         self._set_optimizer(optimizer, config)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
-        self._norm_hooks = GradNormHooks()
+        self._norm_hooks = norm_hooks = GradNormHooks()
         self._block_calls = BlockCalls([m for m in model.modules() if isinstance(m, FSDPModule)])
         self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._use: GradientUse | None = None
@@ -76,12 +76,12 @@ class FsdpReplica(BaseReplica):
             may_vary = config.strategy.find_unused_parameters
             self._use = GradientUse(self._trained, precision.device, may_vary=may_vary)
         for name, module in self._loss_module.named_modules():
-            if isinstance(module, FSDPModule):
+            if module is loss_module or module in args.blocks:
                 module.register_forward_pre_hook(make_wait_begin_hook(args.clock), prepend=True)
                 module.register_forward_pre_hook(make_wait_end_hook(args.clock))
-                module.register_forward_pre_hook(self._make_gradient_hook(f"{name}." if name else ""))
+                module.register_forward_pre_hook(self._make_gradient_hook(name, norm_hooks))
 
-    def _make_gradient_hook(self, prefix: str) -> Callable[..., None]:
+    def _make_gradient_hook(self, prefix: str, norm_hooks: GradNormHooks) -> Callable[..., None]:
         """A forward pre-hook that registers hooks on the gradients of a block's gathered parameters.
 
         They exist from the first forward pass on and stay the same tensors. `prefix`: of their names.
@@ -91,10 +91,10 @@ class FsdpReplica(BaseReplica):
         def hook(block: nn.Module, *_: object) -> None:
             if registered or not torch.is_grad_enabled():
                 return
-            for name, parameter in block.named_parameters(prefix.removesuffix(".")):
+            for name, parameter in block.named_parameters(prefix):
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
                     registered.add(name)
-                    self._norm_hooks.register(parameter)
+                    norm_hooks.register(parameter)
                     if self._use is not None:
                         self._use.register(name.removeprefix("model."), parameter)
 

@@ -40,8 +40,8 @@ class BufferCopy(NamedTuple):
         """Give the buffer these values, in the tensor that it was if possible; register it again if it was deleted."""
         if self.name not in self.module._buffers and not self.persistent:
             self.module._non_persistent_buffers_set.add(self.name)
-        can_write = values is not None and self.tensor is not None
-        self.module._buffers[self.name] = write_values(self.tensor, values) if can_write else values
+        tensor = self.tensor
+        self.module._buffers[self.name] = values if values is None or tensor is None else write_values(tensor, values)
 
 
 def list_modules(model: nn.Module) -> list[nn.Module]:
@@ -82,7 +82,7 @@ class BufferSnapshot:
             earlier = [*self.buffers, *[None] * len(current)][: len(current)]
             self.buffers = [make_copy(*buffer, before) for buffer, before in zip(current, earlier, strict=True)]
         if copies := [buffer.copy for buffer in self.buffers if buffer.copy is not None]:
-            torch._foreach_copy_(copies, [buffer.tensor for buffer in self.buffers if buffer.copy is not None])
+            torch._foreach_copy_(copies, [buffer.tensor for buffer in self.buffers if buffer.tensor is not None])
 
     def _are_same_tensors(self, current: Sequence[tuple[nn.Module, str, torch.Tensor | None]]) -> bool:
         """Whether every buffer is still the tensor that it was. It compares little, since each update calls it."""

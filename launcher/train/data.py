@@ -14,7 +14,7 @@ import random
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -152,7 +152,7 @@ def prepare_loader_process(_: int, parent: int) -> None:
 
 
 def make_data_loader(
-    items: Dataset[Any], batches: Sampler[list[Any]], data: DataConfig, collate: Callable[..., Any], pin: bool
+    items: Dataset[Any], batches: Iterable[list[Any]], data: DataConfig, collate: Callable[..., Any], pin: bool
 ) -> DataLoader[Any]:
     """Create a DataLoader over predefined batches, with the configured loader processes."""
     if data.num_workers:

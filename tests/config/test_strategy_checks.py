@@ -128,3 +128,9 @@ def test_invalid_deepspeed_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(UsageError, match="name a DeepSpeed JSON file"):
         list(config_errors(make_config(config=str(tmp_path / "ds.json"))))
+
+
+def test_static_graph_contradicts_unused_parameters() -> None:
+    strategy = StrategyConfig(static_graph=True, find_unused_parameters=True)
+    (problem,) = config_errors(RunConfig(strategy=strategy))
+    assert "strategy.static_graph=true and strategy.find_unused_parameters=true" in problem

@@ -75,8 +75,8 @@ def run_trial(target: str, signum: signal.Signals, moment_s: float, mark: str) -
         while list_processes(mark) and time.monotonic() - began_s < limit_s:
             time.sleep(0.05)
         took_s, left = time.monotonic() - began_s, list_processes(mark)
-        # torchrun has a log folder of its own, which it leaves when it is killed
-        files = [path.name for path in temporary.iterdir() if not path.name.startswith("torchelastic_")]
+        # a torchrun that is killed leaves its log folder, and torch keeps a cache
+        files = [path.name for path in temporary.iterdir() if not path.name.startswith("torch")]
         for line in left:
             os.kill(int(line.split()[0]), signal.SIGKILL)
         status = process.wait()

@@ -2,7 +2,7 @@
 
 import sys
 
-from launcher.system.processes import die_with_starter
+from launcher.distributed.starter import die_with_starter
 from launcher.system.standard_streams import ensure_standard_streams
 
 if __name__ == "__main__":

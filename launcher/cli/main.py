@@ -10,8 +10,8 @@ from pkgutil import resolve_name
 
 from launcher.cli.arguments import add_current_folder_to_path, handle_help
 from launcher.config.keys import closest_match
+from launcher.distributed.cleanup_process import CleanupProcess
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
-from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.redaction import mask_secrets
 from launcher.system.standard_streams import ensure_standard_streams
 from launcher.system.stderr import print_stderr

@@ -15,8 +15,8 @@ from enum import IntEnum
 from types import FrameType
 from typing import Protocol
 
+from launcher.distributed.cleanup_process import CleanupProcess
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_RESTART
-from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.signal_handlers import list_not_ignored
 from launcher.system.stderr import print_stderr
 

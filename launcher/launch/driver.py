@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.config.schema import RunConfig
 from launcher.distributed.commands import make_torchrun_command
 from launcher.distributed.machine_limits import check_machine
+from launcher.distributed.starter import make_starter_env
 from launcher.distributed.worker_env import resolve_num_workers
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from launcher.goodput import auto_batch
@@ -23,7 +24,7 @@ from launcher.run_dir.failed_starts import FailedStarts
 from launcher.run_dir.open_run import OpenedRun, open_run, run_path, write_run_files
 from launcher.run_dir.run_directory import RUNS_DIR, RunDirectory
 from launcher.system.jsonl import JsonlReader
-from launcher.system.processes import MemoryFile, kill_process_tree, make_starter_env
+from launcher.system.processes import MemoryFile, kill_process_tree
 from launcher.system.signal_handlers import forward_signals_to
 from launcher.system.stderr import print_stderr
 from launcher.telemetry.sinks.jsonl import append_line

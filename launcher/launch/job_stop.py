@@ -9,9 +9,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
+from launcher.distributed.leftovers import JobMark, end_leftovers
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.system.jsonl import JsonlReader
-from launcher.system.leftovers import JobMark, end_leftovers
 from launcher.system.processes import handles_signal, is_running, list_child_pids
 from launcher.system.stderr import print_stderr
 

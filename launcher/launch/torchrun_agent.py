@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.distributed.cleanup_process import CleanupProcess, private_temp_dir
+from launcher.distributed.starter import die_with_starter, make_starter_env
 from launcher.errors import EXIT_FAILED, EXIT_OK
 from launcher.run_dir.silent_exits import append_exit_codes
-from launcher.system.cleanup_process import CleanupProcess, private_temp_dir
-from launcher.system.processes import die_with_starter, make_starter_env
 from launcher.system.standard_streams import ensure_standard_streams
 
 __all__ = ["main"]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from launcher.config.keys import to_mapping
 from launcher.config.schema import RunConfig
+from launcher.distributed.cleanup_process import CleanupProcess
 from launcher.distributed.machine_limits import check_host_name, ensure_open_files, estimate_open_files
 from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_RESTART, EXIT_USAGE, TrainingFailed, UsageError
 from launcher.goodput import auto_batch
@@ -31,7 +32,6 @@ from launcher.launch.decision import Decision, MeasurementRequest, RunDirClaim
 from launcher.run_dir import failures
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.slurm.claim import read_claim
-from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.processes import die_with_parent
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology, get_master_address, get_master_port

@@ -13,10 +13,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
+from launcher.distributed.cleanup_process import CleanupProcess
 from launcher.errors import EXIT_FAILED, EXIT_OK
 from launcher.sweep.machine_slices import MachineSlice
 from launcher.system.atomic_files import PRIVATE_MODE, make_durable_dir
-from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.processes import die_with_parent
 from launcher.system.signal_handlers import forward_signals_to
 

@@ -11,13 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from launcher.topology import is_torchrun_worker
-
 __all__ = [
     "MemoryFile",
     "die_with_parent",
-    "die_with_starter",
-    "find_agent",
     "handles_signal",
     "has_open_file",
     "is_running",
@@ -31,8 +27,6 @@ __all__ = [
 ]
 
 PR_SET_PDEATHSIG = 1
-#: Names the process that started this one, by pid and start time.
-STARTER_ENV = "LAUNCHER_STARTER"
 CHILD_POLL_INTERVAL_S = 0.05
 CHILD_EXIT_TIMEOUT_S = 3.0
 
@@ -47,49 +41,6 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != expected:
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def make_starter_env() -> dict[str, str]:
-    """Environment that tells a process which one has started it, for `die_with_starter`."""
-    identity = identify_process(os.getpid())
-    return {} if identity is None else {STARTER_ENV: identity}
-
-
-def die_with_starter() -> bool:
-    """Have the kernel kill this process when the driver or torchrun that started it ends; call it before slow imports.
-
-    The starter may have ended before this process reached its first line. A driver passes its identity; the torchrun
-    of a user does not, but is the only ancestor that has loaded torch. Returns False if this is no process of a job.
-    """
-    starter = os.environ.pop(STARTER_ENV, None)
-    if starter is None and not is_torchrun_worker():
-        return False
-    parent = os.getppid()
-    die_with_parent(parent)
-    has_starter = find_agent(parent) is not None if starter is None else identify_process(parent) == starter
-    if not has_starter and parent != 0:  # 0: the parent is in another PID namespace
-        os.kill(os.getpid(), signal.SIGKILL)
-    return True
-
-
-def find_agent(pid: int) -> int | None:
-    """The nearest process that has loaded torch, of this process and its ancestors; None if there is none."""
-    while pid > 0 and (stat := read_proc_stat(pid)) is not None:
-        if has_torch_loaded(pid):
-            return pid
-        pid = int(stat[1])
-    return None
-
-
-def has_torch_loaded(pid: int) -> bool:
-    """Whether a process has loaded torch; of a process of another user, whether its command line is Python's."""
-    try:
-        return b"libtorch" in Path(f"/proc/{pid}/maps").read_bytes()
-    except PermissionError:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"python" in command or b"torch" in command
-    except OSError:
-        return False
 
 
 def reset_after_fork(parent: int) -> None:

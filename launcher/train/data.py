@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from torch.utils.data.dataloader import default_collate
 
 from launcher.config.schema import DataConfig, RunConfig
+from launcher.distributed.cleanup_process import use_private_temp_dir
 from launcher.errors import UsageError
 from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import Position, Timeline
 from launcher.recipe import check_map_style
 from launcher.run_dir.failures import describe_error
-from launcher.system.cleanup_process import use_private_temp_dir
 from launcher.system.processes import die_with_parent, read_cpu_seconds
 from launcher.train.loader_errors import explained_loader_errors, send_errors_of_unsent_batches
 

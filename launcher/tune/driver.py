@@ -14,18 +14,19 @@ from typing import Any
 from launcher import recipe as recipes
 from launcher.config.keys import from_mapping, to_mapping
 from launcher.config.schema import RunConfig
+from launcher.distributed.cleanup_process import CleanupProcess
 from launcher.distributed.commands import make_probe_command
+from launcher.distributed.leftovers import JobMark, end_leftovers
 from launcher.distributed.machine_limits import check_machine
+from launcher.distributed.starter import make_starter_env
 from launcher.distributed.worker_env import resolve_num_workers
 from launcher.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from launcher.goodput.auto_batch import MeasurementError, report_unmeasured, with_placeholder_batch
 from launcher.goodput.measured_noise import find_noise_scale
 from launcher.run_dir import failures
 from launcher.system.atomic_files import atomic_write_text, make_durable_dir
-from launcher.system.cleanup_process import CleanupProcess
 from launcher.system.formatting import encodable
-from launcher.system.leftovers import JobMark, end_leftovers
-from launcher.system.processes import MemoryFile, die_with_parent, kill_process_tree, make_starter_env
+from launcher.system.processes import MemoryFile, die_with_parent, kill_process_tree
 from launcher.system.signal_handlers import sigterm_as_keyboard_interrupt
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology

@@ -16,7 +16,7 @@ from tests.helpers.jobs import restore_default_signals
 
 PROGRAM = """
 import sys, threading
-from launcher.system.cleanup_process import CleanupProcess
+from launcher.distributed.cleanup_process import CleanupProcess
 from launcher.distributed.stop_requests import StopRequests
 stop_requests = StopRequests(CleanupProcess.start())
 stop_requests.install()

@@ -89,8 +89,8 @@ def start(workdir: Path) -> Iterator[Start]:
 
 
 def list_temporary_files(workdir: Path) -> list[str]:
-    """What is left in the temporary folder; a torchrun that is killed leaves its own log folder."""
-    return [path.name for path in (workdir / "tmp").iterdir() if not path.name.startswith("torchelastic_")]
+    """What is left in the temporary folder, without torch's own: the log folder of a killed torchrun, a cache."""
+    return [path.name for path in (workdir / "tmp").iterdir() if not path.name.startswith("torch")]
 
 
 def assert_nothing_is_left(workdir: Path) -> None:
@@ -188,12 +188,11 @@ def small_disk(workdir: Path) -> Iterator[Path]:
 
 def test_disk_that_is_full_at_the_end_ends_the_job_once(workdir: Path, small_disk: Path) -> None:
     """The parameters are kept where there is room; nothing is started again."""
-    filling = "def loss(self, model, batch):\n        Path('runs/fill').write_bytes(bytes(1 << 20))"
+    filling = "with suppress(OSError):\n            Path('runs/fill').open('ab').write(bytes(1 << 20))"
     (workdir / "filling.py").write_text(
         "from contextlib import suppress\nfrom dataclasses import dataclass\nfrom pathlib import Path\nimport own\n\n"
-        f"@dataclass(frozen=True)\nclass Filling(own.Own):\n    {filling}\n"
-        "        with suppress(OSError):\n            Path('runs/rest').open('ab').write(bytes(1 << 20))\n"
-        "        return super().loss(model, batch)\n"
+        "@dataclass(frozen=True)\nclass Filling(own.Own):\n    def loss(self, model, batch):\n"
+        f"        {filling}\n        return super().loss(model, batch)\n"
     )
     job = [*HELD, "recipe._target_=filling.Filling", "recipe.trust=[filling,own]", "run.name=x", "train.duration=2ep"]
     (workdir / "tmp").mkdir()

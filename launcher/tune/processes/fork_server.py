@@ -15,9 +15,9 @@ from pathlib import Path
 from traceback import format_exc
 from typing import TYPE_CHECKING, Any
 
+from launcher.distributed.cleanup_process import CleanupProcess, private_temp_dir
 from launcher.errors import EXIT_OK, UsageError
 from launcher.goodput.auto_batch import MeasurementError
-from launcher.system.cleanup_process import CleanupProcess, private_temp_dir
 from launcher.system.processes import die_with_parent
 from launcher.topology import torchrun_env
 from launcher.tune.processes.probe_process import ProbeTask, ProcessHandle, start_probe

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.config.keys import from_mapping
+from launcher.distributed.starter import make_starter_env
 from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_RESTART, EXIT_USAGE, UsageError
 from launcher.run_dir import failures
 from launcher.system.atomic_files import atomic_write_text
-from launcher.system.processes import die_with_parent, has_open_file, make_starter_env, reset_after_fork
+from launcher.system.processes import die_with_parent, has_open_file, reset_after_fork
 from launcher.topology import Topology
 from launcher.tune.processes.retries import EXIT_RANK_OOM, RESULT_FILE, STATE_FILE
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.distributed.cleanup_process import private_temp_dir
 from launcher.distributed.store_gather import StoreGather
 from launcher.errors import EXIT_OK
-from launcher.system.cleanup_process import private_temp_dir
 from launcher.topology import USE_AGENT_STORE_ENV, Topology
 from launcher.tune.processes.probe_process import ProbeTask, start_probe
 from launcher.tune.processes.retries import RankResult, run_with_retries

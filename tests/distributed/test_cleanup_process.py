@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.system.leftovers import MARK_ENV
+from launcher.distributed.leftovers import MARK_ENV
 from launcher.system.processes import identify_process
 from tests.helpers.jobs import is_alive, wait_for
 
 OWNER = """
 import os, subprocess, sys
-from launcher.system.cleanup_process import CleanupProcess, private_temp_dir
+from launcher.distributed.cleanup_process import CleanupProcess, private_temp_dir
 
 cleanup = CleanupProcess.start()
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.system.processes import find_agent, identify_process, make_starter_env
+from launcher.distributed.starter import find_agent, make_starter_env
+from launcher.system.processes import identify_process
 from tests.helpers.jobs import is_alive, wait_for
 
 BOUND = """
 import sys
-from launcher.system.processes import die_with_starter
+from launcher.distributed.starter import die_with_starter
 print(die_with_starter(), flush=True)
 sys.stdin.readline()
 """

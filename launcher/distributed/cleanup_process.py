@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.system.leftovers import MARK_ENV, JobMark, end_leftovers
-from launcher.system.processes import find_agent, identify_process
+from launcher.distributed.leftovers import MARK_ENV, JobMark, end_leftovers
+from launcher.distributed.starter import find_agent
+from launcher.system.processes import identify_process
 
 __all__ = ["CleanupProcess", "private_temp_dir", "use_private_temp_dir"]
 

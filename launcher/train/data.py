@@ -128,7 +128,7 @@ class LoaderProcess(multiprocessing.context.ForkProcess):
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802  multiprocessing's name; at exit it terminates through this
         popen = multiprocessing.context.ForkProcess._Popen(process_obj)  # type: ignore[attr-defined]
-        popen.terminate = popen.kill
+        popen.terminate = popen.kill  # type: ignore[method-assign]
         return popen
 
 

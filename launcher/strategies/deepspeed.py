@@ -20,6 +20,7 @@ from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.errors import TrainingFailed, UsageError
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook, slice_evenly
+from launcher.strategies.call_order import CallOrder
 from launcher.strategies.deepspeed_config import make_deepspeed_config
 from launcher.strategies.deepspeed_state import ZeroState
 from launcher.strategies.elementwise import check_elementwise
@@ -67,6 +68,10 @@ class DeepSpeedReplica(BaseReplica):
         self._engine = make_engine(self._loss_module, self.optimizer, ds_config, precision.device, debug=config.debug)
         set_group_timeout(config.launch.timeout_s)
         self._wrapped = self._engine
+        if config.strategy.stage >= 2:
+            # Modules that are called several times reduce and gather once, or not at all if they are small.
+            owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+            self._call_order = CallOrder(owners, repeated=False)
         self._norm_hooks = GradNormHooks(self._parameters)
         for name, parameter in zip(names, self._parameters, strict=True):
             self._use.register(name, parameter)
@@ -112,12 +117,13 @@ class DeepSpeedReplica(BaseReplica):
         if usable:
             return total
         self._use.ignore_micro_batch()
-        if self._stage < 3:
+        if self._stage < 2:
             return contribute_zeros(total, self._parameters)
         if not reaches_parameter(total):
             raise TrainingFailed(
-                "strategy.stage=3: recipe.loss counted 0 and returned a total without a gradient, but all ranks must "
-                "call the model together: return 0 * model(x).sum(), or type strategy.stage=2"
+                f"strategy.stage={self._stage}: recipe.loss counted 0 and returned a total that does not depend on the "
+                "model, but all ranks sum gradients in the order of their backward pass: return 0 * model(x).sum(), "
+                "or type strategy.stage=1"
             )
         return contribute_zeros(total, [total])  # through the same graph as on other ranks
 

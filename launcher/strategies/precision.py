@@ -12,6 +12,8 @@ import torch
 
 __all__ = ["Precision"]
 
+INITIAL_LOSS_SCALE = 65536.0  # for a loss that is a mean; torch's default
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -27,7 +29,7 @@ class Precision:
 
     @classmethod
     def from_name(cls, name: str, device: torch.device) -> Precision:
-        scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+        scaler = torch.amp.GradScaler(device.type, INITIAL_LOSS_SCALE) if name == "fp16" else None
         return cls(name, device, scaler)
 
     @property
@@ -70,6 +72,18 @@ class Precision:
         probe.grad = torch.full_like(probe, 0.0 if finite else math.inf)
         self.scaler.unscale_(torch.optim.SGD([probe], lr=0.0))
         self.scaler.update()
+
+    def lower_scale(self, items_per_sample: float) -> None:
+        """After an overflow in the first updates: lower the loss scale to where that of a mean would start.
+
+        A loss that counts many items per sample, as tokens, is divided by the samples, so its gradient is as much
+        larger. Halving the scale by one update each would skip as many updates.
+        """
+        if self.scaler is None or items_per_sample <= 1:
+            return
+        limit = INITIAL_LOSS_SCALE / 2 ** math.ceil(math.log2(items_per_sample))
+        if self.scale() > limit:
+            self.scaler.update(limit)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.scaler is None else self.scaler.state_dict()

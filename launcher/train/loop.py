@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from launcher.distributed.rank_stats import GatheredStats, PendingStats, RankStats
 from launcher.distributed.stop_requests import StopLevel
+from launcher.errors import TrainingFailed
 from launcher.plan.batch import BatchPlan
 from launcher.plan.lr_schedule import LrSchedule
 from launcher.plan.timeline import Update
@@ -23,6 +24,8 @@ from launcher.train.update_reports import report_empty_validation, report_later_
 from launcher.train.watched_metrics import report_missing_metrics
 
 __all__ = ["train"]
+
+FIRST_UPDATES = 4  # in which the previous update's overflow may be due to a loss that counts more than samples
 
 
 def train(context: TrainContext, state: TrainState) -> tuple[TrainState, TrainOutcome]:
@@ -83,16 +86,27 @@ def start_stats_gather(context: TrainContext, losses: LossSums, previous_scalars
         count=losses.count,
         stop=context.stop_requests.poll(context.stop_source),
         save=float(context.checkpoint_manager.is_due()),
+        call_order=context.replica.pop_call_order(),
         previous=previous_scalars.read(),
     )
     return context.stats_gather.all_gather_async(stats, context.clock.times_ms())
 
 
 def wait_for_stats(context: TrainContext, pending: PendingStats, update: Update) -> GatheredStats:
-    """Wait for the other ranks' statistics, and pass all of them to the recorder and the load balancer."""
+    """Wait for the other ranks' statistics, and pass all of them to the recorder and the load balancer.
+
+    Raises:
+        TrainingFailed: the ranks called the parts of a sharded model in different orders.
+    """
     context.enter_phase("sync", update)
     gathered = pending.wait()
     context.clock.lap("sync")
+    if not gathered.same_call_order:
+        raise TrainingFailed(
+            f"strategy={context.config.strategy.name}: in update {update.index + 1} the ranks called different parts "
+            "of the model, or in another order (as with random layer drop), so that their gradients cannot be summed: "
+            "let every rank call all parts in the same order, or type strategy=ddp"
+        )
     if context.recorder is not None:
         context.recorder.on_gathered(gathered)
     if context.load_balancer is not None:
@@ -175,6 +189,8 @@ def step_optimizer(
         step = context.replica.step(lr.lr, lr.momentum, normalizer, context.config.train.clip_norm)
     else:
         step = context.replica.discard_update()
+    if not gathered.finite and update.index < FIRST_UPDATES:
+        context.precision.lower_scale(gathered.count / update.samples)
     scalars = UpdateScalars(
         loss=losses.total,
         loss_count=losses.count,

@@ -95,7 +95,7 @@ COMPARED = {
     2: [
         *(("ddp", kind) for kind in KINDS),
         *(("unused", "mean"), ("unused", "leaf"), ("exact", "mean"), ("exact", "leaf"), ("kept", "leaf")),
-        *(("zero0", "leaf"), ("zero1", "mean"), ("zero2", "leaf"), ("zero3", "graph"), ("zero3", "mean")),
+        *(("zero0", "leaf"), ("zero1", "mean"), ("zero2", "graph"), ("zero3", "graph"), ("zero3", "mean")),
     ],
     3: [
         *(("ddp", "leaf"), ("ddp", "mean"), ("ddp", "graph")),
@@ -193,14 +193,30 @@ def test_validation_without_a_target_is_nan_and_told_once(runs: Path) -> None:
     assert {row["lr/value"] for row in read_rows(run_dir)} == {0.05}
 
 
-def test_loss_without_a_gradient_is_refused(runs: Path) -> None:
-    """Something was counted, so the gradient is missing: final, with no restart."""
-    (runs / "cut.py").write_text(
-        "from dataclasses import dataclass, replace\nfrom targets import Targets\n\n@dataclass(frozen=True)\n"
-        "class Cut(Targets):\n    def loss(self, model, batch):\n"
-        "        loss = super().loss(model, batch)\n        return replace(loss, total=loss.total.detach())\n"
-    )
-    cut = ["recipe._target_=cut.Cut", "recipe.trust=[cut]", "launch.workers=2", "run.dir=cut"]
-    done = run_launcher(runs, *FP64, *cut, status=1)
-    assert "recipe.loss counted 2 but returned a total without a gradient" in done.stderr
-    assert not (runs / "cut/done.json").exists()
+CUT = """
+from dataclasses import dataclass, replace
+from targets import Targets
+
+@dataclass(frozen=True)
+class Cut(Targets):
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        return replace(loss, total=loss.total.detach())
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "message"),
+    [
+        ("cut.Cut", FP64, " but returned a total without a gradient: compute it from the model's output"),
+        ("targets.Targets", LAYOUTS["zero2"], "strategy.stage=2: recipe.loss counted 0 and returned a total that"),
+    ],
+)
+def test_loss_without_a_gradient_is_refused(tmp_path: Path, recipe: str, arguments: list[str], message: str) -> None:
+    """Something was counted, or all ranks must go through the model in the same order: final, with no restart."""
+    (tmp_path / "targets.py").write_text(RECIPE)
+    (tmp_path / "cut.py").write_text(CUT)
+    own = [f"recipe._target_={recipe}", "recipe.trust=[cut,targets]", "recipe.nothing=leaf", "run.name=refused"]
+    done = run_launcher(tmp_path, *arguments, *own, "launch.workers=2", status=1)
+    assert message in done.stderr
+    assert not (tmp_path / "runs/refused/done.json").exists()

@@ -14,7 +14,7 @@ from launcher.goodput.noise_scale import NoiseScale
 from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Position, Update
 from launcher.plan.training_plan import DatasetSizes, TrainingPlan, make_training_plan
-from launcher.train.state import MetricTarget, TrainState
+from launcher.train.state import MetricTarget, TrainState, UpdateCounts
 
 PHI = 100.0
 
@@ -101,3 +101,11 @@ def test_metric_that_a_validation_lacks_changes_nothing() -> None:
     assert not MetricTarget("val/accuracy", at_least=0.1).is_met({"val/loss": 2.0})
     assert not MetricTarget("val/accuracy", at_most=0.1).is_met({"val/loss": 2.0})
     assert state.with_validation({"val/accuracy": 0.5}, 1000, "val/accuracy").schedule != state.schedule
+
+
+def test_counts_of_updates_survive_a_restart() -> None:
+    before = replace(TrainState.initial(make_plan(1)), counts=UpdateCounts(1, 2, 3, 4))
+    facts = json.loads(json.dumps(before.state_dict()))
+    assert TrainState.from_state_dict(make_plan(1), Position(), facts).counts == UpdateCounts(1, 2, 3, 4)
+    del facts["counts"]  # a checkpoint of an earlier version
+    assert TrainState.from_state_dict(make_plan(1), Position(), facts).counts == UpdateCounts()

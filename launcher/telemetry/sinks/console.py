@@ -25,7 +25,7 @@ from launcher.system.formatting import (
     wrap_text,
 )
 from launcher.telemetry.records import Event, MetricsRow
-from launcher.telemetry.sinks.final_summary import format_closing_lines, format_speed
+from launcher.telemetry.sinks.final_summary import format_closing_lines, format_speed, make_unapplied_rows
 from launcher.telemetry.sinks.progress_bar import ProgressFormatter
 from launcher.telemetry.sinks.running_stats import RunningStats
 from launcher.telemetry.sinks.start_summary import (
@@ -138,6 +138,8 @@ class ConsoleSink:
         position = f"at update {format_count(facts.get('update', 0))}, {format_count(facts.get('samples', 0))} samples"
         self._needs_blank_line = True
         self._print_note("stopped", f"{position} · {facts.get('why', '')} · saved, nothing is lost", YELLOW)
+        for _, text in make_unapplied_rows(facts):
+            self._print_note("skipped", text, YELLOW)
         self._print_closing({})
 
     def _print_done(self, facts: Mapping[str, Any]) -> None:

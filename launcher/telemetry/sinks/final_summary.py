@@ -28,7 +28,14 @@ from launcher.telemetry.free_cores import has_free_cores
 from launcher.telemetry.sinks.running_stats import RunningStats, StageShare
 from launcher.telemetry.sinks.start_summary import Facts, LabelledText
 
-__all__ = ["describe_bottleneck", "format_closing_lines", "format_speed", "format_stage_table", "suggest_next_steps"]
+__all__ = [
+    "describe_bottleneck",
+    "format_closing_lines",
+    "format_speed",
+    "format_stage_table",
+    "make_unapplied_rows",
+    "suggest_next_steps",
+]
 
 CYAN, MAGENTA, YELLOW, BLUE, GREEN, GREY = 36, 35, 33, 34, 32, 90
 STAGE_COLOURS = {
@@ -64,6 +71,7 @@ def format_closing_lines(stats: RunningStats, facts: Facts, done: Facts, style: 
                 *_make_metric_rows(stats, done.get("metrics") or {}),
                 *_make_noise_rows(stats),
                 *_make_restart_rows(stats, done),
+                *make_unapplied_rows(done),
             ],
             width,
             style,
@@ -151,6 +159,20 @@ def _make_restart_rows(stats: RunningStats, done: Facts) -> list[LabelledText]:
     if lost_samples:
         parts.append(f"{format_count(lost_samples)} samples were run again")
     return [("lost", ", ".join(parts))] if parts else []
+
+
+def make_unapplied_rows(facts: Facts) -> list[LabelledText]:
+    """The updates that took no step: their gradient was not finite, or their samples had no target."""
+    skipped, empty, scale = (facts.get(name) for name in ("skipped_updates", "empty_updates", "loss_scale"))
+    rows = []
+    if skipped:
+        why = "the gradient was NaN or infinite"
+        if scale:
+            why = f"the gradient overflowed in fp16, whose loss scale is {format_number(scale)} now"
+        rows.append(f"{format_plural(skipped, 'update')} took no step: {why}")
+    if empty:
+        rows.append(f"{format_plural(empty, 'update')} took no step: their samples had no target")
+    return [("skipped" if not index else "", row) for index, row in enumerate(rows)]
 
 
 def _format_metric(key: str, value: float, stats: RunningStats) -> str:

@@ -17,6 +17,7 @@ from launcher.config.schema import RunConfig
 from launcher.recipe import Loss
 from launcher.strategies.buffer_layout import adopt_buffers, describe_buffers, find_changed_buffers, synchronize_buffers
 from launcher.strategies.buffers import BufferSnapshot, preserve_buffers
+from launcher.strategies.call_order import CallOrder
 from launcher.strategies.extra_state import load_extra_state
 from launcher.strategies.gradient_norms import (
     FIRST_UPDATES,
@@ -34,7 +35,7 @@ from launcher.strategies.precision import Precision
 from launcher.strategies.training_loss import (
     contribute_nothing,
     contribute_zeros,
-    get_value,
+    get_finite_value,
     reaches_parameter,
     read_training_loss,
 )
@@ -69,11 +70,14 @@ class BaseReplica:
         self._buffers_before = BufferSnapshot(model)  # the update
         self._initial_buffers = describe_buffers(model)
         self._group_norms = GroupGradNorms(precision.device)
+        self._call_order: CallOrder | None = None  # set if collectives follow the order of calls
         self._norm_hooks: GradNormHooks | None = None  # set if micro-batches are the groups for the noise scale
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._is_padding = is_padding
+        if self._call_order is not None:
+            self._call_order.begin_micro_batch()
         if self._save_pending:
             self._save_pending = False
             self._buffers_before.take()
@@ -121,9 +125,9 @@ class BaseReplica:
         `usable`: it is finite, or that of padding, and has a gradient of its own, which it keeps.
         """
         if self._world == 1:
-            return total if usable else get_value(total)
+            return total if usable else get_finite_value(total)
         contribute = contribute_nothing if self._finds_unused else contribute_zeros
-        own = total if usable else get_value(total)
+        own = total if usable else get_finite_value(total)
         return own + contribute(torch.zeros_like(own), self._parameters)
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
@@ -205,6 +209,9 @@ class BaseReplica:
         """Load what `_make_facts` collects, except for the optimizer's."""
         load_extra_state(self.module, facts.get("extra", {}), tensors, self._precision.device)
         self._precision.load_state_dict(facts["scaler"])
+
+    def pop_call_order(self) -> float:
+        return 0.0 if self._call_order is None else self._call_order.pop()
 
     @torch.no_grad()
     def rescale_moments(self, factor: float) -> None:

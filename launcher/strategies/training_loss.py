@@ -16,7 +16,7 @@ from torch import nn
 from launcher.errors import TrainingFailed
 from launcher.recipe import Loss
 
-__all__ = ["contribute_nothing", "contribute_zeros", "get_value", "reaches_parameter", "read_training_loss"]
+__all__ = ["contribute_nothing", "contribute_zeros", "get_finite_value", "reaches_parameter", "read_training_loss"]
 
 
 def read_training_loss(loss: Any) -> Loss:
@@ -109,11 +109,11 @@ def contribute_zeros(total: torch.Tensor, tensors: Iterable[torch.Tensor]) -> to
 
 
 def make_contribution(total: torch.Tensor, tensors: list[torch.Tensor], *, zeros: bool) -> torch.Tensor:
-    scalar: torch.Tensor = Contribution.apply(get_value(total), zeros, *tensors)
+    scalar: torch.Tensor = Contribution.apply(get_finite_value(total), zeros, *tensors)
     return scalar
 
 
-def get_value(total: torch.Tensor) -> torch.Tensor:
+def get_finite_value(total: torch.Tensor) -> torch.Tensor:
     """The value of a total without its graph; 0 if it is not finite, since it belongs to no sample."""
     dtype = total.dtype if total.is_floating_point() else torch.float32
     return torch.nan_to_num(total.detach().to(dtype), nan=0.0, posinf=0.0, neginf=0.0)

@@ -25,6 +25,7 @@ from launcher.plan.batch import BatchPlan, BatchPolicy, plan_batch
 from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import MicroBatch, Timeline, Update
 from launcher.plan.training_plan import make_training_plan
+from launcher.strategies.training_loss import read_training_loss
 from launcher.system.formatting import format_plural
 from launcher.train.build import build_model, open_dataset
 from launcher.train.data import SeededDataset, derive_seed, get_collate_fn, to_device
@@ -159,9 +160,15 @@ class GradientTrial:
         """All gradients as a flat vector: d(total)/samples summed over ranks, rescaled to a mean over the count."""
         model, count = copy.deepcopy(self.model), 0.0
         for micro in _iter_micro_batches(update):
-            loss = self.recipe.loss(model, self._make_batch(update, micro))
-            (loss.total / update.samples).backward()
-            count += float(loss.count)
+            loss = read_training_loss(self.recipe.loss(model, self._make_batch(update, micro)))
+            count += loss.count
+            if loss.total.requires_grad and (loss.count or bool(torch.isfinite(loss.total))):
+                (loss.total / update.samples).backward()
+        if not count:
+            raise UsageError(
+                f"recipe.loss counts 0 over the first {update.samples} samples: verify needs samples with a target: "
+                "type a larger batch.global or another seed"
+            )
         gradients = [
             p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad
         ]

@@ -28,24 +28,26 @@ __all__ = ["GatheredStats", "PendingStats", "RankStats", "StatsAllGather"]
 class RankStats:
     """One rank's statistics.
 
-    `count` is the loss count (samples or tokens) of *this* update. The `previous` scalars and the stage times
-    (milliseconds) belong to the update before: values computed on the device are read one update late.
+    `count` is the loss count (samples or tokens) of *this* update, `call_order` a number for the order in which its
+    forward passes called the parts of a sharded model (`strategies.call_order`). The `previous` scalars and the stage
+    times (milliseconds) belong to the update before: values computed on the device are read one update late.
     """
 
     count: float = 0.0
     stop: float = StopLevel.CONTINUE
     save: float = 0.0
+    call_order: float = 0.0
     previous: UpdateScalars = UpdateScalars()
 
     def to_row(self) -> tuple[float, ...]:
         """All values as a flat row of numbers."""
-        return (self.count, self.stop, self.save, *astuple(self.previous))
+        return (self.count, self.stop, self.save, self.call_order, *astuple(self.previous))
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> RankStats:
         """Inverse of `to_row`."""
-        count, stop, save, *previous = row
-        return cls(count, stop, save, UpdateScalars(*previous))
+        count, stop, save, call_order, *previous = row
+        return cls(count, stop, save, call_order, UpdateScalars(*previous))
 
 
 NUM_FIELDS = len(RankStats().to_row())
@@ -55,7 +57,7 @@ NUM_FIELDS = len(RankStats().to_row())
 class GatheredStats:
     """The statistics and stage times of all ranks, in rank order; identical on every rank.
 
-    `count`, `stop` and `save` are of the current update, all others of the previous one.
+    `count`, `stop`, `save` and the order of calls are of the current update, all others of the previous one.
     """
 
     rank_stats: tuple[RankStats, ...]
@@ -72,6 +74,11 @@ class GatheredStats:
     @property
     def save(self) -> bool:
         return any(stats.save for stats in self.rank_stats)
+
+    @property
+    def same_call_order(self) -> bool:
+        """Whether all ranks called the parts of a sharded model in the same order."""
+        return len({stats.call_order for stats in self.rank_stats}) == 1
 
     @property
     def loss(self) -> float:

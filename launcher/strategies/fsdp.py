@@ -22,6 +22,7 @@ from launcher.errors import UsageError
 from launcher.recipe import Loss
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook
 from launcher.strategies.block_calls import BlockCalls
+from launcher.strategies.call_order import CallOrder
 from launcher.strategies.extra_state import collect_extra_state, split_extra_state
 from launcher.strategies.fsdp_checks import (
     check_parameter_shapes,
@@ -66,7 +67,9 @@ class FsdpReplica(BaseReplica):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
         self._norm_hooks = norm_hooks = GradNormHooks()
-        self._block_calls = BlockCalls([m for m in model.modules() if isinstance(m, FSDPModule)])
+        blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._block_calls = BlockCalls(blocks)
+        self._call_order = CallOrder(blocks, repeated=True)
         self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._use: GradientUse | None = None
         if args.world > 1:

@@ -125,6 +125,9 @@ class Replica(Protocol):
     def pop_later_parameters(self) -> list[str]:
         """Parameters found since the last call that need a gradient but were frozen or absent at the start."""
 
+    def pop_call_order(self) -> float:
+        """A number for the order in which the update's forward passes called the parts of a sharded model; else 0."""
+
     def rescale_moments(self, factor: float) -> None:
         """Multiply Adam's second moments and AMSGrad's maxima of them by `factor`, after a change of the batch."""
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.distributed.stop_requests import StopLevel
+from launcher.errors import TrainingFailed
 from launcher.plan.virtual_shards import compute_tree_sum
 from launcher.telemetry.deferred_scalars import UpdateScalars
 from launcher.telemetry.stages import STAGES
@@ -75,10 +76,18 @@ class GatheredStats:
     def save(self) -> bool:
         return any(stats.save for stats in self.rank_stats)
 
-    @property
-    def same_call_order(self) -> bool:
-        """Whether all ranks called the parts of a sharded model in the same order."""
-        return len({stats.call_order for stats in self.rank_stats}) == 1
+    def check_call_order(self) -> None:
+        """Check that all ranks called the parts of a sharded model in the same order.
+
+        Raises:
+            TrainingFailed: they did not, so the collectives of this update exchanged tensors of different parts.
+        """
+        if len({stats.call_order for stats in self.rank_stats}) > 1:
+            raise TrainingFailed(
+                "in this update the ranks called different parts of the model, or in another order (as with random "
+                "layer drop), so that their gradients cannot be summed: let every rank call all parts in the same "
+                "order, or type strategy=ddp, with strategy.find_unused_parameters=true where parts are left out"
+            )
 
     @property
     def loss(self) -> float:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from launcher.distributed.rank_stats import GatheredStats, PendingStats, RankStats
 from launcher.distributed.stop_requests import StopLevel
-from launcher.errors import TrainingFailed
 from launcher.plan.batch import BatchPlan
 from launcher.plan.lr_schedule import LrSchedule
 from launcher.plan.timeline import Update
@@ -101,12 +100,7 @@ def wait_for_stats(context: TrainContext, pending: PendingStats, update: Update)
     context.enter_phase("sync", update)
     gathered = pending.wait()
     context.clock.lap("sync")
-    if not gathered.same_call_order:
-        raise TrainingFailed(
-            f"strategy={context.config.strategy.name}: in update {update.index + 1} the ranks called different parts "
-            "of the model, or in another order (as with random layer drop), so that their gradients cannot be summed: "
-            "let every rank call all parts in the same order, or type strategy=ddp"
-        )
+    gathered.check_call_order()
     if context.recorder is not None:
         context.recorder.on_gathered(gathered)
     if context.load_balancer is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from launcher.run_dir.open_run import (
     OpenedRun,
     resolve_directory,
     reuse_resolved_batch,
+    run_path,
     write_run_files,
 )
 from launcher.run_dir.resume import ResumeDecision
@@ -95,3 +98,38 @@ def test_batch_size_of_a_failed_run_is_measured_again(run_dir: RunDirectory) -> 
     assert reuse_resolved_batch(auto, run_dir.path, is_restart=True).batch.per_device == 48
     (run_dir.checkpoints / "update-00000001").mkdir()
     assert reuse_resolved_batch(auto, run_dir.path).batch.per_device == 48
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({"SLURM_JOB_ID": "4711", "ENVIRONMENT": "BATCH"}, "mlp-4711"),
+        ({"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1"}, "mlp-4711"),
+        ({"SLURM_JOB_ID": "4712", "SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "3"}, "mlp-4711_3"),
+    ],
+)
+def test_batch_job_is_named_by_its_id(
+    env: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A requeued job has the same id, and so finds its run again."""
+    assert choose_name(env, monkeypatch, tmp_path) == name
+
+
+@pytest.mark.parametrize("env", [{}, {"SLURM_JOB_ID": "4711"}, {"SLURM_JOB_ID": "4711", "ENVIRONMENT": "login"}])
+def test_other_runs_are_named_by_their_time(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In an interactive allocation, whose id every run has, as without Slurm."""
+    assert re.fullmatch(r"mlp-\d{8}-\d{6}", choose_name(env, monkeypatch, tmp_path))
+
+
+def choose_name(env: dict[str, str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    for variable in [name for name in os.environ if name.startswith(("SLURM_", "WANDB_")) or name == "ENVIRONMENT"]:
+        monkeypatch.delenv(variable)
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.chdir(folder)
+    return run_path(CONFIG, None, 1).name

@@ -155,7 +155,9 @@ class StrategyConfig:
         False, "DDP and FSDP: loss() may leave out parameters in some updates, or on some workers"
     )
     static_graph: bool = option(
-        False, "DDP: every update uses the same parameters equally often; allows reentrant activation checkpoints"
+        False,
+        "DDP: every update uses the same parameters equally often, so no micro-batch lacks targets; "
+        "allows reentrant activation checkpoints",
     )
     reshard_after_forward: bool = option(
         True, "FSDP: free a block's gathered parameters between its forward and backward pass"

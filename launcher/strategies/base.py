@@ -14,11 +14,12 @@ from torch import nn
 from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.config.schema import RunConfig
+from launcher.errors import TrainingFailed
 from launcher.recipe import Loss
 from launcher.strategies.buffer_layout import adopt_buffers, describe_buffers, find_changed_buffers, synchronize_buffers
 from launcher.strategies.buffers import BufferSnapshot, preserve_buffers
 from launcher.strategies.call_order import CallOrder
-from launcher.strategies.extra_state import load_extra_state
+from launcher.strategies.extra_state import collect_extra_state, load_extra_state, split_extra_state
 from launcher.strategies.gradient_norms import (
     FIRST_UPDATES,
     FIRST_UPDATES_WITH_HOOKS,
@@ -26,7 +27,7 @@ from launcher.strategies.gradient_norms import (
     GradNormHooks,
     GroupGradNorms,
 )
-from launcher.strategies.interface import StepResult
+from launcher.strategies.interface import ReplicaState, ShardedState, StepResult
 from launcher.strategies.later_parameters import LaterParameters
 from launcher.strategies.loss_module import LossFn, LossModule, run_loss
 from launcher.strategies.optimizer import supports_found_inf, take_optimizer_step
@@ -64,6 +65,7 @@ class BaseReplica:
         self._precision = precision
         self._later_parameters = LaterParameters(model, same_tensors=self.same_parameter_tensors)
         self._is_padding = False
+        self._is_last_micro_batch = False
         self._is_only_micro_batch: bool | None = None
         self._save_pending = True
         self._state_is_checked = False
@@ -75,7 +77,7 @@ class BaseReplica:
 
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
-        self._is_padding = is_padding
+        self._is_padding, self._is_last_micro_batch = is_padding, last
         if self._call_order is not None:
             self._call_order.begin_micro_batch()
         if self._save_pending:
@@ -111,23 +113,43 @@ class BaseReplica:
         return run_loss(self._wrapped, partial(self._compute_training_loss, loss_fn), batch)
 
     def _compute_training_loss(self, loss_fn: LossFn, model: nn.Module, batch: Any) -> Loss:
-        loss = read_training_loss(loss_fn(model, batch))
-        self._later_parameters.find(self.module)
+        with self._refuse_changed_gradients():
+            loss = read_training_loss(loss_fn(model, batch))
+        if self._is_last_micro_batch:
+            self._later_parameters.find(self.module)
         if loss.count and not self._is_padding:
             return loss
         total = loss.total.to(self._precision.device)
         usable = reaches_parameter(total) and (self._is_padding or bool(torch.isfinite(total)))
         return replace(loss, total=self._join_reduction(total, usable))
 
+    @contextmanager
+    def _refuse_changed_gradients(self) -> Iterator[None]:
+        """Check that loss() leaves the gradients of earlier micro-batches alone, by one of them: it is the cheapest.
+
+        Raises:
+            TrainingFailed: it does not, so that the update would depend on how it is split into micro-batches.
+        """
+        parameter = self._parameters[0]
+        before = parameter.grad
+        version = None if before is None else before._version
+        yield
+        if parameter.grad is not before or (before is not None and before._version != version):
+            raise TrainingFailed(
+                "recipe.loss changes the gradients of the model (by backward, zero_grad or clipping), which are those of "
+                "earlier micro-batches: leave them alone and return the loss; train.clip_norm clips the gradient"
+            )
+
     def _join_reduction(self, total: torch.Tensor, usable: bool) -> torch.Tensor:
         """The total of a micro-batch that counts nothing, such that its backward pass takes part in the reduction.
 
-        `usable`: it is finite, or that of padding, and has a gradient of its own, which it keeps.
+        `usable`: it is finite, or that of padding, and has a gradient of its own, which it keeps. Padding keeps none
+        where that would give zeros to parameters that no sample uses, which the optimizer would then change.
         """
         if self._world == 1:
             return total if usable else get_finite_value(total)
         contribute = contribute_nothing if self._finds_unused else contribute_zeros
-        own = total if usable else get_finite_value(total)
+        own = total if usable and not (self._is_padding and self._finds_unused) else get_finite_value(total)
         return own + contribute(torch.zeros_like(own), self._parameters)
 
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
@@ -209,6 +231,19 @@ class BaseReplica:
         """Load what `_make_facts` collects, except for the optimizer's."""
         load_extra_state(self.module, facts.get("extra", {}), tensors, self._precision.device)
         self._precision.load_state_dict(facts["scaler"])
+
+    def full_state(self) -> ReplicaState:
+        """The state of a model and an optimizer that every rank holds in full."""
+        model, extra = split_extra_state(self.module.state_dict())
+        optimizer, facts = self._optimizer_state.collect()
+        extra_tensors, trees = collect_extra_state(extra)
+        return ReplicaState(model, optimizer | extra_tensors, self._make_facts(facts, trees))
+
+    def sharded_state(self) -> ShardedState:
+        """An equal slice of the state on each rank."""
+        model, optimizer, facts = self.full_state()
+        slices: dict[str, TensorSlice] = {}
+        return ShardedState(ReplicaState(slice_evenly(model, slices), slice_evenly(optimizer, slices), facts), slices)
 
     def pop_call_order(self) -> float:
         return 0.0 if self._call_order is None else self._call_order.pop()

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
-from launcher.checkpoint.sharded import TensorSlice
 from launcher.checkpoint.tensor_io import LazyTensors
-from launcher.strategies.base import BaseReplica, slice_evenly
-from launcher.strategies.extra_state import collect_extra_state, load_model_tensors, split_extra_state
+from launcher.errors import TrainingFailed
+from launcher.strategies.base import BaseReplica
+from launcher.strategies.extra_state import load_model_tensors
 from launcher.strategies.gradient_norms import GradNormHooks, compute_norms
-from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
+from launcher.strategies.interface import ReplicaArgs, StepResult
 from launcher.strategies.missing_gradients import (
     FIND_UNUSED,
     find_unreduced,
@@ -121,6 +121,17 @@ class DdpReplica(BaseReplica):
             fix = f"strategy.static_graph=false {FIND_UNUSED}" if self._static_graph else FIND_UNUSED
             raise make_unreduced_error(missing, dist.get_rank(), fix)
 
+    def _join_reduction(self, total: torch.Tensor, usable: bool) -> torch.Tensor:
+        if not self._static_graph:
+            return super()._join_reduction(total, usable)
+        if not usable:
+            raise TrainingFailed(
+                "a micro-batch without a target cannot be combined with strategy.static_graph=true: recipe.loss "
+                "counted 0, and its total is not finite or does not depend on the model. No step was taken: type "
+                "strategy.static_graph=false"
+            )
+        return total  # through the graph of the other micro-batches; the communication hook sends zeros for padding
+
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         try:
             super().backward(total, samples, count)
@@ -145,18 +156,6 @@ class DdpReplica(BaseReplica):
         set_lr_and_momentum(self.optimizer, lr, momentum)
         self._step_if_finite(finite)
         return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
-
-    def full_state(self) -> ReplicaState:
-        model, extra = split_extra_state(self.module.state_dict())
-        optimizer, facts = self._optimizer_state.collect()
-        extra_tensors, trees = collect_extra_state(extra)
-        return ReplicaState(model, optimizer | extra_tensors, self._make_facts(facts, trees))
-
-    def sharded_state(self) -> ShardedState:
-        """Every rank holds the full state and returns an equal slice of it."""
-        model, optimizer, facts = self.full_state()
-        slices: dict[str, TensorSlice] = {}
-        return ShardedState(ReplicaState(slice_evenly(model, slices), slice_evenly(optimizer, slices), facts), slices)
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         self._adopt_buffers(model, facts)

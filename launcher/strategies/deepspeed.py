@@ -58,7 +58,7 @@ class DeepSpeedReplica(BaseReplica):
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._use = GradientUse(names, precision.device, fix=f"strategy=ddp {FIND_UNUSED}")
         if config.strategy.stage:
-            check_elementwise(config)
+            check_elementwise(config, precision.device)
         self._set_optimizer(make_optimizer(model, config, args.groups), config)
         self._decayed = list_decayed(model, self.optimizer)
         if precision.name in ("bf16", "fp16"):
@@ -107,7 +107,7 @@ class DeepSpeedReplica(BaseReplica):
     @contextmanager
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._use.begin_micro_batch()
+        self._use.begin_micro_batch(counts=not is_padding)
         zero_gradients = zero_gradients_in_backward(self._parameters) if is_padding else nullcontext()
         with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
@@ -205,15 +205,9 @@ class DeepSpeedReplica(BaseReplica):
     @torch.no_grad()
     def full_state(self) -> ReplicaState:
         if self._state is None:
-            return self._collect_unsharded()
+            return super().full_state()
         slots = dict(self._state.iter_full_slots(self._precision.device))
         return ReplicaState(dict(self._iter_full_weights()), *self._split_slots(slots))
-
-    def _collect_unsharded(self) -> ReplicaState:
-        model, extra = split_extra_state(self.module.state_dict())
-        optimizer, facts = self._optimizer_state.collect()
-        extra_tensors, trees = collect_extra_state(extra)
-        return ReplicaState(model, optimizer | extra_tensors, self._make_facts(facts, trees))
 
     def _get_tensors(self) -> dict[str, Any]:
         return split_extra_state(self.module.state_dict(keep_vars=True))[0]
@@ -230,12 +224,9 @@ class DeepSpeedReplica(BaseReplica):
 
     @torch.no_grad()
     def sharded_state(self) -> ShardedState:
-        slices: dict[str, TensorSlice] = {}
         if self._state is None:
-            model, optimizer, facts = self.full_state()
-            return ShardedState(
-                ReplicaState(slice_evenly(model, slices), slice_evenly(optimizer, slices), facts), slices
-            )
+            return super().sharded_state()
+        slices: dict[str, TensorSlice] = {}
         slots: dict[str, Any] = {}
         for key, value, tensor_slice in self._state.iter_local_slots():
             slots[key] = value

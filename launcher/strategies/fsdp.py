@@ -67,6 +67,7 @@ class FsdpReplica(BaseReplica):
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._rank = dist.get_rank()
         self._norm_hooks = norm_hooks = GradNormHooks()
+        self._gathered: dict[str, torch.Tensor] = {}  # the trained parameters as they are in forward and backward
         blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._block_calls = BlockCalls(blocks)
         self._call_order = CallOrder(blocks, repeated=True)
@@ -87,19 +88,23 @@ class FsdpReplica(BaseReplica):
     def _make_gradient_hook(self, prefix: str, norm_hooks: GradNormHooks) -> Callable[..., None]:
         """A forward pre-hook that registers hooks on the gradients of a block's gathered parameters.
 
-        They exist from the first forward pass on and stay the same tensors. `prefix`: of their names.
+        They exist from the first forward pass on and stay the same tensors. `prefix`: of their names. Blocks that are
+        gathered when the whole model is called are registered with it, and not again when they are called.
         """
-        registered: set[str] = set()
+        is_registered = False
 
         def hook(block: nn.Module, *_: object) -> None:
-            if registered or not torch.is_grad_enabled():
+            nonlocal is_registered
+            if is_registered or not torch.is_grad_enabled():
                 return
-            for name, parameter in block.named_parameters(prefix):
-                if parameter.requires_grad and not isinstance(parameter, DTensor):
-                    registered.add(name)
+            is_registered = True
+            for full_name, parameter in block.named_parameters(prefix):
+                name = full_name.removeprefix("model.")
+                if parameter.requires_grad and not isinstance(parameter, DTensor) and name not in self._gathered:
+                    self._gathered[name] = parameter
                     norm_hooks.register(parameter)
                     if self._use is not None:
-                        self._use.register(name.removeprefix("model."), parameter)
+                        self._use.register(name, parameter)
 
         return hook
 
@@ -109,7 +114,7 @@ class FsdpReplica(BaseReplica):
         self._sharded.set_is_last_backward(last)
         zero_gradients = zero_padding_gradients(self._loss_module) if is_padding else nullcontext()
         if self._use is not None:
-            self._use.begin_micro_batch()
+            self._use.begin_micro_batch(counts=not is_padding)
         with zero_gradients, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
             yield
         if last and self._use is not None:
@@ -130,8 +135,7 @@ class FsdpReplica(BaseReplica):
     @torch.no_grad()
     def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
-        if not self._state_is_checked:
-            refuse_gathered(self.module)
+        refuse_gathered(self._gathered)
         scale = self._precision.scale()
         norm_sum, groups = self._pop_group_norms(scale)
         factor = loss_normalizer / scale

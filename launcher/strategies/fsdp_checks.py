@@ -86,7 +86,7 @@ def check_tied_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> None
 
 
 def check_uniform_dtypes(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Check that the parameters that are gathered together have one dtype.
+    """Check that the trained parameters that are gathered together have one dtype; frozen ones may have others.
 
     Raises:
         UsageError: those of a block, or those outside of all blocks, have several.
@@ -95,23 +95,23 @@ def check_uniform_dtypes(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     rest = [parameter for parameter in model.parameters() if parameter not in in_blocks]
     names = {parameter: name for name, parameter in model.named_parameters()}
     for unit in (*(list(block.parameters()) for block in blocks), rest):
-        first = {parameter.dtype: parameter for parameter in reversed(unit)}
+        first = {parameter.dtype: parameter for parameter in reversed(unit) if parameter.requires_grad}
         if len(first) > 1:
             kinds = ", ".join(f"{names[p]} is {str(dtype).removeprefix('torch.')}" for dtype, p in first.items())
             raise UsageError(
-                f"strategy=fsdp gathers parameters of one type together, and {kinds}: build the model in float32, or "
-                "type strategy=ddp"
+                f"strategy=fsdp gathers trained parameters of one type together, and {kinds}: build the model in "
+                "float32, or type strategy=ddp"
             )
 
 
-def refuse_gathered(model: nn.Module) -> None:
-    """After a backward pass, all parameters are sharded again, unless it has run a block of the model several times.
+def refuse_gathered(gathered: Mapping[str, torch.Tensor]) -> None:
+    """After an update's last backward pass, no gathered parameter has a gradient: the sums are in the sharded ones.
 
     Raises:
-        UsageError: a parameter is not: a part of its gradient was not summed over the workers.
+        UsageError: one has, as the backward pass has run a block several times: that was not summed over the workers.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.grad is not None and not isinstance(parameter, DTensor):
+    for name, parameter in gathered.items():
+        if parameter.grad is not None:
             raise UsageError(
                 f"strategy=fsdp: the gradient of {name} was not summed over the workers, as happens with reentrant "
                 "checkpoints of a block that is used twice: no step was taken; checkpoint with use_reentrant=False"

@@ -99,8 +99,9 @@ class GradientUse:
         if gradient is not None and self._counts:
             self._seen.add(name)
 
-    def begin_micro_batch(self) -> None:
-        self._counts = True
+    def begin_micro_batch(self, *, counts: bool) -> None:
+        """`counts`: it is not padding, which uses no parameter."""
+        self._counts = counts
 
     def ignore_micro_batch(self) -> None:
         """Leave out the current micro-batch: its loss counts nothing, and all parameters get zeros from it."""
@@ -122,7 +123,7 @@ class GradientUse:
         return self._unused
 
     def _compare_ranks(self, seen: set[str]) -> frozenset[str]:
-        """The parameters that no rank used. Ranks on which nothing counted have no say."""
+        """The parameters that no rank used; none if nothing counted. Ranks on which nothing counted have no say."""
         used = torch.tensor([*(name in seen for name in self._names), bool(seen)], device=self._device).float()
         if dist.get_world_size() > 1:
             dist.all_reduce(used)
@@ -130,7 +131,7 @@ class GradientUse:
         partly = [name for name, count in zip(self._names, counts, strict=True) if 0 < count < ranks]
         if partly and not self._may_vary:
             raise make_unreduced_error(partly, dist.get_rank(), self._fix)
-        unused = frozenset(name for name, count in zip(self._names, counts, strict=True) if not count)
-        if ranks:
-            self._unused = unused
-        return unused
+        if not ranks:
+            return frozenset()
+        self._unused = frozenset(name for name, count in zip(self._names, counts, strict=True) if not count)
+        return self._unused

@@ -100,6 +100,10 @@ def fewer_blocks_on_rank_1(model: Parts, x: torch.Tensor, at: At) -> torch.Tenso
     return model(x, blocks=3 - (at.update == 1) * at.rank)
 
 
+def leave_out_target(model: Parts, x: torch.Tensor, _: At) -> torch.Tensor:
+    return model(x, aux=False) * torch.nan
+
+
 USES: dict[str, Callable[[Parts, torch.Tensor, At], torch.Tensor]] = {
     "whole": use_whole,
     "parts": use_parts,
@@ -111,7 +115,16 @@ USES: dict[str, Callable[[Parts, torch.Tensor, At], torch.Tensor]] = {
     "frozen later": freeze_aux_later,
     "reentrant": use_twice_reentrant,
     "fewer blocks": fewer_blocks_on_rank_1,
+    "padding without aux": use_aux_if(lambda at: False),
+    "aux in padding": use_aux_if(lambda at: at.rank == 1),
+    "aux only in padding": use_aux_if(lambda at: at.rank == 1 and at.update != 1),
+    "no target": leave_out_target,
 }
+
+
+def is_padding(use: str, at: At) -> bool:
+    """Rank 1 has no samples, except in the second update."""
+    return use in ("padding without aux", "aux in padding", "aux only in padding") and at.rank == 1 and at.update != 1
 
 
 def make_config(name: str) -> RunConfig:
@@ -120,7 +133,8 @@ def make_config(name: str) -> RunConfig:
     settings: dict[str, Any] = {option: True for option in options if not option.isdecimal()}
     if stages := [int(option) for option in options if option.isdecimal()]:
         settings["stage"] = stages[0]
-    config = replace(RunConfig(), optimizer={"_target_": "torch.optim.SGD", "momentum": 0.9, "weight_decay": 0.1})
+    decay = 0.0 if settings.pop("undecayed", False) else 0.1
+    config = replace(RunConfig(), optimizer={"_target_": "torch.optim.SGD", "momentum": 0.9, "weight_decay": decay})
     if strategy == "exact":
         return replace(config, elastic=ElasticConfig(exact=True, shards=2))
     return replace(config, strategy=StrategyConfig(name=strategy, **settings))  # type: ignore[arg-type]
@@ -141,15 +155,18 @@ def draw(at: At) -> tuple[torch.Tensor, torch.Tensor]:
 
 def compute_loss(use: str, at: At, model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> Loss:
     x, y = batch
-    return Loss(mse_loss(USES[use](model, x, at), y, reduction="sum"), SIZE)
+    total = mse_loss(USES[use](model, x, at), y, reduction="sum")
+    return Loss(total, 0 if use == "no target" else SIZE)
 
 
 def train(replica: Replica, use: str, ranks: list[int]) -> Iterator[int]:
     """Train on the micro-batches of these ranks; yield each update that was completed."""
     for update in range(UPDATES):
         places = [At(update, rank, micro) for rank in ranks for micro in range(MICRO_BATCHES)]
+        if len(ranks) > 1:  # one worker has no padding
+            places = [at for at in places if not is_padding(use, at)]
         for at in places:
-            with replica.micro_batch(last=at == places[-1], is_padding=False, shard=at.rank):
+            with replica.micro_batch(last=at == places[-1], is_padding=is_padding(use, at), shard=at.rank):
                 loss = replica.compute_loss(partial(compute_loss, use, at), draw(at))
                 replica.backward(loss.total, SAMPLES)
         replica.step(0.05, None, 1.0, None)
@@ -184,7 +201,7 @@ def run_case(case: str, store: dist.Store, rank: int) -> Outcome:
         outcome.seconds = time.monotonic() - start
         dist.destroy_process_group()
     if not outcome.error and rank == 0:
-        plain = make_replica(make_config("ddp"), 1)
+        plain = make_replica(make_config("ddp undecayed" if "undecayed" in strategy else "ddp"), 1)
         for _ in train(plain, use, list(range(WORLD))):
             pass
         expected = plain.full_state().model

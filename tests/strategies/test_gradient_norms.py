@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launcher.config.schema import ElasticConfig, RunConfig
+from launcher.config.schema import ElasticConfig, RunConfig, StrategyConfig
 from launcher.distributed.rank_stats import GatheredStats, RankStats
 from launcher.goodput.noise_scale import NoiseScale, estimate_variance_and_square
 from launcher.plan.batch import BatchPlan
@@ -20,6 +20,7 @@ from launcher.plan.timeline import Update
 from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.exact import ExactReplica
+from launcher.strategies.fsdp import FsdpReplica
 from launcher.strategies.gradient_norms import compute_norms
 from launcher.strategies.interface import Replica, ReplicaArgs, StepResult
 from launcher.strategies.precision import Precision
@@ -171,6 +172,41 @@ def test_chunking_does_not_affect_norms(monkeypatch: pytest.MonkeyPatch) -> None
     assert float(run_update(ddp(), [6, 6]).group_sq_norm_sum) == pytest.approx(float(whole), rel=1e-12)
     monkeypatch.setattr("launcher.strategies.gradient_norms.PIECE_NUMEL", 10)
     assert float(run_update(ddp(), [6, 6]).group_sq_norm_sum) == pytest.approx(float(whole), rel=1e-12)
+
+
+def test_forward_pass_before_training_does_not_affect_fsdp_norms() -> None:
+    """Without resharding, it leaves the blocks gathered when the whole model is called in training."""
+    plain = run_update(ddp(), [7, 5])
+    strategy = StrategyConfig(name="fsdp", reshard_after_forward=False)
+    made = Precision.from_name("fp64", CPU)
+    net = cast(nn.Sequential, model())
+    config = replace(RUN, strategy=strategy)
+    replica = FsdpReplica(ReplicaArgs(net, config, 1, made, StageClock(HostTimer()), blocks=[net[-1]]))
+    with torch.no_grad():
+        compute_total(replica, slice(0, 1))
+    sharded = run_update(replica, [7, 5])
+    assert float(sharded.group_sq_norm_sum) == pytest.approx(float(plain.group_sq_norm_sum), rel=1e-12)
+
+
+class CountedWalks(nn.Linear):
+    walks = 0
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self.walks += 1
+        return super().named_parameters(*args, **kwargs)
+
+
+def test_frozen_block_is_searched_for_trained_parameters_once() -> None:
+    frozen = CountedWalks(5, 5, dtype=torch.float64).requires_grad_(False)
+    net = nn.Sequential(frozen, model())
+    config = replace(RUN, strategy=StrategyConfig(name="fsdp"))
+    made = Precision.from_name("fp64", CPU)
+    replica = FsdpReplica(ReplicaArgs(net, config, 1, made, StageClock(HostTimer()), blocks=[frozen]))
+    run_update(replica, [7, 5])
+    before = frozen.walks
+    run_update(replica, [4, 4, 4])
+    assert before > 0
+    assert frozen.walks == before
 
 
 @pytest.mark.parametrize(("world", "first"), [(1, 40), (2, 200)])

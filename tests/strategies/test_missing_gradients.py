@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from launcher.strategies.missing_gradients import GradientUse
 from tests.helpers.jobs import make_env
 
 pytestmark = pytest.mark.process
@@ -26,13 +29,16 @@ REFUSED = {
     "deepspeed 2": {"never": 0, "rank 0": 0, "not in update 2": 2},
 }
 LEFT_OUT = ["never", "rank 0", "not in update 2", "not in the last micro-batch", "once", "frozen later"]
+PADDING = ["padding without aux", "aux only in padding"]
 EQUAL = {
     "ddp": ["whole", "parts"],
     "exact": ["whole", "parts", "never", "not in update 2"],
-    "ddp find_unused_parameters": ["whole", "parts", *LEFT_OUT, "fewer blocks"],
-    "ddp static_graph": ["whole", "parts", "never", "rank 0", "not in the last micro-batch", "reentrant"],
-    "fsdp": ["whole", "parts", "never", "not in the last micro-batch"],
-    "fsdp find_unused_parameters": ["whole", "parts", *LEFT_OUT],
+    "ddp find_unused_parameters": ["whole", "parts", *LEFT_OUT, "fewer blocks", *PADDING, "aux in padding"],
+    "ddp static_graph": ["whole", "parts", "never", "rank 0", "not in the last micro-batch", "reentrant", PADDING[0]],
+    "fsdp": ["whole", "parts", "never", "not in the last micro-batch", *PADDING],
+    "fsdp find_unused_parameters": ["whole", "parts", *LEFT_OUT, *PADDING, "aux in padding"],
+    "deepspeed 0 undecayed": PADDING,
+    "deepspeed 2 undecayed": [PADDING[0]],
     **{f"deepspeed {stage}": ["whole", "parts"] for stage in range(4)},
 }
 
@@ -46,7 +52,7 @@ def run_cases(folder: Path, kind: str) -> dict[str, list[dict[str, Any]]]:
     }
     cases = [f"{strategy}: {use}" for strategy, names in uses.items() for use in names]
     if kind == "torch":
-        cases.append("ddp: reentrant")
+        cases += ["ddp: reentrant", "ddp static_graph: no target"]
     ranks = [
         subprocess.Popen(
             [sys.executable, str(CASES), str(folder), str(rank), *cases],
@@ -114,6 +120,28 @@ def test_reentrant_checkpoints_name_the_static_graph(torch_outcomes: dict[str, l
     for outcome in torch_outcomes["ddp: reentrant"]:
         assert (outcome["kind"], outcome["steps"]) == ("TrainingFailed", 0)
         assert "strategy.static_graph=true" in outcome["error"]
+
+
+def test_static_graph_refuses_a_micro_batch_without_a_target(torch_outcomes: dict[str, list[dict[str, Any]]]) -> None:
+    for outcome in torch_outcomes["ddp static_graph: no target"]:
+        assert (outcome["kind"], outcome["steps"]) == ("TrainingFailed", 0)
+        assert "a micro-batch without a target cannot be combined with strategy.static_graph=true" in outcome["error"]
+
+
+def test_update_in_which_nothing_counts_shows_nothing_about_use() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        use = GradientUse(["weight", "other"], torch.device("cpu"))
+        use.register("weight", weight)
+        use.begin_micro_batch(counts=False)
+        weight.sum().backward()
+        assert use.end_update() == frozenset()
+        use.begin_micro_batch(counts=True)
+        weight.sum().backward()
+        assert use.end_update() == {"other"}
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow

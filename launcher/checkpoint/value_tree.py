@@ -60,6 +60,8 @@ class TreeEncoder:
         if isinstance(value, torch.Tensor):
             return {"tensor": self.add_tensor(value, place)}
         if is_plain(value):
+            if type(value) is int and value in self._names:
+                raise UnsavableValueError(place, f"id({self._names[value]}), which is another one after a restart")
             return {"value": value}
         if type(value) not in KIND_NAMES or not depth:
             raise UnsavableValueError(place, describe_kind(value) if depth else "nested too deeply")

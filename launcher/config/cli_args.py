@@ -140,9 +140,10 @@ def _parse_shard(value: str) -> tuple[int, int]:
 def _describe_unknown_flag(flag: str) -> str:
     if flag in UNSUPPORTED_FLAGS:
         return f"{flag} is not supported: type {UNSUPPORTED_FLAGS[flag]}"
+    setting = find_by_other_name(flag.lstrip("-"))
     match = closest_match(flag, [*SWITCHES, *OPTIONS, "--help"])
-    if match:
+    if match and not setting:
         return f"{flag} is not a flag: did you mean {match}?"
-    setting = find_by_other_name(flag.lstrip("-")) or "batch.per_device=32"
+    setting = setting or "batch.per_device=32"
     example = setting if "=" in setting else f"{setting}=..."
     return f"{flag} is not a flag: overrides are typed without dashes, e.g. {example}; see launcher --help"

@@ -108,6 +108,7 @@ NAMES_BY_SETTING: Mapping[str, str] = {
     "elastic.first_timeout_s": "elastic.first_s",
     "elastic.hang_timeout_s": "elastic.hang_s",
     "elastic.allow_idle": "elastic.idle",
+    "elastic.exact": "deterministic reproducible",
     "strategy.param_dtype": "strategy.gather",
     "strategy.meta_init": "strategy.meta",
     "strategy.reshard_after_forward": "strategy.reshard",

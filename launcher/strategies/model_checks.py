@@ -51,6 +51,7 @@ def check_model(model: nn.Module, config: RunConfig, device: torch.device) -> No
                 "supported: keep a float parameter and use torch.view_as_complex in forward()"
             )
         if parameter.requires_grad:
+            check_parameter_hooks(name, parameter, config)
             refuse_sparse_gradient(name, parameter)
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
@@ -62,6 +63,25 @@ def check_model(model: nn.Module, config: RunConfig, device: torch.device) -> No
             check_sync_batchnorm(path, config, device)
     if config.strategy.name == "deepspeed":
         check_deepspeed_parameters(model)
+
+
+def check_parameter_hooks(name: str, parameter: nn.Parameter, config: RunConfig) -> None:
+    """Check that the strategy runs the hooks that model() registered on a parameter.
+
+    Raises:
+        UsageError: it does not, or they see gradients before these are summed over micro-batches and ranks.
+    """
+    if getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise UsageError(
+            f"{name} has a hook after its gradient is accumulated (such as an optimizer step in the backward pass), "
+            "which would run before the sum over micro-batches and workers: leave "
+            "register_post_accumulate_grad_hook out"
+        )
+    if parameter._backward_hooks and config.strategy.name != "ddp":
+        raise UsageError(
+            f"strategy={config.strategy.name} replaces {name}, whose gradient hook would be lost: leave "
+            "register_hook out, or type strategy=ddp"
+        )
 
 
 def refuse_sparse_gradient(name: str, parameter: nn.Parameter) -> None:

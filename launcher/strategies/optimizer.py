@@ -58,6 +58,8 @@ def make_optimizer(
         optimizer = optimizer_class(param_groups, lr=float(config.lr.base or 1.0), **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as problem:
         why = str(problem) or f"{type(problem).__name__} in its __init__"
+        if "'lr'" in why:
+            why += ". The launcher sets the learning rate of every update, so an optimizer without lr= cannot be used"
         raise UsageError(f"optimizer={optimizer_class.__name__} does not take these arguments: {why}") from problem
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(

@@ -61,3 +61,12 @@ def test_tensors_are_kept_apart_under_keys_of_their_own() -> None:
 def test_other_values_are_refused_by_place_and_kind(value: Any, named: str) -> None:
     with pytest.raises(UnsavableValueError, match=named):
         TreeEncoder({}).encode(value, "here")
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_ids_of_parameters_are_refused(keyed: bool) -> None:
+    """A restarted process has others, so what they stand for would be lost without a word."""
+    parameter = torch.zeros(1)
+    value = {id(parameter): 1} if keyed else [id(parameter)]
+    with pytest.raises(UnsavableValueError, match=r"id\(weight\), which is another one after a restart"):
+        TreeEncoder({}, {id(parameter): "weight"}).encode(value, "self.seen")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from launcher.errors import TrainingFailed
 from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.interface import ReplicaArgs
+from launcher.strategies.loss_module import LossModule, run_loss
 from launcher.strategies.precision import Precision
 from launcher.strategies.training_loss import (
     contribute_nothing,
@@ -53,6 +56,37 @@ def test_what_cannot_be_trained_on_is_refused(loss: Any, message: str) -> None:
         read_training_loss(loss)
     assert message in str(refused.value)
     assert "recipe.loss" in str(refused.value)
+
+
+class NamedLoss(NamedTuple):
+    total: Any
+    count: Any
+
+
+@pytest.mark.parametrize("metrics", [{}, {"metrics": {"hits": 2}}])
+@pytest.mark.parametrize("training", [True, False])
+def test_other_objects_with_the_same_attributes_are_losses(metrics: dict[str, Any], training: bool) -> None:
+    precision = Precision.from_name("fp32", torch.device("cpu"))
+    config = RunConfig(optimizer={"_target_": "torch.optim.SGD"})
+    replica = DdpReplica(ReplicaArgs(nn.Linear(2, 1), config, 1, precision, StageClock(HostTimer())))
+
+    def compute(model: nn.Module, batch: torch.Tensor) -> Any:
+        total = model(batch).sum()
+        return SimpleNamespace(total=total, count=3, **metrics) if metrics else NamedLoss(total, 3)
+
+    with torch.set_grad_enabled(training):
+        loss = replica.compute_loss(compute, torch.ones(3, 2))
+    assert (type(loss), loss.count, loss.metrics) == (Loss, 3, metrics.get("metrics", {}))
+    assert loss.total.requires_grad == training
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(()), (torch.ones(()), 3), None])
+def test_validation_refuses_what_is_no_loss(wrong: Any) -> None:
+    with (
+        torch.no_grad(),
+        pytest.raises(TrainingFailed, match=r"recipe\.loss returned a .*: return Loss\(total, count\)"),
+    ):
+        run_loss(LossModule(nn.Linear(2, 1)), lambda model, batch: wrong, None)
 
 
 def test_graph_that_reaches_no_parameter_is_found() -> None:
@@ -114,3 +148,33 @@ def test_loss_scale_starts_lower_for_a_loss_that_counts_many_items() -> None:
     assert precision.scale() == 64
     precision.lower_scale(10.0)  # never raised
     assert precision.scale() == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, total: model.zero_grad(),
+        lambda model, total: model.weight.grad.clamp_(-1, 1),
+        lambda model, total: total.backward(retain_graph=True),
+    ],
+)
+def test_loss_that_changes_gradients_is_refused(change: Any) -> None:
+    """The gradients of earlier micro-batches would be lost, so the result would depend on how the batch is split."""
+    precision = Precision.from_name("fp32", torch.device("cpu"))
+    config = RunConfig(optimizer={"_target_": "torch.optim.SGD"})
+    replica = DdpReplica(ReplicaArgs(nn.Linear(2, 3), config, 1, precision, StageClock(HostTimer())))
+
+    def compute(model: nn.Module, batch: torch.Tensor, *, changes: bool) -> Loss:
+        total = model(batch).sum()
+        if changes:
+            change(model, total)
+        return Loss(total, len(batch))
+
+    for last in (False, True):
+        with replica.micro_batch(last=last, is_padding=False, shard=0):
+            if last:
+                with pytest.raises(TrainingFailed, match=r"^recipe\.loss changes the gradients"):
+                    replica.compute_loss(partial(compute, changes=True), torch.randn(4, 2))
+            else:
+                loss = replica.compute_loss(partial(compute, changes=False), torch.randn(4, 2))
+                replica.backward(loss.total, 8, 4.0)

@@ -11,6 +11,8 @@ from launcher.config.schema import LrConfig, RunConfig, StrategyConfig
 from launcher.errors import UsageError
 from launcher.strategies.elementwise import check_elementwise
 
+CPU = torch.device("cpu")
+
 
 class Elementwise(torch.optim.AdamW):
     pass
@@ -36,6 +38,20 @@ class MatricesOnly(torch.optim.SGD):
             raise ValueError("only matrices")
 
 
+class NeedsGpu(torch.optim.SGD):
+    """As kernels for one kind of device."""
+
+    def step(self, closure: Any = None) -> None:
+        raise RuntimeError("CUDA only")
+
+
+class Misspelt(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        if self.param_groups[0]["params"][0].ndim == 1:
+            raise TypeError("rows and\ncolumns")
+        super().step()
+
+
 def make_config(name: str, **options: Any) -> RunConfig:
     return RunConfig(
         recipe={"trust": [__name__]},
@@ -46,10 +62,25 @@ def make_config(name: str, **options: Any) -> RunConfig:
 
 
 def test_elementwise_optimizer_passes() -> None:
-    check_elementwise(make_config("Elementwise", weight_decay=0.1))
+    check_elementwise(make_config("Elementwise", weight_decay=0.1), CPU)
 
 
-@pytest.mark.parametrize("name", ["ScaledByNorm", "MatricesOnly"])
-def test_optimizer_of_whole_parameters_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=rf"optimizer={name} does not treat each element .*strategy\.stage=2"):
-        check_elementwise(make_config(name))
+def test_optimizer_that_cannot_step_the_whole_parameter_is_not_judged() -> None:
+    check_elementwise(make_config("NeedsGpu"), CPU)
+
+
+def test_error_on_pieces_is_named() -> None:
+    with pytest.raises(UsageError, match=r"optimizer=Misspelt cannot step .* \(TypeError: rows and columns\), and"):
+        check_elementwise(make_config("Misspelt"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("ScaledByNorm", "does not treat each element of a parameter by itself"),
+        ("MatricesOnly", r"cannot step flat pieces of a parameter \(ValueError: only matrices\)"),
+    ],
+)
+def test_optimizer_of_whole_parameters_is_refused(name: str, why: str) -> None:
+    with pytest.raises(UsageError, match=rf"optimizer={name} {why}, and strategy\.stage=2"):
+        check_elementwise(make_config(name), CPU)

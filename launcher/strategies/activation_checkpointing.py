@@ -59,6 +59,8 @@ class _CheckpointedForward:
         self._forward = block.forward
         self._block = block
 
+    # A trace of it would change buffers twice. What the block computes is compiled all the same.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)

@@ -136,7 +136,7 @@ class BaseReplica:
         yield
         if parameter.grad is not before or (before is not None and before._version != version):
             raise TrainingFailed(
-                "recipe.loss changes the gradients of the model (by backward, zero_grad or clipping), which are those of "
+                "recipe.loss changes the gradients of the model (by backward, zero_grad or clipping), which belong to "
                 "earlier micro-batches: leave them alone and return the loss; train.clip_norm clips the gradient"
             )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
@@ -44,8 +46,13 @@ class BufferCopy(NamedTuple):
         self.module._buffers[self.name] = values if values is None or tensor is None else write_values(tensor, values)
 
 
+#: A registered buffer with its module and name; None where it is not set.
+BufferEntry = tuple[nn.Module, str, torch.Tensor | None]
+GET_CHILDREN, GET_BUFFERS = attrgetter("_modules"), attrgetter("_buffers")
+
+
 def list_modules(model: nn.Module) -> list[nn.Module]:
-    """Every module once, in a fixed order; faster than `model.modules()`, since each update calls it."""
+    """Every module once, in a fixed order; faster than `model.modules()`."""
     modules, seen = [model], {id(model)}
     for module in modules:  # the list grows while it is read
         for child in module._modules.values():
@@ -55,12 +62,32 @@ def list_modules(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
-def iter_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor | None]]:
+def iter_buffers(model: nn.Module) -> Iterator[BufferEntry]:
     """Every registered buffer with its module and name; None where it is not set."""
-    for module in list_modules(model):
-        if module._buffers:
-            for name, tensor in module._buffers.items():
-                yield module, name, tensor
+    yield from BufferLookup(model).list_entries()
+
+
+class BufferLookup:
+    """Looks up the buffers that a model has now. Each update does so, so no Python code runs for each module.
+
+    The modules are listed again only if one was added, removed or replaced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list_modules(model)
+        self._children = self._list_children()
+
+    def list_entries(self) -> list[BufferEntry]:
+        children = self._list_children()
+        if len(children) != len(self._children) or not all(map(is_, children, self._children)):
+            self._modules = list_modules(self._modules[0])
+            self._children = self._list_children()
+        filled = filter(GET_BUFFERS, self._modules)
+        return [(module, name, tensor) for module in filled for name, tensor in module._buffers.items()]
+
+    def _list_children(self) -> list[nn.Module | None]:
+        parents = filter(None, map(GET_CHILDREN, self._modules))
+        return list(chain.from_iterable(map(dict.values, parents)))
 
 
 def get_buffer(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -72,19 +99,19 @@ class BufferSnapshot:
     """The buffers of a model at the latest `take`, which reuses the memory of earlier copies."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.buffers: list[BufferCopy] = []
-        self._model = model
+        self.buffers: list[BufferCopy] = []  # the same list until a buffer is added, removed or replaced
+        self._lookup = BufferLookup(model)
 
     @torch.no_grad()
     def take(self) -> None:
-        current = list(iter_buffers(self._model))
+        current = self._lookup.list_entries()
         if not self._are_same_tensors(current):
             earlier = [*self.buffers, *[None] * len(current)][: len(current)]
             self.buffers = [make_copy(*buffer, before) for buffer, before in zip(current, earlier, strict=True)]
         if copies := [buffer.copy for buffer in self.buffers if buffer.copy is not None]:
             torch._foreach_copy_(copies, [buffer.tensor for buffer in self.buffers if buffer.tensor is not None])
 
-    def _are_same_tensors(self, current: Sequence[tuple[nn.Module, str, torch.Tensor | None]]) -> bool:
+    def _are_same_tensors(self, current: Sequence[BufferEntry]) -> bool:
         """Whether every buffer is still the tensor that it was. It compares little, since each update calls it."""
         return len(current) == len(self.buffers) and all(
             known is tensor and (known is None or known.shape == copy.shape)  # type: ignore[union-attr]
@@ -97,8 +124,13 @@ class BufferSnapshot:
 
         A buffer that was registered since has no earlier value. It stays if it is finite and `keep_new`.
         """
+        current = self._lookup.list_entries()
+        if self._can_write_all(current):
+            if tensors := [buffer.tensor for buffer in self.buffers if buffer.tensor is not None]:
+                torch._foreach_copy_(tensors, [buffer.copy for buffer in self.buffers if buffer.copy is not None])
+            return
         known = {(id(buffer.module), buffer.name) for buffer in self.buffers}
-        for module, name, tensor in list(iter_buffers(self._model)):
+        for module, name, tensor in current:
             if (id(module), name) not in known and not (keep_new and is_finite(tensor)):
                 del module._buffers[name]
         for buffer in self.buffers:
@@ -107,7 +139,7 @@ class BufferSnapshot:
     @torch.no_grad()
     def restore_unless(self, condition: torch.Tensor) -> None:
         """Restore unless a device scalar is true; the host waits for it if a buffer is new or has changed its shape."""
-        current = list(iter_buffers(self._model))
+        current = self._lookup.list_entries()
         if not self._are_same_tensors(current) and not self._have_same_layouts(current):
             if not bool(condition):
                 self.restore()
@@ -121,7 +153,18 @@ class BufferSnapshot:
                 # what was assigned is not written to: it may be the memory of something else, such as a parameter
                 module._buffers[name] = torch.where(condition, tensor.detach(), buffer.copy)
 
-    def _have_same_layouts(self, current: Sequence[tuple[nn.Module, str, torch.Tensor | None]]) -> bool:
+    def have_same_layouts(self) -> bool:
+        """Whether the model has the same buffers with the same shapes, dtypes and devices."""
+        return self._have_same_layouts(self._lookup.list_entries())
+
+    def _can_write_all(self, current: Sequence[BufferEntry]) -> bool:
+        """Whether every buffer is still the tensor that it was, and can be written to."""
+        return self._have_same_layouts(current) and all(
+            buffer.tensor is tensor and (tensor is None or buffer.is_writable)
+            for buffer, (_, _, tensor) in zip(self.buffers, current, strict=True)
+        )
+
+    def _have_same_layouts(self, current: Sequence[BufferEntry]) -> bool:
         return len(current) == len(self.buffers) and all(
             buffer.module is module and buffer.name == name and have_same_layout(buffer.copy, tensor)
             for buffer, (module, name, tensor) in zip(self.buffers, current, strict=True)

@@ -23,6 +23,9 @@ from launcher.strategies.loss_module import LossFn
 
 __all__ = ["ExactReplica"]
 
+#: A buffer with its values before the update.
+SavedBuffer = tuple[BufferCopy, torch.Tensor]
+
 
 class ExactReplica(DdpReplica):
     """DDP's optimizer step, on gradients that are summed in a fixed order.
@@ -51,6 +54,9 @@ class ExactReplica(DdpReplica):
         self._training_ranks = num_training_ranks(world, config.elastic.shards)
         self._shards = config.elastic.shards // self._training_ranks if self._rank < self._training_ranks else 0
         self._shard0_counters: list[torch.Tensor] = []
+        self._listed: list[BufferCopy] = []  # the buffers that `_mean_buffers` and `_counters` are among
+        self._mean_buffers: list[SavedBuffer] = []
+        self._counters: list[SavedBuffer] = []
         self._gradient_numel = sum(parameter.numel() for parameter in self._parameters)
         self._tree = TreeSum()
         self._shard: int | None = None
@@ -104,15 +110,24 @@ class ExactReplica(DdpReplica):
         parts = [*gradients, *(value for value, _ in values), *changed, flags]
         return torch.cat([part.reshape(-1).to(dtype) for part in parts])
 
-    def _list_mean_buffers(self) -> list[tuple[BufferCopy, torch.Tensor]]:
+    def _list_mean_buffers(self) -> list[SavedBuffer]:
         """The floating-point buffers of this update, with their values before it."""
-        pairs = ((buffer, buffer.copy) for buffer in self._buffers_before.buffers)
-        return [(buffer, saved) for buffer, saved in pairs if saved is not None and saved.is_floating_point()]
+        self._sort_buffers()
+        return self._mean_buffers
 
-    def _list_counters(self) -> list[tuple[BufferCopy, torch.Tensor]]:
+    def _list_counters(self) -> list[SavedBuffer]:
         """The other buffers of this update, with their values before it."""
-        pairs = ((buffer, buffer.copy) for buffer in self._buffers_before.buffers)
-        return [(buffer, saved) for buffer, saved in pairs if saved is not None and not saved.is_floating_point()]
+        self._sort_buffers()
+        return self._counters
+
+    def _sort_buffers(self) -> None:
+        """Sort the buffers into these two kinds, once for each list of them that a snapshot makes."""
+        if self._listed is self._buffers_before.buffers:
+            return
+        self._listed = self._buffers_before.buffers
+        pairs = [(buffer, buffer.copy) for buffer in self._listed if buffer.copy is not None]
+        self._mean_buffers = [(buffer, saved) for buffer, saved in pairs if saved.is_floating_point()]
+        self._counters = [(buffer, saved) for buffer, saved in pairs if not saved.is_floating_point()]
 
     def _get_value(self, buffer: BufferCopy) -> torch.Tensor:
         """The buffer's value in this shard; of a cache that grew in it, the value before."""
@@ -207,6 +222,8 @@ def check_shapes_of_buffers(model: nn.Module, before: BufferSnapshot) -> None:
     Raises:
         UsageError: names the buffer.
     """
+    if before.have_same_layouts():
+        return
     shapes = {(id(buffer.module), buffer.name): buffer.copy for buffer in before.buffers}
     for path, module in model.named_modules():
         for name, tensor in module._buffers.items():

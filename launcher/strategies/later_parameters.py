@@ -10,8 +10,9 @@ __all__ = ["LaterParameters"]
 class LaterParameters:
     """Parameters that are frozen at the start and need a gradient later, or are made or replaced during training.
 
-    The frozen ones are looked at in every micro-batch; all others in the first and then ever more rarely, since that
-    walks through the whole model. `same_tensors`: the strategy never replaces a parameter itself.
+    The frozen ones are looked at once per update, in its last micro-batch; all others in the first update and then ever
+    more rarely, since that walks through the whole model. `same_tensors`: the strategy never replaces a parameter
+    itself.
     """
 
     def __init__(self, model: nn.Module, *, same_tensors: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from launcher.recipe import Loss
+from launcher.strategies.training_loss import make_loss
 
 __all__ = ["LossFn", "LossModule", "run_loss"]
 
@@ -41,7 +42,7 @@ def run_loss(wrapped: nn.Module, loss_fn: LossFn, batch: Any) -> Loss:
     losses: list[Loss] = []
 
     def compute(model: nn.Module) -> torch.Tensor:
-        losses[:] = [loss_fn(model, batch)]
+        losses[:] = [make_loss(loss_fn(model, batch))]
         total: torch.Tensor = losses[0].total
         return total
 

@@ -38,6 +38,8 @@ TORCH_ATTRIBUTES = frozenset(
         *("_need_device_dtype_check_for_fused", "_step_supports_amp_scaling", "_opt_called", "found_inf", "grad_scale"),
     }
 )
+#: What torch's optimizers keep in host memory, unless they are fused or capturable; NAdam has the second.
+HOST_COUNTS = frozenset({"step", "mu_product"})
 #: Reads a tensor of a sharded parameter's shape as the same shard, by its key.
 ShardedRead = Callable[[str, DTensor], torch.Tensor]
 
@@ -53,6 +55,8 @@ class OptimizerState:
         self._parameters = dict(model.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._names_by_group = [[self._names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        numbered = enumerate(self._names_by_group)
+        self._group_numbers = {name: number for number, names in numbered for name in names}
         self._given = GIVEN_ENTRIES | ({"momentum", "betas"} if schedules_momentum else set())
         self._made_entries = [self._make_fingerprints(entries) for entries in self._list_entries()]
         self._made_attributes = self._make_fingerprints(self._get_attributes())
@@ -287,11 +291,18 @@ class OptimizerState:
         return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=device).copy_(value)
 
     def _choose_device(self, key: str, value: torch.Tensor, facts: Mapping[str, Any]) -> torch.device:
-        """As torch does: a step count is in host memory unless the optimizer is fused or capturable."""
-        is_torch_step = key.endswith("/step") and type(self._optimizer).__module__.startswith("torch.optim")
-        group = self._optimizer.param_groups[0]
-        on_cpu = is_torch_step and not value.ndim and not (group.get("fused") or group.get("capturable"))
-        return torch.device("cpu") if on_cpu or key in facts.get("on_cpu", ()) else self._get_device(key)
+        """As torch does: a step count is in host memory unless the optimizer, as it is now, is fused or capturable.
+
+        Only for other values does it matter where they were when they were saved.
+        """
+        name, _, slot = key.rpartition("/")
+        group = self._optimizer.param_groups[self._group_numbers.get(name, 0)]
+        if slot in HOST_COUNTS and not value.ndim:
+            if group.get("fused") or group.get("capturable"):
+                return self._get_device(key)
+            if slot == "step" and type(self._optimizer).__module__.startswith("torch.optim"):
+                return torch.device("cpu")
+        return torch.device("cpu") if key in facts.get("on_cpu", ()) else self._get_device(key)
 
 
 def check_optimizer_class(optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:

@@ -16,7 +16,14 @@ from torch import nn
 from launcher.errors import TrainingFailed
 from launcher.recipe import Loss
 
-__all__ = ["contribute_nothing", "contribute_zeros", "get_finite_value", "reaches_parameter", "read_training_loss"]
+__all__ = [
+    "contribute_nothing",
+    "contribute_zeros",
+    "get_finite_value",
+    "make_loss",
+    "reaches_parameter",
+    "read_training_loss",
+]
 
 
 def read_training_loss(loss: Any) -> Loss:
@@ -25,10 +32,7 @@ def read_training_loss(loss: Any) -> Loss:
     Raises:
         TrainingFailed: the total or the count is not a number, or there is no gradient though something was counted.
     """
-    if not hasattr(loss, "total") or not hasattr(loss, "count"):
-        raise TrainingFailed(
-            f"recipe.loss returned a {type(loss).__name__}: return Loss(total, count) of launcher.recipe"
-        )
+    loss = make_loss(loss)
     count = read_count(loss.count)
     total = loss.total
     if not isinstance(total, torch.Tensor):
@@ -47,6 +51,21 @@ def read_training_loss(loss: Any) -> Loss:
     if not trained:
         total = total.detach()
     return replace(loss, total=total.sum() if total.dim() else total, count=count)
+
+
+def make_loss(loss: Any) -> Loss:
+    """What loss() returned as a `Loss`; another object, as a named tuple, may have the same attributes.
+
+    Raises:
+        TrainingFailed: it has no total or no count.
+    """
+    if isinstance(loss, Loss):
+        return loss
+    if not hasattr(loss, "total") or not hasattr(loss, "count") or callable(loss.count):
+        raise TrainingFailed(
+            f"recipe.loss returned a {type(loss).__name__}: return Loss(total, count) of launcher.recipe"
+        )
+    return Loss(loss.total, loss.count, getattr(loss, "metrics", {}))
 
 
 def read_count(count: Any) -> float:

@@ -63,6 +63,31 @@ def test_recomputed_block_gives_same_results() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("with_buffers", [True, False])
+def test_recomputed_blocks_of_a_compiled_model_give_same_results(with_buffers: bool) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return (
+            nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
+            if not with_buffers
+            else model()
+        )
+
+    plain, compiled = build(), build()
+    apply_activation_checkpointing(find_blocks(compiled))
+    torch.compiler.reset()
+    compiled.compile(backend="aot_eager")
+    x = torch.randn(6, 8)
+    for _ in range(2):
+        for net in (plain, compiled):
+            torch.manual_seed(1)
+            net(x).square().sum().backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    for one, other in zip(plain.buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_no_recomputation_without_gradients() -> None:
     net = model().eval()
     apply_activation_checkpointing(find_blocks(net))

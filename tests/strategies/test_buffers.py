@@ -20,6 +20,7 @@ from launcher.checkpoint.tensor_io import CheckpointState, SaveOptions, load_che
 from launcher.config.schema import ElasticConfig, RunConfig
 from launcher.errors import UsageError
 from launcher.recipe import Loss
+from launcher.strategies import buffers
 from launcher.strategies.activation_checkpointing import apply_activation_checkpointing
 from launcher.strategies.buffer_layout import synchronize_buffers
 from launcher.strategies.buffers import BufferSnapshot
@@ -355,3 +356,53 @@ def test_buffers_that_changed_their_shape_are_resumed(kind: type, tmp_path: Path
         check_tensor_names(loaded.manifest, {**new_model, "centre": torch.zeros(4)})
     with pytest.raises(UsageError, match=r"history is float32\[0, 3\] in the checkpoint, not float32\[0, 4\]"):
         check_tensor_names(loaded.manifest, {**new_model, "history": torch.zeros(0, 4)})
+
+
+def test_modules_are_listed_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each update looks at the buffers several times; every way to change the modules is seen."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    listed: list[nn.Module] = []
+    list_modules = buffers.list_modules
+    monkeypatch.setattr(buffers, "list_modules", lambda model: (listed.append(model), list_modules(model))[1])
+    snapshot = BufferSnapshot(model)
+    for _ in range(3):
+        snapshot.take()
+        snapshot.restore()
+        snapshot.restore_unless(torch.tensor(True))
+    assert len(listed) == 1
+
+    def get_names() -> list[str]:
+        snapshot.take()
+        return [buffer.name for buffer in snapshot.buffers]
+
+    model[0].register_buffer("own", torch.ones(1))
+    assert get_names()[0] == "own"
+    model[0]._modules["inner"] = nn.BatchNorm1d(2)
+    assert len(get_names()) == 7
+    model[1] = nn.Identity()
+    assert len(get_names()) == 4
+    del model[0].inner
+    assert get_names() == ["own"]
+
+
+def test_exact_update_names_no_modules(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    config = replace(RUN, elastic=ElasticConfig(exact=True, shards=2))
+    replica = make_replica(model, ExactReplica, config)
+    walks: list[nn.Module] = []
+    named_modules = nn.Module.named_modules
+
+    def record(self: nn.Module, *args: Any, **keys: Any) -> Any:
+        walks.append(self)
+        return named_modules(self, *args, **keys)
+
+    for number in range(5):
+        if number == 4:  # the search for later parameters looks at the whole model in the updates 1, 2, 4, 8, ...
+            monkeypatch.setattr(nn.Module, "named_modules", record)
+        for shard in range(2):
+            with replica.micro_batch(last=shard == 1, is_padding=False, shard=shard):
+                loss = replica.compute_loss(lambda net, x: Loss(net(x).square().sum(), len(x)), draw())
+                replica.backward(loss.total, 4)
+        replica.step(0.1, None, 1.0, None)
+    assert walks == []
+    assert int(model[1].num_batches_tracked) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from launcher.config.schema import RunConfig
 from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.interface import ReplicaArgs
+from launcher.strategies.later_parameters import LaterParameters
 from launcher.strategies.optimizer import make_optimizer
 from launcher.strategies.precision import Precision
 from launcher.telemetry.stage_clock import HostTimer, StageClock
@@ -54,6 +56,22 @@ def test_unfrozen_parameters_are_named_once() -> None:
     before = model.frozen.weight.clone()
     assert train_update(replica, lambda model: None) == []
     assert torch.equal(model.frozen.weight, before)
+
+
+def test_frozen_parameters_are_looked_at_once_per_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    find = LaterParameters.find
+    monkeypatch.setattr(LaterParameters, "find", lambda self, model: (looked.append(1), find(self, model)))
+    replica = make_replica(Heads())
+    for number in range(3):
+        unfrozen = number == 1  # after which it is found, though that micro-batch is not the last
+        with replica.micro_batch(last=number == 2, is_padding=False, shard=0):
+            loss = replica.compute_loss(lambda model, x: Loss(model(x).square().sum(), len(x)), torch.ones(2, 3))
+            replica.backward(loss.total, 2)
+        if unfrozen:
+            replica.module.frozen.requires_grad_(True)
+    assert looked == [1]
+    assert replica.pop_later_parameters() == ["frozen.weight", "frozen.bias"]
 
 
 def test_new_and_replaced_parameters_are_named() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from launcher.errors import UsageError
 from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.interface import Replica, ReplicaArgs
+from launcher.strategies.optimizer_state import OptimizerState
 from launcher.strategies.precision import Precision
 from launcher.telemetry.stage_clock import HostTimer, StageClock
 
@@ -160,6 +163,38 @@ class KeepsObject(Momentum):
         return 1.0
 
 
+class KeepsConstants(Momentum):
+    """Values that never change, of kinds that a checkpoint cannot hold."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, lr)
+        self.table = np.linspace(0.0, 1.0, 5, dtype=np.float32)
+        self.unused = [np.random.default_rng(0), torch.Generator(), random.Random(0), np.random.RandomState(0)]
+        self.tracker = Tracker()
+        self.tracker.window = torch.ones(3, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        self.kind = np.dtype("float32")
+
+    def keep(self, group: dict[str, Any], parameter: torch.Tensor, state: dict[str, Any]) -> float:
+        return float(self.table[3])
+
+
+class ChangesArray(KeepsConstants):
+    def keep(self, group: dict[str, Any], parameter: torch.Tensor, state: dict[str, Any]) -> float:
+        self.table[0] += 1
+        return 1.0
+
+
+class ChangesTensor(KeepsConstants):
+    def keep(self, group: dict[str, Any], parameter: torch.Tensor, state: dict[str, Any]) -> float:
+        self.tracker.window[0] += 1  # type: ignore[attr-defined]
+        return 1.0
+
+
+class DrawsNumbers(KeepsConstants):
+    def keep(self, group: dict[str, Any], parameter: torch.Tensor, state: dict[str, Any]) -> float:
+        return float(self.unused[0].normal())  # type: ignore[union-attr]
+
+
 def make_config(name: str, **options: Any) -> RunConfig:
     target = name if "." in name else f"{__name__}.{name}"
     return RunConfig(
@@ -274,12 +309,41 @@ def test_state_is_restored_in_layout_of_parameter(tmp_path: Path, name: str, cha
         ("KeepsGenerator", r"self\.noise is a torch\._C\.Generator"),
         ("KeepsOptimizer", r"self\.base is a torch\.optim\.adam\.Adam"),
         ("KeepsObject", r"self\.tracker is a .*Tracker"),
+        ("ChangesArray", r"self\.table is a numpy\.ndarray"),
+        ("ChangesTensor", r"self\.tracker is a .*Tracker"),
+        ("DrawsNumbers", r"self\.unused\[0\] is a numpy\..*Generator"),
     ],
 )
 def test_other_state_is_refused_after_first_update(name: str, named: str) -> None:
     replica = make_replica(make_config(name))
     with pytest.raises(UsageError, match=f"optimizer={name}: {named}, which a checkpoint cannot hold"):
         train_update(replica, 0)
+
+
+def test_values_that_never_change_are_no_state() -> None:
+    replica = make_replica(make_config("KeepsConstants"))
+    for update in range(2):
+        train_update(replica, update)
+    assert "attributes" not in replica.full_state().facts["optimizer"]
+
+
+@pytest.mark.parametrize("slot", ["step", "mu_product"])
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+def test_step_count_goes_where_the_optimizer_of_now_needs_it(slot: str, option: str) -> None:
+    """Not where that of the checkpoint had it, which another choice of kernels may have written."""
+    model = nn.Linear(3, 1, device="meta")
+    optimizer = torch.optim.NAdam([{"params": [model.weight]}, {"params": [model.bias]}])
+    state, value, facts = (
+        OptimizerState(optimizer, model),
+        torch.zeros(()),
+        {"on_cpu": [f"weight/{slot}", f"bias/{slot}"]},
+    )
+    assert state._choose_device(f"bias/{slot}", value, facts).type == "cpu"
+    optimizer.param_groups[1][option] = True
+    assert state._choose_device(f"bias/{slot}", value, facts).type == "meta"
+    assert state._choose_device(f"weight/{slot}", value, facts).type == "cpu"
+    assert state._choose_device("weight/step", value, {}).type == "cpu"
+    assert state._choose_device("bias/master", value, {"on_cpu": ["bias/master"]}).type == "cpu"
 
 
 def test_learning_rate_and_configured_options_are_not_state(tmp_path: Path) -> None:

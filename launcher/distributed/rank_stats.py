@@ -151,6 +151,19 @@ class StatsAllGather:
         work = all_gather(self._all, self._values, group=self._group, async_op=True)
         return _PendingGather(self._all, work)
 
+    def gather_number(self, value: float, within_s: float | None = None) -> list[float]:
+        """The numbers of all ranks, in rank order; every rank must call this, while no exchange is in flight.
+
+        Raises:
+            RuntimeError: a rank was lost, or not all ranks called this within `within_s` seconds.
+        """
+        if self._group is None:
+            return [value]
+        numbers = torch.zeros(self._world, dtype=torch.float64)
+        work = all_gather(numbers, torch.tensor([value], dtype=torch.float64), group=self._group, async_op=True)
+        work.wait(*([] if within_s is None else [timedelta(seconds=within_s)]))
+        return list(numbers.tolist())
+
 
 @dataclass(frozen=True)
 class _PendingGather:

@@ -10,9 +10,12 @@ import copy
 import math
 import random
 import sys
+import traceback
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +44,8 @@ TOLERANCE = {"fp64": 1e-6, "fp32": 2e-3}
 LOW_PRECISION_TOLERANCE = 0.02
 #: For losses that are random, or whose model mixes samples in training mode: less than a mean's difference, 0.5.
 COARSE_TOLERANCE = 0.25
+#: How long a rank whose forward pass failed waits for the others to end theirs.
+FAILED_WAIT_S = 60.0
 
 #: Total and count of a batch.
 Sums = tuple[float, float]
@@ -105,21 +110,19 @@ def find_scaling_problem(context: TrainContext, items: Any) -> tuple[str | None,
     """Compare a micro-batch of the training data `items` with its halves, in evaluation mode and as in training.
 
     Returns what is wrong, to complete a sentence, and whether the comparison was possible. It leaves model, buffers and
-    generators as they were. Where a forward pass communicates, every rank computes the same; else rank 0 alone does.
+    generators as they were. Every rank must call this, and computes the same: model or loss may communicate. Where one
+    fails, all go on without the comparison; training will meet the error too, and reports it.
+
+    Raises:
+        Exception: a forward pass failed where other ranks may be waiting in it.
     """
-    if not context.replica.sharded and context.topology.rank > 0:
-        return None, False
     samples = min(MAX_SAMPLES, max(2, context.training_plan.batch_plan.per_device), len(items))
     if samples < 2:
         return None, False
-    try:
-        with preserve_generators(), torch.no_grad(), ExitStack() as stack:
-            batches = load_batches(context, items, samples)
-            model, compute = stack.enter_context(prepare_model(context))
-            splits = [measure_split(context, compute, batches, samples)]
-            model.training = True  # only the model itself: Dropout and BatchNorm would make the loss random
-            splits.append(measure_split(context, compute, batches, samples))
-    except Exception:  # whatever it is, training will meet it too, and reports it
+    with preserve_generators(), torch.no_grad():
+        batches = try_to_load(context, partial(load_batches, context, items, samples))
+        splits = None if batches is None else try_to_compute(context, partial(measure_both, context, batches, samples))
+    if splits is None:
         return None, False
     tolerance = TOLERANCE.get(context.precision.name, LOW_PRECISION_TOLERANCE)
     if context.config.strategy.param_dtype == "bf16":
@@ -127,6 +130,50 @@ def find_scaling_problem(context: TrainContext, items: Any) -> tuple[str | None,
     tolerances = (tolerance, COARSE_TOLERANCE)
     problems = [describe_split(split, allowed) for split, allowed in zip(splits, tolerances, strict=True)]
     return next(filter(None, problems), None), all(split.is_conclusive for split in splits)
+
+
+def try_to_load(context: TrainContext, load: Callable[[], list[Any]]) -> list[Any] | None:
+    """The batches if every rank could load them; else None on every rank."""
+    batches = None
+    with suppress(Exception):
+        batches = load()
+    return batches if all(context.stats_gather.gather_number(batches is not None)) else None
+
+
+def try_to_compute(context: TrainContext, compute: Callable[[], list[LossSplit]]) -> list[LossSplit] | None:
+    """The result of `compute` if no rank failed in it; else None on every rank.
+
+    Raises:
+        Exception: what failed here, where the other ranks do not end, since they wait for this one in a collective of
+            the loss; or where a sharded model did not fail in the same place on all of them.
+    """
+    try:
+        splits = compute()
+    except Exception as error:
+        try:
+            places = context.stats_gather.gather_number(locate_error(error, context.topology.rank), FAILED_WAIT_S)
+        except RuntimeError:
+            raise error from None
+        if context.replica.sharded and len(set(places)) > 1:  # collectives that only some ranks began
+            raise
+        return None
+    return None if any(context.stats_gather.gather_number(0.0)) else splits
+
+
+def locate_error(error: Exception, rank: int) -> float:
+    """A number above 0 for the lines in which an error was raised; each rank's own where memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return rank + 1.0
+    lines = [(frame.f_code.co_name, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return float(zlib.crc32(repr((type(error).__name__, lines)).encode()) + 2**32)
+
+
+def measure_both(context: TrainContext, batches: list[Any], samples: int) -> list[LossSplit]:
+    """The comparison in evaluation mode, and with the model itself in training mode."""
+    with prepare_model(context) as (model, compute):
+        in_eval = measure_split(context, compute, batches, samples)
+        model.training = True  # only the model itself: Dropout and BatchNorm would make the loss random
+        return [in_eval, measure_split(context, compute, batches, samples)]
 
 
 def load_batches(context: TrainContext, items: Any, samples: int) -> list[Any]:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_RESTART", "EXIT_USAGE", "TrainingFailed", "UsageError"]
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "EXIT_OK",
+    "EXIT_RESTART",
+    "EXIT_USAGE",
+    "TrainingFailed",
+    "UsageError",
+    "format_named_error",
+]
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -20,3 +29,8 @@ class UsageError(ValueError):
 
 class TrainingFailed(RuntimeError):
     """Training cannot continue, and a restart would fail again. Exit status 1."""
+
+
+def format_named_error(name: str, message: str) -> str:
+    """An error as `ValueError: no such label`; only its name if it has no message, as `raise KeyboardInterrupt`."""
+    return f"{name}: {message}" if message.strip() else name

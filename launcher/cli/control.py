@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import EXIT_OK, UsageError
+from launcher.errors import EXIT_OK, UsageError, format_named_error
 from launcher.run_dir.lock import LockOwner, find_lock_owner
 from launcher.run_dir.outward_links import refuse_outward_links
 from launcher.run_dir.restart_cost import read_last_row
@@ -168,7 +168,7 @@ def describe_last_error(run_dir: RunDirectory) -> str:
 def format_failure(event: Mapping[str, Any]) -> str:
     """Format the fields of an `error` event as one line."""
     place = f" in {event['where']}" if event.get("where") else ""
-    error = f"{event.get('type')}: {event.get('message')}"
+    error = format_named_error(str(event.get("type")), str(event.get("message")))
     return strip_control_characters(f"rank {event.get('rank')} failed{place}: {error}")
 
 

@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from launcher.cli.arguments import add_current_folder_to_path, handle_help
 from launcher.config.keys import closest_match
 from launcher.distributed.cleanup_process import CleanupProcess
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError, format_named_error
 from launcher.system.redaction import mask_secrets
 from launcher.system.standard_streams import ensure_standard_streams
 from launcher.system.stderr import print_stderr
@@ -101,17 +101,20 @@ def is_verb(arg: str) -> bool:
 def print_error(error: Exception | SystemExit, args: Sequence[str], status: int) -> int:
     """Print the error as one line on stderr, with a traceback for debug=true or a failing worker; return `status`.
 
+    Any other command may be typed in a shell that has a worker's variables, e.g. in an allocation.
+
     Usage errors are printed by rank 0 only.
     """
     topology, is_usage_error = Topology.from_env(), status == EXIT_USAGE
     if is_usage_error and topology is not None and (topology.rank > 0 or topology.restarts):
         return status  # rank 0 has reported it at the first start
     debug = any(arg.lower() == "debug=true" for arg in args)
-    if debug or (topology is not None and not is_usage_error):
+    is_worker = topology is not None and (not args or not is_verb(args[0]) or args[0] in ("train", "worker"))
+    if debug or (is_worker and not is_usage_error):
         sys.stderr.write(mask_secrets("".join(traceback.format_exception(error))))
     from launcher.run_dir.failures import describe_error
 
     hint = "" if is_usage_error or debug else " (debug=true shows where)"
     message = describe_error(error)
-    print_stderr(f"error: {message}" if is_usage_error else f"error: {type(error).__name__}: {message}{hint}")
+    print_stderr(f"error: {message if is_usage_error else format_named_error(type(error).__name__, message)}{hint}")
     return status

@@ -60,19 +60,32 @@ def record_exit_codes(report: Path) -> None:
     """Make torchrun's agent write the exit codes of its workers each time that some have failed.
 
     torchrun itself reports only those of the last start, and none of a worker that left with 0 while others trained.
+    After the first failure it ends the other workers: one that its signal ended is left out, because that says nothing
+    about the worker.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    monitor = LocalElasticAgent._monitor_workers
+    sent: dict[int, set[int]] = {}  # what a worker ends with that such a signal ends, by process
+    close, monitor = SubprocessHandler.close, LocalElasticAgent._monitor_workers
+
+    def note_and_close(self: Any, death_sig: signal.Signals | None = None) -> None:
+        sent.setdefault(self.proc.pid, set()).add(-(death_sig or signal.SIGTERM))
+        close(self, death_sig)
 
     def monitor_and_record(self: Any, group: Any) -> Any:
         result = monitor(self, group)
         if result.failures:
             processes = self._pcontext.subprocess_handlers
             left = {worker.global_rank: 0 for worker in group.workers if processes[worker.local_rank].proc.poll() == 0}
-            append_exit_codes(report, left | {rank: failure.exitcode for rank, failure in result.failures.items()})
+            failed = result.failures.items()
+            own = {
+                rank: failure.exitcode for rank, failure in failed if failure.exitcode not in sent.get(failure.pid, ())
+            }
+            append_exit_codes(report, left | own)
         return result
 
+    SubprocessHandler.close = note_and_close  # type: ignore[method-assign]
     LocalElasticAgent._monitor_workers = monitor_and_record  # type: ignore[method-assign]
 
 

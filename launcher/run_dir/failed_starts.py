@@ -53,7 +53,7 @@ class FailedStarts:
         """What failed in one generation: type, place and message of each cause; without one, rank and exit code.
 
         Empty until its exit codes are known, and if a rank was killed from outside: then the errors of the others, of
-        which torch has many, may be its consequence.
+        which torch has many, may be its consequence. The exit codes leave out the ranks that torchrun itself ended.
         """
         codes = self._exits.get(generation, {})
         rank = find_decisive_rank(codes)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError
+from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError, format_named_error
 from launcher.system.atomic_files import atomic_write_text
 from launcher.system.jsonl import JsonlReader
 from launcher.system.redaction import mask_secrets
@@ -41,7 +41,7 @@ __all__ = [
 ROOT_CAUSE_WAIT_S = 0.4
 PACKAGE_DIR = Path(__file__).parents[1]  # frames below it are the launcher's own code
 STDLIB_DIR = f"{sysconfig.get_path('stdlib')}/"
-ADDRESSES_AND_NUMBERS = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?")
+ADDRESSES_AND_NUMBERS = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
 HANG = "Hang"
 #: Errors of torch, gloo and NCCL on a rank that lost a peer: always a consequence of another failure, never the root
 #: cause. Errors of the network that have another cause ("Duplicate GPU detected", "no socket interface found") and a
@@ -117,7 +117,7 @@ class RankFailure:
         if self.status == EXIT_USAGE:
             return self.message
         at = f" in {self.where}" if self.where else ""
-        return f"rank {self.rank} failed{at}: {self.type}: {self.message} (log: {self.log})"
+        return f"rank {self.rank} failed{at}: {format_named_error(self.type, self.message)} (log: {self.log})"
 
 
 def write_failure(

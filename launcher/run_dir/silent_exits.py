@@ -22,7 +22,7 @@ CRASH_FRAME = re.compile(r'^  File "(.+)", line (\d+) in ', re.MULTILINE)
 
 
 def append_exit_codes(report: Path, codes: Mapping[int, int]) -> None:
-    """Append the exit codes of one failed start of the workers, by rank; those that still ran are left out."""
+    """Append the exit codes of one failed start of the workers, by rank; without those that torchrun ended after it."""
     with suppress(OSError), report.open("a") as file:
         file.write(json.dumps(dict(codes)) + "\n")
 

@@ -23,7 +23,7 @@ from launcher.config.compose import (
 )
 from launcher.config.overrides import RUN_DIR_KEYS, parse_overrides, with_force_add
 from launcher.config.schema import RunConfig, RunDirConfig
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError, format_named_error
 from launcher.sweep import outcome
 from launcher.system.stderr import print_stderr
 
@@ -137,7 +137,7 @@ def run_in_directory(
         print_stderr(f"error: {error}")
         return f"failed ({EXIT_USAGE})", EXIT_USAGE
     except Exception as error:
-        print_stderr(f"error: {type(error).__name__}: {error}")
+        print_stderr(f"error: {format_named_error(type(error).__name__, str(error))}")
         return f"failed ({EXIT_FAILED})", EXIT_FAILED
 
 

@@ -12,7 +12,7 @@ from launcher.config.cli_args import HydraArgs
 from launcher.config.compose import ComposedConfig, ConfigComposer, SweepRequest
 from launcher.config.overrides import parse_overrides
 from launcher.config.schema import RunConfig, SweepConfig
-from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError
+from launcher.errors import EXIT_FAILED, EXIT_USAGE, UsageError, format_named_error
 from launcher.goodput.auto_batch import MeasurementError, report_unmeasured
 from launcher.sweep.points import select_point_overrides
 from launcher.system.formatting import encodable
@@ -105,7 +105,7 @@ def measure_point(
     except MeasurementError as error:
         status, message = report_unmeasured(error, config), str(error)
     except Exception as error:
-        status, message = EXIT_FAILED, f"{type(error).__name__}: {error}"
+        status, message = EXIT_FAILED, format_named_error(type(error).__name__, str(error))
         print_stderr(f"error: {message}")
     return MeasuredPoint(tuple(overrides), values, status=status, error=" ".join(message.split()))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -306,6 +307,8 @@ def test_training_outcome_sets_exit_status(run_main: Callable[..., int], ending:
 def test_unexpected_error_prints_one_line(run_main: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     run_main(RuntimeError("boom\nat s3://u:hunter2@h"), "seed=1")
     assert capsys.readouterr().err == "error: RuntimeError: boom at s3://u:***@h (debug=true shows where)\n"
+    run_main(AssertionError(), "seed=1")
+    assert capsys.readouterr().err == "error: AssertionError (debug=true shows where)\n"
     run_main(RuntimeError("boom"), "debug=true")
     assert capsys.readouterr().err.startswith("Traceback")
 
@@ -315,8 +318,19 @@ def test_worker_prints_traceback(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     assert Topology.from_env() is not None
-    run_main(RuntimeError("boom"))
-    assert "Traceback" in capsys.readouterr().err
+    for args in ([], ["train", "seed=1"]):
+        run_main(RuntimeError("boom"), *args)
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_command_beside_a_job_prints_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell inside an allocation has the variables of a worker."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("launcher.cli.verify.run_verify", Mock(side_effect=RuntimeError("boom")))
+    assert command.main(["verify", "seed=1"]) == EXIT_FAILED
+    assert capsys.readouterr().err == "error: RuntimeError: boom (debug=true shows where)\n"
 
 
 @pytest.mark.parametrize("argument", ["train", "plan", "frob", "a/b"])

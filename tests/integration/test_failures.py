@@ -70,7 +70,7 @@ def make_mlp_job(folder: Path, method: str) -> list[str]:
 
 def test_crash_loop_ends_with_its_first_error(tmp_path: Path) -> None:
     job = make_mlp_job(tmp_path, "def loss(self, model, batch): raise ValueError('no such thing')")
-    completed = run_launcher(tmp_path, *job, status=1)
+    completed = run_launcher(tmp_path, *job, "elastic.max_restarts=3", status=1)
     assert "own.py:7: ValueError: no such thing" in completed.stderr.splitlines()[-1]
     assert [path.name for path in sorted((tmp_path / "runs/x/logs").glob("rank0-*.log"))] == [
         "rank0-g1.log",

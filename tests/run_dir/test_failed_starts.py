@@ -97,7 +97,7 @@ def test_same_error_twice_before_any_update_is_final(run_dir: RunDirectory, tmp_
     starts = make_failed_starts(run_dir, tmp_path)
     fail(run_dir, 1, "cannot use <Item object at 0x7f01> of 12 items")
     assert not end(starts, tmp_path, 1, {0: 1, 1: 75})
-    fail(run_dir, 2, "cannot use <Item object at 0x7f99> of 7 items", rank=1)
+    fail(run_dir, 2, "cannot use <Item object at 0x7f99> of 7.5e-06 items", rank=1)
     assert end(starts, tmp_path, 2, {0: 75, 1: 1})
     assert starts.is_repeated(3), "also if the third start has already begun"
     assert starts.repeated == 1

@@ -87,6 +87,12 @@ def test_failure_summary_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in found.summary()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), AssertionError(), ValueError("\n")])
+def test_error_without_a_message_is_its_name(tmp_path: Path, error: BaseException) -> None:
+    found = failures.write_failure(tmp_path, 0, 1, error, tmp_path / "log")
+    assert found.summary() == f"rank 0 failed: {type(error).__name__} (log: {tmp_path / 'log'})"
+
+
 def test_later_root_error_precedes_earlier_consequence(tmp_path: Path) -> None:
     record_failure(tmp_path, 0, "Connection closed by peer")
     failures.write_failure(tmp_path, 1, 2, RuntimeError("boom"), tmp_path / "log")

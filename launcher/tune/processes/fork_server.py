@@ -16,7 +16,7 @@ from traceback import format_exc
 from typing import TYPE_CHECKING, Any
 
 from launcher.distributed.cleanup_process import CleanupProcess, private_temp_dir
-from launcher.errors import EXIT_OK, UsageError
+from launcher.errors import EXIT_OK, UsageError, format_named_error
 from launcher.goodput.auto_batch import MeasurementError
 from launcher.system.processes import die_with_parent
 from launcher.topology import torchrun_env
@@ -53,7 +53,7 @@ def run_and_report(config: Mapping[str, Any], workers: int, private: Path, use_c
     except MeasurementError as error:
         return {"measurement_error": str(error), "trace": error.trace}
     except Exception as error:  # e.g. fork failed, or torch cannot be imported
-        return {"measurement_error": f"{type(error).__name__}: {error}", "trace": format_exc()}
+        return {"measurement_error": format_named_error(type(error).__name__, str(error)), "trace": format_exc()}
 
 
 def measure_in_forks(config: Mapping[str, Any], workers: int, private: Path, use_cache: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
-from launcher.errors import EXIT_OK, EXIT_RESTART, EXIT_USAGE, UsageError
+from launcher.errors import EXIT_OK, EXIT_RESTART, EXIT_USAGE, UsageError, format_named_error
 from launcher.goodput.auto_batch import MeasurementError
 from launcher.run_dir import failures
 from launcher.run_dir.failures import RankFailure
@@ -119,7 +119,8 @@ def make_failure_error(first: RankFailure) -> Exception:
     if first.status == EXIT_USAGE:
         return UsageError(first.message)
     at = f" in {first.where}" if first.where else ""
-    line = first.message if first.is_fatal else f"rank {first.rank} failed{at}: {first.type}: {first.message}"
+    named = format_named_error(first.type, first.message)
+    line = first.message if first.is_fatal else f"rank {first.rank} failed{at}: {named}"
     return MeasurementError(line, first.traceback)
 
 

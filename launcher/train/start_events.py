@@ -15,7 +15,7 @@ from launcher.run_dir.restart_cost import RestartCost
 from launcher.train.build import TrainComponents
 from launcher.train.context import TrainContext
 from launcher.train.metrics_recorder import plan_to_dict
-from launcher.train.modes import find_modules_in_eval
+from launcher.train.modes import describe_untrained_modes, find_modules_in_eval
 from launcher.train.rank_setup import RankJob
 from launcher.train.state import TrainState
 
@@ -43,6 +43,9 @@ def log_start_events(
     run_dir = str(job.spec.run_dir.path)
     context.log_event("start", run_dir=run_dir, backend=backend, threads=job.threads, **start)
     context.log_event("plan", why="; ".join(filter(None, (goodput_why, job.spec.why))), **plan, **{"from": None})
+    modes = describe_untrained_modes(components.replica.module) if context.topology.generation == 1 else None
+    if modes is not None:
+        context.log_event("alarm", kind="eval_mode", detail=modes)
     if checkpoint is not None:
         resume = make_resume_facts(checkpoint, state)
         context.log_event("resume", **resume, changed=job.spec.changed, lost_samples=restart_cost.lost_samples)

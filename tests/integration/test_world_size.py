@@ -29,11 +29,22 @@ class Slow(own.Own):
         time.sleep(len(batch[1]) * (0.004 if os.environ["RANK"] == "1" else 0.001))
         return super().loss(model, batch)
 """
+LOADED = """
+from dataclasses import dataclass
+from torch import nn
+import own
+
+@dataclass(frozen=True)
+class Loaded(own.Own):
+    def model(self):
+        return nn.Sequential(super().model().eval(), nn.Linear(4, 4))
+"""
 FP64 = [*HELD, "train.precision=fp64"]
 VARIANTS = {"plain": [], "tokens": ["+recipe.tokens=true"], "carry": ["data.tail=carry", "train.clip_norm=0.3"]}
 TAIL = [*FP64, "batch.global=101", "batch.per_device=40"]
 IDLE = [*FP64, "batch.global=2", "lr.base_batch=2", "train.duration=0.2ep", "elastic.allow_idle=true"]
 BALANCED = [*FP64, "recipe._target_=slow.Slow", "recipe.trust=[slow]", "batch.per_device=50", "train.duration=10ep"]
+EVALUATED = [*HELD, "recipe._target_=loaded.Loaded", "recipe.trust=[loaded]", "recipe.drop=0.5", "train.duration=1ep"]
 RESIZED = [*FP64, "optimizer=adamw", "lr.base=0.01", "schedule=cosine", "schedule.warmup=1ep"]
 SCALED = [*OWN, "batch.per_device=10", "sink=[]", "train.duration=6ep", "schedule=constant", "schedule.warmup=0sp"]
 MEAN = [*HELD, "recipe.mean=true"]
@@ -64,7 +75,7 @@ def jobs_on_one() -> dict[str, Job]:
     jobs = same_jobs(1) | {"tail-1": Job(TAIL), "idle-1": Job(IDLE), "balanced-1": Job(BALANCED)}
     jobs |= {f"loaders-{count}": Job([*HELD, f"data.num_workers={count}"]) for count in (0, 2)}
     jobs["ramp"] = Job([*HELD, "batch.ramp=[[0dur,0.5],[0.5dur,1]]"])
-    jobs["whole"] = Job(RESIZED)
+    jobs |= {"whole": Job(RESIZED), "evaluated": Job(EVALUATED)}
     return jobs | {"resized": Job(RESIZED, fault=stop_at(11, 2)), "scaled": Job(SCALED, fault=stop_at(30, 2))}
 
 
@@ -79,6 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world_size")
     (folder / "own.py").write_text(RECIPE)
     (folder / "slow.py").write_text(SLOW)
+    (folder / "loaded.py").write_text(LOADED)
     starts: Mapping[int, Mapping[str, Job]] = {
         2: jobs_on_two(),
         1: jobs_on_one(),
@@ -173,6 +185,12 @@ def test_mean_loss_alarm_is_raised_only_once(runs: Path, layout: str) -> None:
     (alarm,) = read_events(runs / f"mean-{layout}", "alarm")
     assert alarm["kind"] == "loss"
     assert alarm["detail"].startswith("loss() of Own returns a mean (MeanBackward0) and counts 9: return sums")
+
+
+def test_trained_part_in_eval_mode_raises_an_alarm(runs: Path) -> None:
+    (alarm,) = read_events(runs / "evaluated", "alarm")
+    assert alarm["kind"] == "eval_mode"
+    assert alarm["detail"].startswith("0 is trained in eval mode, as model() returned it: without dropout")
 
 
 def test_nan_on_one_rank_is_skipped_and_named(runs: Path) -> None:

@@ -16,7 +16,7 @@ from launcher.plan.training_plan import DatasetSizes, make_training_plan
 from launcher.recipe import Loss
 from launcher.topology import Topology
 from launcher.train.build import Datasets, TrainComponents, build_components
-from launcher.train.modes import enter_training_mode, find_modules_in_eval
+from launcher.train.modes import describe_untrained_modes, enter_training_mode, find_modules_in_eval
 
 CONFIG = RunConfig(
     optimizer={"_target_": "torch.optim.SGD"},
@@ -185,3 +185,47 @@ def test_outermost_modules_in_eval_are_named() -> None:
     assert find_modules_in_eval(model) == ["0"]
     assert find_modules_in_eval(freeze_inner_norm()) == ["0.2.1"]
     assert find_modules_in_eval(nn.Linear(1, 1)) == []
+
+
+def load_backbone(*, frozen: bool = False, layer: nn.Module | None = None) -> nn.Module:
+    """A backbone as libraries return it, with a new head."""
+    backbone = nn.Sequential(nn.Linear(3, 3), layer or nn.Dropout(0.1)).eval()
+    return nn.Sequential(backbone.requires_grad_(not frozen), nn.Linear(3, 1))
+
+
+def freeze_norms() -> nn.Module:
+    return KeepsNormsInEval().train()
+
+
+TRAINED_IN_EVAL: dict[str, Callable[[], nn.Module]] = {
+    "dropout": load_backbone,
+    "norm": lambda: load_backbone(layer=nn.BatchNorm1d(3)),
+    "attention": lambda: load_backbone(layer=nn.MultiheadAttention(4, 1, dropout=0.1)),
+    "recurrent": lambda: load_backbone(layer=nn.LSTM(3, 3, 2, dropout=0.1)),
+}
+IN_EVAL_ON_PURPOSE: dict[str, Callable[[], nn.Module]] = {
+    "frozen": lambda: load_backbone(frozen=True),
+    "nothing differs": lambda: load_backbone(layer=nn.LayerNorm(3)),
+    "dropout of 0": lambda: load_backbone(layer=nn.Dropout(0.0)),
+    "norms alone": freeze_norms,
+    "all of the model": lambda: nn.Sequential(Body(), nn.Linear(3, 1)).eval(),
+    "in training": lambda: nn.Sequential(Body(), nn.Linear(3, 1)),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED_IN_EVAL)
+def test_module_trained_in_eval_is_told_with_the_remedy(name: str) -> None:
+    model = TRAINED_IN_EVAL[name]()
+    enter_training_mode(model)
+    said = describe_untrained_modes(model)
+    assert said is not None
+    assert said.startswith("0 is trained in eval mode, as model() returned it: without dropout")
+    assert "Call model.train() in model()" in said
+    assert find_modules_in_eval(model) == ["0"], "its mode stays"
+
+
+@pytest.mark.parametrize("name", IN_EVAL_ON_PURPOSE)
+def test_module_in_eval_on_purpose_is_not_told(name: str) -> None:
+    model = IN_EVAL_ON_PURPOSE[name]()
+    enter_training_mode(model)
+    assert describe_untrained_modes(model) is None

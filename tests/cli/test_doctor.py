@@ -18,6 +18,7 @@ from launcher.cli.machine_checks import CheckResult
 from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from launcher.system.formatting import Style
 from tests.helpers.check_results import assert_failed, assert_passed
+from tests.helpers.jobs import wait_for
 
 # --- the command --------------------------------------------------------------------------------------------------
 
@@ -207,8 +208,7 @@ def test_job_that_exceeds_timeout_is_killed(temp_dir: Path) -> None:
     )
     assert list(temp_dir.iterdir()) == []
     here = str(temp_dir / "launcher-doctor-")
-    inside = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if read_cwd(pid).startswith(here)]
-    assert inside == []
+    wait_for(lambda: not [pid for pid in filter(str.isdigit, os.listdir("/proc")) if read_cwd(pid).startswith(here)])
 
 
 def read_cwd(pid: str) -> str:

@@ -103,6 +103,7 @@ def test_auto_is_refused_with_exact_mode() -> None:
 def test_existing_run_keeps_its_batch(tmp_path: Path) -> None:
     existing = replace(RUN, batch=BatchConfig(per_device=24))
     (tmp_path / "run.yaml").write_text(to_yaml(existing))
+    (tmp_path / "checkpoints" / "update-00000001").mkdir(parents=True)
     assert reuse_resolved_batch(RUN, tmp_path).batch.per_device == 24
     assert resolve_directory(RUN, tmp_path)[0].batch.per_device == 24
     answer = auto_batch.from_existing_run(reuse_resolved_batch(RUN, tmp_path), tmp_path, 1, 1)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.analysis.point_metrics import is_lower_better, read_objective
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.sweep.outcome import PointOutcome
-from launcher.analysis.point_metrics import is_lower_better, read_objective
 from launcher.sweep.results_table import format_sweep_table
 
 

@@ -57,7 +57,7 @@ def main() -> None:
 
     def run_backward() -> None:
         with replica.micro_batch(last=True, is_padding=False, shard=topology.rank):
-            replica.backward(recipe.loss(replica.model, items).total, topology.world)
+            replica.backward(replica.compute_loss(recipe.loss, items).total, topology.world)
 
     for _ in range(2):
         run_backward()

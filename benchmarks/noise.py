@@ -131,7 +131,7 @@ def make_updater(parts: Any, plan: Any, rank: int) -> Callable[[bool], float]:
         start_s = time.thread_time()
         for index, batch in enumerate(batches):
             with replica.micro_batch(last=index == len(batches) - 1, is_padding=False, shard=rank):
-                loss = parts.recipe.loss(replica.model, batch)
+                loss = replica.compute_loss(parts.recipe.loss, batch)
                 replica.backward(loss.total, plan.global_batch, float(loss.count) if measured else 0.0)
         ddp.compute_norms = norms  # type: ignore[attr-defined]
         replica.step(1e-4, None, 1.0, None)

@@ -26,6 +26,8 @@ __all__ = ["CleanupProcess", "private_temp_dir", "use_private_temp_dir"]
 
 LIMIT_MESSAGE, REMOVE_MESSAGE = 0x80, 0x81  # above every signal number
 LIMIT_STRUCT, LENGTH_STRUCT = struct.Struct("=d"), struct.Struct("=H")
+#: A socket's path has 107 bytes at most, of which multiprocessing's name for it takes up to 18.
+MAX_SOCKET_DIR_BYTES = 88
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.5  # where the kernel has no pidfd
 
@@ -83,7 +85,7 @@ def private_temp_dir() -> Path | None:
         return None
     folder = locate_private_dir(os.environ[MARK_ENV])
     folder.mkdir(0o700, exist_ok=True)
-    return folder
+    return folder if folder.lstat().st_uid == os.getuid() else None  # else another user has made it
 
 
 def use_private_temp_dir() -> None:
@@ -95,7 +97,9 @@ def use_private_temp_dir() -> None:
 
 
 def locate_private_dir(identity: str) -> Path:
-    return Path(os.environ.get("TMPDIR") or "/tmp") / f"launcher-{identity}"
+    """The folder's path: in TMPDIR, or in /tmp where the path of a socket in it would be longer than Linux allows."""
+    folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"launcher-{identity}"
+    return folder if len(os.fsencode(folder)) <= MAX_SOCKET_DIR_BYTES else Path("/tmp") / folder.name
 
 
 def forward_no_signals() -> None:
@@ -128,8 +132,10 @@ def detach_from_owner(pipe: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
         os.dup2(null, descriptor)
-    os.closerange(3, pipe)
-    os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
+    for descriptor in map(int, os.listdir("/proc/self/fd")):  # the limit may be a billion in a container
+        if descriptor > 2 and descriptor != pipe:
+            with suppress(OSError):
+                os.close(descriptor)
 
 
 def remove_paths(paths: set[Path]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.distributed.cleanup_process import locate_private_dir
 from launcher.distributed.leftovers import MARK_ENV
 from launcher.system.processes import identify_process
 from tests.helpers.jobs import is_alive, wait_for
@@ -51,6 +52,15 @@ def owner(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     yield process
     process.kill()
     process.communicate()
+
+
+@pytest.mark.parametrize("length", [1, 40, 200])
+def test_sockets_fit_into_the_temporary_folder(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever TMPDIR is: Linux allows 107 bytes for the path of a socket."""
+    monkeypatch.setenv("TMPDIR", "/" + "x" * length)
+    folder = locate_private_dir("4194303-12345678")
+    assert len(os.fsencode(folder / "listener-abcdefgh")) <= 107
+    assert (folder.parent == Path("/tmp")) is (length == 200)
 
 
 @pytest.mark.parametrize("end", ["it is killed", "it exits"])

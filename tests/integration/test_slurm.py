@@ -200,7 +200,7 @@ def test_copies_by_srun_are_refused(slurm: Slurm, project: Path) -> None:
 def test_only_a_batch_script_gives_the_job_its_name(slurm: Slurm, project: Path) -> None:
     """Also for the tasks that it starts, and whatever the user's own ENVIRONMENT is."""
     code = "from launcher import topology; print(topology.get_batch_job_id(), topology.get_slurm_step_id())"
-    show = f"{sys.executable} -c {shlex.quote(code)}"
+    show = shlex.join([sys.executable, "-c", code])
     script = f"{show}; srun --ntasks=1 {show}"
     job = slurm.submit("--ntasks-per-node=2", "--wrap", script, cwd=project, env=env(ENVIRONMENT="mine"))
     wait_for(has_ended(slurm, job))

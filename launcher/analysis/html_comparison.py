@@ -10,8 +10,8 @@ from launcher.analysis.point_metrics import is_lower_better
 from launcher.analysis.run_report import RunReport
 from launcher.analysis.svg_charts import (
     COLOUR_COUNT,
-    MAX_BINS,
     Series,
+    choose_bin_count,
     downsample,
     render_legend,
     render_line_chart,
@@ -21,7 +21,6 @@ from launcher.system.redaction import mask_secrets
 
 __all__ = ["render_best_points", "render_comparison_table", "render_overlay_charts"]
 
-SPEED_BINS = 48  # fewer bins than other curves: the throughput of single updates is noisy
 MAX_SHOWN_DIFFERENCES = 5
 
 
@@ -90,12 +89,11 @@ def render_overlay_charts(runs: Sequence[RunReport]) -> Iterator[str]:
     metrics = sorted({key for run in shown for key in run.list_metrics("val/")})
     charts = []
     for key in ["train/loss", *metrics, "throughput/samples_per_s", "lr/value", "batch/global"]:
-        bins = SPEED_BINS if key.startswith("throughput/") else MAX_BINS
         series = [
             Series(
                 run.name,
                 colour,
-                tuple(downsample(run.get_curve(key), bins)[0]),
+                tuple(downsample(run.get_curve(key), choose_bin_count(key))[0]),
                 dots=key in metrics and len(run.get_curve(key)) < 40,
             )
             for colour, run in enumerate(shown)

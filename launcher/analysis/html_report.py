@@ -11,9 +11,9 @@ from launcher.analysis.html_comparison import render_best_points, render_compari
 from launcher.analysis.html_page import escape_html, render_figure, render_page
 from launcher.analysis.run_report import RunReport
 from launcher.analysis.svg_charts import (
-    MAX_BINS,
     EventMarker,
     Series,
+    choose_bin_count,
     downsample,
     render_legend,
     render_line_chart,
@@ -35,7 +35,6 @@ __all__ = ["render_report"]
 
 EVENT_TITLES = ("oom", "alarm", "preempt", "resize", "resume", "target", "done", "error")
 STAGE_BINS = 120
-SPEED_BINS = 48  # fewer bins than other curves: the throughput of single updates is noisy
 MAX_SHOWN_EVENTS = 200
 
 
@@ -144,8 +143,7 @@ def _render_metric_chart(
     curve = run.get_curve(key)
     if not curve:
         return ""
-    bins = SPEED_BINS if key.startswith("throughput/") else MAX_BINS
-    means, band = (curve, []) if steps else downsample(curve, bins)
+    means, band = (curve, []) if steps else downsample(curve, choose_bin_count(key))
     series = Series(title or key, 0, tuple(means), tuple(band), steps, dots and len(curve) <= 60)
     return render_figure(title or key, render_line_chart([series], run.samples, title or key, marks, zero=zero))
 

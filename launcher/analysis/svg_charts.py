@@ -13,10 +13,10 @@ from launcher.system.formatting import format_number
 
 __all__ = [
     "COLOUR_COUNT",
-    "MAX_BINS",
     "ChartAxis",
     "EventMarker",
     "Series",
+    "choose_bin_count",
     "downsample",
     "render_legend",
     "render_line_chart",
@@ -27,11 +27,17 @@ COLOUR_COUNT = 8
 CHART_WIDTH, HEIGHT = 640, 232
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 30
 MAX_BINS = 160
+SPEED_BINS = 48  # fewer bins than other curves: the throughput of single updates is noisy
 MAX_TOOLTIP_STRIPS = 80
 MIN_LOG_RATIO = 30.0  # max/min ratio above which a logarithmic axis is used
 CLIP_QUANTILE, CLIP_ROOM = 0.98, 1.5
 
 CurvePoints = Sequence[tuple[float, float]]
+
+
+def choose_bin_count(key: str) -> int:
+    """The number of points to which a metric's curve is averaged."""
+    return SPEED_BINS if key.startswith("throughput/") else MAX_BINS
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from launcher.system.formatting import (
     wrap_text,
 )
 from launcher.system.gpus import count_gpus
+from launcher.system.processes import count_cores
 from launcher.topology import Topology
 
 __all__ = ["run_checks", "run_doctor"]
@@ -119,7 +120,7 @@ def iter_checks(folder: Path) -> Iterator[CheckResult]:
     yield machine_checks.check_shared_memory(machine_checks.SHM_PATH)
     yield machine_checks.check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
     yield machine_checks.check_cores(
-        len(os.sched_getaffinity(0)), machine_checks.read_cgroup_cpu_limit(machine_checks.CPU_MAX_PATH), os.environ
+        count_cores(), machine_checks.read_cgroup_cpu_limit(machine_checks.CPU_MAX_PATH), os.environ
     )
     yield machine_checks.check_run_folder(folder / "runs" if (folder / "runs").is_dir() else folder)
     yield machine_checks.check_wandb(os.environ)

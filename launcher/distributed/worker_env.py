@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from launcher.config.schema import RunConfig
 from launcher.system.gpus import count_gpus
+from launcher.system.processes import count_cores
 
 __all__ = ["make_isolation_env", "read_user_omp_threads", "resolve_num_threads", "resolve_num_workers"]
 
@@ -29,7 +30,7 @@ def resolve_num_threads(config: RunConfig, workers: int, env: Mapping[str, str] 
     if config.elastic.exact:
         return 1
     requested = config.launch.threads or int(env.get(THREADS_ENV, 0))
-    return requested or max(1, len(os.sched_getaffinity(0)) // workers)
+    return requested or max(1, count_cores() // workers)
 
 
 def make_isolation_env(config: RunConfig, workers: int) -> Mapping[str, str]:

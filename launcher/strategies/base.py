@@ -235,9 +235,13 @@ class BaseReplica:
     def full_state(self) -> ReplicaState:
         """The state of a model and an optimizer that every rank holds in full."""
         model, extra = split_extra_state(self.module.state_dict())
-        optimizer, facts = self._optimizer_state.collect()
+        return ReplicaState(model, *self._collect_others(extra))
+
+    def _collect_others(self, extra: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors of the optimizer and of the modules' `extra` states, and everything that is not a tensor."""
+        tensors, facts = self._optimizer_state.collect()
         extra_tensors, trees = collect_extra_state(extra)
-        return ReplicaState(model, optimizer | extra_tensors, self._make_facts(facts, trees))
+        return tensors | extra_tensors, self._make_facts(facts, trees)
 
     def sharded_state(self) -> ShardedState:
         """An equal slice of the state on each rank."""

@@ -23,7 +23,7 @@ from launcher.recipe import Loss
 from launcher.strategies.base import BaseReplica, make_wait_begin_hook, make_wait_end_hook
 from launcher.strategies.block_calls import BlockCalls
 from launcher.strategies.call_order import CallOrder
-from launcher.strategies.extra_state import collect_extra_state, split_extra_state
+from launcher.strategies.extra_state import split_extra_state
 from launcher.strategies.fsdp_checks import (
     check_parameter_shapes,
     check_sharded_state,
@@ -64,14 +64,14 @@ class FsdpReplica(BaseReplica):
         self._wrapped = self._loss_module = loss_module
         optimizer = make_optimizer(model, config, args.groups, fused=(torch.optim.Adam, torch.optim.AdamW))
         self._set_optimizer(optimizer, config)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._parameters = list(self._trained.values())
         self._rank = dist.get_rank()
         self._norm_hooks = norm_hooks = GradNormHooks()
         self._gathered: dict[str, torch.Tensor] = {}  # the trained parameters as they are in forward and backward
         blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._block_calls = BlockCalls(blocks)
         self._call_order = CallOrder(blocks, repeated=True)
-        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._use: GradientUse | None = None
         if args.world > 1:
             # Every rank reduces all parameters of a block, zeros for those that its loss did not use: otherwise the
@@ -169,12 +169,6 @@ class FsdpReplica(BaseReplica):
             model[name] = model[first] if first in model else self._gather_full_tensor(tensor)
         others, facts = self._collect_others(extra)
         return ReplicaState(model, {name: self._gather_full_tensor(tensor) for name, tensor in others.items()}, facts)
-
-    def _collect_others(self, extra: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The tensors of the optimizer and of the modules' `extra` states, and everything that is not a tensor."""
-        tensors, facts = self._optimizer_state.collect()
-        extra_tensors, trees = collect_extra_state(extra)
-        return tensors | extra_tensors, self._make_facts(facts, trees)
 
     def _check_optimizer_state(self) -> None:
         tensors, facts = self._optimizer_state.collect()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 __all__ = [
     "MemoryFile",
+    "count_cores",
     "die_with_parent",
     "handles_signal",
     "has_open_file",
@@ -29,6 +30,11 @@ __all__ = [
 PR_SET_PDEATHSIG = 1
 CHILD_POLL_INTERVAL_S = 0.05
 CHILD_EXIT_TIMEOUT_S = 3.0
+
+
+def count_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def die_with_parent(parent: int | None = None) -> None:

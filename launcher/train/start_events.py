@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from launcher.checkpoint.manifest import VerifiedCheckpoint
 from launcher.plan.training_plan import DatasetSizes
 from launcher.run_dir.restart_cost import RestartCost
+from launcher.system.processes import count_cores
 from launcher.train.build import TrainComponents
 from launcher.train.context import TrainContext
 from launcher.train.metrics_recorder import plan_to_dict
@@ -76,7 +76,7 @@ def make_start_facts(context: TrainContext, components: TrainComponents, state: 
         "precision": config.train.precision,
         "world": context.topology.world,
         "nodes": context.topology.nodes,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": count_cores(),
         "seed": config.seed,
         "duration_samples": plan.duration,
         "updates": position.update + plan.timeline.count_updates(position),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from launcher.distributed.worker_env import resolve_num_threads
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes, make_training_plan
 from launcher.system.formatting import format_rate
+from launcher.system.processes import count_cores
 from launcher.topology import Topology
 from launcher.train.build import Datasets, open_datasets, resolve_device
 from launcher.train.data import get_dataset
@@ -68,7 +68,7 @@ class PreparedRank:
             nodes=topology.nodes,
             local_world=topology.local_world,
             device=get_device_name(self.device),
-            cores=len(os.sched_getaffinity(0)),
+            cores=count_cores(),
             threads=threads,
             code=cache.source_hash(self.recipe),
             shape=describe_sample(self.data.train[0]),
@@ -245,7 +245,7 @@ def describe_setup(job: MeasurementJob, prepared: PreparedRank) -> dict[str, Any
         "accumulation": get_accumulation(config),
         "train_samples": prepared.sizes.train,
         "device": get_device_name(prepared.device),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": count_cores(),
         "precision": config.train.precision,
         "strategy": config.strategy.name,
         "threads": resolve_num_threads(config, topology.local_world),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,15 +21,22 @@ class StoreGather:
         self._world = world
         self._round = 0
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks in rank order; waits for all of them."""
+    def gather(self, value: Any, within_s: float | None = None) -> list[Any]:
+        """Return the values of all ranks in rank order; waits for all of them.
+
+        Raises:
+            RuntimeError: the rank that serves the store was lost, or not all ranks called this within `within_s`
+                seconds (None: within the store's own timeout).
+        """
         if self._world == 1:
             return [value]
         self._round += 1
         self._store.set(self._make_key(self._round, self._rank), json.dumps(value))
         if self._round > 2:  # a rank that has begun this gather has read the one before the previous
             self._store.delete_key(self._make_key(self._round - 2, self._rank))
-        return [json.loads(self._store.get(self._make_key(self._round, rank))) for rank in range(self._world)]
+        keys = [self._make_key(self._round, rank) for rank in range(self._world)]
+        self._store.wait(keys, *([] if within_s is None else [timedelta(seconds=within_s)]))
+        return [json.loads(self._store.get(key)) for key in keys]
 
     def broadcast_from_rank0(self, value: Any) -> Any:
         """Return rank 0's value on every rank, for decisions that depend on a clock."""

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
+
+from launcher.distributed.store_gather import StoreGather
 from launcher.recipe import Loss
 from launcher.train.context import TrainContext
 from launcher.train.loss_scaling import find_scaling_problem
@@ -23,14 +26,16 @@ PASSTHROUGH_OPS = ("AddBackward", "ToCopyBackward", "AliasBackward", "ViewBackwa
 MEAN_REDUCTION = 1  # torch numbers the reductions of its losses: none 0, mean 1, sum 2
 
 
-def check_loss(context: TrainContext, state: TrainState, items: Any) -> TrainContext:
+def check_loss(context: TrainContext, state: TrainState, items: Any, store: dist.Store) -> TrainContext:
     """At the first start of a run, check the loss on its training data `items`. Every rank must call this.
 
     Returns the context with a recipe that raises an alarm with the first training loss if there is something to say.
     """
     if state.position.samples or context.topology.generation > 1:
         return context
-    problem, is_known = find_scaling_problem(context, items)
+    topology = context.topology
+    store_gather = StoreGather(dist.PrefixStore("loss_check", store), topology.rank, topology.world)
+    problem, is_known = find_scaling_problem(context, items, store_gather)
     if context.logger is None or (is_known and problem is None):
         return context
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.distributed.store_gather import StoreGather
 from launcher.plan.sample_order import SamplePermutation
 from launcher.strategies.buffers import preserve_buffers
 from launcher.strategies.interface import LARGE_MODEL_BYTES
@@ -106,7 +107,7 @@ def format_ratio(total: float, parts: float) -> str:
     return f"{ratio:.3g} times the sum of its two halves' totals ({way})"
 
 
-def find_scaling_problem(context: TrainContext, items: Any) -> tuple[str | None, bool]:
+def find_scaling_problem(context: TrainContext, items: Any, store_gather: StoreGather) -> tuple[str | None, bool]:
     """Compare a micro-batch of the training data `items` with its halves, in evaluation mode and as in training.
 
     Returns what is wrong, to complete a sentence, and whether the comparison was possible. It leaves model, buffers and
@@ -120,8 +121,9 @@ def find_scaling_problem(context: TrainContext, items: Any) -> tuple[str | None,
     if samples < 2:
         return None, False
     with preserve_generators(), torch.no_grad():
-        batches = try_to_load(context, partial(load_batches, context, items, samples))
-        splits = None if batches is None else try_to_compute(context, partial(measure_both, context, batches, samples))
+        batches = try_to_load(store_gather, partial(load_batches, context, items, samples))
+        measure = partial(measure_both, context, batches or [], samples)
+        splits = None if batches is None else try_to_compute(context, store_gather, measure)
     if splits is None:
         return None, False
     tolerance = TOLERANCE.get(context.precision.name, LOW_PRECISION_TOLERANCE)
@@ -132,15 +134,17 @@ def find_scaling_problem(context: TrainContext, items: Any) -> tuple[str | None,
     return next(filter(None, problems), None), all(split.is_conclusive for split in splits)
 
 
-def try_to_load(context: TrainContext, load: Callable[[], list[Any]]) -> list[Any] | None:
+def try_to_load(store_gather: StoreGather, load: Callable[[], list[Any]]) -> list[Any] | None:
     """The batches if every rank could load them; else None on every rank."""
     batches = None
     with suppress(Exception):
         batches = load()
-    return batches if all(context.stats_gather.gather_number(batches is not None)) else None
+    return batches if all(store_gather.gather(batches is not None)) else None
 
 
-def try_to_compute(context: TrainContext, compute: Callable[[], list[LossSplit]]) -> list[LossSplit] | None:
+def try_to_compute(
+    context: TrainContext, store_gather: StoreGather, compute: Callable[[], list[LossSplit]]
+) -> list[LossSplit] | None:
     """The result of `compute` if no rank failed in it; else None on every rank.
 
     Raises:
@@ -151,13 +155,13 @@ def try_to_compute(context: TrainContext, compute: Callable[[], list[LossSplit]]
         splits = compute()
     except Exception as error:
         try:
-            places = context.stats_gather.gather_number(locate_error(error, context.topology.rank), FAILED_WAIT_S)
+            places = store_gather.gather(locate_error(error, context.topology.rank), FAILED_WAIT_S)
         except RuntimeError:
             raise error from None
         if context.replica.sharded and len(set(places)) > 1:  # collectives that only some ranks began
             raise
         return None
-    return None if any(context.stats_gather.gather_number(0.0)) else splits
+    return None if any(store_gather.gather(0.0)) else splits
 
 
 def locate_error(error: Exception, rank: int) -> float:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import pytest
 import torch.distributed as dist
 
+from launcher.distributed.rendezvous import make_loopback_store
 from launcher.distributed.store_gather import StoreGather
 
 
@@ -20,3 +26,38 @@ def test_store_host_waits_for_other_ranks() -> None:
     thread.join(10)
     assert not thread.is_alive()
     StoreGather(store, 0, 1).close()
+
+
+def test_every_rank_gets_the_values_of_all() -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(gather_three, StoreGather(store, rank, 2), rank) for rank in (0, 1)]
+        assert [future.result(10) for future in both] == [[[0, 10], [1, 11], [2, 12]]] * 2
+    assert StoreGather(store, 0, 1).gather(0.5, 1.0) == [0.5]
+
+
+def gather_three(gather: StoreGather, rank: int) -> list[list[int]]:
+    return [gather.gather(10 * rank + call, within_s=10.0) for call in range(3)]
+
+
+def test_rank_that_does_not_come_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="timeout"):
+        StoreGather(dist.HashStore(), 0, 2).gather(0.0, within_s=0.05)
+
+
+def test_rank_is_told_that_the_store_is_gone() -> None:
+    """As where the rank that serves it is killed."""
+    ports, ends = multiprocessing.Pipe()
+    server = multiprocessing.get_context("fork").Process(target=serve_store, args=(ends,))
+    server.start()
+    store = make_loopback_store(ports.recv(), serve=False, world=2)
+    threading.Timer(0.2, server.kill).start()
+    with pytest.raises(RuntimeError):
+        StoreGather(store, 1, 2).gather(0.0, within_s=60.0)
+    server.join()
+
+
+def serve_store(ends: Any) -> None:
+    store = make_loopback_store(0, serve=True, world=2)
+    ends.send(store.port)
+    time.sleep(60)

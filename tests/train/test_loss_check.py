@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from launcher.distributed.store_gather import StoreGather
 from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.fsdp import FsdpReplica
@@ -177,7 +178,7 @@ def compare_on_two_ranks(folder: Path, loss_fn: Any, layer: Any, data: Any, kind
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
         loss_scaling.FAILED_WAIT_S = 1.0
         run = one_rank.make_context(loss_fn, make_model(layer), kind, topology=Topology(rank=rank, world=2))
-        found = loss_scaling.find_scaling_problem(run, data())
+        found = loss_scaling.find_scaling_problem(run, data(), StoreGather(dist.PrefixStore("check", store), rank, 2))
         ranks = torch.ones(())
         dist.all_reduce(ranks)
         return f"{found} {int(ranks)}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from launcher.config.schema import BatchConfig, DataConfig, LrConfig, RunConfig
-from launcher.distributed.rank_stats import StatsAllGather
+from launcher.distributed.store_gather import StoreGather
 from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import Position
 from launcher.plan.training_plan import DatasetSizes, make_training_plan
@@ -214,13 +214,17 @@ def make_context(loss_fn: LossFn, model: nn.Module, kind: type = DdpReplica, **c
     replica = kind(ReplicaArgs(model.train(), plan.config, dist.get_world_size(), precision, StageClock(HostTimer())))
     return SimpleNamespace(
         training_plan=plan, config=plan.config, recipe=Own(loss_fn, []), replica=replica, precision=precision,
-        topology=changes.get("topology", Topology()), stats_gather=StatsAllGather(dist.get_world_size(), 60.0),
+        topology=changes.get("topology", Topology()),
     )  # fmt: skip
+
+
+def find_alone(context: Any, items: Any = None) -> tuple[str | None, bool]:
+    return find_scaling_problem(context, items or Texts(), StoreGather(dist.HashStore(), 0, 1))
 
 
 def find_problem(loss_fn: LossFn, model: str = "linear", kind: type = DdpReplica, **changes: Any) -> str | None:
     torch.manual_seed(0)
-    return find_scaling_problem(make_context(loss_fn, MODELS[model](), kind, **changes), Texts())[0]
+    return find_alone(make_context(loss_fn, MODELS[model](), kind, **changes))[0]
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -251,7 +255,7 @@ def test_comparison_leaves_no_trace(kind: type) -> None:
     model.register_buffer("later", None)
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     drawn = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    assert find_scaling_problem(context, Texts()) == (None, True)
+    assert find_alone(context) == (None, True)
     now = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(drawn[0], now[0])
     assert drawn[1:] == now[1:]
@@ -269,7 +273,7 @@ def test_every_rank_computes_alike(name: str, kind: type) -> None:
     calls = []
     for topology in (Topology(), Topology(rank=1, world=2)):
         context = make_context(loss_fn, nn.Linear(4, CLASSES), kind, topology=topology)
-        find_scaling_problem(context, Texts())
+        find_alone(context)
         calls.append(context.recipe.calls)
     assert calls[0] == calls[1] != []
 
@@ -283,7 +287,7 @@ def test_few_samples_are_compared(per_device: int, samples: int) -> None:
 
 def test_single_sample_is_not_compared() -> None:
     context = make_context(PROBLEMS["mean"][0], nn.Linear(4, CLASSES))
-    assert find_scaling_problem(context, [Texts()[0]]) == (None, False)
+    assert find_alone(context, [Texts()[0]]) == (None, False)
 
 
 def test_loader_process_reads_the_samples() -> None:
@@ -314,7 +318,7 @@ def raise_alarms(name: str, *, state: TrainState | None = None, generation: int 
     fields = {field.name: None for field in dataclasses.fields(TrainContext)}
     known = {key: value for key, value in vars(context).items() if key in fields}
     full = TrainContext(**{**fields, **known, "logger": logger, "topology": Topology(generation=generation)})  # type: ignore[arg-type]
-    checked = check_loss(full, state or TrainState.initial(context.training_plan), Texts())
+    checked = check_loss(full, state or TrainState.initial(context.training_plan), Texts(), dist.HashStore())
     batch = tuple(torch.stack(column) for column in zip(*(Texts()[index] for index in range(8)), strict=True))
     for _ in range(3):
         checked.recipe.loss(context.replica.module, batch)

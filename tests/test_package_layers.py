@@ -45,7 +45,7 @@ STDLIB_ONLY_MODULES = {
     "checkpoint": ("manifest",),
     "cli": ("control", "doctor", "machine_checks", "new_recipe", "watch"),
     "config": ("keys", "limits", "resume_keys", "schema", "slurm_syntax", "validation"),
-    "distributed": ("hang_detection", "load_balancing", "stop_requests", "stragglers", "watchdog", "worker_env"),
+    "distributed": ("hang_detection", "stop_requests", "watchdog", "worker_env"),
     "launch": ("agent_memory",),
     "run_dir": ("failures", "lock", "metrics_reader", "restart_cost", "resume", "run_directory"),
     "slurm": ("claim", "job_script", "queue"),

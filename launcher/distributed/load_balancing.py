@@ -8,38 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+
+import torch
 
 from launcher.plan.batch import BatchPlan, PlanError
 from launcher.plan.timeline import Update
+from launcher.telemetry.stage_metrics import StageTimes, as_time_tensor, median_of_rows, sum_stages
 from launcher.telemetry.stages import PER_SAMPLE_STAGES, STAGES
 
 __all__ = ["BALANCE_WINDOW", "LoadBalancer", "SpeedWindow", "find_faster_shares"]
 
 BALANCE_WINDOW = 20
 MIN_SPEEDUP = 1.05
+WORK_INDICES = tuple(STAGES.index(stage) for stage in PER_SAMPLE_STAGES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpeedWindow:
-    """Milliseconds of own work per update and rank, over the last full updates under one plan."""
+    """Milliseconds of own work per update (one tensor each) and rank, over the last full updates under one plan."""
 
     plan: BatchPlan
-    window: tuple[tuple[float, ...], ...] = field(default=())
+    window: tuple[torch.Tensor, ...] = field(default=())
 
-    def with_update(self, work_ms: Sequence[float]) -> SpeedWindow:
+    def with_update(self, work_ms: torch.Tensor | Sequence[float]) -> SpeedWindow:
         """Add one update: the milliseconds of own work of each rank."""
-        return SpeedWindow(self.plan, (*self.window, tuple(work_ms))[-BALANCE_WINDOW:])
+        return SpeedWindow(self.plan, (*self.window, as_time_tensor(work_ms))[-BALANCE_WINDOW:])
 
     @property
     def samples_per_ms(self) -> tuple[float, ...] | None:
         """Each rank's speed from its median time; None until the window is full, or if a rank has no samples."""
         if len(self.window) < BALANCE_WINDOW or 0 in self.plan.shares:
             return None
-        work_ms = [median(times) for times in zip(*self.window, strict=True)]
-        if min(work_ms) <= 0:
+        work_ms = median_of_rows(torch.stack(self.window))
+        if work_ms.min() <= 0:
             return None
-        return tuple(share / ms for share, ms in zip(self.plan.shares, work_ms, strict=True))
+        return tuple((torch.tensor(self.plan.shares, dtype=torch.float64) / work_ms).tolist())
 
 
 def find_faster_shares(
@@ -75,15 +78,14 @@ class LoadBalancer:
         self._seen = 0
         self._previous: Update | None = None
 
-    def on_gathered(self, stages_ms: Sequence[Sequence[float]], update: Update) -> None:
+    def on_gathered(self, stages_ms: StageTimes, update: Update) -> None:
         """Record the statistics gathered in `update`; the stage times belong to the previous update."""
         previous, self._previous = self._previous, update
         if previous is None or previous.is_partial:
             return
         if previous.full_plan != self._speeds.plan:  # batch.ramp has entered a new stage
             self._speeds = SpeedWindow(previous.full_plan)
-        work_stages = [STAGES.index(stage) for stage in PER_SAMPLE_STAGES]
-        self._speeds = self._speeds.with_update([sum(times[stage] for stage in work_stages) for times in stages_ms])
+        self._speeds = self._speeds.with_update(sum_stages(as_time_tensor(stages_ms), WORK_INDICES))
         self._seen += 1
         if self._seen % BALANCE_WINDOW == 0:
             self.new_speeds = find_faster_shares(self._speeds, self._make_plan)

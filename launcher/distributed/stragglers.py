@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
 
+import torch
+
+from launcher.telemetry.stage_metrics import StageTimes, as_time_tensor, median_of_rows, sum_stages
 from launcher.telemetry.stages import PER_SAMPLE_STAGES, STAGES
 
 __all__ = ["STRAGGLER_WINDOW", "Straggler", "StragglerDetector"]
@@ -41,16 +42,19 @@ class Straggler:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StragglerDetector:
-    """The updates since the last check, and the ranks that were reported and have not recovered since."""
+    """The updates since the last check, and the ranks that were reported and have not recovered since.
 
-    rows: tuple[tuple[tuple[float, ...], ...], ...] = field(default=())
+    `rows` has one tensor per update: the milliseconds of each rank (first dimension) in each stage of its own work.
+    """
+
+    rows: tuple[torch.Tensor, ...] = field(default=())
     reported: frozenset[int] = frozenset()
     seen_ms: float = 0.0
 
     def with_update(
-        self, stages_ms: Sequence[Sequence[float]], shares: Sequence[int] = ()
+        self, stages_ms: StageTimes, shares: Sequence[int] = ()
     ) -> tuple[StragglerDetector, Straggler | None]:
         """Add one update (milliseconds by rank and stage, samples by rank); every 20 updates, also return a straggler.
 
@@ -60,49 +64,62 @@ class StragglerDetector:
         """
         if len(stages_ms) < 2:
             return self, None
-        rows = (*self.rows, tuple(tuple(times[stage] for stage in OWN_WORK_INDICES) for times in stages_ms))
+        times_ms = as_time_tensor(stages_ms)
+        rows = (*self.rows, times_ms[:, OWN_WORK_INDICES])
+        longest_ms = float(sum_stages(times_ms, range(len(STAGES))).max())
         # Each update's time is capped: a single long update proves nothing.
-        seen_ms = self.seen_ms + min(MIN_TRAINING_MS / STRAGGLER_WINDOW, max(map(sum, stages_ms)))
+        seen_ms = self.seen_ms + min(MIN_TRAINING_MS / STRAGGLER_WINDOW, longest_ms)
         if len(rows) < STRAGGLER_WINDOW or seen_ms < MIN_TRAINING_MS:
             return StragglerDetector(rows, self.reported, seen_ms), None
-        by_rank = [[median(times) for times in zip(*ranks, strict=True)] for ranks in zip(*rows, strict=True)]
-        ratios = compute_slowdowns([sum(times) for times in by_rank], shares or [1] * len(by_rank))
-        reported = frozenset(rank for rank in self.reported if ratios[rank] >= RECOVERED_RATIO)
-        slow = [rank for rank, ratio in enumerate(ratios) if ratio > SLOW_RATIO and rank not in reported]
-        for rank in sorted(slow, key=ratios.__getitem__, reverse=True):
-            straggler = make_straggler(rank, ratios[rank], by_rank)
-            if straggler.own_ms - straggler.others_ms > MIN_DIFFERENCE_MS:
-                return StragglerDetector((), reported | {rank}), straggler
-        return StragglerDetector((), reported), None
+        by_rank = median_of_rows(torch.stack(rows))
+        reported, straggler = find_straggler(by_rank, shares or [1] * len(by_rank), self.reported)
+        return StragglerDetector((), reported), straggler
 
 
-def compute_slowdowns(work_ms: Sequence[float], shares: Sequence[int]) -> list[float]:
+def find_straggler(
+    by_rank: torch.Tensor, shares: Sequence[int], reported: frozenset[int]
+) -> tuple[frozenset[int], Straggler | None]:
+    """The slowest rank that is not in `reported`, if any is slow; `reported` with it, without the recovered ranks."""
+    work_ms = sum_stages(by_rank, range(len(OWN_WORK_INDICES)))
+    others_ms = compute_others_medians(work_ms)
+    ratios = compute_slowdowns(work_ms, others_ms, shares)
+    still_reported = frozenset(rank for rank in reported if ratios[rank] >= RECOVERED_RATIO)
+    slow = (ratios > SLOW_RATIO) & (work_ms - others_ms > MIN_DIFFERENCE_MS)
+    slow[list(still_reported)] = False
+    if not slow.any():
+        return still_reported, None
+    rank = int(torch.where(slow, ratios, 0.0).argmax())
+    return still_reported | {rank}, make_straggler(rank, float(ratios[rank]), by_rank)
+
+
+def compute_slowdowns(work_ms: torch.Tensor, others_ms: torch.Tensor, shares: Sequence[int]) -> torch.Tensor:
     """Ratio of each rank's work to the median of the others; a rank with more samples is allowed more time."""
-    medians_ms, median_shares = compute_others_medians(work_ms), compute_others_medians(shares)
-    factors = [max(1.0, share / (usual or 1.0)) for share, usual in zip(shares, median_shares, strict=True)]
-    rows = zip(work_ms, factors, medians_ms, strict=True)
-    return [ms / factor / median_ms if median_ms else 1.0 for ms, factor, median_ms in rows]
+    samples = torch.as_tensor(shares, dtype=torch.float64)
+    usual = compute_others_medians(samples)
+    factors = (samples / torch.where(usual == 0, 1.0, usual)).clamp(min=1.0)
+    return torch.where(others_ms == 0, 1.0, work_ms / factors / others_ms)
 
 
-def compute_others_medians(values: Sequence[float]) -> list[float]:
+def compute_others_medians(values: torch.Tensor) -> torch.Tensor:
     """For each value, the median of all other values; sorts once and skips the value's own position."""
-    ordered, num_others = sorted(values), len(values) - 1
-    middle_indices = {(num_others - 1) // 2, num_others // 2}
-    positions = (bisect_left(ordered, value) for value in values)
-    return [fmean(ordered[index + (index >= position)] for index in middle_indices) for position in positions]
+    ordered, num_others = values.sort().values, len(values) - 1
+    positions = torch.searchsorted(ordered, values)
+    low, high = (ordered[middle + (middle >= positions).long()] for middle in ((num_others - 1) // 2, num_others // 2))
+    return (low + high) / 2
 
 
-def make_straggler(rank: int, ratio: float, by_rank: Sequence[Sequence[float]]) -> Straggler:
+def make_straggler(rank: int, ratio: float, by_rank: torch.Tensor) -> Straggler:
     own = by_rank[rank]
-    rest = [row for other, row in enumerate(by_rank) if other != rank]
-    others = [median(column) for column in zip(*rest, strict=True)]
-    worst = max(range(len(own)), key=lambda stage: own[stage] - others[stage])
+    rest = torch.cat((by_rank[:rank], by_rank[rank + 1 :]))
+    others = median_of_rows(rest)
+    worst = int((own - others).argmax())
+    stages = range(len(OWN_WORK_INDICES))
     return Straggler(
         rank=rank,
         ratio=ratio,
-        own_ms=sum(own),
-        others_ms=median(sum(row) for row in rest),
+        own_ms=float(sum_stages(by_rank[rank : rank + 1], stages)),
+        others_ms=float(median_of_rows(sum_stages(rest, stages))),
         stage=OWN_WORK_STAGES[worst],
-        stage_ms=own[worst],
-        stage_others_ms=others[worst],
+        stage_ms=float(own[worst]),
+        stage_others_ms=float(others[worst]),
     )

@@ -102,7 +102,6 @@ class StageClock:
         return tuple(times.values())
 
 
-def find_critical_rank(stages_ms: Sequence[Sequence[float]]) -> int:
+def find_critical_rank(stages_ms: torch.Tensor | Sequence[Sequence[float]]) -> int:
     """The rank that the others waited for: the one with the least `sync` time; ties go to the lower rank."""
-    sync = STAGES.index("sync")
-    return min(range(len(stages_ms)), key=lambda rank: stages_ms[rank][sync])
+    return int(torch.as_tensor(stages_ms)[:, STAGES.index("sync")].argmin())

@@ -1,0 +1,56 @@
+"""The stage times of all ranks as one tensor, and the metrics of an update made from them.
+
+Rank 0 does this in every update, so it must not loop over the ranks in Python: 10,000 of them take milliseconds here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
+import torch
+
+from launcher.telemetry.stage_clock import find_critical_rank
+from launcher.telemetry.stages import STAGES
+
+__all__ = ["StageTimes", "as_time_tensor", "compute_stage_metrics", "median_of_rows", "sum_stages"]
+
+#: Milliseconds by rank and stage, in the order of STAGES: a tensor of shape (ranks, stages), or nested sequences.
+StageTimes = torch.Tensor | Sequence[Sequence[float]]
+
+
+def as_time_tensor(times: StageTimes | Sequence[float]) -> torch.Tensor:
+    """The times as float64, in which they are summed and compared."""
+    return torch.as_tensor(times, dtype=torch.float64)
+
+
+def sum_stages(times_ms: torch.Tensor, stages: Sequence[int]) -> torch.Tensor:
+    """Each rank's sum over `stages` (indices of columns), added one by one so that every rank rounds alike."""
+    return reduce(add, (times_ms[:, stage] for stage in stages))
+
+
+def median_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The median over the first dimension; of an even number of rows, the mean of the middle two."""
+    ordered, count = rows.sort(dim=0).values, len(rows)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+def compute_stage_metrics(stages_ms: StageTimes, samples: int) -> dict[str, float]:
+    """Stage times of the critical rank in an update of `samples`, with the minimum and maximum over all ranks."""
+    times = as_time_tensor(stages_ms)
+    rank = find_critical_rank(times)
+    own_ms = times[rank].tolist()
+    wall_ms = sum(own_ms) or math.nan
+    values: dict[str, float] = {"stage/rank": rank}
+    lowest, highest = (values_ms.tolist() for values_ms in torch.aminmax(times, dim=0))
+    for index, stage in enumerate(STAGES):
+        values[f"stage/{stage}/ms"] = own_ms[index]
+        values[f"stage/{stage}/share"] = own_ms[index] / wall_ms
+        if own_ms[index] > 0:
+            values[f"stage/{stage}/samples_per_s"] = samples / own_ms[index] * 1e3
+        if len(times) > 1:
+            values[f"stage/{stage}/ms_min"] = lowest[index]
+            values[f"stage/{stage}/ms_max"] = highest[index]
+    return values

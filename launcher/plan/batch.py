@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 from launcher.errors import UsageError
@@ -58,6 +59,16 @@ class BatchPlan:
     def global_batch(self) -> int:
         """Samples per update over all ranks."""
         return sum(self.shares)
+
+    @cached_property
+    def share_starts(self) -> tuple[int, ...]:
+        """For each rank, how many samples of the update belong to the ranks before it."""
+        return tuple(accumulate(self.shares[:-1], initial=0))
+
+    @cached_property
+    def most_micro_batches(self) -> int:
+        """The largest number of micro-batches of any rank."""
+        return max(len(self.micro_batches(rank)) for rank in range(self.world))
 
     def micro_batches(self, rank: int) -> tuple[int, ...]:
         """Sizes of the rank's micro-batches, larger first, which differ by at most one; empty without a share."""

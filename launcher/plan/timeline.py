@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -92,17 +91,13 @@ class Update:
 
         The update's positions are divided into consecutive slices by rank.
         """
-        first = self.start + sum(self.plan.shares[:rank])
+        first = self.start + self.plan.share_starts[rank]
         sizes = self.plan.micro_batches(rank)
         cuts = zip(pairwise(accumulate(sizes, initial=first)), self.plan.rng_keys(rank), strict=True)
         own = tuple(MicroBatch(self._make_spans(*ends), shard=shard, index=index) for ends, (shard, index) in cuts)
-        padding = range(len(own), max(1, self._most_micro_batches if self.even else 0))
+        padding = range(len(own), max(1, self.plan.most_micro_batches if self.even else 0))
         sample = self._make_spans(self.start, self.start + 1)
         return own + tuple(MicroBatch(sample, is_padding=True, shard=rank, index=index) for index in padding)
-
-    @cached_property
-    def _most_micro_batches(self) -> int:
-        return max(len(self.plan.micro_batches(rank)) for rank in range(self.plan.world))
 
     def _make_spans(self, start: int, stop: int) -> tuple[Span, ...]:
         spans = []
@@ -143,10 +138,14 @@ class Timeline:
         """Every update from `position` to the end of the run; none if the run is complete."""
         begins = [begin for begin, _ in self.stages]
         start, index = position.samples, position.update
+        plans: dict[tuple[int, int], BatchPlan] = {}  # making one costs O(world), and most epochs end alike
         while start < self.duration:
-            nominal = self.stages[bisect.bisect_right(begins, start) - 1][1]
+            stage = bisect.bisect_right(begins, start) - 1
+            nominal = self.stages[stage][1]
             samples = min(nominal.global_batch, self._compute_room(start))
-            yield Update(index, start, nominal, nominal.truncated(samples), self.size, self.even)
+            if (stage, samples) not in plans:
+                plans[stage, samples] = nominal.truncated(samples)
+            yield Update(index, start, nominal, plans[stage, samples], self.size, self.even)
             start, index = start + samples, index + 1
 
     def _compute_room(self, start: int) -> int:

@@ -279,4 +279,5 @@ def list_batch_plans(training_plan: TrainingPlan) -> list[BatchPlan]:
     if training_plan.config.data.tail == "flush":
         last_epoch = (training_plan.duration - 1) // training_plan.sizes.train * training_plan.sizes.train
         updates = chain(updates, timeline.iter_updates(Position(last_epoch)))
-    return list(dict.fromkeys(update.plan for update in updates))
+    by_identity = {id(update.plan): update.plan for update in updates}  # comparing plans costs O(world) per update
+    return list(dict.fromkeys(by_identity.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -206,6 +207,38 @@ def test_iteration_from_late_position_is_constant_time() -> None:
     timeline = make_timeline(10**9, 10**15, batch=1024)
     first = next(timeline.iter_updates(Position(10**14 + 7, 5)))
     assert (first.start, first.index, first.epoch) == (10**14 + 7, 5, 10**5)
+
+
+class CountedShares(tuple[int, ...]):
+    """Shares that count how many of them are read."""
+
+    reads = 0
+
+    def __getitem__(self, index: object) -> object:  # type: ignore[override]
+        CountedShares.reads += len(range(*index.indices(len(self)))) if isinstance(index, slice) else 1
+        return super().__getitem__(index)  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[int]:
+        for value in super().__iter__():
+            CountedShares.reads += 1
+            yield value
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_an_update_reads_no_more_shares_in_a_larger_world(even: bool) -> None:
+    """Neither in a whole epoch's updates nor in the short ones at the ends of the epochs."""
+    reads = {}
+    for world in (10, 1000):
+        plan = replace(make_hold_plan(2 * world, world), shares=CountedShares([2] * world))
+        timeline = Timeline(5 * world, 10**6, ((0, plan),), even=even)
+        updates = itertools.islice(timeline.iter_updates(), 60)
+        for update in itertools.islice(updates, 30):  # in which the plan and that of the last update are made
+            update.micro_batches(world - 1)
+        CountedShares.reads = 0
+        for update in updates:
+            update.micro_batches(world - 1)
+        reads[world] = CountedShares.reads
+    assert reads[1000] == reads[10] <= 30 * 4
 
 
 # Invalid timelines

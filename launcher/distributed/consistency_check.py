@@ -37,7 +37,8 @@ def prepare_and_compare(
     if topology.world > 1:
         store.set(f"hello/{topology.rank}", json.dumps(report))
     if topology.rank == 0:
-        others = [json.loads(store.get(f"hello/{rank}")) for rank in range(1, topology.world)]
+        keys = [f"hello/{rank}" for rank in range(1, topology.world)]
+        others = [json.loads(text) for text in store.multi_get(keys)] if keys else []
         store.set("verdict", find_first_mismatch([report, *others]))
     if mismatch := store.get("verdict").decode():
         raise UsageError(mismatch)

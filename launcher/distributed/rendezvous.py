@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 STORE_POLL_S = 0.01
+STORE_POLL_PER_RANK_S = 20e-6  # each poll asks for a key of every rank
 
 
 def open_loopback_socket(port: int = 0) -> socket.socket:
@@ -63,38 +64,52 @@ def gather_to_rank0(
     """Gather every rank's `message` on rank 0; also return a section of the store that is still unused.
 
     A torchrun that shares its store with the workers keeps what earlier generations wrote. So each rank writes a hello
-    with a random token, rank 0 answers with all tokens, and a rank accepts only an answer that contains its own token.
+    with a random token and waits for the answer to this token, which rank 0 gives to every hello that it finds.
     """
     token = os.urandom(8).hex()
     if topology.rank == 0:
         return [message, *answer_hellos(store, topology.world, token, timeout_s)], dist.PrefixStore(token, store)
     store.set(f"hello/{topology.rank}", token)
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        answer = json.loads(store.get("answer"))
-        if answer["hello"].get(str(topology.rank)) == token:
-            store.set(f"{answer['token']}/{topology.rank}", message)
-            return [], dist.PrefixStore(answer["token"], store)
-        time.sleep(STORE_POLL_S)
-    raise TimeoutError(f"rank 0 did not answer within launch.timeout_s={timeout_s:g}")
+    try:
+        store.wait([f"answer/{token}"], timedelta(seconds=timeout_s))
+    except dist.DistStoreError as problem:
+        raise TimeoutError(f"rank 0 did not answer within launch.timeout_s={timeout_s:g}") from problem
+    section = store.get(f"answer/{token}").decode()
+    store.set(f"{section}/{topology.rank}", message)
+    return [], dist.PrefixStore(section, store)
 
 
 def answer_hellos(store: dist.Store, world: int, token: str, timeout_s: float) -> list[str]:
-    """Answer every hello, including those that change meanwhile, until all other ranks have sent their message."""
-    keys = [f"{token}/{rank}" for rank in range(1, world)]
-    last: dict[str, str] | None = None
+    """Answer every hello, including those that change meanwhile, until all other ranks have sent their message.
+
+    A fixed number of requests, each for all ranks at once, unless a hello is of an earlier generation.
+    """
+    hellos, messages = ([f"{prefix}/{rank}" for rank in range(1, world)] for prefix in ("hello", token))
+    answered: set[bytes] = set()
     deadline_s = time.monotonic() + timeout_s
-    while not store.check(keys):
-        arrived = [rank for rank in range(1, world) if store.check([f"hello/{rank}"])]
-        hello = {str(rank): store.get(f"hello/{rank}").decode() for rank in arrived}
-        if hello != last:
-            store.set("answer", json.dumps({"token": token, "hello": hello}))
-            last = hello
+    wait_for_keys(store, hellos, timeout_s)
+    while not store.check(messages):
+        new = [hello for hello in store.multi_get(hellos) if hello not in answered]
+        store.multi_set([f"answer/{hello.decode()}" for hello in new], [token] * len(new))
+        answered.update(new)
         if time.monotonic() > deadline_s:
-            missing = [rank for rank, key in enumerate(keys, start=1) if not store.check([key])]
-            raise TimeoutError(f"ranks {missing} did not connect within launch.timeout_s={timeout_s:g}")
-        time.sleep(STORE_POLL_S)
-    return [store.get(key).decode() for key in keys]
+            raise_not_connected(store, messages, timeout_s)
+        time.sleep(max(STORE_POLL_S, STORE_POLL_PER_RANK_S * world))
+    return [text.decode() for text in store.multi_get(messages)] if messages else []
+
+
+def wait_for_keys(store: dist.Store, keys: list[str], timeout_s: float) -> None:
+    if not keys:
+        return
+    try:
+        store.wait(keys, timedelta(seconds=timeout_s))
+    except dist.DistStoreError:
+        raise_not_connected(store, keys, timeout_s)
+
+
+def raise_not_connected(store: dist.Store, keys: list[str], timeout_s: float) -> NoReturn:
+    missing = [rank for rank, key in enumerate(keys, start=1) if not store.check([key])]
+    raise TimeoutError(f"ranks {missing} did not connect within launch.timeout_s={timeout_s:g}")
 
 
 def broadcast_text(store: dist.Store, text: str | None) -> str:

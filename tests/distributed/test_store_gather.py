@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from launcher.distributed.rendezvous import make_loopback_store
 from launcher.distributed.store_gather import StoreGather
+from tests.helpers.counted_store import CountedStore, run_ranks
 
 
 def test_store_host_waits_for_other_ranks() -> None:
@@ -61,3 +62,42 @@ def serve_store(ends: Any) -> None:
     store = make_loopback_store(0, serve=True, world=2)
     ends.send(store.port)
     time.sleep(60)
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_all_ranks_get_all_values_in_rank_order(world: int) -> None:
+    """Rounds of both kinds in turn; rank 0 may be several broadcasts ahead of the others."""
+    store = dist.HashStore()
+
+    def run(rank: int) -> list[Any]:
+        gather = StoreGather(store, rank, world)
+        first = gather.gather({"rank": rank})
+        decisions = [gather.broadcast_from_rank0([rank, number]) for number in range(5)]
+        return [first, decisions, gather.gather(rank), gather.gather(rank * 2)]
+
+    expected = [
+        [{"rank": rank} for rank in range(world)],
+        [[0, number] for number in range(5)],
+        [*range(world)],
+        [*range(0, 2 * world, 2)],
+    ]
+    assert run_ranks(world, run) == [expected] * world
+    assert store.num_keys() <= 1
+
+
+def test_number_of_requests_of_a_rank_does_not_grow_with_the_ranks() -> None:
+    requests = {}
+    for world in (2, 16):
+        store = dist.HashStore()
+        stores = [CountedStore(store) for _ in range(world)]
+
+        def run(rank: int, world: int = world, stores: list[CountedStore] = stores) -> None:
+            gather = StoreGather(stores[rank], rank, world)  # type: ignore[arg-type]
+            for number in range(4):
+                gather.gather(number)
+                gather.broadcast_from_rank0(number)
+
+        run_ranks(world, run)
+        requests[world] = [stores[0].requests, max(each.requests for each in stores[1:])]
+    assert requests[16] == requests[2]
+    assert max(requests[16]) <= 4 * 6

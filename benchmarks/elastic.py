@@ -1,7 +1,7 @@
 """Recovery time of a job, and the cost of elasticity in normal operation.
 
     python benchmarks/elastic.py            # everything: about 15 minutes
-    python benchmarks/elastic.py recovery   # one part: recovery, joins, stop, survivors, save, vote
+    python benchmarks/elastic.py recovery   # one part: recovery, joins, stop, survivors, save
 
 recovery: kill -9 of a random worker, repeatedly, for the launcher and for a plain torchrun script; measures from the
 kill to the end of the first update after the restart. The plain script restores nothing.
@@ -9,12 +9,10 @@ joins: a third torchrun agent joins two, is killed and joins again; the cost of 
 stop: graceful stops of a job, each followed by a resume; checks that no update is lost or run twice.
 survivors: kill -9 of the agent; the time until the last process of the job has ended.
 save: the time a checkpoint blocks the training loop, compared with the time to write it.
-vote: one all-gather of the ranks' statistics at 2 and at 64 ranks (forked, on the available cores).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -234,51 +232,12 @@ def measure_save(folder: Path) -> None:
     print(f"                        stall / synchronous = {stall_s / (stall_s + write_s):.3f}")
 
 
-def time_all_gather(rank: int, world: int, port: int, rounds: int, out: str) -> None:
-    import torch.distributed as dist
-
-    from launcher.distributed.rank_stats import RankStats, StatsAllGather
-
-    store = dist.TCPStore("127.0.0.1", port, world, rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    stats_gather = StatsAllGather(world, 60.0)
-    times = []
-    for _ in range(rounds):
-        start_s = time.perf_counter()
-        stats_gather.all_gather_async(RankStats(), [0.0] * 8).wait()
-        times.append(time.perf_counter() - start_s)
-    if rank == 0:
-        Path(out).write_text(json.dumps(times[rounds // 5 :]))
-    dist.barrier()
-
-
-def measure_vote(folder: Path) -> None:
-    import torch.distributed  # noqa: F401 (imported once, before the forks)
-
-    import launcher.distributed.rank_stats  # noqa: F401
-
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    for world, rounds in ((2, 500), (64, 20)):
-        out, port, pids = folder / f"vote{world}", random.randint(20_000, 40_000), []
-        for rank in range(world):
-            if (pid := os.fork()) == 0:
-                time_all_gather(rank, world, port, rounds, str(out))
-                os._exit(0)
-            pids.append(pid)
-        for pid in pids:
-            os.waitpid(pid, 0)
-        times = json.loads(out.read_text())
-        median_ms = statistics.median(times) * 1e3
-        print(f"all-gather, {world:3} ranks    median {median_ms:.2f} ms, not overlapped with a backward pass")
-
-
 PARTS = {
     "recovery": measure_recovery,
     "joins": measure_joins,
     "stop": measure_stops,
     "survivors": measure_survivors,
     "save": measure_save,
-    "vote": measure_vote,
 }
 
 if __name__ == "__main__":

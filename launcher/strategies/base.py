@@ -33,6 +33,7 @@ from launcher.strategies.loss_module import LossFn, LossModule, run_loss
 from launcher.strategies.optimizer import supports_found_inf, take_optimizer_step
 from launcher.strategies.optimizer_state import OptimizerState
 from launcher.strategies.precision import Precision
+from launcher.strategies.stats_exchange import StatsAllReduce
 from launcher.strategies.training_loss import (
     contribute_nothing,
     contribute_zeros,
@@ -55,6 +56,7 @@ class BaseReplica:
     _parameters: Sequence[nn.Parameter]  # those that are trained
     _finds_unused = False  # parameters without a gradient in an update keep none
     same_parameter_tensors = True  # the strategy never replaces a parameter in the model
+    decides_on_host = False
     keeps_new_buffers = True  # those that are registered in an update that is skipped, or in padding
 
     def __init__(self, model: nn.Module, world: int, precision: Precision) -> None:
@@ -73,6 +75,7 @@ class BaseReplica:
         self._initial_buffers = describe_buffers(model)
         self._group_norms = GroupGradNorms(precision.device)
         self._call_order: CallOrder | None = None  # set if collectives follow the order of calls
+        self._stats = StatsAllReduce(dist.get_rank() if world > 1 else 0, world, precision.device)
         self._norm_hooks: GradNormHooks | None = None  # set if micro-batches are the groups for the noise scale
 
     @contextmanager
@@ -152,6 +155,16 @@ class BaseReplica:
         own = total if usable and not (self._is_padding and self._finds_unused) else get_finite_value(total)
         return own + contribute(torch.zeros_like(own), self._parameters)
 
+    def send_stats(self, row: torch.Tensor) -> None:
+        self._stats.send(row)
+
+    def receive_stats(self) -> torch.Tensor:
+        return self._stats.receive()
+
+    def exchange_stats(self, row: torch.Tensor) -> torch.Tensor:
+        self._stats.send(row)
+        return self._stats.receive()
+
     def backward(self, total: torch.Tensor, samples: int, count: float = 0.0) -> None:
         self._measure_next_backward(0.0 if self._is_padding else count)
         if total.requires_grad:
@@ -177,20 +190,21 @@ class BaseReplica:
         if self._norm_hooks is not None:
             self._norm_hooks.enabled = count > 0 and (self._world > 1 or not self._is_only_micro_batch)
 
-    def _step_if_finite(self, finite: torch.Tensor) -> None:
-        """Step if the gradient is finite; else leave parameters, moments, step counts and buffers unchanged.
+    def _step_if_finite(self, finite: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+        """Step if the gradient is finite and the loss `counted` anything; else leave parameters and moments unchanged.
 
-        torch allocates momentum buffers before it checks `found_inf` and would later use their uninitialised contents,
-        so the first applied step is decided on the host.
+        A gradient that is not finite also puts the buffers back. torch allocates momentum buffers before it checks
+        `found_inf` and would later use their uninitialised contents, so the first applied step is decided on the host.
         """
+        applied = finite if counted is None else finite & counted
         if finite.device.type == "cuda" and supports_found_inf(self.optimizer) and self.optimizer.state:
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
             take_optimizer_step(self.optimizer)
             self._buffers_before.restore_unless(finite)
-        elif bool(finite):
+        elif bool(applied):
             take_optimizer_step(self.optimizer)
             self._check_new_state()
-        else:
+        elif not bool(finite):
             self._buffers_before.restore(keep_new=self.keeps_new_buffers)
         self._update_loss_scale(finite)
         self.optimizer.zero_grad(set_to_none=True)

@@ -7,22 +7,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
 from launcher.checkpoint.tensor_io import LazyTensors
 from launcher.errors import TrainingFailed
+from launcher.recipe import Loss
 from launcher.strategies.base import BaseReplica
 from launcher.strategies.extra_state import load_model_tensors
 from launcher.strategies.gradient_norms import GradNormHooks, compute_norms
 from launcher.strategies.interface import ReplicaArgs, StepResult
+from launcher.strategies.loss_module import LossFn
 from launcher.strategies.missing_gradients import (
     FIND_UNUSED,
     find_unreduced,
     make_unreduced_error,
     translate_reducer_error,
 )
+from launcher.strategies.normalizer import multiply_gradients, split_normalizer
 from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
+from launcher.strategies.stats_exchange import StatsInBucket
 
 __all__ = ["DdpReplica"]
 
@@ -44,6 +49,8 @@ class DdpReplica(BaseReplica):
 
     DDP reduces a bucket once all its parameters have a gradient. If one has none, the bucket stays local, and torch
     would say so in the next forward pass only, after the step: whether the last bucket was reduced is checked before.
+
+    The ranks' statistics are the gradient of one more parameter, and need no message of their own.
     """
 
     sharded = False
@@ -53,6 +60,10 @@ class DdpReplica(BaseReplica):
         model, config = args.model, args.config
         super().__init__(model.to(args.precision.device), args.world, args.precision)
         self._clock = args.clock
+        self._bucket_stats: StatsInBucket | None = None
+        if args.world > 1:
+            self._bucket_stats = StatsInBucket(dist.get_rank(), args.world, args.precision.device, args.precision.dtype)
+            self._loss_module.register_parameter("stats", self._bucket_stats.words)
         self._trained_names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._static_graph = args.world > 1 and config.strategy.static_graph
         self._left_out: dict[str, torch.Tensor] | None = None
@@ -68,6 +79,18 @@ class DdpReplica(BaseReplica):
         self._bucket_norms: list[torch.Tensor] = []
         if args.world == 1 and self.by_micro_batch:
             self._norm_hooks = GradNormHooks(self._parameters)
+
+    def _compute_training_loss(self, loss_fn: LossFn, model: nn.Module, batch: Any) -> Loss:
+        loss = super()._compute_training_loss(loss_fn, model, batch)
+        if self._bucket_stats is None or not self._is_last_micro_batch:
+            return loss
+        return self._bucket_stats.add_to_graph(loss)
+
+    def send_stats(self, row: torch.Tensor) -> None:
+        (self._bucket_stats or self._stats).send(row)
+
+    def receive_stats(self) -> torch.Tensor:
+        return (self._bucket_stats or self._stats).receive()
 
     def _wrap_in_ddp(self, **options: Any) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(
@@ -85,6 +108,8 @@ class DdpReplica(BaseReplica):
             gradients.zero_()
         if self._group_norms.measuring:
             self._bucket_norms += compute_norms([gradients])
+        if self._bucket_stats is not None:
+            self._bucket_stats.write(gradients)
         if bucket.is_last():
             self._is_reduced = True  # torch reduces the buckets in order
             self._clock.begin_wait()
@@ -117,7 +142,7 @@ class DdpReplica(BaseReplica):
                 self._left_out = {name: parameter for name, parameter in pairs if parameter.grad is None}
             missing = [name for name, parameter in self._left_out.items() if parameter.grad is not None]
         if missing or not self._is_reduced:
-            missing = missing or find_unreduced(ddp, self._trained_names)
+            missing = missing or find_unreduced(ddp, ["", *self._trained_names])
             fix = f"strategy.static_graph=false {FIND_UNUSED}" if self._static_graph else FIND_UNUSED
             raise make_unreduced_error(missing, dist.get_rank(), fix)
 
@@ -141,10 +166,12 @@ class DdpReplica(BaseReplica):
             raise
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
+    def step(
+        self, lr: float, momentum: float | None, loss_normalizer: float | torch.Tensor, clip_norm: float | None
+    ) -> StepResult:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if loss_normalizer != 1.0:
-            torch._foreach_mul_(gradients, loss_normalizer)
+        factor, counted = split_normalizer(loss_normalizer)
+        multiply_gradients(gradients, factor)
         self._group_norms.close(self._bucket_norms)
         self._bucket_norms = []
         norm_sum, groups = self._pop_group_norms(self._precision.get_scale_tensor())
@@ -154,7 +181,8 @@ class DdpReplica(BaseReplica):
         if clip_norm is not None:
             clip_grads_with_norm_(self._parameters, clip_norm, norm)
         set_lr_and_momentum(self.optimizer, lr, momentum)
-        self._step_if_finite(finite)
+        self._step_if_finite(finite, counted)
+        norm = norm if counted is None else torch.where(counted, norm, torch.nan)
         return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:

@@ -45,6 +45,8 @@ class DeepSpeedReplica(BaseReplica):
     samples.
     """
 
+    decides_on_host = True
+
     def __init__(self, args: ReplicaArgs) -> None:
         model, config, precision = args.model, args.config, args.precision
         model.to(precision.device)
@@ -149,12 +151,14 @@ class DeepSpeedReplica(BaseReplica):
         return super().discard_update()
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
+    def step(
+        self, lr: float, momentum: float | None, loss_normalizer: float | torch.Tensor, clip_norm: float | None
+    ) -> StepResult:
         set_lr_and_momentum(self.optimizer, lr, momentum)
         run_step = self._step_unsharded if self._state is None else self._step_sharded
         scale = self._precision.scale()
         norm_sum, groups = self._pop_group_norms(scale)
-        norm, applied = run_step(loss_normalizer * self._world / scale, clip_norm)
+        norm, applied = run_step(float(loss_normalizer) * self._world / scale, clip_norm)
         if not applied:
             self._buffers_before.restore()
         else:

@@ -20,6 +20,7 @@ from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.gradient_norms import compute_norms
 from launcher.strategies.interface import ReplicaArgs, ReplicaState
 from launcher.strategies.loss_module import LossFn
+from launcher.strategies.stats_exchange import StatsAllReduce
 
 __all__ = ["ExactReplica"]
 
@@ -43,6 +44,7 @@ class ExactReplica(DdpReplica):
     """
 
     by_micro_batch = False
+    decides_on_host = True
     keeps_new_buffers = False  # they would differ between ranks
 
     def __init__(self, args: ReplicaArgs) -> None:
@@ -51,6 +53,7 @@ class ExactReplica(DdpReplica):
         config, world = args.config, args.world
         self._real_world = world
         self._rank = dist.get_rank() if world > 1 else 0
+        self._stats = StatsAllReduce(self._rank, world, args.precision.device)
         self._training_ranks = num_training_ranks(world, config.elastic.shards)
         self._shards = config.elastic.shards // self._training_ranks if self._rank < self._training_ranks else 0
         self._shard0_counters: list[torch.Tensor] = []

@@ -36,6 +36,7 @@ from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedStat
 from launcher.strategies.loss_module import LossFn, LossModule
 from launcher.strategies.meta_init import materialize
 from launcher.strategies.missing_gradients import GradientUse
+from launcher.strategies.normalizer import multiply_gradients, split_normalizer
 from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 from launcher.strategies.precision import Precision
 
@@ -133,20 +134,22 @@ class FsdpReplica(BaseReplica):
         return self._block_calls.contribute(total, self._loss_module)
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
+    def step(
+        self, lr: float, momentum: float | None, loss_normalizer: float | torch.Tensor, clip_norm: float | None
+    ) -> StepResult:
         rows = [p.grad.to_local() for p in self._parameters if isinstance(p.grad, DTensor)]
         refuse_gathered(self._gathered)
         scale = self._precision.scale()
         norm_sum, groups = self._pop_group_norms(scale)
-        factor = loss_normalizer / scale
-        if factor != 1.0:
-            torch._foreach_mul_(rows, factor)
+        factor, counted = split_normalizer(loss_normalizer)
+        multiply_gradients(rows, factor / scale)
         norm = self._compute_grad_norm(rows)
         if clip_norm is not None:
             torch._foreach_mul_(rows, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
         set_lr_and_momentum(self.optimizer, lr, momentum)
         finite = torch.isfinite(norm)
-        self._step_if_finite(finite)
+        self._step_if_finite(finite, counted)
+        norm = norm if counted is None else torch.where(counted, norm, torch.nan)
         return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
 
     def _update_loss_scale(self, finite: torch.Tensor) -> None:

@@ -80,12 +80,14 @@ class ShardedState(NamedTuple):
 class Replica(Protocol):
     """One rank's part of the model and its optimizer.
 
-    `module` is the recipe's own model. `sharded`: no rank holds the whole state.
+    `module` is the recipe's own model. `sharded`: no rank holds the whole state. `decides_on_host`: `step` takes the
+    loss normalizer as a number, for which the host waits: under ZeRO and in exact mode.
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     sharded: bool
+    decides_on_host: bool
 
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> AbstractContextManager[None]:
         """Context around one micro-batch's forward and backward. Gradients are communicated in the last one only.
@@ -110,11 +112,26 @@ class Replica(Protocol):
         `count` is the loss count of this micro-batch, for the noise scale; 0 if it is not to be measured.
         """
 
+    def send_stats(self, row: torch.Tensor) -> None:
+        """Before the last backward pass of an update: start to exchange this rank's row of statistics (float64)."""
+
+    def receive_stats(self) -> torch.Tensor:
+        """After it: the rows of all ranks, (world, fields) in float64 on the device. The host does not wait for it."""
+
+    def exchange_stats(self, row: torch.Tensor) -> torch.Tensor:
+        """Exchange rows outside of a backward pass. Collective."""
+
     def measures_noise_at(self, update: int) -> bool:
         """Whether the noise scale is measured in the update of this index; in every update if that is almost free."""
 
-    def step(self, lr: float, momentum: float | None, loss_normalizer: float, clip_norm: float | None) -> StepResult:
-        """Take one optimizer step with learning rate `lr` on gradients x `loss_normalizer`; skip non-finite ones."""
+    def step(
+        self, lr: float, momentum: float | None, loss_normalizer: float | torch.Tensor, clip_norm: float | None
+    ) -> StepResult:
+        """Take one optimizer step with learning rate `lr` on gradients x `loss_normalizer`; skip non-finite ones.
+
+        Unless `decides_on_host`, the normalizer may be a scalar on the device. If it is infinite, the loss counted
+        nothing, and the result is that of `discard_update`.
+        """
 
     def discard_update(self) -> StepResult:
         """Take no step, since the loss counts nothing on any rank: parameters and moments stay, gradients are dropped.

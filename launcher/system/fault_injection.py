@@ -45,16 +45,21 @@ class Fault:
 
 @dataclass(frozen=True)
 class FaultInjector:
-    """The faults of one rank in one generation; call it at each phase to inject those that match."""
+    """The faults of one rank in one generation; call it at each phase to inject those that match.
+
+    `reads_late` (READ_STATS_LATE=1): on a CPU too, the host reads the ranks' statistics one update late, as on a GPU.
+    """
 
     active: tuple[Fault, ...] = ()
+    reads_late: bool = False
 
     @classmethod
     def from_env(cls, rank: int, generation: int, env: Mapping[str, str] = os.environ) -> FaultInjector:
-        if env.get("LAUNCHER_TEST_FAULTS") != "1" or "FAULT" not in env:
+        if env.get("LAUNCHER_TEST_FAULTS") != "1":
             return cls()
-        faults = map(Fault.parse, env["FAULT"].split(","))
-        return cls(tuple(f for f in faults if f.rank == rank and f.generation in (0, generation)))
+        faults = map(Fault.parse, env["FAULT"].split(",") if "FAULT" in env else ())
+        active = tuple(f for f in faults if f.rank == rank and f.generation in (0, generation))
+        return cls(active, reads_late=env.get("READ_STATS_LATE") == "1")
 
     def inject_at(self, phase: str, update: int = 0) -> None:
         for fault in self.active:

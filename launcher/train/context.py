@@ -7,7 +7,6 @@ from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.distributed.load_balancing import LoadBalancer
-from launcher.distributed.rank_stats import StatsAllGather
 from launcher.distributed.stop_requests import StopRequests
 from launcher.distributed.watchdog import Watchdog
 from launcher.goodput.policy import GoodputPolicy
@@ -35,6 +34,7 @@ class TrainContext:
 
     `logger` and `recorder` are None on ranks above 0. `validator` is None without validation data, `load_balancer`
     without elastic.balance, `goodput` without batch=goodput, `watchdog` on a node without a usable temp directory.
+    `reads_late`: the host reads the ranks' statistics one update late, since it would have to wait for the device.
     """
 
     training_plan: TrainingPlan
@@ -45,7 +45,6 @@ class TrainContext:
     precision: Precision
     loader: MicroBatchLoader
     validator: Validator | None
-    stats_gather: StatsAllGather
     clock: StageClock
     meter: ResourceMeter
     logger: MetricsLogger | None
@@ -56,6 +55,7 @@ class TrainContext:
     load_balancer: LoadBalancer | None = None
     goodput: GoodputPolicy | None = None
     watchdog: Watchdog | None = None
+    reads_late: bool = False
 
     @property
     def config(self) -> RunConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from launcher.config.schema import RunConfig
 from launcher.distributed.load_balancing import LoadBalancer
-from launcher.distributed.rank_stats import StatsAllGather
 from launcher.goodput.policy import BatchChooser, GoodputPolicy, TimingProfile
 from launcher.plan.training_plan import TrainingPlan, make_training_plan
 from launcher.telemetry.resource_meter import ResourceMeter
@@ -25,7 +24,7 @@ def make_context(
     state: TrainState,
     goodput: GoodputPolicy | None,
 ) -> TrainContext:
-    """Make the context of the training loop. Every rank must call this, since it forms a process group."""
+    """Make the context of the training loop."""
     topology = job.topology
     if job.watchdog is not None:
         components.clock.on_wait_begin(job.watchdog.enter_wait)
@@ -40,7 +39,6 @@ def make_context(
         precision=components.precision,
         loader=loader,
         validator=components.make_validator(plan, topology),
-        stats_gather=StatsAllGather(topology.world, plan.config.launch.timeout_s),
         clock=components.clock,
         meter=ResourceMeter(components.device, job.threads, before_s=state.seconds, measure_loader_cpu=loader_cpu),
         logger=outputs.logger,
@@ -51,6 +49,7 @@ def make_context(
         load_balancer=make_load_balancer(plan),
         goodput=goodput,
         watchdog=job.watchdog,
+        reads_late=components.device.type != "cpu" or job.faults.reads_late,
     )
 
 

@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from launcher.distributed.rank_stats import GatheredStats, PendingStats, RankStats
+import torch
+
+from launcher.distributed.rank_stats import GatheredStats, PendingStats, sum_loss_counts
 from launcher.distributed.stop_requests import StopLevel
 from launcher.plan.batch import BatchPlan
 from launcher.plan.lr_schedule import LrSchedule
 from launcher.plan.timeline import Update
-from launcher.telemetry.deferred_scalars import DeferredScalars, UpdateScalars
+from launcher.telemetry.update_scalars import UpdateScalars
 from launcher.train.checkpoint_manager import format_checkpoint_name
 from launcher.train.context import TrainContext
 from launcher.train.metrics_recorder import UpdateResult, plan_to_dict
@@ -20,11 +22,12 @@ from launcher.train.outcome import TrainOutcome
 from launcher.train.profiler import profile_updates
 from launcher.train.state import MetricTarget, TrainState
 from launcher.train.update_reports import report_empty_validation, report_later_parameters, report_update
+from launcher.train.update_stats import UpdateResults, exchange_results, read_stats, receive_stats, send_stats
 from launcher.train.watched_metrics import report_missing_metrics
 
 __all__ = ["train"]
 
-FIRST_UPDATES = 4  # in which the previous update's overflow may be due to a loss that counts more than samples
+FIRST_UPDATES = 5  # in which an earlier update's overflow may be due to a loss that counts more than samples
 
 
 def train(context: TrainContext, state: TrainState) -> tuple[TrainState, TrainOutcome]:
@@ -40,8 +43,9 @@ def train(context: TrainContext, state: TrainState) -> tuple[TrainState, TrainOu
     Raises:
         TrainingFailed: three updates in a row were not finite, except under fp16.
     """
-    deferred = DeferredScalars()  # the results of the latest update, which are read during the next one
-    gathered = None
+    previous = UpdateResults()
+    pending: PendingStats | None = None
+    gathered: GatheredStats | None = None
     context.clock.start()
     context.meter.start()
     for update in iter_updates(context, state):
@@ -51,26 +55,29 @@ def train(context: TrainContext, state: TrainState) -> tuple[TrainState, TrainOu
                 loss = forward(context, micro, update)
                 losses = losses.with_micro_batch(loss, micro)
                 if micro.last:
-                    pending = start_stats_gather(context, losses, deferred)
+                    send_stats(context, losses, previous)
                 backward(context, loss, update)
-        gathered = wait_for_stats(context, pending, update)
-        state = apply_gathered_stats(context, state, gathered, deferred.update)
-        state = apply_batch_change(context, state, deferred.update, update)
+        table, unread = receive_stats(context, update), pending
+        pending = PendingStats(table, update, previous.update)
+        gathered = read_stats(context, unread if context.reads_late else pending)
+        state = apply_gathered_stats(context, state, gathered, update)
+        state = apply_batch_change(context, state, previous.update, update)
 
         lr = compute_lr(state.schedule, update)
-        deferred = step_optimizer(context, update, lr, losses, gathered)
+        previous = step_optimizer(context, update, lr, losses, table, gathered)
         state, metrics = validate_if_due(context, state.advance(update), update)
         should_leave_loop = gathered.stop != StopLevel.CONTINUE or state.should_stop_at_target(context.training_plan)
         # the last save of the run is always due; a stop before it asks for one
         save_requested = gathered.save or (should_leave_loop and update.end < context.training_plan.duration)
-        saved = save_if_due(context, state, update, deferred, requested=save_requested)
+        state, saved = save_if_due(context, state, previous, pending, requested=save_requested)
+        pending = None if saved else pending
         context.clock.end_update()
-        record_update(context, state, update, lr, deferred, metrics, saved=saved)
+        record_update(context, state, lr, previous, metrics, saved=saved)
         if needs_replan(context, state) or should_leave_loop:
             break
     if gathered is None:
         return state, TrainOutcome.COMPLETE
-    return gather_last_update(context, state, deferred, gathered.stop)
+    return gather_last_update(context, state, previous, pending, gathered.stop)
 
 
 def iter_updates(context: TrainContext, state: TrainState) -> Iterator[Update]:
@@ -79,49 +86,31 @@ def iter_updates(context: TrainContext, state: TrainState) -> Iterator[Update]:
     return profile_updates(updates, context.config.train.profile, context.run_dir.path, context.topology.rank)
 
 
-def start_stats_gather(context: TrainContext, losses: LossSums, previous_scalars: DeferredScalars) -> PendingStats:
-    """Start to gather this rank's loss count and requests, and its results of the previous update."""
-    stats = RankStats(
-        count=losses.count,
-        stop=context.stop_requests.poll(context.stop_source),
-        save=float(context.checkpoint_manager.is_due()),
-        call_order=context.replica.pop_call_order(),
-        previous=previous_scalars.read(),
-    )
-    return context.stats_gather.all_gather_async(stats, context.clock.times_ms())
-
-
-def wait_for_stats(context: TrainContext, pending: PendingStats, update: Update) -> GatheredStats:
-    """Wait for the other ranks' statistics, and pass all of them to the recorder and the load balancer.
+def apply_gathered_stats(
+    context: TrainContext, state: TrainState, gathered: GatheredStats, update: Update
+) -> TrainState:
+    """Count the updates that took no step; at `update`, apply what earlier ones observed of the gradient's noise.
 
     Raises:
-        TrainingFailed: the ranks called the parts of a sharded model in different orders.
+        TrainingFailed: three updates in a row were not finite, except under fp16.
     """
-    context.enter_phase("sync", update)
-    gathered = pending.wait()
-    context.clock.lap("sync")
-    gathered.check_call_order()
-    if context.recorder is not None:
-        context.recorder.on_gathered(gathered)
-    if context.load_balancer is not None:
-        context.load_balancer.on_gathered(gathered.stages_ms, update)
-    return gathered
+    counted = count_update(context, state, gathered)
+    updated = counted.apply_observations(update, context.training_plan)
+    log_lr_change_from_noise(context, counted, updated)
+    return updated
 
 
-def apply_gathered_stats(
-    context: TrainContext, state: TrainState, gathered: GatheredStats, previous_update: Update | None
-) -> TrainState:
-    """Apply the previous update's gathered statistics: count updates without a step, update the noise scale.
+def count_update(context: TrainContext, state: TrainState, gathered: GatheredStats) -> TrainState:
+    """Take the gathered statistics of an update, and report it unless all is well.
 
     Raises:
         TrainingFailed: three updates in a row were not finite, except under fp16.
     """
     if gathered.stop != StopLevel.CONTINUE:
         context.stop_requests.acknowledge()
-    updated = state.with_gathered_stats(gathered, previous_update, context.training_plan)
-    log_lr_change_from_noise(context, state, updated)
-    report_update(context, state, updated, gathered)
-    return updated
+    counted = state.with_gathered_stats(gathered)
+    report_update(context, state, counted, gathered)
+    return counted
 
 
 def log_lr_change_from_noise(context: TrainContext, before: TrainState, after: TrainState) -> None:
@@ -174,17 +163,24 @@ def compute_lr(schedule: LrSchedule, update: Update) -> LrAndMomentum:
 
 
 def step_optimizer(
-    context: TrainContext, update: Update, lr: LrAndMomentum, losses: LossSums, gathered: GatheredStats
-) -> DeferredScalars:
-    """Take the optimizer step, if the loss counts anything; start to copy the scalars of the update to the host."""
+    context: TrainContext,
+    update: Update,
+    lr: LrAndMomentum,
+    losses: LossSums,
+    table: torch.Tensor,
+    gathered: GatheredStats,
+) -> UpdateResults:
+    """Take the optimizer step, if the loss counts anything on any rank."""
     context.enter_phase("optimizer", update)
-    if gathered.count:
-        normalizer = compute_loss_normalizer(update, gathered)
-        step = context.replica.step(lr.lr, lr.momentum, normalizer, context.config.train.clip_norm)
-    else:
+    count: float | torch.Tensor = sum_loss_counts(table)
+    if context.replica.decides_on_host or not context.reads_late:
+        count = float(count)
+    if count == 0 and not isinstance(count, torch.Tensor):
         step = context.replica.discard_update()
-    if not gathered.finite and update.index < FIRST_UPDATES:
-        context.precision.lower_scale(gathered.count / update.samples)
+    else:
+        normalizer = compute_loss_normalizer(update, count)
+        step = context.replica.step(lr.lr, lr.momentum, normalizer, context.config.train.clip_norm)
+    lower_loss_scale(context, gathered)
     scalars = UpdateScalars(
         loss=losses.total,
         loss_count=losses.count,
@@ -193,10 +189,16 @@ def step_optimizer(
         group_sq_norm_sum=step.group_sq_norm_sum,
         groups=step.groups,
     )
-    deferred = DeferredScalars(scalars, update)
     report_later_parameters(context)
     context.clock.lap("optimizer")
-    return deferred
+    return UpdateResults(update, scalars)
+
+
+def lower_loss_scale(context: TrainContext, gathered: GatheredStats) -> None:
+    """Lower fp16's loss scale if one of the first updates overflowed because the loss counts more than samples."""
+    update = gathered.update
+    if not gathered.finite and update is not None and update.index < FIRST_UPDATES:
+        context.precision.lower_scale(gathered.count / update.samples)
 
 
 def validate_if_due(context: TrainContext, state: TrainState, update: Update) -> tuple[TrainState, Mapping[str, float]]:
@@ -235,26 +237,27 @@ def check_target(context: TrainContext, state: TrainState, metrics: Mapping[str,
 
 
 def save_if_due(
-    context: TrainContext, state: TrainState, update: Update, scalars: DeferredScalars, *, requested: bool
-) -> bool:
-    """Save a checkpoint if one is due or requested; return whether one was saved.
+    context: TrainContext, state: TrainState, results: UpdateResults, pending: PendingStats, *, requested: bool
+) -> tuple[TrainState, bool]:
+    """Save a checkpoint if one is due or requested; return whether one was saved, which needs what is still `pending`.
 
-    The checkpoint's noise scale must include this update, whose gradient statistics are normally gathered with the next
-    update and would be missing after a restart. They are therefore gathered once more, for the checkpoint only: the
-    loop's state gets them with the next update.
+    The checkpoint must include the statistics of this update, which are normally exchanged with the next one and would
+    be missing after a restart. They are therefore exchanged once more, for the checkpoint only: the loop's state gets
+    them with the next update.
     """
-    plan = context.training_plan
+    plan, update = context.training_plan, results.update
     is_best = state.best_checkpoint == format_checkpoint_name(state)
-    if not (requested or is_best or is_interval_due(update, plan.checkpoint_every, plan.duration)):
-        return False
+    if update is None or not (requested or is_best or is_interval_due(update, plan.checkpoint_every, plan.duration)):
+        return state, False
     context.clock.lap("other")
     context.enter_phase("checkpoint", update)
-    stats = RankStats(previous=scalars.read())
-    gathered = context.stats_gather.all_gather_async(stats, context.clock.times_ms()).wait()
-    state = replace(state.with_gathered_stats(gathered, update, plan), seconds=context.meter.seconds())
-    context.checkpoint_manager.save(context.replica, plan, state, update.full_plan)
+    if context.reads_late:
+        state = count_update(context, state, read_stats(context, pending))
+    complete = state.with_gathered_stats(exchange_results(context, results))
+    complete = replace(complete, seconds=context.meter.seconds())
+    context.checkpoint_manager.save(context.replica, plan, complete, update.full_plan)
     context.clock.lap("checkpoint")
-    return True
+    return state, True
 
 
 def is_interval_due(update: Update, every: int | None, duration: int) -> bool:
@@ -265,23 +268,22 @@ def is_interval_due(update: Update, every: int | None, duration: int) -> bool:
 def record_update(
     context: TrainContext,
     state: TrainState,
-    update: Update,
     lr: LrAndMomentum,
-    scalars: DeferredScalars,
+    results: UpdateResults,
     metrics: Mapping[str, float],
     *,
     saved: bool,
 ) -> None:
-    """On rank 0, hand the update to the recorder, which writes its row once the statistics have been gathered."""
-    if context.recorder is None:
+    """On rank 0, hand the update to the recorder, which writes its row once it has the statistics of all ranks."""
+    if context.recorder is None or results.update is None:
         return
     result = UpdateResult(
-        update=update,
+        update=results.update,
         lr=lr.lr,
         lr_scale=lr.scale,
         time=time.time(),
         wall_s=context.meter.measure_wall_s(),
-        deferred=scalars,
+        grad_norm=results.scalars.grad_norm,
         noise=state.noise,
         base_batch=state.schedule.base_batch,
         saved=saved,
@@ -303,16 +305,18 @@ def needs_replan(context: TrainContext, state: TrainState) -> bool:
 
 
 def gather_last_update(
-    context: TrainContext, state: TrainState, previous_scalars: DeferredScalars, stop: StopLevel
+    context: TrainContext, state: TrainState, results: UpdateResults, pending: PendingStats | None, stop: StopLevel
 ) -> tuple[TrainState, TrainOutcome]:
-    """Gather and record the results of the last update, which no later update does; return what `train` returns."""
+    """Exchange and record the results of the last update, which no later update does; return what `train` returns."""
     if context.watchdog is not None:
         context.watchdog.enter_wait()
-    gathered = start_stats_gather(context, LossSums(), previous_scalars).wait()
+    if context.reads_late and pending is not None:
+        state = count_update(context, state, read_stats(context, pending))
+    gathered = exchange_results(context, results)
     if context.recorder is not None:
         context.recorder.on_gathered(gathered)
         context.recorder.flush()
     plan = context.training_plan
     is_complete = state.position.samples >= plan.duration or state.should_stop_at_target(plan)
     outcome = TrainOutcome.COMPLETE if is_complete else TrainOutcome.from_stop_level(stop)
-    return apply_gathered_stats(context, state, gathered, previous_scalars.update), outcome
+    return count_update(context, state, gathered), outcome

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from launcher.distributed.rank_stats import GatheredStats
 from launcher.distributed.stragglers import StragglerDetector
@@ -15,32 +17,32 @@ from launcher.plan.lr_schedule import LrSchedule
 from launcher.plan.timeline import Update
 from launcher.plan.training_plan import TrainingPlan
 from launcher.run_dir.restart_cost import RestartCost
-from launcher.telemetry.deferred_scalars import DeferredScalars
 from launcher.telemetry.metrics_logger import MetricsLogger
 from launcher.telemetry.records import MetricsRow
-from launcher.telemetry.stage_clock import find_critical_rank
-from launcher.telemetry.stages import STAGES
+from launcher.telemetry.stage_metrics import compute_stage_metrics
 from launcher.topology import Topology
 
 __all__ = [
     "MetricsRecorder",
     "UpdateResult",
     "make_batch_metrics",
-    "make_stage_metrics",
     "plan_to_dict",
 ]
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Rank 0's own values at the end of an update; `wall_s` is the wall time since the previous update ended."""
+    """Rank 0's own values at the end of an update.
+
+    `wall_s` is the wall time since the previous update ended, `grad_norm` a scalar on the device.
+    """
 
     update: Update
     lr: float
     lr_scale: float
     time: float
     wall_s: float
-    deferred: DeferredScalars
+    grad_norm: Any
     noise: NoiseScale
     base_batch: float
     saved: bool = False
@@ -55,23 +57,6 @@ def make_batch_metrics(plan: BatchPlan) -> dict[str, float]:
         "batch/accumulation": plan.accumulation,
         "batch/world": plan.world,
     }
-
-
-def make_stage_metrics(stages_ms: tuple[tuple[float, ...], ...], samples: int) -> dict[str, float]:
-    """Stage times of the critical rank, with the minimum and maximum over all ranks."""
-    rank = find_critical_rank(stages_ms)
-    wall_ms = sum(stages_ms[rank]) or math.nan
-    values: dict[str, float] = {"stage/rank": rank}
-    for index, stage in enumerate(STAGES):
-        own_ms = stages_ms[rank][index]
-        values[f"stage/{stage}/ms"] = own_ms
-        values[f"stage/{stage}/share"] = own_ms / wall_ms
-        if own_ms > 0:
-            values[f"stage/{stage}/samples_per_s"] = samples / own_ms * 1e3
-        if len(stages_ms) > 1:
-            values[f"stage/{stage}/ms_min"] = min(row[index] for row in stages_ms)
-            values[f"stage/{stage}/ms_max"] = max(row[index] for row in stages_ms)
-    return values
 
 
 def plan_to_dict(training_plan: TrainingPlan, schedule: LrSchedule, plan: BatchPlan) -> dict[str, Any]:
@@ -99,8 +84,8 @@ class MetricsRecorder:
     """Holds an update until its statistics have been gathered from all ranks, then writes its row.
 
     With `every` above 1 a row covers a window of updates; an update with validation or a checkpoint always ends its
-    window. `on_rows_written` is called once a finished update has been recorded, `on_first_update` at the end of the
-    first one; `restart` adds the cost of the restart to the first row.
+    window. `on_saved_row` is called once the row of an update with a checkpoint is written, `on_first_update` at the
+    end of the first update; `restart` adds the cost of the restart to the first row.
     """
 
     def __init__(
@@ -109,36 +94,37 @@ class MetricsRecorder:
         topology: Topology,
         every: int,
         tokens_per_sample: int | None,
-        on_rows_written: Callable[[], None] = lambda: None,
+        on_saved_row: Callable[[], None] = lambda: None,
         restart: RestartCost = RestartCost(),  # noqa: B008 (frozen)
         on_first_update: Callable[[], None] | None = None,
     ) -> None:
         self._logger = logger
-        self._on_rows_written = on_rows_written
+        self._on_saved_row = on_saved_row
         self._restart: RestartCost | None = restart
         self._on_first_update = on_first_update
         self._topology = topology
         self._every = every
         self._tokens = tokens_per_sample
         self._stragglers = StragglerDetector()
-        self._pending: UpdateResult | None = None
+        self._pending: deque[UpdateResult] = deque()
         self._window: list[tuple[UpdateResult, GatheredStats]] = []
 
     def on_update_end(self, result: UpdateResult) -> None:
-        self._pending = result
+        self._pending.append(result)
         if self._on_first_update is not None:
             self._on_first_update()
             self._on_first_update = None
 
     def on_gathered(self, gathered: GatheredStats) -> None:
-        """Take the gathered losses and stage times of the pending update."""
-        if self._pending is None:
+        """Take the losses and stage times of all ranks, which belong to the oldest pending update, if to any."""
+        if gathered.previous_update is None:
             return
-        result, self._pending = self._pending, None
+        result = self._pending.popleft()
         self._window.append((result, gathered))
         if result.validation or result.saved or (result.update.index + 1) % self._every == 0:
             self._write_row()
-        self._on_rows_written()
+        if result.saved:
+            self._on_saved_row()
         if not result.update.is_partial:
             self._check_stragglers(gathered, result.update.plan.shares)
 
@@ -148,10 +134,10 @@ class MetricsRecorder:
             self._logger.log_event("alarm", kind="straggler", detail=straggler.detail, **vars(straggler))
 
     def flush_unfinished(self) -> None:
-        """Training was interrupted: write the pending row with rank 0's values only."""
-        if self._pending is not None:
-            self._window.append((self._pending, GatheredStats((), ())))
-            self._pending = None
+        """Training was interrupted: write the rows of pending updates with rank 0's values only."""
+        for result in self._pending:
+            self._window.append((result, GatheredStats.from_ranks(())))
+        self._pending.clear()
         self.flush()
 
     def flush(self) -> None:
@@ -164,12 +150,13 @@ class MetricsRecorder:
         self._window = []
 
     def _make_row(self) -> MetricsRow:
-        last = self._window[-1][0]
-        gathered_stats = [gathered for _, gathered in self._window if gathered.rank_stats]
-        is_empty = bool(self._window[-1][1].rank_stats) and not self._window[-1][1].loss_count
+        last, last_gathered = self._window[-1]
+        gathered_stats = [gathered for _, gathered in self._window if gathered.world]
+        is_empty = bool(last_gathered.world) and not last_gathered.loss_count
+        grad_norm = last_gathered.grad_norm if last_gathered.world else float(last.grad_norm)
         values: dict[str, Any] = {
             **(compute_mean_loss(gathered_stats) if gathered_stats else {}),
-            **({} if is_empty else {"train/grad_norm": last.deferred.read().grad_norm}),
+            **({} if is_empty else {"train/grad_norm": grad_norm}),
             "lr/value": last.lr,
             "lr/scale": last.lr_scale,
             **make_batch_metrics(last.update.full_plan),
@@ -215,8 +202,6 @@ def compute_mean_stages(
     gathered_stats: Sequence[GatheredStats], window: Sequence[tuple[UpdateResult, GatheredStats]]
 ) -> dict[str, float]:
     """Stage values from each rank's mean stage times over the window."""
-    mean_ms = tuple(
-        tuple(sum(times) / len(gathered_stats) for times in zip(*rows, strict=True))
-        for rows in zip(*(gathered.stages_ms for gathered in gathered_stats), strict=True)
-    )
-    return make_stage_metrics(mean_ms, sum(finished.update.samples for finished, _ in window) // len(window))
+    times = [gathered.stages_ms for gathered in gathered_stats]
+    mean_ms = times[0] if len(times) == 1 else torch.stack(times).mean(dim=0)
+    return compute_stage_metrics(mean_ms, sum(finished.update.samples for finished, _ in window) // len(window))

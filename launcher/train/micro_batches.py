@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from launcher.distributed.rank_stats import GatheredStats
 from launcher.plan.timeline import Update
 from launcher.plan.training_plan import TrainingPlan
 from launcher.plan.virtual_shards import compute_tree_sum
@@ -131,8 +130,11 @@ class LossSums:
         return float(compute_tree_sum(count for _, count in self.sums_by_shard.values()))
 
 
-def compute_loss_normalizer(update: Update, gathered: GatheredStats) -> float:
-    """Factor from a mean over samples to a mean over the loss count; NaN for a count of 0, which has no mean."""
-    if gathered.count == update.samples:
-        return 1.0
-    return update.samples / gathered.count if gathered.count else math.nan
+def compute_loss_normalizer(update: Update, count: float | torch.Tensor) -> float | torch.Tensor:
+    """Factor from a mean over samples to a mean over the loss count; infinite for a count of 0, which has no mean.
+
+    A count that is a scalar on the device gives one.
+    """
+    if isinstance(count, torch.Tensor):
+        return update.samples / count
+    return update.samples / count if count else math.inf

@@ -46,14 +46,14 @@ class RankOutputs:
         recorder = None
         if logger is not None:
             every, tokens_per_sample = plan.config.log.every, plan.sizes.tokens_per_sample
-            on_rows_written = checkpoint_manager.rows_written
+            on_saved_row = checkpoint_manager.rows_written
 
             def record_trained() -> None:
                 with suppress(OSError):  # e.g. disk full: the driver then counts this start as one without an update
                     job.spec.run_dir.record_trained_generation(topology.generation)
 
             recorder = MetricsRecorder(
-                logger, topology, every, tokens_per_sample, on_rows_written, restart_cost, record_trained
+                logger, topology, every, tokens_per_sample, on_saved_row, restart_cost, record_trained
             )
         return cls(logger, recorder, checkpoint_manager, restart_cost)
 

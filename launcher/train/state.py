@@ -18,7 +18,9 @@ from launcher.plan.training_plan import TrainingPlan
 if TYPE_CHECKING:
     from launcher.distributed.rank_stats import GatheredStats
 
-__all__ = ["MetricTarget", "TrainState", "UpdateCounts", "update_noise_scale"]
+__all__ = ["MetricTarget", "NoiseObservation", "TrainState", "UpdateCounts"]
+
+NOISE_DELAY = 2  # updates until an observation is part of the noise scale
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,49 @@ class UpdateCounts:
 
 
 @dataclass(frozen=True)
+class NoiseObservation:
+    """What one update says about the gradient's noise.
+
+    `groups` parts of the update's `samples`, with the loss count `count` in all, had gradients whose mean square norm
+    is `mean_sq_norm`; `sq_norm` is that of the whole gradient. For n groups, the estimate needs no more than that.
+    """
+
+    update: int
+    samples: int
+    groups: int
+    count: float
+    mean_sq_norm: float
+    sq_norm: float
+
+    @classmethod
+    def from_stats(cls, gathered: GatheredStats, update: Update) -> NoiseObservation | None:
+        """The observation of `update`; None for partial and skipped updates, and those that were not measured."""
+        groups, count = gathered.groups, gathered.loss_count
+        if update.is_partial or groups < 2 or not count or not gathered.finite:
+            return None
+        mean_sq_norm = gathered.group_sq_norm_sum * update.samples**2 / count
+        return cls(update.index, update.samples, groups, count, mean_sq_norm, gathered.grad_norm**2)
+
+    def apply(self, noise: NoiseScale) -> NoiseScale:
+        """The noise scale after this observation."""
+        groups = self.groups
+        return noise.update([self.count / groups] * groups, [self.mean_sq_norm] * groups, self.sq_norm, self.samples)
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Training progress, in samples seen.
 
     `skips` counts consecutive non-finite updates, `counts` those of the whole run; `seconds` is the time trained.
-    `noise` is the gradient noise scale, equal on every rank, since it is computed only from all-gathered statistics.
+    `noise` is the gradient noise scale, equal on every rank, since it is computed only from statistics that all ranks
+    have; `observations` are those of the last updates, which it does not include yet.
     `second_moment` tracks the batch size that Adam's second moment corresponds to, None for other optimizers.
     """
 
     position: Position
     schedule: LrSchedule
     noise: NoiseScale = NoiseScale()
+    observations: tuple[NoiseObservation, ...] = ()
     second_moment: SecondMomentScale | None = None
     skips: int = 0
     counts: UpdateCounts = UpdateCounts()
@@ -90,24 +124,38 @@ class TrainState:
             Position(),
             training_plan.schedule,
             NoiseScale(dataset_size=get_noise_population_size(training_plan)),
-            second_moment,
+            second_moment=second_moment,
         )
 
     def advance(self, update: Update) -> TrainState:
         return replace(self, position=update.next_position)
 
-    def with_gathered_stats(
-        self, gathered: GatheredStats, update: Update | None, training_plan: TrainingPlan
-    ) -> TrainState:
-        """Apply the gathered statistics of `update`: its counts, and its gradient, which lr.rule=noise follows."""
-        state = self if update is None else self._count_update(gathered)
-        noise = update_noise_scale(self.noise, gathered, update)
-        if noise is self.noise:
-            return state
+    def with_gathered_stats(self, gathered: GatheredStats) -> TrainState:
+        """Take the statistics of the previous update: its counts, and what it observed of the gradient's noise."""
+        update = gathered.previous_update
+        if update is None:
+            return self
+        state = self._count_update(gathered)
+        observation = NoiseObservation.from_stats(gathered, update)
+        return state if observation is None else replace(state, observations=(*self.observations, observation))
+
+    def apply_observations(self, update: Update, training_plan: TrainingPlan) -> TrainState:
+        """At `update`, apply the observations of the updates up to two before it to the noise scale.
+
+        lr.rule=noise follows the noise scale, so the delay is always the same: on a GPU, later updates are not known
+        yet. Those that are already known wait, also in a checkpoint.
+        """
+        due = [each for each in self.observations if each.update <= update.index - NOISE_DELAY]
+        if not due:
+            return self
+        noise = self.noise
+        for observation in due:
+            noise = observation.apply(noise)
+        state = replace(self, noise=noise, observations=self.observations[len(due) :])
         if training_plan.rule != "noise":
-            return replace(state, noise=noise)
+            return state
         schedule = training_plan.schedule_with_noise(self.schedule, self.position.samples, noise.applied)
-        return replace(state, noise=noise, schedule=schedule)
+        return replace(state, schedule=schedule)
 
     def _count_update(self, gathered: GatheredStats) -> TrainState:
         """Count an update. One that counted nothing neither failed nor ends a series of those that did."""
@@ -162,6 +210,7 @@ class TrainState:
         return {
             "schedule": self.schedule.to_facts(),
             "noise": self.noise.to_facts(),
+            "observations": [asdict(observation) for observation in self.observations],
             "moments": self.second_moment and self.second_moment.to_facts(),
             "skips": self.skips,
             "counts": asdict(self.counts),
@@ -178,6 +227,7 @@ class TrainState:
             position=position,
             schedule=training_plan.with_lr_history(facts["schedule"], position.samples).schedule,
             noise=replace(NoiseScale.from_facts(facts["noise"]), dataset_size=get_noise_population_size(training_plan)),
+            observations=tuple(NoiseObservation(**each) for each in facts.get("observations", ())),
             second_moment=SecondMomentScale.from_facts(facts["moments"]) if facts["moments"] else None,
             skips=facts["skips"],
             counts=UpdateCounts(**facts.get("counts", {})),
@@ -192,15 +242,3 @@ class TrainState:
 def get_noise_population_size(training_plan: TrainingPlan) -> int | None:
     """Dataset size for the noise scale's correction for sampling without replacement; None for a single sample."""
     return training_plan.sizes.train if training_plan.sizes.train > 1 else None
-
-
-def update_noise_scale(noise: NoiseScale, gathered: GatheredStats, update: Update | None) -> NoiseScale:
-    """Noise scale updated with the gathered gradient statistics of `update`; partial and skipped updates are ignored.
-
-    For n groups the estimate needs only their number, their total count, and the mean of their |g|².
-    """
-    groups, count = gathered.groups, gathered.loss_count
-    if update is None or update.is_partial or groups < 2 or not count or not gathered.finite:
-        return noise
-    mean = gathered.group_sq_norm_sum * update.samples**2 / count
-    return noise.update([count / groups] * groups, [mean] * groups, gathered.grad_norm**2, update.samples)

@@ -49,7 +49,7 @@ def report_skipped(context: TrainContext, state: TrainState, not_finite: tuple[i
     source = f"the loss of rank {ranks}" if ranks else "the gradient, though every loss was finite"
     detail = f"update {state.position.update} was skipped: NaN or infinity in {source}"
     context.log_event("alarm", kind="not_finite", detail=detail, ranks=list(not_finite))
-    if state.skips == MAX_SKIPS and not is_fp16:
+    if state.skips >= MAX_SKIPS and not is_fp16:
         raise TrainingFailed(f"{MAX_SKIPS} updates in a row were not finite; the last: {detail}")
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from launcher.config import strategy_checks
-from launcher.distributed.rank_stats import RankStats, StatsAllGather
+from launcher.distributed.rank_stats import PendingStats, RankStats
 from launcher.distributed.store_gather import StoreGather
 from launcher.plan.batch import BatchPolicy, plan_batch
 from launcher.plan.timeline import Position, Timeline, Update
@@ -88,7 +88,6 @@ class ProbeContext:
     topology: Topology
     components: TrainComponents
     store_gather: StoreGather
-    stats_gather: StatsAllGather
     faults: FaultInjector
 
     @classmethod
@@ -102,13 +101,11 @@ class ProbeContext:
         store_gather: StoreGather,
     ) -> ProbeContext:
         components = build_components(recipe, training_plan.config, topology, device, data)
-        stats_gather = StatsAllGather(topology.world, training_plan.config.launch.timeout_s)
         return cls(
             training_plan,
             topology,
             components,
             store_gather,
-            stats_gather,
             FaultInjector.from_env(topology.rank, topology.generation),
         )
 
@@ -246,7 +243,7 @@ def dry_run_then_time(
     updates = trial.training_plan.timeline.iter_updates()
     dry_run_update(trial, next(updates), context)
     if timing is None:
-        run_updates(trial, updates, context.stats_gather, MEMORY_PROBE_UPDATES)
+        run_updates(trial, updates, MEMORY_PROBE_UPDATES)
         return (), None
     return time_updates(trial, updates, context, timing)
 
@@ -260,7 +257,7 @@ def dry_run_update(trial: SizeTrial, update: Update, context: ProbeContext) -> N
         AgreedOom: on every rank, if any of them ran out of memory.
     """
     if strategy_checks.needs_equal_micro_batches(trial.training_plan.config):
-        run_update(trial, update, context.stats_gather)
+        run_update(trial, update)
         return
     gather = context.store_gather
     micros = run_on_all_ranks(gather, "data", partial(iter_micro_batches, trial, update))
@@ -296,7 +293,7 @@ def run_on_all_ranks(store_gather: StoreGather, where: str, function: Callable[[
     return results[0]
 
 
-def run_update(trial: SizeTrial, update: Update, stats_gather: StatsAllGather) -> tuple[float, ...]:
+def run_update(trial: SizeTrial, update: Update) -> tuple[float, ...]:
     """Run one update as in training; return the critical rank's stage times of the previous update."""
     count = 0.0
     for micro in iter_micro_batches(trial, update):
@@ -304,29 +301,32 @@ def run_update(trial: SizeTrial, update: Update, stats_gather: StatsAllGather) -
             loss = forward(trial, micro, update)
             count += 0.0 if micro.is_padding else float(loss.count)
             if micro.last:
-                pending = stats_gather.all_gather_async(RankStats(count=count), trial.clock.times_ms())
+                stats = RankStats(count=count, stages_ms=trial.clock.times_ms())
+                trial.replica.send_stats(stats.to_row(trial.precision.device))
             run_backward(trial, loss.total, update)
             trial.clock.lap_backward()
     trial.enter_phase("sync", update)
-    stats = pending.wait()
+    gathered = PendingStats(trial.replica.receive_stats()).read()
     trial.clock.lap("sync")
     trial.enter_phase("optimizer", update)
     trial.replica.step(
-        trial.probe_lr, None, compute_loss_normalizer(update, stats), trial.training_plan.config.train.clip_norm
+        trial.probe_lr,
+        None,
+        compute_loss_normalizer(update, gathered.count),
+        trial.training_plan.config.train.clip_norm,
     )
     trial.clock.lap("optimizer")
     trial.clock.end_update()
-    return stats.stages_ms[find_critical_rank(stats.stages_ms)]
+    times = gathered.stages_ms
+    return tuple(times[find_critical_rank(times)].tolist())
 
 
-def run_updates(
-    trial: SizeTrial, updates: Iterator[Update], stats_gather: StatsAllGather, count: int
-) -> tuple[float, list[tuple[float, ...]]]:
+def run_updates(trial: SizeTrial, updates: Iterator[Update], count: int) -> tuple[float, list[tuple[float, ...]]]:
     """Run `count` updates; return their seconds and the stage times gathered during them."""
     trial.synchronize_device()
     trial.clock.start()
     start = time.perf_counter()
-    stages = [run_update(trial, next(updates), stats_gather) for _ in range(count)]
+    stages = [run_update(trial, next(updates)) for _ in range(count)]
     trial.synchronize_device()
     return time.perf_counter() - start, stages
 
@@ -335,13 +335,13 @@ def time_updates(
     trial: SizeTrial, updates: Iterator[Update], context: ProbeContext, timing: TimingSpec
 ) -> tuple[tuple[float, ...], dict[str, float]]:
     """Warm up and time; return samples/s of each block, over all workers, and the mean stage times."""
-    run_updates(trial, updates, context.stats_gather, trial.warmup_updates - 1)
-    spent_s, _ = run_updates(trial, updates, context.stats_gather, 1)
+    run_updates(trial, updates, trial.warmup_updates - 1)
+    spent_s, _ = run_updates(trial, updates, 1)
     slowest_s = max(context.store_gather.gather(spent_s))
     updates_per_block = max(1, math.ceil(timing.block_s / slowest_s))
     speeds, stages = [], []
     for _ in range(timing.blocks):
-        spent_s, block_stages = run_updates(trial, updates, context.stats_gather, updates_per_block)
+        spent_s, block_stages = run_updates(trial, updates, updates_per_block)
         slowest_s = max(context.store_gather.gather(spent_s))
         speeds.append(updates_per_block * trial.training_plan.batch_plan.global_batch / slowest_s)
         stages += block_stages

@@ -46,17 +46,17 @@ def _profile_updates(context: ProbeContext, size: int, items: Any, stage: str) -
     trial = context.make_trial(size, items)
     updates = trial.training_plan.timeline.iter_updates()
     dry_run_update(trial, next(updates), context)
-    run_updates(trial, updates, context.stats_gather, trial.warmup_updates)
+    run_updates(trial, updates, trial.warmup_updates)
     if context.topology.rank:
-        run_updates(trial, updates, context.stats_gather, 1 + PROFILED_UPDATES)
+        run_updates(trial, updates, 1 + PROFILED_UPDATES)
         return OperatorProfile(size, {})
     os.environ.setdefault("KINETO_LOG_LEVEL", KINETO_LOG_LEVEL)
     activities = _list_activities(trial.components.device)
     with profile(activities=activities):
-        run_updates(trial, updates, context.stats_gather, 1)
+        run_updates(trial, updates, 1)
     marked = ProfiledTrial(trial.training_plan, trial.topology, trial.components, trial.loader, trial.faults)
     with profile(activities=activities) as profiler, marked.mark_phases():
-        run_updates(marked, updates, context.stats_gather, PROFILED_UPDATES)
+        run_updates(marked, updates, PROFILED_UPDATES)
     times = sum_by_operator(profiler.events(), stage, cuda=trial.components.device.type == "cuda")
     samples = PROFILED_UPDATES * size * trial.training_plan.batch_plan.accumulation
     return OperatorProfile(size, {name: ms / samples for name, ms in times.items()})

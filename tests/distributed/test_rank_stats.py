@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
-from launcher.distributed.rank_stats import GatheredStats, RankStats
+from launcher.distributed.rank_stats import GatheredStats, PendingStats, RankStats, sum_loss_counts
 from launcher.errors import TrainingFailed
+from launcher.telemetry.stages import STAGES
+from launcher.telemetry.stats_fields import NUM_STATS
+from launcher.telemetry.update_scalars import UpdateScalars
+
+CPU = torch.device("cpu")
 
 
-def test_statistics_survive_the_way_as_numbers() -> None:
-    stats = RankStats(count=7.0, stop=1.0, save=1.0, call_order=4294967295.0)
-    assert RankStats.from_row(stats.to_row()) == stats
+def test_each_number_of_a_row_comes_back_under_its_name() -> None:
+    scalars = UpdateScalars(torch.tensor(6.0), 3, torch.tensor(True), torch.tensor(2.5), torch.tensor(0.25), groups=2)
+    stages_ms = [float(index) for index in range(len(STAGES))]
+    stats = RankStats(count=7.0, stop=1.0, save=1.0, call_order=4294967295.0, previous=scalars, stages_ms=stages_ms)
+    row = stats.to_row(CPU)
+    assert (row.dtype, row.shape) == (torch.float64, (NUM_STATS,))
+    gathered = PendingStats(torch.stack([row, row])).read()
+    assert (gathered.count, gathered.stop, gathered.save, gathered.world) == (14, 1, True, 2)
+    assert gathered.columns["call_order"] == [4294967295.0] * 2
+    assert (gathered.loss, gathered.loss_count, gathered.finite, gathered.grad_norm) == (12, 6, True, 2.5)
+    assert (gathered.group_sq_norm_sum, gathered.groups) == (0.5, 4)
+    assert gathered.stages_ms.tolist() == [stages_ms] * 2
+
+
+def test_loss_count_is_summed_on_the_device() -> None:
+    table = GatheredStats.from_ranks([RankStats(count=2.0**40 + 1), RankStats(count=2.5)]).table
+    assert float(sum_loss_counts(table)) == 2.0**40 + 3.5
+
+
+def test_one_rank_that_is_not_finite_skips_the_update_for_all() -> None:
+    bad = UpdateScalars(loss=math.nan, finite=torch.tensor(False))
+    gathered = GatheredStats.from_ranks([RankStats(), RankStats(previous=bad)])
+    assert (gathered.finite, gathered.not_finite) == (False, (1,))
 
 
 def test_different_orders_of_calls_end_training() -> None:
-    ranks = tuple(RankStats(call_order=order) for order in (3.0, 3.0, 5.0))
-    GatheredStats(ranks[:2], ()).check_call_order()
+    ranks = [RankStats(call_order=order) for order in (3.0, 3.0, 5.0)]
+    GatheredStats.from_ranks(ranks[:2]).check_call_order()
     with pytest.raises(TrainingFailed, match="called different parts of the model, or in another order"):
-        GatheredStats(ranks, ()).check_call_order()
+        GatheredStats.from_ranks(ranks).check_call_order()

@@ -24,9 +24,9 @@ from launcher.strategies.fsdp import FsdpReplica
 from launcher.strategies.gradient_norms import compute_norms
 from launcher.strategies.interface import Replica, ReplicaArgs, StepResult
 from launcher.strategies.precision import Precision
-from launcher.telemetry.deferred_scalars import UpdateScalars
 from launcher.telemetry.stage_clock import HostTimer, StageClock
-from launcher.train.state import update_noise_scale
+from launcher.telemetry.update_scalars import UpdateScalars
+from launcher.train.state import NoiseObservation
 
 CPU = torch.device("cpu")
 RUN = replace(RunConfig(), optimizer={"_target_": "torch.optim.SGD"})
@@ -250,7 +250,12 @@ def gather(steps: Sequence[StepResult], counts: Sequence[float], finite: float =
         )
         for step, count in zip(steps, counts, strict=True)
     ]
-    return GatheredStats(tuple(rank_stats), ())
+    return GatheredStats.from_ranks(rank_stats)
+
+
+def update_noise_scale(noise: NoiseScale, gathered: GatheredStats, update: Update) -> NoiseScale:
+    observation = NoiseObservation.from_stats(gathered, update)
+    return noise if observation is None else observation.apply(noise)
 
 
 def make_update(samples: int = SAMPLES, nominal: int = SAMPLES) -> Update:
@@ -296,7 +301,6 @@ def replace_norm(step: StepResult, other: StepResult) -> StepResult:
 def uninformative_updates() -> Mapping[str, partial[NoiseScale]]:
     step = StepResult(torch.tensor(1.0), torch.tensor(True), torch.tensor(0.5), 2)
     return {
-        "the first vote, before any update": partial(update_noise_scale, gathered=gather([step], [12]), update=None),
         "a tail": partial(update_noise_scale, gathered=gather([step], [5]), update=make_update(samples=5)),
         "one group": partial(
             update_noise_scale, gathered=gather([replace(step, groups=1)], [12]), update=make_update()

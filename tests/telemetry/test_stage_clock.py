@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.telemetry.stage_clock import HostTimer, StageClock, find_critical_rank
+from launcher.telemetry.stage_metrics import compute_stage_metrics
 from launcher.telemetry.stages import STAGES
-from launcher.train.metrics_recorder import make_stage_metrics
 
 
 class ManualClock:
@@ -72,7 +72,7 @@ def test_critical_rank_waits_least() -> None:
     works = [0.0] * len(STAGES)
     works[0], works[sync] = 80.0, 1.0
     assert find_critical_rank((tuple(waits), tuple(works))) == 1
-    values = make_stage_metrics((tuple(waits), tuple(works)), samples=81)
+    values = compute_stage_metrics((tuple(waits), tuple(works)), samples=81)
     assert (values["stage/rank"], values["stage/data/ms"], values["stage/sync/ms_max"]) == (1, 80.0, 80.0)
     assert values["stage/data/share"] == pytest.approx(80 / 81)
     assert values["stage/data/samples_per_s"] == pytest.approx(81 / 0.080)

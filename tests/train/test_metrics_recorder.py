@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import count
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ from launcher.distributed.rank_stats import GatheredStats, RankStats
 from launcher.goodput.noise_scale import NoiseScale
 from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Update
-from launcher.telemetry.deferred_scalars import UpdateScalars
 from launcher.telemetry.records import MetricsRow
 from launcher.telemetry.stages import STAGES
+from launcher.telemetry.update_scalars import UpdateScalars
 from launcher.topology import Topology
 from launcher.train.metrics_recorder import MetricsRecorder, UpdateResult
 
@@ -38,17 +37,17 @@ def record_rows(updates: list[dict[str, Any]], every: int = 1) -> list[MetricsRo
     for index, facts in enumerate(updates):
         plan = PLAN.truncated(facts["tail"]) if "tail" in facts else PLAN
         update = Update(index=index, start=next(start), plan=plan, full_plan=PLAN, size=1000)
-        deferred: Any = SimpleNamespace(read=lambda: UpdateScalars(grad_norm=1.5))
         validation = facts.get("validation", {})
         recorder.on_update_end(
-            UpdateResult(
-                update, 0.1, 1.0, 50.0, facts.get("wall_s", 1.0), deferred, NoiseScale(), 1, validation=validation
-            )
+            UpdateResult(update, 0.1, 1.0, 50.0, facts.get("wall_s", 1.0), 1.5, NoiseScale(), 1, validation=validation)
         )
         rank_stats = tuple(
-            RankStats(previous=UpdateScalars(loss=loss, loss_count=number)) for loss, number in facts["losses"]
+            RankStats(
+                previous=UpdateScalars(loss=loss, loss_count=number, grad_norm=1.5), stages_ms=(1.0,) * len(STAGES)
+            )
+            for loss, number in facts["losses"]
         )
-        recorder.on_gathered(GatheredStats(rank_stats, ((1.0,) * len(STAGES),) * 2))
+        recorder.on_gathered(GatheredStats.from_ranks(rank_stats, None, update))
     recorder.flush()
     return rows.rows
 

@@ -12,13 +12,12 @@ from launcher.distributed.rank_stats import GatheredStats, RankStats
 from launcher.errors import TrainingFailed
 from launcher.plan.batch import BatchPlan
 from launcher.plan.timeline import Position, Update
-from launcher.telemetry.deferred_scalars import UpdateScalars
+from launcher.telemetry.update_scalars import UpdateScalars
 from launcher.train.state import TrainState
 from launcher.train.update_reports import count_unapplied_updates, report_update
 
 APPLIED, EMPTY = (1.0, 5.0, True), (0.0, 0.0, True)
 SKIPPED, LOSS_INFINITE = (1.0, 5.0, False), (math.inf, 5.0, True)
-PLAN: Any = SimpleNamespace(rule="linear")
 
 
 class Run:
@@ -40,8 +39,8 @@ class Run:
             update = Update(self.state.position.update, self.state.position.samples, plan, plan, size=10**6)
             self.state = self.state.advance(update)
             scalars = UpdateScalars(loss=loss, loss_count=count, finite=finite)
-            gathered = GatheredStats((RankStats(previous=scalars),), ())
-            after = self.state.with_gathered_stats(gathered, update, PLAN)
+            gathered = GatheredStats.from_ranks([RankStats(previous=scalars)], None, update)
+            after = self.state.with_gathered_stats(gathered)
             before, self.state = self.state, after
             report_update(self.context, before, after, gathered)
         return [kind for kind, _ in self.alarms[earlier:]]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ from launcher.strategies.interface import Replica, ReplicaArgs
 from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
 from launcher.telemetry.stage_clock import HostTimer, StageClock
+from launcher.telemetry.stats_fields import NUM_STATS
 
 WORLD, MICRO_BATCHES, SIZE, UPDATES = 2, 2, 3, 4
 SAMPLES = WORLD * MICRO_BATCHES * SIZE
@@ -168,9 +170,25 @@ def train(replica: Replica, use: str, ranks: list[int]) -> Iterator[int]:
         for at in places:
             with replica.micro_batch(last=at == places[-1], is_padding=is_padding(use, at), shard=at.rank):
                 loss = replica.compute_loss(partial(compute_loss, use, at), draw(at))
+                if at == places[-1]:
+                    replica.send_stats(make_stats_row(update, ranks[0]))
                 replica.backward(loss.total, SAMPLES)
+        check_stats(replica.receive_stats(), update)
         replica.step(0.05, None, 1.0, None)
         yield update
+
+
+def make_stats_row(update: int, rank: int) -> torch.Tensor:
+    """Statistics as an update might have: large counts, small times, a loss that is NaN or infinite."""
+    values = [2.0**40 + 3 * rank + update, 1 / 3, math.nan, math.inf, -math.inf, 1e-20, 12345.678 * (rank + 1), 0.0]
+    return torch.tensor((values * NUM_STATS)[:NUM_STATS], dtype=torch.float64)
+
+
+def check_stats(table: torch.Tensor, update: int) -> None:
+    """Every rank has the rows of all ranks: whole numbers exactly, others to more digits than are printed."""
+    expected = torch.stack([make_stats_row(update, rank) for rank in range(len(table))])
+    torch.testing.assert_close(table, expected, rtol=1e-13, atol=0.0, equal_nan=True)
+    assert torch.equal(table[:, 0], expected[:, 0])
 
 
 @dataclass

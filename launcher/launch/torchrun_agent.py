@@ -18,6 +18,7 @@ from launcher.distributed.cleanup_process import CleanupProcess, private_temp_di
 from launcher.distributed.starter import die_with_starter, make_starter_env
 from launcher.errors import EXIT_FAILED, EXIT_OK
 from launcher.run_dir.silent_exits import append_exit_codes
+from launcher.system.garbage_collection import paused_garbage_collection
 from launcher.system.standard_streams import ensure_standard_streams
 
 __all__ = ["main"]
@@ -37,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)  # as the others, but the workers must not inherit it as ignored
     os.environ.update(make_starter_env())
 
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with paused_garbage_collection():
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from launcher.distributed.rendezvous import make_loopback_store
+        from launcher.distributed.rendezvous import make_loopback_store
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     if report:

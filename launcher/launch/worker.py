@@ -32,6 +32,7 @@ from launcher.launch.decision import Decision, MeasurementRequest, RunDirClaim
 from launcher.run_dir import failures
 from launcher.run_dir.run_directory import RunDirectory
 from launcher.slurm.claim import read_claim
+from launcher.system.garbage_collection import paused_garbage_collection
 from launcher.system.processes import die_with_parent
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology, get_master_address, get_master_port
@@ -110,8 +111,9 @@ def compose_on_rank0(
     Raises:
         UsageError: the configuration is invalid; nothing was created.
     """
-    from launcher.config.compose import resolve
-    from launcher.run_dir.open_run import open_run, write_run_files
+    with paused_garbage_collection():
+        from launcher.config.compose import resolve
+        from launcher.run_dir.open_run import open_run, write_run_files
 
     resolution = resolve(args)
     ensure_open_files(estimate_open_files(topology.world, resolution.config.data.num_workers))
@@ -245,7 +247,9 @@ def agree_on_job(topology: Topology, decide: DecideFn, under_driver: bool) -> Ag
     # rank 0 of a node that joins a running job must first ask the other nodes which run it is
     decides_alone = own_memory is not None or under_driver or topology.nodes == 1
     choice = decide(own_memory, None) if topology.rank == 0 and decides_alone else None
-    from launcher.distributed import rendezvous
+    with paused_garbage_collection():  # before the ranks wait for each other, so that their imports overlap
+        import launcher.train.session  # noqa: F401
+        from launcher.distributed import rendezvous
 
     timeout_s = 600.0 if choice is None else get_config(choice).launch.timeout_s
     store = rendezvous.connect_store(topology, loopback=under_driver, timeout_s=timeout_s)

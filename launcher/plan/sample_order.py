@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 __all__ = ["SamplePermutation"]
 
@@ -18,6 +18,9 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 _FIRST_MULTIPLIER = 0x9E3779B97F4A7C15  # odd multipliers of SplitMix64
 _SECOND_MULTIPLIER = 0xBF58476D1CE4E5B9
 _CHUNK = 4096
+_FEW = 16  # up to this many positions are faster in plain Python than with numpy
+_LOW_BITS = 2**24 - 1
+_MAX_ARRAY_SIZE = 2**46  # up to this size no sum in `_add_hash` exceeds 64 bits
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class SamplePermutation:
     Implemented as a Feistel network on pairs (left, right) of mixed radix, with left x right just above size and
     hashed round keys. An image outside the range is mapped again until it falls inside (cycle walking, Black and
     Rogaway 2002), which is rare: about one in sqrt(size).
+
+    More than a few samples at a time are computed with numpy, which is imported only then.
     """
 
     size: int
@@ -87,26 +92,105 @@ class SamplePermutation:
         names = [f"order/{self.size}/{self.seed}/{self.epoch}/{pair}".encode() for pair in range(pairs)]
         return tuple(_split_digest(hashlib.blake2b(name, digest_size=16).digest()) for name in names)
 
+    def take(self, spans: Iterable[tuple[int, int]]) -> list[int]:
+        """The samples at positions start ... stop - 1 of each (start, stop), in order; faster than one slice for each.
+
+        Raises:
+            IndexError: a span is outside 0 ... size.
+        """
+        ranges = [range(*self._resolve_slice(slice(*span))) for span in spans]
+        if self.size > _MAX_ARRAY_SIZE or sum(map(len, ranges)) <= _FEW:
+            return [self._permute(position) for positions in ranges for position in positions]
+        import numpy
+
+        arrays = [numpy.arange(each.start, each.stop, dtype=numpy.uint64) for each in ranges]
+        samples: list[int] = self._permute_array(arrays[0] if len(arrays) == 1 else numpy.concatenate(arrays)).tolist()
+        return samples
+
     def _permute_range(self, start: int, stop: int) -> list[int]:
-        """The samples at positions `start` to `stop` - 1.
+        """The samples at positions `start` to `stop` - 1; in a sequence of slices they are computed ahead."""
+        if stop - start > _CHUNK:
+            chunks = range(start, stop, _CHUNK)
+            return [sample for begin in chunks for sample in self.take([(begin, min(begin + _CHUNK, stop))])]
+        begin, block = self.__dict__.get("_block", (stop, []))  # the samples computed last
+        if start < begin or stop > begin + len(block):
+            ahead = start + _CHUNK if begin <= start <= begin + len(block) else stop
+            begin, block = start, self.take([(start, min(max(stop, ahead), self.size))])
+            self.__dict__["_block"] = begin, block
+        return block[start - begin : stop - begin]
+
+    def _permute(self, position: int) -> int:
+        """The sample at a position: as `_permute_array`, for an integer of any size."""
+        image = self._map(position)
+        while image >= self.size:
+            image = self._map(image)
+        return image
+
+    def _permute_array(self, positions: Any) -> Any:
+        """The samples at the positions, a uint64 array that is overwritten."""
+        import numpy
+
+        images = self._map_array(positions)
+        outside = numpy.flatnonzero(images >= self.size)
+        while len(outside) > _FEW:
+            mapped = self._map_array(images[outside])
+            images[outside] = mapped
+            outside = outside[mapped >= self.size]
+        for index in outside.tolist():
+            images[index] = self._permute(int(images[index]))
+        return images
+
+    def _map(self, image: int) -> int:
+        """Map one number of 0 ... left x right - 1 to another.
 
         Each round adds a hash of one half to the other, which is invertible, so the result is a permutation.
         """
-        (left_size, right_size), size, keys = self._radix, self.size, self._round_keys
-        images = []
-        for image in range(start, stop):
-            while True:
-                left, right = divmod(image, right_size)
-                for odd, even in keys:
-                    mixed = (right ^ odd) * _FIRST_MULTIPLIER & _WORD
-                    left = (left + ((mixed ^ mixed >> 29) * _SECOND_MULTIPLIER >> 24)) % left_size
-                    mixed = (left ^ even) * _FIRST_MULTIPLIER & _WORD
-                    right = (right + ((mixed ^ mixed >> 29) * _SECOND_MULTIPLIER >> 24)) % right_size
-                image = left * right_size + right
-                if image < size:
-                    break
-            images.append(image)
-        return images
+        left_size, right_size = self._radix
+        left, right = divmod(image, right_size)
+        for odd, even in self._round_keys:
+            mixed = (right ^ odd) * _FIRST_MULTIPLIER & _WORD
+            left = (left + ((mixed ^ mixed >> 29) * _SECOND_MULTIPLIER >> 24)) % left_size
+            mixed = (left ^ even) * _FIRST_MULTIPLIER & _WORD
+            right = (right + ((mixed ^ mixed >> 29) * _SECOND_MULTIPLIER >> 24)) % right_size
+        return left * right_size + right
+
+    def _map_array(self, images: Any) -> Any:
+        """As `_map`, for each element of a uint64 array."""
+        import numpy
+
+        left_size, right_size = (numpy.uint64(size) for size in self._radix)
+        left, right = numpy.divmod(images, right_size)
+        for odd, even in self._round_keys:
+            left = _add_hash(left, right, odd, left_size)
+            right = _add_hash(right, left, even, right_size)
+        left *= right_size
+        left += right
+        return left
+
+
+def _add_hash(one: Any, other: Any, key: int, size: Any) -> Any:
+    """(one + (h x second multiplier >> 24)) mod size, h the hash of `other`, for uint64 arrays.
+
+    Products wrap at 64 bits, so the last one, of up to 128 bits, is the sum of three: with h = high x 2^24 + low and
+    the multiplier = upper x 2^24 + lower, it is high x multiplier + low x upper + (low x lower >> 24).
+    """
+    import numpy
+
+    word = numpy.uint64
+    high = other ^ word(key)
+    high *= word(_FIRST_MULTIPLIER)
+    high ^= high >> word(29)
+    low = high & word(_LOW_BITS)
+    high >>= word(24)
+    high *= word(_SECOND_MULTIPLIER) % size
+    high += one
+    carry = low * word(_SECOND_MULTIPLIER & _LOW_BITS)
+    carry >>= word(24)
+    high += carry
+    low *= word(_SECOND_MULTIPLIER >> 24) % size
+    high += low
+    high %= size
+    return high
 
 
 def _split_digest(digest: bytes) -> tuple[int, int]:

@@ -27,16 +27,10 @@ from launcher.strategies.precision import Precision
 from launcher.strategies.registry import build_replica
 from launcher.telemetry.stage_clock import CudaTimer, HostTimer, StageClock
 from launcher.topology import Topology
-from launcher.train.data import (
-    MODEL_STREAM,
-    MicroBatchLoader,
-    derive_seed,
-    get_collate_fn,
-    get_dataset,
-    seed_host_generators,
-    to_device,
-)
+from launcher.train.data import MicroBatchLoader, get_dataset, to_device
 from launcher.train.modes import enter_training_mode
+from launcher.train.seeded_dataset import get_collate_fn
+from launcher.train.seeding import MODEL_STREAM, derive_seed, seed_host_generators
 from launcher.train.validation import Validator
 
 __all__ = [

@@ -7,42 +7,32 @@ nor prefetching change which samples are consumed, and a restart needs only the 
 from __future__ import annotations
 
 import copy
-import hashlib
 import multiprocessing.context
 import os
-import random
-import struct
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
-from torch.utils.data.dataloader import default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from launcher.config.schema import DataConfig, RunConfig
 from launcher.distributed.cleanup_process import use_private_temp_dir
-from launcher.errors import UsageError
 from launcher.plan.sample_order import SamplePermutation
-from launcher.plan.timeline import Position, Timeline
+from launcher.plan.timeline import Position, Span, Timeline
 from launcher.recipe import check_map_style
-from launcher.run_dir.failures import describe_error
 from launcher.system.processes import die_with_parent, read_cpu_seconds
 from launcher.train.loader_errors import explained_loader_errors, send_errors_of_unsent_batches
+from launcher.train.seeded_dataset import EpochSamples, SeededDataset, get_collate_fn
+from launcher.train.seeding import derive_seed, seed_host_generators
 
 __all__ = [
-    "DATASET_STREAM",
-    "LOSS_CHECK_STREAM",
-    "MODEL_STREAM",
-    "VALIDATION_STREAM",
     "MicroBatchLoader",
     "MicroBatchSampler",
-    "SampleKey",
-    "SeededDataset",
     "derive_seed",
     "get_dataset",
     "make_data_loader",
@@ -50,59 +40,14 @@ __all__ = [
     "to_device",
 ]
 
-SampleKey = tuple[int, int]  # (epoch, sample)
 
-#: First numbers of the addresses of random draws other than those of a sample or a training micro-batch.
-MODEL_STREAM, COLLATE_STREAM, DATASET_STREAM, VALIDATION_STREAM, LOSS_CHECK_STREAM = -1, -2, -3, -4, -5
+class MicroBatchSampler(Sampler[list[EpochSamples]]):
+    """Yields this rank's micro-batches from a position to the end of the run, as lists of (epoch, samples).
 
-
-def derive_seed(*numbers: int) -> int:
-    """Derive a seed from all the numbers: random state is a function of the position, never carried over."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def seed_host_generators(seed: int) -> None:
-    """Seed the global generators of random, torch (the CPU's) and, where it is imported, numpy."""
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)
-
-
-class SeededDataset(Dataset[Any]):
-    """A dataset indexed and seeded by (epoch, sample): the same item in any process, at any time.
-
-    A batch leaves the generators seeded for its collate function, which the loader calls next in the same process.
+    The order of the samples is computed ahead for about `LOOK_AHEAD` samples, since many at a time are faster.
     """
 
-    def __init__(self, items: Any, seed: int) -> None:
-        self._items = items
-        self._seed = seed
-        self._deterministic = isinstance(items, TensorDataset) or bool(getattr(items, "deterministic", False))
-
-    def __getitems__(self, keys: Sequence[SampleKey]) -> Any:
-        if self._deterministic and hasattr(self._items, "__getitems__"):
-            items = self._items.__getitems__([sample for _, sample in keys])
-        else:
-            items = [self[key] for key in keys]
-        seed_host_generators(derive_seed(self._seed, COLLATE_STREAM, *keys[0], len(keys)))
-        return items
-
-    def __getitem__(self, key: SampleKey) -> Any:
-        if not self._deterministic:
-            seed_host_generators(derive_seed(self._seed, *key))
-        try:
-            return self._items[key[1]]
-        except UsageError:
-            raise
-        except (Exception, SystemExit) as problem:
-            kind, why = type(problem).__name__, describe_error(problem)
-            raise UsageError(f"sample {key[1]} cannot be read: {kind}: {why}; fix or remove it") from problem
-
-
-class MicroBatchSampler(Sampler[list[SampleKey]]):
-    """Yields this rank's micro-batches from a position to the end of the run, as lists of (epoch, sample) keys."""
+    LOOK_AHEAD = 1024
 
     def __init__(self, timeline: Timeline, seed: int, rank: int, position: Position) -> None:
         self._timeline = timeline
@@ -110,16 +55,29 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
         self._rank = rank
         self._position = position
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        orders: dict[int, SamplePermutation] = {}
+    def __iter__(self) -> Iterator[list[EpochSamples]]:
+        batches: list[tuple[Span, ...]] = []
+        samples = 0
         for update in self._timeline.iter_updates(self._position):
             for micro in update.micro_batches(self._rank):
-                keys: list[SampleKey] = []
-                for epoch, start, stop in micro.spans:
-                    if epoch not in orders:
-                        orders = {epoch: SamplePermutation(self._timeline.size, self._seed, epoch)}
-                    keys += [(epoch, sample) for sample in orders[epoch][start:stop]]
-                yield keys
+                batches.append(micro.spans)
+                samples += micro.size
+            if samples >= self.LOOK_AHEAD:
+                yield from self._order(batches)
+                batches, samples = [], 0
+        yield from self._order(batches)
+
+    def _order(self, batches: list[tuple[Span, ...]]) -> Iterator[list[EpochSamples]]:
+        """The samples at the positions of each batch."""
+        spans_by_epoch: dict[int, list[tuple[int, int]]] = {}
+        for epoch, start, stop in chain.from_iterable(batches):
+            spans_by_epoch.setdefault(epoch, []).append((start, stop))
+        samples = {
+            epoch: iter(SamplePermutation(self._timeline.size, self._seed, epoch).take(spans))
+            for epoch, spans in spans_by_epoch.items()
+        }
+        for spans in batches:
+            yield [(epoch, list(islice(samples[epoch], stop - start))) for epoch, start, stop in spans]
 
 
 class LoaderProcess(multiprocessing.context.ForkProcess):
@@ -152,22 +110,29 @@ def prepare_loader_process(_: int, parent: int) -> None:
 
 
 def make_data_loader(
-    items: Dataset[Any], batches: Iterable[list[Any]], data: DataConfig, collate: Callable[..., Any], pin: bool
+    batches: Dataset[Any], sampler: Iterable[Sequence[Any]], data: DataConfig, pin: bool
 ) -> DataLoader[Any]:
-    """Create a DataLoader over predefined batches, with the configured loader processes."""
+    """Create a DataLoader with the configured loader processes.
+
+    `batches.__getitems__` returns the collated batch for what the sampler yields, as that of a `SeededDataset` does.
+    """
     if data.num_workers:
         use_private_temp_dir()
     return DataLoader(
-        items,
-        batch_sampler=batches,
+        batches,
+        batch_sampler=sampler,
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor if data.num_workers else None,
         persistent_workers=data.num_workers > 0,
-        collate_fn=collate,
+        collate_fn=return_unchanged,
         pin_memory=pin,
         worker_init_fn=partial(prepare_loader_process, parent=os.getpid()) if data.num_workers else None,
         multiprocessing_context=LoaderContext() if data.num_workers else None,
     )
+
+
+def return_unchanged(batch: Any) -> Any:
+    return batch
 
 
 def get_dataset(recipe: Any, split: str, source: str) -> Any:
@@ -196,15 +161,6 @@ class RepeatedSample(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self._item
-
-
-def get_collate_fn(recipe: Any) -> Callable[..., Any]:
-    return getattr(recipe, "collate", None) or collate_or_passthrough
-
-
-def collate_or_passthrough(items: Any) -> Any:
-    """Apply torch's default_collate to a list of items; pass a batch that the dataset already collated through."""
-    return default_collate(items) if isinstance(items, list) else items
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -325,6 +281,7 @@ class MicroBatchLoader:
         pin: bool,
     ) -> MicroBatchLoader:
         """Load from `items` in the order of the timeline, from `position` on; `pin` copies batches to pinned memory."""
-        sampler, dataset = MicroBatchSampler(timeline, config.seed, rank, position), SeededDataset(items, config.seed)
-        batches = iter(make_data_loader(dataset, sampler, config.data, get_collate_fn(recipe), pin))
+        sampler = MicroBatchSampler(timeline, config.seed, rank, position)
+        dataset = SeededDataset(items, config.seed, get_collate_fn(recipe))
+        batches = iter(make_data_loader(dataset, sampler, config.data, pin))
         return cls(batches, LoaderCpuUsage([process.pid for process in getattr(batches, "_workers", ())]))

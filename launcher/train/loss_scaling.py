@@ -26,17 +26,11 @@ from launcher.plan.sample_order import SamplePermutation
 from launcher.strategies.buffers import preserve_buffers
 from launcher.strategies.interface import LARGE_MODEL_BYTES
 from launcher.train.context import TrainContext
-from launcher.train.data import (
-    LOSS_CHECK_STREAM,
-    SampleKey,
-    SeededDataset,
-    derive_seed,
-    get_collate_fn,
-    make_data_loader,
-    to_device,
-)
+from launcher.train.data import make_data_loader, to_device
 from launcher.train.micro_batches import seed_generators
 from launcher.train.modes import evaluation_mode
+from launcher.train.seeded_dataset import SeededDataset, get_collate_fn
+from launcher.train.seeding import LOSS_CHECK_STREAM, derive_seed
 
 __all__ = ["LossSplit", "describe_split", "find_scaling_problem"]
 
@@ -186,11 +180,11 @@ def load_batches(context: TrainContext, items: Any, samples: int) -> list[Any]:
     They are read in a loader process if the run has any, so that the dataset opens its files as it does in training.
     """
     config, device = context.config, context.precision.device
-    keys: list[SampleKey] = [(0, sample) for sample in SamplePermutation(len(items), config.seed, 0)[:samples]]
-    batches = [keys, [*keys[1:], keys[0]], keys[: samples // 2], keys[samples // 2 :]]
+    order = SamplePermutation(len(items), config.seed, 0)[:samples]
+    batches = [order, [*order[1:], order[0]], order[: samples // 2], order[samples // 2 :]]
     data = replace(config.data, num_workers=min(1, config.data.num_workers))
-    dataset = SeededDataset(items, config.seed)
-    loader = make_data_loader(dataset, batches, data, get_collate_fn(context.recipe), pin=False)
+    dataset = SeededDataset(items, config.seed, get_collate_fn(context.recipe))
+    loader = make_data_loader(dataset, [[(0, batch)] for batch in batches], data, pin=False)
     return [to_device(batch, device, context.precision.dtype) for batch in loader]
 
 

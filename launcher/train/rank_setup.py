@@ -24,8 +24,8 @@ from launcher.run_dir.resume import check_data_length
 from launcher.system.fault_injection import FaultInjector
 from launcher.topology import Topology
 from launcher.train.build import Datasets, TrainComponents, open_datasets, resolve_device
-from launcher.train.data import DATASET_STREAM, derive_seed, seed_host_generators
 from launcher.train.job_spec import JobSpec
+from launcher.train.seeding import DATASET_STREAM, derive_seed, seed_host_generators
 from launcher.train.state import TrainState
 
 __all__ = ["RankJob", "RankSetup", "find_checkpoint", "prepare_rank", "restore_state"]

@@ -18,24 +18,18 @@ from launcher.recipe import Loss
 from launcher.strategies.interface import Replica
 from launcher.strategies.precision import Precision
 from launcher.topology import Topology
-from launcher.train.data import (
-    VALIDATION_STREAM,
-    SampleKey,
-    SeededDataset,
-    derive_seed,
-    get_collate_fn,
-    make_data_loader,
-    to_device,
-)
+from launcher.train.data import make_data_loader, to_device
 from launcher.train.loader_errors import iter_explaining_errors
 from launcher.train.loss_values import get_metrics, read_scalar
 from launcher.train.micro_batches import seed_generators
 from launcher.train.modes import evaluation_mode
+from launcher.train.seeded_dataset import EpochSamples, SeededDataset, get_collate_fn
+from launcher.train.seeding import VALIDATION_STREAM, derive_seed
 
 __all__ = ["ValidationResult", "Validator"]
 
 
-class ValidationSampler(Sampler[list[SampleKey]]):
+class ValidationSampler(Sampler[list[EpochSamples]]):
     """This rank's contiguous chunks of the validation set in batches, none of which spans two chunks.
 
     `chunks` holds the chunk of each batch, None for a padding batch of one sample, which is not counted. A rank without
@@ -48,9 +42,9 @@ class ValidationSampler(Sampler[list[SampleKey]]):
         self.chunks: list[int | None] = [chunk for chunk, _, _ in ranges[rank]] + [None] * pads
         self._batches = [(start, stop) for _, start, stop in ranges[rank]] + [(0, 1)] * pads
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
+    def __iter__(self) -> Iterator[list[EpochSamples]]:
         for start, stop in self._batches:
-            yield [(0, sample) for sample in range(start, stop)]
+            yield [(0, list(range(start, stop)))]
 
 
 def make_batch_ranges(size: int, rank: int, world: int, chunks: int, batch: int) -> list[tuple[int, int, int]]:
@@ -92,10 +86,8 @@ class Validator:
         self._precision = precision
         self._chunks = config.elastic.shards if config.elastic.exact else world
         self._sampler = ValidationSampler(len(items), topology.rank, world, self._chunks, batch, even=even)
-        dataset, pin = SeededDataset(items, config.seed), precision.device.type == "cuda"
-        self._batches: DataLoader[Any] = make_data_loader(
-            dataset, self._sampler, config.data, get_collate_fn(recipe), pin
-        )
+        dataset, pin = SeededDataset(items, config.seed, get_collate_fn(recipe)), precision.device.type == "cuda"
+        self._batches: DataLoader[Any] = make_data_loader(dataset, self._sampler, config.data, pin)
 
     @torch.no_grad()
     def run(self, replica: Replica) -> ValidationResult:
@@ -123,9 +115,9 @@ class Validator:
     def measure_names(self, replica: Replica) -> set[str]:
         """The names of the metrics that the first batch of each rank has; every rank must call this."""
         replica.broadcast_buffers()
-        batch, keys = next(iter_explaining_errors(self._batches)), next(iter(self._sampler))
+        batch, parts = next(iter_explaining_errors(self._batches)), next(iter(self._sampler))
         with evaluation_mode(replica.module):
-            loss = self._compute_loss(replica, keys, batch)
+            loss = self._compute_loss(replica, parts, batch)
         is_padding = self._sampler.chunks[0] is None
         return {f"val/{name}" for name in ("loss", *self._gather_metric_names(() if is_padding else get_metrics(loss)))}
 
@@ -140,15 +132,16 @@ class Validator:
         """The per-chunk sums of each value, with zeros for the chunks of other ranks."""
         sums = ChunkSums(self._chunks, self._precision.device)
         batches = iter_explaining_errors(self._batches)
-        for chunk, keys, batch in zip(self._sampler.chunks, self._sampler, batches, strict=True):
-            loss = self._compute_loss(replica, keys, batch)
+        for chunk, parts, batch in zip(self._sampler.chunks, self._sampler, batches, strict=True):
+            loss = self._compute_loss(replica, parts, batch)
             if chunk is not None:
                 sums.add(chunk, loss)
         return sums
 
-    def _compute_loss(self, replica: Replica, keys: list[SampleKey], batch: Any) -> Loss:
+    def _compute_loss(self, replica: Replica, parts: list[EpochSamples], batch: Any) -> Loss:
         batch = to_device(batch, self._precision.device, self._precision.dtype)
-        seed_generators(derive_seed(self._seed, VALIDATION_STREAM, keys[0][1], len(keys)), self._precision.device)
+        [(_, samples)] = parts
+        seed_generators(derive_seed(self._seed, VALIDATION_STREAM, samples[0], len(samples)), self._precision.device)
         with self._precision.autocast():
             loss: Loss = replica.compute_loss(self._recipe.loss, batch)
         return loss

@@ -28,9 +28,11 @@ from launcher.plan.training_plan import make_training_plan
 from launcher.strategies.training_loss import read_training_loss
 from launcher.system.formatting import format_plural
 from launcher.train.build import build_model, open_dataset
-from launcher.train.data import SeededDataset, derive_seed, get_collate_fn, to_device
+from launcher.train.data import to_device
 from launcher.train.micro_batches import seed_generators
 from launcher.train.modes import enter_training_mode
+from launcher.train.seeded_dataset import SeededDataset, get_collate_fn
+from launcher.train.seeding import derive_seed
 
 __all__ = ["MAX_SPLIT_BATCH", "VerifyResult", "format_verify_result", "verify"]
 
@@ -195,9 +197,8 @@ class GradientTrial:
         samples_by_epoch = [
             (epoch, SamplePermutation(update.size, self.seed, epoch)[start:stop]) for epoch, start, stop in micro.spans
         ]
-        keys = [(epoch, sample) for epoch, samples in samples_by_epoch for sample in samples]
-        items = SeededDataset(self.items, self.seed).__getitems__(keys)
-        batch = to_device(get_collate_fn(self.recipe)(items), _CPU, torch.float64)
+        batches = SeededDataset(self.items, self.seed, get_collate_fn(self.recipe))
+        batch = to_device(batches.__getitems__(samples_by_epoch), _CPU, torch.float64)
         seed_generators(derive_seed(self.seed, update.index, micro.shard, micro.index), _CPU)
         return batch
 

@@ -6,10 +6,12 @@ import itertools
 import math
 import random
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np  # noqa: F401  so that its import is not part of what a test measures
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -56,6 +58,46 @@ def test_slice_equals_its_single_positions(size: int, data: st.DataObject) -> No
     assert order[start:stop] == [order[position] for position in range(start, stop)]
     assert order[start:] == order[start:size]
     assert order[:stop:1] == order[0:stop]
+
+
+@given(st.integers(1, 2**48), st.integers(), st.integers(0, 200), st.lists(st.integers(0, 100), max_size=5), st.data())
+@example(2**46 - 1, 0, 100, [], None)
+@example(2**46, 0, 100, [], None)
+@example(2**46 + 1, 0, 100, [], None)
+def test_many_samples_together_are_those_of_single_positions(
+    size: int, seed: int, length: int, steps: list[int], data: st.DataObject | None
+) -> None:
+    start = max(0, size - length) if data is None else data.draw(st.integers(0, size))
+    order = SamplePermutation(size, seed, 3)
+    stop = min(size, start + length)
+    expected = [order[position] for position in range(start, stop)]
+    assert order[start:stop] == expected
+    assert order.take([(start, stop)]) == expected
+    cuts = [start, *itertools.accumulate(steps, lambda at, step: min(stop, at + step), initial=start), stop]
+    assert list(itertools.chain(*(order[a:b] for a, b in itertools.pairwise(cuts)))) == expected
+    spans = [*itertools.pairwise(cuts)][::-1]
+    assert order.take(spans) == [sample for a, b in spans for sample in order[a:b]]
+
+
+@pytest.mark.parametrize("spans", [[(0, 11)], [(0, 5), (-1, 2)], [(11, 11)]])
+def test_spans_out_of_range_are_refused(spans: list[tuple[int, int]]) -> None:
+    with pytest.raises(IndexError, match="are outside a permutation of 10 samples"):
+        SamplePermutation(10, 0, 0).take(spans)
+
+
+@pytest.mark.parametrize("length", [64, 4096])
+def test_slices_are_faster_than_single_positions(length: int) -> None:
+    """At 10^6 samples per second and more, a slice takes at most a third of the time of its positions."""
+
+    def measure_s(read: Callable[[SamplePermutation], object]) -> float:
+        begin = time.process_time()
+        read(SamplePermutation(1_281_167, 0, 0))
+        return time.process_time() - begin
+
+    starts = range(0, 16_384, length)
+    slices = min(measure_s(lambda order: [order[start : start + length] for start in starts]) for _ in range(3))
+    singles = min(measure_s(lambda order: [order[position] for position in range(4096)]) for _ in range(3)) * 4
+    assert slices < singles / 3
 
 
 # Reproducible

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from launcher.errors import UsageError
 from launcher.plan.training_plan import DatasetSizes
 from launcher.recipe import find_unlearned_defaults, get_dataset_sizes
-from launcher.train.data import collate_or_passthrough
+from launcher.train.seeded_dataset import collate_or_passthrough
 
 
 def first_batch(recipe, count: int):

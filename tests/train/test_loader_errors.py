@@ -13,6 +13,7 @@ from launcher.config.schema import DataConfig
 from launcher.errors import UsageError
 from launcher.train.data import make_data_loader
 from launcher.train.loader_errors import explained_loader_errors, iter_explaining_errors
+from launcher.train.seeded_dataset import SeededDataset
 from tests.helpers.namespaces import run_in_namespace
 
 FULL = """
@@ -20,9 +21,11 @@ import torch
 from launcher.config.schema import DataConfig
 from launcher.train.data import make_data_loader
 from launcher.train.loader_errors import iter_explaining_errors
+from launcher.train.seeded_dataset import SeededDataset
 items = [torch.zeros(500_000) for _ in range(4)]
 torch.multiprocessing.set_sharing_strategy("{strategy}")
-loader = make_data_loader(items, [[0, 1], [2, 3]], DataConfig(num_workers=1), {collate}, False)
+batches = SeededDataset(items, 0, {collate})
+loader = make_data_loader(batches, [[(0, [0, 1])], [(0, [2, 3])]], DataConfig(num_workers=1), False)
 try:
     for batch in iter_explaining_errors(loader): print("batch")
 except ValueError as error: print(error)
@@ -49,7 +52,8 @@ def test_batch_that_cannot_be_sent_is_an_error() -> None:
     def collate(items: Any) -> Any:
         return lambda: items
 
-    loader = make_data_loader([1, 2], [[0], [1]], DataConfig(num_workers=1), collate, pin=False)  # type: ignore[arg-type]
+    batches = SeededDataset([1, 2], 0, collate)
+    loader = make_data_loader(batches, [[(0, [0])], [(0, [1])]], DataConfig(num_workers=1), pin=False)
     with pytest.raises(Exception, match=r"(?s)in a loader process that sends a batch.*[Pp]ickle.*lambda"):
         next(iter_explaining_errors(loader))
 

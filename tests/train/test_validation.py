@@ -33,7 +33,7 @@ def test_validation_chunks_are_independent_of_world_size(size: int) -> None:
         return [b for one in slices for b in zip(one.chunks, one, strict=True) if b[0] is not None]
 
     assert batches(1) == batches(2) == batches(3) == batches(11)
-    assert sorted(sample for _, batch in batches(1) for _, sample in batch) == list(range(size))
+    assert sorted(sample for _, [(_, samples)] in batches(1) for sample in samples) == list(range(size))
 
 
 # Losses and metrics

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from launcher.errors import UsageError
@@ -81,6 +81,18 @@ class BatchPlan:
     def rng_keys(self, rank: int) -> tuple[tuple[int, int], ...]:
         """(rank, index) of each of the rank's micro-batches, from which its random generators are seeded."""
         return tuple((rank, index) for index in range(len(self.micro_batches(rank))))
+
+    def cuts(self, rank: int) -> tuple[tuple[int, int, int, int], ...]:
+        """(start, stop, shard, index) of each of the rank's micro-batches, counted from the update's first sample."""
+        if rank not in self._cuts_by_rank:
+            ends = pairwise(accumulate(self.micro_batches(rank), initial=self.share_starts[rank]))
+            keys = self.rng_keys(rank)
+            self._cuts_by_rank[rank] = tuple((*cut, *key) for cut, key in zip(ends, keys, strict=True))
+        return self._cuts_by_rank[rank]
+
+    @cached_property
+    def _cuts_by_rank(self) -> dict[int, tuple[tuple[int, int, int, int], ...]]:
+        return {}
 
     def truncated(self, samples: int) -> BatchPlan:
         """This plan for an update of fewer samples: the partial batch at the end of an epoch or of the run.

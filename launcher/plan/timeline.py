@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Literal
 
 from launcher.plan.batch import BatchPlan
@@ -91,15 +91,20 @@ class Update:
 
         The update's positions are divided into consecutive slices by rank.
         """
-        first = self.start + self.plan.share_starts[rank]
-        sizes = self.plan.micro_batches(rank)
-        cuts = zip(pairwise(accumulate(sizes, initial=first)), self.plan.rng_keys(rank), strict=True)
-        own = tuple(MicroBatch(self._make_spans(*ends), shard=shard, index=index) for ends, (shard, index) in cuts)
+        own = tuple(
+            MicroBatch(self._make_spans(self.start + start, self.start + stop), shard=shard, index=index)
+            for start, stop, shard, index in self.plan.cuts(rank)
+        )
         padding = range(len(own), max(1, self.plan.most_micro_batches if self.even else 0))
+        if not padding:
+            return own
         sample = self._make_spans(self.start, self.start + 1)
         return own + tuple(MicroBatch(sample, is_padding=True, shard=rank, index=index) for index in padding)
 
     def _make_spans(self, start: int, stop: int) -> tuple[Span, ...]:
+        epoch, offset = divmod(start, self.size)
+        if offset + stop - start <= self.size:
+            return ((epoch, offset, offset + stop - start),)
         spans = []
         while start < stop:
             epoch, offset = divmod(start, self.size)

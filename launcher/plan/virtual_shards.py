@@ -110,6 +110,8 @@ class ShardPlan(BatchPlan):
         """The same number of shards with fewer samples. ValueError unless 1 <= samples <= global_batch."""
         if not 1 <= samples <= self.global_batch:
             raise ValueError(f"{samples} samples are not between 1 and the global batch of {self.global_batch}")
+        if samples == self.global_batch:
+            return self
         return ShardPlan.from_batch_size(samples, self.world, len(self.shards), self.per_device)
 
     def _get_shard_range(self, rank: int) -> range:

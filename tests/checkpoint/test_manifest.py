@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from launcher.checkpoint.manifest import (
+    Manifest,
     latest_valid,
     newest_first,
     open_checkpoint,
@@ -199,6 +200,19 @@ def test_open_checkpoint_refuses_other_paths_with_fix(tmp_path: Path) -> None:
     os.truncate(newest_path / "model.safetensors", 3)
     with pytest.raises(UsageError, match=r"is damaged: model\.safetensors has 3 bytes .*; choose another checkpoint"):
         open_checkpoint(newest_path)
+
+
+def test_manifest_has_one_line_per_file_and_tensor_whatever_the_number_of_pieces() -> None:
+    files = {f"model-{rank}.safetensors": {"size": 4, "sha256": "ä"} for rank in range(50)}
+    pieces = [[name, "weight", number, number + 1] for number, name in enumerate(files)]
+    tensors = {f"layer.{number}": {"dtype": "float32", "shape": [50], "pieces": pieces} for number in range(3)}
+    for manifest in (
+        Manifest(files, tensors, {"update": 1}, {"shares": [1] * 50}, 50, {"torch": "2"}, {"a": {}}, 7),
+        Manifest({}, {}, {}, {}, 1, {}),
+    ):
+        text = manifest.to_json()
+        assert Manifest.from_json(text) == manifest
+        assert len(text.splitlines()) <= len(manifest.files) + len(manifest.tensors) + 14
 
 
 # --- pruning, and the newest checkpoint ---------------------------------------------------------------------------

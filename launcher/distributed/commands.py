@@ -11,10 +11,11 @@ from pathlib import Path
 from launcher.config.schema import RunConfig
 from launcher.distributed.worker_env import make_isolation_env
 
-__all__ = ["NPROC_FLAG", "UNLIMITED_RESTARTS", "Command", "make_probe_command", "make_torchrun_command"]
+__all__ = ["AGENT_MODULE", "NPROC_FLAG", "UNLIMITED_RESTARTS", "Command", "make_probe_command", "make_torchrun_command"]
 
 
 NPROC_FLAG = "--nproc-per-node="
+AGENT_MODULE = "launcher.launch.torchrun_agent"
 
 
 UNLIMITED_RESTARTS = 1_000_000  # the driver limits restarts itself: torchrun's count ignores checkpoints
@@ -37,7 +38,7 @@ def make_torchrun_command(config: RunConfig, workers: int, handover: Path, repor
     argv = (
         sys.executable,
         "-m",
-        "launcher.launch.torchrun_agent",
+        AGENT_MODULE,
         f"--failures={report}",
         "--nnodes=1",
         f"{NPROC_FLAG}{workers}",

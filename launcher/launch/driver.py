@@ -19,6 +19,7 @@ from launcher.goodput import auto_batch
 from launcher.goodput.auto_batch import MeasurementError, ResolvedConfig, report_unmeasured
 from launcher.launch.job_stop import AgentWorkers, JobStop
 from launcher.launch.resolve_auto import make_unmeasured_config, resolve_from_measurement, resolve_without_measuring
+from launcher.launch.waiting_agent import WaitingAgent
 from launcher.run_dir import failures
 from launcher.run_dir.failed_starts import FailedStarts
 from launcher.run_dir.open_run import OpenedRun, open_run, run_path, write_run_files
@@ -35,8 +36,8 @@ __all__ = ["launch_job"]
 AGENT_POLL_S = 0.05
 
 
-def launch_job(config: RunConfig) -> int:
-    """Run one job from start to end; return its exit status.
+def launch_job(config: RunConfig, waiting: WaitingAgent | None = None) -> int:
+    """Run one job from start to end, with the agent that waits for one, if any; return its exit status.
 
     Raises:
         UsageError: the configuration is invalid; nothing was created.
@@ -55,7 +56,7 @@ def launch_job(config: RunConfig) -> int:
         command = make_torchrun_command(opened.config, workers, Path("HANDOVER.json"), Path("FAILURES.json"))
         print(command.format_shell_line())
         return EXIT_OK
-    return start_run(resolved, opened, workers)
+    return start_run(resolved, opened, workers, waiting)
 
 
 def resolve_and_open(config: RunConfig, workers: int) -> tuple[ResolvedConfig, OpenedRun]:
@@ -92,7 +93,7 @@ def measure_auto_values(config: RunConfig, workers: int) -> ResolvedConfig:
     return resolve_from_measurement(config, measurement, run_path(config, None, 1))
 
 
-def start_run(resolved: ResolvedConfig, opened: OpenedRun, workers: int) -> int:
+def start_run(resolved: ResolvedConfig, opened: OpenedRun, workers: int, waiting: WaitingAgent | None = None) -> int:
     """Create and lock the run directory, and run torchrun there; return the exit status."""
     for line in opened.training_plan.advice:
         print_stderr(f"note: {line}")
@@ -101,7 +102,7 @@ def start_run(resolved: ResolvedConfig, opened: OpenedRun, workers: int) -> int:
     lock = run_dir.lock()
     try:
         write_run_files(opened, resolved.profile)
-        status = TorchrunJob(opened, workers, resolved).run()
+        status = TorchrunJob(opened, workers, resolved).run(waiting)
         if status == EXIT_USAGE and created_dir is not None:
             run_dir.discard(created_dir)  # also if only the workers found the error
         return status
@@ -128,10 +129,12 @@ class TorchrunJob:
         self._started = time.time()
         self._stop = JobStop(opened.run_dir, opened.config.launch.grace_s)
 
-    def run(self) -> int:
+    def run(self, waiting: WaitingAgent | None = None) -> int:
         with forward_signals_to(self._stop.on_signal):
-            env = os.environ | self._command.env | make_starter_env()
-            agent = subprocess.Popen(self._command.argv, env=env, start_new_session=True)
+            agent = None if waiting is None else waiting.hand_over(self._command)
+            if agent is None:
+                env = os.environ | self._command.env | make_starter_env()
+                agent = subprocess.Popen(self._command.argv, env=env, start_new_session=True)
             workers = AgentWorkers(agent.pid)
             try:
                 return self._wait_for_agent(agent, workers)

@@ -17,6 +17,7 @@ from typing import Any
 from launcher.distributed.cleanup_process import CleanupProcess, private_temp_dir
 from launcher.distributed.starter import die_with_starter, make_starter_env
 from launcher.errors import EXIT_FAILED, EXIT_OK
+from launcher.launch.waiting_agent import COMMAND_FLAG, read_command
 from launcher.run_dir.silent_exits import append_exit_codes
 from launcher.system.garbage_collection import paused_garbage_collection
 from launcher.system.standard_streams import ensure_standard_streams
@@ -27,16 +28,16 @@ FAILURES_FLAG = "--failures="
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun with `argv`; a leading `--failures=FILE` names the file for the exit codes of each failed start."""
+    """Run torchrun with `argv`; a leading `--failures=FILE` names the file for the exit codes of each failed start.
+
+    With `--command-from=FD` the arguments are read from there, after the imports.
+    """
     ensure_standard_streams()
     die_with_starter()
     CleanupProcess.start()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    report = argv.pop(0).removeprefix(FAILURES_FLAG) if argv and argv[0].startswith(FAILURES_FLAG) else ""
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)  # the driver receives these and signals the workers itself
     signal.signal(signal.SIGTERM, lambda *_: None)  # as the others, but the workers must not inherit it as ignored
-    os.environ.update(make_starter_env())
 
     with paused_garbage_collection():
         from torch.distributed import run
@@ -45,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from launcher.distributed.rendezvous import make_loopback_store
 
+    arguments: list[str] | None = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith(COMMAND_FLAG):
+        arguments = read_command(int(arguments[0].removeprefix(COMMAND_FLAG)))
+    if arguments is None:
+        return EXIT_OK
+    report = arguments.pop(0).removeprefix(FAILURES_FLAG) if arguments[0].startswith(FAILURES_FLAG) else ""
+    os.environ.update(make_starter_env())
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     if report:
         record_exit_codes(Path(report))
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=0"]
     options += ["--signals-to-handle=SIGQUIT", *(f"--log-dir={folder}" for folder in [private_temp_dir()] if folder)]
     try:
-        run.main([*options, *argv])
+        run.main([*options, *arguments])
     except (ChildFailedError, SignalException):
         return EXIT_FAILED
     return EXIT_OK

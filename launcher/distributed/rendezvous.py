@@ -90,7 +90,7 @@ def answer_hellos(store: dist.Store, world: int, token: str, timeout_s: float) -
     wait_for_keys(store, hellos, timeout_s)
     while not store.check(messages):
         new = [hello for hello in store.multi_get(hellos) if hello not in answered]
-        store.multi_set([f"answer/{hello.decode()}" for hello in new], [token] * len(new))
+        store.multi_set([f"answer/{hello.decode()}" for hello in new], [token] * len(new))  # type: ignore[attr-defined]
         answered.update(new)
         if time.monotonic() > deadline_s:
             raise_not_connected(store, messages, timeout_s)

@@ -65,7 +65,7 @@ class StoreGather:
     def _send(self, value: Any) -> Any:
         """Write a value for all ranks and return it as they read it."""
         text = json.dumps(value)
-        self._store.set(self._make_key("all"), zlib.compress(text.encode(), level=1))
+        self._store.set(self._make_key("all"), zlib.compress(text.encode(), level=1))  # type: ignore[arg-type]
         self._sent.append(self._make_key("all"))
         return json.loads(text)
 

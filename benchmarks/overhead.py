@@ -214,6 +214,7 @@ def make_measurement(reports: Sequence[dict], start: float, updates: int) -> Mea
         cpu_s=sum(spent) / updates,
         start_s=max(rank["notes"][0]["time"] for rank in reports) - start,
         peak_rss_kb=max(rank["peak_rss_kb"] for rank in reports),
+        low_rss_kb=min(rank["peak_rss_kb"] for rank in reports),
         updates=updates,
     )
 
@@ -276,7 +277,7 @@ def describe_conditions(pairs: Pairs, load: float, minutes: float, options: argp
         f"{platform.python_version()}, {versions} · `benchmarks/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`, "
         f"{minutes:.0f} minutes · {options.workers} workers, {options.strategy}",
         "",
-        f"Load average before: {load:.2f}. Of {len(everything)} pairs {len(quiet)} count. During these, other "
+        f"Load average before: {load:.2f}. {len(quiet)} of {len(everything)} pairs count. During these, other "
         f"processes used at most {max(use.other_share for use in uses):.1%} of the cores and the hypervisor "
         f"{max(use.steal_share for use in uses):.1%}; fixed CPU work beside them took at most {max(waited):.3f} of its "
         f"CPU time, and of its best CPU time {statistics.median(slowed):.3f} (median) to {max(slowed):.3f}.",

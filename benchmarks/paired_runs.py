@@ -68,6 +68,7 @@ class Measurement:
     cpu_s: float
     start_s: float  # from the command to the end of the first update
     peak_rss_kb: float  # of the rank with the most
+    low_rss_kb: float  # the peak of the rank with the least
     updates: int
 
 
@@ -140,7 +141,8 @@ def make_table(pairs: Pairs, cases: Mapping[str, str], programs: Sequence[str]) 
     for title, value, scale, unit in (
         ("wall time per update", "wall_s", 1e3, "ms"),
         ("CPU time per update, all processes", "cpu_s", 1e3, "ms"),
-        ("peak resident memory of a rank", "peak_rss_kb", 1 / 1024, "MiB"),
+        ("peak resident memory of the largest rank", "peak_rss_kb", 1 / 1024, "MiB"),
+        ("peak resident memory of the smallest rank", "low_rss_kb", 1 / 1024, "MiB"),
         ("command to the end of the first update", "start_s", 1.0, "s"),
     ):
         heads = [title, "updates per run", f"{base}, {unit}", *(f"{other} / {base}" for other in others)]

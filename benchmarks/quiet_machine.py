@@ -85,7 +85,7 @@ class CpuClock:
 
 def calibrate(cores: int | None = None, blocks: int = 100) -> Calibration:
     """Hash `blocks` MiB on each core at once; of a few repeats the median by wall time."""
-    found = [_calibrate_once(cores or os.cpu_count() or 1, blocks) for _ in range(REPEATS)]
+    found = [_calibrate_once(cores or len(os.sched_getaffinity(0)), blocks) for _ in range(REPEATS)]
     return sorted(found, key=lambda one: one.wall_s)[REPEATS // 2]
 
 

@@ -33,7 +33,7 @@ def test_cpu_time_is_that_of_all_processes() -> None:
     found = make_measurement(reports, start=100.0, updates=100)
     assert found.wall_s == pytest.approx(0.10)
     assert found.cpu_s == pytest.approx((9 + 8 + 0.5) / 100)
-    assert (found.start_s, found.peak_rss_kb) == (4.0, 320)
+    assert (found.start_s, found.peak_rss_kb, found.low_rss_kb) == (4.0, 320, 300)
 
 
 def test_long_updates_are_fewer() -> None:

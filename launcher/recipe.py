@@ -17,7 +17,7 @@ Optional: `size(split)`, `tokens_per_sample`, `count(batch)`, `collate(items)`, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from operator import index
 from typing import Any, Protocol, get_args, get_type_hints
@@ -81,14 +81,16 @@ def build_recipe(spec: Mapping[str, Any]) -> Any:
     return kind(**_check_fields(kind, values))
 
 
-def get_dataset_sizes(recipe: Any) -> DatasetSizes:
-    """The dataset sizes of a recipe, from its `size(split)`, else by opening the data.
+def get_dataset_sizes(recipe: Any, opened: MutableMapping[str, Any] | None = None) -> DatasetSizes:
+    """The dataset sizes of a recipe, from its `size(split)`, else by opening the data, which is kept in `opened`.
 
     Raises:
         UsageError: the data has no length, or the training data is empty.
     """
     sizes = DatasetSizes(
-        _get_split_size(recipe, "train"), _get_split_size(recipe, "val"), getattr(recipe, "tokens_per_sample", None)
+        _get_split_size(recipe, "train", opened),
+        _get_split_size(recipe, "val", opened),
+        getattr(recipe, "tokens_per_sample", None),
     )
     if sizes.train < 1:
         raise UsageError(f"the training data of {type(recipe).__name__} is empty: check the recipe's fields")
@@ -107,7 +109,7 @@ def find_unlearned_defaults(recipe: Any) -> dict[str, Any]:
     return {f"recipe.{name}": default for name, default in masked.items()}
 
 
-def _get_split_size(recipe: Any, split: str) -> int:
+def _get_split_size(recipe: Any, split: str, opened: MutableMapping[str, Any] | None) -> int:
     try:
         if callable(getattr(recipe, "size", None)):  # `size` may also be a field
             return _check_size(split, recipe.size(split))
@@ -117,6 +119,8 @@ def _get_split_size(recipe: Any, split: str) -> int:
             f"the {split} data of {type(recipe).__name__} cannot be opened: {problem}: check the paths in its fields"
         ) from problem
     check_map_style(recipe, split, data)
+    if opened is not None:
+        opened[split] = data
     return len(data)
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -113,13 +114,20 @@ class Datasets:
     val: Any
 
 
-def open_datasets(recipe: Any, config: RunConfig, sizes: DatasetSizes) -> Datasets:
-    """Open the training and validation datasets.
+def open_datasets(
+    recipe: Any, config: RunConfig, sizes: DatasetSizes, opened: Mapping[str, Any] = MappingProxyType({})
+) -> Datasets:
+    """Open the training and validation datasets, except those that were `opened` to get their sizes.
 
     Raises:
         UsageError: a dataset cannot be opened, or its length differs from the recipe's size().
     """
-    train, val = open_dataset(recipe, "train", config, sizes.train), open_dataset(recipe, "val", config, sizes.val)
+    if config.data.source != "real":
+        opened = {}
+    train, val = (
+        opened[split] if split in opened else open_dataset(recipe, split, config, size)
+        for split, size in (("train", sizes.train), ("val", sizes.val))
+    )
     return Datasets(train, val)
 
 

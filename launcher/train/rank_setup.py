@@ -83,7 +83,8 @@ def prepare_rank(job_spec: JobSpec, topology: Topology) -> RankSetup:
     config = job_spec.config
     seed_host_generators(derive_seed(config.seed, DATASET_STREAM))  # a data set drawn without a seed of its own
     recipe = recipes.build_recipe(config.recipe)
-    sizes = recipes.get_dataset_sizes(recipe)
+    opened: dict[str, Any] = {}
+    sizes = recipes.get_dataset_sizes(recipe, opened)
     checkpoint = find_checkpoint(job_spec)
     if checkpoint is not None:
         check_data_length(checkpoint.path, checkpoint.manifest, sizes.train)
@@ -91,7 +92,7 @@ def prepare_rank(job_spec: JobSpec, topology: Topology) -> RankSetup:
         recipe=recipe,
         sizes=sizes,
         device=resolve_device(config, topology),
-        datasets=open_datasets(recipe, config, sizes),
+        datasets=open_datasets(recipe, config, sizes, opened),
         checkpoint=checkpoint,
         run_dir_generation=job_spec.run_dir.read_generation(),
     )

@@ -262,9 +262,10 @@ def measure_sizes(search: SizeSearch, config: RunConfig) -> None:
 
 def prepare_measurement(config: RunConfig, topology: Topology) -> PreparedRank:
     recipe = recipes.build_recipe(config.recipe)
-    sizes = recipes.get_dataset_sizes(recipe)
+    opened: dict[str, Any] = {}
+    sizes = recipes.get_dataset_sizes(recipe, opened)
     check_tune_request(config, sizes, topology.world)
-    return PreparedRank(recipe, sizes, resolve_device(config, topology), open_datasets(recipe, config, sizes))
+    return PreparedRank(recipe, sizes, resolve_device(config, topology), open_datasets(recipe, config, sizes, opened))
 
 
 def check_tune_request(config: RunConfig, sizes: DatasetSizes, world: int) -> None:

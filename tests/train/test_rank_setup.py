@@ -20,6 +20,12 @@ from tests.helpers.small_job import OWN, RECIPE
 OWN_SAMPLES = 203
 
 
+COUNTING = f"OPENED = []\n{RECIPE}".replace(
+    "        return Noisy(", "        OPENED.append(split)\n        return Noisy("
+)
+SIZED = f"{COUNTING}\n    def size(self, split):\n        return 203 if split == 'train' else 5\n"
+
+
 @pytest.fixture
 def job_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
     (tmp_path / "own.py").write_text(RECIPE)
@@ -42,3 +48,11 @@ def test_restart_on_training_data_of_another_length_is_refused(
             prepare_rank(job_spec, Topology())
     else:
         assert prepare_rank(job_spec, Topology()).checkpoint is not None
+
+
+@pytest.mark.parametrize("recipe", [COUNTING, SIZED], ids=["without sizes", "with sizes"])
+def test_each_data_set_is_opened_once(job_spec: JobSpec, tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "own.py").write_text(recipe)
+    setup = prepare_rank(job_spec, Topology())
+    assert sys.modules["own"].OPENED == ["train", "val"]
+    assert (len(setup.datasets.train), len(setup.datasets.val)) == (setup.sizes.train, setup.sizes.val)

@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PROGRAMS = ("plain", "launcher", "accelerate")
 #: Fields of the recipe and samples per worker, for updates of about these times with two workers on two cores.
-SIZES = {"4 ms": ("width=160", 64), "12 ms": ("width=640", 64), "60 ms": ("width=1536", 128)}
+SIZES = {"4 ms": ("width=160", 64), "12 ms": ("width=640", 64), "60 ms": ("width=1280", 128)}
 LEFT_OVER_S = 20.0  # how long a job may take to end after its command has
 PR_SET_CHILD_SUBREAPER = 36
 

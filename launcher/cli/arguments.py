@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from launcher.config.cli_args import HydraArgs
 from launcher.config.schema import RunConfig
+from launcher.system.garbage_collection import paused_garbage_collection
 from launcher.system.stderr import print_stderr
 from launcher.topology import Topology
 
@@ -17,7 +18,8 @@ __all__ = ["add_current_folder_to_path", "handle_help", "handle_info_flags", "pr
 
 def resolve_config(args: Sequence[str]) -> RunConfig:
     """Resolve the configuration; print decisions made for the user to stderr."""
-    from launcher.config import compose
+    with paused_garbage_collection():
+        from launcher.config import compose
 
     composed = compose.resolve(args)
     print_notes(composed.notes)

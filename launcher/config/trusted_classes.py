@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from launcher.config.keys import closest_match
 from launcher.errors import UsageError
+from launcher.system.garbage_collection import paused_garbage_collection
 
 __all__ = ["TRUSTED_MODULES", "load_class"]
 
@@ -50,7 +51,8 @@ def _covers(entry: str, path: str) -> bool:
 
 def _import_module(setting: str, module: str) -> types.ModuleType:
     try:
-        return importlib.import_module(module)
+        with paused_garbage_collection():
+            return importlib.import_module(module)
     except ImportError as problem:
         raise UsageError(f"{setting}: {module} does not import: {_join_lines(problem)}") from problem
     except Exception as problem:

@@ -19,7 +19,7 @@ from launcher.distributed.starter import die_with_starter, make_starter_env
 from launcher.errors import EXIT_FAILED, EXIT_OK
 from launcher.launch.waiting_agent import COMMAND_FLAG, read_command
 from launcher.run_dir.silent_exits import append_exit_codes
-from launcher.system.garbage_collection import paused_garbage_collection
+from launcher.system.garbage_collection import own_this_process, paused_garbage_collection
 from launcher.system.standard_streams import ensure_standard_streams
 
 __all__ = ["main"]
@@ -100,4 +100,5 @@ def record_exit_codes(report: Path) -> None:
 
 
 if __name__ == "__main__":
+    own_this_process()
     sys.exit(main())

@@ -13,6 +13,8 @@ import pytest
 RANK_0 = """
 import gc, json, sys
 from launcher.config.schema import RunConfig
+from launcher.system.garbage_collection import own_this_process
+own_this_process()
 from launcher.launch import worker
 from launcher.launch.decision import MeasurementRequest
 from launcher.topology import Topology

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.system.garbage_collection import paused_garbage_collection
+from launcher.system import garbage_collection
+from launcher.system.garbage_collection import own_this_process, paused_garbage_collection
 
 
 @pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
+def owned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(garbage_collection, "_owned", False)
+    own_this_process()
     yield
     gc.unfreeze()
     gc.enable()
@@ -38,4 +41,12 @@ def test_collection_that_the_user_has_disabled_stays_disabled() -> None:
     with paused_garbage_collection():
         pass
     assert not gc.isenabled()
+    assert gc.get_freeze_count() == before
+
+
+def test_nothing_changes_in_a_process_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage_collection, "_owned", False)
+    before = gc.get_freeze_count()
+    with paused_garbage_collection():
+        assert gc.isenabled()
     assert gc.get_freeze_count() == before

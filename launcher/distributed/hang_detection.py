@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "OCCASIONAL_PHASES",
     "PHASES",
     "WAITING_PHASE",
     "HangTimeouts",

@@ -25,6 +25,7 @@ __all__ = ["StopLevel", "StopRequests", "StopSource"]
 STOP_POLL_S = 0.2
 MIN_AGREEMENT_S = 5.0  # time for the ranks to agree on a stop, if their updates are short
 AGREEMENT_UPDATES = 3
+AGREEMENT_POLL_S = 0.1
 EXIT_S = 0.5  # before the end of the grace time: time to end this process
 
 
@@ -54,7 +55,8 @@ class StopRequests:
     SIGTERM and SIGHUP keep their default action until `handle_sigterm`: before training there is nothing to save, and a
     rank that waits for the others inside torch would react late, while its agent waits 30 s for it. From then on they
     mean: save, then exit, within `launch.grace_s`. A rank that reaches no agreement with the others within three
-    updates (at least 5 s) exits without saving: the other ranks are gone or stuck.
+    updates (at least 5 s) exits without saving: the other ranks are gone or stuck. Time in which a rank of this node
+    is `busy`, because it validates or saves, is not counted.
     """
 
     def __init__(self, cleanup: CleanupProcess | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -66,15 +68,19 @@ class StopRequests:
         self._update_began_s: float | None = None
         self._update_s: float | None = None
         self._grace_s = 0.0
+        self._is_busy: Callable[[], bool] = lambda: False
         self._acknowledged = threading.Event()
 
     def install(self) -> None:
         signal.signal(signal.SIGUSR1, self._on_sigusr1)
         signal.signal(signal.SIGINT, self._on_sigint)
 
-    def handle_sigterm(self, grace_s: float) -> None:
-        """Call when training begins: from now on SIGTERM and SIGHUP mean save first, then exit, within `grace_s`."""
-        self._grace_s = grace_s
+    def handle_sigterm(self, grace_s: float, is_busy: Callable[[], bool] = lambda: False) -> None:
+        """Call when training begins: from now on SIGTERM and SIGHUP mean save first, then exit, within `grace_s`.
+
+        `is_busy` tells whether a rank of this node does what takes longer than an update: it validates or saves.
+        """
+        self._grace_s, self._is_busy = grace_s, is_busy
         if self._cleanup is not None:
             self._cleanup.limit_time_after_sigterm(grace_s)
         for signum in (signal.SIGTERM, *list_not_ignored(signal.SIGHUP)):
@@ -131,15 +137,24 @@ class StopRequests:
     def _exit_in_time(self) -> None:
         """Exit without an agreement between the ranks after some updates, in any case before the grace time is over."""
         ends_s = time.monotonic() + max(self._grace_s - EXIT_S, self._grace_s / 2)
-        usual_s = max(MIN_AGREEMENT_S, AGREEMENT_UPDATES * (self._update_s or self._grace_s))
-        if not self._acknowledged.wait(min(usual_s, ends_s - time.monotonic())):
+        agreed = self._wait_for_agreement(ends_s)
+        if not agreed and time.monotonic() < ends_s:
             os._exit(EXIT_RESTART)
         time.sleep(max(0.0, ends_s - time.monotonic()))
         print_stderr(
             f"error: {self.reason}: this worker was not done within launch.grace_s={self._grace_s:g} and has left; "
             "the run continues from its newest checkpoint"
         )
-        os._exit(EXIT_FAILED)
+        os._exit(EXIT_FAILED if agreed else EXIT_RESTART)
+
+    def _wait_for_agreement(self, ends_s: float) -> bool:
+        """Wait until the ranks agree, for the time of a few updates, which busy ranks extend to the end."""
+        left_s = max(MIN_AGREEMENT_S, AGREEMENT_UPDATES * (self._update_s or self._grace_s))
+        while (wait_s := min(AGREEMENT_POLL_S, left_s, ends_s - time.monotonic())) > 0:
+            if self._acknowledged.wait(wait_s):
+                return True
+            left_s -= 0.0 if self._is_busy() else wait_s
+        return self._acknowledged.is_set()
 
     def _on_sigint(self, _: int, __: FrameType | None) -> None:
         if self._level != StopLevel.CONTINUE and self.reason == "Ctrl-C":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launcher.distributed.hang_detection import (
+    OCCASIONAL_PHASES,
     PHASES,
     HangTimeouts,
     HangVerdict,
@@ -167,6 +168,10 @@ class Watchdog:
     def enter_wait(self) -> None:
         """Mark that from here on this rank only waits for the others."""
         self.enter_phase("sync", self._update)
+
+    def node_is_busy(self) -> bool:
+        """Whether a rank of this node does what is no part of an update: the others may wait for it that long."""
+        return any(state.phase in OCCASIONAL_PHASES for state in self._slots.read_states(0))
 
     def stop(self, *, finished: bool = False) -> None:
         """Stop the heartbeat before this rank exits. `finished`: it exits normally, so the others need not follow."""

@@ -89,7 +89,11 @@ def measure_auto_values(config: RunConfig, workers: int) -> ResolvedConfig:
     from launcher.tune import driver as tuning
 
     print_stderr(f"note: {auto_batch.lookup_note(config)}")
-    measurement = tuning.measure(auto_batch.tuning_config(config), workers, use_cache=True)
+    try:
+        measurement = tuning.measure(auto_batch.tuning_config(config), workers, use_cache=True)
+    except KeyboardInterrupt:  # SIGTERM or Ctrl-C
+        print_stderr("stopped while batch sizes were measured: no run was begun, and the same command measures again")
+        raise
     return resolve_from_measurement(config, measurement, run_path(config, None, 1))
 
 
@@ -193,6 +197,8 @@ class TorchrunJob:
             print_stderr(f"stopped before training: the same command with {self._run_option} starts from there")
             self._run_dir.clear_stop()
             return EXIT_OK
+        if self._stop.is_overdue and self._stop.was_saved():
+            return self._finish_successfully()  # only the end of a worker's process took too long
         if self._stop.is_overdue:
             print_stderr(
                 f"error: {self._stop.signal_name}: the workers were not done within "

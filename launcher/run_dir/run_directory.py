@@ -221,11 +221,12 @@ class RunDirectory:
 
         It is not written durably: a signal handler must not wait for a busy disk.
         """
+        temporary = self.stop_file.with_name(f".tmp-stop-{os.getpid()}")
         try:
-            temporary = self.stop_file.with_name(f".tmp-stop-{os.getpid()}")
             temporary.write_text(source)
             temporary.replace(self.stop_file)
         except OSError:
+            temporary.unlink(missing_ok=True)
             self.stop_file.touch()
 
     def stop_requested(self) -> bool:

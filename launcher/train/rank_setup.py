@@ -67,6 +67,11 @@ class RankJob:
     faults: FaultInjector
     threads: int
 
+    def handle_sigterm(self) -> None:
+        """From now on, SIGTERM and SIGHUP save before they end this rank."""
+        is_busy = (lambda: False) if self.watchdog is None else self.watchdog.node_is_busy
+        self.stop_requests.handle_sigterm(self.spec.config.launch.grace_s, is_busy)
+
     def enter_phase(self, phase: str) -> None:
         """Enter a phase outside of the training loop: publish it, and inject a fault if one is configured."""
         if self.watchdog is not None:

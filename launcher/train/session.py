@@ -81,7 +81,7 @@ def connect_and_train(job: RankJob, store: dist.Store) -> TrainOutcome:
             job.spec.run_dir.done_json.unlink(missing_ok=True)
         log_start_events(job, context, components, state, backend, outputs.restart_cost)
         context = check_loss(context, state, components.train_data, store)
-        job.stop_requests.handle_sigterm(config.launch.grace_s)
+        job.handle_sigterm()
         state, outcome = train(context, state)
         while outcome in (TrainOutcome.REPLAN, TrainOutcome.ADMIT_NODES):
             if outcome == TrainOutcome.REPLAN:

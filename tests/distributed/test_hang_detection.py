@@ -273,6 +273,16 @@ def test_survivors_exit_after_dead_rank_unless_saving(node: Node) -> None:
     assert not node.signals
 
 
+def test_node_is_busy_while_any_rank_validates_or_saves(node: Node) -> None:
+    assert [one.node_is_busy() for one in node.ranks] == [False, False]
+    for phase in ("validate", "checkpoint", "finish"):
+        node.ranks[0].enter_wait()
+        node.ranks[1].enter_phase(phase, 3)
+        assert [one.node_is_busy() for one in node.ranks] == [True, True]
+    node.ranks[1].enter_wait()
+    assert not node.ranks[0].node_is_busy()
+
+
 def test_finished_rank_is_not_reported(node: Node) -> None:
     node.ranks[0].enter_wait()
     node.ranks[1].stop(finished=True)

@@ -16,11 +16,13 @@ from tests.helpers.jobs import restore_default_signals
 
 PROGRAM = """
 import sys, threading
+import launcher.distributed.stop_requests as module
 from launcher.distributed.cleanup_process import CleanupProcess
 from launcher.distributed.stop_requests import StopRequests
+is_busy = False
 stop_requests = StopRequests(CleanupProcess.start())
 stop_requests.install()
-stop_requests.handle_sigterm({grace_s})
+stop_requests.handle_sigterm({grace_s}, lambda: is_busy)
 print("ready", flush=True)
 {then}
 """
@@ -79,6 +81,20 @@ def test_rank_without_agreement_leaves_after_a_few_updates() -> None:
     assert process.stdout.readline() == "trained\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=200) == 75
+
+
+def test_validation_and_saves_are_waited_for() -> None:
+    """As long as a rank is busy with one, the wait for an agreement is not over: it still saves within its time."""
+    busy = "is_busy, module.MIN_AGREEMENT_S, stop_requests._update_s = True, 0.01, 0.01\nprint('busy', flush=True)\n"
+    updating = "sys.stdin.readline()\nis_busy = False\n"
+    process = start_process(busy + updating + STUCK, grace_s=600.0)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.0)  # a hundred times the wait without a busy rank
+    process.communicate("go on\n", timeout=200)
+    assert process.returncode == 75, "the others are gone or stuck"
 
 
 @pytest.mark.parametrize("library", ["PyDLL", "CDLL"])

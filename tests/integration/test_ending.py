@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from launcher.system.processes import list_child_pids
+from launcher.checkpoint.manifest import latest_valid
+from launcher.system.processes import list_child_pids, read_cpu_seconds
 from tests.helpers.jobs import (
     ENDS_WITHIN_S,
     has_trained,
     is_alive,
+    list_descendants,
     make_env,
     read_events,
     restore_default_signals,
@@ -27,11 +32,27 @@ pytestmark = pytest.mark.slow
 
 MARK = "LAUNCHER_TEST_JOB"
 PROCESSES = '''
+import atexit
+import os
 import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 import own
+
+def wait_for_ever_if(name):
+    """The test makes a file of this name, from which on no process comes further here."""
+    while Path(name).exists():
+        Path("reached").touch()
+        threading.Event().wait(0.05)
+
+fsync = os.fsync
+def write_slowly(fd):
+    wait_for_ever_if("slow_disk")
+    fsync(fd)
+os.fsync = write_slowly
+if "RANK" in os.environ:
+    atexit.register(wait_for_ever_if, "slow_end")
 
 class Items(own.Noisy):
     """The test blocks it: from then on, no process of any rank gets a sample any more."""
@@ -46,6 +67,10 @@ class Starting(own.Own):
         subprocess.Popen(["sleep", "1000"])
         subprocess.Popen(["sleep", "1000"], start_new_session=True)
         return Items(203 if split == "train" else 5)
+    def loss(self, model, batch):
+        if not model.training:
+            wait_for_ever_if("slow_validation")
+        return super().loss(model, batch)
 '''
 JOB = [*HELD, "recipe._target_=starting.Starting", "recipe.trust=[starting,own]", "run.name=x"]
 JOB += ["train.duration=100000ep", "train.validate_every=100000ep", "checkpoint.every=100000ep"]
@@ -150,6 +175,77 @@ def test_sigterm_ends_a_stuck_job_and_all_that_it_started(start: Start, workdir:
     assert_nothing_is_left(workdir)
 
 
+@pytest.mark.parametrize("busy", ["slow_disk", "slow_validation"])
+def test_sigterm_ends_a_job_that_saves_or_validates(start: Start, workdir: Path, busy: str) -> None:
+    """Neither ever ends: the newest complete checkpoint is kept."""
+    every = "train.validate_every=1ep" if busy == "slow_validation" else "checkpoint.every=1ep"
+    process = start([*BY_DRIVER, every, "launch.grace_s=1"])
+    wait_for(has_trained(workdir / "runs/x", 7))
+    (workdir / busy).touch()
+    wait_for((workdir / "reached").exists)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=200)
+    assert not list_job(workdir), "nothing outlives the command"
+    assert process.returncode == 1
+    assert "launch.grace_s=1" in stderr.splitlines()[-1]
+    assert (latest_valid(workdir / "runs/x/checkpoints") is None) == (busy == "slow_validation")
+    assert_nothing_is_left(workdir)
+
+
+def test_job_that_has_saved_succeeds_though_its_workers_do_not_leave(start: Start, workdir: Path) -> None:
+    process = start([*BY_DRIVER, "launch.grace_s=1"])
+    wait_for(has_trained(workdir / "runs/x"))
+    (workdir / "slow_end").touch()
+    process.send_signal(signal.SIGUSR1)  # has no time limit
+    wait_for(lambda: read_events(workdir / "runs/x", "preempt") and (workdir / "reached").exists())
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=200)
+    assert not list_job(workdir), "nothing outlives the command"
+    assert process.returncode == 0, stderr
+    assert stderr.splitlines()[-1].startswith("stopped after saving: ")
+    assert_nothing_is_left(workdir)
+
+
+def waits_for_others(pid: int) -> bool:
+    """Whether a worker has imported torch and, for a while, neither computes nor wants to."""
+    before = read_cpu_seconds(pid)
+    threading.Event().wait(0.5)
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text() and (state, read_cpu_seconds(pid)) == ("S", before)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["rendezvous", "training"])
+def test_sigterm_ends_a_node_whose_peer_has_stopped(start: Start, workdir: Path, trained: bool) -> None:
+    """The second node's processes stand still before they have joined, or while both train."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first, second = (
+        start(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"),
+                *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=3", "--rdzv-id=job"),
+                *(f"--rdzv-conf=is_host={int(node == 0)}", f"--local-addr=127.0.0.{node + 2}"),
+                *("-m", "launcher", *JOB, "launch.grace_s=2"),
+            ]
+        )
+        for node in range(2)
+    )
+    wait_for(has_trained(workdir / "runs/x") if trained else lambda: list_workers(second))
+    stopped = [second.pid, *list_descendants(second.pid)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: any(map(waits_for_others, list_workers(first))))
+    below = list_descendants(first.pid)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=200)
+    assert first.returncode == 1
+    assert not any(map(is_alive, below))
+    for pid in stopped:
+        os.kill(pid, signal.SIGKILL)
+    assert_nothing_is_left(workdir)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_signal_to_own_torchrun_saves_first(start: Start, workdir: Path, number: signal.Signals) -> None:
     """torchrun passes it on to all processes of its workers, of which the loaders are needed to save."""
@@ -168,7 +264,7 @@ def test_sigterm_before_training_ends_the_job_at_once(start: Start, workdir: Pat
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0
+    assert process.returncode == 0, stderr
     assert stderr.splitlines()[-1].startswith("stopped before training: ")
     assert not (workdir / "runs/x/stop").exists()
     assert_nothing_is_left(workdir)
@@ -205,6 +301,24 @@ def test_disk_that_is_full_at_the_end_ends_the_job_once(workdir: Path, small_dis
 
     kept = errors[0].partition("the final parameters are in ")[2].partition(";")[0]
     assert len(load_file(workdir / kept)) == 4
+
+
+def test_sigterm_on_a_full_disk_ends_the_job(start: Start, workdir: Path, small_disk: Path) -> None:
+    """The save fails, which is told once; no second start, and no temporary file, is made."""
+    process = start([*BY_DRIVER, "launch.grace_s=200"])
+    wait_for(has_trained(workdir / "runs/x"))
+    with suppress(OSError), (small_disk / "fill").open("ab", buffering=0) as fill:
+        while True:
+            fill.write(bytes(4096))
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 1
+    (error,) = (line for line in stderr.splitlines() if line.startswith("error: "))
+    assert "the state at the stop is lost: " in error
+    assert "the disk is full" in error
+    assert "restart 1" not in stderr
+    assert not list((workdir / "runs/x").rglob("*tmp-*"))
+    assert_nothing_is_left(workdir)
 
 
 def test_restarts_are_counted_in_memory_where_the_disk_is_full(workdir: Path, small_disk: Path) -> None:

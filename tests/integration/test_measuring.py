@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 MEASURED = ["recipe._target_=watched.Watched", "recipe.trust=[watched]", "tune.sizes=[8,16]", "tune.budget_s=0.5"]
 TUNE = ["-m", "launcher", "tune", "recipe=mlp", "launch.workers=2", *MEASURED]
-AUTO = ["-m", "launcher", "recipe=mlp", "sink=[]", "batch.per_device=auto", "train.duration=2ba", *MEASURED]
+AUTO = ["recipe=mlp", "sink=[]", "batch.per_device=auto", "train.duration=2ba", *MEASURED]
 WATCHED = '''
 import os, signal, threading
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ def test_killed_rank_is_named_and_nothing_is_left(start: Start, seen: Path) -> N
 
 
 def test_killed_sidecar_is_named_and_ends_the_job(start: Start, seen: Path) -> None:
-    process = start(*TORCHRUN, *AUTO, "+recipe.then=killed")
+    process = start(*TORCHRUN, "-m", "launcher", *AUTO, "+recipe.then=killed")
     _, stderr = process.communicate(timeout=2000)
     assert process.returncode == 1
     assert [line for line in stderr.splitlines() if line.startswith("error: ")] == [
@@ -128,9 +128,24 @@ def test_no_rank_outlives_its_driver(start: Start, seen: Path, number: signal.Si
         assert not list((seen.parent / "tmp").glob("launcher-*"))
 
 
+@pytest.mark.parametrize("starts", [["-m", "launcher", "launch.workers=2"], [*TORCHRUN, "-m", "launcher"]])
+def test_sigterm_while_a_job_measures_its_batch(start: Start, seen: Path, starts: list[str]) -> None:
+    process = start(*starts, *AUTO, "+recipe.then=stuck")
+    wait_for(lambda: len(pids(seen)) == 2)
+    below = list_descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=200)
+    wait_for(lambda: not [pid for pid in below if is_alive(pid)], within_s=ENDS_WITHIN_S)
+    by_driver = starts[1] == "launcher"
+    assert process.returncode == (130 if by_driver else 1), stderr
+    assert stderr.splitlines()[-1].startswith("stopped while batch sizes were measured: ") or not by_driver
+    wait_for(lambda: not list((seen.parent / "tmp").glob("launcher-*")), within_s=ENDS_WITHIN_S)
+    assert not (seen.parent / "runs").exists(), "no run was begun"
+
+
 @pytest.mark.parametrize(("threads", "new_process"), [("1", False), ("2", True)])
 def test_sidecar_is_forked_only_without_threads(start: Start, seen: Path, threads: str, new_process: bool) -> None:
-    process = start(*TORCHRUN, *AUTO, OMP_NUM_THREADS=threads)
+    process = start(*TORCHRUN, "-m", "launcher", *AUTO, OMP_NUM_THREADS=threads)
     _, stderr = process.communicate(timeout=2000)
     assert process.returncode == 0, stderr
     for rank in "01":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
+import resource
 import stat
 from datetime import datetime
 from pathlib import Path
@@ -125,13 +125,16 @@ def test_stop_file_holds_the_reason(run_dir: RunDirectory) -> None:
     assert (run_dir.stop_requested(), run_dir.read_stop_reason()) == (True, "")
 
 
-def test_stop_works_on_full_disk(run_dir: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("launcher.run_dir.run_directory.atomic_write_text", full)
-    run_dir.request_stop("SIGTERM")
+def test_stop_works_on_full_disk(run_dir: RunDirectory) -> None:
+    """As there, files can be created but have no room for a byte."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        run_dir.request_stop("SIGTERM")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert run_dir.stop_requested()
+    assert not list(run_dir.path.glob(".tmp*"))
 
 
 def test_done_round_trips(run_dir: RunDirectory) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from typing import Any, overload
 
-__all__ = ["SamplePermutation"]
+__all__ = ["SamplePermutation", "permute_spans"]
 
 _PAIRS = 3  # pairs of Feistel rounds; with large halves, six rounds pass tests of pairs and positions as a shuffle does
 _SMALL = 1024  # below this size the halves are too small for that, and more rounds are needed
@@ -60,7 +62,7 @@ class SamplePermutation:
             return self._permute_range(start, stop)
         if not 0 <= position < self.size:
             raise IndexError(f"position {position} is outside a permutation of {self.size} samples")
-        return self._permute_range(position, position + 1)[0]
+        return self._permute(position)
 
     def __iter__(self) -> Iterator[int]:
         for start in range(0, self.size, _CHUNK):
@@ -92,53 +94,23 @@ class SamplePermutation:
         names = [f"order/{self.size}/{self.seed}/{self.epoch}/{pair}".encode() for pair in range(pairs)]
         return tuple(_split_digest(hashlib.blake2b(name, digest_size=16).digest()) for name in names)
 
-    def take(self, spans: Iterable[tuple[int, int]]) -> list[int]:
-        """The samples at positions start ... stop - 1 of each (start, stop), in order; faster than one slice for each.
-
-        Raises:
-            IndexError: a span is outside 0 ... size.
-        """
-        ranges = [range(*self._resolve_slice(slice(*span))) for span in spans]
-        if self.size > _MAX_ARRAY_SIZE or sum(map(len, ranges)) <= _FEW:
-            return [self._permute(position) for positions in ranges for position in positions]
-        import numpy
-
-        arrays = [numpy.arange(each.start, each.stop, dtype=numpy.uint64) for each in ranges]
-        samples: list[int] = self._permute_array(arrays[0] if len(arrays) == 1 else numpy.concatenate(arrays)).tolist()
-        return samples
-
     def _permute_range(self, start: int, stop: int) -> list[int]:
         """The samples at positions `start` to `stop` - 1; in a sequence of slices they are computed ahead."""
         if stop - start > _CHUNK:
-            chunks = range(start, stop, _CHUNK)
-            return [sample for begin in chunks for sample in self.take([(begin, min(begin + _CHUNK, stop))])]
+            return list(chain.from_iterable(self[at : min(at + _CHUNK, stop)] for at in range(start, stop, _CHUNK)))
         begin, block = self.__dict__.get("_block", (stop, []))  # the samples computed last
         if start < begin or stop > begin + len(block):
             ahead = start + _CHUNK if begin <= start <= begin + len(block) else stop
-            begin, block = start, self.take([(start, min(max(stop, ahead), self.size))])
+            begin, [block] = start, permute_spans([self], [[(start, min(max(stop, ahead), self.size))]])
             self.__dict__["_block"] = begin, block
         return block[start - begin : stop - begin]
 
     def _permute(self, position: int) -> int:
-        """The sample at a position: as `_permute_array`, for an integer of any size."""
+        """The sample at a position, an integer of any size."""
         image = self._map(position)
         while image >= self.size:
             image = self._map(image)
         return image
-
-    def _permute_array(self, positions: Any) -> Any:
-        """The samples at the positions, a uint64 array that is overwritten."""
-        import numpy
-
-        images = self._map_array(positions)
-        outside = numpy.flatnonzero(images >= self.size)
-        while len(outside) > _FEW:
-            mapped = self._map_array(images[outside])
-            images[outside] = mapped
-            outside = outside[mapped >= self.size]
-        for index in outside.tolist():
-            images[index] = self._permute(int(images[index]))
-        return images
 
     def _map(self, image: int) -> int:
         """Map one number of 0 ... left x right - 1 to another.
@@ -154,21 +126,63 @@ class SamplePermutation:
             right = (right + ((mixed ^ mixed >> 29) * _SECOND_MULTIPLIER >> 24)) % right_size
         return left * right_size + right
 
-    def _map_array(self, images: Any) -> Any:
-        """As `_map`, for each element of a uint64 array."""
-        import numpy
 
-        left_size, right_size = (numpy.uint64(size) for size in self._radix)
-        left, right = numpy.divmod(images, right_size)
-        for odd, even in self._round_keys:
-            left = _add_hash(left, right, odd, left_size)
-            right = _add_hash(right, left, even, right_size)
-        left *= right_size
-        left += right
-        return left
+def permute_spans(orders: Sequence[SamplePermutation], spans: Sequence[Iterable[tuple[int, int]]]) -> list[list[int]]:
+    """For each order the samples at positions start ... stop - 1 of its spans (start, stop), all in one computation.
+
+    The orders are of the same size, such as those of the epochs of a run.
+
+    Raises:
+        IndexError: a span is outside 0 ... size.
+    """
+    ranges = [
+        [range(*order._resolve_slice(slice(*span))) for span in own] for order, own in zip(orders, spans, strict=True)
+    ]
+    counts = [sum(map(len, own)) for own in ranges]
+    if sum(counts) <= _FEW or orders[0].size > _MAX_ARRAY_SIZE:
+        return [
+            [order._permute(position) for positions in own for position in positions]
+            for order, own in zip(orders, ranges, strict=True)
+        ]
+    import numpy
+
+    arrays = [numpy.arange(each.start, each.stop, dtype=numpy.uint64) for own in ranges for each in own]
+    samples = _permute_array(orders, counts, numpy.concatenate(arrays)).tolist()
+    return [samples[start:stop] for start, stop in pairwise(accumulate(counts, initial=0))]
 
 
-def _add_hash(one: Any, other: Any, key: int, size: Any) -> Any:
+def _permute_array(orders: Sequence[SamplePermutation], counts: Sequence[int], positions: Any) -> Any:
+    """The samples at the positions, of which the first counts[0] belong to the first order, and so on."""
+    import numpy
+
+    size, radix = orders[0].size, orders[0]._radix
+    keys = numpy.array([order._round_keys for order in orders], numpy.uint64).transpose(1, 2, 0).repeat(counts, axis=2)
+    images = _map_array(positions, radix, keys)
+    outside = numpy.flatnonzero(images >= size)
+    while len(outside) > _FEW:
+        images[outside] = _map_array(images[outside], radix, keys[:, :, outside])
+        outside = outside[images[outside] >= size]
+    ends = list(accumulate(counts))
+    for index in outside.tolist():
+        images[index] = orders[bisect_right(ends, index)]._permute(int(images[index]))
+    return images
+
+
+def _map_array(images: Any, radix: tuple[int, int], keys: Any) -> Any:
+    """As `SamplePermutation._map` for each element of a uint64 array, with round keys of shape (pairs, 2, elements)."""
+    import numpy
+
+    left_size, right_size = (numpy.uint64(size) for size in radix)
+    left, right = numpy.divmod(images, right_size)
+    for odd, even in keys:
+        left = _add_hash(left, right, odd, left_size)
+        right = _add_hash(right, left, even, right_size)
+    left *= right_size
+    left += right
+    return left
+
+
+def _add_hash(one: Any, other: Any, key: Any, size: Any) -> Any:
     """(one + (h x second multiplier >> 24)) mod size, h the hash of `other`, for uint64 arrays.
 
     Products wrap at 64 bits, so the last one, of up to 128 bits, is the sum of three: with h = high x 2^24 + low and
@@ -177,7 +191,7 @@ def _add_hash(one: Any, other: Any, key: int, size: Any) -> Any:
     import numpy
 
     word = numpy.uint64
-    high = other ^ word(key)
+    high = other ^ key
     high *= word(_FIRST_MULTIPLIER)
     high ^= high >> word(29)
     low = high & word(_LOW_BITS)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from launcher.config.schema import DataConfig, RunConfig
 from launcher.distributed.cleanup_process import use_private_temp_dir
-from launcher.plan.sample_order import SamplePermutation
+from launcher.errors import UsageError
+from launcher.plan.sample_order import SamplePermutation, permute_spans
 from launcher.plan.timeline import Position, Span, Timeline
 from launcher.recipe import check_map_style
 from launcher.system.processes import die_with_parent, read_cpu_seconds
-from launcher.train.loader_errors import explained_loader_errors, send_errors_of_unsent_batches
+from launcher.train.loader_errors import raise_explained, send_errors_of_unsent_batches
 from launcher.train.seeded_dataset import EpochSamples, SeededDataset, get_collate_fn
 from launcher.train.seeding import derive_seed, seed_host_generators
 
@@ -47,7 +48,7 @@ class MicroBatchSampler(Sampler[list[EpochSamples]]):
     The order of the samples is computed ahead for about `LOOK_AHEAD` samples, since many at a time are faster.
     """
 
-    LOOK_AHEAD = 1024
+    LOOK_AHEAD = 4096
 
     def __init__(self, timeline: Timeline, seed: int, rank: int, position: Position) -> None:
         self._timeline = timeline
@@ -61,7 +62,7 @@ class MicroBatchSampler(Sampler[list[EpochSamples]]):
         for update in self._timeline.iter_updates(self._position):
             for micro in update.micro_batches(self._rank):
                 batches.append(micro.spans)
-                samples += micro.size
+                samples += update.plan.per_device
             if samples >= self.LOOK_AHEAD:
                 yield from self._order(batches)
                 batches, samples = [], 0
@@ -71,13 +72,20 @@ class MicroBatchSampler(Sampler[list[EpochSamples]]):
         """The samples at the positions of each batch."""
         spans_by_epoch: dict[int, list[tuple[int, int]]] = {}
         for epoch, start, stop in chain.from_iterable(batches):
-            spans_by_epoch.setdefault(epoch, []).append((start, stop))
-        samples = {
-            epoch: iter(SamplePermutation(self._timeline.size, self._seed, epoch).take(spans))
-            for epoch, spans in spans_by_epoch.items()
-        }
+            earlier = spans_by_epoch.setdefault(epoch, [])
+            if earlier and earlier[-1][1] == start:
+                start = earlier.pop()[0]
+            earlier.append((start, stop))
+        orders = [SamplePermutation(self._timeline.size, self._seed, epoch) for epoch in spans_by_epoch]
+        samples = dict(zip(spans_by_epoch, permute_spans(orders, [*spans_by_epoch.values()]), strict=True))
+        ends = dict.fromkeys(samples, 0)
         for spans in batches:
-            yield [(epoch, list(islice(samples[epoch], stop - start))) for epoch, start, stop in spans]
+            parts: list[EpochSamples] = []
+            for epoch, start, stop in spans:
+                begin = ends[epoch]
+                ends[epoch] = end = begin + stop - start
+                parts.append((epoch, samples[epoch][begin:end]))
+            yield parts
 
 
 class LoaderProcess(multiprocessing.context.ForkProcess):
@@ -110,7 +118,7 @@ def prepare_loader_process(_: int, parent: int) -> None:
 
 
 def make_data_loader(
-    batches: Dataset[Any], sampler: Iterable[Sequence[Any]], data: DataConfig, pin: bool
+    batches: Dataset[Any], sampler: Iterable[list[Any]], data: DataConfig, pin: bool
 ) -> DataLoader[Any]:
     """Create a DataLoader with the configured loader processes.
 
@@ -171,6 +179,8 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(batch, torch.Tensor):
         target_dtype = dtype if batch.dtype == torch.float32 else batch.dtype
         return batch.to(device=device, dtype=target_dtype, non_blocking=True)
+    if type(batch) is list or type(batch) is tuple:  # the usual case, without the slow checks for other kinds
+        return type(batch)([to_device(value, device, dtype) for value in batch])
     if isinstance(batch, PackedSequence):  # its batch_sizes stay on the CPU
         moved = batch.to(device, non_blocking=True)  # type: ignore[arg-type]
         return moved._replace(data=to_device(moved.data, device, dtype))
@@ -230,12 +240,14 @@ class LoaderCpuUsage:
         self._last_times = self._read_times()
 
     def __enter__(self) -> None:
-        self._wall_s -= time.perf_counter()
-        self._cpu_s -= time.thread_time()
+        if not self._processes:
+            self._wall_s -= time.perf_counter()
+            self._cpu_s -= time.thread_time()
 
     def __exit__(self, *_: object) -> None:
-        self._wall_s += time.perf_counter()
-        self._cpu_s += time.thread_time()
+        if not self._processes:
+            self._wall_s += time.perf_counter()
+            self._cpu_s += time.thread_time()
 
     def measure_share(self) -> float | None:
         """CPU time over elapsed time since the last call; None if nothing was loaded or CPU times are unavailable."""
@@ -265,8 +277,12 @@ class MicroBatchLoader:
         Raises:
             UsageError: a sample cannot be read, or shared memory is too small; the message names it.
         """
-        with explained_loader_errors(), self.loading:
-            return next(self.batches)
+        try:
+            with self.loading:
+                return next(self.batches)
+        except (UsageError, RuntimeError, OSError) as error:
+            raise_explained(error)
+            raise
 
     @classmethod
     def from_dataset(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing.queues
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch._utils import ExceptionWrapper
@@ -12,7 +11,7 @@ from torch._utils import ExceptionWrapper
 from launcher.distributed.machine_limits import describe_loader_limit
 from launcher.errors import UsageError
 
-__all__ = ["explained_loader_errors", "iter_explaining_errors", "send_errors_of_unsent_batches"]
+__all__ = ["iter_explaining_errors", "raise_explained", "send_errors_of_unsent_batches"]
 
 
 def send_errors_of_unsent_batches() -> None:
@@ -30,31 +29,29 @@ def send_errors_of_unsent_batches() -> None:
     multiprocessing.queues.Queue._on_queue_feeder_error = send_error  # type: ignore[attr-defined]
 
 
-@contextmanager
-def explained_loader_errors() -> Iterator[None]:
-    """Turn errors of a loader into one line each: a sample that cannot be read, or a limit of the machine.
+def raise_explained(error: Exception) -> None:
+    """Raise the error of a loader as one line, if a sample cannot be read or a limit of the machine is reached.
 
     Raises:
         UsageError: the loader has failed for such a reason.
     """
-    try:
-        yield
-    except UsageError as error:  # a loader process prepends its traceback; the last line is the message
+    if isinstance(error, UsageError):  # a loader process prepends its traceback; the last line is the message
         raise UsageError(str(error).strip().rpartition("UsageError: ")[2]) from error
-    except (RuntimeError, OSError) as error:
-        why = describe_loader_limit(str(error))
-        if why is None:
-            raise
+    why = describe_loader_limit(str(error))
+    if why is not None:
         raise UsageError(why) from error
 
 
 def iter_explaining_errors(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader; its errors are explained as by `explained_loader_errors`."""
+    """The batches of a loader; its errors are explained as by `raise_explained`."""
     iterator = iter(batches)
     end = object()
     while True:
-        with explained_loader_errors():
+        try:
             batch = next(iterator, end)
+        except (UsageError, RuntimeError, OSError) as error:
+            raise_explained(error)
+            raise
         if batch is end:
             return
         yield batch

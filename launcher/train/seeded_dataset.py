@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, TensorDataset
 from torch.utils.data.dataloader import default_collate
 
@@ -15,6 +17,7 @@ from launcher.train.seeding import COLLATE_STREAM, UsedGenerators, derive_seed, 
 
 __all__ = ["EpochSamples", "SeededDataset", "collate_or_passthrough", "get_collate_fn"]
 
+PLAIN_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 EpochSamples = tuple[int, list[int]]  # (epoch, samples): a batch, or the part of it that is in the epoch
 
 
@@ -25,6 +28,18 @@ def get_collate_fn(recipe: Any) -> Callable[..., Any]:
 def collate_or_passthrough(items: Any) -> Any:
     """Apply torch's default_collate to a list of items; pass a batch that the dataset already collated through."""
     return default_collate(items) if isinstance(items, list) else items
+
+
+def can_stack_rows(tensor: torch.Tensor) -> bool:
+    """Whether selected rows of a tensor are what `torch.stack` makes of them: the same values, strides and type."""
+    simple = type(tensor) is torch.Tensor and tensor.layout == torch.strided and not tensor.requires_grad
+    return simple and tensor.is_contiguous() and tensor.dtype in PLAIN_DTYPES
+
+
+def stack_rows(tensors: Sequence[torch.Tensor], rows: list[int]) -> list[torch.Tensor]:
+    """The collated batch of a TensorDataset, without reading and stacking its samples one by one."""
+    index = torch.tensor(rows)
+    return [tensor.index_select(0, index.to(tensor.device)) for tensor in tensors]
 
 
 class SeededDataset(Dataset[Any]):
@@ -50,6 +65,8 @@ class SeededDataset(Dataset[Any]):
         self._collate_draws = collate not in (collate_or_passthrough, default_collate)
         self._deterministic = type(items) is TensorDataset or bool(getattr(items, "deterministic", False))
         self._get_items: Callable[[list[int]], Any] | None = getattr(items, "__getitems__", None)
+        if type(items) is TensorDataset and not self._collate_draws and all(map(can_stack_rows, items.tensors)):
+            self._get_items, self._collate = partial(stack_rows, items.tensors), list  # collated already
         self._generators = UsedGenerators()
         self._batches_read = 0
 
@@ -105,14 +122,18 @@ class SeededDataset(Dataset[Any]):
         return items
 
     def _read_singly(self, parts: Sequence[EpochSamples]) -> list[Any]:
-        items, source, generators = [], self._items, self._generators.used
+        items: list[Any] = []
+        source, generators = self._items, self._generators.used
+        sample = -1
         try:
             for epoch, samples in parts:
+                if not generators:
+                    items += [source[sample := each] for each in samples]
+                    continue
                 for sample in samples:
-                    if generators:
-                        seed = derive_seed(self._seed, epoch, sample)
-                        for generator in generators:
-                            generator.seed(seed)
+                    seed = derive_seed(self._seed, epoch, sample)
+                    for generator in generators:
+                        generator.seed(seed)
                     items.append(source[sample])
         except UsageError:
             raise

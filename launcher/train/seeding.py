@@ -105,7 +105,7 @@ class GeneratorWatch:
 
     def __init__(self, generator: GlobalGenerator) -> None:
         self.generator = generator
-        self._seed: int | None = None
+        self._seed = _WATCH_SEED
         self._first: tuple[int, Any] | None = None  # a seed, and the first number after it
         self._was_read = False
         readers = [(vars(module), name) for module, name in generator.readers]

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launcher.plan.sample_order import SamplePermutation
+from launcher.plan.sample_order import SamplePermutation, permute_spans
 
 HUGE = 10**12
 
@@ -72,17 +72,22 @@ def test_many_samples_together_are_those_of_single_positions(
     stop = min(size, start + length)
     expected = [order[position] for position in range(start, stop)]
     assert order[start:stop] == expected
-    assert order.take([(start, stop)]) == expected
+    assert permute_spans([order], [[(start, stop)]]) == [expected]
     cuts = [start, *itertools.accumulate(steps, lambda at, step: min(stop, at + step), initial=start), stop]
     assert list(itertools.chain(*(order[a:b] for a, b in itertools.pairwise(cuts)))) == expected
     spans = [*itertools.pairwise(cuts)][::-1]
-    assert order.take(spans) == [sample for a, b in spans for sample in order[a:b]]
+    orders = [SamplePermutation(size, seed, epoch) for epoch in (7, 3, 8)]
+    assert permute_spans(orders, [spans, [(start, stop)], [(start, start)]]) == [
+        [orders[0][position] for a, b in spans for position in range(a, b)],
+        expected,
+        [],
+    ]
 
 
 @pytest.mark.parametrize("spans", [[(0, 11)], [(0, 5), (-1, 2)], [(11, 11)]])
 def test_spans_out_of_range_are_refused(spans: list[tuple[int, int]]) -> None:
     with pytest.raises(IndexError, match="are outside a permutation of 10 samples"):
-        SamplePermutation(10, 0, 0).take(spans)
+        permute_spans([SamplePermutation(10, 0, 0)], [spans])
 
 
 @pytest.mark.parametrize("length", [64, 4096])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from launcher.config.schema import DataConfig
 from launcher.errors import UsageError
-from launcher.train.data import make_data_loader
-from launcher.train.loader_errors import explained_loader_errors, iter_explaining_errors
+from launcher.train.data import MicroBatchLoader, make_data_loader
+from launcher.train.loader_errors import iter_explaining_errors
 from launcher.train.seeded_dataset import SeededDataset
 from tests.helpers.namespaces import run_in_namespace
 
@@ -60,11 +61,17 @@ def test_batch_that_cannot_be_sent_is_an_error() -> None:
 
 def test_unreadable_sample_keeps_its_message() -> None:
     prefix = "Caught UsageError in DataLoader worker process 0.\nOriginal Traceback:\nlauncher.errors.UsageError: "
-    with pytest.raises(UsageError, match=r"^sample 3 cannot be read"), explained_loader_errors():
+
+    def fail() -> Iterator[Any]:
         raise UsageError(f"{prefix}sample 3 cannot be read: torn")
+        yield
+
+    for read in (lambda: next(iter_explaining_errors(fail())), MicroBatchLoader(fail()).next_batch):
+        with pytest.raises(UsageError, match=r"^sample 3 cannot be read: torn$"):
+            read()
 
 
 def test_end_of_a_loader_ends_the_iteration() -> None:
     assert [int(batch) for batch in iter_explaining_errors(torch.arange(3))] == [0, 1, 2]
-    with pytest.raises(StopIteration), explained_loader_errors():
-        next(iter([]))
+    with pytest.raises(StopIteration):
+        MicroBatchLoader(iter([])).next_batch()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
 from launcher.errors import UsageError
 from launcher.train import seeding
@@ -162,6 +162,31 @@ def test_declared_data_sets_are_neither_seeded_nor_watched(seedings: Counter[str
             batches.__getitems__([(0, [1, 2])])
     assert not seedings
     assert random.getstate() == state
+
+
+TENSORS = {
+    "plain": (torch.rand(SIZE, 3, 2, 2), torch.arange(SIZE)),
+    "channels last": (torch.rand(SIZE, 3, 2, 2).to(memory_format=torch.channels_last), torch.rand(SIZE, 2)),
+    "bool": (torch.rand(SIZE) > 0.5,),
+    "transposed": (torch.rand(2, SIZE).T,),
+    "with gradients": (torch.rand(SIZE, 2, requires_grad=True), torch.arange(SIZE, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_batch_of_a_tensor_dataset_is_what_collating_its_items_gives(name: str) -> None:
+    items, rows = TensorDataset(*TENSORS[name]), [3, 0, 7]
+    batch = SeededDataset(items, 0, collate_or_passthrough).__getitems__([(0, rows[:2]), (1, rows[2:])])
+    expected = default_collate([items[row] for row in rows])
+    assert type(batch) is type(expected)
+    for own, stacked in zip(batch, expected, strict=True):
+        assert torch.equal(own, stacked)
+        assert (own.dtype, own.stride(), own.requires_grad) == (stacked.dtype, stacked.stride(), stacked.requires_grad)
+
+
+def test_tensor_dataset_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda *_: pytest.fail("a sample is read by itself"))
+    SeededDataset(TensorDataset(*TENSORS["plain"]), 0, collate_or_passthrough).__getitems__([(0, [1, 2])])
 
 
 class Augmented(TensorDataset):

@@ -176,7 +176,7 @@ class DdpReplica(BaseReplica):
         self._bucket_norms = []
         norm_sum, groups = self._pop_group_norms(self._precision.get_scale_tensor())
         self._precision.unscale(self.optimizer)
-        norm = torch.linalg.vector_norm(torch.stack(compute_norms(gradients)))
+        norm = self._compute_grad_norm(gradients)
         finite = torch.isfinite(norm)
         if clip_norm is not None:
             clip_grads_with_norm_(self._parameters, clip_norm, norm)
@@ -184,6 +184,11 @@ class DdpReplica(BaseReplica):
         self._step_if_finite(finite, counted)
         norm = norm if counted is None else torch.where(counted, norm, torch.nan)
         return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
+
+    def _compute_grad_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Norm of the whole gradient; 0 if no parameter has one, as where nothing counted."""
+        norms = compute_norms(gradients)
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._precision.device)
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         self._adopt_buffers(model, facts)

@@ -120,13 +120,16 @@ class MetricsRecorder:
         if gathered.previous_update is None:
             return
         result = self._pending.popleft()
-        self._window.append((result, gathered))
-        if result.validation or result.saved or (result.update.index + 1) % self._every == 0:
-            self._write_row()
+        self._add_to_window(result, gathered)
         if result.saved:
             self._on_saved_row()
         if not result.update.is_partial:
             self._check_stragglers(gathered, result.update.plan.shares)
+
+    def _add_to_window(self, result: UpdateResult, gathered: GatheredStats) -> None:
+        self._window.append((result, gathered))
+        if result.validation or result.saved or (result.update.index + 1) % self._every == 0:
+            self._write_row()
 
     def _check_stragglers(self, gathered: GatheredStats, shares: Sequence[int]) -> None:
         self._stragglers, straggler = self._stragglers.with_update(gathered.stages_ms, shares)
@@ -136,7 +139,7 @@ class MetricsRecorder:
     def flush_unfinished(self) -> None:
         """Training was interrupted: write the rows of pending updates with rank 0's values only."""
         for result in self._pending:
-            self._window.append((result, GatheredStats.from_ranks(())))
+            self._add_to_window(result, GatheredStats.from_ranks(()))
         self._pending.clear()
         self.flush()
 

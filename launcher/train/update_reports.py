@@ -17,21 +17,24 @@ FP16_SKIPS_BEFORE_ALARM = 20  # fp16 skips updates while its loss scale adapts
 
 
 def report_update(context: TrainContext, before: TrainState, after: TrainState, gathered: GatheredStats) -> None:
-    """Report the previous update, whose statistics led from `before` to `after`, unless all is well.
+    """Report the update whose statistics led from `before` to `after`, unless all is well.
 
     Raises:
         TrainingFailed: three updates in a row were not finite, except under fp16.
     """
+    if gathered.previous_update is None:
+        return
+    number = gathered.previous_update.index + 1
     if after.counts.skipped > before.counts.skipped:
-        report_skipped(context, after, gathered.not_finite)
+        report_skipped(context, after, number, gathered.not_finite)
     elif after.counts.empty > before.counts.empty:
-        report_empty(context, after)
+        report_empty(context, after, number)
     elif after.counts.loss_not_finite > before.counts.loss_not_finite:
-        report_loss_not_finite(context, after, gathered.not_finite)
+        report_loss_not_finite(context, after, number, gathered.not_finite)
 
 
-def report_skipped(context: TrainContext, state: TrainState, not_finite: tuple[int, ...]) -> None:
-    """Log an alarm that the previous update was skipped; `not_finite` are the ranks whose loss was not finite.
+def report_skipped(context: TrainContext, state: TrainState, number: int, not_finite: tuple[int, ...]) -> None:
+    """Log an alarm that update `number` was skipped; `not_finite` are the ranks whose loss was not finite.
 
     Raises:
         TrainingFailed: three updates in a row were not finite, except under fp16.
@@ -40,37 +43,37 @@ def report_skipped(context: TrainContext, state: TrainState, not_finite: tuple[i
     if is_fp16 and state.skips != FP16_SKIPS_BEFORE_ALARM:  # `!=`: one alarm per series of skipped updates
         if is_power_of_two(count):
             detail = (
-                f"update {state.position.update} was skipped: its gradient overflowed in fp16, and the loss scale is "
+                f"update {number} was skipped: its gradient overflowed in fp16, and the loss scale is "
                 f"{context.precision.scale():g} now; {count} skipped so far"
             )
             context.log_event("alarm", kind="fp16_overflow", detail=detail, skipped=count)
         return
     ranks = ", ".join(map(str, not_finite))
     source = f"the loss of rank {ranks}" if ranks else "the gradient, though every loss was finite"
-    detail = f"update {state.position.update} was skipped: NaN or infinity in {source}"
+    detail = f"update {number} was skipped: NaN or infinity in {source}"
     context.log_event("alarm", kind="not_finite", detail=detail, ranks=list(not_finite))
     if state.skips >= MAX_SKIPS and not is_fp16:
         raise TrainingFailed(f"{MAX_SKIPS} updates in a row were not finite; the last: {detail}")
 
 
-def report_empty(context: TrainContext, state: TrainState) -> None:
-    """Log that the previous update had no target; it took no step, and nothing failed."""
+def report_empty(context: TrainContext, state: TrainState, number: int) -> None:
+    """Log that update `number` had no target; it took no step, and nothing failed."""
     count = state.counts.empty
     if is_power_of_two(count):
         detail = (
-            f"update {state.position.update} took no step, since its loss counted 0 on all workers: its samples have "
+            f"update {number} took no step, since its loss counted 0 on all workers: its samples have "
             f"no target; {count} such so far"
         )
         context.log_event("alarm", kind="empty_update", detail=detail, empty=count)
 
 
-def report_loss_not_finite(context: TrainContext, state: TrainState, not_finite: tuple[int, ...]) -> None:
-    """Log that the previous update took its step on a finite gradient, though the loss was NaN or infinite."""
+def report_loss_not_finite(context: TrainContext, state: TrainState, number: int, not_finite: tuple[int, ...]) -> None:
+    """Log that update `number` took its step on a finite gradient, though the loss was NaN or infinite."""
     count = state.counts.loss_not_finite
     if is_power_of_two(count):
         fp16 = "; in fp16 a sum above 65,504 is infinite: sum in fp32, e.g. of out.float()"
         detail = (
-            f"the loss of update {state.position.update} is NaN or infinite on rank {', '.join(map(str, not_finite))}, "
+            f"the loss of update {number} is NaN or infinite on rank {', '.join(map(str, not_finite))}, "
             f"though its gradient is finite and the step was taken; {count} such so far"
             f"{fp16 if context.precision.name == 'fp16' else ''}"
         )

@@ -38,7 +38,8 @@ __all__ = ["Job", "train_in_sequence"]
 class Job:
     """Arguments of a training, or of a job that loads the checkpoint `reload_from` and saves it again.
 
-    `fault` is injected into this job only. A later job in the run directory `name` continues the earlier one; without a
+    `fault` is injected into this job only. `reads_late`: as on a GPU, the host reads the ranks' statistics one update
+    late. A later job in the run directory `name` continues the earlier one; without a
     `name`, the run directory has the name of the job.
     """
 
@@ -46,6 +47,7 @@ class Job:
     reload_from: Path | None = None
     fault: str = ""
     name: str = ""
+    reads_late: bool = False
 
 
 def train_in_sequence(folder: Path, world_size: int, jobs: Mapping[str, Job], **env: str) -> None:
@@ -57,7 +59,8 @@ def train_in_sequence(folder: Path, world_size: int, jobs: Mapping[str, Job], **
         {
             "arguments": [*job.arguments, f"run.dir={folder / (job.name or name)}"],
             "reload_from": job.reload_from and str(job.reload_from),
-            "fault": job.fault,
+            "faults": {"FAULT": job.fault} if job.fault else {},
+            "late": {"READ_STATS_LATE": "1"} if job.reads_late else {},
         }
         for name, job in jobs.items()
     ]
@@ -90,19 +93,19 @@ def main(jobs: Path) -> None:
         if job["reload_from"]:
             reload_and_save(job_spec, own_topology, own_store, Path(job["reload_from"]))
         else:
-            with inject_fault(job["fault"]):
+            with set_environment(job["faults"] | job["late"]):
                 train(job_spec, own_topology, own_store)
         release_deepspeed_groups()
 
 
 @contextmanager
-def inject_fault(fault: str) -> Iterator[None]:
-    """Set the environment variables of a fault for one job."""
-    if fault:
-        os.environ.update(LAUNCHER_TEST_FAULTS="1", FAULT=fault)
+def set_environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set the environment variables of one job's faults."""
+    if variables:
+        os.environ.update(variables, LAUNCHER_TEST_FAULTS="1")
     yield
-    if fault:
-        del os.environ["LAUNCHER_TEST_FAULTS"], os.environ["FAULT"]
+    for name in (*variables, "LAUNCHER_TEST_FAULTS") if variables else ():
+        del os.environ[name]
 
 
 def train(job_spec: JobSpec, topology: Topology, store: dist.Store) -> None:

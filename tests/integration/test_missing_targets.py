@@ -105,11 +105,19 @@ COMPARED = {
 }
 
 
+#: As on a GPU, where the loss count scales the gradients on the device, and the host reads it one update late.
+LATE = [("ddp", "leaf"), ("ddp", "mean"), ("unused", "mean"), ("exact", "mean"), ("fsdp", "leaf"), ("zero2", "graph")]
+
+
 def compared_jobs(world_size: int) -> dict[str, Job]:
-    return {
+    jobs = {
         f"{layout}-{kind}-{world_size}": Job([*LAYOUTS[layout], f"+recipe.nothing={kind}"])
         for layout, kind in COMPARED[world_size]
     }
+    if world_size == 2:
+        for layout, kind in LATE:
+            jobs[f"{layout}-{kind}-late"] = Job([*LAYOUTS[layout], f"+recipe.nothing={kind}"], reads_late=True)
+    return jobs
 
 
 @pytest.fixture(scope="module")

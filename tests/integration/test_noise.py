@@ -74,7 +74,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = {"parts": Job([*EXACT, "train.duration=2650sp"]), "grown": Job([*SCALED, "train.duration=3000sp"])}
     train_in_sequence(folder, 1, {"thirds1": Job(THIRDS), **first}, **env)
     layouts = {name: Job([*RAMPED, *strategy]) for name, strategy in LAYOUTS.items()}
-    train_in_sequence(folder, 2, {"parts": Job(EXACT), "whole": Job(EXACT), **layouts}, **env)
+    late = {
+        "late": Job(EXACT, reads_late=True),
+        "late-stopped": Job(EXACT, reads_late=True, fault="stop@forward:0:37", name="late-parts"),
+        "late-continued": Job(EXACT, reads_late=True, name="late-parts"),
+    }
+    train_in_sequence(folder, 2, {"parts": Job(EXACT), "whole": Job(EXACT), **late, **layouts}, **env)
     train_in_sequence(folder, 3, {"thirds3": Job(THIRDS), "grown": Job(SCALED)}, **env)
     return folder
 
@@ -144,6 +149,15 @@ def test_exact_mode_is_bitwise_equal_after_a_resize(runs: Path) -> None:
     assert [row["lr/value"] for row in read_rows(runs / "parts")] == [
         row["lr/value"] for row in read_rows(runs / "whole")
     ]
+
+
+@pytest.mark.parametrize("name", ["late", "late-parts"])
+def test_statistics_that_are_read_late_change_nothing(runs: Path, name: str) -> None:
+    """As on a GPU. The learning rate follows the noise scale with the same delay, also over a stop at any update."""
+    whole, late = read_rows(runs / "whole"), read_rows(runs / name)
+    for key in ("update", "lr/value", "train/loss", "train/grad_norm", "noise/scale"):
+        assert [row.get(key) for row in late] == [row.get(key) for row in whole], key
+    assert max_parameter_difference(runs / name, runs / "whole") == 0.0
 
 
 def test_resize_keeps_noise_scale_and_rescales_moments(runs: Path) -> None:

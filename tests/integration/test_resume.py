@@ -33,17 +33,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.core
-def test_stop_and_kills_change_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("late", ["", "1"], ids=["", "statistics are read late"])
+def test_stop_and_kills_change_nothing(folder: Path, late: str) -> None:
     """Stopped once and resumed by the same command, then killed twice."""
-    killed = folder / "runs/killed"
-    kills = inject("stop@forward:1:7:1", "kill@backward:1:12:2", "kill@forward:0:19:3")
+    killed = folder / f"runs/killed{late}"
+    kills = inject("stop@forward:1:7:1", "kill@backward:1:12:2", "kill@forward:0:19:3") | {"READ_STATS_LATE": late}
     killed.mkdir(parents=True)
-    run_launcher(folder, *JOB, "run.name=killed", **kills)
+    run_launcher(folder, *JOB, f"run.name=killed{late}", **kills)
     assert read_events(killed, "preempt")
     assert not (killed / "done.json").exists()
     stopped = [row["update"] for row in read_rows(killed)]
     assert stopped == list(range(1, len(stopped) + 1))
-    run_launcher(folder, *JOB, "run.name=killed", **kills)
+    run_launcher(folder, *JOB, f"run.name=killed{late}", **kills)
     resumed = [row["update"] for row in read_rows(killed) if row["generation"] == 2]
     assert resumed[0] == stopped[-1] + 1, "the stop loses no update and repeats none"
     assert {row["update"] for row in read_rows(killed)} == set(range(1, 26)), "no row is missing"

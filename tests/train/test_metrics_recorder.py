@@ -81,3 +81,20 @@ def test_partial_update_has_no_throughput() -> None:
     rows = record_rows([{"losses": [(1.0, 6), (1.0, 4)]}, {"losses": [(1.0, 2), (1.0, 1)], "tail": 3, "wall_s": 0.9}])
     assert "throughput/samples_per_s" in rows[0].values
     assert "throughput/samples_per_s" not in rows[1].values
+
+
+def test_updates_whose_statistics_are_read_late_keep_rows_of_their_own() -> None:
+    """Two updates are pending when training is interrupted; each gets its row, with this rank's values only."""
+    rows: Any = RowCollector()
+    recorder = MetricsRecorder(rows, Topology(rank=0, world=2, generation=3), 1, tokens_per_sample=None)
+    updates = [Update(index, index * 10, PLAN, PLAN, size=1000) for index in range(3)]
+    for update in updates:
+        recorder.on_update_end(UpdateResult(update, 0.1, 1.0, 50.0, 1.0, 1.5, NoiseScale(), 1))
+    stats = [RankStats(previous=UpdateScalars(loss=3.0, loss_count=2.0, grad_norm=0.5))] * 2
+    recorder.on_gathered(GatheredStats.from_ranks(stats, updates[0], None))
+    assert not rows.rows, "the first statistics belong to no update"
+    recorder.on_gathered(GatheredStats.from_ranks(stats, updates[1], updates[0]))
+    recorder.flush_unfinished()
+    assert [row.update for row in rows.rows] == [1, 2, 3]
+    assert [row.values.get("train/loss") for row in rows.rows] == [1.5, None, None]
+    assert [row.values["train/grad_norm"] for row in rows.rows] == [0.5, 1.5, 1.5]

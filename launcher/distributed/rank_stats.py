@@ -8,7 +8,6 @@ tensors, the ranks exchange nothing else in the training loop.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +17,9 @@ import torch
 from launcher.distributed.stop_requests import StopLevel
 from launcher.errors import TrainingFailed
 from launcher.plan.timeline import Update
-from launcher.plan.virtual_shards import compute_tree_sum
 from launcher.telemetry.stages import STAGES
 from launcher.telemetry.stats_fields import DEVICE_FIELDS, HOST_FIELDS, NUM_STATS
+from launcher.telemetry.tensor_sums import sum_rows_as_tree
 from launcher.telemetry.update_scalars import UpdateScalars
 
 __all__ = ["GatheredStats", "PendingStats", "RankStats", "sum_loss_counts"]
@@ -83,9 +82,15 @@ class GatheredStats:
         return cls(torch.stack(rows) if rows else torch.zeros(0, NUM_STATS, dtype=torch.float64), *updates)
 
     @cached_property
-    def columns(self) -> dict[str, list[float]]:
-        """The values of all ranks by field."""
-        return dict(zip(FIELDS, self.table.T.tolist(), strict=True))
+    def sums(self) -> dict[str, float]:
+        """The sum over the ranks of each field, in an order that exact mode relies on."""
+        return dict(zip(FIELDS, sum_rows_as_tree(self.table).tolist(), strict=True))
+
+    @cached_property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The least and the largest value of each field."""
+        least, largest = torch.aminmax(self.table, dim=0)
+        return dict(zip(FIELDS, zip(least.tolist(), largest.tolist(), strict=True), strict=True))
 
     @property
     def world(self) -> int:
@@ -97,17 +102,17 @@ class GatheredStats:
         """Milliseconds per rank and stage."""
         return self.table[:, STAGE_COLUMNS]
 
-    @cached_property
+    @property
     def count(self) -> float:
-        return self._sum("count")
+        return self.sums["count"]
 
-    @cached_property
+    @property
     def stop(self) -> StopLevel:
-        return StopLevel(int(max(self.columns["stop"])))
+        return StopLevel(int(self.ranges["stop"][1]))
 
     @property
     def save(self) -> bool:
-        return any(self.columns["save"])
+        return self.ranges["save"][1] > 0
 
     def check_call_order(self) -> None:
         """Check that all ranks called the parts of a sharded model in the same order.
@@ -115,50 +120,48 @@ class GatheredStats:
         Raises:
             TrainingFailed: they did not, so the collectives of this update exchanged tensors of different parts.
         """
-        if len(set(self.columns["call_order"])) > 1:
+        least, largest = self.ranges["call_order"]
+        if least != largest:
             raise TrainingFailed(
                 "in this update the ranks called different parts of the model, or in another order (as with random "
                 "layer drop), so that their gradients cannot be summed: let every rank call all parts in the same "
                 "order, or type strategy=ddp, with strategy.find_unused_parameters=true where parts are left out"
             )
 
-    @cached_property
+    @property
     def loss(self) -> float:
         """Summed loss of the previous update, over all ranks."""
-        return self._sum("loss")
+        return self.sums["loss"]
 
-    @cached_property
+    @property
     def loss_count(self) -> float:
         """Loss count (samples or tokens) of the previous update, over all ranks."""
-        return self._sum("loss_count")
+        return self.sums["loss_count"]
 
     @property
     def grad_norm(self) -> float:
         """Norm of the previous update's mean gradient; rank 0's value, so that all ranks use the same bits."""
-        return self.columns["grad_norm"][0]
+        return float(self.table[0, COLUMNS["grad_norm"]])
 
     @property
     def group_sq_norm_sum(self) -> float:
         """Sum over the groups of the previous update: squared norm of the group's gradient over its loss count."""
-        return self._sum("group_sq_norm_sum")
+        return self.sums["group_sq_norm_sum"]
 
     @property
     def groups(self) -> int:
         """Number of groups of the previous update's batch whose gradient norms were measured separately."""
-        return int(sum(self.columns["groups"]))
+        return int(self.sums["groups"])
 
     @property
     def not_finite(self) -> tuple[int, ...]:
         """The ranks whose own loss of the previous update was NaN or infinite."""
-        return tuple(rank for rank, loss in enumerate(self.columns["loss"]) if not math.isfinite(loss))
+        return tuple((~torch.isfinite(self.table[:, COLUMNS["loss"]])).nonzero().flatten().tolist())
 
     @property
     def finite(self) -> bool:
         """Whether the previous update was applied."""
-        return all(self.columns["finite"])
-
-    def _sum(self, name: str) -> float:
-        return float(compute_tree_sum(self.columns[name]))
+        return self.ranges["finite"][0] > 0
 
 
 class PendingStats:

@@ -24,7 +24,7 @@ def test_each_number_of_a_row_comes_back_under_its_name() -> None:
     assert (row.dtype, row.shape) == (torch.float64, (NUM_STATS,))
     gathered = PendingStats(torch.stack([row, row])).read()
     assert (gathered.count, gathered.stop, gathered.save, gathered.world) == (14, 1, True, 2)
-    assert gathered.columns["call_order"] == [4294967295.0] * 2
+    assert gathered.ranges["call_order"] == (4294967295.0, 4294967295.0)
     assert (gathered.loss, gathered.loss_count, gathered.finite, gathered.grad_norm) == (12, 6, True, 2.5)
     assert (gathered.group_sq_norm_sum, gathered.groups) == (0.5, 4)
     assert gathered.stages_ms.tolist() == [stages_ms] * 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,28 +154,27 @@ def _permute_array(orders: Sequence[SamplePermutation], counts: Sequence[int], p
     """The samples at the positions, of which the first counts[0] belong to the first order, and so on."""
     import numpy
 
-    size, radix = orders[0].size, orders[0]._radix
-    keys = numpy.array([order._round_keys for order in orders], numpy.uint64).transpose(1, 2, 0).repeat(counts, axis=2)
-    images = _map_array(positions, radix, keys)
-    outside = numpy.flatnonzero(images >= size)
+    owners = numpy.repeat(numpy.arange(len(orders)), counts)
+    images = _map_array(orders, owners, positions)
+    outside = numpy.flatnonzero(images >= orders[0].size)
     while len(outside) > _FEW:
-        images[outside] = _map_array(images[outside], radix, keys[:, :, outside])
-        outside = outside[images[outside] >= size]
-    ends = list(accumulate(counts))
+        images[outside] = _map_array(orders, owners[outside], images[outside])
+        outside = outside[images[outside] >= orders[0].size]
     for index in outside.tolist():
-        images[index] = orders[bisect_right(ends, index)]._permute(int(images[index]))
+        images[index] = orders[owners[index]]._permute(int(images[index]))
     return images
 
 
-def _map_array(images: Any, radix: tuple[int, int], keys: Any) -> Any:
-    """As `SamplePermutation._map` for each element of a uint64 array, with round keys of shape (pairs, 2, elements)."""
+def _map_array(orders: Sequence[SamplePermutation], owners: Any, images: Any) -> Any:
+    """As `SamplePermutation._map` for each element of a uint64 array, which belongs to the order orders[owner]."""
     import numpy
 
-    left_size, right_size = (numpy.uint64(size) for size in radix)
+    left_size, right_size = (numpy.uint64(size) for size in orders[0]._radix)
+    keys = numpy.array([order._round_keys for order in orders], numpy.uint64).transpose(1, 2, 0)
     left, right = numpy.divmod(images, right_size)
     for odd, even in keys:
-        left = _add_hash(left, right, odd, left_size)
-        right = _add_hash(right, left, even, right_size)
+        left = _add_hash(left, right, odd if len(orders) == 1 else odd[owners], left_size)
+        right = _add_hash(right, left, even if len(orders) == 1 else even[owners], right_size)
     left *= right_size
     left += right
     return left

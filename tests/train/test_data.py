@@ -103,6 +103,41 @@ def test_collate_draws_depend_on_samples_only(items: Any) -> None:
     assert expected[:4] == [halves[0][0], halves[1][0], halves[0][1], halves[1][1]], "the same samples, another rank"
 
 
+class DrawingSometimes(Drawing):
+    """As an augmentation of one class: most samples draw nothing, and `[i]` of the others uses one generator."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        drawn = {3: random.random, 9: np.random.rand, 17: lambda: torch.rand(())}.get(index, float)()
+        return torch.tensor([index, float(drawn)], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Stacks:
+    def collate(self, items: list[Any]) -> torch.Tensor:
+        return torch.stack(items)
+
+
+def test_items_that_seldom_draw_are_the_same_in_any_process() -> None:
+    """A run from its start, resumed, in loader processes that read every second batch, and on several ranks."""
+
+    def load_rows(plan: BatchPlan, num_workers: int = 0, rank: int = 0, first: Position | None = None) -> list[Any]:
+        first = first or Position()
+        config = replace(CONFIG, data=replace(CONFIG.data, num_workers=num_workers))
+        timeline = Timeline(22, 88, ((0, plan),))
+        items = DrawingSometimes()
+        loader = MicroBatchLoader.from_dataset(items, Stacks(), timeline, first, config, rank=rank, pin=False)
+        counts = [len(update.micro_batches(rank)) for update in timeline.iter_updates(first)]
+        return [row for count in counts for _ in range(count) for row in loader.next_batch().tolist()]
+
+    alone = BatchPlan(1, (4,), 2, 2)
+    expected = load_rows(alone)
+    assert sum(drawn > 0 for _, drawn in expected) == 3 * 4, "three samples draw, in each of four epochs"
+    assert load_rows(alone, num_workers=2) == expected
+    assert load_rows(alone, first=Position(44, 12)) == expected[44:]
+    halves = [load_rows(BatchPlan(2, (2, 2), 1, 2), rank=rank) for rank in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(expected)
+
+
 def test_generators_of_a_forward_pass_are_seeded() -> None:
     drawn = []
     for _ in range(2):

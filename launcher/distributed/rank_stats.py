@@ -18,15 +18,15 @@ from launcher.distributed.stop_requests import StopLevel
 from launcher.errors import TrainingFailed
 from launcher.plan.timeline import Update
 from launcher.telemetry.stages import STAGES
-from launcher.telemetry.stats_fields import DEVICE_FIELDS, HOST_FIELDS, NUM_STATS
+from launcher.telemetry.stats_fields import DEVICE_FIELDS, NUM_STATS
 from launcher.telemetry.tensor_sums import sum_rows_as_tree
 from launcher.telemetry.update_scalars import UpdateScalars
 
 __all__ = ["GatheredStats", "PendingStats", "RankStats", "sum_loss_counts"]
 
-FIELDS = (*HOST_FIELDS, *DEVICE_FIELDS)
-COLUMNS = {name: index for index, name in enumerate(FIELDS)}
-STAGE_COLUMNS = slice(COLUMNS[STAGES[0]], COLUMNS[STAGES[-1]] + 1)
+COUNT, STOP, SAVE, CALL_ORDER, LOSS_COUNT, GROUPS = range(6)  # columns, in the order of HOST_FIELDS
+STAGE_COLUMNS = slice(GROUPS + 1, GROUPS + 1 + len(STAGES))
+LOSS, FINITE, GRAD_NORM, GROUP_SQ_NORM_SUM = range(STAGE_COLUMNS.stop, NUM_STATS)  # in the order of DEVICE_FIELDS
 NO_TIMES = (0.0,) * len(STAGES)
 
 
@@ -60,7 +60,7 @@ class RankStats:
 
 def sum_loss_counts(table: torch.Tensor) -> torch.Tensor:
     """The loss count of this update over all ranks, from the table on the device; a scalar that stays there."""
-    return table[:, COLUMNS["count"]].sum()
+    return table[:, COUNT].sum()
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,16 @@ class GatheredStats:
         return cls(torch.stack(rows) if rows else torch.zeros(0, NUM_STATS, dtype=torch.float64), *updates)
 
     @cached_property
-    def sums(self) -> dict[str, float]:
-        """The sum over the ranks of each field, in an order that exact mode relies on."""
-        return dict(zip(FIELDS, sum_rows_as_tree(self.table).tolist(), strict=True))
+    def _sums(self) -> list[float]:
+        return sum_rows_as_tree(self.table).tolist()
 
     @cached_property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """The least and the largest value of each field."""
-        least, largest = torch.aminmax(self.table, dim=0)
-        return dict(zip(FIELDS, zip(least.tolist(), largest.tolist(), strict=True), strict=True))
+    def _largest(self) -> list[float]:
+        return self.table.amax(dim=0).tolist()
+
+    @cached_property
+    def _least(self) -> list[float]:
+        return self.table.amin(dim=0).tolist()
 
     @property
     def world(self) -> int:
@@ -104,15 +105,15 @@ class GatheredStats:
 
     @property
     def count(self) -> float:
-        return self.sums["count"]
+        return self._sums[COUNT]
 
     @property
     def stop(self) -> StopLevel:
-        return StopLevel(int(self.ranges["stop"][1]))
+        return StopLevel(int(self._largest[STOP]))
 
     @property
     def save(self) -> bool:
-        return self.ranges["save"][1] > 0
+        return self._largest[SAVE] > 0
 
     def check_call_order(self) -> None:
         """Check that all ranks called the parts of a sharded model in the same order.
@@ -120,8 +121,7 @@ class GatheredStats:
         Raises:
             TrainingFailed: they did not, so the collectives of this update exchanged tensors of different parts.
         """
-        least, largest = self.ranges["call_order"]
-        if least != largest:
+        if self._least[CALL_ORDER] != self._largest[CALL_ORDER]:
             raise TrainingFailed(
                 "in this update the ranks called different parts of the model, or in another order (as with random "
                 "layer drop), so that their gradients cannot be summed: let every rank call all parts in the same "
@@ -131,37 +131,37 @@ class GatheredStats:
     @property
     def loss(self) -> float:
         """Summed loss of the previous update, over all ranks."""
-        return self.sums["loss"]
+        return self._sums[LOSS]
 
     @property
     def loss_count(self) -> float:
         """Loss count (samples or tokens) of the previous update, over all ranks."""
-        return self.sums["loss_count"]
+        return self._sums[LOSS_COUNT]
 
     @property
     def grad_norm(self) -> float:
         """Norm of the previous update's mean gradient; rank 0's value, so that all ranks use the same bits."""
-        return float(self.table[0, COLUMNS["grad_norm"]])
+        return float(self.table[0, GRAD_NORM])
 
     @property
     def group_sq_norm_sum(self) -> float:
         """Sum over the groups of the previous update: squared norm of the group's gradient over its loss count."""
-        return self.sums["group_sq_norm_sum"]
+        return self._sums[GROUP_SQ_NORM_SUM]
 
     @property
     def groups(self) -> int:
         """Number of groups of the previous update's batch whose gradient norms were measured separately."""
-        return int(self.sums["groups"])
+        return int(self._sums[GROUPS])
 
     @property
     def not_finite(self) -> tuple[int, ...]:
         """The ranks whose own loss of the previous update was NaN or infinite."""
-        return tuple((~torch.isfinite(self.table[:, COLUMNS["loss"]])).nonzero().flatten().tolist())
+        return tuple((~torch.isfinite(self.table[:, LOSS])).nonzero().flatten().tolist())
 
     @property
     def finite(self) -> bool:
         """Whether the previous update was applied."""
-        return self.ranges["finite"][0] > 0
+        return self._least[FINITE] > 0
 
 
 class PendingStats:

@@ -46,7 +46,7 @@ class Straggler:
 class StragglerDetector:
     """The updates since the last check, and the ranks that were reported and have not recovered since.
 
-    `rows` has one tensor per update: the milliseconds of each rank (first dimension) in each stage of its own work.
+    `rows` has one tensor per update: the milliseconds of each rank (first dimension) in each stage.
     """
 
     rows: tuple[torch.Tensor, ...] = field(default=())
@@ -65,13 +65,13 @@ class StragglerDetector:
         if len(stages_ms) < 2:
             return self, None
         times_ms = as_time_tensor(stages_ms)
-        rows = (*self.rows, times_ms[:, OWN_WORK_INDICES])
-        longest_ms = float(sum_stages(times_ms, range(len(STAGES))).max())
+        rows = (*self.rows, times_ms)
+        longest_ms = float(times_ms.sum(dim=1).max())
         # Each update's time is capped: a single long update proves nothing.
         seen_ms = self.seen_ms + min(MIN_TRAINING_MS / STRAGGLER_WINDOW, longest_ms)
         if len(rows) < STRAGGLER_WINDOW or seen_ms < MIN_TRAINING_MS:
             return StragglerDetector(rows, self.reported, seen_ms), None
-        by_rank = median_of_rows(torch.stack(rows))
+        by_rank = median_of_rows(torch.stack(rows)[..., OWN_WORK_INDICES])
         reported, straggler = find_straggler(by_rank, shares or [1] * len(by_rank), self.reported)
         return StragglerDetector((), reported), straggler
 

@@ -64,8 +64,9 @@ class StatsInBucket:
     def send(self, row: torch.Tensor) -> None:
         """Take this rank's row, float64 on the device; it is written when its bucket is complete."""
         high = row.to(self.words.dtype)
-        rest = row - high.double()  # infinity minus infinity is NaN: the words are then infinity and 0
-        self._row = torch.stack([high, torch.where(torch.isfinite(rest), rest, 0.0).to(high.dtype)])
+        low = (row - high).to(high.dtype)
+        # infinity minus infinity is NaN: the words are then infinity and 0
+        self._row = torch.stack([high, torch.nan_to_num(low, nan=0.0)])
 
     def add_to_graph(self, loss: Loss) -> Loss:
         """The same loss, whose backward pass also reaches the parameter, so that its bucket becomes complete."""

@@ -21,6 +21,9 @@ __all__ = ["StageTimes", "as_time_tensor", "compute_stage_metrics", "median_of_r
 StageTimes = torch.Tensor | Sequence[Sequence[float]]
 
 
+KEYS = [[f"stage/{stage}/{unit}" for unit in ("ms", "share", "samples_per_s", "ms_min", "ms_max")] for stage in STAGES]
+
+
 def as_time_tensor(times: StageTimes | Sequence[float]) -> torch.Tensor:
     """The times as float64, in which they are summed and compared."""
     return torch.as_tensor(times, dtype=torch.float64)
@@ -45,12 +48,12 @@ def compute_stage_metrics(stages_ms: StageTimes, samples: int) -> dict[str, floa
     wall_ms = sum(own_ms) or math.nan
     values: dict[str, float] = {"stage/rank": rank}
     lowest, highest = (values_ms.tolist() for values_ms in torch.aminmax(times, dim=0))
-    for index, stage in enumerate(STAGES):
-        values[f"stage/{stage}/ms"] = own_ms[index]
-        values[f"stage/{stage}/share"] = own_ms[index] / wall_ms
+    for index, (ms, share, samples_per_s, ms_min, ms_max) in enumerate(KEYS):
+        values[ms] = own_ms[index]
+        values[share] = own_ms[index] / wall_ms
         if own_ms[index] > 0:
-            values[f"stage/{stage}/samples_per_s"] = samples / own_ms[index] * 1e3
+            values[samples_per_s] = samples / own_ms[index] * 1e3
         if len(times) > 1:
-            values[f"stage/{stage}/ms_min"] = lowest[index]
-            values[f"stage/{stage}/ms_max"] = highest[index]
+            values[ms_min] = lowest[index]
+            values[ms_max] = highest[index]
     return values

@@ -16,6 +16,5 @@ def sum_rows_as_tree(rows: torch.Tensor) -> torch.Tensor:
         return rows.sum(dim=0)
     while len(rows) > 1:
         even, odd = rows[0::2], rows[1::2]
-        sums = even[: len(odd)] + odd
-        rows = torch.cat((sums, even[len(odd) :]))
+        rows = even + odd if len(even) == len(odd) else torch.cat((even[:-1] + odd, even[-1:]))
     return rows[0]

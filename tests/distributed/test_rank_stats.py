@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from launcher.distributed.rank_stats import GatheredStats, PendingStats, RankStats, sum_loss_counts
+from launcher.distributed.rank_stats import CALL_ORDER, GatheredStats, PendingStats, RankStats, sum_loss_counts
 from launcher.errors import TrainingFailed
 from launcher.telemetry.stages import STAGES
 from launcher.telemetry.stats_fields import NUM_STATS
@@ -24,7 +24,8 @@ def test_each_number_of_a_row_comes_back_under_its_name() -> None:
     assert (row.dtype, row.shape) == (torch.float64, (NUM_STATS,))
     gathered = PendingStats(torch.stack([row, row])).read()
     assert (gathered.count, gathered.stop, gathered.save, gathered.world) == (14, 1, True, 2)
-    assert gathered.ranges["call_order"] == (4294967295.0, 4294967295.0)
+    gathered.check_call_order()
+    assert gathered.table[:, CALL_ORDER].tolist() == [4294967295.0] * 2
     assert (gathered.loss, gathered.loss_count, gathered.finite, gathered.grad_norm) == (12, 6, True, 2.5)
     assert (gathered.group_sq_norm_sum, gathered.groups) == (0.5, 4)
     assert gathered.stages_ms.tolist() == [stages_ms] * 2

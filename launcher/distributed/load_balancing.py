@@ -1,7 +1,7 @@
 """Shares of the global batch that follow measured speeds (`elastic.balance`): faster workers take more samples.
 
-Every rank receives the same stage times in the per-update all-gather, so each computes the same shares without further
-communication. The gradient is that of the whole batch, whatever the shares.
+Every rank receives the same stage times with the gradients of every update, so each computes the same shares without
+further communication. The gradient is that of the whole batch, whatever the shares.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Requests to a worker from outside: save and stop, save and restart, or save and admit a node.
 
-A signal only sets a flag; the ranks agree on it in the next all-gather of their statistics. Rank 0 also polls the run
-directory for the `stop` file and for nodes that wait to join.
+A signal only sets a flag; the ranks agree on it by the next update's statistics. Rank 0 also polls the run directory
+for the `stop` file and for nodes that wait to join.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["StopLevel", "StopRequests", "StopSource"]
 
 STOP_POLL_S = 0.2
 MIN_AGREEMENT_S = 5.0  # time for the ranks to agree on a stop, if their updates are short
-AGREEMENT_UPDATES = 3
+AGREEMENT_UPDATES = 4  # where statistics are read late, it takes two whole updates and a part of two
 AGREEMENT_POLL_S = 0.1
 EXIT_S = 0.5  # before the end of the grace time: time to end this process
 
@@ -54,7 +54,7 @@ class StopRequests:
 
     SIGTERM and SIGHUP keep their default action until `handle_sigterm`: before training there is nothing to save, and a
     rank that waits for the others inside torch would react late, while its agent waits 30 s for it. From then on they
-    mean: save, then exit, within `launch.grace_s`. A rank that reaches no agreement with the others within three
+    mean: save, then exit, within `launch.grace_s`. A rank that reaches no agreement with the others within four
     updates (at least 5 s) exits without saving: the other ranks are gone or stuck. Time in which a rank of this node
     is `busy`, because it validates or saves, is not counted.
     """

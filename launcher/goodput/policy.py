@@ -243,7 +243,7 @@ class BatchChooser:
 class GoodputPolicy:
     """Follows the noise scale during training; `successor` is the replacement policy once another batch is better.
 
-    The noise scale is computed only from all-gathered statistics, so every rank makes the same choice.
+    The noise scale is computed only from statistics that all ranks have, so every rank makes the same choice.
     """
 
     def __init__(self, chooser: BatchChooser, world: int, nodes: int, noise: NoiseKnowledge) -> None:

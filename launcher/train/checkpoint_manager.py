@@ -51,7 +51,7 @@ class CheckpointManager:
     checkpoint is renamed to its final name only once the row of its update is in metrics.jsonl, so that neither exists
     without the other. A failed save raises an alarm; if it was the last save, it is an error. With `sharded`, every
     rank writes its own shard in a thread, and rank 0 merges them. If `checkpoint.every` is a time, rank 0 requests the
-    save in its gathered statistics.
+    save in its statistics of an update.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ from launcher.topology import Topology
 WORLDS = (2, 4, 8, 16, 32, 64)
 NICENESS = 15  # 64 processes on few cores must not delay what else runs there
 SIZES = (10, 100, 1000, 10_000)
-WORDS = 20  # float32 words of each rank in every update
+WORDS = 2 * NUM_STATS  # float32 words of each rank in every update: two for each number
 GATHERED_WORDS = 18  # float64 words of each rank in the all-gather that preceded it
 TCP_INFO_BYTES, BYTES_ACKED, DATA_SEGMENTS_OUT = 232, slice(120, 128), slice(156, 160)
 TIMEOUT_S = 300.0

@@ -74,7 +74,7 @@ def test_hangup_stays_ignored_under_nohup() -> None:
 
 
 def test_rank_without_agreement_leaves_after_a_few_updates() -> None:
-    """Of a grace time of ten minutes it uses three updates, or five seconds."""
+    """Of a grace time of ten minutes it uses four updates, or five seconds."""
     trained = "stop_requests.poll(None)\nstop_requests.poll(None)\nprint('trained', flush=True)\n"
     process = start_process(trained + STUCK, grace_s=600.0)
     assert process.stdout is not None

@@ -238,7 +238,7 @@ def test_sigterm_ends_a_node_whose_peer_has_stopped(start: Start, workdir: Path,
     wait_for(lambda: any(map(waits_for_others, list_workers(first))))
     below = list_descendants(first.pid)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=200)
+    first.communicate(timeout=ENDS_WITHIN_S)
     assert first.returncode == 1
     assert not any(map(is_alive, below))
     for pid in stopped:

@@ -51,11 +51,13 @@ class SeededDataset(Dataset[Any]):
     Seeding costs more than reading many an item, so a generator is seeded for each sample only once a sample has used
     it. The others are watched while a batch is read. If one of them is used for the first time, that batch is read
     again with all of them seeded: reading an item twice must give the same item. Used means drawn from, seeded, or
-    its state or seed read through the functions of `random`, `numpy.random` and `torch`.
+    its state or seed read through the functions of `random`, `numpy.random` and `torch`. Not noticed is an item that
+    reads the state and puts it back through names of these functions that were imported before (`from random import
+    getstate`), or through the methods of `torch.default_generator`: it should draw from a generator of its own.
 
-    A TensorDataset, and a data set that says `deterministic = True`, are neither seeded nor watched. If items need no
-    seeds and the data set has `__getitems__`, that reads the whole batch. It must return the items as a list, unless
-    the data set says `deterministic = True`: then it may return a batch that is collated already.
+    A TensorDataset, and a data set that says `deterministic = True`, are neither seeded nor watched. If the latter has
+    `__getitems__`, that reads the whole batch, and may return it collated already. Any other data set is read item by
+    item, since its `__getitems__` need not give what its `__getitem__` gives.
     """
 
     def __init__(self, items: Any, seed: int, collate: Callable[..., Any]) -> None:
@@ -64,7 +66,9 @@ class SeededDataset(Dataset[Any]):
         self._collate = collate
         self._collate_draws = collate not in (collate_or_passthrough, default_collate)
         self._deterministic = type(items) is TensorDataset or bool(getattr(items, "deterministic", False))
-        self._get_items: Callable[[list[int]], Any] | None = getattr(items, "__getitems__", None)
+        self._get_items: Callable[[list[int]], Any] | None = (
+            getattr(items, "__getitems__", None) if self._deterministic else None
+        )
         if type(items) is TensorDataset and not self._collate_draws and all(map(can_stack_rows, items.tensors)):
             self._get_items, self._collate = partial(stack_rows, items.tensors), list  # collated already
         self._generators = UsedGenerators()
@@ -107,19 +111,14 @@ class SeededDataset(Dataset[Any]):
         return self._collate(items)
 
     def _read_items(self, parts: Sequence[EpochSamples]) -> Any:
-        """The items, or the collated batch of a deterministic data set, with the used generators seeded."""
-        if self._get_items is None or self._generators.used:
+        """The items with the used generators seeded, or what the `__getitems__` of a declared data set returns."""
+        if self._get_items is None:
             return self._read_singly(parts)
-        samples = parts[0][1] if len(parts) == 1 else [sample for _, samples in parts for sample in samples]
         try:
-            items = self._get_items(samples)
+            return self._get_items([sample for _, samples in parts for sample in samples])
         except (Exception, SystemExit):
             self._read_singly(parts)  # its error names the sample
             raise
-        if not self._deterministic and not (isinstance(items, list) and len(items) == len(samples)):
-            self._get_items = None
-            return self._read_singly(parts)
-        return items
 
     def _read_singly(self, parts: Sequence[EpochSamples]) -> list[Any]:
         items: list[Any] = []
@@ -143,7 +142,10 @@ class SeededDataset(Dataset[Any]):
         return items
 
     def _collate_items(self, parts: Sequence[EpochSamples], items: Any) -> Any:
-        """Collate with all generators seeded; for torch's own collate, which draws nothing, those that samples use."""
+        """Collate with all generators seeded; for torch's own collate, which draws nothing, those that samples use.
+
+        A declared data set uses none, so torch's own collate of its items seeds nothing.
+        """
         if self._collate_draws:
             seed_host_generators(self._derive_collate_seed(parts))
         elif self._generators.used:
@@ -158,8 +160,9 @@ class SeededDataset(Dataset[Any]):
         """Say so if a generator is used after the first batch; the log says in which process."""
         first, last = parts[0][1][0], parts[-1][1][-1]
         logging.getLogger(__name__).warning(
-            "the global generator of %s was used for the first time, while batch %d of this process was read (samples "
-            "%d ... %d): that batch was read again, and the generator is seeded for each sample from now on",
+            "the global generator of %s was used for the first time, by an item or by another thread of this process, "
+            "while batch %d of this process was read (samples %d ... %d): that batch was read again, and the generator "
+            "is seeded for each sample from now on",
             " and ".join(names),
             self._batches_read,
             first,

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -56,8 +57,8 @@ def seed_host_generators(seed: int) -> None:
 class GlobalGenerator:
     """A global generator of random numbers: `seed` seeds it, `draw` draws one number of 53 bits or more.
 
-    `readers` are names, as (module, name), through which its state and its seed are read. What is computed from these
-    depends on the generator too, although its state is the same afterwards.
+    `readers` are functions, as (module, name), that read its state and its seed. What is computed from these depends
+    on the generator too, although its state is the same afterwards.
     """
 
     name: str
@@ -75,26 +76,21 @@ GLOBAL_GENERATORS = (
         "torch",
         torch.default_generator.manual_seed,
         lambda: _DRAWN.random_().item(),
-        ((torch.random, "default_generator"),),  # which the functions of torch.random use
+        tuple((module, name) for module in (torch, torch.random) for name in ("get_rng_state", "initial_seed")),
     ),
 )
 _WATCH_SEED = 0x5EEDED_BA7C4  # of generators that are expected not to be used
 
 
-class NotedUse:
-    """A function or an object that notes when it is used."""
+def note_calls(function: Callable[..., Any], note: Callable[[], None]) -> Callable[..., Any]:
+    """The same function, which calls `note` first."""
 
-    def __init__(self, original: Any, note: Callable[[], None]) -> None:
-        self._original = original
-        self._note = note
+    @wraps(function)
+    def note_and_call(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return function(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._note()
-        return self._original(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        self._note()
-        return getattr(self._original, name)
+    return note_and_call
 
 
 class GeneratorWatch:
@@ -109,7 +105,7 @@ class GeneratorWatch:
         self._first: tuple[int, Any] | None = None  # a seed, and the first number after it
         self._was_read = False
         readers = [(vars(module), name) for module, name in generator.readers]
-        self._readers = [(names, name, names[name], NotedUse(names[name], self._note)) for names, name in readers]
+        self._readers = [(names, name, names[name], note_calls(names[name], self._note)) for names, name in readers]
 
     def start(self, seed: int = _WATCH_SEED) -> None:
         self._seed, self._was_read = seed, False

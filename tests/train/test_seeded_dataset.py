@@ -38,8 +38,11 @@ DRAWS: dict[str, Callable[[], Any]] = {
     "whole state": lambda: float(np.random.rand(312).sum()),  # as many words as the state has
     "own seed": lambda: random.seed(4) or random.random(),
     "put back": draw_and_put_back,
-    "initial seed": torch.initial_seed,  # as imported by name
+    "initial seed": lambda: torch.initial_seed() % 1000,
+    "other initial seed": lambda: torch.random.initial_seed() % 1000,
     "state": lambda: hash(random.getstate()),
+    "torch's state": lambda: int(torch.random.get_rng_state().sum()),
+    "generator": lambda: float(torch.rand((), generator=torch.random.default_generator)),
 }
 
 
@@ -138,17 +141,26 @@ def test_only_generators_that_samples_use_are_seeded_for_each(seedings: Counter[
     assert max(items.reads.values()) == 7, "nothing is read again"
 
 
-def test_items_that_draw_nothing_are_read_together(seedings: Counter[str]) -> None:
-    items = DrawingTogether({})
-    together: list[list[int]] = []
-    items.__getitems__ = lambda indices: together.append(indices) or [items[index] for index in indices]  # type: ignore[method-assign]
-    batches = SeededDataset(items, 0, pass_items)
+def test_generators_that_no_item_uses_are_seeded_once_per_batch(seedings: Counter[str]) -> None:
+    batches = SeededDataset(Drawing({}), 0, pass_items)
     for epoch in range(4):
         batches.__getitems__([(epoch, [3, 4]), (epoch + 1, [5])])
-    assert together == [[3, 4, 5]] * 3
     seedings.clear()
-    batches.__getitems__([(9, [1])])
+    assert batches.__getitems__([(9, [1, 2])]) == [[1], [2]]
     assert seedings == {"random": 1, "numpy": 1, "torch": 1}
+
+
+def test_declared_data_set_gets_a_list_of_its_own() -> None:
+    """It may sort, cut or keep it: the sampler's lists stay as they are."""
+    together: list[list[int]] = []
+    items = DrawingTogether({})
+    items.deterministic = True  # type: ignore[attr-defined]
+    items.__getitems__ = lambda indices: together.append(indices) or [[indices.pop()] for _ in range(len(indices))]  # type: ignore[method-assign]
+    batches, samples = SeededDataset(items, 0, pass_items), [3, 4]
+    assert batches.__getitems__([(0, samples)]) == [[4], [3]]
+    assert samples == [3, 4]
+    assert batches.__getitems__([(0, samples), (1, [5])]) == [[5], [4], [3]]
+    assert len(together) == 2
 
 
 def test_declared_data_sets_are_neither_seeded_nor_watched(seedings: Counter[str]) -> None:
@@ -210,10 +222,10 @@ def test_first_use_after_the_first_batch_is_logged_once(caplog: pytest.LogCaptur
         for samples in ([1, 2], [2, 3], [3], [5, 6], [5]):
             batches.__getitems__([(0, samples)])
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        "the global generator of numpy was used for the first time, while batch 2 of this process was read "
-        "(samples 2 ... 3)",
-        "the global generator of random was used for the first time, while batch 4 of this process was read "
-        "(samples 5 ... 6)",
+        "the global generator of numpy was used for the first time, by an item or by another thread of this process, "
+        "while batch 2 of this process was read (samples 2 ... 3)",
+        "the global generator of random was used for the first time, by an item or by another thread of this process, "
+        "while batch 4 of this process was read (samples 5 ... 6)",
     ]
     assert items.reads == {1: 1, 2: 3, 3: 3, 5: 3, 6: 2}
 
@@ -269,13 +281,26 @@ def test_draws_while_torch_collates_are_seeded() -> None:
         assert torch.equal(batch["x"], read_fully_seeded(Lazy({}), 0, collate_or_passthrough, parts)["x"])
 
 
-class Collated(Drawing):
-    """A data set that collates itself, without saying that it is deterministic."""
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_undeclared_data_set_is_read_by_item_from_the_first_batch_on(kind: type) -> None:
+    items = DrawingTogether({})
+    items.__getitems__ = lambda indices: kind([index + 100] for index in indices)  # type: ignore[method-assign]
+    batches = SeededDataset(items, 0, pass_items)
+    assert [batches.__getitems__([(0, [1, 2])]) for _ in range(3)] == [[[1], [2]]] * 3
 
-    def __getitems__(self, indices: list[int]) -> Any:
-        return tuple(self[index] for index in indices)
 
+def test_module_that_is_first_imported_while_an_item_is_read_gets_torch_s_own_generator() -> None:
+    imported: list[Any] = []
 
-def test_batch_of_an_undeclared_data_set_has_the_same_type_from_the_first_on() -> None:
-    batches = SeededDataset(Collated({}), 0, pass_items)
-    assert [type(batches.__getitems__([(0, [1, 2])])) for _ in range(3)] == [list] * 3
+    class Importing(Drawing):
+        def __getitem__(self, index: int) -> Any:
+            from torch.random import default_generator
+
+            imported.append(default_generator)
+            return index
+
+    batches = SeededDataset(Importing({}), 0, pass_items)
+    for _ in range(2):
+        batches.__getitems__([(0, [1])])
+    assert all(generator is torch.default_generator for generator in imported)
+    assert len(imported) == 2, "looking at it is no use of it"

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = read_command(int(arguments[0].removeprefix(COMMAND_FLAG)))
     if arguments is None:
         return EXIT_OK
-    report = arguments.pop(0).removeprefix(FAILURES_FLAG) if arguments[0].startswith(FAILURES_FLAG) else ""
+    has_report = bool(arguments) and arguments[0].startswith(FAILURES_FLAG)
+    report = arguments.pop(0).removeprefix(FAILURES_FLAG) if has_report else ""
     os.environ.update(make_starter_env())
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     if report:

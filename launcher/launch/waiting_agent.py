@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,8 @@ class WaitingAgent:
     def __init__(self) -> None:
         reader, writer = os.pipe()
         argv = [sys.executable, "-m", AGENT_MODULE, f"{COMMAND_FLAG}{reader}"]
-        env = os.environ | make_starter_env()
+        self._environ = dict(os.environ)
+        env = self._environ | make_starter_env()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe = os.fdopen(writer, "w")
         with suppress(OSError):  # the driver will start another one, and report what is wrong
@@ -35,14 +37,23 @@ class WaitingAgent:
         os.close(reader)
 
     def hand_over(self, command: Command) -> subprocess.Popen[bytes] | None:
-        """Let the agent run a command; None if it is not there any more."""
+        """Let the agent run a command as this process would run it now; None if it is not there any more.
+
+        A recipe's module may have changed variables since the agent was started, and the check of the machine may have
+        raised the limit on open files. A newline ends the message, not the end of the file: processes that the module
+        has forked keep the pipe open.
+        """
         if self._process is None or self._process.poll() is not None:
             return None
         arguments = command.argv[command.argv.index(AGENT_MODULE) + 1 :]
+        changed = {name: value for name, value in os.environ.items() if self._environ.get(name) != value}
+        removed = [name for name in self._environ if name not in os.environ]
+        message = {"argv": arguments, "unset": removed, "env": changed | dict(command.env)}
         try:
-            self._pipe.write(json.dumps({"argv": arguments, "env": dict(command.env)}))
+            resource.prlimit(self._process.pid, resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE))
+            self._pipe.write(f"{json.dumps(message)}\n")
             self._pipe.close()
-        except BrokenPipeError:
+        except OSError:
             return None
         process, self._process = self._process, None
         return process
@@ -82,14 +93,16 @@ def waiting_agent(overrides: Sequence[str]) -> Iterator[WaitingAgent | None]:
 
 
 def read_command(descriptor: int) -> list[str] | None:
-    """In the agent: wait for the command, add its variables to the environment and return its arguments.
+    """In the agent: wait for the command, change the environment as it says and return its arguments.
 
-    None if the driver does not need this agent.
+    None if the driver does not need this agent, or ended while it wrote.
     """
     with os.fdopen(descriptor) as pipe:
-        text = pipe.read()
-    if not text:
+        text = pipe.readline()
+    if not text.endswith("\n"):
         return None
     command = json.loads(text)
+    for name in command["unset"]:
+        os.environ.pop(name, None)
     os.environ.update(command["env"])
     return list(command["argv"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -110,7 +111,51 @@ def test_agent_ends_with_a_driver_that_is_killed() -> None:
     wait_for(lambda: not is_alive(agent))
 
 
-def test_agent_that_gets_no_command_has_nothing_to_do() -> None:
+@pytest.mark.parametrize("text", ["", '{"argv": ["--nnod', '{"argv": [], "env": {}, "unset": []}'])
+def test_agent_that_gets_no_whole_command_has_nothing_to_do(text: str) -> None:
+    """The driver may be killed while it writes."""
     reader, writer = os.pipe()
+    os.write(writer, text.encode())
     os.close(writer)
     assert read_command(reader) is None
+
+
+def test_command_is_read_although_another_process_keeps_the_pipe_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that a recipe's module has forked in the driver has all of the driver's files."""
+    reader, writer = os.pipe()
+    text = '{"argv": ["--nnodes=1"], "env": {"ADDED": "1"}, "unset": ["REMOVED"]}'
+    code = "import os, sys; from launcher.launch.waiting_agent import read_command; "
+    code += f"print(read_command({reader}), os.environ['ADDED'], 'REMOVED' in os.environ)"
+    monkeypatch.setenv("REMOVED", "1")
+    with subprocess.Popen([sys.executable, "-c", code], pass_fds=[reader], stdout=subprocess.PIPE) as agent:
+        os.write(writer, f"{text}\n".encode())
+        try:
+            assert agent.communicate(timeout=30)[0] == b"['--nnodes=1'] 1 False\n"
+        finally:
+            agent.kill()
+            os.close(writer)
+            os.close(reader)
+
+
+def test_agent_gets_what_the_recipe_changed_in_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Variables that its module sets or removes, and the limit on open files, which is raised to what the job needs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REMOVED", "1")
+    monkeypatch.setenv("CHANGED", "before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    write = 'echo "${REMOVED-none} $CHANGED $ADDED $OWN $(ulimit -n)" > $RANK'
+    torchrun = ("--nproc-per-node=1", "--local-addr=127.0.0.1", "--no-python", "bash", "-c", write)
+    with waiting_agent([]) as waiting:
+        assert waiting is not None
+        monkeypatch.delenv("REMOVED")
+        monkeypatch.setenv("CHANGED", "after")
+        monkeypatch.setenv("ADDED", "\udcff")
+        monkeypatch.setenv("OWN", "the driver's")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+        try:
+            agent = waiting.hand_over(Command((sys.executable, "-m", AGENT_MODULE, *torchrun), {"OWN": "command's"}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert agent is not None
+    assert agent.wait(100) == 0
+    assert (tmp_path / "0").read_bytes() == f"none after \udcff command's {soft - 1}\n".encode(errors="surrogateescape")

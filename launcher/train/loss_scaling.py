@@ -115,7 +115,8 @@ def find_scaling_problem(context: TrainContext, items: Any, store_gather: StoreG
     if samples < 2:
         return None, False
     with preserve_generators(), torch.no_grad():
-        batches = try_to_load(store_gather, partial(load_batches, context, items, samples))
+        load = partial(load_batches, context, items, samples)
+        batches = try_to_load(store_gather, load, context.config.launch.timeout_s)
         measure = partial(measure_both, context, batches or [], samples)
         splits = None if batches is None else try_to_compute(context, store_gather, measure)
     if splits is None:
@@ -128,12 +129,16 @@ def find_scaling_problem(context: TrainContext, items: Any, store_gather: StoreG
     return next(filter(None, problems), None), all(split.is_conclusive for split in splits)
 
 
-def try_to_load(store_gather: StoreGather, load: Callable[[], list[Any]]) -> list[Any] | None:
-    """The batches if every rank could load them; else None on every rank."""
+def try_to_load(store_gather: StoreGather, load: Callable[[], list[Any]], within_s: float) -> list[Any] | None:
+    """The batches if every rank could load them; else None on every rank.
+
+    Raises:
+        RuntimeError: another rank has not tried within `within_s` seconds.
+    """
     batches = None
     with suppress(Exception):
         batches = load()
-    return batches if all(store_gather.gather(batches is not None)) else None
+    return batches if all(store_gather.gather(batches is not None, within_s)) else None
 
 
 def try_to_compute(
@@ -155,7 +160,7 @@ def try_to_compute(
         if context.replica.sharded and len(set(places)) > 1:  # collectives that only some ranks began
             raise
         return None
-    return None if any(store_gather.gather(0.0)) else splits
+    return None if any(store_gather.gather(0.0, context.config.launch.timeout_s)) else splits
 
 
 def locate_error(error: Exception, rank: int) -> float:

@@ -6,8 +6,10 @@ import copy
 import dataclasses
 import math
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from launcher.config.schema import BatchConfig, DataConfig, LrConfig, RunConfig
+from launcher.config.schema import BatchConfig, DataConfig, LaunchConfig, LrConfig, RunConfig
 from launcher.distributed.store_gather import StoreGather
 from launcher.plan.sample_order import SamplePermutation
 from launcher.plan.timeline import Position
@@ -239,6 +241,15 @@ def test_loss_that_does_not_add_up_is_described(name: str) -> None:
 @pytest.mark.parametrize("name", SUMS)
 def test_loss_that_adds_up_gets_no_alarm(name: str, model: str) -> None:
     assert find_problem(SUMS[name], model) is None
+
+
+def test_ranks_wait_for_one_that_does_not_read_its_data_as_long_as_the_configuration_says() -> None:
+    context = make_context(SUMS["sum"], MODELS["linear"](), launch=LaunchConfig(timeout_s=0.1))
+    store, begin_s = dist.HashStore(), time.monotonic()
+    store.set_timeout(timedelta(seconds=30))
+    with pytest.raises(RuntimeError, match="timeout"):
+        find_scaling_problem(context, Texts(), StoreGather(store, 1, 2))
+    assert time.monotonic() - begin_s < 15, "it has waited for the store's own timeout"
 
 
 @pytest.mark.parametrize("model", ["normed", "mixing"])

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 
 from launcher.config.cli_args import HydraArgs
 from launcher.config.schema import RunConfig
@@ -18,8 +19,10 @@ __all__ = ["add_current_folder_to_path", "handle_help", "handle_info_flags", "pr
 
 def resolve_config(args: Sequence[str]) -> RunConfig:
     """Resolve the configuration; print decisions made for the user to stderr."""
-    with paused_garbage_collection():
-        from launcher.config import compose
+    if "launcher.config.compose" not in sys.modules:  # a pause keeps the garbage that exists by then
+        with paused_garbage_collection():
+            import_module("launcher.config.compose")
+    from launcher.config import compose
 
     composed = compose.resolve(args)
     print_notes(composed.notes)

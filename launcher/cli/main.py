@@ -12,6 +12,7 @@ from launcher.cli.arguments import add_current_folder_to_path, handle_help
 from launcher.config.keys import closest_match
 from launcher.distributed.cleanup_process import CleanupProcess
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, UsageError, format_named_error
+from launcher.system.garbage_collection import own_this_process
 from launcher.system.redaction import mask_secrets
 from launcher.system.standard_streams import ensure_standard_streams
 from launcher.system.stderr import print_stderr
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, `train` if none is given, and return the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     ensure_standard_streams()
+    if argv is None:
+        own_this_process()
     status = EXIT_FAILED
     try:
         refuse_undecodable(args)

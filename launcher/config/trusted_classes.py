@@ -51,7 +51,7 @@ def _covers(entry: str, path: str) -> bool:
 
 def _import_module(setting: str, module: str) -> types.ModuleType:
     try:
-        with paused_garbage_collection():
+        with paused_garbage_collection(freeze=False):
             return importlib.import_module(module)
     except ImportError as problem:
         raise UsageError(f"{setting}: {module} does not import: {_join_lines(problem)}") from problem

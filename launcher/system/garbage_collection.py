@@ -18,12 +18,12 @@ def own_this_process() -> None:
 
 
 @contextmanager
-def paused_garbage_collection() -> Iterator[None]:
+def paused_garbage_collection(*, freeze: bool = True) -> Iterator[None]:
     """Collect no garbage in this block, which imports modules; later collections do not look at what exists by then.
 
     Importing torch and what it uses creates about a million objects and hardly any garbage. Looking for it again and
     again takes an eighth of the time. In a process that is not the launcher's own nothing changes: garbage that exists
-    by then would stay for ever.
+    by then would stay for ever. With `freeze=False` it is collected later, for modules of the user.
     """
     if not _owned or not gc.isenabled():
         yield
@@ -32,5 +32,6 @@ def paused_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        if freeze:
+            gc.freeze()
         gc.enable()

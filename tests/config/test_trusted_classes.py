@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from launcher.config.trusted_classes import load_class
 from launcher.errors import UsageError
+from launcher.system import garbage_collection
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,23 @@ def test_shipped_recipes_and_torch_are_trusted(target):
 @pytest.mark.parametrize("trust", [["my_own"], ["my_own.Mine"], ["other", "my_own"]])
 def test_trust_entry_names_module_or_class(trust):
     assert load_class("my_own.Mine", trust).__name__ == "Mine"
+
+
+def test_garbage_that_exists_when_a_class_is_loaded_is_collected_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the module itself, and that of a process which loads classes again and again."""
+    (tmp_path / "my_lists.py").write_text(
+        "class Mine: ...\ngone = Mine()\ngone.own = gone\nimport weakref\ngone = weakref.ref(gone)"
+    )
+    monkeypatch.setattr(garbage_collection, "_owned", True)
+    before = gc.get_freeze_count()
+    for target in ("my_lists.Mine", "my_lists.Mine", "launcher.recipes.mlp.Mlp"):
+        load_class(target, ["my_lists"])
+    gc.collect()
+    assert sys.modules["my_lists"].gone() is None
+    assert gc.get_freeze_count() <= before
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("trust", [[], ["my"], ["my_own.Other"], ["my_own.Min"], [""], ["launcher"]])

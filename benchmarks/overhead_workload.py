@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-__all__ = ["CLASSES_BY_NAME", "Items", "ItemsInBatches", "Perceptron", "Ruler", "make_workload", "sum_cpu_s"]
+__all__ = ["CLASSES_BY_NAME", "Items", "ItemsInBatches", "OtherProcesses", "Perceptron", "Ruler", "make_workload"]
 
 #: The environment variables of the ruler: a folder, which is in the environment of all processes of the job and of no
 #: other, and the calls of `loss()` at which it notes the times, as numbers separated by commas.
@@ -35,6 +35,7 @@ class Ruler:
         self._marks = [int(mark) for mark in os.environ.get(MARKS_VARIABLE, "").split(",") if mark]
         self._calls = 0
         self._notes: list[dict[str, float]] = []
+        self._others: OtherProcesses | None = None
 
     def count_call(self) -> None:
         """Count a call of `loss()`, unless it is for a check or validation, which computes no gradient."""
@@ -57,22 +58,49 @@ class Ruler:
 
     def _sum_other_cpu_s(self) -> float:
         """On rank 0, the CPU seconds of all processes of the job that are not ranks, and of their children."""
-        return 0.0 if os.environ["RANK"] != "0" else sum_cpu_s(os.environ[FOLDER_VARIABLE], os.getppid())
+        if os.environ["RANK"] != "0":
+            return 0.0
+        if self._others is None:
+            self._others = OtherProcesses(os.environ[FOLDER_VARIABLE], os.getppid())
+        return self._others.sum_cpu_s()
 
 
-def sum_cpu_s(folder: str, agent: int) -> float:
-    """CPU seconds of the processes with `folder` in their environment other than `agent`'s children, the ranks."""
-    ticks = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if folder.encode() not in Path("/proc", pid, "environ").read_bytes():
+class OtherProcesses:
+    """The processes with `folder` in their environment other than `agent`'s children, the ranks."""
+
+    def __init__(self, folder: str, agent: int) -> None:
+        self._folder = folder.encode()
+        self._agent = agent
+        self._found: dict[tuple[int, int], tuple[int, int]] = {}  # parent and CPU time, by pid and start time
+        self._lost = 0
+
+    def sum_cpu_s(self) -> float:
+        """Their CPU seconds and those of their children, which never decrease from one call to the next.
+
+        What a process has used is counted by the one that waits for it when it has ended. If that is none of the job's,
+        what it had used by the last call still counts.
+        """
+        before, self._found = self._found, self._find()
+        alive = {pid for pid, _ in self._found}
+        ended = [before[process] for process in before.keys() - self._found.keys()]
+        self._lost += sum(ticks for parent, ticks in ended if parent not in alive)
+        return (self._lost + sum(ticks for _, ticks in self._found.values())) / os.sysconf("SC_CLK_TCK")
+
+    def _find(self) -> dict[tuple[int, int], tuple[int, int]]:
+        found = {}
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                stat = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
+                process, parent = (int(pid), int(stat[19])), int(stat[1])
+                # one that has ended and was not waited for has no environment
+                if process not in self._found and self._folder not in Path("/proc", pid, "environ").read_bytes():
+                    continue
+            except OSError:  # it ended, or belongs to another user
                 continue
-            stat = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended, or belongs to another user
-            continue
-        own, waited_for = sum(map(int, stat[11:13])), sum(map(int, stat[13:15]))
-        ticks += (0 if int(stat[1]) == agent else own) + (0 if int(pid) == agent else waited_for)
-    return ticks / os.sysconf("SC_CLK_TCK")
+            own = 0 if parent == self._agent else sum(map(int, stat[11:13]))
+            waited_for = 0 if int(pid) == self._agent else sum(map(int, stat[13:15]))
+            found[process] = parent, own + waited_for
+        return found
 
 
 def read_peak_rss_kb() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from overhead_workload import Items, Perceptron, Ruler, make_workload, sum_cpu_s
+from overhead_workload import Items, OtherProcesses, Perceptron, Ruler, make_workload
 
 BURN = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ntime.sleep(600)"
 
@@ -55,10 +56,27 @@ def test_other_processes_of_the_job_are_found_by_their_environment(tmp_path: Pat
     with subprocess.Popen([sys.executable, "-c", BURN], env=env, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert 0.25 < sum_cpu_s(str(tmp_path), agent=1) < 1.0
-        assert sum_cpu_s(str(tmp_path), agent=os.getpid()) == 0
-        assert sum_cpu_s(f"{tmp_path}-other", agent=1) == 0
+        assert 0.25 < OtherProcesses(str(tmp_path), agent=1).sum_cpu_s() < 1.0
+        assert OtherProcesses(str(tmp_path), agent=os.getpid()).sum_cpu_s() == 0
+        assert OtherProcesses(f"{tmp_path}-other", agent=1).sum_cpu_s() == 0
         process.kill()
+
+
+@pytest.mark.process
+def test_process_without_a_parent_in_the_job_still_counts_when_it_has_ended(tmp_path: Path) -> None:
+    env, others = os.environ | {"OVERHEAD_FOLDER": str(tmp_path)}, OtherProcesses(str(tmp_path), agent=-1)
+    argv = ["sh", "-c", '"$0" -c "$1" & echo $!', sys.executable, BURN]
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        orphan = int(parent.stdout.readline())
+        parent.stdout.readline()  # it has used its time
+        parent.wait()
+        used_s = others.sum_cpu_s()
+        os.kill(orphan, signal.SIGKILL)
+        parent.stdout.read()  # until it has ended
+    assert used_s > 0.25
+    assert others.sum_cpu_s() >= used_s
+    assert OtherProcesses(str(tmp_path), agent=-1).sum_cpu_s() == 0
 
 
 def test_perceptron_is_a_recipe() -> None:

@@ -8,6 +8,8 @@ tensors, the ranks exchange nothing else in the training loop.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,8 @@ __all__ = ["GatheredStats", "PendingStats", "RankStats", "sum_loss_counts"]
 COUNT, STOP, SAVE, CALL_ORDER, LOSS_COUNT, GROUPS = range(6)  # columns, in the order of HOST_FIELDS
 STAGE_COLUMNS = slice(GROUPS + 1, GROUPS + 1 + len(STAGES))
 LOSS, FINITE, GRAD_NORM, GROUP_SQ_NORM_SUM = range(STAGE_COLUMNS.stop, NUM_STATS)  # in the order of DEVICE_FIELDS
+POLL_S = 0.0002
+FEW_RANKS = 16
 NO_TIMES = (0.0,) * len(STAGES)
 
 
@@ -54,13 +58,19 @@ class RankStats:
         if device.type == "cpu":
             return torch.tensor([*host, *self.stages_ms, *map(float, scalars)], dtype=torch.float64)
         pinned = torch.tensor([*host, *self.stages_ms], dtype=torch.float64).pin_memory()
-        on_device = [torch.as_tensor(scalar, device=device).detach().double() for scalar in scalars]
+        on_device = [
+            scalar.detach().double() if isinstance(scalar, torch.Tensor) else pinned.new_full((), scalar, device=device)
+            for scalar in scalars
+        ]
         return torch.cat([pinned.to(device, non_blocking=True), torch.stack(on_device)])
 
 
 def sum_loss_counts(table: torch.Tensor) -> torch.Tensor:
-    """The loss count of this update over all ranks, from the table on the device; a scalar that stays there."""
-    return table[:, COUNT].sum()
+    """The loss count of this update over all ranks, from the table on the device; a scalar that stays there.
+
+    The order of the sum does not depend on the number of ranks, for counts that are not whole.
+    """
+    return sum_rows_as_tree(table[:, COUNT])
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,13 @@ class GatheredStats:
         return sum_rows_as_tree(self.table).tolist()
 
     @cached_property
-    def _largest(self) -> list[float]:
-        return self.table.amax(dim=0).tolist()
-
-    @cached_property
-    def _least(self) -> list[float]:
-        return self.table.amin(dim=0).tolist()
+    def _extremes(self) -> tuple[Sequence[float], Sequence[float]]:
+        """The least and the largest value of each column."""
+        if len(self.table) <= FEW_RANKS:  # a few tensor operations would take longer
+            columns = list(zip(*self.table.tolist(), strict=True))
+            return [min(column) for column in columns], [max(column) for column in columns]
+        least, largest = torch.aminmax(self.table, dim=0)
+        return least.tolist(), largest.tolist()
 
     @property
     def world(self) -> int:
@@ -109,11 +120,11 @@ class GatheredStats:
 
     @property
     def stop(self) -> StopLevel:
-        return StopLevel(int(self._largest[STOP]))
+        return StopLevel(int(self._extremes[1][STOP]))
 
     @property
     def save(self) -> bool:
-        return self._largest[SAVE] > 0
+        return self._extremes[1][SAVE] > 0
 
     def check_call_order(self) -> None:
         """Check that all ranks called the parts of a sharded model in the same order.
@@ -121,7 +132,8 @@ class GatheredStats:
         Raises:
             TrainingFailed: they did not, so the collectives of this update exchanged tensors of different parts.
         """
-        if self._least[CALL_ORDER] != self._largest[CALL_ORDER]:
+        least, largest = self._extremes
+        if least[CALL_ORDER] != largest[CALL_ORDER]:
             raise TrainingFailed(
                 "in this update the ranks called different parts of the model, or in another order (as with random "
                 "layer drop), so that their gradients cannot be summed: let every rank call all parts in the same "
@@ -156,12 +168,14 @@ class GatheredStats:
     @property
     def not_finite(self) -> tuple[int, ...]:
         """The ranks whose own loss of the previous update was NaN or infinite."""
+        if math.isfinite(self.loss):
+            return ()
         return tuple((~torch.isfinite(self.table[:, LOSS])).nonzero().flatten().tolist())
 
     @property
     def finite(self) -> bool:
         """Whether the previous update was applied."""
-        return self._least[FINITE] > 0
+        return self._extremes[0][FINITE] > 0
 
 
 class PendingStats:
@@ -178,7 +192,10 @@ class PendingStats:
             self._event.record()
 
     def read(self) -> GatheredStats:
-        """Return the statistics. On a GPU this waits for their copy only, not for what follows it."""
-        if self._event is not None:
-            self._event.synchronize()
+        """Return the statistics. On a GPU this waits for their copy only, not for what follows it.
+
+        The wait is in Python, where a signal ends it: it has no end where another rank was lost.
+        """
+        while self._event is not None and not self._event.query():
+            time.sleep(POLL_S)
         return GatheredStats(self._table, *self._updates)

@@ -142,7 +142,7 @@ class DdpReplica(BaseReplica):
                 self._left_out = {name: parameter for name, parameter in pairs if parameter.grad is None}
             missing = [name for name, parameter in self._left_out.items() if parameter.grad is not None]
         if missing or not self._is_reduced:
-            missing = missing or find_unreduced(ddp, ["", *self._trained_names])
+            missing = missing or find_unreduced(ddp, ["the statistics", *self._trained_names])
             fix = f"strategy.static_graph=false {FIND_UNUSED}" if self._static_graph else FIND_UNUSED
             raise make_unreduced_error(missing, dist.get_rank(), fix)
 
@@ -171,12 +171,14 @@ class DdpReplica(BaseReplica):
     ) -> StepResult:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         factor, counted = split_normalizer(loss_normalizer)
+        if not gradients:
+            return self._step_without_gradients(counted)
         multiply_gradients(gradients, factor)
         self._group_norms.close(self._bucket_norms)
         self._bucket_norms = []
         norm_sum, groups = self._pop_group_norms(self._precision.get_scale_tensor())
         self._precision.unscale(self.optimizer)
-        norm = self._compute_grad_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(compute_norms(gradients)))
         finite = torch.isfinite(norm)
         if clip_norm is not None:
             clip_grads_with_norm_(self._parameters, clip_norm, norm)
@@ -185,10 +187,21 @@ class DdpReplica(BaseReplica):
         norm = norm if counted is None else torch.where(counted, norm, torch.nan)
         return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
 
-    def _compute_grad_norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Norm of the whole gradient; 0 if no parameter has one, as where nothing counted."""
-        norms = compute_norms(gradients)
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._precision.device)
+    def _step_without_gradients(self, counted: torch.Tensor | None) -> StepResult:
+        """No parameter has a gradient: nothing counted, which the host may not know yet.
+
+        Raises:
+            TrainingFailed: something counted.
+        """
+        if counted is not None and not bool(counted):
+            return self.discard_update()
+        raise TrainingFailed(
+            "the loss depends on no trained parameter of model(): no step was taken; compute it from what model() "
+            "returned, in which something is trained"
+        )
+
+    def exchange_stats(self, row: torch.Tensor) -> torch.Tensor:
+        return super().exchange_stats(row if self._bucket_stats is None else self._bucket_stats.round(row))
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         self._adopt_buffers(model, facts)

@@ -145,7 +145,7 @@ class FsdpReplica(BaseReplica):
         multiply_gradients(rows, factor / scale)
         norm = self._compute_grad_norm(rows)
         if clip_norm is not None:
-            torch._foreach_mul_(rows, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
+            multiply_gradients(rows, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
         set_lr_and_momentum(self.optimizer, lr, momentum)
         finite = torch.isfinite(norm)
         self._step_if_finite(finite, counted)

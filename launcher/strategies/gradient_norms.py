@@ -49,7 +49,7 @@ class GroupGradNorms:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._nothing = torch.zeros((), dtype=torch.float64, device=device)
         self._count = 0.0
         self._groups: list[tuple[float, Sequence[torch.Tensor]]] = []
 
@@ -72,7 +72,7 @@ class GroupGradNorms:
         """Return the sum, corrected for gradients scaled by `scale`, and the number of groups; then reset."""
         groups, self._groups, self._count = self._groups, [], 0.0
         if not groups:
-            return torch.zeros((), dtype=torch.float64, device=self._device), 0
+            return self._nothing, 0
         squares = torch.stack([norm for _, norms in groups for norm in norms]).double().square()
         parts = squares.split([len(norms) for _, norms in groups])
         total = compute_tree_sum(part.sum() / count for part, (count, _) in zip(parts, groups, strict=True))

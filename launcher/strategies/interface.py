@@ -130,7 +130,7 @@ class Replica(Protocol):
         """Take one optimizer step with learning rate `lr` on gradients x `loss_normalizer`; skip non-finite ones.
 
         Unless `decides_on_host`, the normalizer may be a scalar on the device. If it is infinite, the loss counted
-        nothing, and the result is that of `discard_update`.
+        nothing, and parameters, moments and buffers are as after `discard_update`.
         """
 
     def discard_update(self) -> StepResult:

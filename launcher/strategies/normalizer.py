@@ -25,6 +25,6 @@ def multiply_gradients(gradients: list[torch.Tensor], factor: float | torch.Tens
     """Multiply in place; a number that is 1 costs nothing."""
     if isinstance(factor, torch.Tensor):
         if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+            torch._foreach_mul_(gradients, factor.to(gradients[0]))  # offloaded ones are on the CPU
     elif factor != 1.0:
         torch._foreach_mul_(gradients, factor)

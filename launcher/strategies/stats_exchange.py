@@ -8,9 +8,6 @@ the backward pass. The result stays on the device: nothing here makes the host w
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -57,49 +54,47 @@ class StatsInBucket:
     """
 
     def __init__(self, rank: int, world: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.words = nn.Parameter(torch.zeros(world, 2, NUM_STATS, dtype=dtype, device=device))
+        self.words = nn.Parameter(torch.zeros(world * 2 * NUM_STATS, dtype=dtype, device=device))
+        self._shape = (world, 2, NUM_STATS)
         self._rank = rank
-        self._row: torch.Tensor | None = None
+        self._row = torch.zeros(2, NUM_STATS, dtype=dtype, device=device)
+        self._high, self._low = self._row
+        self._is_waiting = False  # for its bucket
 
     def send(self, row: torch.Tensor) -> None:
         """Take this rank's row, float64 on the device; it is written when its bucket is complete."""
-        high = row.to(self.words.dtype)
-        low = (row - high).to(high.dtype)
-        # infinity minus infinity is NaN: the words are then infinity and 0
-        self._row = torch.stack([high, torch.nan_to_num(low, nan=0.0)])
+        self._split(row)
+        self._is_waiting = True
+
+    def round(self, row: torch.Tensor) -> torch.Tensor:
+        """The row as it would arrive: for an exchange of other kind that must have the same bits."""
+        self._split(row)
+        return self._row.sum(dim=0, dtype=torch.float64)
+
+    def _split(self, row: torch.Tensor) -> None:
+        self._high.copy_(row)
+        self._low.copy_(row - self._high)
+        self._low.nan_to_num_(nan=0.0)  # infinity minus infinity: the words are then infinity and 0
 
     def add_to_graph(self, loss: Loss) -> Loss:
         """The same loss, whose backward pass also reaches the parameter, so that its bucket becomes complete."""
-        return replace(loss, total=ReachWords.apply(loss.total, self.words))
+        return Loss(torch.add(loss.total, self.words[0], alpha=0), loss.count, loss.metrics)
 
     def write(self, bucket: torch.Tensor) -> None:
         """Called before a bucket is summed: write the row if the parameter's gradient is a part of this bucket."""
         gradient = self.words.grad
-        if gradient is None or self._row is None:
+        if gradient is None or not self._is_waiting:
             return
         if 0 <= gradient.data_ptr() - bucket.data_ptr() < bucket.numel() * bucket.element_size():
             gradient.zero_()
-            gradient[self._rank] = self._row
-            self._row = None
+            gradient.view(self._shape)[self._rank] = self._row
+            self._is_waiting = False
 
     def receive(self) -> torch.Tensor:
         """The table, (world, fields) in float64, after the backward pass has summed all buckets."""
         gradient = self.words.grad
         assert gradient is not None, "the backward pass did not reach the parameter of the statistics"
-        assert self._row is None, "no bucket held the gradient of the statistics"
-        high, low = gradient.double().unbind(1)
+        assert not self._is_waiting, "no bucket held the gradient of the statistics"
+        table = gradient.view(self._shape).sum(dim=1, dtype=torch.float64)
         self.words.grad = None
-        return high + low
-
-
-class ReachWords(torch.autograd.Function):
-    """The identity of a total; the words get zeros as their gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, total: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        ctx.like = words
-        return total.view_as(total)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        return gradient, torch.zeros_like(ctx.like)
+        return table

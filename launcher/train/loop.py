@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from launcher.distributed.rank_stats import GatheredStats, PendingStats, sum_loss_counts
+from launcher.distributed.rank_stats import GatheredStats, PendingStats
 from launcher.distributed.stop_requests import StopLevel
 from launcher.plan.batch import BatchPlan
 from launcher.plan.lr_schedule import LrSchedule
@@ -17,7 +17,14 @@ from launcher.telemetry.update_scalars import UpdateScalars
 from launcher.train.checkpoint_manager import format_checkpoint_name
 from launcher.train.context import TrainContext
 from launcher.train.metrics_recorder import UpdateResult, plan_to_dict
-from launcher.train.micro_batches import LossSums, backward, compute_loss_normalizer, forward, iter_micro_batches
+from launcher.train.micro_batches import (
+    LossSums,
+    backward,
+    compute_loss_normalizer,
+    forward,
+    get_loss_count,
+    iter_micro_batches,
+)
 from launcher.train.outcome import TrainOutcome
 from launcher.train.profiler import profile_updates
 from launcher.train.state import MetricTarget, TrainState
@@ -69,10 +76,12 @@ def train(context: TrainContext, state: TrainState) -> tuple[TrainState, TrainOu
         should_leave_loop = gathered.stop != StopLevel.CONTINUE or state.should_stop_at_target(context.training_plan)
         # the last save of the run is always due; a stop before it asks for one
         save_requested = gathered.save or (should_leave_loop and update.end < context.training_plan.duration)
-        state, saved = save_if_due(context, state, previous, pending, requested=save_requested)
-        pending = None if saved else pending
+        saved = save_if_due(context, state, previous, pending, requested=save_requested)
+        if saved is not None:
+            state, gathered, pending = saved.state, saved.gathered or gathered, None
+            should_leave_loop |= gathered.stop != StopLevel.CONTINUE
         context.clock.end_update()
-        record_update(context, state, lr, previous, metrics, saved=saved)
+        record_update(context, state, lr, previous, metrics, saved=saved is not None)
         if needs_replan(context, state) or should_leave_loop:
             break
     if gathered is None:
@@ -172,10 +181,8 @@ def step_optimizer(
 ) -> UpdateResults:
     """Take the optimizer step, if the loss counts anything on any rank."""
     context.enter_phase("optimizer", update)
-    count: float | torch.Tensor = sum_loss_counts(table)
-    if context.replica.decides_on_host or not context.reads_late:
-        count = float(count)
-    if count == 0 and not isinstance(count, torch.Tensor):
+    count = get_loss_count(table, context.replica, late=context.reads_late)
+    if not isinstance(count, torch.Tensor) and count == 0:
         step = context.replica.discard_update()
     else:
         normalizer = compute_loss_normalizer(update, count)
@@ -236,10 +243,18 @@ def check_target(context: TrainContext, state: TrainState, metrics: Mapping[str,
     return replace(state, target_reached=facts)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a save leaves to the loop: its state, and the statistics that were read for the checkpoint, if any were."""
+
+    state: TrainState
+    gathered: GatheredStats | None
+
+
 def save_if_due(
     context: TrainContext, state: TrainState, results: UpdateResults, pending: PendingStats, *, requested: bool
-) -> tuple[TrainState, bool]:
-    """Save a checkpoint if one is due or requested; return whether one was saved, which needs what is still `pending`.
+) -> Saved | None:
+    """Save a checkpoint if one is due or requested. Statistics that are read late, and still pending, are read for it.
 
     The checkpoint must include the statistics of this update, which are normally exchanged with the next one and would
     be missing after a restart. They are therefore exchanged once more, for the checkpoint only: the loop's state gets
@@ -248,16 +263,18 @@ def save_if_due(
     plan, update = context.training_plan, results.update
     is_best = state.best_checkpoint == format_checkpoint_name(state)
     if update is None or not (requested or is_best or is_interval_due(update, plan.checkpoint_every, plan.duration)):
-        return state, False
+        return None
     context.clock.lap("other")
     context.enter_phase("checkpoint", update)
+    gathered = None
     if context.reads_late:
-        state = count_update(context, state, read_stats(context, pending))
+        gathered = read_stats(context, pending)
+        state = count_update(context, state, gathered)
     complete = state.with_gathered_stats(exchange_results(context, results))
     complete = replace(complete, seconds=context.meter.seconds())
     context.checkpoint_manager.save(context.replica, plan, complete, update.full_plan)
     context.clock.lap("checkpoint")
-    return state, True
+    return Saved(state, gathered)
 
 
 def is_interval_due(update: Update, every: int | None, duration: int) -> bool:

@@ -80,8 +80,14 @@ def plan_to_dict(training_plan: TrainingPlan, schedule: LrSchedule, plan: BatchP
     }
 
 
+BATCH_S = 0.25
+
+
 class MetricsRecorder:
     """Holds an update until its statistics have been gathered from all ranks, then writes its row.
+
+    Rows of short updates are written together, a few times per second: between the parts of an update the same code
+    takes several times as long as in a loop of its own.
 
     With `every` above 1 a row covers a window of updates; an update with validation or a checkpoint always ends its
     window. `on_saved_row` is called once the row of an update with a checkpoint is written, `on_first_update` at the
@@ -107,6 +113,7 @@ class MetricsRecorder:
         self._tokens = tokens_per_sample
         self._stragglers = StragglerDetector()
         self._pending: deque[UpdateResult] = deque()
+        self._complete: list[tuple[UpdateResult, GatheredStats]] = []
         self._window: list[tuple[UpdateResult, GatheredStats]] = []
 
     def on_update_end(self, result: UpdateResult) -> None:
@@ -120,11 +127,20 @@ class MetricsRecorder:
         if gathered.previous_update is None:
             return
         result = self._pending.popleft()
-        self._add_to_window(result, gathered)
-        if result.saved:
-            self._on_saved_row()
-        if not result.update.is_partial:
-            self._check_stragglers(gathered, result.update.plan.shares)
+        self._complete.append((result, gathered))
+        waited_s = result.time - self._complete[0][0].time
+        if result.saved or result.validation or not 0 <= waited_s < BATCH_S:
+            self._process_complete()
+
+    def _process_complete(self) -> None:
+        """Write the rows of the updates that are complete, in which stragglers are looked for."""
+        complete, self._complete = self._complete, []
+        for result, gathered in complete:
+            self._add_to_window(result, gathered)
+            if result.saved:
+                self._on_saved_row()
+            if not result.update.is_partial:
+                self._check_stragglers(gathered, result.update.plan.shares)
 
     def _add_to_window(self, result: UpdateResult, gathered: GatheredStats) -> None:
         self._window.append((result, gathered))
@@ -138,13 +154,15 @@ class MetricsRecorder:
 
     def flush_unfinished(self) -> None:
         """Training was interrupted: write the rows of pending updates with rank 0's values only."""
+        self._process_complete()
         for result in self._pending:
             self._add_to_window(result, GatheredStats.from_ranks(()))
         self._pending.clear()
         self.flush()
 
     def flush(self) -> None:
-        """Write the row of an unfinished window, at the end of training."""
+        """Write all rows, also that of an unfinished window, at the end of training."""
+        self._process_complete()
         if self._window:
             self._write_row()
 

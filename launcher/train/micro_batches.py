@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from launcher.distributed.rank_stats import sum_loss_counts
 from launcher.plan.timeline import Update
 from launcher.plan.training_plan import TrainingPlan
 from launcher.plan.virtual_shards import compute_tree_sum
@@ -28,6 +29,7 @@ __all__ = [
     "backward",
     "compute_loss_normalizer",
     "forward",
+    "get_loss_count",
     "iter_micro_batches",
     "seed_generators",
 ]
@@ -130,11 +132,17 @@ class LossSums:
         return float(compute_tree_sum(count for _, count in self.sums_by_shard.values()))
 
 
+def get_loss_count(table: torch.Tensor, replica: Replica, *, late: bool) -> float | torch.Tensor:
+    """The loss count of an update over all ranks: `late`, a scalar on the device unless the replica needs a number."""
+    count = sum_loss_counts(table)
+    return count if late and not replica.decides_on_host else float(count)
+
+
 def compute_loss_normalizer(update: Update, count: float | torch.Tensor) -> float | torch.Tensor:
     """Factor from a mean over samples to a mean over the loss count; infinite for a count of 0, which has no mean.
 
-    A count that is a scalar on the device gives one.
+    For a count on the device, the factor is a scalar on the device too.
     """
     if isinstance(count, torch.Tensor):
-        return update.samples / count
+        return torch.full_like(count, update.samples) / count
     return update.samples / count if count else math.inf

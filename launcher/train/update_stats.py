@@ -1,4 +1,4 @@
-"""What a rank tells all others of its updates: sent with the gradients, received with them, read when that is free."""
+"""What a rank tells all others of its updates: sent with the gradients, and read once the host need not wait."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_stats(context: TrainContext, pending: PendingStats | None) -> GatheredS
     Raises:
         TrainingFailed: the ranks called the parts of a sharded model in different orders.
     """
-    if pending is None:  # read late, in the first update
+    if pending is None:  # read late, in the first update or after a save
         return GatheredStats.from_ranks([RankStats()])
     gathered = pending.read()
     gathered.check_call_order()

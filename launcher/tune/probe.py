@@ -28,7 +28,7 @@ from launcher.telemetry.stage_clock import STAGES, StageClock, find_critical_ran
 from launcher.topology import Topology
 from launcher.train.build import Datasets, TrainComponents, build_components
 from launcher.train.data import MicroBatchLoader
-from launcher.train.micro_batches import compute_loss_normalizer, forward, iter_micro_batches
+from launcher.train.micro_batches import compute_loss_normalizer, forward, get_loss_count, iter_micro_batches
 from launcher.tune.measurements import Measurement
 from launcher.tune.memory_meter import make_memory_meter
 from launcher.tune.oom import is_out_of_memory
@@ -306,18 +306,15 @@ def run_update(trial: SizeTrial, update: Update) -> tuple[float, ...]:
             run_backward(trial, loss.total, update)
             trial.clock.lap_backward()
     trial.enter_phase("sync", update)
-    gathered = PendingStats(trial.replica.receive_stats()).read()
+    table = trial.replica.receive_stats()
+    pending, late = PendingStats(table), trial.precision.device.type != "cpu"
     trial.clock.lap("sync")
     trial.enter_phase("optimizer", update)
-    trial.replica.step(
-        trial.probe_lr,
-        None,
-        compute_loss_normalizer(update, gathered.count),
-        trial.training_plan.config.train.clip_norm,
-    )
+    normalizer = compute_loss_normalizer(update, get_loss_count(table, trial.replica, late=late))
+    trial.replica.step(trial.probe_lr, None, normalizer, trial.training_plan.config.train.clip_norm)
     trial.clock.lap("optimizer")
     trial.clock.end_update()
-    times = gathered.stages_ms
+    times = pending.read().stages_ms
     return tuple(times[find_critical_rank(times)].tolist())
 
 

@@ -9,6 +9,7 @@ import torch
 
 from launcher.distributed.rank_stats import CALL_ORDER, GatheredStats, PendingStats, RankStats, sum_loss_counts
 from launcher.errors import TrainingFailed
+from launcher.plan.virtual_shards import compute_tree_sum
 from launcher.telemetry.stages import STAGES
 from launcher.telemetry.stats_fields import NUM_STATS
 from launcher.telemetry.update_scalars import UpdateScalars
@@ -47,3 +48,21 @@ def test_different_orders_of_calls_end_training() -> None:
     GatheredStats.from_ranks(ranks[:2]).check_call_order()
     with pytest.raises(TrainingFailed, match="called different parts of the model, or in another order"):
         GatheredStats.from_ranks(ranks).check_call_order()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_loss_counts_that_are_not_whole_are_summed_in_the_same_order_at_any_number_of_ranks(ranks: int) -> None:
+    """Exact mode: each rank's count is the tree sum of its shards', and the sum over ranks continues that tree."""
+    torch.manual_seed(0)
+    for shards in torch.rand(200, 8, dtype=torch.float64):
+        counts = [compute_tree_sum(part.tolist()) for part in shards.split(8 // ranks)]
+        table = GatheredStats.from_ranks([RankStats(count=count) for count in counts]).table
+        assert float(sum_loss_counts(table)) == compute_tree_sum(shards.tolist())
+
+
+def test_statistics_of_many_ranks_are_read_like_those_of_few() -> None:
+    ranks = [RankStats(count=rank, stop=2.0 * (rank == 70), save=float(rank == 3)) for rank in range(100)]
+    ranks[50] = RankStats(previous=UpdateScalars(finite=0.0))
+    few, many = GatheredStats.from_ranks(ranks[:16]), GatheredStats.from_ranks(ranks)
+    assert (few.count, few.stop, few.save, few.finite) == (120, 0, True, True)
+    assert (many.count, many.stop, many.save, many.finite) == (4950 - 50, 2, True, False)

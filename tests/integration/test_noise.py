@@ -78,6 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "late": Job(EXACT, reads_late=True),
         "late-stopped": Job(EXACT, reads_late=True, fault="stop@forward:0:37", name="late-parts"),
         "late-continued": Job(EXACT, reads_late=True, name="late-parts"),
+        "late-saving": Job([*EXACT, "checkpoint.every=50sp"], reads_late=True, fault="stop@forward:0:5"),
     }
     train_in_sequence(folder, 2, {"parts": Job(EXACT), "whole": Job(EXACT), **late, **layouts}, **env)
     train_in_sequence(folder, 3, {"thirds3": Job(THIRDS), "grown": Job(SCALED)}, **env)
@@ -158,6 +159,11 @@ def test_statistics_that_are_read_late_change_nothing(runs: Path, name: str) -> 
     for key in ("update", "lr/value", "train/loss", "train/grad_norm", "noise/scale"):
         assert [row.get(key) for row in late] == [row.get(key) for row in whole], key
     assert max_parameter_difference(runs / name, runs / "whole") == 0.0
+
+
+def test_stop_is_seen_while_every_update_is_saved(runs: Path) -> None:
+    """A save reads the statistics that are still unread, with the requests in them."""
+    assert [row["update"] for row in read_rows(runs / "late-saving")] == [1, 2, 3, 4, 5]
 
 
 def test_resize_keeps_noise_scale_and_rescales_moments(runs: Path) -> None:

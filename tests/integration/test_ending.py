@@ -55,7 +55,7 @@ if "RANK" in os.environ:
     atexit.register(wait_for_ever_if, "slow_end")
 
 class Items(own.Noisy):
-    """The test blocks it: from then on, no process of any rank gets a sample any more."""
+    """The test blocks it: from then on, no process gets a sample any more, and no rank comes further in training."""
     def __getitem__(self, i):
         if Path("blocked").exists():
             threading.Event().wait()
@@ -70,6 +70,7 @@ class Starting(own.Own):
     def loss(self, model, batch):
         if not model.training:
             wait_for_ever_if("slow_validation")
+        wait_for_ever_if("blocked")
         return super().loss(model, batch)
 '''
 JOB = [*HELD, "recipe._target_=starting.Starting", "recipe.trust=[starting,own]", "run.name=x"]
@@ -124,8 +125,11 @@ def assert_nothing_is_left(workdir: Path) -> None:
 
 
 def list_workers(process: subprocess.Popen[str]) -> list[int]:
-    """The workers of torchrun, or of the driver's agent."""
-    return [worker for agent in find_agents(process) for worker in list_child_pids(agent)]
+    """The workers of torchrun, or of the driver's agent, which starts other programs while it imports torch."""
+    children = [child for agent in find_agents(process) for child in list_child_pids(agent)]
+    with suppress(OSError):
+        return [child for child in children if "\0launcher\0" in Path(f"/proc/{child}/cmdline").read_text()]
+    return []
 
 
 def find_agents(process: subprocess.Popen[str]) -> list[int]:
@@ -161,10 +165,11 @@ def test_job_killed_while_a_process_starts_leaves_nothing(
 
 
 def test_sigterm_ends_a_stuck_job_and_all_that_it_started(start: Start, workdir: Path) -> None:
-    """Every rank waits for data: nothing can be saved, and the end of the grace time ends all."""
+    """No rank comes further, nor its loader: nothing can be saved, and the end of the grace time ends all."""
     process = start([*BY_DRIVER, "launch.grace_s=1", "data.num_workers=1"])
     wait_for(has_trained(workdir / "runs/x"))
     (workdir / "blocked").touch()
+    wait_for((workdir / "reached").exists)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=200)
     assert not list_job(workdir), "nothing outlives the command"

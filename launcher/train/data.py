@@ -29,15 +29,12 @@ from launcher.recipe import check_map_style
 from launcher.system.processes import die_with_parent, read_cpu_seconds
 from launcher.train.loader_errors import raise_explained, send_errors_of_unsent_batches
 from launcher.train.seeded_dataset import EpochSamples, SeededDataset, get_collate_fn
-from launcher.train.seeding import derive_seed, seed_host_generators
 
 __all__ = [
     "MicroBatchLoader",
     "MicroBatchSampler",
-    "derive_seed",
     "get_dataset",
     "make_data_loader",
-    "seed_host_generators",
     "to_device",
 ]
 

@@ -20,7 +20,8 @@ from launcher.system.fault_injection import FaultInjector
 from launcher.telemetry.stage_clock import StageClock
 from launcher.topology import Topology
 from launcher.train.batch_dtypes import explain_dtype_mismatch
-from launcher.train.data import MicroBatchLoader, derive_seed, seed_host_generators, to_device
+from launcher.train.data import MicroBatchLoader, to_device
+from launcher.train.seeding import derive_seed, seed_host_generators
 
 __all__ = [
     "DeviceMicroBatch",

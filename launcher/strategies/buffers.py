@@ -102,14 +102,16 @@ class BufferSnapshot:
         self.buffers: list[BufferCopy] = []  # the same list until a buffer is added, removed or replaced
         self._lookup = BufferLookup(model)
 
-    @torch.no_grad()
     def take(self) -> None:
         current = self._lookup.list_entries()
+        if not current and not self.buffers:
+            return
         if not self._are_same_tensors(current):
             earlier = [*self.buffers, *[None] * len(current)][: len(current)]
             self.buffers = [make_copy(*buffer, before) for buffer, before in zip(current, earlier, strict=True)]
         if copies := [buffer.copy for buffer in self.buffers if buffer.copy is not None]:
-            torch._foreach_copy_(copies, [buffer.tensor for buffer in self.buffers if buffer.tensor is not None])
+            with torch.no_grad():
+                torch._foreach_copy_(copies, [buffer.tensor for buffer in self.buffers if buffer.tensor is not None])
 
     def _are_same_tensors(self, current: Sequence[BufferEntry]) -> bool:
         """Whether every buffer is still the tensor that it was. It compares little, since each update calls it."""

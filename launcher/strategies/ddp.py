@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from launcher.errors import TrainingFailed
 from launcher.recipe import Loss
 from launcher.strategies.base import BaseReplica
 from launcher.strategies.extra_state import load_model_tensors
-from launcher.strategies.gradient_norms import GradNormHooks, compute_norms
+from launcher.strategies.gradient_norms import GradNormHooks, compute_norms, read_norm
 from launcher.strategies.interface import ReplicaArgs, StepResult
 from launcher.strategies.loss_module import LossFn
 from launcher.strategies.missing_gradients import (
@@ -99,10 +99,10 @@ class DdpReplica(BaseReplica):
             **{BUFFER_SYNC_ARG: False},  # type: ignore[arg-type]
             **options,
         )
-        wrapped.register_comm_hook(None, self._all_reduce_hook)
+        wrapped.register_comm_hook(wrapped.process_group, self._all_reduce_hook)
         return wrapped
 
-    def _all_reduce_hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _all_reduce_hook(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         gradients = bucket.buffer()
         if self._is_padding:
             gradients.zero_()
@@ -113,21 +113,23 @@ class DdpReplica(BaseReplica):
         if bucket.is_last():
             self._is_reduced = True  # torch reduces the buckets in order
             self._clock.begin_wait()
-        work = dist.all_reduce(gradients, async_op=True)
+        work = group.allreduce(gradients)  # the sum, begun but not awaited
         return work.get_future().then(lambda future: future.value()[0])
 
-    @contextmanager
-    def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> Iterator[None]:
+    def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> AbstractContextManager[None]:
         if last and self._static_graph and self._wrapped is self._loss_module:
             # DDP takes the first backward pass that it sees for the graph: it must not see the micro-batches before.
             self._wrapped = self._wrap_in_ddp(static_graph=True, init_sync=False)
-        ddp = self._wrapped if isinstance(self._wrapped, DistributedDataParallel) else None
         self._is_reduced = False
-        no_sync = nullcontext() if last or ddp is None else ddp.no_sync()
-        with no_sync, super().micro_batch(last=last, is_padding=is_padding, shard=shard):
-            yield
-        if last and ddp is not None:
-            self._check_reduction(ddp)
+        context = super().micro_batch(last=last, is_padding=is_padding, shard=shard)
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
+            return context
+        return skip_reduction(self._wrapped, context)
+
+    def _end_micro_batch(self) -> None:
+        super()._end_micro_batch()
+        if self._is_last_micro_batch and isinstance(self._wrapped, DistributedDataParallel):
+            self._check_reduction(self._wrapped)
 
     def _check_reduction(self, ddp: DistributedDataParallel) -> None:
         """Check that every gradient of this update was summed over the ranks.
@@ -169,7 +171,7 @@ class DdpReplica(BaseReplica):
     def step(
         self, lr: float, momentum: float | None, loss_normalizer: float | torch.Tensor, clip_norm: float | None
     ) -> StepResult:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [gradient for p in self._parameters if (gradient := p.grad) is not None]
         factor, counted = split_normalizer(loss_normalizer)
         if not gradients:
             return self._step_without_gradients(counted)
@@ -178,13 +180,13 @@ class DdpReplica(BaseReplica):
         self._bucket_norms = []
         norm_sum, groups = self._pop_group_norms(self._precision.get_scale_tensor())
         self._precision.unscale(self.optimizer)
-        norm = torch.linalg.vector_norm(torch.stack(compute_norms(gradients)))
-        finite = torch.isfinite(norm)
+        total_norm = torch.linalg.vector_norm(torch.stack(compute_norms(gradients)))
+        norm, finite = read_norm(total_norm)
         if clip_norm is not None:
-            clip_grads_with_norm_(self._parameters, clip_norm, norm)
+            clip_grads_with_norm_(self._parameters, clip_norm, total_norm)
         set_lr_and_momentum(self.optimizer, lr, momentum)
         self._step_if_finite(finite, counted)
-        norm = norm if counted is None else torch.where(counted, norm, torch.nan)
+        norm = norm if counted is None else torch.where(counted, total_norm, torch.nan)
         return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
 
     def _step_without_gradients(self, counted: torch.Tensor | None) -> StepResult:
@@ -208,3 +210,10 @@ class DdpReplica(BaseReplica):
         load_model_tensors(self.module, model)
         self._optimizer_state.load(optimizer, facts["optimizer"])
         self._load_facts(facts, optimizer)
+
+
+@contextmanager
+def skip_reduction(ddp: DistributedDataParallel, context: AbstractContextManager[None]) -> Iterator[None]:
+    """Within `context`, add to the gradients of this rank only."""
+    with ddp.no_sync(), context:
+        yield

@@ -20,6 +20,7 @@ from launcher.strategies.ddp import DdpReplica
 from launcher.strategies.gradient_norms import compute_norms
 from launcher.strategies.interface import ReplicaArgs, ReplicaState
 from launcher.strategies.loss_module import LossFn
+from launcher.strategies.optimizer import drop_gradients
 from launcher.strategies.stats_exchange import StatsAllReduce
 
 __all__ = ["ExactReplica"]
@@ -100,7 +101,7 @@ class ExactReplica(DdpReplica):
             self._group_norms.close(compute_norms([packed[: self._gradient_numel]]))
         if self._shard == 0:
             self._shard0_counters = [self._get_value(counter).clone() for counter, _ in self._list_counters()]
-        self.optimizer.zero_grad(set_to_none=True)
+        drop_gradients(self.optimizer)
         self._buffers_before.restore(keep_new=self.keeps_new_buffers)
 
     def _pack_shard(self) -> torch.Tensor:

@@ -31,7 +31,7 @@ from launcher.strategies.fsdp_checks import (
     check_uniform_dtypes,
     refuse_gathered,
 )
-from launcher.strategies.gradient_norms import GradNormHooks
+from launcher.strategies.gradient_norms import GradNormHooks, read_norm
 from launcher.strategies.interface import ReplicaArgs, ReplicaState, ShardedState, StepResult
 from launcher.strategies.loss_module import LossFn, LossModule
 from launcher.strategies.meta_init import materialize
@@ -143,16 +143,16 @@ class FsdpReplica(BaseReplica):
         norm_sum, groups = self._pop_group_norms(scale)
         factor, counted = split_normalizer(loss_normalizer)
         multiply_gradients(rows, factor / scale)
-        norm = self._compute_grad_norm(rows)
+        total_norm = self._compute_grad_norm(rows)
         if clip_norm is not None:
-            multiply_gradients(rows, torch.clamp(clip_norm / (norm + 1e-6), max=1.0))
+            multiply_gradients(rows, torch.clamp(clip_norm / (total_norm + 1e-6), max=1.0))
         set_lr_and_momentum(self.optimizer, lr, momentum)
-        finite = torch.isfinite(norm)
+        norm, finite = read_norm(total_norm)
         self._step_if_finite(finite, counted)
-        norm = norm if counted is None else torch.where(counted, norm, torch.nan)
+        norm = norm if counted is None else torch.where(counted, total_norm, torch.nan)
         return StepResult(norm=norm, finite=finite, group_sq_norm_sum=norm_sum, groups=groups)
 
-    def _update_loss_scale(self, finite: torch.Tensor) -> None:
+    def _update_loss_scale(self, finite: torch.Tensor | bool) -> None:
         if self._precision.scaler is not None:
             self._precision.update_scale(finite=bool(finite))
 

@@ -6,13 +6,14 @@ micro-batch, or a shard. Of each gradient only the norm is kept, on the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from launcher.plan.virtual_shards import compute_tree_sum
 
-__all__ = ["GradNormHooks", "GroupGradNorms", "compute_norms"]
+__all__ = ["GradNormHooks", "GroupGradNorms", "compute_norms", "read_norm"]
 
 CHUNK_NUMEL = 1 << 20
 PIECE_NUMEL = 1 << 16
@@ -30,9 +31,22 @@ def compute_norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """
     pieces: list[torch.Tensor] = []
     for tensor in tensors:
-        pieces += [tensor] if tensor.numel() <= PIECE_NUMEL else split_contiguously(tensor)
-    double = any(piece.dtype is torch.float64 for piece in pieces)
-    return list(torch._foreach_norm(pieces, 2, torch.float64 if double else torch.float32)) if pieces else []
+        if tensor.numel() <= PIECE_NUMEL:
+            pieces.append(tensor)
+        else:
+            pieces += split_contiguously(tensor)
+    if not pieces:
+        return []
+    dtype = torch.float64 if torch.float64 in {piece.dtype for piece in pieces} else torch.float32
+    return list(torch._foreach_norm(pieces, 2, dtype))
+
+
+def read_norm(norm: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | bool]:
+    """A norm and whether it is finite: numbers on a CPU, where the host has them at once, else device scalars."""
+    if norm.device.type != "cpu":
+        return norm, torch.isfinite(norm)
+    value = norm.item()
+    return value, math.isfinite(value)
 
 
 def split_contiguously(tensor: torch.Tensor) -> Sequence[torch.Tensor]:

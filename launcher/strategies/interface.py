@@ -29,16 +29,18 @@ LARGE_MODEL_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of an optimizer step. All fields but `groups` are device scalars and are read one update late.
+    """Result of an optimizer step. `groups` is a number, and the others are too on a CPU, where the host has them.
+
+    On another device these are scalars there, which are read one update late.
 
     `norm` is the norm of the update's mean gradient before clipping, `finite` whether the update was applied.
     `group_sq_norm_sum`: this rank's batch is cut into `groups` parts whose gradients are measured separately for the
     noise scale (`gradient_norms.GroupGradNorms`); the sum of each part's squared gradient norm over its loss count.
     """
 
-    norm: torch.Tensor
-    finite: torch.Tensor
-    group_sq_norm_sum: torch.Tensor
+    norm: torch.Tensor | float
+    finite: torch.Tensor | bool
+    group_sq_norm_sum: torch.Tensor | float
     groups: int
 
 

@@ -29,7 +29,11 @@ class LaterParameters:
 
     def find(self, model: nn.Module) -> None:
         """Look for such parameters; called while the model is in use, when a sharded one has its whole parameters."""
-        later = [entry for entry in self._frozen if is_trained(entry[1]._parameters.get(entry[2]))]
+        later = [
+            entry
+            for entry in self._frozen
+            if (parameter := entry[1]._parameters.get(entry[2])) is not None and parameter.requires_grad
+        ]
         if later:
             self._found += [name for name, _, _ in later]
             self._frozen = [entry for entry in self._frozen if entry not in later]
@@ -45,7 +49,3 @@ class LaterParameters:
         """Those that were found since the last call."""
         found, self._found = self._found, []
         return found
-
-
-def is_trained(parameter: nn.Parameter | None) -> bool:
-    return parameter is not None and parameter.requires_grad

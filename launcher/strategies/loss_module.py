@@ -46,5 +46,5 @@ def run_loss(wrapped: nn.Module, loss_fn: LossFn, batch: Any) -> Loss:
         total: torch.Tensor = losses[0].total
         return total
 
-    total = wrapped(compute)
-    return replace(losses[0], total=total)
+    total, loss = wrapped(compute), losses[0]
+    return loss if total is loss.total else replace(loss, total=total)

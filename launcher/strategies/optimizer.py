@@ -16,6 +16,7 @@ from launcher.errors import UsageError
 
 __all__ = [
     "ParamGroupsFn",
+    "drop_gradients",
     "make_optimizer",
     "set_lr_and_momentum",
     "supports_found_inf",
@@ -184,6 +185,16 @@ def start_late_momentum(group: Mapping[str, Any], state: Mapping[torch.Tensor, d
         return
     for parameter in late:
         state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Set all gradients to None. torch's own `zero_grad` would take several times as long, for a profiler's record."""
+    if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+        optimizer.zero_grad(set_to_none=True)
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def set_lr_and_momentum(optimizer: torch.optim.Optimizer, lr: float, momentum: float | None) -> None:

@@ -13,6 +13,8 @@ import torch
 __all__ = ["Precision"]
 
 INITIAL_LOSS_SCALE = 65536.0  # for a loss that is a mean; torch's default
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NO_AUTOCAST = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Precision:
         return torch.float64 if self.name == "fp64" else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
-        lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
-        return nullcontext() if lower is None else torch.autocast(self.device.type, dtype=lower)
+        lower = AUTOCAST_DTYPES.get(self.name)
+        return NO_AUTOCAST if lower is None else torch.autocast(self.device.type, dtype=lower)
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)

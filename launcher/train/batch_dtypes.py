@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -19,20 +18,15 @@ __all__ = ["explain_dtype_mismatch", "iter_tensors"]
 MISMATCH = re.compile(r"dtype|scalar type|same type|\btype \(|different types|but found", re.IGNORECASE)
 
 
-@contextmanager
-def explain_dtype_mismatch(model: nn.Module, batch: Any) -> Iterator[None]:
-    """Around the computation of a loss.
+def explain_dtype_mismatch(error: Exception, model: nn.Module, batch: Any) -> None:
+    """Called with the error of a loss.
 
     Raises:
         UsageError: instead of torch's error, if tensors of the batch have another type than the model's parameters.
     """
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        is_mismatch = MISMATCH.search(str(error)) and not isinstance(error, UsageError)
-        problem = describe_mismatch(model, batch) if is_mismatch else None
-        if problem is None:
-            raise
+    is_mismatch = MISMATCH.search(str(error)) and not isinstance(error, UsageError)
+    problem = describe_mismatch(model, batch) if is_mismatch else None
+    if problem is not None:
         raise UsageError(f"loss() fails with {' '.join(str(error).split())[:120]!r}: {problem}") from error
 
 

@@ -54,18 +54,18 @@ class RecipeWithLossCheck:
     def __init__(self, recipe: Any, warn: Callable[[str], None], known_problem: str | None = None) -> None:
         self._recipe = recipe
         self._known_problem = known_problem
-        self._warn: Callable[[str], None] | None = warn
+        self._warn = warn
+        self.loss: Callable[[Any, Any], Loss] = self._compute_first_loss
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._recipe, name)
 
-    def loss(self, model: Any, batch: Any) -> Loss:
+    def _compute_first_loss(self, model: Any, batch: Any) -> Loss:
         first_loss: Loss = self._recipe.loss(model, batch)
-        if self._warn is not None:
-            warn, self._warn = self._warn, None
-            problem = describe_mean_loss(first_loss) or self._known_problem
-            if problem is not None:
-                warn(f"loss() of {type(self._recipe).__name__} {problem}")
+        self.loss = self._recipe.loss
+        problem = describe_mean_loss(first_loss) or self._known_problem
+        if problem is not None:
+            self._warn(f"loss() of {type(self._recipe).__name__} {problem}")
         return first_loss
 
 

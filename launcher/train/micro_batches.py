@@ -94,8 +94,12 @@ def seed_generators(seed: int, device: torch.device) -> None:
 def forward(context: StepContext, micro: DeviceMicroBatch, update: Update) -> Loss:
     """Compute the loss of one micro-batch."""
     context.enter_phase("forward", update)
-    with context.precision.autocast(), explain_dtype_mismatch(context.replica.module, micro.batch):
-        loss = context.replica.compute_loss(context.recipe.loss, micro.batch)
+    try:
+        with context.precision.autocast():
+            loss = context.replica.compute_loss(context.recipe.loss, micro.batch)
+    except (RuntimeError, ValueError) as error:
+        explain_dtype_mismatch(error, context.replica.module, micro.batch)
+        raise
     if context.faults.injects_nan("forward", update.index + 1):
         loss = replace(loss, total=loss.total * math.nan)
     context.clock.lap("forward")

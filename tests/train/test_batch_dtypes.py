@@ -16,8 +16,11 @@ X, Y = torch.ones(4, 3), torch.ones(4, 1)
 
 
 def compute_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    with explain_dtype_mismatch(model, batch):
+    try:
         return mse_loss(model(batch["x"]), batch["y"][0], reduction="sum")
+    except (RuntimeError, ValueError) as error:
+        explain_dtype_mismatch(error, model, batch)
+        raise
 
 
 @pytest.mark.parametrize(

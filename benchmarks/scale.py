@@ -307,7 +307,7 @@ def show_rank0(_: Sequence[int]) -> None:
 
 def read_table(table: torch.Tensor) -> tuple[Any, ...]:
     """What the training loop asks of the table in every update."""
-    gathered = GatheredStats(table)
+    gathered = GatheredStats(table[:, None])
     return gathered.count, gathered.stop, gathered.save, gathered.loss, gathered.loss_count, gathered.finite
 
 

@@ -46,10 +46,10 @@ class Straggler:
 class StragglerDetector:
     """The updates since the last check, and the ranks that were reported and have not recovered since.
 
-    `rows` has one tensor per update: the milliseconds of each rank (first dimension) in each stage.
+    `rows` has the stage times of each update: the milliseconds of each rank in each stage.
     """
 
-    rows: tuple[torch.Tensor, ...] = field(default=())
+    rows: tuple[StageTimes, ...] = field(default=())
     reported: frozenset[int] = frozenset()
     seen_ms: float = 0.0
 
@@ -64,16 +64,20 @@ class StragglerDetector:
         """
         if len(stages_ms) < 2:
             return self, None
-        times_ms = as_time_tensor(stages_ms)
-        rows = (*self.rows, times_ms)
-        longest_ms = float(times_ms.sum(dim=1).max())
+        rows = (*self.rows, stages_ms)
+        longest_ms = find_longest_ms(stages_ms)
         # Each update's time is capped: a single long update proves nothing.
         seen_ms = self.seen_ms + min(MIN_TRAINING_MS / STRAGGLER_WINDOW, longest_ms)
         if len(rows) < STRAGGLER_WINDOW or seen_ms < MIN_TRAINING_MS:
             return StragglerDetector(rows, self.reported, seen_ms), None
-        by_rank = median_of_rows(torch.stack(rows)[..., OWN_WORK_INDICES])
+        by_rank = median_of_rows(torch.stack([*map(as_time_tensor, rows)])[..., OWN_WORK_INDICES])
         reported, straggler = find_straggler(by_rank, shares or [1] * len(by_rank), self.reported)
         return StragglerDetector((), reported), straggler
+
+
+def find_longest_ms(stages_ms: StageTimes) -> float:
+    """The time of the update on the rank that took longest."""
+    return float(stages_ms.sum(dim=1).max()) if isinstance(stages_ms, torch.Tensor) else max(map(sum, stages_ms))
 
 
 def find_straggler(

@@ -42,6 +42,7 @@ from launcher.strategies.training_loss import (
     read_training_loss,
 )
 from launcher.telemetry.stage_clock import StageClock
+from launcher.telemetry.stats_fields import StatsRow
 
 __all__ = ["BaseReplica", "make_wait_begin_hook", "make_wait_end_hook", "slice_evenly"]
 
@@ -154,13 +155,13 @@ class BaseReplica:
         own = total if usable and not (self._is_padding and self._finds_unused) else get_finite_value(total)
         return own + contribute(torch.zeros_like(own), self._parameters)
 
-    def send_stats(self, row: torch.Tensor) -> None:
+    def send_stats(self, row: StatsRow) -> None:
         self._stats.send(row)
 
     def receive_stats(self) -> torch.Tensor:
         return self._stats.receive()
 
-    def exchange_stats(self, row: torch.Tensor) -> torch.Tensor:
+    def exchange_stats(self, row: StatsRow) -> torch.Tensor:
         self._stats.send(row)
         return self._stats.receive()
 

@@ -28,6 +28,7 @@ from launcher.strategies.missing_gradients import (
 from launcher.strategies.normalizer import multiply_gradients, split_normalizer
 from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum
 from launcher.strategies.stats_exchange import StatsInBucket
+from launcher.telemetry.stats_fields import StatsRow
 
 __all__ = ["DdpReplica"]
 
@@ -86,7 +87,7 @@ class DdpReplica(BaseReplica):
             return loss
         return self._bucket_stats.add_to_graph(loss)
 
-    def send_stats(self, row: torch.Tensor) -> None:
+    def send_stats(self, row: StatsRow) -> None:
         (self._bucket_stats or self._stats).send(row)
 
     def receive_stats(self) -> torch.Tensor:
@@ -202,7 +203,7 @@ class DdpReplica(BaseReplica):
             "returned, in which something is trained"
         )
 
-    def exchange_stats(self, row: torch.Tensor) -> torch.Tensor:
+    def exchange_stats(self, row: StatsRow) -> torch.Tensor:
         return super().exchange_stats(row if self._bucket_stats is None else self._bucket_stats.round(row))
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from launcher.strategies.optimizer import ParamGroupsFn
     from launcher.strategies.precision import Precision
     from launcher.telemetry.stage_clock import StageClock
+    from launcher.telemetry.stats_fields import StatsRow
 
 __all__ = ["LARGE_MODEL_BYTES", "Replica", "ReplicaArgs", "ReplicaState", "ShardedState", "StepResult"]
 
@@ -114,13 +115,16 @@ class Replica(Protocol):
         `count` is the loss count of this micro-batch, for the noise scale; 0 if it is not to be measured.
         """
 
-    def send_stats(self, row: torch.Tensor) -> None:
-        """Before the last backward pass of an update: start to exchange this rank's row of statistics (float64)."""
+    def send_stats(self, row: StatsRow) -> None:
+        """Before the last backward pass of an update: start to exchange this rank's row of statistics."""
 
     def receive_stats(self) -> torch.Tensor:
-        """After it: the rows of all ranks, (world, fields) in float64 on the device. The host does not wait for it."""
+        """After it: the rows of all ranks in float64 on the device. The host does not wait for it.
 
-    def exchange_stats(self, row: torch.Tensor) -> torch.Tensor:
+        They have the shape (world, words, fields): a number is the sum of its words.
+        """
+
+    def exchange_stats(self, row: StatsRow) -> torch.Tensor:
         """Exchange rows outside of a backward pass. Collective."""
 
     def measures_noise_at(self, update: int) -> bool:

@@ -18,6 +18,8 @@ from launcher.telemetry.stages import STAGES
 
 __all__ = ["STAGES", "CudaTimer", "HostTimer", "StageClock", "Timer", "find_critical_rank"]
 
+SYNC = STAGES.index("sync")
+
 
 class Timer(Protocol):
     def stamp(self) -> Any: ...
@@ -104,4 +106,7 @@ class StageClock:
 
 def find_critical_rank(stages_ms: torch.Tensor | Sequence[Sequence[float]]) -> int:
     """The rank that the others waited for: the one with the least `sync` time; ties go to the lower rank."""
-    return int(torch.as_tensor(stages_ms)[:, STAGES.index("sync")].argmin())
+    if isinstance(stages_ms, torch.Tensor):
+        return int(stages_ms[:, SYNC].argmin())
+    waits_ms = [times_ms[SYNC] for times_ms in stages_ms]
+    return waits_ms.index(min(waits_ms))

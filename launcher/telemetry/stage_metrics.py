@@ -1,6 +1,7 @@
-"""The stage times of all ranks as one tensor, and the metrics of an update made from them.
+"""The stage times of all ranks, and the metrics of an update made from them.
 
-Rank 0 does this in every update, so it must not loop over the ranks in Python: 10,000 of them take milliseconds here.
+Rank 0 does this in every update. The times of many ranks are a tensor, since a loop over 10,000 of them in Python takes
+milliseconds; those of a few are lists, since a tensor operation takes longer than a loop over them.
 """
 
 from __future__ import annotations
@@ -42,18 +43,24 @@ def median_of_rows(rows: torch.Tensor) -> torch.Tensor:
 
 def compute_stage_metrics(stages_ms: StageTimes, samples: int) -> dict[str, float]:
     """Stage times of the critical rank in an update of `samples`, with the minimum and maximum over all ranks."""
-    times = as_time_tensor(stages_ms)
-    rank = find_critical_rank(times)
-    own_ms = times[rank].tolist()
+    rank = find_critical_rank(stages_ms)
+    own_ms, lowest, highest = read_extremes(stages_ms, rank)
     wall_ms = sum(own_ms) or math.nan
     values: dict[str, float] = {"stage/rank": rank}
-    lowest, highest = (values_ms.tolist() for values_ms in torch.aminmax(times, dim=0))
     for index, (ms, share, samples_per_s, ms_min, ms_max) in enumerate(KEYS):
         values[ms] = own_ms[index]
         values[share] = own_ms[index] / wall_ms
         if own_ms[index] > 0:
             values[samples_per_s] = samples / own_ms[index] * 1e3
-        if len(times) > 1:
+        if len(stages_ms) > 1:
             values[ms_min] = lowest[index]
             values[ms_max] = highest[index]
     return values
+
+
+def read_extremes(stages_ms: StageTimes, rank: int) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
+    """The times of `rank`, and the least and the largest of each stage over all ranks."""
+    if isinstance(stages_ms, torch.Tensor):
+        least, largest = torch.aminmax(stages_ms, dim=0)
+        return stages_ms[rank].tolist(), least.tolist(), largest.tolist()
+    return stages_ms[rank], [*map(min, zip(*stages_ms, strict=True))], [*map(max, zip(*stages_ms, strict=True))]

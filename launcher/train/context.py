@@ -70,7 +70,8 @@ class TrainContext:
         """Enter a phase: publish it to the watchdog, and inject a fault if one is configured."""
         if self.watchdog is not None:
             self.watchdog.enter_phase(phase, update.index + 1)
-        self.faults.inject_at(phase, update.index + 1)
+        if self.faults.active:
+            self.faults.inject_at(phase, update.index + 1)
 
     def log_event(self, name: str, /, **facts: Any) -> None:
         """Log an event, on rank 0 only."""

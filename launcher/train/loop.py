@@ -181,7 +181,7 @@ def step_optimizer(
 ) -> UpdateResults:
     """Take the optimizer step, if the loss counts anything on any rank."""
     context.enter_phase("optimizer", update)
-    count = get_loss_count(table, context.replica, late=context.reads_late)
+    count = get_loss_count(table, context.replica, late=True) if context.reads_late else gathered.count
     if not isinstance(count, torch.Tensor) and count == 0:
         step = context.replica.discard_update()
     else:
@@ -261,7 +261,7 @@ def save_if_due(
     them with the next update.
     """
     plan, update = context.training_plan, results.update
-    is_best = state.best_checkpoint == format_checkpoint_name(state)
+    is_best = state.best_checkpoint is not None and state.best_checkpoint == format_checkpoint_name(state)
     if update is None or not (requested or is_best or is_interval_due(update, plan.checkpoint_every, plan.duration)):
         return None
     context.clock.lap("other")

@@ -124,8 +124,9 @@ class LossSums:
         """Add the loss of one micro-batch."""
         if micro.is_padding:
             return self
-        total, count = self.sums_by_shard.get(micro.shard, (0.0, 0.0))
-        sums = (total + loss.total.detach().double(), count + float(loss.count))
+        own = (as_addend(loss.total), float(loss.count))
+        earlier = self.sums_by_shard.get(micro.shard)
+        sums = own if earlier is None else (earlier[0] + own[0], earlier[1] + own[1])
         return LossSums({**self.sums_by_shard, micro.shard: sums})
 
     @property
@@ -135,6 +136,11 @@ class LossSums:
     @property
     def count(self) -> float:
         return float(compute_tree_sum(count for _, count in self.sums_by_shard.values()))
+
+
+def as_addend(total: torch.Tensor) -> Any:
+    """A loss without its graph, in float64: as a number on a CPU, else a tensor, which the host need not wait for."""
+    return total.item() if total.device.type == "cpu" else total.detach().double()
 
 
 def get_loss_count(table: torch.Tensor, replica: Replica, *, late: bool) -> float | torch.Tensor:

@@ -159,6 +159,8 @@ class TrainState:
 
     def _count_update(self, gathered: GatheredStats) -> TrainState:
         """Count an update. One that counted nothing neither failed nor ends a series of those that did."""
+        if not self.skips and gathered.is_regular:
+            return self
         counts = self.counts.with_update(gathered)
         skips = self.skips if counts.empty > self.counts.empty else 0 if gathered.finite else self.skips + 1
         return self if (skips, counts) == (self.skips, self.counts) else replace(self, skips=skips, counts=counts)

@@ -315,7 +315,7 @@ def run_update(trial: SizeTrial, update: Update) -> tuple[float, ...]:
     trial.clock.lap("optimizer")
     trial.clock.end_update()
     times = pending.read().stages_ms
-    return tuple(times[find_critical_rank(times)].tolist())
+    return tuple(map(float, times[find_critical_rank(times)]))
 
 
 def run_updates(trial: SizeTrial, updates: Iterator[Update], count: int) -> tuple[float, list[tuple[float, ...]]]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from launcher.distributed.rank_stats import CALL_ORDER, GatheredStats, PendingStats, RankStats, sum_loss_counts
+from launcher.distributed.rank_stats import GatheredStats, PendingStats, RankStats, sum_loss_counts
 from launcher.errors import TrainingFailed
 from launcher.plan.virtual_shards import compute_tree_sum
 from launcher.telemetry.stages import STAGES
@@ -22,19 +22,20 @@ def test_each_number_of_a_row_comes_back_under_its_name() -> None:
     stages_ms = [float(index) for index in range(len(STAGES))]
     stats = RankStats(count=7.0, stop=1.0, save=1.0, call_order=4294967295.0, previous=scalars, stages_ms=stages_ms)
     row = stats.to_row(CPU)
-    assert (row.dtype, row.shape) == (torch.float64, (NUM_STATS,))
-    gathered = PendingStats(torch.stack([row, row])).read()
+    assert len(row) == NUM_STATS
+    gathered = PendingStats(torch.tensor([[row], [row]], dtype=torch.float64)).read()
     assert (gathered.count, gathered.stop, gathered.save, gathered.world) == (14, 1, True, 2)
     gathered.check_call_order()
-    assert gathered.table[:, CALL_ORDER].tolist() == [4294967295.0] * 2
     assert (gathered.loss, gathered.loss_count, gathered.finite, gathered.grad_norm) == (12, 6, True, 2.5)
     assert (gathered.group_sq_norm_sum, gathered.groups) == (0.5, 4)
-    assert gathered.stages_ms.tolist() == [stages_ms] * 2
+    assert gathered.stages_ms == [stages_ms] * 2
 
 
 def test_loss_count_is_summed_on_the_device() -> None:
-    table = GatheredStats.from_ranks([RankStats(count=2.0**40 + 1), RankStats(count=2.5)]).table
-    assert float(sum_loss_counts(table)) == 2.0**40 + 3.5
+    words = [[RankStats(count=2.0**40).to_row(CPU), RankStats(count=1).to_row(CPU)]]
+    words += [[RankStats(count=2.5).to_row(CPU), RankStats().to_row(CPU)]]
+    table = torch.tensor(words, dtype=torch.float64)
+    assert float(sum_loss_counts(table)) == 2.0**40 + 3.5 == GatheredStats(table).count
 
 
 def test_one_rank_that_is_not_finite_skips_the_update_for_all() -> None:
@@ -56,8 +57,9 @@ def test_loss_counts_that_are_not_whole_are_summed_in_the_same_order_at_any_numb
     torch.manual_seed(0)
     for shards in torch.rand(200, 8, dtype=torch.float64):
         counts = [compute_tree_sum(part.tolist()) for part in shards.split(8 // ranks)]
-        table = GatheredStats.from_ranks([RankStats(count=count) for count in counts]).table
-        assert float(sum_loss_counts(table)) == compute_tree_sum(shards.tolist())
+        table = torch.tensor([[RankStats(count=count).to_row(CPU)] for count in counts], dtype=torch.float64)
+        expected = compute_tree_sum(shards.tolist())
+        assert float(sum_loss_counts(table)) == GatheredStats(table).count == expected
 
 
 def test_statistics_of_many_ranks_are_read_like_those_of_few() -> None:
@@ -66,3 +68,5 @@ def test_statistics_of_many_ranks_are_read_like_those_of_few() -> None:
     few, many = GatheredStats.from_ranks(ranks[:16]), GatheredStats.from_ranks(ranks)
     assert (few.count, few.stop, few.save, few.finite) == (120, 0, True, True)
     assert (many.count, many.stop, many.save, many.finite) == (4950 - 50, 2, True, False)
+    many.check_call_order()
+    assert (many.not_finite, len(many.stages_ms)) == ((), 100)

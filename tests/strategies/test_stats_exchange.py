@@ -40,7 +40,7 @@ def make_replica(world: int = 2, precision: str = "fp32") -> DdpReplica:
     return DdpReplica(ReplicaArgs(model, RUN, world, Precision.from_name(precision, CPU), StageClock(HostTimer())))
 
 
-def run_backward(replica: DdpReplica, row: torch.Tensor, count: float = 4, *, last: bool = True) -> None:
+def run_backward(replica: DdpReplica, row: list[float], count: float = 4, *, last: bool = True) -> None:
     batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     with replica.micro_batch(last=last, is_padding=False, shard=0):
         loss = replica.compute_loss(lambda model, x: Loss(model(x).square().sum(), count), batch)
@@ -49,17 +49,22 @@ def run_backward(replica: DdpReplica, row: torch.Tensor, count: float = 4, *, la
         replica.backward(loss.total, 4)
 
 
-def make_row() -> torch.Tensor:
-    return torch.linspace(0.1, 1e9, NUM_STATS, dtype=torch.float64)
+def make_row() -> list[float]:
+    return [0.1 + 1e9 / 3 * field for field in range(NUM_STATS)]
+
+
+def get_rows(table: torch.Tensor) -> list[list[float]]:
+    """Each rank's numbers, of which each is the sum of its words."""
+    return [[sum(words) for words in zip(*rank, strict=True)] for rank in table.tolist()]
 
 
 def test_statistics_are_no_part_of_the_model_or_its_gradient() -> None:
     replica, row = make_replica(), make_row()
     run_backward(replica, row, last=False)
     run_backward(replica, row)
-    table = replica.receive_stats()
-    assert torch.allclose(table[0], row, rtol=1e-13, atol=0)
-    assert not table[1].any(), "there is no second rank"
+    own, other = get_rows(replica.receive_stats())
+    assert own == pytest.approx(row, rel=1e-13, abs=0)
+    assert not any(other), "there is no second rank"
     assert set(replica.module.state_dict()) == set(replica.full_state().model)
     assert not any("stats" in name for name in replica.full_state().model)
     assert sum(len(group["params"]) for group in replica.optimizer.param_groups) == 4
@@ -71,17 +76,19 @@ def test_statistics_are_no_part_of_the_model_or_its_gradient() -> None:
 
 def test_statistics_exchanged_outside_of_a_backward_pass_have_the_same_bits() -> None:
     """Else a run that continues from a checkpoint would differ in the last bits from one that did not stop."""
-    replica, row = make_replica(), make_row() / 3
+    replica, row = make_replica(), [number / 3 for number in make_row()]
     run_backward(replica, row)
-    travelled = replica.receive_stats()[0]
-    assert not torch.equal(travelled, row), "two float32 words hold fewer digits than a float64"
-    assert torch.equal(replica.exchange_stats(row)[0], travelled)
+    travelled = get_rows(replica.receive_stats())[0]
+    assert travelled != row, "two float32 words hold fewer digits than a float64"
+    assert get_rows(replica.exchange_stats(row))[0] == travelled
 
 
+@pytest.mark.parametrize("is_tensor", [False, True], ids=["numbers", "tensor, as on a GPU"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -0.0, 1e-30])
-def test_numbers_that_float32_does_not_hold_do_not_become_others(value: float) -> None:
-    row = torch.full((NUM_STATS,), value, dtype=torch.float64)
-    found = float(StatsInBucket(0, 1, CPU, torch.float32).round(row)[0])
+def test_numbers_that_float32_does_not_hold_do_not_become_others(value: float, is_tensor: bool) -> None:
+    row = [value] * NUM_STATS
+    stats = StatsInBucket(0, 1, CPU, torch.float32)
+    found = float(stats.round(torch.tensor(row, dtype=torch.float64) if is_tensor else row)[0])
     expected = math.copysign(math.inf, value) if abs(value) > 1e38 else value
     assert math.isnan(found) if math.isnan(value) else found == pytest.approx(expected)
 

@@ -40,14 +40,14 @@ def step_with(table: torch.Tensor, **options: bool) -> Any:
 
 def test_loss_count_on_a_device_is_not_read() -> None:
     """A meta tensor has no value: reading it raises, as it would make the host wait for a GPU."""
-    normalizer = step_with(torch.zeros(2, NUM_STATS, dtype=torch.float64, device="meta"), decides_on_host=False)
+    normalizer = step_with(torch.zeros(2, 1, NUM_STATS, dtype=torch.float64, device="meta"), decides_on_host=False)
     assert isinstance(normalizer, torch.Tensor)
     assert normalizer.device.type == "meta"
 
 
 def test_strategy_that_decides_on_the_host_is_given_a_number() -> None:
-    table = torch.zeros(2, NUM_STATS, dtype=torch.float64)
-    table[:, 0] = torch.tensor([1.0, 3.0])
+    table = torch.zeros(2, 1, NUM_STATS, dtype=torch.float64)
+    table[:, 0, 0] = torch.tensor([1.0, 3.0])
     assert step_with(table, decides_on_host=True) == 1.5
     with pytest.raises(RuntimeError, match="meta"):
         step_with(table.to("meta"), decides_on_host=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ __all__ = [
     "TaskCopies",
     "Topology",
     "count_slurm_restarts",
+    "find_slot_number",
     "find_task_copies",
     "get_batch_job_id",
     "get_master_address",
@@ -18,8 +20,10 @@ __all__ = [
     "get_slurm_job_id",
     "get_slurm_step_id",
     "is_torchrun_worker",
+    "read_local_world",
     "read_restart_count",
     "read_slurm_step",
+    "select_torchrun_env",
     "torchrun_env",
 ]
 
@@ -30,6 +34,13 @@ MPI_SIZES: Mapping[str, str] = {
     "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_LOCAL_SIZE",  # MVAPICH
     "PMI_SIZE": "MPI_LOCALNRANKS",  # MPICH and Intel MPI
 }
+
+#: What torchrun sets for each worker, besides the names with its prefix; some of it changes at each start.
+TORCHRUN_NAMES = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 #: Environment with which a process beside a worker uses the job's store without serving it.
 USE_AGENT_STORE_ENV: Mapping[str, str] = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -156,6 +167,26 @@ def find_task_copies(env: Mapping[str, str] = os.environ) -> TaskCopies | None:
 def is_torchrun_worker(env: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun started this process; RANK alone may have been set by hand."""
     return "RANK" in env and "TORCHELASTIC_RUN_ID" in env
+
+
+def select_torchrun_env(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that torchrun has set for this start of a worker."""
+    return {name: value for name, value in env.items() if name in TORCHRUN_NAMES or name.startswith(TORCHRUN_PREFIX)}
+
+
+def find_slot_number(env: Mapping[str, str] = os.environ) -> int:
+    """The number of a worker among those of its agent, the same at each start.
+
+    It is the local rank, which torchrun's `--virtual-local-rank` hides: each worker is told 0. The folder of the file
+    for its error is still named by it.
+    """
+    folder = posixpath.basename(posixpath.dirname(env.get("TORCHELASTIC_ERROR_FILE", "")))
+    return int(folder) if folder.isdecimal() else read_env_count(env, "LOCAL_RANK")
+
+
+def read_local_world(env: Mapping[str, str] = os.environ) -> int:
+    """How many workers this worker's agent has."""
+    return read_env_count(env, "LOCAL_WORLD_SIZE")
 
 
 def read_env_count(env: Mapping[str, str], name: str) -> int:

@@ -46,7 +46,7 @@ STDLIB_ONLY_MODULES = {
     "cli": ("control", "doctor", "machine_checks", "new_recipe", "watch"),
     "config": ("keys", "limits", "resume_keys", "schema", "slurm_syntax", "validation"),
     "distributed": ("hang_detection", "stop_requests", "watchdog", "worker_env"),
-    "launch": ("agent_memory",),
+    "launch": ("agent_memory", "slot_folder", "slot_messages", "trainer_link", "worker_slot"),
     "run_dir": ("failures", "lock", "metrics_reader", "restart_cost", "resume", "run_directory"),
     "slurm": ("claim", "job_script", "queue"),
     "telemetry": ("records", "stages"),

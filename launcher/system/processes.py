@@ -20,6 +20,7 @@ __all__ = [
     "is_running",
     "kill_process_tree",
     "list_child_pids",
+    "open_pidfd",
     "read_command_line",
     "read_cpu_seconds",
     "read_sibling_state",
@@ -110,6 +111,25 @@ def identify_process(pid: int, *, running: bool = False) -> str | None:
     """Pid and start time, which identify a process uniquely; None if it is gone, or with `running` if it has ended."""
     stat = read_proc_stat(pid)
     return None if stat is None or (running and stat[0] in ("Z", "X")) else f"{pid}-{stat[19]}"
+
+
+def open_pidfd(identity: str) -> int | None:
+    """A descriptor that becomes readable when a process ends; None if it has ended.
+
+    `identity` is its pid and start time, so that another process with its pid is not taken for it.
+
+    Raises:
+        OSError: the kernel has no pidfd, before Linux 5.3.
+    """
+    pid = identity.partition("-")[0]
+    try:
+        descriptor = os.pidfd_open(int(pid))
+    except (ProcessLookupError, ValueError, OverflowError):
+        return None
+    if identify_process(int(pid), running=True) == identity:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def read_start_time(pid: int) -> int | None:

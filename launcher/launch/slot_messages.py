@@ -1,0 +1,97 @@
+"""What a worker slot and its trainer tell each other: one message a packet, its kind, a space and its value."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+__all__ = ["TRAINER_ENV", "SlotMessage", "SlotStart", "TrainerAddress", "open_slot_socket", "receive_messages"]
+
+#: Tells a trainer where its slots find it.
+TRAINER_ENV = "LAUNCHER_TRAINER"
+MAX_MESSAGE_BYTES = 200_000
+
+
+@dataclass(frozen=True)
+class TrainerAddress:
+    """Where the slots of a trainer find it: by folder and number; its agent, and its open socket."""
+
+    folder: str
+    number: int
+    agent: str
+    listener: int
+
+    def to_text(self) -> str:
+        return f"{self.number}:{self.agent}:{self.listener}:{self.folder}"
+
+    @classmethod
+    def from_text(cls, text: str) -> TrainerAddress:
+        number, agent, listener, folder = text.split(":", 3)
+        return cls(folder, int(number), agent, int(listener))
+
+
+@dataclass(frozen=True)
+class SlotStart:
+    """A start of torchrun's: its variables, and when the slot that tells it was started, in clock ticks since boot."""
+
+    slot_started: int
+    env: Mapping[str, str]
+
+    def encode(self) -> bytes:
+        return os.fsencode(
+            "\0".join([str(self.slot_started), *(f"{name}={value}" for name, value in self.env.items())])
+        )
+
+    @classmethod
+    def decode(cls, value: bytes) -> SlotStart:
+        started, *variables = os.fsdecode(value).split("\0")
+        return cls(int(started), dict(variable.split("=", 1) for variable in variables))
+
+
+@dataclass(frozen=True)
+class SlotMessage:
+    """A message of a slot to its trainer, START or SIGNAL (its number), or of a trainer to its slot, the others.
+
+    STATUS is an exit status, EXPECTS_RESTART 0 or 1; after REPLACED, another slot has the trainer.
+    """
+
+    START, SIGNAL, STATUS, EXPECTS_RESTART, REPLACED = b"start", b"signal", b"status", b"restart", b"replaced"
+
+    kind: bytes
+    value: bytes = b""
+
+    def send(self, link: socket.socket) -> None:
+        """
+        Raises:
+            OSError: the other side has ended, or is stuck.
+        """
+        link.send(self.kind + b" " + self.value, socket.MSG_DONTWAIT)
+
+    def try_to_send(self, link: socket.socket) -> None:
+        """Send it, unless the other side has ended or is stuck."""
+        with suppress(OSError):
+            self.send(link)
+
+
+def open_slot_socket(descriptor: int | None = None) -> socket.socket:
+    """A socket between slots and trainers, which keeps messages apart."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=descriptor)
+
+
+def receive_messages(link: socket.socket) -> tuple[list[SlotMessage], bool]:
+    """The messages that have arrived, and whether more can come."""
+    found: list[SlotMessage] = []
+    while True:
+        try:
+            packet = link.recv(MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return found, True
+        except OSError:
+            return found, False
+        if not packet:
+            return found, False
+        kind, _, value = packet.partition(b" ")
+        found.append(SlotMessage(kind, value))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from launcher.errors import TrainingFailed
 from launcher.plan.training_plan import TrainingPlan
@@ -87,7 +87,7 @@ class Validator:
         self._chunks = config.elastic.shards if config.elastic.exact else world
         self._sampler = ValidationSampler(len(items), topology.rank, world, self._chunks, batch, even=even)
         dataset, pin = SeededDataset(items, config.seed, get_collate_fn(recipe)), precision.device.type == "cuda"
-        self._batches: DataLoader[Any] = make_data_loader(dataset, self._sampler, config.data, pin)
+        self._batches: Iterable[Any] = make_data_loader(dataset, self._sampler, config.data, pin)
 
     @torch.no_grad()
     def run(self, replica: Replica) -> ValidationResult:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from launcher.telemetry.stage_metrics import StageTimes, as_time_tensor, median_of_rows, sum_stages
+from launcher.telemetry.stage_metrics import StageTimes, median_of_rows, stack_times, sum_stages
 from launcher.telemetry.stages import PER_SAMPLE_STAGES, STAGES
 
 __all__ = ["STRAGGLER_WINDOW", "Straggler", "StragglerDetector"]
@@ -70,7 +70,7 @@ class StragglerDetector:
         seen_ms = self.seen_ms + min(MIN_TRAINING_MS / STRAGGLER_WINDOW, longest_ms)
         if len(rows) < STRAGGLER_WINDOW or seen_ms < MIN_TRAINING_MS:
             return StragglerDetector(rows, self.reported, seen_ms), None
-        by_rank = median_of_rows(torch.stack([*map(as_time_tensor, rows)])[..., OWN_WORK_INDICES])
+        by_rank = median_of_rows(stack_times(rows)[..., OWN_WORK_INDICES])
         reported, straggler = find_straggler(by_rank, shares or [1] * len(by_rank), self.reported)
         return StragglerDetector((), reported), straggler
 

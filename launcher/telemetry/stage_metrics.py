@@ -16,7 +16,7 @@ import torch
 from launcher.telemetry.stage_clock import find_critical_rank
 from launcher.telemetry.stages import STAGES
 
-__all__ = ["StageTimes", "as_time_tensor", "compute_stage_metrics", "median_of_rows", "sum_stages"]
+__all__ = ["StageTimes", "as_time_tensor", "compute_stage_metrics", "median_of_rows", "stack_times", "sum_stages"]
 
 #: Milliseconds by rank and stage, in the order of STAGES: a tensor of shape (ranks, stages), or nested sequences.
 StageTimes = torch.Tensor | Sequence[Sequence[float]]
@@ -28,6 +28,12 @@ KEYS = [[f"stage/{stage}/{unit}" for unit in ("ms", "share", "samples_per_s", "m
 def as_time_tensor(times: StageTimes | Sequence[float]) -> torch.Tensor:
     """The times as float64, in which they are summed and compared."""
     return torch.as_tensor(times, dtype=torch.float64)
+
+
+def stack_times(times: Sequence[StageTimes]) -> torch.Tensor:
+    """The times of several updates as one tensor of shape (updates, ranks, stages)."""
+    tensors = [each for each in times if isinstance(each, torch.Tensor)]
+    return torch.stack(tensors) if tensors else torch.tensor(times, dtype=torch.float64)
 
 
 def sum_stages(times_ms: torch.Tensor, stages: Sequence[int]) -> torch.Tensor:

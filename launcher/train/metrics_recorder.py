@@ -19,7 +19,7 @@ from launcher.plan.training_plan import TrainingPlan
 from launcher.run_dir.restart_cost import RestartCost
 from launcher.telemetry.metrics_logger import MetricsLogger
 from launcher.telemetry.records import MetricsRow
-from launcher.telemetry.stage_metrics import as_time_tensor, compute_stage_metrics
+from launcher.telemetry.stage_metrics import compute_stage_metrics, stack_times
 from launcher.topology import Topology
 
 __all__ = [
@@ -224,5 +224,5 @@ def compute_mean_stages(
 ) -> dict[str, float]:
     """Stage values from each rank's mean stage times over the window."""
     times = [gathered.stages_ms for gathered in gathered_stats]
-    mean_ms = times[0] if len(times) == 1 else torch.stack([*map(as_time_tensor, times)]).mean(dim=0)
+    mean_ms = times[0] if len(times) == 1 else stack_times(times).mean(dim=0)
     return compute_stage_metrics(mean_ms, sum(finished.update.samples for finished, _ in window) // len(window))

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from launcher.distributed.rank_stats import GatheredStats
 from launcher.distributed.stragglers import StragglerDetector
 from launcher.goodput.noise_scale import NoiseScale

@@ -30,7 +30,7 @@ LAYERS = (
     ("plan",),
     ("recipe", "telemetry"),
     ("run_dir", "strategies", "recipes"),
-    ("distributed", "goodput", "analysis"),
+    ("distributed", "elastic", "goodput", "analysis"),
     ("train", "slurm", "sweep"),
     ("tune",),
     ("launch",),
@@ -39,7 +39,7 @@ LAYERS = (
 )
 LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_MEDIAN_FUNCTION_LINES = 400, 50, 7, 9
-STDLIB_ONLY_PACKAGES = ("analysis", "goodput", "plan", "system")
+STDLIB_ONLY_PACKAGES = ("analysis", "elastic", "goodput", "plan", "system")
 STDLIB_ONLY_MODULES = {
     "": ("errors", "recipe", "topology"),
     "checkpoint": ("manifest",),
@@ -236,6 +236,7 @@ def test_no_module_uses_pickle() -> None:
     ("statement", "absent"),
     [
         ("import launcher", ("torch", "hydra", "omegaconf", "yaml")),
+        ("import launcher.elastic.service, launcher.elastic.client", ("torch", "numpy", "hydra", "omegaconf", "yaml")),
         ("import launcher.launch.driver", ("torch", "wandb", "numpy")),
         ("from launcher.recipe import Loss", ("torch", "hydra")),
         ("import launcher.train.session", ("hydra", "wandb", "tensorboard", "deepspeed")),

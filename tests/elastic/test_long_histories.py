@@ -1,0 +1,60 @@
+"""Long histories of a job with many births, deaths, expulsions and polite leaves, chosen at random."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from launcher.elastic.membership import MembershipLimits
+from tests.elastic.membership_model import FAULTS, JobModel, World
+from tests.elastic.test_membership_histories import ends_well
+
+MOST_STEPS = 10_000
+
+
+class LongHistory(RuleBasedStateMachine):
+    """A job to which faults happen; the model checks each round, and at the end the job must come to rest."""
+
+    world: World | None = None
+    model: JobModel
+
+    @initialize(
+        workers=st.integers(1, 4),
+        min_workers=st.integers(1, 2),
+        spare=st.none() | st.integers(0, 2),
+        wait_s=st.sampled_from((0.0, 10.0)),
+    )
+    def start(self, workers: int, min_workers: int, spare: int | None, wait_s: float) -> None:
+        most = None if spare is None else max(workers, min_workers) + spare
+        limits = MembershipLimits(workers, min(workers, min_workers), most, wait_s)
+        self.model = JobModel(limits, most_living=6, stops=True)
+        self.world = self.model.start(workers, births=30, deaths=25, leaves=10)
+
+    @precondition(lambda self: self.world is not None)
+    @rule(data=st.data())
+    def happen(self, data: st.DataObject) -> None:
+        assert self.world is not None
+        actions = self.model.list_actions(self.world)
+        if actions:
+            self.world = self.model.perform(self.world, data.draw(st.sampled_from(actions)))
+
+    @precondition(lambda self: self.world is not None)
+    @rule()
+    def settle(self) -> None:
+        """Nothing happens to the job for a while."""
+        assert self.world is not None
+        for _ in range(MOST_STEPS):
+            steps = [action for action in self.model.list_actions(self.world) if action[0] not in FAULTS]
+            if not steps:
+                break
+            self.world = self.model.perform(self.world, steps[0])
+        assert ends_well(self.model, self.world), self.world
+
+    def teardown(self) -> None:
+        if self.world is not None:
+            self.settle()
+
+
+LongHistory.TestCase.settings = settings(max_examples=30, stateful_step_count=80, deadline=None)
+TestLongHistory = LongHistory.TestCase

@@ -171,9 +171,12 @@ class BaseReplica:
             return
         if self._precision.scaler is None:
             # From the derivative of total / samples, to the last bit: there is no division to compute forth and back.
-            torch.autograd.backward(total, torch.full_like(total, 1.0 / samples))
+            self._run_backward(total, torch.full_like(total, 1.0 / samples))
         else:
-            self._precision.scale_loss(total / samples).backward()
+            self._run_backward(self._precision.scale_loss(total / samples), None)
+
+    def _run_backward(self, total: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        torch.autograd.backward(total, gradient)
 
     def _pop_group_norms(self, scale: torch.Tensor | float) -> tuple[torch.Tensor | float, int]:
         """This rank's sum of group gradient norms and the number of groups; the gradients were scaled by `scale`."""

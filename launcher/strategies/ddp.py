@@ -83,9 +83,9 @@ class DdpReplica(BaseReplica):
 
     def _compute_training_loss(self, loss_fn: LossFn, model: nn.Module, batch: Any) -> Loss:
         loss = super()._compute_training_loss(loss_fn, model, batch)
-        if self._bucket_stats is None or not self._is_last_micro_batch:
+        if self._bucket_stats is None or not self._is_last_micro_batch or not self._finds_unused:
             return loss
-        return self._bucket_stats.add_to_graph(loss)
+        return self._bucket_stats.add_to_graph(loss)  # which DDP searches for what is unused
 
     def send_stats(self, row: StatsRow) -> None:
         (self._bucket_stats or self._stats).send(row)
@@ -167,6 +167,15 @@ class DdpReplica(BaseReplica):
             if (final := translate_reducer_error(error, static_graph=self._static_graph)) is not None:
                 raise final from error
             raise
+
+    def _run_backward(self, total: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        stats = self._bucket_stats
+        if stats is None or not self._is_last_micro_batch or self._finds_unused:
+            super()._run_backward(total, gradient)
+            return
+        hook_writes = self._is_padding or self._group_norms.measuring  # all zeros, or the norm of the rest, comes first
+        table = stats.make_gradient(late=hook_writes)
+        torch.autograd.backward((total, stats.words), (gradient, table))
 
     @torch.no_grad()
     def step(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, StrategyConfig
 from launcher.errors import TrainingFailed
 from launcher.recipe import Loss
 from launcher.strategies.ddp import DdpReplica
@@ -33,20 +33,24 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_replica(world: int = 2, precision: str = "fp32") -> DdpReplica:
+def make_replica(world: int = 2, precision: str = "fp32", *, find_unused: bool = False) -> DdpReplica:
     """With `world` 2, DDP and its hooks work as with two ranks, though the process group has one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
-    return DdpReplica(ReplicaArgs(model, RUN, world, Precision.from_name(precision, CPU), StageClock(HostTimer())))
+    config = replace(RUN, strategy=StrategyConfig(find_unused_parameters=find_unused))
+    return DdpReplica(ReplicaArgs(model, config, world, Precision.from_name(precision, CPU), StageClock(HostTimer())))
 
 
-def run_backward(replica: DdpReplica, row: list[float], count: float = 4, *, last: bool = True) -> None:
+def run_backward(
+    replica: DdpReplica, row: list[float], count: float = 4, *, last: bool = True, is_padding: bool = False
+) -> None:
+    """One micro-batch, measured for the noise scale."""
     batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-    with replica.micro_batch(last=last, is_padding=False, shard=0):
+    with replica.micro_batch(last=last, is_padding=is_padding, shard=0):
         loss = replica.compute_loss(lambda model, x: Loss(model(x).square().sum(), count), batch)
         if last:
             replica.send_stats(row)
-        replica.backward(loss.total, 4)
+        replica.backward(loss.total, 4, count)
 
 
 def make_row() -> list[float]:
@@ -72,6 +76,31 @@ def test_statistics_are_no_part_of_the_model_or_its_gradient() -> None:
     run_backward(alone, row, last=False)
     run_backward(alone, row)
     assert float(replica.step(0.1, None, 1.0, None).norm) == float(alone.step(0.1, None, 1.0, None).norm)
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_statistics_are_no_part_of_the_norm_for_the_noise_scale(find_unused: bool) -> None:
+    """The norm is that of the bucket in which they travel."""
+    rows = (make_row(), [0.0] * NUM_STATS)
+    steps = []
+    for row in rows:
+        replica = make_replica(find_unused=find_unused)
+        run_backward(replica, row)
+        assert get_rows(replica.receive_stats())[0] == pytest.approx(row, rel=1e-13, abs=0)
+        steps.append(replica.step(0.1, None, 1.0, None))
+    assert steps[0].groups == 1
+    assert float(steps[0].group_sq_norm_sum) == float(steps[1].group_sq_norm_sum) > 0
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_padding_sends_statistics_and_zeros_as_gradients(find_unused: bool) -> None:
+    replica, row = make_replica(find_unused=find_unused), make_row()
+    for _ in range(2):
+        run_backward(replica, row, is_padding=True)
+        assert get_rows(replica.receive_stats())[0] == pytest.approx(row, rel=1e-13, abs=0)
+        gradients = [p.grad for p in replica.module.parameters() if p.grad is not None]
+        assert not any(map(torch.count_nonzero, gradients))
+        replica.discard_update()
 
 
 def test_statistics_exchanged_outside_of_a_backward_pass_have_the_same_bits() -> None:

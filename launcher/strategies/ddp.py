@@ -177,7 +177,6 @@ class DdpReplica(BaseReplica):
         table = stats.make_gradient(late=hook_writes)
         torch.autograd.backward((total, stats.words), (gradient, table))
 
-    @torch.no_grad()
     def step(
         self, lr: float, momentum: float | None, loss_normalizer: float | torch.Tensor, clip_norm: float | None
     ) -> StepResult:

@@ -43,7 +43,7 @@ def compute_norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def read_norm(norm: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | bool]:
     """A norm and whether it is finite: numbers on a CPU, where the host has them at once, else device scalars."""
-    if norm.device.type != "cpu":
+    if not norm.is_cpu:
         return norm, torch.isfinite(norm)
     value = norm.item()
     return value, math.isfinite(value)

@@ -29,6 +29,17 @@ class LaterParameters:
 
     def find(self, model: nn.Module) -> None:
         """Look for such parameters; called while the model is in use, when a sharded one has its whole parameters."""
+        if self._frozen:
+            self._find_unfrozen()
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0:  # a power of two
+            for name, parameter in model.named_parameters():
+                is_known = name in self._known and (not self._same_tensors or self._known[name] is parameter)
+                self._known[name] = parameter
+                if not is_known and parameter.requires_grad:
+                    self._found.append(name)
+
+    def _find_unfrozen(self) -> None:
         later = [
             entry
             for entry in self._frozen
@@ -37,13 +48,6 @@ class LaterParameters:
         if later:
             self._found += [name for name, _, _ in later]
             self._frozen = [entry for entry in self._frozen if entry not in later]
-        self._calls += 1
-        if self._calls & (self._calls - 1) == 0:  # a power of two
-            for name, parameter in model.named_parameters():
-                is_known = name in self._known and (not self._same_tensors or self._known[name] is parameter)
-                self._known[name] = parameter
-                if not is_known and parameter.requires_grad:
-                    self._found.append(name)
 
     def pop(self) -> list[str]:
         """Those that were found since the last call."""

@@ -61,14 +61,16 @@ def is_usual(loss: Any) -> TypeGuard[Loss]:
 
     It then passes all other checks as it is, which take longer.
     """
+    if type(loss) is not Loss:
+        return False
+    total, count = loss.total, loss.count
     return (
-        type(loss) is Loss
-        and (type(loss.count) is int or type(loss.count) is float)
-        and 0 < loss.count < math.inf
-        and isinstance(loss.total, torch.Tensor)
-        and loss.total.dim() == 0
-        and loss.total.grad_fn is not None
-        and not loss.total.is_complex()
+        (type(count) is int or type(count) is float)
+        and 0 < count < math.inf
+        and isinstance(total, torch.Tensor)
+        and total.dim() == 0
+        and total.grad_fn is not None
+        and not total.is_complex()
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from launcher.config.schema import LrConfig, RunConfig
 from launcher.errors import UsageError
-from launcher.strategies.optimizer import make_optimizer, set_lr_and_momentum, take_optimizer_step
+from launcher.strategies.optimizer import drop_gradients, make_optimizer, set_lr_and_momentum, take_optimizer_step
 
 
 def make_config(**optimizer: Any) -> RunConfig:
@@ -162,3 +162,33 @@ def test_late_gradient_with_dampening_and_a_requested_fused_kernel_is_refused() 
     net[0].bias.grad = torch.ones_like(net[0].bias)
     with pytest.raises(UsageError, match=r"optimizer\.dampening=0\.5 with optimizer\.fused=true: some parameters"):
         take_optimizer_step(optimizer)
+
+
+class InPlace(torch.optim.Optimizer):
+    """Leaves it to its caller to turn gradients off, and counts the calls of its own zero_grad."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.calls = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad * group["lr"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.calls += 1
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, InPlace])
+def test_step_is_taken_without_a_graph_and_gradients_are_dropped(optimizer_class: Any) -> None:
+    net = nn.Linear(3, 1)
+    optimizer = optimizer_class(net.parameters(), lr=0.5)
+    before = net.bias.detach().clone()
+    net(torch.ones(1, 3)).sum().backward()
+    take_optimizer_step(optimizer)
+    drop_gradients(optimizer)
+    assert torch.equal(net.bias, before - 0.5)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert getattr(optimizer, "calls", 1) == 1

@@ -41,11 +41,13 @@ __all__ = [
     "TensorReader",
     "export_safetensors",
     "export_tensors",
+    "index_tensors",
     "is_of_model",
     "load_checkpoint",
     "raise_as_checkpoint_error",
     "save_checkpoint",
     "storage_key",
+    "view_as_bytes",
     "write_groups",
 ]
 
@@ -331,10 +333,10 @@ class LazyTensors(Mapping[str, torch.Tensor]):
     """Checkpoint tensors by name or alias, assembled from their pieces on each access.
 
     Tensors are copies: a memory-mapped file would lose its pages if another process prunes the checkpoint. Reading
-    raises CorruptCheckpointError if the files do not match the manifest.
+    raises CorruptCheckpointError if the files do not match the manifest. `read` is called as a `TensorReader` is.
     """
 
-    def __init__(self, read: TensorReader, index: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, read: Callable[..., torch.Tensor], index: Mapping[str, Mapping[str, Any]]) -> None:
         self.index = index
         self._read = read
         self._facts = {alias: facts for name, facts in index.items() for alias in (name, *facts["aliases"])}

@@ -18,7 +18,19 @@ from typing import NamedTuple
 from launcher.elastic.events import AllLost, Connected, Disconnected, Effect, Event, Fence, Received, Tell, Ticked
 from launcher.elastic.members import Member
 from launcher.elastic.membership import Membership, MembershipLimits
-from launcher.elastic.messages import Answer, Change, Heartbeat, Leave, Ready, Release, Request, Round, Welcome
+from launcher.elastic.messages import (
+    Answer,
+    Change,
+    Complete,
+    Finish,
+    Heartbeat,
+    Leave,
+    Ready,
+    Release,
+    Request,
+    Round,
+    Welcome,
+)
 
 __all__ = ["FAULTS", "Action", "JobModel", "Trainer", "World"]
 
@@ -65,15 +77,19 @@ Action = tuple[str, int, bool]
 class JobModel:
     """The transitions between the states of a job; states of the membership and messages are kept once."""
 
-    def __init__(self, limits: MembershipLimits, *, most_living: int = 3, stops: bool = False) -> None:
+    def __init__(
+        self, limits: MembershipLimits, *, most_living: int = 3, stops: bool = False, finishes: bool = False
+    ) -> None:
         self.limits = limits
         self.most_living = most_living
         self.stops = stops
+        self.finishes = finishes
         self.memberships: list[Membership] = []
         self.messages: list[Answer] = []
         self._membership_ids: dict[Membership, int] = {}
         self._message_ids: dict[Answer, int] = {}
         self._shortened: dict[tuple[int, int, tuple[int, ...]], int] = {}
+        self._renamed: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self._handled: dict[tuple[int, Event], tuple[int, tuple[Effect, ...]]] = {}
 
     def start(self, workers: int, *, births: int, deaths: int, leaves: int = 0) -> World:
@@ -101,20 +117,27 @@ class JobModel:
             yield "disconnect", False
         if trainer.life == "stopped":
             yield "expel", False
-        if trainer.life != "alive":
-            return
-        if trainer.inbox:
-            yield "read", False
-        if trainer.phase in ("building", "coming"):
-            yield "report", False
+        if trainer.life == "alive":
+            yield from self._list_faults(world, trainer)
+            yield from self._list_messages(trainer)
+            if trainer.phase in ("forming", "working"):
+                yield from self._list_group_actions(world, trainer)
+
+    def _list_faults(self, world: World, trainer: Trainer) -> Iterator[tuple[str, bool]]:
         if world.deaths:
             yield "die", False
             if self.stops and trainer.phase != "building":  # nobody waits for it, so it is not judged
                 yield "stop", False
         if world.leaves and not trainer.leaving:
             yield "leave", False
-        if trainer.phase in ("forming", "working"):
-            yield from self._list_group_actions(world, trainer)
+
+    def _list_messages(self, trainer: Trainer) -> Iterator[tuple[str, bool]]:
+        if trainer.inbox:
+            yield "read", False
+        if trainer.phase in ("building", "coming"):
+            yield "report", False
+        if trainer.phase == "done":
+            yield "say_done", False
 
     def _list_group_actions(self, world: World, trainer: Trainer) -> Iterator[tuple[str, bool]]:
         peers = self._list_peers(world, trainer)
@@ -126,6 +149,8 @@ class JobModel:
                 yield "form", False
             elif any(peer.change for peer in peers):
                 yield "update", False
+            if trainer.phase == "working" and self.finishes:
+                yield "finish", False
 
     def perform(self, world: World, action: Action) -> World:
         """Return the state after an action; every round that is published on the way is checked."""
@@ -186,6 +211,15 @@ class JobModel:
         left = tuple(index for index in trainer.inbox if self.messages[index] != CALL)
         return trainer._replace(change=False, inbox=left)
 
+    def _do_finish(self, world: World, trainer: Trainer, _: bool) -> World:
+        """The last update was finished, by all together; each says so when it likes."""
+        for peer in self._list_peers(world, trainer):
+            world = put(world, self._heed_calls(peer)._replace(phase="done", place=-1))
+        return world
+
+    def _do_say_done(self, world: World, trainer: Trainer, _: bool) -> World:
+        return self._send(put(world, trainer._replace(phase="waiting")), trainer, Finish(trainer.round))
+
     def _do_break(self, world: World, trainer: Trainer, finished: bool) -> World:
         """A collective fails; if the group was being formed, the state was received or is now in pieces."""
         if trainer.phase == "working":
@@ -218,13 +252,21 @@ class JobModel:
         message = self.messages[place]
         trainer = trainer._replace(inbox=trainer.inbox[1:])
         if isinstance(message, Round):
+            self._check_late_report(world, trainer)
             assert message.number > trainer.round, "a round reached a member twice"
             assert trainer.phase == "waiting"
             return put(world, trainer._replace(phase="forming", round=message.number, place=place, change=False))
         if isinstance(message, Change):
             return put(world, trainer._replace(change=True))
-        assert isinstance(message, Release)
+        assert isinstance(message, Release | Complete)
         return self._handle(put(world, forget(trainer)), Disconnected(0.0, trainer.number))
+
+    def _check_late_report(self, world: World, trainer: Trainer) -> None:
+        """If an impatient trainer reports again while a round is on its way to it, it is only told the round again."""
+        membership = self.memberships[world.membership]
+        if membership.find_member(trainer.number):
+            after, effects = membership.handle(Received(0.0, trainer.number, make_report(trainer)))
+            assert (after, effects) == (membership, (Tell(trainer.number, membership.round),)), "a late report counts"
 
     # --- the membership ---------------------------------------------------------------------------------------------
 
@@ -303,7 +345,12 @@ class JobModel:
 
     def _rename_message(self, index: int, numbers: Mapping[int, int], shift: int) -> int:
         message = self.messages[index]
-        return self._keep_message(rename_round(message, numbers, shift)) if isinstance(message, Round) else index
+        if not isinstance(message, Round):
+            return index
+        key = (index, shift, tuple(numbers))
+        if key not in self._renamed:
+            self._renamed[key] = self._keep_message(rename_round(message, numbers, shift))
+        return self._renamed[key]
 
     def _read_round(self, trainer: Trainer) -> Round:
         """Return the newest round that a trainer has read."""
@@ -405,7 +452,8 @@ def check_departures(
 ) -> None:
     """Check whom the membership lets go, and that it says when nobody with the training state is left."""
     remaining = [trainers[each.number - 1] for each in before.in_round if after.find_member(each.number)]
-    assert effects.count(AllLost()) == bool(before.in_round and not remaining)
+    lost = bool(before.in_round) and not remaining and not after.complete
+    assert effects.count(AllLost()) == lost, "it is not said whether all members were lost"
     releases = {each.member: each.message for each in effects if isinstance(each, Tell) and is_release(each.message)}
     if not any(member.number in releases for member in before.in_round):
         return

@@ -45,14 +45,17 @@ def trace_history(origins: list[tuple[int, Action]], number: int) -> list[Action
 
 
 def ends_well(model: JobModel, world: World) -> bool:
-    """Whether, where nothing more happens, all living trainers work in one round, or are too few for one."""
+    """Whether, where nothing more happens, all living trainers work in one round, or are done, or are too few."""
     living = [trainer for trainer in world.trainers if trainer.life == "alive"]
     working = [trainer for trainer in living if trainer.phase == "working"]
+    membership = model.memberships[world.membership]
+    if membership.complete:
+        return membership.ended and not living
     if any(trainer.leaving or trainer.phase not in ("working", "waiting") for trainer in living):
         return False
     if len(living) < model.limits.min_workers or not living:
         return not working
-    round_ = model.memberships[world.membership].round
+    round_ = membership.round
     return (
         round_ is not None
         and len(working) == min(len(living), model.limits.max_workers or len(living))
@@ -85,6 +88,7 @@ SEARCHES = {
     "fewest workers": (3, 1, 2, 0, {"min_workers": 2}, {}),
     "most workers": (2, 2, 1, 0, {"max_workers": 2}, {"most_living": 4}),
     "stopped processes": (3, 1, 1, 0, {}, {"stops": True}),
+    "end of training": (2, 1, 1, 0, {}, {"finishes": True}),
     "polite leaves": (3, 1, 1, 1, {}, {}),
     "everybody leaves": (2, 1, 1, 2, {"max_workers": 2, "wait_s": 10.0}, {}),
     "one worker leaves": (1, 2, 1, 1, {"max_workers": 1}, {}),

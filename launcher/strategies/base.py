@@ -64,7 +64,6 @@ class BaseReplica:
         self.module = model
         self._loss_module = LossModule(model)
         self._wrapped: nn.Module = self._loss_module  # around which a strategy puts its wrapper
-        self._world = world
         self._precision = precision
         self._later_parameters = LaterParameters(model, same_tensors=self.same_parameter_tensors)
         self._is_padding = False
@@ -76,7 +75,7 @@ class BaseReplica:
         self._initial_buffers = describe_buffers(model)
         self._group_norms = GroupGradNorms(precision.device)
         self._call_order: CallOrder | None = None  # set if collectives follow the order of calls
-        self._stats = StatsAllReduce(dist.get_rank() if world > 1 else 0, world, precision.device)
+        self._set_world(world)
         self._norm_hooks: GradNormHooks | None = None  # set if micro-batches are the groups for the noise scale
         self._micro_batch = MicroBatchEnd(self._end_micro_batch)
 
@@ -229,6 +228,24 @@ class BaseReplica:
         norm_sum, groups = self._pop_group_norms(1.0)
         norm = torch.full((), math.nan, device=self._precision.device)
         return StepResult(norm, torch.isnan(norm), norm_sum, groups)
+
+    def _abandon_update(self) -> None:
+        """Drop the gradients of an update that was interrupted, and what was counted in it; put the buffers back.
+
+        If there is none, the buffers stay as the latest update left them.
+        """
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        if not self._save_pending:
+            self._buffers_before.restore(keep_new=False)  # the update will run again, and register them again
+            self._save_pending = True
+        self._is_padding = self._is_last_micro_batch = False
+        self._is_only_micro_batch = None
+        self._group_norms = GroupGradNorms(self._precision.device)
+
+    def _set_world(self, world: int) -> None:
+        self._world = world
+        self._stats = StatsAllReduce(dist.get_rank() if world > 1 else 0, world, self._precision.device)
 
     def _set_optimizer(self, optimizer: torch.optim.Optimizer, config: RunConfig) -> None:
         self.optimizer = optimizer

@@ -1,6 +1,7 @@
 """DDP: the full model on every rank, gradients summed by DistributedDataParallel."""
 
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -61,25 +62,51 @@ class DdpReplica(BaseReplica):
         model, config = args.model, args.config
         super().__init__(model.to(args.precision.device), args.world, args.precision)
         self._clock = args.clock
-        self._bucket_stats: StatsInBucket | None = None
-        if args.world > 1:
-            self._bucket_stats = StatsInBucket(dist.get_rank(), args.world, args.precision.device, args.precision.dtype)
-            self._loss_module.register_parameter("stats", self._bucket_stats.words)
-        self._trained_names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self._static_graph = args.world > 1 and config.strategy.static_graph
-        self._left_out: dict[str, torch.Tensor] | None = None
-        self._is_reduced = False
+        self._settings = config.strategy
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._trained_names = [name for name, _ in trained]
+        self._parameters = [parameter for _, parameter in trained]
+        self._set_up_reduction(args.world, init_sync=True)
         if self._static_graph:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
-        elif args.world > 1:
-            self._finds_unused = config.strategy.find_unused_parameters
-            self._wrapped = self._wrap_in_ddp(find_unused_parameters=self._finds_unused)
         self._set_optimizer(make_optimizer(model, config, args.groups), config)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def _set_up_reduction(self, world: int, *, init_sync: bool) -> None:
+        """Prepare to sum gradients and statistics over the ranks of the default process group."""
+        self._bucket_stats: StatsInBucket | None = None
+        if world > 1:
+            device, dtype = self._precision.device, self._precision.dtype
+            self._bucket_stats = StatsInBucket(dist.get_rank(), world, device, dtype)
+            self._loss_module.register_parameter("stats", self._bucket_stats.words)
+        self._static_graph = world > 1 and self._settings.static_graph
+        self._finds_unused = world > 1 and self._settings.find_unused_parameters and not self._static_graph
+        self._left_out: dict[str, torch.Tensor] | None = None
+        self._is_reduced = False
         self._bucket_norms: list[torch.Tensor] = []
-        if args.world == 1 and self.by_micro_batch:
+        if world > 1 and not self._static_graph:
+            self._wrapped = self._wrap_in_ddp(find_unused_parameters=self._finds_unused, init_sync=init_sync)
+        if world == 1 and self.by_micro_batch:
             self._norm_hooks = GradNormHooks(self._parameters)
+
+    def leave_group(self) -> None:
+        """See `ReformableReplica`: without its wrapper, the replica holds nothing that has to do with the group."""
+        self._abandon_update()
+        if isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped._remove_autograd_hooks()  # now, even if something else still holds the wrapper
+        self._wrapped = self._loss_module
+        self._bucket_stats = None
+        self._loss_module.register_parameter("stats", None)
+        if self._norm_hooks is not None:
+            self._norm_hooks.remove()
+            self._norm_hooks = None
+        self._set_world(1)
+
+    def reform(self, world: int) -> None:
+        """See `ReformableReplica`."""
+        self.leave_group()
+        self._set_world(world)
+        self._set_up_reduction(world, init_sync=False)
 
     def _compute_training_loss(self, loss_fn: LossFn, model: nn.Module, batch: Any) -> Loss:
         loss = super()._compute_training_loss(loss_fn, model, batch)
@@ -100,10 +127,11 @@ class DdpReplica(BaseReplica):
             **{BUFFER_SYNC_ARG: False},  # type: ignore[arg-type]
             **options,
         )
-        wrapped.register_comm_hook(wrapped.process_group, self._all_reduce_hook)
+        wrapped.register_comm_hook((weakref.ref(self), wrapped.process_group), sum_bucket)
         return wrapped
 
-    def _all_reduce_hook(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def sum_bucket(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Start to sum a bucket of gradients over the ranks, as DDP calls it."""
         gradients = bucket.buffer()
         if self._is_padding:
             gradients.zero_()
@@ -219,6 +247,16 @@ class DdpReplica(BaseReplica):
         load_model_tensors(self.module, model)
         self._optimizer_state.load(optimizer, facts["optimizer"])
         self._load_facts(facts, optimizer)
+
+
+def sum_bucket(
+    state: tuple[weakref.ref[DdpReplica], dist.ProcessGroup], bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """The communication hook. torch holds it where no garbage collector looks: it must not hold the replica."""
+    reference, group = state
+    replica = reference()
+    assert replica is not None
+    return replica.sum_bucket(group, bucket)
 
 
 @contextmanager

@@ -51,22 +51,30 @@ class ExactReplica(DdpReplica):
     def __init__(self, args: ReplicaArgs) -> None:
         make_deterministic()
         super().__init__(replace(args, world=1))  # no communication by DDP: each rank is a world of one
-        config, world = args.config, args.world
-        self._real_world = world
-        self._rank = dist.get_rank() if world > 1 else 0
-        self._stats = StatsAllReduce(self._rank, world, args.precision.device)
-        self._training_ranks = num_training_ranks(world, config.elastic.shards)
-        self._shards = config.elastic.shards // self._training_ranks if self._rank < self._training_ranks else 0
-        self._shard0_counters: list[torch.Tensor] = []
+        self._all_shards = args.config.elastic.shards
+        self._share_shards(args.world)
         self._listed: list[BufferCopy] = []  # the buffers that `_mean_buffers` and `_counters` are among
         self._mean_buffers: list[SavedBuffer] = []
         self._counters: list[SavedBuffer] = []
         self._gradient_numel = sum(parameter.numel() for parameter in self._parameters)
-        self._tree = TreeSum()
-        self._shard: int | None = None
-        if world > 1:
+        if args.world > 1:
             for tensor in (*args.model.parameters(), *args.model.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
+
+    def _share_shards(self, world: int) -> None:
+        """Share the shards among the ranks of the default process group, from the next update on."""
+        self._real_world = world
+        self._rank = dist.get_rank() if world > 1 else 0
+        self._stats = StatsAllReduce(self._rank, world, self._precision.device)
+        self._training_ranks = num_training_ranks(world, self._all_shards)
+        self._shards = self._all_shards // self._training_ranks if self._rank < self._training_ranks else 0
+        self._shard0_counters: list[torch.Tensor] = []
+        self._tree = TreeSum()
+        self._shard: int | None = None
+
+    def reform(self, world: int) -> None:
+        super().reform(1)
+        self._share_shards(world)
 
     def compute_loss(self, loss_fn: LossFn, batch: Any) -> Loss:
         """As under DDP; a validation batch changes no buffer, since each rank has other batches."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from launcher.plan.virtual_shards import compute_tree_sum
 
@@ -104,11 +105,16 @@ class GradNormHooks:
         self._pending: list[torch.Tensor] = []
         self._elements = 0
         self._norms: list[torch.Tensor] = []
-        for parameter in parameters:
-            self.register(parameter)
+        self._handles = [self.register(parameter) for parameter in parameters]
 
-    def register(self, parameter: torch.Tensor) -> None:
-        parameter.register_hook(self._on_gradient)
+    def register(self, parameter: torch.Tensor) -> RemovableHandle:
+        return parameter.register_hook(self._on_gradient)
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters that these were made with."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _on_gradient(self, gradient: torch.Tensor) -> None:
         if not self.enabled:

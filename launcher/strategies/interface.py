@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from launcher.telemetry.stage_clock import StageClock
     from launcher.telemetry.stats_fields import StatsRow
 
-__all__ = ["LARGE_MODEL_BYTES", "Replica", "ReplicaArgs", "ReplicaState", "ShardedState", "StepResult"]
+__all__ = [
+    "LARGE_MODEL_BYTES",
+    "ReformableReplica",
+    "Replica",
+    "ReplicaArgs",
+    "ReplicaState",
+    "ShardedState",
+    "StepResult",
+]
 
 
 #: Size of the parameters above which ranks other than 0 avoid holding all of them.
@@ -169,3 +177,23 @@ class Replica(Protocol):
 
     def restore(self, model: LazyTensors, optimizer: LazyTensors, facts: Mapping[str, Any]) -> None:
         """Load a checkpoint of any strategy and world size. Every rank calls this and reads only what it needs."""
+
+
+class ReformableReplica(Replica, Protocol):
+    """A replica that can go on in another process group: every rank holds the whole state, under DDP or in exact mode.
+
+    After a rank is lost, `leave_group`; destroy the process group and form another; `reform`.
+    """
+
+    def leave_group(self) -> None:
+        """Give up an update that was interrupted, and let go of the process group, before it is destroyed.
+
+        Gradients and statistics of the update are dropped, and the buffers are as they were before it; if no update was
+        in progress, they stay. Unless every rank lets go of a group whose collective failed, others may wait in it.
+        """
+
+    def reform(self, world: int) -> None:
+        """Go on in the new default process group, of `world` ranks; none is needed for one rank.
+
+        The model and the optimizer stay the same objects, with their state as it is: nothing is sent.
+        """

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from launcher.elastic.membership import MembershipLimits
-from tests.elastic.membership_model import FAULTS, JobModel, World
+from tests.elastic.membership_model import FAULTS, Action, JobModel, World
 from tests.elastic.test_membership_histories import ends_well
 
-MOST_STEPS = 10_000
+MOST_STEPS = 200  # by then every job has come to rest
 
 
 class LongHistory(RuleBasedStateMachine):
@@ -33,23 +33,41 @@ class LongHistory(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world is not None)
     @rule(data=st.data())
-    def happen(self, data: st.DataObject) -> None:
-        assert self.world is not None
-        actions = self.model.list_actions(self.world)
-        if actions:
-            self.world = self.model.perform(self.world, data.draw(st.sampled_from(actions)))
+    def suffer_fault(self, data: st.DataObject) -> None:
+        faults = [action for action in self.list_actions() if action[0] in FAULTS]
+        if faults:
+            self.perform(data.draw(st.sampled_from(faults)))
+
+    @precondition(lambda self: self.world is not None)
+    @rule(data=st.data(), count=st.integers(1, 8))
+    def go_on(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            if steps := self.list_steps():
+                self.perform(data.draw(st.sampled_from(steps)))
 
     @precondition(lambda self: self.world is not None)
     @rule()
     def settle(self) -> None:
         """Nothing happens to the job for a while."""
-        assert self.world is not None
         for _ in range(MOST_STEPS):
-            steps = [action for action in self.model.list_actions(self.world) if action[0] not in FAULTS]
+            steps = self.list_steps()
             if not steps:
                 break
-            self.world = self.model.perform(self.world, steps[0])
+            self.perform(steps[0])
+        assert not steps, "the job does not come to rest"
+        assert self.world is not None
         assert ends_well(self.model, self.world), self.world
+
+    def list_actions(self) -> list[Action]:
+        assert self.world is not None
+        return self.model.list_actions(self.world)
+
+    def list_steps(self) -> list[Action]:
+        return [action for action in self.list_actions() if action[0] not in FAULTS]
+
+    def perform(self, action: Action) -> None:
+        assert self.world is not None
+        self.world = self.model.perform(self.world, action)
 
     def teardown(self) -> None:
         if self.world is not None:
@@ -57,5 +75,5 @@ class LongHistory(RuleBasedStateMachine):
 
 
 #: Without shrinking, which takes minutes: `test_membership_histories` finds the shortest history of a mistake.
-LongHistory.TestCase.settings = settings(max_examples=30, stateful_step_count=80, phases=(Phase.generate,))
+LongHistory.TestCase.settings = settings(max_examples=60, stateful_step_count=100, phases=(Phase.generate,))
 TestLongHistory = LongHistory.TestCase

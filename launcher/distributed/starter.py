@@ -39,20 +39,28 @@ def die_with_starter() -> bool:
 
 
 def find_agent(pid: int) -> int | None:
-    """The nearest process that has loaded torch, of this process and its ancestors; None if there is none."""
-    while pid > 0 and (stat := read_proc_stat(pid)) is not None:
-        if has_torch_loaded(pid):
+    """The nearest process that has loaded torch, of this process and its ancestors.
+
+    None if there is none, or if one of them is just ending: it may be the agent, which has lost its memory by then, and
+    a process that has started torchrun may have loaded torch too.
+    """
+    while pid > 0 and (stat := read_proc_stat(pid)) is not None and (loaded := has_torch_loaded(pid)) is not None:
+        if loaded:
             return pid
         pid = int(stat[1])
     return None
 
 
-def has_torch_loaded(pid: int) -> bool:
-    """Whether a process has loaded torch; of a process of another user, whether its command line is Python's."""
+def has_torch_loaded(pid: int) -> bool | None:
+    """Whether a process has loaded torch; of a process of another user, whether its command line is Python's.
+
+    None if the process has no memory any more.
+    """
     try:
-        return b"libtorch" in Path(f"/proc/{pid}/maps").read_bytes()
+        maps = Path(f"/proc/{pid}/maps").read_bytes()
+        return b"libtorch" in maps if maps else None
     except PermissionError:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         return b"python" in command or b"torch" in command
     except OSError:
-        return False
+        return None

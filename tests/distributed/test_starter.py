@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -64,6 +65,20 @@ def test_worker_of_a_torchrun_recognises_it_by_its_torch(tmp_path: Path, has_tor
     )
     expected = "True\n" if has_torch or find_agent(os.getpid()) is not None else ""
     assert done.stdout == expected, done.stderr
+
+
+def test_agent_that_is_ending_is_not_mistaken_for_the_process_that_started_it(tmp_path: Path) -> None:
+    """That one may have loaded torch too, and lives on."""
+    library = tmp_path / "libtorch_cpu.so"
+    library.write_bytes(b"\0" * 4096)
+    with library.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+        ended = subprocess.Popen(["true"])
+        try:
+            wait_for(lambda: not is_alive(ended.pid))
+            assert find_agent(ended.pid) is None
+            assert find_agent(os.getpid()) == os.getpid()
+        finally:
+            ended.wait()
 
 
 def test_orphaned_worker_ends_before_it_connects(tmp_path: Path) -> None:

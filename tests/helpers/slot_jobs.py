@@ -73,7 +73,7 @@ def spawn(*args, real=os.posix_spawnp, **options):
 os.posix_spawnp = spawn
 note("slot", restart=restart(), group=os.getpgid(0))
 step("before the slot has done anything")
-sys.exit(run_slot([sys.executable, "trainer.py"]))
+sys.exit(run_slot([sys.executable, "trainer.py"], agent=int(sys.argv[1]) if sys.argv[1:] else None))
 """
 TRAINER = """
 def on_signal(signum, frame):

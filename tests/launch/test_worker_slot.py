@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import EXIT_FAILED
+from launcher.launch.slot_folder import SlotFolder
 from launcher.system.processes import identify_process
 from tests.helpers.jobs import is_alive, make_env, wait_for
 from tests.helpers.slot_jobs import AgentForks, SlotJob, agent_forks
@@ -222,18 +223,17 @@ def test_torchruns_sigterm_ends_the_slots_alone_where_the_trainers_expect_a_rest
 
 # --- the folder and the sockets ---------------------------------------------------------------------------------------
 
-STAND = """
-import os, sys
-from launcher.launch.worker_slot import run_slot
-sys.exit(run_slot(sys.argv[2:], agent=int(sys.argv[1])))
-"""
 
-
-def start_slot(job: SlotJob, agent: int = os.getpid()) -> subprocess.Popen[str]:
+def start_slot(job: SlotJob, agent: int = os.getpid(), moment: str = "") -> subprocess.Popen[str]:
     """A slot of this process, which is no torchrun."""
-    command = [sys.executable, "-c", STAND, str(agent), sys.executable, "trainer.py"]
-    env = make_env(TMPDIR=str(job.temp), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", TORCHELASTIC_RESTART_COUNT="0")
+    env = {"TMPDIR": str(job.temp), "MOMENT": moment, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    env = make_env(TORCHELASTIC_RESTART_COUNT="0", **env)
+    command = [sys.executable, "slot.py", str(agent)]
     return subprocess.Popen(command, cwd=job.folder, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def waits_for_lock(pid: int) -> bool:
+    return any(f" -> FLOCK  ADVISORY  WRITE {pid} " in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 def locate_folder(job: SlotJob) -> Path:
@@ -242,14 +242,30 @@ def locate_folder(job: SlotJob) -> Path:
 
 def test_slots_that_race_for_one_number_start_one_trainer(job: SlotJob) -> None:
     """The newest of them keeps it, and the others end."""
-    slots = [start_slot(job) for _ in range(4)]
-    wait_for(lambda: sum(slot.poll() is None for slot in slots) == 1)
-    assert [slot.returncode for slot in slots if slot.returncode is not None] == [EXIT_FAILED] * 3
-    assert len(job.wait_for("trainer")) == 1
+    first = start_slot(job, moment="before the trainer is started")
+    job.wait_for("reached")
+    others = [start_slot(job) for _ in range(3)]
+    wait_for(lambda: all(waits_for_lock(slot.pid) for slot in others) or len(job.list_events("trainer")) > 1)
+    (job.folder / "go").touch()
+    wait_for(lambda: sum(slot.poll() is None for slot in (first, *others)) == 1)
+    (last,) = [slot for slot in others if slot.returncode is None]
+    assert {slot.returncode for slot in (first, *others)} == {EXIT_FAILED, None}
     job.tell_to_exit(0, 5)
-    (last,) = [slot for slot in slots if slot.returncode is None]
     assert last.wait(60) == 5
     assert len(job.list_events("trainer")) == 1
+    job.wait_until_nothing_is_left()
+
+
+def test_slot_whose_folder_is_removed_while_it_waits_makes_another(job: SlotJob) -> None:
+    """The last slot of an earlier start may end meanwhile."""
+    folder = SlotFolder(str(locate_folder(job)))
+    with folder.lock(create=True):
+        slot = start_slot(job)
+        wait_for(lambda: waits_for_lock(slot.pid))
+        folder.remove_if_unused()
+    job.wait_for("trainer")
+    job.tell_to_exit(0, 0)
+    assert slot.wait(60) == 0
     job.wait_until_nothing_is_left()
 
 

@@ -150,6 +150,8 @@ class MembershipService:
                 await self._serve_member(message, reader, writer)
         except (ValueError, ConnectionError, asyncio.TimeoutError):  # ValueError: the line is too long or no message
             pass
+        except asyncio.CancelledError:  # the service ends, which is nothing to log
+            pass
         finally:
             writer.close()
 

@@ -13,6 +13,7 @@ import weakref
 import pytest
 
 from launcher.elastic.membership import MembershipLimits
+from launcher.elastic.messages import Ready
 from launcher.elastic.service import ServiceSettings, start_service_process
 from tests.elastic.processes import TOKEN, WITHIN_S, connect, form_round, read_line, run_service
 from tests.helpers.jobs import wait_for
@@ -67,12 +68,10 @@ def test_change_is_announced_until_the_next_round() -> None:
 def test_round_that_is_repeated_is_handed_out_once() -> None:
     with run_service() as service:
         member = connect(service.port)
-        for _ in range(2):  # the second one is late, and is answered with the round that it has missed
-            member.ready(0, has_state=True, host="127.0.0.1", port=1)
-        round_ = member.wait_for_round(WITHIN_S)
+        form_round(member)
+        member._send(Ready(0, 0, True, "127.0.0.1", 1))  # as if sent before; the answer is the round once more
         connect(service.port).ready(0, has_state=False, host="127.0.0.1", port=1)
         wait_for(lambda: member.change == "join", WITHIN_S)  # it was sent after the repeated round
-        assert round_ is not None
         assert member.wait_for_round(0) is None
 
 
@@ -128,7 +127,7 @@ def test_lease_is_renewed_by_each_answered_heartbeat() -> None:
 
 
 def test_lease_ends_while_the_service_is_silent() -> None:
-    limits = MembershipLimits(lost_after_s=0.5)
+    limits = MembershipLimits(lost_after_s=1.0)
     process = start_service_process(ServiceSettings(TOKEN, limits, owner=os.getpid()))
     try:
         member = connect(json.loads(read_line(process))["port"])

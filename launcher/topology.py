@@ -20,7 +20,6 @@ __all__ = [
     "get_slurm_job_id",
     "get_slurm_step_id",
     "is_torchrun_worker",
-    "read_local_world",
     "read_restart_count",
     "read_slurm_step",
     "select_torchrun_env",
@@ -182,11 +181,6 @@ def find_slot_number(env: Mapping[str, str] = os.environ) -> int:
     """
     folder = posixpath.basename(posixpath.dirname(env.get("TORCHELASTIC_ERROR_FILE", "")))
     return int(folder) if folder.isdecimal() else read_env_count(env, "LOCAL_RANK")
-
-
-def read_local_world(env: Mapping[str, str] = os.environ) -> int:
-    """How many workers this worker's agent has."""
-    return read_env_count(env, "LOCAL_WORLD_SIZE")
 
 
 def read_env_count(env: Mapping[str, str], name: str) -> int:

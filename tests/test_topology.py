@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.topology import find_slot_number, read_local_world, select_torchrun_env, torchrun_env
+from launcher.topology import find_slot_number, select_torchrun_env, torchrun_env
 
 
 @pytest.mark.parametrize(
@@ -26,5 +26,3 @@ def test_slot_number_is_the_local_rank_that_torchrun_may_hide(
 def test_variables_of_torchrun_are_told_from_the_users() -> None:
     own = torchrun_env(1, 2, 29500)
     assert select_torchrun_env({**own, "HOME": "/", "RANKS": "1", "TORCH_LOGS": "all"}) == own
-    assert read_local_world(own) == 2
-    assert read_local_world({}) == 0

@@ -12,11 +12,11 @@ failed or because a node wants to join, and when it has received SIGTERM itself.
 and leave. The slot tells them apart thus:
 
 - The kernel names the sender. From any other process than the agent, SIGTERM is passed on to the trainer.
-- From the agent it is a restart if a slot beside this one is gone without success, or if the trainer has said that it
-  expects one (`TrainerLink.expect_restart`): only the trainers hear of a failure on another node. The slot ends by
-  the signal at once, and the trainer goes on.
-- From the agent otherwise, with all slots of this node in place, torchrun itself shall end: the signal is passed on as
-  to any worker, and the trainer has the 30 s that torchrun gives its workers to save.
+- From the agent it is a restart if a slot beside this one is gone without success and torchrun has restarts left, or if
+  the trainer has said that it expects one (`TrainerLink.expect_restart`), because only the trainers hear of a failure
+  on another node. The slot ends by the signal at once, and the trainer goes on.
+- From the agent otherwise, torchrun itself is about to end: the signal is passed on as to any worker, and the trainer
+  has the 30 s that torchrun gives its workers to save.
 
 Every other signal is passed on (torchrun passes SIGINT and SIGHUP on only when it ends).
 
@@ -48,7 +48,7 @@ from launcher.launch.slot_messages import (
     receive_messages,
 )
 from launcher.system.processes import identify_process, is_running, list_child_pids, open_pidfd, read_start_time
-from launcher.topology import find_slot_number, read_local_world, select_torchrun_env
+from launcher.topology import Topology, find_slot_number, select_torchrun_env
 
 __all__ = ["run_slot"]
 
@@ -199,11 +199,13 @@ class WorkerSlot:
         """Whether torchrun ends this slot to restart the workers, and not because it ends itself."""
         if self._expects_restart:
             return True
-        slots = read_local_world()
+        topology = Topology.from_env() or Topology()
+        if topology.restarts_left <= 0:
+            return False
         left = sum(map(is_running, list_child_pids(self._agent)))
         with suppress(OSError), self._folder.lock():
-            left += self._folder.count_finished(range(slots))
-        return left < slots
+            left += self._folder.count_finished(range(topology.local_world))
+        return left < topology.local_world
 
     def wait_for_trainer(self, agent_end: int) -> int:
         """Wait until the trainer ends, with its agent at the latest, or has another slot; return its wait status."""

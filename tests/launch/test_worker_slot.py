@@ -129,6 +129,7 @@ def test_slot_exits_with_the_status_of_its_trainer(job: SlotJob, adopted: bool) 
     if adopted:
         os.kill(job.find_running("slot")[0], signal.SIGKILL)
         job.wait_for("restart", 2)
+    (job.folder / "leave").touch()
     job.tell_to_exit(1, 3)
     assert job.wait_for_agent() == 1
     assert "exitcode: 3) local_rank: 1" in read_output(job)
@@ -206,6 +207,15 @@ def test_sigterm_to_torchrun_lets_the_last_trainer_save_when_others_have_finishe
     os.kill(job.agent, signal.SIGTERM)
     assert job.wait_for_agent() != 0
     assert [each["pid"] for each in job.wait_for("signal", signal=15)] == [trainers[1]]
+    job.wait_until_nothing_is_left()
+
+
+def test_trainers_may_save_when_torchrun_has_no_restarts_left(job: SlotJob) -> None:
+    trainers = start_trainers(job, "--max-restarts=0")
+    (job.folder / "leave").touch()
+    os.kill(trainers[1], signal.SIGKILL)
+    assert job.wait_for_agent() == 1
+    assert [each["pid"] for each in job.wait_for("signal", signal=15)] == [trainers[0]]
     job.wait_until_nothing_is_left()
 
 

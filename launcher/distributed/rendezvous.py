@@ -11,6 +11,10 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+# Its functions have the default group as a default argument. DDP imports it, and if the group is then there already, it
+# would never be freed: its connections would stay open when the rank leaves it, and others might wait for this one.
+import torch.distributed.nn.functional
+
 from launcher.topology import Topology, get_master_port
 
 __all__ = [

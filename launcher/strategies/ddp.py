@@ -93,7 +93,9 @@ class DdpReplica(BaseReplica):
         """See `ReformableReplica`: without its wrapper, the replica holds nothing that has to do with the group."""
         self._abandon_update()
         if isinstance(self._wrapped, DistributedDataParallel):
-            self._wrapped._remove_autograd_hooks()  # now, even if something else still holds the wrapper
+            self._wrapped._remove_autograd_hooks()
+            # The wrapper may live on in a cycle, which the garbage collector sees late or, if it was frozen, never.
+            vars(self._wrapped).clear()
         self._wrapped = self._loss_module
         self._bucket_stats = None
         self._loss_module.register_parameter("stats", None)

@@ -2,6 +2,13 @@
 
 The training loop only looks at attributes: `change` costs nothing to read. No method but `wait_for_round` waits, and
 none raises for what happens to the service or to the membership; `state` tells.
+
+    client = MembershipClient(address, token, node=node, slot=rank)  # before torch is imported
+    while not finished and client.state == "joined":
+        client.ready(updates, has_state=updates > 0, host=host, port=port)
+        round_ = client.wait_for_round()
+        if round_ is not None:
+            ...  # form the group, receive the state, train until the vote carries a change or a collective fails
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import pytest
 from launcher.elastic.membership import MembershipLimits
 from launcher.elastic.messages import Ready
 from launcher.elastic.service import ServiceSettings, start_service_process
-from tests.elastic.processes import TOKEN, WITHIN_S, connect, form_round, read_line, run_service
 from tests.helpers.jobs import wait_for
+from tests.helpers.membership_processes import TOKEN, WITHIN_S, connect, form_round, read_line, run_service
 
 pytestmark = pytest.mark.timeout(120)
 

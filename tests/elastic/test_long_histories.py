@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from launcher.elastic.membership import MembershipLimits
-from tests.elastic.membership_model import FAULTS, Action, JobModel, World
-from tests.elastic.test_membership_histories import ends_well
+from tests.helpers.membership_model import FAULTS, Action, JobModel, World, ends_well
 
 MOST_STEPS = 200  # by then every job has come to rest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.elastic.membership import MembershipLimits
-from tests.elastic.membership_model import FAULTS, Action, JobModel, World
+from tests.helpers.membership_model import FAULTS, Action, JobModel, World, ends_well
 
 
 def search_histories(model: JobModel, start: World) -> int:
@@ -42,26 +42,6 @@ def trace_history(origins: list[tuple[int, Action]], number: int) -> list[Action
         number, action = origins[number]
         actions.append(action)
     return actions[::-1]
-
-
-def ends_well(model: JobModel, world: World) -> bool:
-    """Whether, where nothing more happens, all living trainers work in one round, or are done, or are too few."""
-    living = [trainer for trainer in world.trainers if trainer.life == "alive"]
-    working = [trainer for trainer in living if trainer.phase == "working"]
-    membership = model.memberships[world.membership]
-    if membership.complete:
-        return membership.ended and not living
-    if any(trainer.leaving or trainer.phase not in ("working", "waiting") for trainer in living):
-        return False
-    if len(living) < model.limits.min_workers or not living:
-        return not working
-    round_ = membership.round
-    return (
-        round_ is not None
-        and len(working) == min(len(living), model.limits.max_workers or len(living))
-        and {trainer.number for trainer in working} == {member.member for member in round_.members}
-        and {trainer.round for trainer in working} == {round_.number}
-    )
 
 
 def has_cycle(steps: list[list[int]]) -> bool:

@@ -18,8 +18,16 @@ from launcher.elastic.events import AllLost, Ended
 from launcher.elastic.membership import Membership, MembershipLimits
 from launcher.elastic.messages import Hello, Leave, encode_message
 from launcher.elastic.service import MAX_LINE_BYTES, ServiceSettings, ServiceThread, start_service_process
-from tests.elastic.processes import TOKEN, WITHIN_S, MemberProcess, connect, form_round, read_line, run_service
 from tests.helpers.jobs import wait_for
+from tests.helpers.membership_processes import (
+    TOKEN,
+    WITHIN_S,
+    MemberProcess,
+    connect,
+    form_round,
+    read_line,
+    run_service,
+)
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -32,7 +32,7 @@ from launcher.elastic.messages import (
     Welcome,
 )
 
-__all__ = ["FAULTS", "Action", "JobModel", "Trainer", "World"]
+__all__ = ["FAULTS", "Action", "JobModel", "Trainer", "World", "ends_well"]
 
 #: What happens to a job, in contrast to what its processes do by themselves.
 FAULTS = ("spawn", "die", "stop", "leave")
@@ -362,6 +362,26 @@ class JobModel:
         """Return the trainers of a trainer's round by rank, itself included."""
         members = [member.member for member in self._read_round(trainer).members]
         return [world.trainers[number - 1] if number else Trainer(0, life="gone") for number in members]
+
+
+def ends_well(model: JobModel, world: World) -> bool:
+    """Whether, where nothing more happens, all living trainers work in one round, or are done, or are too few."""
+    living = [trainer for trainer in world.trainers if trainer.life == "alive"]
+    working = [trainer for trainer in living if trainer.phase == "working"]
+    membership = model.memberships[world.membership]
+    if membership.complete:
+        return membership.ended and not living
+    if any(trainer.leaving or trainer.phase not in ("working", "waiting") for trainer in living):
+        return False
+    if len(living) < model.limits.min_workers or not living:
+        return not working
+    round_ = membership.round
+    return (
+        round_ is not None
+        and len(working) == min(len(living), model.limits.max_workers or len(living))
+        and {trainer.number for trainer in working} == {member.member for member in round_.members}
+        and {trainer.round for trainer in working} == {round_.number}
+    )
 
 
 def strip_round(round_: Round) -> Round:

@@ -235,7 +235,10 @@ class Worker:
         equal = compute_digest(copy_state(replica)) == compute_digest(copy_state(other)) and measured == expected
         self.results[f"equal to a restart with {self.world}"] = equal
         self.results[f"groups with {self.world}"] = [groups for _, _, groups in measured]
-        other.leave_group()
+        reference = weakref.ref(other)
+        del other
+        gc.collect()
+        self.results[f"dropped replica is freed with {self.world}"] = reference() is None
 
 
 def compute_loss(late: bool, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Loss:

@@ -64,6 +64,10 @@ class TestSurvivors:
         for worker in (0, 2):
             assert outcomes[worker][case]["freed"] == [True] * (2 if case == "exact" else 4)
 
+    def test_replica_that_is_dropped_is_freed(self, outcomes: Outcomes, case: str) -> None:
+        for worker in (0, 2):
+            assert outcomes[worker][case]["dropped replica is freed with 2"]
+
     def test_result_is_bitwise_that_of_a_restart_at_the_update(self, outcomes: Outcomes, case: str) -> None:
         assert all(outcomes[worker][case]["equal to a restart with 2"] for worker in (0, 2))
         assert outcomes[0][case]["equal to a restart with 1"]

@@ -77,7 +77,6 @@ class BaseReplica:
         self._call_order: CallOrder | None = None  # set if collectives follow the order of calls
         self._set_world(world)
         self._norm_hooks: GradNormHooks | None = None  # set if micro-batches are the groups for the noise scale
-        self._micro_batch = MicroBatchEnd(self._end_micro_batch)
 
     def micro_batch(self, *, last: bool, is_padding: bool, shard: int) -> AbstractContextManager[None]:
         self._is_padding, self._is_last_micro_batch = is_padding, last
@@ -87,7 +86,7 @@ class BaseReplica:
             self._save_pending = False
             self._buffers_before.take()
         self._is_only_micro_batch = last and self._is_only_micro_batch is not False
-        return self._pad_micro_batch() if is_padding else self._micro_batch
+        return self._pad_micro_batch() if is_padding else MicroBatchEnd(self._end_micro_batch)
 
     @contextmanager
     def _pad_micro_batch(self) -> Iterator[None]:
@@ -172,6 +171,8 @@ class BaseReplica:
             # From the derivative of total / samples, to the last bit: there is no division to compute forth and back.
             self._run_backward(total, torch.full_like(total, 1.0 / samples))
         else:
+            # In float16, the loss scale itself, which is the first gradient, would be infinite.
+            total = total.float() if total.dtype is torch.float16 else total
             self._run_backward(self._precision.scale_loss(total / samples), None)
 
     def _run_backward(self, total: torch.Tensor, gradient: torch.Tensor | None) -> None:

@@ -191,7 +191,8 @@ def start_late_momentum(group: Mapping[str, Any], state: Mapping[torch.Tensor, d
 def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Set all gradients to None. torch's own `zero_grad` would take several times as long, for a profiler's record."""
     if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
-        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():  # it may change parameters
+            optimizer.zero_grad(set_to_none=True)
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -54,19 +54,19 @@ class RecipeWithLossCheck:
     def __init__(self, recipe: Any, warn: Callable[[str], None], known_problem: str | None = None) -> None:
         self._recipe = recipe
         self._known_problem = known_problem
-        self._warn = warn
-        self.loss: Callable[[Any, Any], Loss] = self._compute_first_loss
+        self._warn: Callable[[str], None] | None = warn
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._recipe, name)
 
-    def _compute_first_loss(self, model: Any, batch: Any) -> Loss:
-        first_loss: Loss = self._recipe.loss(model, batch)
-        self.loss = self._recipe.loss
-        problem = describe_mean_loss(first_loss) or self._known_problem
-        if problem is not None:
-            self._warn(f"loss() of {type(self._recipe).__name__} {problem}")
-        return first_loss
+    def loss(self, model: Any, batch: Any) -> Loss:
+        loss: Loss = self._recipe.loss(model, batch)  # looked up in every call: a recipe may change its loss
+        if self._warn is not None:
+            warn, self._warn = self._warn, None
+            problem = describe_mean_loss(loss) or self._known_problem
+            if problem is not None:
+                warn(f"loss() of {type(self._recipe).__name__} {problem}")
+        return loss
 
 
 def describe_mean_loss(loss: Loss) -> str | None:

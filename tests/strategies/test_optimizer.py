@@ -165,7 +165,7 @@ def test_late_gradient_with_dampening_and_a_requested_fused_kernel_is_refused() 
 
 
 class InPlace(torch.optim.Optimizer):
-    """Leaves it to its caller to turn gradients off, and counts the calls of its own zero_grad."""
+    """Leaves it to its caller to turn gradients off; its own zero_grad counts its calls and changes the parameters."""
 
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -178,6 +178,9 @@ class InPlace(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.calls += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.clamp_(-9.0, 9.0)
         super().zero_grad(set_to_none)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -120,6 +122,31 @@ def test_numbers_that_float32_does_not_hold_do_not_become_others(value: float, i
     found = float(stats.round(torch.tensor(row, dtype=torch.float64) if is_tensor else row)[0])
     expected = math.copysign(math.inf, value) if abs(value) > 1e38 else value
     assert math.isnan(found) if math.isnan(value) else found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_total_in_float16_has_a_finite_gradient_under_the_first_loss_scale(world: int) -> None:
+    """The loss scale, 65,536, is more than float16 holds."""
+    replica = make_replica(world, "fp16")
+    batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    with replica.micro_batch(last=True, is_padding=False, shard=0):
+        loss = replica.compute_loss(lambda model, x: Loss(model(x).square().sum().half(), 4), batch)
+        replica.send_stats(make_row())
+        replica.backward(loss.total, 4)
+    replica.receive_stats()
+    assert bool(replica.step(0.1, None, 1.0, None).finite)
+
+
+def test_replica_of_one_worker_is_freed_without_the_garbage_collector() -> None:
+    gc.disable()
+    try:
+        replica = make_replica(world=1)
+        run_backward(replica, make_row())
+        freed = weakref.ref(replica)
+        del replica
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

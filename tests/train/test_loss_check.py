@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,15 @@ def test_only_first_loss_is_checked(reduction: str) -> None:
         recipe.loss(None, [0] * N)
     assert calls == [N] * 3
     assert [line.split(" (")[0] for line in warnings] == ["loss() of Own returns a mean"] * (reduction == "mean")
+
+
+def test_recipe_may_change_its_loss_in_training() -> None:
+    first, later = Loss(torch.zeros(()), 1), Loss(torch.ones(()), 1)
+    recipe = SimpleNamespace(loss=lambda model, batch: first)
+    checked = RecipeWithLossCheck(recipe, print)
+    assert checked.loss(None, [0]) is first
+    recipe.loss = lambda model, batch: later
+    assert checked.loss(None, [0]) is later
 
 
 def test_other_attributes_come_from_recipe() -> None:

@@ -1,8 +1,9 @@
 """The private folder in which the worker slots of one agent find their trainers.
 
-The folder is named by the agent's pid and start time. Slot N has two files there: `N.socket`, on which its trainer
-listens, and `N.trainer`, with the trainer's pid and start time and, once it has finished, its exit status. They are
-read and changed under a lock on the folder itself, which the kernel releases when its holder ends.
+The folder is named by the agent's pid and start time. Slot N has three files there: `N.socket`, on which its trainer
+listens; `N.trainer`, with the trainer's pid and start time and, once it has finished, its exit status; and `N.slot`,
+with the pid and start time of the slot itself. `closing` says whether the slots that torchrun ends now are restarted.
+The files are read and changed under a lock on the folder itself, which the kernel releases when its holder ends.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = ["SlotFolder"]
 #: A socket's path has 107 bytes at most.
 MAX_FOLDER_BYTES = 92
 RECORD_SUFFIX = ".trainer"
+RESTART, END = "restart", "end"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class SlotFolder:
                     yield
                     return
             finally:
+                fcntl.flock(folder, fcntl.LOCK_UN)  # a process that was forked in the block still has the folder open
                 os.close(folder)
 
     def _is_at(self, folder: int) -> bool:
@@ -81,17 +84,33 @@ class SlotFolder:
     def locate_record(self, number: int) -> str:
         return f"{self.path}/{number}{RECORD_SUFFIX}"
 
+    def locate_slot(self, number: int) -> str:
+        return f"{self.path}/{number}.slot"
+
+    def locate_decision(self) -> str:
+        return f"{self.path}/closing"
+
     def discard(self, number: int) -> None:
         """Remove what a slot's earlier trainer has left, or whatever else is there by its name."""
-        for path in (self.locate_socket(number), self.locate_record(number)):
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass
-            except OSError:  # a folder
-                import shutil
+        remove_path(self.locate_socket(number))
+        remove_path(self.locate_record(number))
 
-                shutil.rmtree(path)
+    def record_slot(self, number: int, slot: str) -> None:
+        """Record a new slot by its pid and start time; what an earlier start of the slots has decided is over."""
+        remove_path(self.locate_decision())
+        remove_path(self.locate_slot(number))
+        with open(self.locate_slot(number), "x") as file:
+            file.write(slot)
+
+    def record_decision(self, is_restart: bool) -> None:
+        """Record for the other slots of this start whether torchrun restarts them, or ends itself."""
+        with open(self.locate_decision(), "x") as file:
+            file.write(RESTART if is_restart else END)
+
+    def read_decision(self) -> bool | None:
+        """Whether torchrun restarts the slots; None if no slot of this start has decided that."""
+        words = read_words(self.locate_decision())
+        return words == [RESTART] if words in ([RESTART], [END]) else None
 
     def record(self, number: int, trainer: str) -> None:
         """Record the trainer of a slot: its pid and start time."""
@@ -105,36 +124,33 @@ class SlotFolder:
 
     def touch(self, number: int) -> None:
         """Mark a slot's files as used: what is old in /tmp may be removed by the system. Needs no lock."""
-        for path in (self.locate_socket(number), self.locate_record(number)):
+        for path in (self.locate_socket(number), self.locate_record(number), self.locate_slot(number)):
             with suppress(OSError):
                 os.utime(path)
 
     def read_trainer(self, number: int) -> str | None:
         """The pid and start time of the slot's trainer, which may have ended; None if it has had none."""
-        words = self._read_record(number)
+        words = read_words(self.locate_record(number))
         return words[0] if words else None
 
     def read_status(self, number: int, trainer: str) -> int | None:
         """The exit status that this trainer has recorded; None if it has not finished, e.g. because it was killed."""
-        words = self._read_record(number)
+        words = read_words(self.locate_record(number))
         return int(words[1]) if words[:1] == [trainer] and words[1:] and words[1].isdecimal() else None
-
-    def _read_record(self, number: int) -> list[str]:
-        try:
-            with open(self.locate_record(number), errors="replace") as file:
-                return file.read(200).split()
-        except OSError:
-            return []
 
     def list_trainers(self) -> dict[int, str]:
         """The running trainers by the numbers of their slots, each as pid and start time."""
         names = [name.removesuffix(RECORD_SUFFIX) for name in os.listdir(self.path) if name.endswith(RECORD_SUFFIX)]
         found = {int(name): self.read_trainer(int(name)) for name in names if name.isdecimal()}
-        return {number: trainer for number, trainer in found.items() if trainer and is_running_trainer(trainer)}
+        return {number: trainer for number, trainer in found.items() if trainer and is_same_process(trainer)}
 
-    def count_finished(self, numbers: range) -> int:
-        """How many of these slots have a trainer that has finished with status 0."""
-        return sum(self._read_record(number)[1:2] == ["0"] for number in numbers)
+    def count_in_place(self, numbers: range) -> int:
+        """How many of these slots run, or have a trainer that has finished with status 0."""
+        return sum(
+            any(map(is_same_process, read_words(self.locate_slot(number))))
+            or read_words(self.locate_record(number))[1:2] == ["0"]
+            for number in numbers
+        )
 
     def remove_if_unused(self, ending: int | None = None) -> None:
         """Remove the folder unless a trainer other than that of the slot `ending` runs and has not finished."""
@@ -162,7 +178,28 @@ def remove_folder(path: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def is_running_trainer(identity: str) -> bool:
+def remove_path(path: str) -> None:
+    """Remove whatever is there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError:  # a folder
+        import shutil
+
+        shutil.rmtree(path)
+
+
+def read_words(path: str) -> list[str]:
+    """The words of a short file; none if it cannot be read."""
+    try:
+        with open(path, errors="replace") as file:
+            return file.read(200).split()
+    except OSError:
+        return []
+
+
+def is_same_process(identity: str) -> bool:
     """Whether the process with this pid and start time runs."""
     pid = identity.partition("-")[0]
     return pid.isdecimal() and identify_process(int(pid), running=True) == identity

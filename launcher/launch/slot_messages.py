@@ -24,6 +24,11 @@ class TrainerAddress:
     agent: str
     listener: int
 
+    def name_claim(self) -> str:
+        """The name of the socket that only the trainer of this slot has; it is in no folder."""
+        namespace = os.stat("/proc/self/ns/pid").st_ino  # containers may share a network, but not their pids
+        return f"\0launcher-slot-{namespace}-{self.agent}-{self.number}"
+
     def to_text(self) -> str:
         return f"{self.number}:{self.agent}:{self.listener}:{self.folder}"
 

@@ -4,6 +4,9 @@
 torchrun, has ended, and takes what the newest slot sends: the variables of a new start, and signals. A slot that dies
 changes nothing: the trainer goes on, and the agent starts another one.
 
+Besides its record in the folder, which the system may remove, a trainer has the claim of its slot: a name that one
+socket alone can have, and only while its process runs.
+
 A library that holds the interpreter, as the loading of torch's own does for moments, delays the thread, but not the
 slot, which kills the trainer then.
 """
@@ -33,7 +36,7 @@ from launcher.system.processes import identify_process, open_pidfd
 
 __all__ = ["TrainerLink"]
 
-END_LIMIT_S = 0.1
+END_LIMIT_S = 0.3
 TOUCH_INTERVAL_S = 3600.0
 
 
@@ -42,6 +45,8 @@ class TrainerLink:
 
     def __init__(self, address: TrainerAddress) -> None:
         self._number = address.number
+        self._claim = address.name_claim()
+        self._claim_socket = open_slot_socket()
         self._agent = int(address.agent.partition("-")[0])
         self._folder = SlotFolder(address.folder)
         self._listener = open_slot_socket(address.listener)
@@ -120,8 +125,11 @@ class TrainerLink:
                     self._folder.record(self._number, own)
                 elif recorded != own:
                     os._exit(EXIT_FAILED)
-        except FileNotFoundError:
+                self._claim_socket.bind(self._claim)
+                self._claim_socket.listen()
+        except OSError:  # the folder has been removed, or another trainer of this slot runs
             os._exit(EXIT_FAILED)
+        os.register_at_fork(after_in_child=self._claim_socket.close)  # a data loader's worker may outlive this process
 
     # --- in the thread ------------------------------------------------------------------------------------------------
 
@@ -140,8 +148,10 @@ class TrainerLink:
 
     def _end_with_agent(self) -> NoReturn:
         """End this process at once, and remove the folder if it is the last that uses it."""
-        threading.Timer(END_LIMIT_S, os._exit, [EXIT_FAILED]).start()  # a process that was stopped may hold the lock
+        limit = threading.Timer(END_LIMIT_S, os._exit, [EXIT_FAILED])  # a process that was stopped may hold the lock
+        limit.start()
         with suppress(OSError), self._folder.lock():
+            limit.cancel()
             self._folder.record_status(self._number, EXIT_FAILED)
             self._folder.remove_if_unused(ending=self._number)
         os._exit(EXIT_FAILED)

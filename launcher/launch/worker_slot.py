@@ -15,8 +15,11 @@ and leave. The slot tells them apart thus:
 - From the agent it is a restart if a slot beside this one is gone without success and torchrun has restarts left, or if
   the trainer has said that it expects one (`TrainerLink.expect_restart`), because only the trainers hear of a failure
   on another node. The slot ends by the signal at once, and the trainer goes on.
+  The slots record themselves in the folder for that: the agent may have other children.
 - From the agent otherwise, torchrun itself is about to end: the signal is passed on as to any worker, and the trainer
   has the 30 s that torchrun gives its workers to save.
+- The first slot that gets the agent's SIGTERM decides this for all slots of this start, and writes it to the folder:
+  when a later one looks, the first may be gone because it has saved fast.
 
 Every other signal is passed on (torchrun passes SIGINT and SIGHUP on only when it ends).
 
@@ -31,6 +34,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -47,7 +51,7 @@ from launcher.launch.slot_messages import (
     open_slot_socket,
     receive_messages,
 )
-from launcher.system.processes import identify_process, is_running, list_child_pids, open_pidfd, read_start_time
+from launcher.system.processes import identify_process, open_pidfd, read_start_time
 from launcher.topology import Topology, find_slot_number, select_torchrun_env
 
 __all__ = ["run_slot"]
@@ -75,6 +79,7 @@ def run_slot(command: Sequence[str], agent: int | None = None) -> int:
         return EXIT_FAILED  # torchrun has ended
     number, folder = find_slot_number(), SlotFolder.of_agent(identity)
     with folder.lock(create=True):
+        folder.record_slot(number, identify_process(os.getpid()) or "")
         trainer = adopt_trainer(folder, number) or start_trainer(folder, number, identity, command, mask)
     slot = WorkerSlot(folder, number, agent, trainer)
     threading.Thread(target=slot.pass_signals_on, args=[signals], daemon=True).start()
@@ -135,17 +140,33 @@ def adopt_trainer(folder: SlotFolder, number: int) -> SlotTrainer | None:
     return SlotTrainer(identity, pidfd, link, is_child=False)
 
 
+def end_unrecorded_trainer(claim: str) -> None:
+    """Kill the trainer that has the claim of a slot although its record or the whole folder has been removed."""
+    with open_slot_socket() as probe:
+        try:
+            probe.connect(claim)
+            pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            pidfd = os.pidfd_open(pid)
+        except (ConnectionRefusedError, ProcessLookupError):
+            return  # none runs
+        if not select.select([probe], [], [], 0)[0]:  # it has the claim still, so the pidfd is not another process's
+            kill(pidfd)
+            select.select([pidfd], [], [])
+        os.close(pidfd)
+
+
 def start_trainer(folder: SlotFolder, number: int, agent: str, command: Sequence[str], mask: set[int]) -> SlotTrainer:
     """Start a trainer and become its slot; the folder is locked. The variables of this start wait in its socket."""
     folder.discard(number)
     link = open_slot_socket()
     with open_slot_socket() as listener:
+        address = TrainerAddress(folder.path, number, agent, listener.fileno())
+        end_unrecorded_trainer(address.name_claim())
         listener.bind(folder.locate_socket(number))
         listener.listen()
         link.connect(folder.locate_socket(number))
         hand_over(link)
         listener.set_inheritable(True)
-        address = TrainerAddress(folder.path, number, agent, listener.fileno())
         pid = os.posix_spawnp(
             command[0],
             list(command),
@@ -197,15 +218,19 @@ class WorkerSlot:
 
     def _is_restarted(self) -> bool:
         """Whether torchrun ends this slot to restart the workers, and not because it ends itself."""
-        if self._expects_restart:
-            return True
-        topology = Topology.from_env() or Topology()
-        if topology.restarts_left <= 0:
-            return False
-        left = sum(map(is_running, list_child_pids(self._agent)))
+        decided = None
         with suppress(OSError), self._folder.lock():
-            left += self._folder.count_finished(range(topology.local_world))
-        return left < topology.local_world
+            decided = self._folder.read_decision()
+            if decided is None:
+                decided = self._expects_restart or self._sees_failure()
+                self._folder.record_decision(decided)
+        return decided or self._expects_restart
+
+    def _sees_failure(self) -> bool:
+        """Whether torchrun can restart the slots, and one of them is gone without success. The folder is locked."""
+        topology = Topology.from_env() or Topology()
+        in_place = self._folder.count_in_place(range(topology.local_world))
+        return topology.restarts_left > 0 and in_place < topology.local_world
 
     def wait_for_trainer(self, agent_end: int) -> int:
         """Wait until the trainer ends, with its agent at the latest, or has another slot; return its wait status."""

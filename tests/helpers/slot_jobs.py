@@ -85,8 +85,10 @@ exits = []
 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(signum, on_signal)
 step("before the trainer knows its agent")
+from launcher.launch import trainer_link
 from launcher.launch.trainer_link import TrainerLink
 
+trainer_link.END_LIMIT_S = 60.0  # so that the folder is removed however busy the machine is
 link = TrainerLink.start()
 note("trainer", restart=restart(), session=os.getsid(0), standard_input=os.readlink("/proc/self/fd/0"))
 if Path("expects").exists():
@@ -104,6 +106,9 @@ while not exits:
     if exit_file.exists() and exit_file.read_text():
         exits.append(int(exit_file.read_text()))
 link.finish(exits[0])
+note("finished")
+while Path("linger").exists():
+    time.sleep(0.005)
 sys.exit(exits[0])
 """
 
@@ -137,7 +142,7 @@ class SlotJob:
 
     def __init__(self, folder: Path, forks: AgentForks) -> None:
         self.folder = folder
-        self.temp = Path(tempfile.mkdtemp(prefix="slots-"))  # short, because it is a part of a socket's path
+        self.temp = Path(tempfile.mkdtemp(prefix="slots-", dir="/tmp"))  # short: it is a part of a socket's path
         self._forks = forks
         self.agent = 0
         (folder / "slot.py").write_text(COMMON + SLOT)
@@ -200,4 +205,4 @@ class SlotJob:
         for pid in self.list_left():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.temp)
+        shutil.rmtree(self.temp, ignore_errors=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,9 +57,46 @@ def test_status_is_that_of_the_recorded_trainer(folder: SlotFolder) -> None:
     folder.record_status(0, 0)
     assert folder.read_status(0, OWN) == 0
     assert folder.read_status(0, "1-1") is None
-    folder.record(1, "1-1")
+
+
+def test_slot_is_in_place_that_runs_or_has_succeeded(folder: SlotFolder, other: str) -> None:
+    folder.record_slot(0, OWN)
+    assert folder.count_in_place(range(4)) == 1
+    folder.record(0, other)
+    folder.record_status(0, 0)  # its slot has not seen it end
+    assert folder.count_in_place(range(4)) == 1
+    folder.record_slot(0, "1-1")
+    assert folder.count_in_place(range(4)) == 1
+    folder.record_slot(1, "1-1")
+    folder.record(1, other)
     folder.record_status(1, 75)
-    assert [folder.count_finished(range(count)) for count in range(4)] == [0, 1, 1, 1]
+    assert folder.count_in_place(range(4)) == 1
+    assert folder.count_in_place(range(1, 4)) == 0
+
+
+def test_decision_is_that_of_this_start(folder: SlotFolder) -> None:
+    assert folder.read_decision() is None
+    for is_restart in (True, False):
+        folder.record_decision(is_restart)
+        assert folder.read_decision() is is_restart
+        folder.record_slot(0, OWN)
+        assert folder.read_decision() is None
+
+
+def test_process_that_was_forked_under_the_lock_does_not_keep_it(tmp_path: Path) -> None:
+    folder = SlotFolder(str(tmp_path / "forked"))
+    with folder.lock(create=True):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+    try:
+        descriptor = os.open(folder.path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_folder_stays_while_a_trainer_runs(folder: SlotFolder) -> None:

@@ -17,7 +17,7 @@ import pytest
 from launcher.errors import EXIT_FAILED
 from launcher.launch import worker_slot
 from launcher.launch.slot_folder import SlotFolder
-from launcher.launch.slot_messages import SlotMessage
+from launcher.launch.slot_messages import SlotMessage, TrainerAddress, open_slot_socket
 from launcher.launch.trainer_link import TrainerLink
 from launcher.launch.worker_slot import SlotTrainer, adopt_trainer, start_trainer
 from launcher.system.processes import identify_process
@@ -25,7 +25,7 @@ from tests.helpers.jobs import wait_for
 
 #: Writes what it gets to the file `said`, and ends with the status in the file `exit`.
 TRAINER = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from pathlib import Path
 
 def say(text):
@@ -36,11 +36,27 @@ signal.signal(signal.SIGUSR1, lambda *_: say("SIGUSR1"))
 say("began")
 while Path("wait").exists():
     time.sleep(0.005)
-from launcher.launch.trainer_link import TrainerLink
+from launcher.launch import trainer_link
 
-link = TrainerLink.start()
+def record_when_the_limit_is_over(*args, real=trainer_link.SlotFolder.record_status):
+    for timer in threading.enumerate():
+        if isinstance(timer, threading.Timer):
+            timer.join()
+    real(*args)
+
+if Path("slow").exists():
+    trainer_link.END_LIMIT_S = 5.0
+    trainer_link.SlotFolder.record_status = record_when_the_limit_is_over
+elif not Path("in a hurry").exists():
+    trainer_link.END_LIMIT_S = 60.0  # so that the folder is removed however busy the machine is
+link = trainer_link.TrainerLink.start()
+if Path("fork").exists() and os.fork() == 0:
+    say("forked")
+    while Path("fork").exists():
+        time.sleep(0.005)
+    os._exit(0)
 say(f"rank {os.environ['RANK']}")
-while not Path("exit").exists():
+while not (Path("exit").exists() and Path("exit").read_text()):
     if start := link.take_start(0.02):
         say(f"now rank {start['RANK']}")
 link.finish(int(Path("exit").read_text()))
@@ -56,7 +72,7 @@ class Surroundings:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self._monkeypatch = monkeypatch
-        self._temp = tempfile.mkdtemp(prefix="link-")  # short, because it is a part of a socket's path
+        self._temp = tempfile.mkdtemp(prefix="link-", dir="/tmp")  # short, because it is a part of a socket's path
         monkeypatch.chdir(folder)
         monkeypatch.setenv("TMPDIR", self._temp)
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -98,6 +114,7 @@ class Surroundings:
         self.agent.wait()
 
     def close(self) -> None:
+        (self.folder / "fork").unlink(missing_ok=True)
         self.end_agent()
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
@@ -197,7 +214,17 @@ def test_trainer_ends_with_its_agent_and_removes_the_folder(around: Surroundings
     assert not Path(around.slots.path).exists()
 
 
+def test_limit_of_the_end_is_on_the_wait_for_the_lock_alone(around: Surroundings) -> None:
+    (around.folder / "slow").touch()
+    trainer = around.start_trainer()
+    around.wait_until_said("began", "rank 0")
+    around.end_agent()
+    assert around.wait_for_exit(trainer) == EXIT_FAILED
+    assert not Path(around.slots.path).exists()
+
+
 def test_trainer_ends_although_a_stopped_process_holds_the_lock(around: Surroundings) -> None:
+    (around.folder / "in a hurry").touch()
     trainer = around.start_trainer()
     around.wait_until_said("began", "rank 0")
     with around.slots.lock():
@@ -262,6 +289,38 @@ def test_trainer_that_cannot_be_reached_is_killed_before_another_starts(around: 
     with around.slots.lock():
         assert adopt_trainer(around.slots, 0) is None
     assert around.wait_for_exit(trainer) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("removed", ["record", "folder"])
+def test_trainer_whose_record_is_removed_is_killed_before_another_starts(around: Surroundings, removed: str) -> None:
+    first = around.start_trainer()
+    around.wait_until_said("began", "rank 0")
+    if removed == "record":
+        os.unlink(around.slots.locate_record(0))
+    else:
+        shutil.rmtree(around.slots.path)
+    around.start_trainer(rank=1)
+    assert around.wait_for_exit(first) == -signal.SIGKILL
+    around.wait_until_said("began", "rank 0", "began", "rank 1")
+
+
+def test_trainer_ends_where_another_process_has_the_claim_of_its_slot(around: Surroundings) -> None:
+    with open_slot_socket() as other:
+        other.bind(TrainerAddress("", 0, around.agent_identity, 0).name_claim())
+        trainer = around.start_trainer()
+        assert around.wait_for_exit(trainer) == EXIT_FAILED
+    assert around.read_said() == ["began"]
+
+
+def test_process_that_a_trainer_has_forked_does_not_keep_its_slot(around: Surroundings) -> None:
+    """As a data loader's worker, which ends some seconds after a trainer that is killed."""
+    (around.folder / "fork").touch()
+    first = around.start_trainer()
+    wait_for(lambda: sorted(around.read_said()) == ["began", "forked", "rank 0"])
+    os.kill(get_pid(first), signal.SIGKILL)
+    around.wait_for_exit(first)
+    around.start_trainer(rank=1)
+    wait_for(lambda: "rank 1" in around.read_said())
 
 
 def test_process_that_no_slot_has_started_has_no_link() -> None:

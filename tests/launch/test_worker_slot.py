@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from tests.helpers.jobs import is_alive, make_env, wait_for
 from tests.helpers.slot_jobs import AgentForks, SlotJob, agent_forks
 
 pytestmark = pytest.mark.process
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_slot_killed_before_its_trainer_is_recorded_leaves_one_trainer(job: Slot
     (first, *_) = job.wait_for("reached")
     os.kill(first["pid"], signal.SIGKILL)
     (job.folder / "go").touch()
-    wait_for(lambda: len(job.find_running("trainer")) == 2, within_s=15)
+    wait_for(lambda: len(job.find_running("trainer")) == 2)
     job.wait_for("slot", 2, restart=1)
     wait_for(lambda: len(list(job.temp.glob("*/*.trainer"))) == 2)
     (recorded,) = job.temp.glob("launcher-slots-*")
@@ -231,15 +234,94 @@ def test_torchruns_sigterm_ends_the_slots_alone_where_the_trainers_expect_a_rest
     job.wait_until_nothing_is_left()
 
 
-# --- the folder and the sockets ---------------------------------------------------------------------------------------
+# --- torchrun's SIGTERM, sent by this process in its place ------------------------------------------------------------
 
 
-def start_slot(job: SlotJob, agent: int = os.getpid(), moment: str = "") -> subprocess.Popen[str]:
+def start_slot(
+    job: SlotJob, agent: int = os.getpid(), moment: str = "", number: int = 0, slots: int = 1
+) -> subprocess.Popen[str]:
     """A slot of this process, which is no torchrun."""
-    env = {"TMPDIR": str(job.temp), "MOMENT": moment, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    env = make_env(TORCHELASTIC_RESTART_COUNT="0", **env)
+    env = {"TMPDIR": str(job.temp), "MOMENT": moment, "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(slots)}
+    env = make_env(RANK=str(number), TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_MAX_RESTARTS="9", **env)
     command = [sys.executable, "slot.py", str(agent)]
     return subprocess.Popen(command, cwd=job.folder, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def start_two_slots(job: SlotJob) -> list[subprocess.Popen[str]]:
+    before = len(job.list_events("restart")) + len(job.list_events("trainer"))
+    slots = [start_slot(job, number=number, slots=2) for number in range(2)]
+    wait_for(lambda: len(job.list_events("restart")) + len(job.list_events("trainer")) == before + 2)
+    return slots
+
+
+@pytest.fixture
+def adopts_orphans() -> Iterator[None]:
+    """This process adopts what has lost its parent, as the first process of a container does."""
+    set_option = ctypes.CDLL(None).prctl
+    set_option(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    set_option(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.fixture
+def other_child() -> Iterator[None]:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        yield
+        process.kill()
+
+
+@pytest.mark.usefixtures("adopts_orphans", "other_child")
+def test_neither_other_children_of_the_agent_nor_adopted_trainers_are_slots(job: SlotJob) -> None:
+    for _ in range(2):  # from the second start on, trainer 0 is a child of this process
+        slots = start_two_slots(job)
+        trainers = job.find_running("trainer")
+        os.kill(trainers[1], signal.SIGKILL)
+        slots[1].wait()
+        slots[0].terminate()
+        assert slots[0].wait() == -signal.SIGTERM
+        assert job.find_running("trainer") == {0: trainers[0]}
+    assert job.list_events("signal") == []
+    os.kill(trainers[0], signal.SIGKILL)
+    os.waitpid(trainers[0], 0)
+
+
+def test_slot_whose_trainer_has_finished_but_still_runs_counts_once(job: SlotJob) -> None:
+    (job.folder / "linger").touch()
+    slots = start_two_slots(job)
+    job.tell_to_exit(0, 0)
+    job.wait_for("finished")
+    os.kill(job.find_running("trainer")[1], signal.SIGKILL)
+    slots[1].wait()
+    slots[0].terminate()
+    assert slots[0].wait() == -signal.SIGTERM
+
+
+def test_slot_that_gets_sigterm_after_its_neighbour_has_left_lets_its_trainer_save(job: SlotJob) -> None:
+    (job.folder / "leave").touch()
+    slots = start_two_slots(job)
+    slots[1].send_signal(signal.SIGSTOP)
+    for slot in slots:
+        slot.terminate()
+    assert slots[0].wait() == 75
+    slots[1].send_signal(signal.SIGCONT)
+    assert slots[1].wait() == 75
+
+
+def test_end_after_a_restart_is_an_end(job: SlotJob) -> None:
+    """A restart because a node joins does not change torchrun's number of restarts."""
+    (job.folder / "leave").touch()
+    slots = start_two_slots(job)
+    os.kill(job.find_running("trainer")[1], signal.SIGKILL)
+    slots[1].wait()
+    slots[0].terminate()
+    assert slots[0].wait() == -signal.SIGTERM
+    slots = start_two_slots(job)
+    for slot in slots:
+        slot.terminate()
+    assert [slot.wait() for slot in slots] == [75, 75]
+
+
+# --- the folder and the sockets ---------------------------------------------------------------------------------------
 
 
 def waits_for_lock(pid: int) -> bool:

@@ -8,7 +8,8 @@ What holds in every history of events:
 - Round numbers increase strictly. All members of a round get the same `Round`.
 - A round is published once every member of the round before has reported for it, or is gone. A report names the newest
   round that the member knows of, so that a late one is never taken for a report for a later round.
-- The order of the ranks is the order of the round before, followed by the newcomers.
+- The order of the ranks is the order of the round before, followed by the newcomers by node and slot.
+- A place, a slot of a node, has one member: the newest that connected from there. An older one is fenced.
 - A member that is silent for `lost_after_s` is fenced: it is not a member any more, and its process must not act.
 - The state comes from the member with the most finished updates, and from a newcomer only if no older member has it.
 """
@@ -51,8 +52,9 @@ __all__ = ["Membership", "MembershipLimits"]
 class MembershipLimits:
     """What a round needs. `wait_s` is 0 where the batch does not depend on the number of workers (batch=hold).
 
-    The first round waits for `expected` workers. After a death a smaller round waits `wait_s` seconds for a
-    replacement. Below `min_workers` there is no round; newcomers above `max_workers` wait until a member is gone.
+    The first round waits for `expected` workers without limit. After a death in a round a smaller one waits `wait_s`
+    seconds for a replacement. Below `min_workers` there is no round; newcomers above `max_workers` wait until a member
+    is gone.
     """
 
     expected: int = 1
@@ -130,9 +132,15 @@ class Membership:
     def _connect(self, event: Connected) -> tuple[Membership, tuple[Effect, ...]]:
         if self.complete:
             return self, (Tell(event.member, Complete()),)
+        left, effects = self._clear_place(event.node, event.slot)
         member = Member(event.member, event.node, event.slot, heard_at=self.now)
         welcome = Tell(member.number, Welcome(member.number, self.limits.lost_after_s))
-        return replace(self, members=(*self.members, member)), (welcome,)
+        return replace(left, members=(*left.members, member)), (*effects, welcome)
+
+    def _clear_place(self, node: str, slot: int) -> tuple[Membership, tuple[Effect, ...]]:
+        """Fence the member of a place that a newer process has: the death of the older one was not noticed yet."""
+        older = next((each for each in self.members if (each.node, each.slot) == (node, slot)), None)
+        return (self, ()) if older is None else self._fence(older, "another process has joined from its slot")
 
     def _receive(self, member: Member, message: Request) -> tuple[Membership, tuple[Effect, ...]]:
         if isinstance(message, Heartbeat):
@@ -182,17 +190,18 @@ class Membership:
         return removed, (Fence(member.number, reason), *effects)
 
     def _remove(self, number: int) -> tuple[Membership, tuple[Effect, ...]]:
-        """Continue without a member that has died; the other members of its round cannot finish their update."""
+        """Continue without a member that has died; the other members of its round cannot finish their update.
+
+        A newcomer's death changes no deadline: the first round has none, and a later one does not wait for newcomers.
+        """
         member = self.find_member(number)
         if member is None:
             return self, ()
         left = self._drop(member)
-        if self.complete or (member.is_newcomer and self.in_round):
+        if self.complete or member.is_newcomer:
             return left, ()
         if not member.leaving:
             left = replace(left, deadline=self.now + self.limits.wait_s)
-        if member.is_newcomer:
-            return left, ()
         told = tuple(Tell(each.number, Change("lost")) for each in left.in_round if each.report is None)
         left, lost = left._begin_again_if_all_left(self)
         return replace(left, announced=bool(left.in_round)), told + lost
@@ -281,10 +290,10 @@ class Membership:
         return tuple(member for member in self.members if member.is_stayer)
 
     def _choose_members(self, keeper: Member | None) -> tuple[Member, ...]:
-        """The members of the next round by rank: those of the round before, then newcomers by their slot."""
+        """The members of the next round by rank: those of the round before, then newcomers by their place."""
         staying = tuple(member for member in self.in_round if member.is_stayer or member == keeper)
         newcomers = self._choose_newcomers(staying)
-        return (*staying, *sorted(newcomers, key=lambda member: (member.slot, member.number)))
+        return (*staying, *sorted(newcomers, key=lambda member: (member.node, member.slot)))
 
     def _choose_newcomers(self, staying: tuple[Member, ...]) -> tuple[Member, ...]:
         most = self.limits.max_workers

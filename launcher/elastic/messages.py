@@ -47,7 +47,12 @@ class MessageError(ValueError):
 
 @dataclass(frozen=True)
 class Hello:
-    """The first message of a connection; `slot` is the rank that torchrun gave the worker."""
+    """The first message of a connection, with the member's place, from which a newer member takes over.
+
+    `node` names the agent that started the worker, so that two agents of one machine have different ones. `slot` is the
+    number of the worker among those of its agent (`launcher.topology.find_slot_number`), the same at each start, and
+    not its rank.
+    """
 
     token: str
     node: str

@@ -1,4 +1,4 @@
-"""Long histories of a job with many births, deaths, expulsions and polite leaves, chosen at random."""
+"""Long histories of a job with many births, deaths, expulsions, replacements and polite leaves, chosen at random."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LongHistory(RuleBasedStateMachine):
     def start(self, workers: int, min_workers: int, spare: int | None, wait_s: float) -> None:
         most = None if spare is None else max(workers, min_workers) + spare
         limits = MembershipLimits(workers, min(workers, min_workers), most, wait_s)
-        self.model = JobModel(limits, most_living=6, stops=True)
+        self.model = JobModel(limits, most_living=6, stops=True, replaces=True)
         self.world = self.model.start(workers, births=30, deaths=25, leaves=10)
 
     @precondition(lambda self: self.world is not None)

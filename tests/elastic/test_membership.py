@@ -48,9 +48,10 @@ class Job:
         self.membership, self.effects = self.membership.handle(event)
         return self.effects
 
-    def connect(self, slot: int = 0) -> int:
+    def connect(self, slot: int | None = None, node: str = "node") -> int:
+        """Connect from a slot, or from one of its own."""
         self.arrived += 1
-        self.handle(Connected(self.now, self.arrived, "node", slot))
+        self.handle(Connected(self.now, self.arrived, node, 100 + self.arrived if slot is None else slot))
         return self.arrived
 
     def send(self, member: int, message: Request) -> Sequence[Effect]:
@@ -128,6 +129,13 @@ def test_first_round_waits_for_the_expected_workers_and_takes_their_slots_as_ran
     assert list_members(round_) == [early, middle, late]
     assert (round_.number, round_.host, round_.port) == (1, "host2", 1002)
     assert [round_.find_rank(member) for member in (early, middle, late)] == [0, 1, 2]
+
+
+def test_newcomers_are_ordered_by_node_and_slot() -> None:
+    job = Job(4)
+    places = [("b", 1), ("a", 1), ("b", 0), ("a", 0)]
+    round_ = job.form(*(job.connect(slot, node) for node, slot in places))
+    assert [(member.node, member.slot) for member in round_.members] == sorted(places)
 
 
 def test_nobody_gives_the_state_while_nobody_holds_one() -> None:
@@ -255,6 +263,58 @@ def test_newcomer_that_is_still_being_built_may_be_silent() -> None:
     assert job.tick(4.0, alive=[1])[-1] == Fence(newcomer, "no heartbeat for 3 s")
 
 
+def test_second_member_from_a_place_replaces_the_first_as_after_an_expulsion() -> None:
+    job = start_job(2)
+    newer = job.connect(slot=1)
+    reason = "another process has joined from its slot"
+    assert job.effects == (Fence(2, reason), Tell(1, Change("lost")), Tell(newer, Welcome(newer, 3.0)))
+    assert job.send(2, Heartbeat(0)) == (Fence(2, "it is not a member any more"),)
+    assert job.die(2) == ()
+    job.ready(newer, has_state=False)
+    assert list_members(job.form(1, updates=7)) == [1, newer]
+    assert (job.published.source, job.published.receivers) == (0, (1,))
+
+
+def test_survivors_wait_for_a_process_that_has_replaced_another() -> None:
+    job = start_job(2, wait_s=10.0)
+    newer = job.connect(slot=1)
+    job.ready(1)
+    job.tick(9.0, alive=[1, newer])
+    assert job.newest.number == 1
+    assert list_members(job.form(newer)) == [1, newer]
+
+
+def test_newcomer_is_replaced_without_a_word_to_the_others() -> None:
+    job = start_job(1)
+    older = job.connect(slot=1)
+    job.ready(older)
+    newer = job.connect(slot=1)
+    assert job.effects[:-1] == (Fence(older, "another process has joined from its slot"),)
+    assert job.told(newer) == [Welcome(newer, 3.0)]
+    job.ready(1)
+    assert list_members(job.published) == [1]
+
+
+def test_replacing_the_only_member_is_a_loss_of_the_state() -> None:
+    job = start_job(1)
+    newer = job.connect(slot=0)
+    assert job.effects[1] == AllLost()
+    assert job.form(newer, has_state=False).source is None
+
+
+def test_same_slot_of_another_node_is_another_place() -> None:
+    job = start_job(1)
+    newer = job.connect(slot=0, node="another")
+    assert job.effects == (Tell(newer, Welcome(newer, 3.0)),)
+
+
+def test_nobody_is_replaced_once_training_is_complete() -> None:
+    job = start_job(2)
+    job.send(1, Finish(1))
+    job.connect(slot=1)
+    assert job.effects == (Tell(3, Complete()),)
+
+
 def test_nobody_is_expelled_for_time_in_which_the_service_did_not_run() -> None:
     job = start_job(2)
     job.now += 600.0
@@ -312,13 +372,26 @@ def test_newcomer_above_max_workers_waits_as_a_standby_until_a_member_dies() -> 
     assert list_members(job.form(2)) == [2, standby]
 
 
-def test_death_before_the_first_round_shortens_the_wait_for_it() -> None:
-    job = Job(2, wait_s=10.0)
+@pytest.mark.parametrize("wait_s", [0.0, 10.0])
+def test_first_round_waits_for_all_workers_although_one_has_died(wait_s: float) -> None:
+    job = Job(3, wait_s=wait_s)
     first, second = job.connect(), job.connect()
     job.ready(first)
     job.die(second)
-    job.tick(9.5, alive=[first])
+    job.tick(60.0, alive=[first])
     assert job.membership.round is None
+    assert list_members(job.form(job.connect(), job.connect())) == [first, 3, 4]
+
+
+def test_death_of_a_newcomer_does_not_prolong_the_wait_after_all_members_were_lost() -> None:
+    job = start_job(2, wait_s=10.0)
+    job.die(1)
+    job.die(2)
+    first, second = job.connect(), job.connect()
+    job.ready(first)
+    job.tick(9.5, alive=[first])
+    job.die(second)
+    assert job.newest.number == 1
     job.tick(0.5, alive=[first])
     assert list_members(job.newest) == [first]
 

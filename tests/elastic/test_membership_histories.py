@@ -1,4 +1,7 @@
-"""Every short history of a job: all interleavings of births, deaths, expulsions, polite leaves and messages."""
+"""Every short history of a job: all interleavings of births, deaths, polite leaves and messages.
+
+So are the histories in which a process is expelled, or another one takes over its slot.
+"""
 
 from __future__ import annotations
 
@@ -68,6 +71,10 @@ SEARCHES = {
     "fewest workers": (3, 1, 2, 0, {"min_workers": 2}, {}),
     "most workers": (2, 2, 1, 0, {"max_workers": 2}, {"most_living": 4}),
     "stopped processes": (3, 1, 1, 0, {}, {"stops": True}),
+    "replaced processes": (2, 2, 1, 0, {}, {"replaces": True, "stops": True}),
+    "replaced processes, scale": (2, 1, 1, 0, {"wait_s": 10.0}, {"replaces": True}),
+    "replaced processes, end of training": (2, 1, 1, 0, {}, {"replaces": True, "finishes": True}),
+    "replaced processes, polite leaves": (2, 1, 1, 1, {}, {"replaces": True}),
     "end of training": (2, 1, 1, 0, {}, {"finishes": True}),
     "polite leaves": (3, 1, 1, 1, {}, {}),
     "everybody leaves": (2, 1, 1, 2, {"max_workers": 2, "wait_s": 10.0}, {}),

@@ -22,6 +22,7 @@ from launcher.elastic.messages import (
     Answer,
     Change,
     Complete,
+    Fenced,
     Finish,
     Heartbeat,
     Leave,
@@ -35,10 +36,11 @@ from launcher.elastic.messages import (
 __all__ = ["FAULTS", "Action", "JobModel", "Trainer", "World", "ends_well"]
 
 #: What happens to a job, in contrast to what its processes do by themselves.
-FAULTS = ("spawn", "die", "stop", "leave")
+FAULTS = ("spawn", "replace", "die", "stop", "leave")
 FIRST_PORT = 1000
 FORMED, NEWEST = 1, 10  # the updates of a newly formed round, and the number of the newest round
 CALL = Change("regroup")  # stands for all changes: to the model it does not matter why there is another round
+FENCED = Fenced("")
 
 
 class Trainer(NamedTuple):
@@ -78,12 +80,20 @@ class JobModel:
     """The transitions between the states of a job; states of the membership and messages are kept once."""
 
     def __init__(
-        self, limits: MembershipLimits, *, most_living: int = 3, stops: bool = False, finishes: bool = False
+        self,
+        limits: MembershipLimits,
+        *,
+        most_living: int = 3,
+        stops: bool = False,
+        finishes: bool = False,
+        replaces: bool = False,
     ) -> None:
         self.limits = limits
         self.most_living = most_living
         self.stops = stops
         self.finishes = finishes
+        self.replaces = replaces
+        self.leaves = 0
         self.memberships: list[Membership] = []
         self.messages: list[Answer] = []
         self._membership_ids: dict[Membership, int] = {}
@@ -94,6 +104,7 @@ class JobModel:
 
     def start(self, workers: int, *, births: int, deaths: int, leaves: int = 0) -> World:
         """A job whose first workers have just connected."""
+        self.leaves = leaves
         world = World(self._keep(Membership.start(self.limits, 0.0)), (), births + workers, deaths, leaves)
         for _ in range(workers):
             world = self.perform(world, ("spawn", 0, False))
@@ -109,8 +120,18 @@ class JobModel:
         if deadline is not None and deadline > 0:
             actions.append(("wait_over", 0, False))
         for index, trainer in enumerate(world.trainers):
+            if self.replaces and self._can_be_replaced(world, trainer):
+                actions.append(("replace", index, False))
             actions += [(name, index, choice) for name, choice in self._list_own_actions(world, trainer)]
         return actions
+
+    def _can_be_replaced(self, world: World, trainer: Trainer) -> bool:
+        """Whether another process can connect from its slot: that one counts as a birth, and this one as a death."""
+        deaths = world.deaths if trainer.life == "alive" else 1
+        return bool(world.births and deaths) and self._is_member(world, trainer)
+
+    def _is_member(self, world: World, trainer: Trainer) -> bool:
+        return self.memberships[world.membership].find_member(trainer.number) is not None
 
     def _list_own_actions(self, world: World, trainer: Trainer) -> Iterator[tuple[str, bool]]:
         if trainer.life == "dead":
@@ -128,7 +149,7 @@ class JobModel:
             yield "die", False
             if self.stops and trainer.phase != "building":  # nobody waits for it, so it is not judged
                 yield "stop", False
-        if world.leaves and not trainer.leaving:
+        if world.leaves and not trainer.leaving and self._is_member(world, trainer):
             yield "leave", False
 
     def _list_messages(self, trainer: Trainer) -> Iterator[tuple[str, bool]]:
@@ -156,13 +177,23 @@ class JobModel:
         """Return the state after an action; every round that is published on the way is checked."""
         name, index, choice = action
         if name == "spawn":
-            number = len(world.trainers) + 1
-            world = world._replace(births=world.births - 1, trainers=(*world.trainers, Trainer(number)))
-            return self._handle(world, Connected(0.0, number, "node", number))
+            return self._connect(world, len(world.trainers) + 1)
         if name == "wait_over":
             return self._shorten(self._handle(world, Ticked(self.limits.wait_s)))
         trainer = world.trainers[index]
         return self._shorten(getattr(self, f"_do_{name}")(world, trainer, choice))
+
+    def _connect(self, world: World, slot: int) -> World:
+        number = len(world.trainers) + 1
+        world = world._replace(births=world.births - 1, trainers=(*world.trainers, Trainer(number)))
+        return self._handle(world, Connected(0.0, number, "node", slot))
+
+    def _do_replace(self, world: World, trainer: Trainer, _: bool) -> World:
+        """Another process connects from its slot. If it is alive all the same, it goes on until it is told."""
+        older = self.memberships[world.membership].find_member(trainer.number)
+        assert older is not None
+        world = world._replace(deaths=world.deaths - (trainer.life == "alive"))
+        return self._connect(world, older.slot)
 
     def _do_disconnect(self, world: World, trainer: Trainer, _: bool) -> World:
         return self._handle(put(world, forget(trainer)), Disconnected(0.0, trainer.number))
@@ -258,7 +289,7 @@ class JobModel:
             return put(world, trainer._replace(phase="forming", round=message.number, place=place, change=False))
         if isinstance(message, Change):
             return put(world, trainer._replace(change=True))
-        assert isinstance(message, Release | Complete)
+        assert isinstance(message, Release | Complete | Fenced)
         return self._handle(put(world, forget(trainer)), Disconnected(0.0, trainer.number))
 
     def _check_late_report(self, world: World, trainer: Trainer) -> None:
@@ -287,16 +318,29 @@ class JobModel:
         before = self.memberships[world.membership]
         check_rounds(before, membership, effects, world.trainers, self.limits)
         check_departures(before, membership, effects, world.trainers)
+        check_places(membership)
+        if before.round is None and membership.round is not None:
+            assert membership.round.world_size >= self.count_first_workers(world), "the first round did not wait"
         for effect in effects:
-            if isinstance(effect, Tell) and not isinstance(effect.message, Welcome):
+            if isinstance(effect, Fence) or (isinstance(effect, Tell) and not isinstance(effect.message, Welcome)):
                 trainer = world.trainers[effect.member - 1]
-                index = self._keep_message(CALL if isinstance(effect.message, Change) else effect.message)
+                index = self._keep_message(get_message(effect))
                 if trainer.life == "alive" and not self._is_ignored(index, trainer):
                     world = put(world, trainer._replace(inbox=(*trainer.inbox, index)))
         return world._replace(membership=self._keep(membership) if kept is None else kept)
 
+    def count_first_workers(self, world: World) -> int:
+        """How many workers the first round needs: those that are expected, without those that have left before it."""
+        most = self.limits.expected if self.limits.max_workers is None else self.limits.max_workers
+        return max(1, min(self.limits.expected, most) - (self.leaves - world.leaves))
+
     def _is_ignored(self, index: int, trainer: Trainer) -> bool:
-        """Whether a message changes nothing: it calls a trainer that is on its way, or has been called already."""
+        """Whether a message changes nothing: it calls a trainer that is on its way, or has been called already.
+
+        Nor does it matter to be fenced to one that has yet to read how its membership has ended.
+        """
+        if self.messages[index] == FENCED:
+            return any(isinstance(self.messages[each], Release | Complete | Fenced) for each in trainer.inbox)
         if self.messages[index] != CALL:
             return False
         known = trainer.change or trainer.phase not in ("forming", "working")
@@ -373,9 +417,10 @@ def ends_well(model: JobModel, world: World) -> bool:
         return membership.ended and not living
     if any(trainer.leaving or trainer.phase not in ("working", "waiting") for trainer in living):
         return False
-    if len(living) < model.limits.min_workers or not living:
-        return not working
     round_ = membership.round
+    fewest = model.limits.min_workers if round_ else max(model.limits.min_workers, model.count_first_workers(world))
+    if len(living) < fewest or not living:
+        return not working
     return (
         round_ is not None
         and len(working) == min(len(living), model.limits.max_workers or len(living))
@@ -484,6 +529,18 @@ def check_departures(
     last = any(trainer.has_state for trainer in released) and not any(trainer.has_state for trainer in remaining)
     assert len(savers) == last
     assert all(saver.updates == max(each.updates for each in released if each.has_state) for saver in savers)
+
+
+def check_places(membership: Membership) -> None:
+    places = [(member.node, member.slot) for member in membership.members]
+    assert len(set(places)) == len(places), "two members have one place"
+
+
+def get_message(effect: Tell | Fence) -> Answer:
+    """What a trainer is sent, without what does not matter to the model."""
+    if isinstance(effect, Fence):
+        return FENCED
+    return CALL if isinstance(effect.message, Change) else effect.message
 
 
 def is_release(message: Answer) -> bool:

@@ -3,7 +3,7 @@
 The training loop only looks at attributes: `change` costs nothing to read. No method but `wait_for_round` waits, and
 none raises for what happens to the service or to the membership; `state` tells.
 
-    client = MembershipClient(address, token, node=node, slot=rank)  # before torch is imported
+    client = MembershipClient(address, token, node=node, slot=find_slot_number())  # before torch is imported
     while not finished and client.state == "joined":
         client.ready(updates, has_state=updates > 0, host=host, port=port)
         round_ = client.wait_for_round()
@@ -50,6 +50,11 @@ CLOCK_TICKS_PER_S = 1_000_000
 MembershipState = Literal["joined", "released", "complete", "fenced", "service_lost", "closed"]
 
 
+def read_boot_time() -> float:
+    """The seconds since the machine started, with those in which it was suspended: in these, too, a lease runs out."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class MembershipClient:
     """The membership of this process.
 
@@ -68,7 +73,7 @@ class MembershipClient:
         node: str,
         slot: int,
         timeout_s: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = read_boot_time,
     ) -> None:
         """Connect, and become a member; training can begin with the first round.
 

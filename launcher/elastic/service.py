@@ -38,7 +38,7 @@ from launcher.elastic.events import (
 from launcher.elastic.membership import Membership, MembershipLimits
 from launcher.elastic.messages import Fenced, Hello, decode_request, encode_message
 from launcher.system.atomic_files import atomic_write_text
-from launcher.system.processes import is_running
+from launcher.system.processes import identify_process, open_pidfd
 
 __all__ = ["MembershipService", "ServiceSettings", "ServiceThread", "main", "start_service_process"]
 
@@ -52,7 +52,7 @@ EndReason = Literal["complete", "owner_ended", "stopped"]
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """What a service needs. It ends with the process `owner` if there is one.
+    """What a service needs. It ends with the process `owner` if there is one: its `identify_process`.
 
     `port` 0 takes a free one. The port is written to `port_file`, which appears at once and complete.
     """
@@ -62,7 +62,7 @@ class ServiceSettings:
     host: str = "127.0.0.1"
     port: int = 0
     port_file: str | None = None
-    owner: int | None = None
+    owner: str | None = None
 
 
 class MembershipService:
@@ -124,11 +124,11 @@ class MembershipService:
         if self._settings.owner is None:
             return None
         try:
-            pidfd = os.pidfd_open(self._settings.owner)
-        except ProcessLookupError:
-            self.end("owner_ended")
-            return None
+            pidfd = open_pidfd(self._settings.owner)
         except (OSError, AttributeError):
+            return None
+        if pidfd is None:
+            self.end("owner_ended")
             return None
         asyncio.get_running_loop().add_reader(pidfd, self.end, "owner_ended")
         return pidfd
@@ -137,8 +137,13 @@ class MembershipService:
         while True:
             await asyncio.sleep(self._settings.limits.lost_after_s / TICKS_PER_TIMEOUT)
             self._handle(Ticked(self._clock()))
-            if polls_owner and not is_running(self._settings.owner or 0):
+            if polls_owner and not self._is_owner_running():
                 self.end("owner_ended")
+
+    def _is_owner_running(self) -> bool:
+        owner = self._settings.owner or ""
+        pid = owner.partition("-")[0]
+        return pid.isdecimal() and identify_process(int(pid), running=True) == owner
 
     # --- connections ------------------------------------------------------------------------------------------------
 
@@ -253,8 +258,8 @@ class ServiceThread:
         return await self.service.serve(self._announce)
 
     def _announce(self, port: int) -> None:
-        self.port = port
         publish_port(self._settings, port)
+        self.port = port
         self._started.set()
 
 

@@ -16,7 +16,15 @@ from launcher.elastic.membership import MembershipLimits
 from launcher.elastic.messages import Ready
 from launcher.elastic.service import ServiceSettings, start_service_process
 from tests.helpers.jobs import wait_for
-from tests.helpers.membership_processes import TOKEN, WITHIN_S, connect, form_round, read_line, run_service
+from tests.helpers.membership_processes import (
+    TOKEN,
+    WITHIN_S,
+    connect,
+    form_round,
+    identify_self,
+    read_line,
+    run_service,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -119,21 +127,31 @@ def test_everybody_who_waits_is_told_that_training_is_complete() -> None:
 
 def test_lease_is_renewed_by_each_answered_heartbeat() -> None:
     ahead = threading.Event()
-    with run_service(lost_after_s=2.0) as service:
+    with run_service(lost_after_s=8.0) as service:
         member = connect(service.port, clock=lambda: time.monotonic() + 1000 * ahead.is_set())
-        assert member.holds_lease
+        wait_for(lambda: member.holds_lease, WITHIN_S)
         ahead.set()
         wait_for(lambda: member.holds_lease, WITHIN_S)
 
 
-def test_lease_ends_while_the_service_is_silent() -> None:
-    limits = MembershipLimits(lost_after_s=1.0)
-    process = start_service_process(ServiceSettings(TOKEN, limits, owner=os.getpid()))
+def test_lease_ends_while_the_service_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the time in which the machine is suspended, which only the clock of the time since its start counts."""
+    suspended, read_clock = threading.Event(), time.clock_gettime
+
+    def read_late_clock(clock: int) -> float:
+        return read_clock(clock) + 1000 * (clock == time.CLOCK_BOOTTIME and suspended.is_set())
+
+    monkeypatch.setattr(time, "clock_gettime", read_late_clock)
+    limits = MembershipLimits(lost_after_s=8.0)
+    process = start_service_process(ServiceSettings(TOKEN, limits, owner=identify_self()))
     try:
         member = connect(json.loads(read_line(process))["port"])
         form_round(member)
+        wait_for(lambda: member.holds_lease, WITHIN_S)
         process.send_signal(signal.SIGSTOP)
-        wait_for(lambda: not member.holds_lease, WITHIN_S)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        suspended.set()
+        assert not member.holds_lease
         assert member.state == "joined"
         process.send_signal(signal.SIGCONT)
         wait_for(lambda: member.holds_lease, WITHIN_S)

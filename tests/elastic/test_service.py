@@ -18,6 +18,7 @@ from launcher.elastic.events import AllLost, Ended
 from launcher.elastic.membership import Membership, MembershipLimits
 from launcher.elastic.messages import Hello, Leave, encode_message
 from launcher.elastic.service import MAX_LINE_BYTES, ServiceSettings, ServiceThread, start_service_process
+from launcher.system.processes import identify_process
 from tests.helpers.jobs import wait_for
 from tests.helpers.membership_processes import (
     TOKEN,
@@ -25,11 +26,14 @@ from tests.helpers.membership_processes import (
     MemberProcess,
     connect,
     form_round,
+    identify_self,
     read_line,
     run_service,
 )
 
 pytestmark = pytest.mark.timeout(120)
+
+LIMITS = MembershipLimits(lost_after_s=30.0)  # so that a busy machine expels nobody
 
 
 def test_killed_process_is_a_lost_member() -> None:
@@ -51,19 +55,21 @@ def test_killed_process_is_a_lost_member() -> None:
 def test_killed_process_is_lost_although_a_process_that_it_forked_lives_on() -> None:
     with run_service(expected=2) as service:
         survivor, process = connect(service.port), MemberProcess(service.port, forks=True)
-        child = process.read()["child"]
+        child = None
         try:
+            child = process.read()["child"]
             form_round(survivor)
             process.send_signal(signal.SIGKILL)
             wait_for(lambda: survivor.change == "lost", WITHIN_S)
             os.kill(child, 0)
         finally:
-            os.kill(child, signal.SIGKILL)
+            if child is not None:
+                os.kill(child, signal.SIGKILL)
             process.end()
 
 
 def test_stopped_process_is_expelled_and_fenced_when_it_wakes_up() -> None:
-    with run_service(expected=2, lost_after_s=1.5) as service:
+    with run_service(expected=2, lost_after_s=5.0) as service:
         survivor, process = connect(service.port), MemberProcess(service.port)
         try:
             process.read()
@@ -129,7 +135,7 @@ def test_connection_that_sends_something_else_is_closed_alone(sent: bytes, caplo
 
 
 def test_members_see_that_the_service_was_killed(tmp_path: Path) -> None:
-    settings = ServiceSettings(TOKEN, MembershipLimits(), port_file=str(tmp_path / "port"), owner=os.getpid())
+    settings = ServiceSettings(TOKEN, LIMITS, port_file=str(tmp_path / "port"), owner=identify_self())
     process = start_service_process(settings)
     try:
         port = json.loads(read_line(process))["port"]
@@ -147,7 +153,7 @@ def test_members_see_that_the_service_was_killed(tmp_path: Path) -> None:
 
 
 def test_service_process_ends_when_training_is_complete() -> None:
-    process = start_service_process(ServiceSettings(TOKEN, MembershipLimits(), owner=os.getpid()))
+    process = start_service_process(ServiceSettings(TOKEN, LIMITS, owner=identify_self()))
     try:
         port = json.loads(read_line(process))["port"]
         member = connect(port)
@@ -169,8 +175,8 @@ def test_service_ends_with_its_owner(polls: bool, monkeypatch: pytest.MonkeyPatc
     if polls:
         monkeypatch.delattr(os, "pidfd_open")
     owner = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
-    limits = MembershipLimits(lost_after_s=1.0)
-    service = ServiceThread(ServiceSettings(TOKEN, limits, owner=owner.pid))
+    limits = MembershipLimits(lost_after_s=5.0)
+    service = ServiceThread(ServiceSettings(TOKEN, limits, owner=identify_process(owner.pid)))
     try:
         member = connect(service.start())
         form_round(member)
@@ -183,9 +189,22 @@ def test_service_ends_with_its_owner(polls: bool, monkeypatch: pytest.MonkeyPatc
 
 
 def test_service_of_an_owner_that_has_ended_ends_at_once() -> None:
-    owner = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    owner.wait()
-    service = ServiceThread(ServiceSettings(TOKEN, MembershipLimits(), owner=owner.pid))
+    owner = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    identity = identify_process(owner.pid)
+    owner.communicate()
+    service = ServiceThread(ServiceSettings(TOKEN, MembershipLimits(), owner=identity))
+    service.start()
+    assert service.wait(WITHIN_S) == "owner_ended"
+
+
+@pytest.mark.parametrize("polls", [False, True], ids=["pidfd", "polling"])
+def test_process_that_has_the_pid_of_the_owner_is_not_taken_for_it(
+    polls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if polls:
+        monkeypatch.delattr(os, "pidfd_open")
+    limits = MembershipLimits(lost_after_s=5.0)
+    service = ServiceThread(ServiceSettings(TOKEN, limits, owner=f"{os.getpid()}-1"))
     service.start()
     assert service.wait(WITHIN_S) == "owner_ended"
 
@@ -193,7 +212,7 @@ def test_service_of_an_owner_that_has_ended_ends_at_once() -> None:
 def test_nobody_is_expelled_when_the_clock_has_jumped() -> None:
     """As after the service's process was stopped, or its machine suspended."""
     jumped = threading.Event()
-    with run_service(lost_after_s=2.0, clock=lambda: time.monotonic() + 1000 * jumped.is_set()) as service:
+    with run_service(lost_after_s=5.0, clock=lambda: time.monotonic() + 1000 * jumped.is_set()) as service:
         member = connect(service.port)
         form_round(member)
         before = service.service.membership.ticked_at
@@ -204,7 +223,7 @@ def test_nobody_is_expelled_when_the_clock_has_jumped() -> None:
 
 
 def test_error_in_the_state_machine_ends_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    with run_service(lost_after_s=1.0) as service:
+    with run_service(lost_after_s=5.0) as service:
         member = connect(service.port)
         form_round(member)
 
@@ -222,6 +241,27 @@ def test_port_that_is_taken_is_an_error() -> None:
         settings = ServiceSettings(TOKEN, MembershipLimits(), port=taken.getsockname()[1])
         with pytest.raises(OSError, match="did not start"):
             ServiceThread(settings).start()
+
+
+def test_port_that_cannot_be_published_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = ServiceSettings(TOKEN, MembershipLimits(), port_file=str(tmp_path / "file/port"))
+    with pytest.raises(OSError, match="did not start"):
+        ServiceThread(settings).start()
+
+
+def test_process_that_takes_over_a_slot_fences_the_one_before() -> None:
+    with run_service(expected=2) as service:
+        survivor, older = connect(service.port), connect(service.port, slot=1)
+        form_round(survivor, older)
+        newer = connect(service.port, slot=1)
+        wait_for(lambda: older.state == "fenced" and survivor.change == "lost", WITHIN_S)
+        assert older.reason == "another process has joined from its slot"
+        assert not older.holds_lease
+        newer.ready(0, has_state=False, host="127.0.0.1", port=1)
+        wait_for(lambda: service.service.membership.waiting_newcomers, WITHIN_S)  # or the survivor goes on alone
+        round_ = form_round(survivor, newer)
+        assert [member.member for member in round_.members] == [survivor.member, newer.member]
 
 
 def test_losing_everybody_and_the_end_are_reported() -> None:

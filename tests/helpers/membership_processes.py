@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -18,11 +20,13 @@ from launcher.elastic.client import MembershipClient
 from launcher.elastic.membership import MembershipLimits
 from launcher.elastic.messages import Round
 from launcher.elastic.service import ServiceSettings, ServiceThread
+from launcher.system.processes import identify_process
 
-__all__ = ["TOKEN", "WITHIN_S", "MemberProcess", "connect", "form_round", "read_line", "run_service"]
+__all__ = ["TOKEN", "WITHIN_S", "MemberProcess", "connect", "form_round", "identify_self", "read_line", "run_service"]
 
 TOKEN = "the token of the job"
 WITHIN_S = 60.0
+OWN_SLOTS = itertools.count(100)
 
 #: A trainer that only takes part in rounds. It prints its member number, then each round and how its membership ends.
 MEMBER = """
@@ -80,6 +84,13 @@ def read_line(process: subprocess.Popen[bytes]) -> bytes:
     return lines.get(timeout=WITHIN_S)
 
 
+def identify_self() -> str:
+    """This process, as the owner of a service."""
+    identity = identify_process(os.getpid())
+    assert identity is not None
+    return identity
+
+
 @contextmanager
 def run_service(expected: int = 1, *, lost_after_s: float = 30.0, **settings: Any) -> Iterator[ServiceThread]:
     """Run the service in a thread of this process."""
@@ -92,7 +103,9 @@ def run_service(expected: int = 1, *, lost_after_s: float = 30.0, **settings: An
         thread.stop()
 
 
-def connect(port: int, token: str = TOKEN, *, slot: int = 0, **settings: Any) -> MembershipClient:
+def connect(port: int, token: str = TOKEN, *, slot: int | None = None, **settings: Any) -> MembershipClient:
+    """Connect from a slot, or from one that nobody else has."""
+    slot = next(OWN_SLOTS) if slot is None else slot
     return MembershipClient(("127.0.0.1", port), token, node="node", slot=slot, **settings)
 
 

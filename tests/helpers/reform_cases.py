@@ -98,7 +98,7 @@ class Worker:
         self.rank, self.world = members.index(self.worker), len(members)
         if self.world > 1:
             place, store = Topology(rank=self.rank, world=self.world), dist.PrefixStore(name, self.store)
-            init_process_group(store, place, torch.device("cpu"), "gloo", timeout_s=30.0)
+            init_process_group(store, place, torch.device("cpu"), "gloo", timeout_s=300.0)
 
     def go_on(self, replica: Any, name: str, members: list[int]) -> None:
         replica.leave_group()
@@ -178,7 +178,7 @@ class Worker:
     def join_later(self) -> Any:
         """Build a replica, and wait for the others."""
         replica = self.make_replica(1)
-        self.store.wait(["lost"], timedelta(seconds=150))
+        self.store.wait(["lost"], timedelta(seconds=600))
         return replica
 
     def train_until_lost(self) -> Any:

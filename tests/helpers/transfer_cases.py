@@ -218,7 +218,7 @@ def small_messages() -> Iterator[None]:
 def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
     outcomes = {name: run_case(case, rank) for name, case in CASES.items()}
     with small_messages():
         outcomes["adam in small messages"] = run_case(CASES["adam"], rank)

@@ -40,7 +40,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         for worker in (0, 1, 2, NEW)
     }
     try:
-        statuses = {worker: process.wait(timeout=180) for worker, process in processes.items()}
+        statuses = {worker: process.wait(timeout=600) for worker, process in processes.items()}
     finally:
         for process in processes.values():
             process.kill()

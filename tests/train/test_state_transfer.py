@@ -37,7 +37,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         )
         for rank in range(WORLD)
     ]
-    codes = [process.wait(timeout=120) for process in processes]
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert codes == [0] * WORLD, "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 

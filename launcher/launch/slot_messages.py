@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from array import array
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ __all__ = ["TRAINER_ENV", "SlotMessage", "SlotStart", "TrainerAddress", "open_sl
 #: Tells a trainer where its slots find it.
 TRAINER_ENV = "LAUNCHER_TRAINER"
 MAX_MESSAGE_BYTES = 200_000
+RIGHTS_BYTES = socket.CMSG_SPACE(2 * array("i").itemsize)
+RECEIVE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 
 @dataclass(frozen=True)
@@ -60,20 +63,23 @@ class SlotStart:
 class SlotMessage:
     """A message of a slot to its trainer, START or SIGNAL (its number), or of a trainer to its slot, the others.
 
-    STATUS is an exit status, EXPECTS_RESTART 0 or 1; after REPLACED, another slot has the trainer.
+    STATUS is an exit status, EXPECTS_RESTART 0 or 1; after REPLACED, another slot has the trainer. The `descriptors` of
+    START are the slot's standard output and standard error, or none if one of them is closed.
     """
 
     START, SIGNAL, STATUS, EXPECTS_RESTART, REPLACED = b"start", b"signal", b"status", b"restart", b"replaced"
 
     kind: bytes
     value: bytes = b""
+    descriptors: tuple[int, ...] = ()
 
     def send(self, link: socket.socket) -> None:
         """
         Raises:
             OSError: the other side has ended, or is stuck.
         """
-        link.send(self.kind + b" " + self.value, socket.MSG_DONTWAIT)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", self.descriptors))] if self.descriptors else []
+        link.sendmsg([self.kind + b" " + self.value], rights, socket.MSG_DONTWAIT)  # `send_fds` ignores its flags
 
     def try_to_send(self, link: socket.socket) -> None:
         """Send it, unless the other side has ended or is stuck."""
@@ -91,7 +97,7 @@ def receive_messages(link: socket.socket) -> tuple[list[SlotMessage], bool]:
     found: list[SlotMessage] = []
     while True:
         try:
-            packet = link.recv(MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            packet, rights, _, _ = link.recvmsg(MAX_MESSAGE_BYTES, RIGHTS_BYTES, RECEIVE_FLAGS)
         except BlockingIOError:
             return found, True
         except OSError:
@@ -99,4 +105,5 @@ def receive_messages(link: socket.socket) -> tuple[list[SlotMessage], bool]:
         if not packet:
             return found, False
         kind, _, value = packet.partition(b" ")
-        found.append(SlotMessage(kind, value))
+        descriptors = tuple(descriptor for *_, data in rights for descriptor in array("i", data))
+        found.append(SlotMessage(kind, value, descriptors))

@@ -167,17 +167,19 @@ class TrainerLink:
             for message in messages:
                 with suppress(ValueError, OSError):  # no message of ours: the watch goes on
                     self._act_on(message, connection)
+                for received in message.descriptors:
+                    os.close(received)
             if not is_open:
                 self._forget(descriptor)
 
     def _act_on(self, message: SlotMessage, connection: socket.socket) -> None:
         if message.kind == SlotMessage.START:
-            self._change_slot(SlotStart.decode(message.value), connection)
+            self._change_slot(SlotStart.decode(message.value), message.descriptors, connection)
         elif message.kind == SlotMessage.SIGNAL and connection is self._slot:
             os.kill(os.getpid(), int(message.value))
 
-    def _change_slot(self, start: SlotStart, connection: socket.socket) -> None:
-        """Belong to a slot from now on, unless the slot that this trainer has was started later."""
+    def _change_slot(self, start: SlotStart, output: tuple[int, ...], connection: socket.socket) -> None:
+        """Belong to a slot from now on, and write to its output, unless this trainer's slot was started later."""
         with self._changed:
             is_newest = self._newest is None or start.slot_started >= self._newest.slot_started
             replaced = self._slot if is_newest else connection
@@ -185,6 +187,8 @@ class TrainerLink:
                 SlotMessage(SlotMessage.REPLACED).try_to_send(replaced)
             if not is_newest:
                 return
+            for own, received in enumerate(output, 1):
+                os.dup2(received, own)
             self._slot, self._newest, self._is_taken = connection, start, False
             for message in self._told.values():
                 message.try_to_send(connection)

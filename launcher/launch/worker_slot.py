@@ -1,11 +1,11 @@
 """What torchrun starts as a worker: a slot, which holds no torch and keeps a trainer that outlives torchrun's restarts.
 
 A restart of the workers replaces every slot. The new slot finds the trainer of its number in the folder of its agent
-(`slot_folder`), hands it the variables of this start, and from then on stands for it: it passes signals on to it, and
-ends as it ends. Only where no trainer runs does it start one, in a session of its own, so that torchrun's SIGTERM and
-SIGKILL, which go to the slot's process group, do not reach it. The newest slot owns the trainer; an earlier one ends.
-The slot opens the trainer's socket itself and lets it inherit it, so that a trainer can be found from its first moment
-on.
+(`slot_folder`), hands it the variables and the output of this start, and from then on stands for it: it passes signals
+on to it, and ends as it ends. Only where no trainer runs does it start one, in a session of its own, so that torchrun's
+SIGTERM and SIGKILL, which go to the slot's process group, do not reach it. The newest slot owns the trainer; an earlier
+one ends. The slot opens the trainer's socket itself and lets it inherit it, so that a trainer can be found from its
+first moment on.
 
 Signals. torchrun sends SIGTERM to its workers in two cases that look the same: when it restarts them, because one has
 failed or because a node wants to join, and when it has received SIGTERM itself. A user's SIGTERM to a worker means save
@@ -182,13 +182,24 @@ def start_trainer(folder: SlotFolder, number: int, agent: str, command: Sequence
 
 
 def hand_over(link: socket.socket) -> None:
-    """Tell a trainer the variables of this start.
+    """Tell a trainer the variables of this start, and give it the output of this process.
 
     Raises:
         OSError: the trainer has ended.
     """
     start = SlotStart(read_start_time(os.getpid()) or 0, select_torchrun_env())
-    SlotMessage(SlotMessage.START, start.encode()).send(link)
+    SlotMessage(SlotMessage.START, start.encode(), list_output()).send(link)
+
+
+def list_output() -> tuple[int, ...]:
+    """The descriptors of this process's standard output and standard error; none if one of them is closed."""
+    output = (1, 2)
+    try:
+        for descriptor in output:
+            os.fstat(descriptor)
+    except OSError:
+        return ()
+    return output
 
 
 def kill(pidfd: int) -> None:

@@ -101,6 +101,8 @@ step("while the trainer runs")
 while not exits:
     if start := link.take_start(0.02):
         os.environ.update(start)
+        for stream in (sys.stdout, sys.stderr):
+            print("restart", restart(), file=stream, flush=True)
         note("restart", restart=restart())
     exit_file = Path(f"exit-{os.environ['LOCAL_RANK']}")
     if exit_file.exists() and exit_file.read_text():

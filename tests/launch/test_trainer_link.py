@@ -99,6 +99,9 @@ class Surroundings:
         return trainer
 
     def wait_for_exit(self, trainer: SlotTrainer) -> int:
+        wait_for(
+            lambda: os.waitid(os.P_PID, get_pid(trainer), os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, within_s=60
+        )
         self._children.remove(get_pid(trainer))
         return os.waitstatus_to_exitcode(os.waitpid(get_pid(trainer), 0)[1])
 

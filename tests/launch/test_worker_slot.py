@@ -114,6 +114,19 @@ def test_workers_that_are_all_told_local_rank_0_have_slots_of_their_own(job: Slo
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
+def test_trainer_that_goes_on_writes_to_the_output_of_its_new_slot(job: SlotJob) -> None:
+    """With --redirects, torchrun makes a file for each start."""
+    start_trainers(job, "--redirects=3", "--log-dir=logs")
+    os.kill(job.find_running("slot")[0], signal.SIGKILL)
+    job.wait_for("restart", 2)
+    for number in range(2):
+        for name in ("stdout.log", "stderr.log"):
+            (first,) = job.folder.glob(f"logs/*/attempt_0/{number}/{name}")
+            (second,) = job.folder.glob(f"logs/*/attempt_1/{number}/{name}")
+            assert "restart" not in first.read_text()
+            assert second.read_text() == "restart 1\n"
+
+
 def test_job_whose_trainers_succeed_succeeds(job: SlotJob) -> None:
     start_trainers(job)
     (folder,) = job.temp.glob("launcher-slots-*")
@@ -276,9 +289,9 @@ def test_neither_other_children_of_the_agent_nor_adopted_trainers_are_slots(job:
         slots = start_two_slots(job)
         trainers = job.find_running("trainer")
         os.kill(trainers[1], signal.SIGKILL)
-        slots[1].wait()
+        slots[1].wait(60)
         slots[0].terminate()
-        assert slots[0].wait() == -signal.SIGTERM
+        assert slots[0].wait(60) == -signal.SIGTERM
         assert job.find_running("trainer") == {0: trainers[0]}
     assert job.list_events("signal") == []
     os.kill(trainers[0], signal.SIGKILL)
@@ -291,9 +304,9 @@ def test_slot_whose_trainer_has_finished_but_still_runs_counts_once(job: SlotJob
     job.tell_to_exit(0, 0)
     job.wait_for("finished")
     os.kill(job.find_running("trainer")[1], signal.SIGKILL)
-    slots[1].wait()
+    slots[1].wait(60)
     slots[0].terminate()
-    assert slots[0].wait() == -signal.SIGTERM
+    assert slots[0].wait(60) == -signal.SIGTERM
 
 
 def test_slot_that_gets_sigterm_after_its_neighbour_has_left_lets_its_trainer_save(job: SlotJob) -> None:
@@ -302,9 +315,9 @@ def test_slot_that_gets_sigterm_after_its_neighbour_has_left_lets_its_trainer_sa
     slots[1].send_signal(signal.SIGSTOP)
     for slot in slots:
         slot.terminate()
-    assert slots[0].wait() == 75
+    assert slots[0].wait(60) == 75
     slots[1].send_signal(signal.SIGCONT)
-    assert slots[1].wait() == 75
+    assert slots[1].wait(60) == 75
 
 
 def test_end_after_a_restart_is_an_end(job: SlotJob) -> None:
@@ -312,13 +325,13 @@ def test_end_after_a_restart_is_an_end(job: SlotJob) -> None:
     (job.folder / "leave").touch()
     slots = start_two_slots(job)
     os.kill(job.find_running("trainer")[1], signal.SIGKILL)
-    slots[1].wait()
+    slots[1].wait(60)
     slots[0].terminate()
-    assert slots[0].wait() == -signal.SIGTERM
+    assert slots[0].wait(60) == -signal.SIGTERM
     slots = start_two_slots(job)
     for slot in slots:
         slot.terminate()
-    assert [slot.wait() for slot in slots] == [75, 75]
+    assert [slot.wait(60) for slot in slots] == [75, 75]
 
 
 # --- the folder and the sockets ---------------------------------------------------------------------------------------

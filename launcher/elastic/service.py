@@ -38,7 +38,7 @@ from launcher.elastic.events import (
 from launcher.elastic.membership import Membership, MembershipLimits
 from launcher.elastic.messages import Fenced, Hello, decode_request, encode_message
 from launcher.system.atomic_files import atomic_write_text
-from launcher.system.processes import identify_process, open_pidfd
+from launcher.system.processes import is_same_process, open_pidfd
 
 __all__ = ["MembershipService", "ServiceSettings", "ServiceThread", "main", "start_service_process"]
 
@@ -137,13 +137,8 @@ class MembershipService:
         while True:
             await asyncio.sleep(self._settings.limits.lost_after_s / TICKS_PER_TIMEOUT)
             self._handle(Ticked(self._clock()))
-            if polls_owner and not self._is_owner_running():
+            if polls_owner and not is_same_process(self._settings.owner or ""):
                 self.end("owner_ended")
-
-    def _is_owner_running(self) -> bool:
-        owner = self._settings.owner or ""
-        pid = owner.partition("-")[0]
-        return pid.isdecimal() and identify_process(int(pid), running=True) == owner
 
     # --- connections ------------------------------------------------------------------------------------------------
 

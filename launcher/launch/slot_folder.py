@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from launcher.errors import UsageError
-from launcher.system.processes import identify_process
+from launcher.system.processes import is_same_process
 
 __all__ = ["SlotFolder"]
 
@@ -197,9 +197,3 @@ def read_words(path: str) -> list[str]:
             return file.read(200).split()
     except OSError:
         return []
-
-
-def is_same_process(identity: str) -> bool:
-    """Whether the process with this pid and start time runs."""
-    pid = identity.partition("-")[0]
-    return pid.isdecimal() and identify_process(int(pid), running=True) == identity

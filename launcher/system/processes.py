@@ -18,6 +18,7 @@ __all__ = [
     "handles_signal",
     "has_open_file",
     "is_running",
+    "is_same_process",
     "kill_process_tree",
     "list_child_pids",
     "open_pidfd",
@@ -113,6 +114,12 @@ def identify_process(pid: int, *, running: bool = False) -> str | None:
     return None if stat is None or (running and stat[0] in ("Z", "X")) else f"{pid}-{stat[19]}"
 
 
+def is_same_process(identity: str) -> bool:
+    """Whether the process with this pid and start time still runs."""
+    pid = identity.partition("-")[0]
+    return pid.isdecimal() and identify_process(int(pid), running=True) == identity
+
+
 def open_pidfd(identity: str) -> int | None:
     """A descriptor that becomes readable when a process ends; None if it has ended.
 
@@ -126,7 +133,7 @@ def open_pidfd(identity: str) -> int | None:
         descriptor = os.pidfd_open(int(pid))
     except (ProcessLookupError, ValueError, OverflowError):
         return None
-    if identify_process(int(pid), running=True) == identity:
+    if is_same_process(identity):
         return descriptor
     os.close(descriptor)
     return None

@@ -192,17 +192,12 @@ class PhaseTimeouts:
         self._longest: dict[str, float] = {}
         self._kind: str | None = None
         self._after = False
-        self._is_usual = False  # what follows in this update may take as long as what was recorded last
 
     def record_phase(self, phase: str, update: int, now: float) -> float:
         """Record that `phase` begins and return the seconds it may take."""
-        if self._is_usual and update == self._update and phase not in OCCASIONAL_PHASES:
+        is_special = self._kind or self._after or self._compiles or phase in OCCASIONAL_PHASES
+        if update == self._update and update != self._first and not is_special:  # nearly always
             return self._usual_s
-        allowed_s = self._record_any_phase(phase, update, now)
-        self._is_usual = not (self._compiles or self._after or self._kind or update == self._first)
-        return allowed_s
-
-    def _record_any_phase(self, phase: str, update: int, now: float) -> float:
         if self._kind is not None:
             self._longest[self._kind] = max(self._longest.get(self._kind, 0.0), now - self._since)
         self._since, self._kind = now, self._get_duration_kind(phase)

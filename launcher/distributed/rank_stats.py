@@ -22,7 +22,7 @@ from launcher.plan.timeline import Update
 from launcher.plan.virtual_shards import compute_tree_sum
 from launcher.telemetry.stage_metrics import StageTimes
 from launcher.telemetry.stages import STAGES
-from launcher.telemetry.stats_fields import NUM_STATS, StatsRow
+from launcher.telemetry.stats_fields import DEVICE_FIELDS, NUM_STATS, StatsRow
 from launcher.telemetry.tensor_sums import sum_rows_as_tree
 from launcher.telemetry.update_scalars import UpdateScalars
 
@@ -34,7 +34,6 @@ LOSS, FINITE, GRAD_NORM, GROUP_SQ_NORM_SUM = range(STAGE_COLUMNS.stop, NUM_STATS
 POLL_S = 0.0002
 FEW_RANKS = 16
 NO_TIMES = (0.0,) * len(STAGES)
-STOP_LEVELS = tuple(StopLevel)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class RankStats:
         previous = self.previous
         host = [self.count, self.stop, self.save, self.call_order, previous.loss_count, previous.groups]
         host += self.stages_ms
-        scalars = (previous.loss, previous.finite, previous.grad_norm, previous.group_sq_norm_sum)
+        scalars = [getattr(previous, name) for name in DEVICE_FIELDS]
         if device.type == "cpu":
             return [*host, *map(float, scalars)]
         pinned = torch.tensor(host, dtype=torch.float64).pin_memory()
@@ -108,7 +107,7 @@ class GatheredStats:
 
     @property
     def stop(self) -> StopLevel:
-        return STOP_LEVELS[int(self._columns.max(STOP))]
+        return StopLevel(int(self._columns.max(STOP)))
 
     @property
     def save(self) -> bool:

@@ -78,21 +78,21 @@ class StatsInBucket:
 
     def send(self, row: StatsRow) -> None:
         """Take this rank's row; it is written to its bucket when that is complete."""
-        if self._array is not None and not isinstance(row, torch.Tensor):
-            self._array[self._begin : self._begin + 2 * NUM_STATS] = split_into_words(row, self._array.typecode)
-        else:
-            self._split(torch.as_tensor(row, dtype=torch.float64, device=self._high.device))
+        self._split(row)
         self._is_waiting = True
 
     def round(self, row: StatsRow) -> StatsRow:
         """The row as it would arrive: for an exchange of other kind that must have the same bits."""
-        self.send(row)
-        self._is_waiting = False
+        self._split(row)
         return self._high.double() + self._low.double()
 
-    def _split(self, row: torch.Tensor) -> None:
-        self._high.copy_(row)
-        self._low.copy_(row - self._high)
+    def _split(self, row: StatsRow) -> None:
+        if self._array is not None and not isinstance(row, torch.Tensor):
+            self._array[self._begin : self._begin + 2 * NUM_STATS] = split_into_words(row, self._array.typecode)
+            return
+        exact = torch.as_tensor(row, dtype=torch.float64, device=self._high.device)
+        self._high.copy_(exact)
+        self._low.copy_(exact - self._high)
         self._low.nan_to_num_(nan=0.0)  # infinity minus infinity: the words are then infinity and 0
 
     def add_to_graph(self, loss: Loss) -> Loss:

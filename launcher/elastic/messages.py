@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 __all__ = [
     "Answer",
@@ -34,7 +34,6 @@ __all__ = [
 ]
 
 ChangeReason = Literal["join", "leave", "lost", "regroup"]
-CHANGE_REASONS = ("join", "leave", "lost", "regroup")
 MAX_TEXT = 255
 
 
@@ -270,5 +269,5 @@ CHECKS: Mapping[str, Any] = {
     "float": lambda value: type(value) in (int, float) and value >= 0,
     "bool": lambda value: type(value) is bool,
     "str": lambda value: type(value) is str and len(value) <= MAX_TEXT,
-    "ChangeReason": lambda value: value in CHANGE_REASONS,
+    "ChangeReason": lambda value: value in get_args(ChangeReason),
 }
